@@ -1,0 +1,102 @@
+// Checks of tensors that come through torch.ops, and what op files share. Includes torch's stable ABI: not for kernels.
+//
+// An error reads "<op>: <argument> must <condition>, got <what came>".
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace seqkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string show(const Shape& shape) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << "]";
+  return text.str();
+}
+inline Shape shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+  }
+}
+
+inline void check_cpu(const char* op, const std::string& name, const Tensor& t) {
+  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, got a tensor on another device");
+}
+inline void check_dtype(const char* op, const std::string& name, const Tensor& t, ScalarType wanted) {
+  if (t.scalar_type() != wanted) {
+    fail(op, ": ", name, " must be ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
+  }
+}
+inline void check_shape(const char* op, const std::string& name, const Tensor& t, const Shape& wanted) {
+  if (shape_of(t) != wanted) fail(op, ": ", name, " must have shape ", show(wanted), ", got ", show(shape_of(t)));
+}
+// The tensor as a kernel reads it: on the CPU, of that dtype and shape, contiguous (copied if it is not).
+inline Tensor checked(const char* op, const std::string& name, const Tensor& t, ScalarType dtype, const Shape& shape) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, dtype);
+  check_shape(op, name, t, shape);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor empty_like_dtype(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+inline Tensor zeros_like_dtype(const Tensor& like, const Shape& shape) { return torch::stable::new_zeros(like, shape); }
+
+}  // namespace seqkernels

@@ -1,0 +1,331 @@
+// One vector type per instruction set, from the compiler's vector extensions: arithmetic is written once, and what an
+// instruction set does better (fused multiply-add, half-precision conversion, a 16x16 transpose) is chosen here.
+//
+// A file that includes this is compiled once per instruction set with SEQKERNELS_ISA naming the namespace, so that no
+// function of one set is ever merged with that of another. Such files instantiate no std templates for the same reason.
+// They are compiled with -ffp-contract=off: a product is fused with a sum where fma() is written and nowhere else, so
+// a value does not depend on how the compiler unrolled the loop that made it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
+
+#ifndef SEQKERNELS_ISA
+#error "compile kernels with -DSEQKERNELS_ISA=portable, avx2 or avx512"
+#endif
+
+#define SEQKERNELS_INLINE inline __attribute__((always_inline))
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Vec;
+
+template <class T, class I>
+struct VecBase {
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  using Scalar = T;
+  using Int = I;
+  typedef T Native __attribute__((vector_size(kVectorBytes)));
+  typedef I NativeInt __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <>
+struct Vec<float> : VecBase<float, int32_t> {
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  static constexpr float kMinExp = -87.0f, kMaxExp = 88.0f;  // keeps 2^n normal: n in [-126, 127]
+  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // ln 2 in two parts, kLn2Hi * n exact
+  static constexpr int kTaylor = 7;  // |r| <= ln(2)/2: the next term is below 5.3e-9
+};
+template <>
+struct Vec<double> : VecBase<double, int64_t> {
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMinExp = -708.0, kMaxExp = 709.0;
+  static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr int kTaylor = 13;  // the next term is below 4.2e-18
+};
+
+template <class T>
+using Native = typename Vec<T>::Native;
+template <class T>
+constexpr int kLanes = Vec<T>::kLanes;
+
+template <class T>
+SEQKERNELS_INLINE Native<T> broadcast(T x) {
+  return x - Native<T>{};  // GCC's spelling of a splat; x - 0 is x, also for x = -0
+}
+
+template <class T>
+SEQKERNELS_INLINE Native<T> load(const T* p) {
+  return *reinterpret_cast<const typename Vec<T>::Unaligned*>(p);
+}
+template <class T>
+SEQKERNELS_INLINE void store(T* p, Native<T> v) {
+  *reinterpret_cast<typename Vec<T>::Unaligned*>(p) = v;
+}
+
+SEQKERNELS_INLINE Native<float> fma(Native<float> a, Native<float> b, Native<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+SEQKERNELS_INLINE Native<double> fma(Native<double> a, Native<double> b, Native<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// ---- half types: as vectors of float -------------------------------------------------------------------------------
+
+typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t Half16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  float value;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+  } else {
+    bits = magnitude << 13;  // the exponent is rebiased by an exact product, which also makes subnormals right
+    memcpy(&value, &bits, 4);
+    value *= 5.192296858534828e+33f;  // 2^112
+    memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_half(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00 | uint16_t(bits >> 13 & 0x1ff);  // NaN
+  if (bits >= 0x477ff000) return sign | 0x7c00;                               // 65520 and above round to infinity
+  if (bits < 0x38800000) {                                                    // below 2^-14: subnormal
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;  // ulp of [0.5, 1) is 2^-24, the subnormal step
+    memcpy(&bits, &magnitude, 4);
+    return sign | uint16_t(bits - 0x3f000000);
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return sign | uint16_t((bits - 0x38000000) >> 13);
+}
+
+SEQKERNELS_INLINE Native<float> load(const BFloat16* p) {
+  const Half16 h = *reinterpret_cast<const Half16Unaligned*>(p);
+  return (Native<float>)(__builtin_convertvector(h, Bits32) << 16);
+}
+SEQKERNELS_INLINE void store(BFloat16* p, Native<float> v) {  // to nearest, ties to even; NaN stays NaN
+  const Bits32 bits = (Bits32)v;
+  const Bits32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Bits32 result = v == v ? rounded : (bits >> 16 | 0x40);
+  *reinterpret_cast<Half16Unaligned*>(p) = __builtin_convertvector(result, Half16);
+}
+SEQKERNELS_INLINE Native<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Native<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
+  return v;
+#endif
+}
+SEQKERNELS_INLINE void store(Half* p, Native<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// ---- tails: the first n lanes, the others zero and never touched in memory ------------------------------------------
+
+template <class S>
+SEQKERNELS_INLINE Native<Compute<S>> load(const S* p, int64_t n) {
+  constexpr int kWidth = kLanes<Compute<S>>;
+  if (n >= kWidth) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#endif
+  S lanes[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class S>
+SEQKERNELS_INLINE void store(S* p, Native<Compute<S>> v, int64_t n) {
+  constexpr int kWidth = kLanes<Compute<S>>;
+  if (n >= kWidth) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+#endif
+  S lanes[kWidth];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// What remains of v once stored as S: the value that the next step and the backward pass will see.
+template <class S>
+SEQKERNELS_INLINE Native<Compute<S>> rounded(Native<Compute<S>> v) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    return v;
+  } else {
+    S lanes[kLanes<float>];
+    store(lanes, v);
+    return load(lanes);
+  }
+}
+
+// Converts n elements.
+template <class To, class From>
+inline void convert(To* to, const From* from, int64_t n) {
+  constexpr int kWidth = kLanes<Compute<To>>;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i));
+  if (i < n) store(to + i, load(from + i, n - i), n - i);
+}
+
+// ---- exp, sigmoid, tanh ----------------------------------------------------------------------------------------------
+
+template <class T>
+struct Reduced {
+  Native<T> scale;  // 2^n
+  Native<T> expm1;  // e^r - 1, x = n ln 2 + r
+};
+
+// e^x = scale * (1 + expm1), x within [kMinExp, kMaxExp]; Taylor's series of e^r - 1 to the precision of T.
+template <class T>
+SEQKERNELS_INLINE Reduced<T> reduce_exp(Native<T> x) {
+  using V = Vec<T>;
+  const Native<T> shifted = fma(x, broadcast(T(1.4426950408889634)), broadcast(V::kRound));
+  const Native<T> n = shifted - V::kRound;
+  Native<T> r = fma(n, broadcast(T(-V::kLn2Hi)), x);
+  r = fma(n, broadcast(T(-V::kLn2Lo)), r);
+  constexpr double kInverseFactorial[] = {1.0,           1.0,           1.0 / 2,         1.0 / 6,         1.0 / 24,
+                                          1.0 / 120,     1.0 / 720,     1.0 / 5040,      1.0 / 40320,     1.0 / 362880,
+                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  Native<T> p = broadcast(T(kInverseFactorial[V::kTaylor]));
+#pragma GCC unroll 16
+  for (int k = V::kTaylor - 1; k >= 2; --k) p = fma(p, r, broadcast(T(kInverseFactorial[k])));
+  p = fma(p * r, r, r);
+  constexpr typename V::Int kBias = (typename V::Int(1) << (sizeof(T) * 8 - 2 - V::kMantissaBits)) - 1;
+  const auto exponent = ((typename V::NativeInt)shifted + kBias) << V::kMantissaBits;
+  return {(Native<T>)exponent, p};
+}
+
+// 1 / (1 + e^-x); beyond the range of exp it stays at the value there (2^-127 or so, and 1). NaN stays NaN.
+template <class T>
+SEQKERNELS_INLINE Native<T> sigmoid(Native<T> x) {
+  const Native<T> lo = broadcast(Vec<T>::kMinExp), hi = broadcast(Vec<T>::kMaxExp);
+  Native<T> y = -x;
+  y = y > hi ? hi : y;
+  y = y < lo ? lo : y;
+  const Reduced<T> e = reduce_exp<T>(y);
+  return T(1) / (T(1) + fma(e.scale, e.expm1, e.scale));
+}
+
+// -(e^-2|x| - 1) / ((e^-2|x| - 1) + 2), with the sign of x: a few units in the last place everywhere, also near zero.
+template <class T>
+SEQKERNELS_INLINE Native<T> tanh(Native<T> x) {
+  using I = typename Vec<T>::NativeInt;
+  constexpr auto kSign = std::numeric_limits<typename Vec<T>::Int>::min();
+  const Native<T> limit = broadcast(T(-40));  // tanh is 1 in any type there, and 2^n stays normal
+  Native<T> y = (Native<T>)((I)x | kSign);
+  y = y + y;
+  y = y < limit ? limit : y;
+  const Reduced<T> e = reduce_exp<T>(y);
+  const Native<T> m = fma(e.scale, e.expm1, e.scale - T(1));
+  const Native<T> t = m / (m + T(2));  // negative
+  return (Native<T>)(((I)t & ~kSign) | ((I)x & kSign));
+}
+
+// ---- transposes --------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+SEQKERNELS_INLINE void transpose(Native<float> (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const auto pd = [&](int j) { return _mm512_castps_pd(t[i + j]); };
+    r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(0), pd(2)));
+    r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(0), pd(2)));
+    r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(1), pd(3)));
+    r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(1), pd(3)));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#endif
+
+// r[i][j] becomes r[j][i], for any vector type: at each distance the blocks off the diagonal change places.
+template <class V, int kWidth>
+SEQKERNELS_INLINE void transpose(V (&r)[kWidth]) {
+  typedef decltype(r[0] < r[0]) Mask;
+#pragma GCC unroll 4
+  for (int s = 1; s < kWidth; s *= 2) {
+    Mask low, high;
+    for (int l = 0; l < kWidth; ++l) {
+      low[l] = l & s ? kWidth + l - s : l;
+      high[l] = l & s ? kWidth + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & s) continue;
+      const V a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

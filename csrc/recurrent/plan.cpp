@@ -1,0 +1,44 @@
+// How a layer is cut among threads.
+#include <algorithm>
+
+#include "recurrent/recurrent.h"
+
+namespace seqkernels {
+
+namespace {
+// Below this many multiply-adds a second thread costs more than it gives (a fork is some 5 us).
+constexpr double kWorthAThread = 3e5;
+// A step cut by units pays a barrier of some 0.3 us.
+constexpr double kWorthABarrier = 3e4;
+// Weights that stay in a core's own second-level cache (1 MiB on most) beside the activations.
+constexpr double kWeightsPerCore = 512 * 1024;
+// A register tile is 6 rows high: a row group that has fewer does not fill it.
+constexpr double kTileRows = 6;
+}  // namespace
+
+Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
+  const Walk& walk = args.walk;
+  const double steps = std::max<int64_t>(walk.T, 1), rows = walk.N / steps;
+  const double step = rows * gates * args.H * args.P, total = walk.N * double(gates) * args.H * (args.D + args.P);
+  Plan plan{1, 1, 1};
+  if (threads <= 1 || total * args.directions < kWorthAThread) return plan;
+  plan.threads = threads;
+  const int64_t each = std::max<int64_t>(threads / args.directions, 1);
+  const int64_t element = args.dtype == DType::kFloat64 ? 8 : 4;
+  const double weights = double(gates) * args.H * args.P * element;
+  const bool rows_suffice = rows >= each * kTileRows || (rows >= each && weights <= kWeightsPerCore / 2);
+  const bool units_suffice = args.H >= each * 32 && (step / each >= kWorthABarrier);
+  if (rows_suffice && (weights <= kWeightsPerCore || !units_suffice)) {
+    plan.row_groups = std::min({each, std::max<int64_t>(walk.B, 1), kMaxTeams / args.directions});
+  } else if (units_suffice) {
+    plan.unit_groups = each;
+  } else if (walk.T == 1) {
+    plan.unit_groups = std::min(each, std::max<int64_t>(args.H / 32, 1));
+  } else {
+    plan.row_groups = std::min<int64_t>({each, std::max<int64_t>(walk.B, 1), kMaxTeams / args.directions});
+  }
+  if (plan.row_groups * plan.unit_groups * args.directions == 1) plan.threads = 1;
+  return plan;
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,5 @@
+"""Operators as functions."""
+
+from seqkernels.functional.recurrent import lstm
+
+__all__ = ["lstm"]
