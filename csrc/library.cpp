@@ -66,6 +66,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("explain_lstm", &explain_lstm, py::arg("T"), py::arg("B"), py::arg("N"), py::arg("D"), py::arg("H"),
         py::arg("P"), py::arg("directions"), py::arg("float64"));
-  m.def(
-      "set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
+  m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
 }

@@ -66,4 +66,9 @@ def explain(
     plan = _C.explain_lstm(
         T=T, B=B, N=tokens, D=D, H=H, P=proj_size or H, directions=1 + bidirectional, float64=dtype == torch.float64
     )
-    return {"op": op, "kernel": "cpu", **plan, "unsupported": {"cuda": ["not written yet"], "triton": ["not written yet"]}}
+    return {
+        "op": op,
+        "kernel": "cpu",
+        **plan,
+        "unsupported": {"cuda": ["not written yet"], "triton": ["not written yet"]},
+    }

@@ -1,9 +1,10 @@
 // Matrix products whose every result is the same sum in the same order, whatever the other rows are.
 //
-// An element of C is a sum over chunks of kChain terms; inside a chunk one accumulator takes the terms in order by fused
-// multiply-add, and the chunks are added up in order. No tile shape, row count or thread count enters into that, so a
-// sequence gets the same bits alone or in a batch, and the short chains keep the rounding error below that of one long
-// chain. Source for the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
+// An element of C is a sum over chunks of kChain terms; inside a chunk one accumulator takes the terms in order by
+// fused multiply-add, and the chunks are added up in order. No tile shape, row count or thread count enters into that,
+// so a sequence gets the same bits alone or in a batch, and the short chains keep the rounding error below that of one
+// long chain. Source for the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication",
+// 2008.
 //
 // B is read in panels: kPanelVectors vectors of columns side by side, [K][kPanel], so that a chunk of a panel
 // (kChain * kPanel elements) stays in the first-level cache while the rows of A go by.

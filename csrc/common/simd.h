@@ -49,7 +49,7 @@ template <>
 struct Vec<float> : VecBase<float, int32_t> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  static constexpr float kMinExp = -87.0f, kMaxExp = 88.0f;  // keeps 2^n normal: n in [-126, 127]
+  static constexpr float kMinExp = -87.0f, kMaxExp = 88.0f;                // keeps 2^n normal: n in [-126, 127]
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // ln 2 in two parts, kLn2Hi * n exact
   static constexpr int kTaylor = 7;  // |r| <= ln(2)/2: the next term is below 5.3e-9
 };
@@ -129,8 +129,8 @@ inline uint16_t float_to_half(float x) {  // to nearest, ties to even
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00 | uint16_t(bits >> 13 & 0x1ff);  // NaN
-  if (bits >= 0x477ff000) return sign | 0x7c00;                               // 65520 and above round to infinity
-  if (bits < 0x38800000) {                                                    // below 2^-14: subnormal
+  if (bits >= 0x477ff000) return sign | 0x7c00;                                // 65520 and above round to infinity
+  if (bits < 0x38800000) {                                                     // below 2^-14: subnormal
     float magnitude;
     memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;  // ulp of [0.5, 1) is 2^-24, the subnormal step
@@ -220,7 +220,8 @@ inline void convert(To* to, const From* from, int64_t n) {
   if (i < n) store(to + i, load(from + i, n - i), n - i);
 }
 
-// ---- exp, sigmoid, tanh ----------------------------------------------------------------------------------------------
+// ---- exp, sigmoid, tanh
+// ----------------------------------------------------------------------------------------------
 
 template <class T>
 struct Reduced {
@@ -236,9 +237,9 @@ SEQKERNELS_INLINE Reduced<T> reduce_exp(Native<T> x) {
   const Native<T> n = shifted - V::kRound;
   Native<T> r = fma(n, broadcast(T(-V::kLn2Hi)), x);
   r = fma(n, broadcast(T(-V::kLn2Lo)), r);
-  constexpr double kInverseFactorial[] = {1.0,           1.0,           1.0 / 2,         1.0 / 6,         1.0 / 24,
-                                          1.0 / 120,     1.0 / 720,     1.0 / 5040,      1.0 / 40320,     1.0 / 362880,
-                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double kInverseFactorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   Native<T> p = broadcast(T(kInverseFactorial[V::kTaylor]));
 #pragma GCC unroll 16
   for (int k = V::kTaylor - 1; k >= 2; --k) p = fma(p, r, broadcast(T(kInverseFactorial[k])));
@@ -274,7 +275,8 @@ SEQKERNELS_INLINE Native<T> tanh(Native<T> x) {
   return (Native<T>)(((I)t & ~kSign) | ((I)x & kSign));
 }
 
-// ---- transposes --------------------------------------------------------------------------------------------------------
+// ---- transposes
+// --------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 SEQKERNELS_INLINE void transpose(Native<float> (&r)[16]) {

@@ -7,7 +7,7 @@ namespace seqkernels {
 
 namespace {
 // Below this many multiply-adds a second thread costs more than it gives (a fork is some 5 us).
-constexpr double kWorthAThread = 3e5;
+constexpr double kWorthAThread = 1e5;
 // A step cut by units pays a barrier of some 0.3 us.
 constexpr double kWorthABarrier = 3e4;
 // Weights that stay in a core's own second-level cache (1 MiB on most) beside the activations.

@@ -230,10 +230,12 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const std::optional<Ten
   return {out.y, out.h_n, out.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
-    const Tensor& x, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
-    const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-    bool bidirectional) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& x, const std::optional<Tensor>& h0,
+                                                                const std::optional<Tensor>& c0,
+                                                                const std::vector<Tensor>& weights,
+                                                                const std::optional<Tensor>& batch_sizes,
+                                                                const std::optional<Tensor>& lengths,
+                                                                bool bidirectional) {
   ForwardArgs args{};
   const LayerInputs in("lstm_forward", x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
   Tensor gates = empty_like_dtype(in.x, saved_shape(in, args, kLstmGates * args.H));

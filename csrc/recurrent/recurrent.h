@@ -13,8 +13,8 @@ namespace seqkernels {
 constexpr int kMaxDirections = 2;
 constexpr int kMaxTeams = 256;  // directions x row groups
 
-// The order in which a layer visits its rows, dense, padded or packed alike. Sequences are taken longest first, so those
-// that have a step t are the first batch_sizes[t]; row n = offsets[t] + j is step t of the j-th longest.
+// The order in which a layer visits its rows, dense, padded or packed alike. Sequences are taken longest first, so
+// those that have a step t are the first batch_sizes[t]; row n = offsets[t] + j is step t of the j-th longest.
 struct Walk {
   int64_t T, B, N;
   const int64_t* batch_sizes;  // [T] non-increasing
@@ -24,8 +24,8 @@ struct Walk {
   const int64_t* x_offsets;    // [N] its first element in x, which may be strided
 };
 
-// How the work is cut: row_groups sets of sequences that never meet, each walked by unit_groups threads that own a share
-// of the hidden units and meet at a barrier once a step. One direction after the other in the numbering.
+// How the work is cut: row_groups sets of sequences that never meet, each walked by unit_groups threads that own a
+// share of the hidden units and meet at a barrier once a step. One direction after the other in the numbering.
 struct Plan {
   int64_t row_groups, unit_groups;
   int64_t threads;  // 1: all of it in the calling thread

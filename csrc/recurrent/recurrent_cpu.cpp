@@ -3,17 +3,17 @@
 // Forward: a thread walks the whole sequence. Time is taken in chunks of rows: the input's share of the gates is one
 // product for a chunk (it stays in the second-level cache), then each step adds h W_hh^T panel by panel and runs the
 // cell on the panel while it is hot. Backward: the same walk the other way leaves the gradients of the pre-activations
-// in one [N, 4H] buffer, and everything else (dx and all weight gradients) is a product over that buffer after the loop.
+// in one [N, 4H] buffer, and everything else (dx and all weight gradients) is a product over that buffer after the
+// loop.
 //
 // Threads form teams (one per direction and row group, see Plan); the members of a team own disjoint hidden units and
 // meet at a barrier once a step. All threads fork once for the whole layer. Who owns what never enters into a sum.
-
-#include "recurrent/recurrent.h"
 
 #include "common/gemm.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "recurrent/lstm_cell.h"
+#include "recurrent/recurrent.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 namespace {
@@ -101,20 +101,19 @@ struct Layer {
   S* state(void* p, int64_t direction, int64_t sequence, int64_t width) const {
     return static_cast<S*>(p) + (direction * walk.B + sequence) * width;
   }
-  int64_t y_offset(int64_t n, int64_t direction) const {
-    return (walk.rows[n] * args.directions + direction) * P;
-  }
+  int64_t y_offset(int64_t n, int64_t direction) const { return (walk.rows[n] * args.directions + direction) * P; }
   int64_t step(int64_t s, int64_t direction) const { return direction == 0 ? s : walk.T - 1 - s; }
 };
 
-// ---- forward -----------------------------------------------------------------------------------------------------------
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------
 
 template <class S>
 struct Forward : Layer<S> {
   using L = Layer<S>;
+  using L::args, L::walk, L::D, L::H, L::P, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
   using typename L::T;
   using typename L::V;
-  using L::args, L::walk, L::D, L::H, L::P, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
 
   const ForwardArgs& out;
   Teams teams;
@@ -208,8 +207,7 @@ struct Forward : Layer<S> {
     const Range panels = share(gate_panels(), units, member.first, member.last);
     const Range own = {panels.begin * kWidth, min(H, panels.end * kWidth)};
     const Range outputs = projected ? share(hr[d].panels(), units, member.first, member.last) : Range{0, 0};
-    const Range own_h =
-        projected ? Range{min(P, outputs.begin * kPanel<T>), min(P, outputs.end * kPanel<T>)} : own;
+    const Range own_h = projected ? Range{min(P, outputs.begin * kPanel<T>), min(P, outputs.end * kPanel<T>)} : own;
 
     const int64_t team = d * args.plan.row_groups + member.group;
     T* h_now = h[0] + team * group_rows * PV;
@@ -269,7 +267,8 @@ struct Forward : Layer<S> {
     }
   }
 
-  // Copies the rows of x of as many steps from s on as fit a chunk, in the order of the walk; next: the first that did not.
+  // Copies the rows of x of as many steps from s on as fit a chunk, in the order of the walk; next: the first that did
+  // not.
   int64_t gather_chunk(const Rows& rows, int64_t d, int64_t s, int64_t& next, T* to) const {
     int64_t count = 0;
     for (next = s; next < walk.T; ++next) {
@@ -321,8 +320,8 @@ struct Forward : Layer<S> {
   }
 
   // One panel of h = m W_hr^T.
-  void project(const Rows& rows, int64_t d, int64_t t, int64_t panel, int64_t alive, const T* m_rows, T* h_to, T* scratch,
-               T* tile) const {
+  void project(const Rows& rows, int64_t d, int64_t t, int64_t panel, int64_t alive, const T* m_rows, T* h_to,
+               T* scratch, T* tile) const {
     panel_product(hr[d], packed_hr[d], scratch, panel, alive, m_rows, HV, tile, kPanel<T>, Into::kReplace);
     for (int64_t i = 0; i < alive; ++i) {
       S* to = static_cast<S*>(out.y) + this->y_offset(rows.packed(t, i), d);
@@ -337,7 +336,8 @@ struct Forward : Layer<S> {
   }
 };
 
-// ---- backward ----------------------------------------------------------------------------------------------------------
+// ---- backward
+// ----------------------------------------------------------------------------------------------------------
 
 // Columns [m.begin, m.end) of A, transposed, times B: out[m, n] = sum over rows of A[row, m] * B[row, n], the rows in
 // order. B's rows are wherever row(r) says (null: zeros).
@@ -355,8 +355,8 @@ struct OuterProduct {
     p.column_sums = arena.take<T>(members * cap);
   }
   OuterProduct of(int64_t member, int64_t panels) const {
-    return {left + member * cap * kChain, right + member * kChain * kPanel<T>,
-            sums + member * panels * cap * kPanel<T>, column_sums + member * cap, cap};
+    return {left + member * cap * kChain, right + member * kChain * kPanel<T>, sums + member * panels * cap * kPanel<T>,
+            column_sums + member * cap, cap};
   }
 
   // Rows [r0, r0 + k) of A into left [m][k]; their sums into column_sums.
@@ -407,7 +407,7 @@ struct OuterProduct {
         if (empty) {
           memset(static_cast<void*>(row), 0, n * sizeof(S));
         } else {
-          convert(row, sums + ((at + c / kPanel<T>) * cap + j) * kPanel<T>, n);
+          convert(row, sums + ((at + c / kPanel<T>)*cap + j) * kPanel<T>, n);
         }
       }
     }
@@ -417,9 +417,9 @@ struct OuterProduct {
 template <class S>
 struct Backward : Layer<S> {
   using L = Layer<S>;
+  using L::args, L::walk, L::D, L::H, L::P, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
   using typename L::T;
   using typename L::V;
-  using L::args, L::walk, L::D, L::H, L::P, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
 
   const BackwardArgs& grad;
   Teams teams;
@@ -555,7 +555,8 @@ struct Backward : Layer<S> {
         member.meet();
         for (int64_t p = panels.begin; p < panels.end; ++p) {
           const T* dh = dh_rows + (d * walk.N + rows.packed(t, 0)) * P;
-          panel_product<S>(hr[d], packed_hr[d], nullptr, p, alive, dh, rows.groups * P, tile, kPanel<T>, Into::kReplace);
+          panel_product<S>(hr[d], packed_hr[d], nullptr, p, alive, dh, rows.groups * P, tile, kPanel<T>,
+                           Into::kReplace);
           cells(rows, d, t, alive, alive, p, tile, dc_now);
         }
       }

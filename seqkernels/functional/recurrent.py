@@ -63,29 +63,47 @@ def lstm(
     directions = 2 if bidirectional else 1
     weights = list(weights)
     each = _weights_per_layer(weights, num_layers, directions)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, *weights = (_autocast(t, dtype) for t in (input, *weights))
-        hx = None if hx is None else (_autocast(hx[0], dtype), _autocast(hx[1], dtype))
-    transposed = batch_first and batch_sizes is None
-    x = input.transpose(0, 1) if transposed and input.dim() == 3 else input
-    lengths = _check(x, weights, hx, batch_sizes, lengths, num_layers, directions, each)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    transposed = batch_first and batch_sizes is None and input.dim() == 3
+    x = input.transpose(0, 1) if transposed else input
+    _check(x, weights, hx, batch_sizes, lengths, num_layers, directions, each // directions, autocast)
+    y, states = lstm_stack(
+        x, weights, hx, batch_sizes, lengths, num_layers, bidirectional, dropout if training else 0.0
+    )
+    return (y.transpose(0, 1) if transposed else y), states
 
-    h_n, c_n = [], []
+
+def lstm_stack(
+    x: Tensor,
+    weights: list[Tensor],
+    hx: LSTMState | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+) -> tuple[Tensor, LSTMState]:
+    """The layers of a time-major or packed input, unchecked but for lengths."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *weights = (_autocast(t, dtype) for t in (x, *weights))
+        hx = None if hx is None else (_autocast(hx[0], dtype), _autocast(hx[1], dtype))
+    if lengths is not None:
+        lengths = _check_lengths(lengths, x.shape[0], x.shape[1])
+    if num_layers == 1:
+        h0, c0 = hx or (None, None)
+        y, h_n, c_n = lstm_layer(x, h0, c0, weights, batch_sizes, lengths, bidirectional)
+        return y, (h_n, c_n)
+    each, directions = len(weights) // num_layers, 2 if bidirectional else 1
+    states = []
     for layer in range(num_layers):
-        h0 = c0 = None
-        if hx is not None:
-            h0, c0 = hx if num_layers == 1 else (s[layer * directions : (layer + 1) * directions] for s in hx)
-        if layer and dropout and training:
+        if layer and dropout:
             x = F.dropout(x, dropout)
-        x, h, c = lstm_layer(
-            x, h0, c0, weights[layer * each : (layer + 1) * each], batch_sizes, lengths, bidirectional
-        )
-        h_n.append(h)
-        c_n.append(c)
-    if num_layers > 1:
-        h, c = torch.cat(h_n), torch.cat(c_n)
-    return (x.transpose(0, 1) if transposed else x), (h, c)
+        h0, c0 = (s[layer * directions : (layer + 1) * directions] for s in hx) if hx else (None, None)
+        of_layer = weights[layer * each : (layer + 1) * each]
+        x, h_n, c_n = lstm_layer(x, h0, c0, of_layer, batch_sizes, lengths, bidirectional)
+        states.append((h_n, c_n))
+    return x, (torch.cat([h for h, _ in states]), torch.cat([c for _, c in states]))
 
 
 def lstm_layer(
@@ -110,7 +128,7 @@ def lstm_layer(
     return result
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------
+# ---- checks ----
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,10 +154,11 @@ def _check(
     num_layers: int,
     directions: int,
     each: int,
-) -> Tensor | None:
-    """Raises what the user should read; returns lengths as the ops take them: int64 on the CPU."""
+    autocast: bool,
+) -> None:
+    """Raises what the user should read; the ops check again what could read outside memory."""
     for w in weights:
-        if w.dtype != x.dtype:
+        if w.dtype != x.dtype and not autocast:
             raise TypeError(f"lstm: weights must have the dtype of input, {x.dtype}, got {w.dtype}")
         if w.device != x.device:
             raise ValueError(f"lstm: weights must be on the device of input, {x.device}, got {w.device}")
@@ -147,16 +166,14 @@ def _check(
     if x.dim() != (2 if packed else 3):
         wanted = "[N, D] with batch_sizes" if packed else "[T, B, D] (or [B, T, D] with batch_first)"
         raise ValueError(f"lstm: input must have shape {wanted}, got {list(x.shape)}")
-    _check_weights(x.shape[-1], weights, num_layers, directions, each // directions)
+    _check_weights(x.shape[-1], weights, num_layers, directions, each)
     if hx is not None:
-        _check_states(x, weights, hx, packed, num_layers * directions)
+        _check_states(x, weights, hx, packed, num_layers * directions, autocast)
     if batch_sizes is not None:
         if lengths is not None:
             raise ValueError("lstm: lengths must be absent where batch_sizes is given, got both")
         if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
             raise TypeError(f"lstm: batch_sizes must be an int64 tensor on the CPU, got {_describe(batch_sizes)}")
-        return None
-    return None if lengths is None else _check_lengths(lengths, x.shape[0], x.shape[1])
 
 
 def _check_weights(D: int, weights: list[Tensor], num_layers: int, directions: int, each: int) -> None:
@@ -181,29 +198,26 @@ def _check_weights(D: int, weights: list[Tensor], num_layers: int, directions: i
             )
 
 
-def _check_states(x: Tensor, weights: list[Tensor], hx: LSTMState, packed: bool, states: int) -> None:
+def _check_states(x: Tensor, weights: list[Tensor], hx: LSTMState, packed: bool, states: int, autocast: bool) -> None:
     if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
         raise TypeError(f"lstm: hx must be a pair of tensors (h0, c0), got {_describe(hx)}")
     G, P = weights[1].shape
     for name, state, width, letter in (("h0", hx[0], P, "P"), ("c0", hx[1], G // LSTM_GATES, "H")):
-        if state.dtype != x.dtype:
+        if state.dtype != x.dtype and not autocast:
             raise TypeError(f"lstm: {name} must have the dtype of input, {x.dtype}, got {state.dtype}")
         if state.device != x.device:
             raise ValueError(f"lstm: {name} must be on the device of input, {x.device}, got {state.device}")
         B = x.shape[1] if not packed else state.shape[1] if state.dim() == 3 else 0  # packed: checked by the op
         if state.shape != (states, B, width):
-            raise ValueError(
-                f"lstm: {name} must have shape [L * directions, B, {letter}] = {[states, 'B' if packed else B, width]}, "
-                f"got {list(state.shape)}"
-            )
+            wanted = f"[L * directions, B, {letter}] = {[states, 'B' if packed else B, width]}"
+            raise ValueError(f"lstm: {name} must have shape {wanted}, got {list(state.shape)}")
 
 
 def _check_lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths)
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        if lengths.numel() or lengths.dtype == torch.bool:
-            raise TypeError(f"lstm: lengths must be integers, got {lengths.dtype}")
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and lengths.numel():
+        raise TypeError(f"lstm: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"lstm: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
     lengths = lengths.to("cpu", torch.int64)
@@ -222,7 +236,7 @@ def _describe(value: object) -> str:
     return type(value).__name__
 
 
-# ---- fakes ---------------------------------------------------------------------------------------------------------------
+# ---- fakes ----
 
 
 def _fake_lstm(
@@ -298,7 +312,7 @@ def _(
     return like(x if need_dx else None), like(h0), like(c0), [like(w) for w in weights] if need_dw else []
 
 
-# ---- autograd ------------------------------------------------------------------------------------------------------------
+# ---- autograd ----
 
 
 def _setup_lstm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -345,20 +359,19 @@ def _backward_by_reference(
     bidirectional: bool,
 ) -> tuple[Any, Any, Any, list[Any]]:
     # Aliases, so that an input that was computed from another does not lead its gradient into it.
-    inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
-    outputs = reference.lstm_layer(inputs[0], inputs[1], inputs[2], inputs[3:], batch_sizes, lengths, bidirectional)
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    def alias(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.view_as(t)
+
+    x, h0, c0, weights = x.view_as(x), alias(h0), alias(c0), [w.view_as(w) for w in weights]
+    outputs = reference.lstm_layer(x, h0, c0, weights, batch_sizes, lengths, bidirectional)
+    wanted = [t for t in (x, h0, c0, *weights) if t is not None and t.requires_grad]
     pairs = [(out, g) for out, g in zip(outputs, upstream) if g is not None and out.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-        )
-        if pairs
-        else [None] * len(wanted)
-    )
-    gradients = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-    dx, dh0, dc0, *dw = gradients
-    return dx, dh0, dc0, dw
+    gradients: Sequence[Tensor | None] = [None] * len(wanted)
+    if pairs:
+        used, grads = zip(*pairs)
+        gradients = torch.autograd.grad(used, wanted, grads, create_graph=True, allow_unused=True)
+    of = {id(t): g for t, g in zip(wanted, gradients)}
+    return of.get(id(x)), of.get(id(h0)), of.get(id(c0)), [of.get(id(w)) for w in weights]
 
 
 torch.library.register_autograd("seqkernels::lstm_forward", _backward_lstm, setup_context=_setup_lstm)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional as F
+from seqkernels import backend
+from seqkernels.functional import recurrent as F
 
 LSTMState = tuple[Tensor, Tensor]
 
@@ -44,7 +45,7 @@ class LSTM(RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing to do: parameters are read where they are."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: LSTMState | None = None,
@@ -72,10 +73,13 @@ class LSTM(RNNBase):
                 raise ValueError("LSTM: lengths must be absent where input is one sequence [T, D]")
             input = input.unsqueeze(0 if self.batch_first else 1)
         self._check_input(input, hx, None)
-        output, (h_n, c_n) = self._run(input, hx, None, lengths)
+        output, states = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None, lengths)
+        if self.batch_first:
+            output = output.transpose(0, 1)
         if not batched:
-            output, h_n, c_n = output.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
-        return output, (h_n, c_n)
+            output = output.squeeze(0 if self.batch_first else 1)
+            states = states[0].squeeze(1), states[1].squeeze(1)
+        return output, states
 
     def _forward_packed(self, packed: PackedSequence, hx: LSTMState | None) -> tuple[PackedSequence, LSTMState]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
@@ -88,20 +92,16 @@ class LSTM(RNNBase):
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
 
     def _run(
-        self, input: Tensor, hx: LSTMState | None, batch_sizes: Tensor | None, lengths: Tensor | Sequence[int] | None
+        self, x: Tensor, hx: LSTMState | None, batch_sizes: Tensor | None, lengths: Tensor | Sequence[int] | None
     ) -> tuple[Tensor, LSTMState]:
-        return F.lstm(
-            input,
-            [getattr(self, name) for name in self._flat_weights_names],
-            hx,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            num_layers=self.num_layers,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            training=self.training,
-        )
+        backend.require("lstm", x)
+        parameters = self._parameters
+        weights = []
+        for name in self._flat_weights_names:
+            weight = parameters.get(name)  # absent where a parametrization, pruning or the like computes it
+            weights.append(getattr(self, name) if weight is None else weight)
+        dropout = self.dropout if self.training else 0.0
+        return F.lstm_stack(x, weights, hx, batch_sizes, lengths, self.num_layers, self.bidirectional, dropout)
 
     def _check_input(self, input: Tensor, hx: LSTMState | None, batch_sizes: Tensor | None) -> None:
         """torch.nn.LSTM's own checks, whose messages its users know."""

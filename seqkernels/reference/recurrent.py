@@ -34,7 +34,9 @@ def valid_steps(T: int, B: int, batch_sizes: Tensor | None, lengths: Tensor | No
     return torch.ones(T, B, dtype=torch.bool, device=device)
 
 
-def split_weights(weights: Sequence[Tensor], directions: int) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+def split_weights(
+    weights: Sequence[Tensor], directions: int
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """The flat list of one layer as (w_ih, w_hh, bias, w_hr) per direction; bias is b_ih + b_hh."""
     each = len(weights) // directions
     result = []
@@ -83,13 +85,13 @@ def lstm_layer(
         h = h0[d] if h0 is not None else x.new_zeros(B, P)
         c = c0[d] if c0 is not None else x.new_zeros(B, H)
         x_gates = F.linear(x, w_ih, bias)
-        y: list[Tensor] = [x.new_zeros(B, P)] * T
+        steps: list[Tensor] = [x.new_zeros(B, P)] * T
         for t in range(T) if d == 0 else reversed(range(T)):
             alive = valid[t].unsqueeze(-1)
             h_t, c_t = lstm_cell(x_gates[t], h, c, w_hh, w_hr)
-            y[t] = torch.where(alive, h_t, h_t.new_zeros(()))
+            steps[t] = torch.where(alive, h_t, h_t.new_zeros(()))
             h, c = torch.where(alive, h_t, h), torch.where(alive, c_t, c)
-        outputs.append(torch.stack(y) if y else x.new_zeros(0, B, P))
+        outputs.append(torch.stack(steps) if steps else x_gates[..., :P])
         h_n.append(h)
         c_n.append(c)
     y = torch.cat(outputs, dim=-1)

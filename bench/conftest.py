@@ -1,0 +1,216 @@
+"""Options of the bench, the `compare` fixture that every bench file uses, and the table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # harness and report, whatever pytest's import mode
+
+import harness
+import report
+from harness import Contender
+from report import Bar, Row, Run
+
+RUN = pytest.StashKey[Run]()
+RESULTS = Path(__file__).parent / "results"
+Bars = Mapping[str, Bar | float]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("seqkernels bench")
+    group.addoption("--threads", type=int, default=2, help="threads for ours and every peer (default 2)")
+    group.addoption("--budget", type=float, default=8.0, metavar="S", help="timing per row (default 8)")
+    group.addoption("--quick", action="store_true", help="1 second per row, slow rows left out; not for quoting")
+    group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="wait up to so long for a quiet machine")
+    group.addoption("--save-results", action="store_true", help="write bench/results/<device>-<date>.json")
+    group.addoption("--strict-bars", action="store_true", help="exit with an error if a bar is missed")
+    group.addoption("--compile-rnn", action="store_true", help="torch.compile with experimental allow_rnn (minutes)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    for line in ("default", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"):
+        config.addinivalue_line("filterwarnings", line)  # a warning of a peer is no failure here
+    config.option.benchmark_quiet = True  # our table has the ratios; --benchmark-verbose brings theirs back
+    torch.set_num_threads(config.getoption("threads"))
+
+
+def _device() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    import seqkernels
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    versions["torch ISA"] = torch.backends.cpu.get_cpu_capability()
+    build = seqkernels.build_info()
+    versions |= {"seqkernels": build["version"], "seqkernels ISA": build["isa"], "compiler": build["compiler"]}
+    return versions
+
+
+def _say(config: pytest.Config, line: str, **markup: bool) -> None:
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        reporter.ensure_newline()
+        reporter.write_line(line, **markup)
+
+
+@pytest.fixture(scope="session")
+def bench_run(request: pytest.FixtureRequest) -> Run:
+    """The run of this session: made when the first row asks for it, after a look at the machine."""
+    config = request.config
+    load = harness.wait_until_quiet(config.getoption("wait_quiet"), report.NOISY_LOAD)
+    if report.noisy(load):
+        warning = f"NOISY MACHINE: other processes hold {100 * load:.0f}% of a processor; do not quote these figures"
+        _say(config, warning, red=True, bold=True)
+    run = Run(
+        date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        device=_device(),
+        threads=config.getoption("threads"),
+        versions=_versions(),
+        roofs={"flop": harness.best_matmul()},
+        other_load=load,
+        quick=config.getoption("quick"),
+    )
+    config.stash[RUN] = run
+    return run
+
+
+@dataclass
+class Bench:
+    """What a bench function gets: each call measures one row and puts it into the table."""
+
+    benchmark: Any
+    run: Run
+    config: pytest.Config
+
+    def add(self, row: Row) -> None:
+        self.run.rows.append(row)
+        self.benchmark.group = row.group
+        self.benchmark.extra_info["label"] = row.label
+        for entry in row.entries:
+            self.benchmark.extra_info[entry.name] = entry.refused or {"median": entry.median, "ratio": entry.ratio}
+        _say(self.config, report.live_line(row))
+
+    def time(
+        self,
+        group: str,
+        label: str,
+        contenders: Sequence[Contender],
+        *,
+        bars: Bars,
+        work: float,
+        work_unit: str = "flop",
+        parity: Sequence[tuple[Contender, Contender]] | None = None,
+        tolerance: float = 2e-5,
+    ) -> None:
+        """Time `contenders`, ours first, alternately.
+
+        Parity is checked first: all against the first peer, or the pairs (reference, contender) given.
+        """
+        refused = {c.name: c.refused for c in contenders if c.refused}
+        able = [c for c in contenders if not c.refused]
+        if parity is None:
+            parity = [(able[1], c) for c in able if c is not able[1]]
+        with harness.no_gc():
+            known = harness.check_parity(parity, tolerance)
+            plan = harness.plan(able, self.config.getoption("budget") if not self.run.quick else 1.0, known)
+            values: list[list[float]] = [[] for _ in able]
+
+            def measure(i: int) -> None:
+                values[i].append(harness.sample(able[i], plan.numbers[i], plan.warm[i]))
+
+            def peers() -> None:
+                for i in range(1, len(able)):
+                    measure(i)
+
+            meter = harness.LoadMeter()
+            # pytest-benchmark runs setup before each round: so every round is all peers once, then ours once.
+            self.benchmark.pedantic(measure, args=(0,), setup=peers, rounds=plan.rounds)
+            load = meter.others()
+        names = [c.name for c in able]
+        entries = report.summarise(names, values, _as_bars(bars), refused)
+        rounds = len(values[0])
+        self.add(Row(group, label, entries, "s", work, work_unit, rounds, load))
+
+    def memory(
+        self,
+        group: str,
+        label: str,
+        factory: str,
+        contenders: Mapping[str, dict[str, object]],
+        *,
+        bars: Bars,
+        parity: Sequence[tuple[Contender, Contender]],
+        tolerance: float = 2e-5,
+    ) -> None:
+        """Peak memory of a step, each in a fresh process; `contenders` maps a name to the factory's arguments."""
+        if not Path("/proc/self/clear_refs").exists():
+            pytest.skip("peak memory needs Linux's /proc/self/clear_refs")
+        harness.check_parity(parity, tolerance)
+        values: list[list[float]] = [[] for _ in contenders]
+
+        def measure() -> None:
+            for mine, arguments in zip(values, contenders.values()):
+                mine.append(harness.peak_memory(factory, arguments, self.run.threads))
+
+        self.benchmark.pedantic(measure, rounds=1 if self.run.quick else 3)
+        entries = report.summarise(list(contenders), values, _as_bars(bars), {})
+        self.add(Row(group, label, entries, "MiB", rounds=len(values[0])))
+
+
+def _as_bars(bars: Bars) -> dict[str, Bar]:
+    return {name: bar if isinstance(bar, Bar) else Bar(at_least=bar) for name, bar in bars.items()}
+
+
+@pytest.fixture
+def bench(benchmark: Any, bench_run: Run, request: pytest.FixtureRequest) -> Bench:
+    return Bench(benchmark, bench_run, request.config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="--quick leaves slow rows out"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    run = session.config.stash.get(RUN, None)
+    if run is None or not run.rows:
+        return
+    again = harness.best_matmul()
+    if again.rate > run.roofs["flop"].rate:
+        run.roofs["flop"] = again
+    if session.config.getoption("strict_bars") and report.missed_bars(run) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    run = config.stash.get(RUN, None)
+    if run is None or not run.rows:
+        return
+    terminalreporter.section("bench")
+    terminalreporter.write_line(report.text(run))
+    if config.getoption("save_results"):
+        terminalreporter.write_line(f"written: {report.save(run, RESULTS).relative_to(RESULTS.parent.parent)}")

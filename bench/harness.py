@@ -1,0 +1,306 @@
+"""Measuring: contenders that alternate in one process, parity, a quiet machine, the best matrix product, peak memory.
+
+As a script it is one memory measurement in a process of its own (see `peak_memory`).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from report import Roof
+from torch import Tensor
+
+Results = dict[str, Tensor]
+
+
+@dataclass
+class Contender:
+    """One way to compute a row.
+
+    `step` is what is timed, and makes `calls` calls; `before` runs ahead of every step, outside the timing.
+    `result` makes one step and returns what parity compares.
+    A contender that cannot take the row says why in `refused`: it is listed, not timed.
+    """
+
+    name: str
+    step: Callable[[], object] = lambda: None
+    result: Callable[[], Results] | None = None
+    before: Callable[[], None] | None = None
+    refused: str = ""
+    calls: int = 1
+
+
+# --- parity ---
+
+
+def check_parity(pairs: Sequence[tuple[Contender, Contender]], tolerance: float) -> dict[str, float]:
+    """For each (reference, contender): raise unless every result of the contender is that of the reference.
+
+    Within `tolerance` of the largest element of that result. One of the two may have fewer results than the other: a
+    padded layer has no last state of each sequence, onnxruntime has no gradients.
+    Returns the seconds that each contender took, by name.
+    """
+    seconds: dict[str, float] = {}
+
+    def results_of(contender: Contender) -> Results:
+        assert contender.result is not None
+        start = time.perf_counter()
+        results = contender.result()
+        seconds[contender.name] = time.perf_counter() - start
+        return results
+
+    known: dict[int, Results] = {}  # a reference may take a minute: it runs once
+    for reference, contender in pairs:
+        if id(reference) not in known:
+            known[id(reference)] = results_of(reference)
+        expected, results = known[id(reference)], results_of(contender)
+        if not results or not (results.keys() <= expected.keys() or results.keys() >= expected.keys()):
+            raise AssertionError(f"{contender.name}: results {sorted(results)} do not match {sorted(expected)}")
+        for key in results.keys() & expected.keys():
+            got, want = results[key], expected[key].double()
+            if got.shape != want.shape:
+                raise AssertionError(f"{contender.name}: {key} has shape {list(got.shape)}, not {list(want.shape)}")
+            error = ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+            if not error <= tolerance:  # a NaN fails too
+                raise AssertionError(
+                    f"{contender.name}: {key} differs from {reference.name} by {error:.2e} of its largest element; "
+                    f"the tolerance is {tolerance:.0e}"
+                )
+    return seconds
+
+
+# --- timing ---
+
+
+def settle(limit_s: float = 0.25) -> None:
+    """Sleep until the worker threads of the last contender are asleep.
+
+    OpenMP and onnxruntime workers spin for milliseconds after a call, on the processor that the next contender needs.
+    """
+    deadline = time.perf_counter() + limit_s
+    while time.perf_counter() < deadline:
+        cpu, wall = time.process_time(), time.perf_counter()
+        time.sleep(0.002)
+        if time.process_time() - cpu < 0.2 * (time.perf_counter() - wall):
+            return
+
+
+def sample(contender: Contender, number: int, warm: bool) -> float:
+    """Seconds per call over `number` steps, after one step that fills the caches if `warm`."""
+    before, step, clock = contender.before, contender.step, time.perf_counter
+    settle()
+    if warm:
+        if before is not None:
+            before()
+        step()
+    if before is None:
+        start = clock()
+        for _ in range(number):
+            step()
+        return (clock() - start) / (number * contender.calls)
+    total = 0.0
+    for _ in range(number):
+        before()
+        start = clock()
+        step()
+        total += clock() - start
+    return total / (number * contender.calls)
+
+
+@dataclass
+class Plan:
+    """How a row is measured: steps per sample for each contender, and rounds."""
+
+    numbers: list[int]
+    warm: list[bool]
+    rounds: int
+
+
+MIN_SAMPLE_S = 0.02  # a sample is at least this long, so that the clock and one interrupt do not count
+WARM_BELOW_S = 0.1  # shorter steps feel the caches that the contender before left
+SLOW_S = 1.0  # a step this long needs no second look before it is timed
+MIN_ROUNDS, MAX_ROUNDS = 3, 51
+
+
+def plan(contenders: Sequence[Contender], budget_s: float, known: dict[str, float]) -> Plan:
+    """Measure each contender roughly and lay out rounds that take about `budget_s` together.
+
+    `known` has the seconds of a first step by name: good enough for those that take long.
+    """
+    rough = []
+    for contender in contenders:
+        if known.get(contender.name, 0.0) > SLOW_S:
+            rough.append(known[contender.name])
+            continue
+        seconds = sample(contender, 1, warm=False)
+        if seconds * contender.calls < WARM_BELOW_S:
+            seconds = min(sample(contender, 3, warm=True) for _ in range(2))
+        rough.append(seconds * contender.calls)
+    # Beside a slow peer there are few rounds: the fast ones then take several steps per sample.
+    target = max(MIN_SAMPLE_S, max(rough) / 20)
+    numbers = [max(1, math.ceil(target / seconds)) for seconds in rough]
+    round_s = sum(number * seconds + 0.005 for number, seconds in zip(numbers, rough))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / round_s)))
+    return Plan(numbers, [seconds < WARM_BELOW_S for seconds in rough], rounds)
+
+
+@contextmanager
+def no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+# --- the machine ---
+
+
+class LoadMeter:
+    """How many processors other processes, and the host through steal time, took since the meter was made."""
+
+    def __init__(self) -> None:
+        self.wall = time.perf_counter()
+        self.busy = self._busy()
+        self.own = self._own()
+
+    @staticmethod
+    def _own() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds for which the processors that this process may use were not idle; NaN where /proc does not tell."""
+        try:
+            mine = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+            lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+            ticks = 0
+            for line in lines:
+                name, *fields = line.split()
+                if name in mine:
+                    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+                    ticks += user + nice + system + irq + softirq + steal
+            return ticks / os.sysconf("SC_CLK_TCK")
+        except (AttributeError, OSError, ValueError):
+            return math.nan
+
+    def others(self) -> float:
+        wall = time.perf_counter() - self.wall
+        return max(0.0, (self._busy() - self.busy) - (self._own() - self.own)) / wall if wall > 0 else math.nan
+
+
+def other_load(window_s: float = 1.0) -> float:
+    """Processors kept busy by others over a window in which this process sleeps."""
+    settle()
+    meter = LoadMeter()
+    time.sleep(window_s)
+    return meter.others()
+
+
+def wait_until_quiet(limit_s: float, quiet_below: float) -> float:
+    """Look at the load of others until it is low or `limit_s` is over; return the last one seen."""
+    deadline = time.perf_counter() + limit_s
+    load = other_load()
+    while load > quiet_below and time.perf_counter() < deadline:
+        time.sleep(2.0)
+        load = other_load()
+    return load
+
+
+def best_matmul(seconds_each: float = 0.15) -> Roof:
+    """The best float32 matrix product over sizes and over the two libraries that torch has on a CPU.
+
+    torch.mm is MKL, which holds back on processors of other makers; oneDNN's is often faster there.
+    """
+
+    def onednn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    best = Roof(0.0, "none")
+    for name, product in (("torch.mm", torch.mm), ("oneDNN linear", onednn)):
+        for size in (256, 512, 768, 1024, 1536, 2048):
+            a, b = torch.randn(size, size), torch.randn(size, size)
+            try:
+                product(a, b)
+            except (AttributeError, RuntimeError, NotImplementedError):
+                break  # this torch was built without it
+            settle()
+            fastest, end = math.inf, time.perf_counter() + seconds_each
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                product(a, b)
+                fastest = min(fastest, time.perf_counter() - start)
+            if 2.0 * size**3 / fastest > best.rate:
+                best = Roof(2.0 * size**3 / fastest, f"{name} {size}x{size}x{size}, best of the run")
+    return best
+
+
+# --- peak memory ---
+
+
+@dataclass
+class MemoryCase:
+    """`warm` starts threads and loads code on a tiny input; `step` is a step of the row. All inputs exist already."""
+
+    warm: Callable[[], object]
+    step: Callable[[], object]
+
+
+def _status(key: str) -> float:
+    """A line of /proc/self/status, in MiB."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
+
+
+def _measure_memory(factory: str, arguments: dict[str, object], threads: int) -> float:
+    torch.set_num_threads(threads)
+    module, _, function = factory.partition(":")
+    case: MemoryCase = getattr(importlib.import_module(module), function)(**arguments)
+    case.warm()
+    gc.collect()
+    level = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to the present level
+    for _ in range(2):  # the second step shows what the first one kept
+        case.step()
+    return _status("VmHWM") - level
+
+
+def peak_memory(factory: str, arguments: dict[str, object], threads: int) -> float:
+    """MiB that a step adds at its peak to what the process held with its inputs, in a fresh process.
+
+    `factory` is "module:function", which makes the MemoryCase from `arguments`. The peak is VmHWM, reset after the warm
+    step, so imports and code loading do not hide it as they do in ru_maxrss. A fixed mmap threshold makes glibc give
+    every tensor back when it is freed: the growth is what is alive together, not what the heap kept from before.
+    """
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+        "PYTHONPATH": os.pathsep.join(sys.path),  # the same packages as here
+    }
+    command = [sys.executable, __file__, factory, json.dumps(arguments), str(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"memory measurement of {factory} failed:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    print(_measure_memory(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,76 @@
+"""Drives CMakeLists.txt with Ninja for pip; the metadata is in pyproject.toml.
+
+Environment: CMAKE_ARGS is handed to CMake (CMAKE_ARGS="-DSEQKERNELS_CUDA=OFF"), CMAKE_BUILD_PARALLEL_LEVEL bounds the
+number of jobs.
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_TOOLS = ["cmake", "ninja", "pybind11"]
+
+
+def check_environment() -> None:
+    """Stop early, before pip resolves dependencies: an isolated build would fetch a CUDA torch of gigabytes."""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(
+            "\nseqkernels builds against the torch that is installed, and this Python sees none "
+            "(pip's isolated build hides it too). Install torch, then build without isolation:\n\n"
+            f"    pip install torch 'setuptools>=77' {' '.join(BUILD_TOOLS)}\n"
+            "    pip install --no-build-isolation .\n"
+        )
+
+
+def find_tool(name: str) -> str:
+    """The tool's pip package beside this Python, also where its scripts are not on PATH; else the system's."""
+    scripts = sysconfig.get_path("scripts")
+    found = shutil.which(name, path=os.pathsep.join([scripts, os.environ.get("PATH", "")]))
+    if found is None:
+        raise SystemExit(f"\nseqkernels: {name} not found: pip install {' '.join(BUILD_TOOLS)}\n")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Builds seqkernels._C. The folder under build/ is kept, so a second build compiles only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        if importlib.util.find_spec("pybind11") is None:
+            raise SystemExit("\nseqkernels: pybind11 not found: pip install pybind11\n")
+        build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        configure = [
+            *(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        for command in (configure, [cmake, "--build", str(build), "--target", "_C"]):
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit(f"\nseqkernels: the build failed at: {shlex.join(command)}\n")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / target.name, target)
+
+
+check_environment()
+setup(
+    ext_modules=[
+        Extension(
+            "seqkernels._C",
+            sources=["CMakeLists.txt"],
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")),
+        )
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,335 @@
+"""The cases every recurrent test, fuzz run and bench draws from, how inputs are made of them, and the tolerances.
+
+Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Largest error as a share of the largest value of the same tensor. Half types store h and round once per step.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+# Our RMS error against float64 over that of torch.nn.LSTM in the same dtype on the same packed input.
+ERROR_RATIO = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One input: dense, padded with `lengths`, or `packed` (then `lengths` are those of the packed sequences)."""
+
+    B: int
+    T: int
+    D: int
+    H: int
+    why: str
+    P: int = 0
+    L: int = 1
+    bias: bool = True
+    bidirectional: bool = False
+    batch_first: bool = False
+    lengths: tuple[int, ...] | None = None
+    packed: bool = False
+    state: bool = True
+
+    def __post_init__(self) -> None:
+        if self.lengths is not None:
+            assert len(self.lengths) == self.B and all(0 <= n <= self.T for n in self.lengths)
+        if self.packed:
+            assert self.lengths is not None and list(self.lengths) == sorted(self.lengths, reverse=True)
+            assert self.lengths[0] == self.T and self.lengths[-1] > 0 and not self.batch_first
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def fed_back(self) -> int:
+        return self.P or self.H
+
+    @property
+    def form(self) -> str:
+        return "packed" if self.packed else "dense" if self.lengths is None else "lengths"
+
+    def __str__(self) -> str:
+        flags = [f"P{self.P}"] * bool(self.P) + [f"L{self.L}"] * (self.L > 1) + ["bi"] * self.bidirectional
+        flags += ["nobias"] * (not self.bias) + ["bf"] * self.batch_first + ["nostate"] * (not self.state)
+        return "-".join([f"B{self.B}", f"T{self.T}", f"D{self.D}", f"H{self.H}", *flags, self.form])
+
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """In torch's order: per layer and direction w_ih, w_hh[, b_ih, b_hh][, w_hr]."""
+        shapes: list[tuple[int, ...]] = []
+        for layer in range(self.L):
+            for _ in range(self.directions):
+                D = self.fed_back * self.directions if layer else self.D
+                shapes += [(4 * self.H, D), (4 * self.H, self.fed_back)]
+                shapes += [(4 * self.H,)] * (2 * self.bias) + [(self.P, self.H)] * bool(self.P)
+        return shapes
+
+    def module_arguments(self) -> dict:
+        return dict(
+            input_size=self.D,
+            hidden_size=self.H,
+            num_layers=self.L,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            bidirectional=self.bidirectional,
+            proj_size=self.P,
+        )
+
+
+def ragged(B: int, T: int, *, zeros: bool = False, ordered: bool = False) -> tuple[int, ...]:
+    """B lengths up to T, at least one of them T; unsorted unless ordered; with zeros, some are 0."""
+    draw = random.Random(1000 * B + T)
+    lengths = [draw.randint(0 if zeros else 1, T) for _ in range(B)]
+    lengths[draw.randrange(B)] = T
+    if zeros and B > 1:
+        lengths[lengths.index(T) - 1] = 0
+    return tuple(sorted(lengths, reverse=True)) if ordered else tuple(lengths)
+
+
+CASES = [
+    Case(B=3, T=7, D=5, H=17, why="a tail in every direction"),
+    Case(B=1, T=1, D=1, H=1, why="the smallest"),
+    Case(B=4, T=5, D=3, H=1, why="one hidden unit"),
+    Case(B=4, T=5, D=1, H=6, why="one input feature"),
+    Case(B=5, T=1, D=8, H=16, why="one step"),
+    Case(B=1, T=9, D=16, H=32, why="one sequence, whole vectors"),
+    Case(B=1, T=1, D=32, H=32, state=False, why="one step of a stream, from nothing"),
+    Case(B=0, T=4, D=3, H=5, why="an empty batch"),
+    Case(B=3, T=0, D=3, H=5, why="no steps"),
+    Case(B=0, T=0, D=3, H=5, why="nothing at all"),
+    Case(B=0, T=3, D=3, H=5, P=2, L=2, bidirectional=True, lengths=(), why="an empty batch with lengths, stacked"),
+    Case(B=2, T=0, D=3, H=5, P=2, L=2, bidirectional=True, lengths=(0, 0), why="no steps with lengths, stacked"),
+    Case(B=16, T=4, D=16, H=16, why="all of them one AVX-512 vector"),
+    Case(B=2, T=5, D=15, H=15, why="one below 16"),
+    Case(B=6, T=3, D=33, H=33, why="one above two vectors; six rows fill a register tile"),
+    Case(B=7, T=3, D=63, H=65, why="around 64; one row above a register tile"),
+    Case(B=5, T=3, D=129, H=127, why="around 128"),
+    Case(B=2, T=3, D=257, H=255, why="around 256: a K block and a tail"),
+    Case(B=3, T=2, D=300, H=256, why="a usual embedding on exactly one K block"),
+    Case(B=9, T=20, D=24, H=96, why="enough work for two threads, uneven rows"),
+    Case(B=1, T=12, D=40, H=200, why="two threads on one sequence"),
+    Case(B=40, T=6, D=40, H=40, why="many rows, uneven shares"),
+    Case(B=130, T=3, D=10, H=8, why="more rows than a block of 128"),
+    Case(B=2, T=150, D=4, H=8, why="a long loop"),
+    Case(B=3, T=6, D=5, H=9, bias=False, why="no bias"),
+    Case(B=3, T=6, D=5, H=9, bidirectional=True, why="both directions"),
+    Case(B=3, T=6, D=5, H=9, L=3, why="stacked"),
+    Case(B=3, T=6, D=5, H=17, P=4, why="projection"),
+    Case(B=2, T=4, D=5, H=70, P=33, bias=False, why="projection without bias"),
+    Case(B=3, T=5, D=6, H=10, P=1, L=2, bidirectional=True, why="projection onto one, everything on"),
+    Case(B=4, T=5, D=7, H=20, L=2, bidirectional=True, bias=False, batch_first=True, why="batch first, no bias"),
+    Case(B=4, T=6, D=5, H=12, batch_first=True, lengths=(2, 6, 0, 3), why="batch first with lengths"),
+    Case(B=5, T=8, D=5, H=17, lengths=(3, 8, 1, 8, 5), why="unsorted lengths"),
+    Case(B=5, T=8, D=5, H=17, lengths=(0, 4, 0, 7, 0), state=False, why="zero lengths, the longest below T"),
+    Case(B=3, T=4, D=5, H=6, lengths=(0, 0, 0), why="nothing but zero lengths"),
+    Case(B=3, T=4, D=5, H=6, lengths=(4, 4, 4), why="lengths that shorten nothing"),
+    Case(B=6, T=9, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 9, zeros=True), why="all of it, lengths"),
+    Case(B=33, T=10, D=20, H=48, bidirectional=True, lengths=ragged(33, 10, zeros=True), why="many rows with lengths"),
+    Case(B=5, T=8, D=5, H=17, lengths=(8, 8, 5, 3, 1), packed=True, why="packed"),
+    Case(B=4, T=4, D=3, H=8, lengths=(4, 3, 2, 1), packed=True, why="the batch shrinks at every step"),
+    Case(B=3, T=5, D=3, H=8, lengths=(5, 5, 5), packed=True, why="packed, equal lengths"),
+    Case(B=1, T=6, D=3, H=8, lengths=(6,), packed=True, state=False, why="packed, one sequence"),
+    Case(B=8, T=30, D=6, H=16, lengths=(30, 2, 2, 1, 1, 1, 1, 1), packed=True, why="one long, the others short"),
+    Case(
+        B=6, T=9, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 9, ordered=True), packed=True,
+        why="everything on, packed",
+    ),
+    Case(
+        B=33, T=10, D=20, H=48, bidirectional=True, lengths=ragged(33, 10, ordered=True), packed=True,
+        why="many rows, packed, both directions",
+    ),
+    Case(B=9, T=20, D=24, H=96, L=2, bias=False, lengths=ragged(9, 20, ordered=True), packed=True, why="two threads"),
+]  # fmt: skip
+
+# Small enough for numerical differentiation in every entry.
+TINY = [
+    Case(B=2, T=3, D=2, H=3, why="dense"),
+    Case(B=1, T=2, D=1, H=1, why="the smallest with a recurrence"),
+    Case(B=2, T=2, D=2, H=2, bias=False, why="no bias"),
+    Case(B=2, T=2, D=2, H=2, state=False, why="no initial state"),
+    Case(B=2, T=3, D=2, H=2, bidirectional=True, why="both directions"),
+    Case(B=2, T=3, D=2, H=3, P=2, why="projection"),
+    Case(B=3, T=3, D=2, H=2, lengths=(2, 0, 3), why="lengths"),
+    Case(B=3, T=3, D=2, H=2, lengths=(3, 2, 1), packed=True, why="packed"),
+    Case(B=2, T=2, D=2, H=2, L=2, why="stacked"),
+    Case(B=2, T=2, D=2, H=3, P=2, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="everything on, packed"),
+    Case(B=2, T=2, D=2, H=2, bidirectional=True, batch_first=True, lengths=(1, 2), why="batch first, lengths"),
+]
+
+# Sizes people train with: where our rounding error is held against torch's.
+REALISTIC = [
+    Case(B=8, T=60, D=64, H=128, lengths=ragged(8, 60, ordered=True), packed=True, why="a small text model"),
+    Case(B=4, T=60, D=128, H=256, lengths=ragged(4, 60, ordered=True), packed=True, why="wide"),
+    Case(B=4, T=200, D=32, H=64, lengths=ragged(4, 200, ordered=True), packed=True, why="long"),
+    Case(B=16, T=50, D=64, H=64, lengths=ragged(16, 50, ordered=True), packed=True, why="short, many"),
+    Case(
+        B=6, T=50, D=64, H=64, bidirectional=True, lengths=ragged(6, 50, ordered=True), packed=True,
+        why="both directions",
+    ),
+    Case(B=6, T=50, D=64, H=96, P=48, lengths=ragged(6, 50, ordered=True), packed=True, why="projection"),
+]  # fmt: skip
+
+# Ragged batches for "a sequence never feels its batch": the same data goes in packed, padded and one by one.
+RAGGED = [
+    Case(B=5, T=8, D=5, H=17, lengths=(3, 8, 1, 8, 5), why="tails"),
+    Case(B=1, T=6, D=3, H=33, lengths=(6,), why="already alone"),
+    Case(B=9, T=12, D=20, H=96, lengths=ragged(9, 12), why="enough work for two threads"),
+    Case(B=40, T=5, D=16, H=40, lengths=ragged(40, 5), why="many rows"),
+    Case(B=4, T=6, D=65, H=129, lengths=(6, 2, 5, 6), why="over the block of 64 and 128"),
+    Case(B=3, T=3, D=300, H=257, lengths=(2, 3, 1), why="over the K block of 256"),
+    Case(B=6, T=7, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 7), why="everything on"),
+    Case(B=6, T=7, D=8, H=16, bias=False, bidirectional=True, lengths=ragged(6, 7), why="no bias"),
+    Case(B=70, T=4, D=4, H=8, lengths=ragged(70, 4), why="more rows than a block of 64"),
+    Case(B=1, T=4, D=24, H=260, lengths=(4,), why="one row of weights larger than a private cache"),
+]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """The arguments of `lstm` in the case's form, and an upstream gradient for every output."""
+
+    case: Case
+    x: Tensor  # [T, B, D], [B, T, D] if batch_first, or packed rows [N, D]
+    hx: tuple[Tensor, Tensor] | None  # [L * directions, B, P] and [L * directions, B, H]
+    weights: list[Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    dy: Tensor
+    dh_n: Tensor
+    dc_n: Tensor
+
+    def keywords(self) -> dict:
+        c = self.case
+        return dict(
+            batch_sizes=self.batch_sizes,
+            lengths=self.lengths,
+            num_layers=c.L,
+            bidirectional=c.bidirectional,
+            batch_first=c.batch_first,
+        )
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same inputs with f applied to every floating-point tensor."""
+        return dataclasses.replace(
+            self,
+            x=f(self.x),
+            hx=None if self.hx is None else (f(self.hx[0]), f(self.hx[1])),
+            weights=[f(w) for w in self.weights],
+            dy=f(self.dy),
+            dh_n=f(self.dh_n),
+            dc_n=f(self.dc_n),
+        )
+
+    def differentiable(self) -> list[Tensor]:
+        return [self.x, *(self.hx or ()), *self.weights]
+
+
+def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
+    T = max(lengths, default=0)
+    return torch.tensor([sum(n > t for n in lengths) for t in range(T)], dtype=torch.int64)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, *, seed: int = 0, padding: float = math.nan) -> Inputs:
+    """Random inputs; weights as torch initialises them; `padding` stands wherever a length says nothing is."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    bound = 1 / math.sqrt(case.H)
+    weights = [
+        ((torch.rand(s, generator=g, dtype=torch.float64) * 2 - 1) * bound).to(dtype) for s in case.weight_shapes()
+    ]
+    rows, states = case.directions * case.fed_back, case.L * case.directions
+    hx = (normal(states, case.B, case.fed_back) * 0.5, normal(states, case.B, case.H) * 0.5)
+    batch_sizes = lengths = None
+    if case.packed:
+        N = sum(case.lengths)
+        x, dy = normal(N, case.D), normal(N, rows)
+        batch_sizes = batch_sizes_of(case.lengths)
+    else:
+        x, dy = normal(case.T, case.B, case.D), normal(case.T, case.B, rows)
+        if case.lengths is not None:
+            lengths = torch.tensor(case.lengths, dtype=torch.int64)
+            x[torch.arange(case.T).unsqueeze(1) >= lengths] = padding
+        if case.batch_first:
+            x, dy = x.transpose(0, 1).contiguous(), dy.transpose(0, 1).contiguous()
+    dh_n, dc_n = normal(*hx[0].shape), normal(*hx[1].shape)
+    return Inputs(case, x, hx if case.state else None, weights, batch_sizes, lengths, dy, dh_n, dc_n)
+
+
+def run(lstm: Callable, inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n")) -> dict[str, Tensor]:
+    """Outputs and all gradients by name. `upstream` names the gradients that come from above."""
+    inputs = inputs.map(lambda t: t.detach().requires_grad_())
+    y, (h_n, c_n) = lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
+    outputs = {"dy": y, "dh_n": h_n, "dc_n": c_n}
+    pairs = [(outputs[u], getattr(inputs, u).detach()) for u in upstream if outputs[u].requires_grad]  # T = 0: not all
+    wanted = inputs.differentiable()
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if pairs:
+        grads = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+    names = ["dx"] + (["dh0", "dc0"] if inputs.hx is not None else []) + weight_names(inputs.case)
+    result = {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+    return result | dict(zip(names, grads, strict=True))
+
+
+def weight_names(case: Case) -> list[str]:
+    names = ["w_ih", "w_hh"] + ["b_ih", "b_hh"] * case.bias + ["w_hr"] * bool(case.P)
+    return [f"d{n}_l{layer}{'_reverse' * d}" for layer in range(case.L) for d in range(case.directions) for n in names]
+
+
+def module_of(cls: type[torch.nn.Module], inputs: Inputs, **arguments) -> torch.nn.Module:
+    """cls(...) for the case, with the inputs' weights."""
+    module = cls(**inputs.case.module_arguments() | arguments, dtype=inputs.x.dtype)
+    with torch.no_grad():
+        for p, w in zip(module.parameters(), inputs.weights, strict=True):
+            p.copy_(w)
+    return module
+
+
+def run_module(module: torch.nn.Module, inputs: Inputs, **keywords) -> dict[str, Tensor]:
+    """What `run` gives, through a module that takes a PackedSequence or a dense tensor."""
+    x, *hx = (t.detach().requires_grad_() for t in (inputs.x, *(inputs.hx or ())))
+    argument = x if inputs.batch_sizes is None else PackedSequence(x, inputs.batch_sizes)
+    y, (h_n, c_n) = module(argument, tuple(hx) if hx else None, **keywords)
+    y = y.data if isinstance(y, PackedSequence) else y
+    wanted = [x, *hx, *module.parameters()]
+    grads = torch.autograd.grad([y, h_n, c_n], wanted, [inputs.dy, inputs.dh_n, inputs.dc_n])
+    names = ["dx"] + (["dh0", "dc0"] if hx else []) + weight_names(inputs.case)
+    result = {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+    return result | dict(zip(names, grads, strict=True))
+
+
+def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Every tensor of `got` is within TOLERANCE[dtype] of `want`, as a share of the largest value; zeros are exact."""
+    assert got.keys() == want.keys()
+    for name, w in want.items():
+        g = got[name]
+        assert g.dtype == dtype, f"{name} is {g.dtype}"
+        assert g.shape == w.shape, f"{name} has shape {tuple(g.shape)}, not {tuple(w.shape)}"
+        assert g.isfinite().all(), f"{name} is not finite"
+        if w.numel():
+            error, scale = (g.double() - w.double()).abs().max().item(), w.abs().max().item()
+            allowed = TOLERANCE[dtype] * scale
+            assert error <= allowed, (
+                f"{name} is off by {error:.3g}, {error / max(scale, 1e-300):.3g} of its largest value"
+            )
+
+
+def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor], names: Sequence[str] | None = None) -> None:
+    for name in want if names is None else names:
+        g, w = got[name], want[name]
+        assert g.shape == w.shape and g.dtype == w.dtype, f"{name}: {g.dtype} {g.shape} and {w.dtype} {w.shape}"
+        assert torch.equal(g, w), f"{name} differs in {(g != w).sum()} of {g.numel()} values, by {(g - w).abs().max()}"

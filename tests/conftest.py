@@ -1,0 +1,68 @@
+"""New memory holds NaN, every test starts from one seed, and leaves threads and instruction set as they were."""
+
+from __future__ import annotations
+
+import faulthandler
+
+import pytest
+import torch
+
+import seqkernels
+
+ISAS = tuple(seqkernels.build_info()["isas"])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--memory",
+        choices=("nan", "raw"),
+        default="nan",
+        help="what new memory holds: NaN (default), or whatever was there",
+    )
+
+
+def fill_memory(nan: bool) -> None:
+    """With NaN, reading what was never written shows. It reaches what C++ allocates through torch as well."""
+    torch.use_deterministic_algorithms(nan)
+    torch.utils.deterministic.fill_uninitialized_memory = nan
+
+
+@pytest.fixture(autouse=True)
+def nan_memory(request: pytest.FixtureRequest):
+    fill_memory(request.config.getoption("--memory") == "nan")
+    yield
+    fill_memory(False)
+
+
+@pytest.fixture
+def raw_memory(nan_memory):
+    fill_memory(False)
+
+
+@pytest.fixture(autouse=True)
+def watchdog():
+    """Threads that wait for each other for ever end the run, and say where."""
+    faulthandler.dump_traceback_later(300, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """As many threads as torch chose, again after each test."""
+    n = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest):
+    """Each instruction set that was compiled and that this processor has, in turn."""
+    previous = seqkernels._C.set_isa(request.param)
+    yield request.param
+    seqkernels._C.set_isa(previous)

@@ -1,0 +1,249 @@
+"""Drawn inputs: what is valid equals the definition, what is not raises, and nothing crashes.
+
+A found example becomes a row of `cases.CASES` or of the tables in test_recurrent_errors.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, Case, assert_near, make_inputs, module_of, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import functional, reference
+from seqkernels.nn import LSTM
+
+ops = torch.ops.seqkernels
+
+bounded = settings(
+    max_examples=100,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+sizes = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 130]))
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    B, T = draw(st.one_of(st.integers(0, 7), st.sampled_from([16, 17, 33]))), draw(st.integers(0, 9))
+    H = draw(sizes)
+    form = draw(st.sampled_from(["dense", "lengths", "packed"]))
+    lengths = None
+    if form == "packed":
+        B, T = max(B, 1), max(T, 1)
+        lengths = draw(st.lists(st.integers(1, T), min_size=B - 1, max_size=B - 1))
+        lengths = tuple(sorted([T, *lengths], reverse=True))
+    elif form == "lengths":
+        lengths = tuple(draw(st.lists(st.integers(0, T), min_size=B, max_size=B)))
+    return Case(
+        B=B,
+        T=T,
+        D=draw(sizes),
+        H=H,
+        P=draw(st.integers(1, H - 1)) if H > 1 and draw(st.booleans()) else 0,
+        L=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+        bidirectional=draw(st.booleans()),
+        batch_first=form != "packed" and draw(st.booleans()),
+        lengths=lengths,
+        packed=form == "packed",
+        state=draw(st.booleans()),
+        why="drawn",
+    )
+
+
+def restrided(t: Tensor, kind: str) -> Tensor:
+    """The same values in other strides."""
+    if kind == "reversed dimensions":
+        return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    if kind == "every second":
+        whole = t.new_full([2 * n for n in t.shape], float("nan"))
+        view = whole[tuple(slice(0, None, 2) for _ in t.shape)]
+        return view.copy_(t)
+    if kind == "offset":
+        return torch.cat([t.new_full((3,), float("nan")), t.flatten()])[3:].view(t.shape)
+    return t
+
+
+strides = st.sampled_from(["contiguous", "reversed dimensions", "every second", "offset"])
+
+
+@bounded
+@given(
+    case=drawn_cases(),
+    dtype=st.sampled_from(DTYPES),
+    kinds=st.lists(strides, min_size=1, max_size=5),
+    seed=st.integers(0, 9),
+)
+def test_valid_input_gives_what_the_definition_gives(
+    case: Case, dtype: torch.dtype, kinds: list[str], seed: int
+) -> None:
+    inputs = make_inputs(case, dtype, seed=seed)
+    want = run(reference.lstm, inputs.map(Tensor.double))
+    turn = iter(kinds * 100)
+    got = run(functional.lstm, inputs.map(lambda t: restrided(t, next(turn))))
+    assert_near(got, want, dtype)
+
+
+@bounded
+@given(case=drawn_cases(), seed=st.integers(0, 9), threads=st.integers(1, 4))
+def test_threads_and_instruction_sets_at_random(case: Case, seed: int, threads: int) -> None:
+    inputs = make_inputs(case, torch.float32, seed=seed)
+    torch.set_num_threads(1)
+    want = run(functional.lstm, inputs)
+    torch.set_num_threads(threads)
+    got = run(functional.lstm, inputs)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+# ---- nonsense
+
+NUMBERS = st.one_of(st.integers(-3, 12), st.sampled_from([2**31, 2**62, 2**63 - 1, -(2**63)]))
+SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+ALL_DTYPES = st.sampled_from(
+    [*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+
+
+@st.composite
+def odd_tensors(draw: st.DrawFn) -> Tensor:
+    shape, dtype = draw(SHAPES), draw(ALL_DTYPES)
+    kind = draw(st.sampled_from(["plain", "plain", "expanded", "meta", "sparse", "negated", "inference", "parameter"]))
+    t = torch.ones(shape).to(dtype)
+    if kind == "expanded":
+        t = torch.ones(()).to(dtype).expand(shape)
+    elif kind == "meta":
+        t = t.to("meta")
+    elif kind == "sparse" and dtype == torch.float32:
+        t = t.to_sparse()
+    elif kind == "negated" and dtype == torch.float32:
+        t = torch._neg_view(t)
+    elif kind == "inference":
+        with torch.inference_mode():
+            t = torch.ones(shape).to(dtype)
+    elif kind == "parameter" and dtype == torch.float32:
+        t = torch.nn.Parameter(t)
+    return t
+
+
+integers = st.lists(NUMBERS, max_size=6).map(lambda n: torch.tensor(n, dtype=torch.int64))
+nonsense = st.one_of(
+    st.none(), odd_tensors(), integers, NUMBERS, st.text(max_size=3), st.lists(odd_tensors(), max_size=3)
+)
+
+
+def tried(call, allowed: tuple[type[Exception], ...], *arguments, **keywords) -> None:
+    """Either a result or an ordinary error with a text; whatever else fails the test, and a crash the run."""
+    try:
+        call(*arguments, **keywords)
+    except allowed as error:
+        assert str(error)
+
+
+EXCEPTIONS = (ValueError, TypeError, RuntimeError, NotImplementedError)
+
+
+@bounded
+@given(
+    case=drawn_cases(), wrong=st.dictionaries(st.sampled_from(range(7)), nonsense, min_size=1, max_size=2),
+    op=st.sampled_from(["lstm", "lstm_forward"]),
+)  # fmt: skip
+def test_forward_ops_survive_nonsense(case: Case, wrong: dict, op: str) -> None:
+    inputs = make_inputs(case, torch.float32)
+    weights = inputs.weights[: len(inputs.weights) // case.L]
+    h0, c0 = (h[: case.directions] for h in inputs.hx) if inputs.hx else (None, None)
+    arguments = [inputs.x, h0, c0, weights, inputs.batch_sizes, inputs.lengths, case.bidirectional]
+    for index, value in wrong.items():
+        arguments[index] = value
+    tried(getattr(ops, op), EXCEPTIONS, *arguments)
+
+
+@bounded
+@given(case=drawn_cases(), data=st.data())
+def test_a_wrong_tensor_among_the_weights_is_survived(case: Case, data: st.DataObject) -> None:
+    inputs = make_inputs(case, torch.float32)
+    weights = list(inputs.weights)
+    for _ in range(data.draw(st.integers(1, 2))):
+        i = data.draw(st.integers(0, len(weights) - 1))
+        weights[i] = data.draw(odd_tensors())
+    tried(functional.lstm, EXCEPTIONS, inputs.x, weights, inputs.hx, **inputs.keywords())
+    weights = weights[: len(weights) // case.L]
+    h0, c0 = (h[: case.directions] for h in inputs.hx) if inputs.hx else (None, None)
+    for op in (ops.lstm, ops.lstm_forward):
+        tried(op, EXCEPTIONS, inputs.x, h0, c0, weights, inputs.batch_sizes, inputs.lengths, case.bidirectional)
+
+
+@bounded
+@given(
+    case=drawn_cases().filter(lambda c: c.L == 1 and not c.batch_first),
+    wrong=st.dictionaries(st.sampled_from(range(13)), nonsense, min_size=1, max_size=2),
+    flags=st.tuples(st.booleans(), st.booleans()),
+)
+def test_backward_op_survives_nonsense(case: Case, wrong: dict, flags: tuple[bool, bool]) -> None:
+    inputs = make_inputs(case, torch.float32)
+    h0, c0 = inputs.hx or (None, None)
+    forward = [inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional]
+    y, _, _, gates, cells = ops.lstm_forward(*forward)
+    arguments = [inputs.dy, inputs.dh_n, inputs.dc_n, *forward, y, gates, cells, *flags]
+    for index, value in wrong.items():
+        arguments[index] = value
+    tried(ops.lstm_backward, EXCEPTIONS, *arguments)
+
+
+@bounded
+@given(lengths=st.one_of(st.lists(NUMBERS, max_size=6), integers, odd_tensors()), batch_first=st.booleans())
+def test_lengths_are_either_right_or_refused(lengths, batch_first: bool) -> None:
+    B, T = 3, 4
+    module, x = LSTM(2, 5, batch_first=batch_first), torch.randn((B, T, 2) if batch_first else (T, B, 2))
+    values = (
+        lengths.tolist()
+        if isinstance(lengths, Tensor) and lengths.layout == torch.strided and not lengths.is_meta
+        else lengths
+    )
+    right = isinstance(values, list) and len(values) == B and all(type(n) is int and 0 <= n <= T for n in values)
+    if right:
+        assert module(x, lengths=lengths)[0].isfinite().all()
+    else:
+        with pytest.raises(EXCEPTIONS, match="lengths"):
+            module(x, lengths=lengths)
+
+
+@bounded
+@given(batch_sizes=st.lists(NUMBERS, max_size=5), N=st.integers(0, 9))
+def test_batch_sizes_are_either_right_or_refused(batch_sizes: list[int], N: int) -> None:
+    right = sum(batch_sizes) == N and batch_sizes == sorted(batch_sizes, reverse=True)
+    right = right and all(n > 0 for n in batch_sizes)
+    packed = torch.randn(N, 2), torch.tensor(batch_sizes, dtype=torch.int64)
+    weights = list(LSTM(2, 5).parameters())
+    for call in (
+        lambda: LSTM(2, 5)(PackedSequence(*packed)),
+        lambda: functional.lstm(packed[0], weights, batch_sizes=packed[1]),
+        lambda: ops.lstm(packed[0], None, None, weights, packed[1], None, False),
+        lambda: ops.lstm_forward(packed[0], None, None, weights, packed[1], None, False),
+    ):
+        if right and batch_sizes:
+            call()
+        elif not right:
+            with pytest.raises((ValueError, RuntimeError), match="batch_sizes"):
+                call()
+        else:
+            tried(call, EXCEPTIONS)
+
+
+@bounded
+@given(case=drawn_cases(), x=nonsense, hx=st.one_of(nonsense, st.tuples(nonsense, nonsense)), lengths=nonsense)
+def test_module_survives_nonsense(case: Case, x, hx, lengths) -> None:
+    inputs = make_inputs(case, torch.float32)
+    module = module_of(LSTM, inputs)
+    right = PackedSequence(inputs.x, inputs.batch_sizes) if case.packed else inputs.x
+    allowed = (*EXCEPTIONS, AttributeError)
+    tried(module, EXCEPTIONS, x)
+    tried(module, EXCEPTIONS, right, hx)
+    tried(module, EXCEPTIONS, right, None, lengths=lengths)
+    tried(module, allowed, x, hx, lengths=lengths)
