@@ -5,7 +5,7 @@
     python examples/text_classification.py --data ag_news.csv --preset large  # AG News, two layers, both directions
 
 Both models start from the same weights and see the same batches in the same order, taking turns epoch by epoch.
-At the end come a table, the largest difference between their losses, and a picture of losses and times.
+At the end come a table, the largest differences between the two, and a picture of losses and times.
 Nothing is downloaded.
 """
 
@@ -14,31 +14,37 @@ import ast
 import copy
 import csv
 import html
-import os
+import re
+import statistics
 import sys
 import sysconfig
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from platform import python_version
 
-import matplotlib
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import tqdm
 
-import seqkernels.nn
+import seqkernels
 
-LSTMS = {"torch": torch.nn.LSTM, "seqkernels": seqkernels.nn.LSTM}
-COLORS = {"torch": "#e0873a", "seqkernels": "#1f5fa8"}
+# "nudged" is torch again, from weights moved by one rounding: how far does rounding alone drive two trainings apart?
+LSTMS: dict[str, type[nn.RNNBase]] = {"torch": nn.LSTM, "seqkernels": seqkernels.nn.LSTM, "nudged": nn.LSTM}
 PRESETS = {
-    "small": {"embedding": 64, "hidden": 32, "layers": 1, "bidirectional": False, "batch": 16},
-    "large": {"embedding": 300, "hidden": 256, "layers": 2, "bidirectional": True, "batch": 64},
+    "small": {"embedding": 64, "hidden": 32, "layers": 1, "bidirectional": False, "batch": 16, "epochs": 8},
+    "large": {"embedding": 300, "hidden": 256, "layers": 2, "bidirectional": True, "batch": 64, "epochs": 3},
 }
+# At the same weights the two may differ by rounding only: the loss of a batch, and its gradient as a share of its norm.
+LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 PAD, UNKNOWN = 0, 1  # token ids
 
 # The topic of a docstring is that of the module or package it stands in. A name that this Python lacks does no harm.
@@ -79,66 +85,67 @@ def read_standard_library() -> tuple[list[str], Texts]:
                 text = ast.get_docstring(node) or ""
                 if len(text.split()) >= 6:
                     texts.setdefault(text, topic_of[parts[0]])
-    if len(set(texts.values())) < len(names):
-        raise ValueError(f"no Python source of the standard library under {root}; give texts with --data")
+    if len(texts) < 1000:
+        raise ValueError(f"{root}: hardly any source of the standard library is here; give texts with --data")
     return names, list(texts.items())
 
 
 def read_ag_news(path: Path) -> tuple[list[str], Texts]:
     """AG News: rows of "class","title","description", classes 1 to 4."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise ValueError(f"{path}: must be a CSV file of AG News, got: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: must be a CSV file in UTF-8, got: {error}") from error
     texts: dict[str, int] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
-            if number == 1 and row[:1] == ["Class Index"]:  # some copies have a header
-                continue
-            if len(row) != 3 or row[0] not in {"1", "2", "3", "4"} or not "".join(row[1:]).strip():
-                raise ValueError(f'{path}: row {number} must be "class 1-4","title","description", got {row}')
-            text = " ".join(row[1:]).replace("\\", " ").replace(" #", " &#")  # line breaks and entities, both broken
-            texts.setdefault(html.unescape(text), int(row[0]) - 1)
+    for number, row in enumerate(rows, start=1):
+        if number == 1 and row[:1] == ["Class Index"]:  # some copies have a header
+            continue
+        if len(row) != 3 or row[0] not in {"1", "2", "3", "4"} or not "".join(row[1:]).strip():
+            raise ValueError(f'{path}: row {number} must be "class 1-4","title","description", got {str(row)[:100]}')
+        text = " ".join(row[1:]).replace("\\", " ")  # a backslash stands where a line ended,
+        text = html.unescape(re.sub(r"(?<!&)#(\d+);", r"&#\1;", text))  # and "#36;" where a dollar sign was
+        texts.setdefault(text, int(row[0]) - 1)
     if len(texts) < 100:
-        raise ValueError(f"{path}: at least 100 texts are needed, got {len(texts)}")
+        raise ValueError(f"{path}: must hold at least 100 texts, got {len(texts)}")
     return AG_NEWS, list(texts.items())
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[str], int, Samples, Samples]:
-    """Read, split by seed, and turn into token ids: names of the classes, vocabulary size, training, validation."""
-    names, texts = read_ag_news(args.data) if args.data else read_standard_library()
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    texts = [texts[i] for i in order]
-    held_out = len(texts) // 5
-    train, valid = texts[held_out:], texts[:held_out]
-
+def tokenize(train: Texts, valid: Texts, vocab: int, max_length: int) -> tuple[int, Samples, Samples]:
+    """Learn byte-pair encoding from the training texts; return the vocabulary's size and both sets as token ids."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # words and punctuation
-    trainer = trainers.BpeTrainer(vocab_size=args.vocab, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
     tokenizer.train_from_iterator((text for text, _ in train), trainer)
-    tokenizer.enable_truncation(args.max_length)
+    tokenizer.enable_truncation(max_length)
 
     def encode(texts: Texts) -> Samples:
         encodings = tokenizer.encode_batch([text for text, _ in texts])
         return [(torch.tensor(e.ids or [UNKNOWN]), label) for e, (_, label) in zip(encodings, texts, strict=True)]
 
-    return names, tokenizer.get_vocab_size(), encode(train), encode(valid)
+    return tokenizer.get_vocab_size(), encode(train), encode(valid)
 
 
-def batches(samples: Samples, size: int, seed: int | None = None) -> list[Batch]:
-    """Padded batches, in an order drawn from the seed; without a seed in the order given."""
-    order = list(range(len(samples)))
-    if seed is not None:
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+def shuffled(items: list, seed: int) -> list:
+    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+def batches(samples: Samples, size: int) -> list[Batch]:
     result = []
-    for start in range(0, len(order), size):
-        tokens, labels = zip(*(samples[i] for i in order[start : start + size]), strict=True)
-        lengths = torch.tensor([len(t) for t in tokens])
-        result.append((pad_sequence(tokens, batch_first=True, padding_value=PAD), lengths, torch.tensor(labels)))
+    for start in range(0, len(samples), size):
+        tokens, labels = zip(*samples[start : start + size], strict=True)
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        result.append((pad_sequence(list(tokens), batch_first=True, padding_value=PAD), lengths, torch.tensor(labels)))
     return result
 
 
 class Classifier(nn.Module):
     """An embedding, a packed LSTM, and a linear layer on its last hidden state; only the class of the LSTM differs."""
 
-    def __init__(self, lstm: Callable[..., nn.RNNBase], vocab: int, classes: int, args: argparse.Namespace) -> None:
+    def __init__(self, lstm: type[nn.RNNBase], vocab: int, classes: int, args: argparse.Namespace) -> None:
         super().__init__()
         self.directions = 2 if args.bidirectional else 1
         self.embedding = nn.Embedding(vocab, args.embedding, padding_idx=PAD)
@@ -147,28 +154,35 @@ class Classifier(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # [B, T], [B] -> [B, classes]
         packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
-        _, (h_n, _) = self.lstm(packed)  # h_n: [layers * directions, B, H], the last layer at the end
+        _, (h_n, _) = self.lstm(packed)  # h_n: [L * directions, B, H], the last layer at the end
         return self.linear(torch.cat(tuple(h_n[-self.directions :]), dim=1))
 
 
 @dataclass
 class Run:
-    """One of the two models, and what it has done so far."""
+    """One model in training, and what it has done so far."""
 
     name: str
     model: Classifier
-    optimizer: torch.optim.Optimizer
+    lr: float
+    clip: float
     step_loss: list[float] = field(default_factory=list)  # one per training step
     step_seconds: list[float] = field(default_factory=list)  # forward, backward and optimizer
     loss: list[float] = field(default_factory=list)  # one per epoch: mean over the training texts
-    accuracy: list[float] = field(default_factory=list)  # on the validation texts
-    seconds: list[float] = field(default_factory=list)  # sum of the training steps
+    accuracy: list[float] = field(default_factory=list)  # one per epoch: on the validation texts
+    seconds: list[float] = field(default_factory=list)  # one per epoch: the sum of its training steps
+
+    def __post_init__(self) -> None:
+        # fused: one pass over the parameters, lest updating the embeddings take longer than the LSTM
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
 
     def step(self, batch: Batch) -> float:
         tokens, lengths, labels = batch
         self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(tokens, lengths), labels)
+        loss = cross_entropy(self.model(tokens, lengths), labels)
         loss.backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         return loss.item()
 
@@ -193,53 +207,225 @@ class Run:
 
 
 def start_runs(vocab: int, classes: int, args: argparse.Namespace) -> list[Run]:
-    """One run per LSTM, all from the same weights."""
+    """The models to train, all with the weights of the first."""
     runs: list[Run] = []
-    for name in [args.lstm_only] if args.lstm_only else LSTMS:
+    for name in args.models:
         torch.manual_seed(args.seed)
         model = Classifier(LSTMS[name], vocab, classes, args)
         if runs:
-            model.load_state_dict(runs[0].model.state_dict())  # the names and shapes are those of torch.nn.LSTM
-        # fused: one pass over the parameters, so that updating the table of embeddings does not fill the time
-        runs.append(Run(name, model, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)))
+            model.load_state_dict(runs[0].model.state_dict())  # torch.nn.LSTM and seqkernels.nn.LSTM name them alike
+        if name == "nudged":
+            with torch.no_grad():
+                for weight in model.lstm.parameters():
+                    weight.copy_(torch.nextafter(weight, torch.zeros(())))
+        runs.append(Run(name, model, args.lr, args.clip))
     return runs
 
 
-def train(runs: list[Run], train_samples: Samples, valid_samples: Samples, args: argparse.Namespace) -> None:
-    valid = batches(valid_samples, args.batch)
-    for run in runs:  # what the first call sets up is not part of any epoch
-        model = copy.deepcopy(run.model)
-        Run(run.name, model, torch.optim.Adam(model.parameters(), fused=True)).step(valid[0])
-    steps = args.epochs * len(runs) * -(-len(train_samples) // args.batch)
-    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
-        for epoch in range(args.epochs):
-            data = batches(train_samples, args.batch, seed=args.seed + 1 + epoch)
+def difference(first: Classifier, second: Classifier, data: list[Batch]) -> tuple[float, float]:
+    """Put the first model's weights into a copy of the second; return the largest difference in loss and gradient."""
+    second = copy.deepcopy(second)
+    second.load_state_dict(first.state_dict())
+    worst_loss = worst_gradient = 0.0
+    for tokens, lengths, labels in data:
+        losses, gradients = [], []
+        for model in (first.train(), second.train()):
+            loss = cross_entropy(model(tokens, lengths), labels)
+            losses.append(loss.item())
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        worst_loss = max(worst_loss, abs(losses[0] - losses[1]))
+        worst_gradient = max(worst_gradient, ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item())
+    return worst_loss, worst_gradient
+
+
+def train(runs: list[Run], samples: Samples, valid: list[Batch], args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Train all models, taking turns epoch by epoch; return the difference of torch and seqkernels after each epoch."""
+    differences = []
+    models = {run.name: run.model for run in runs}
+    for run in runs:  # what a first call sets up belongs to no epoch
+        Run(run.name, copy.deepcopy(run.model), run.lr, run.clip).step(valid[0])
+    steps = args.epochs * len(runs) * -(-len(samples) // args.batch)
+    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+        for epoch in range(1, args.epochs + 1):
+            data = batches(shuffled(samples, args.seed + epoch), args.batch)
             for run in runs:
-                bar.set_description(f"epoch {epoch + 1}/{args.epochs} {run.name:>10}")
+                bar.set_description(f"epoch {epoch}/{args.epochs} {run.name:>10}")
                 run.train_epoch(data, bar)
                 run.validate(valid)
-                bar.write(
-                    f"epoch {epoch + 1:2} {run.name:>10}: loss {run.loss[-1]:.4f}, "
-                    f"accuracy {run.accuracy[-1]:.1%}, {run.seconds[-1]:.2f} s",
-                    file=sys.stderr,
-                )
+                result = f"loss {run.loss[-1]:.4f}  accuracy {run.accuracy[-1]:5.1%}  {run.seconds[-1]:6.2f} s"
+                tqdm.write(f"epoch {epoch:2} {run.name:>10}  {result}", file=sys.stderr)
+            if {"torch", "seqkernels"} <= set(models):
+                differences.append(difference(models["torch"], models["seqkernels"], valid[:8]))
+    return differences
+
+
+def speedups(runs: list[Run]) -> list[float]:
+    """How many times as long torch took, epoch by epoch."""
+    seconds = {run.name: run.seconds for run in runs}
+    if not {"torch", "seqkernels"} <= set(seconds):
+        return []
+    return [theirs / ours for theirs, ours in zip(seconds["torch"], seconds["seqkernels"], strict=True)]
 
 
 def table(runs: list[Run]) -> str:
-    """Markdown: one row per epoch, one for the whole training."""
-    columns = [f"{run.name} {what}" for what in ("loss", "acc", "s") for run in runs]
-    compare = len(runs) == 2
-    rows = [["epoch", *columns] + ["ratio"] * compare]
-    for i in range(len(runs[0].loss)):
-        row = [str(i + 1)] + [f"{run.loss[i]:.4f}" for run in runs] + [f"{run.accuracy[i]:.1%}" for run in runs]
-        row += [f"{run.seconds[i]:.2f}" for run in runs]
-        rows.append(row + [f"{runs[0].seconds[i] / runs[1].seconds[i]:.2f}x"] * compare)
-    totals = [sum(run.seconds) for run in runs]
-    row = ["all"] + [""] * 2 * len(runs) + [f"{total:.2f}" for total in totals]
-    rows.append(row + [f"{totals[0] / totals[-1]:.2f}x"] * compare)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    """Markdown, one row per epoch; the last row holds the medians."""
+    ratios = speedups(runs)
+    header = ["epoch", *(f"{run.name} {what}" for what in ("loss", "acc", "s") for run in runs)]
+    rows = [
+        [f"{epoch}"]
+        + [f"{run.loss[epoch - 1]:.4f}" for run in runs]
+        + [f"{run.accuracy[epoch - 1]:.1%}" for run in runs]
+        + [f"{run.seconds[epoch - 1]:.2f}" for run in runs]
+        for epoch in range(1, len(runs[0].loss) + 1)
     ]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines)
+    rows.append(["median", *[""] * 2 * len(runs), *(f"{statistics.median(run.seconds):.2f}" for run in runs)])
+    if ratios:
+        header.append("ratio")
+        for row, ratio in zip(rows, [*ratios, statistics.median(ratios)], strict=True):
+            row.append(f"{ratio:.2f}x")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, rule, *rows]
+    )
+
+
+def compare(runs: list[Run], differences: list[tuple[float, float]]) -> bool:
+    """Print how far apart the models are; return whether torch and seqkernels are equal within rounding."""
+    equal = True
+    if differences:
+        loss, gradient = (max(column) for column in zip(*differences, strict=True))
+        equal = loss <= LOSS_LIMIT and gradient <= GRADIENT_LIMIT
+        print(f"At the same weights, tried after every epoch: {'' if equal else 'NOT '}equal within rounding.")
+        print(f"  loss of a batch: differs by at most {loss:.1e} (limit {LOSS_LIMIT:.0e})")
+        print(f"  its gradient: by at most {gradient:.1e} of its norm (limit {GRADIENT_LIMIT:.0e})")
+    if len(runs) > 1:
+        print("In training each step enlarges the rounding of the steps before it. Difference in loss, by epoch:")
+    for run in runs[1:]:
+        drift = (abs(loss - first) for loss, first in zip(run.loss, runs[0].loss, strict=True))
+        print(f"  {run.name} from {runs[0].name}: {' '.join(f'{d:.0e}' for d in drift)}")
+    if differences and "nudged" not in {run.name for run in runs}:
+        print("  (--models torch seqkernels nudged adds torch against itself, from weights moved by one rounding.)")
+    return equal
+
+
+def draw(runs: list[Run], title: str, path: Path) -> None:
+    """Left: loss by epoch. Middle: the same losses by time spent in training steps. Right: seconds per epoch."""
+    colors = {"torch": "#f0a45d", "seqkernels": "#14507f", "nudged": "#8c8c8c"}
+    epochs, steps = len(runs[0].loss), len(runs[0].step_loss)
+    window = max(1, min(50, steps // (2 * epochs)))  # steps that one point of a curve averages
+    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
+    by_epoch, by_time, bars = figure.subplots(1, 3)
+    figure.suptitle(title, fontsize=10, color="#555555")
+    for i, run in enumerate(runs):
+        color, width = colors[run.name], 0.8 / len(runs)
+        loss = np.convolve(run.step_loss, np.full(window, 1 / window), mode="valid")
+        step = np.arange(len(loss)) + window // 2
+        seconds = np.cumsum(run.step_seconds)[step]
+        # The first curve is wide and the next ones narrow, so that equal ones can be seen to be equal.
+        by_epoch.plot(step * epochs / steps, loss, color=color, linewidth=1.5 if i else 6, label=run.name)
+        by_time.plot(seconds, loss, color=color, linewidth=2)
+        end = f"{run.name}\n{sum(run.seconds):.0f} s"
+        offset = {"xytext": (4, 8), "textcoords": "offset points"}
+        by_time.annotate(end, (seconds[-1], loss[-1]), **offset, color=color, fontweight="bold", ha="left", fontsize=9)
+        left = np.arange(1, epochs + 1) + (i - len(runs) / 2) * width
+        bars.bar(left, run.seconds, width, align="edge", color=color, label=run.name)
+    ratios = speedups(runs)
+    faster = f", median ratio {statistics.median(ratios):.1f}" if ratios else ""
+    for axes, name, x, y in (
+        (by_epoch, "Training loss by epoch", "epochs", f"loss, mean of {window} steps"),
+        (by_time, "Training loss by time", "seconds of training steps", f"loss, mean of {window} steps"),
+        (bars, f"Seconds per epoch{faster}", "epoch", "seconds"),
+    ):
+        axes.set_title(name, fontweight="bold", fontsize=11)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#e8e8e8")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_epoch.set_xlim(left=0)
+    by_time.set_xlim(0, by_time.get_xlim()[1] * 1.12)  # room for the name at the end of a curve
+    by_epoch.legend(frameon=False)
+    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=130)
+
+
+def parse_arguments() -> argparse.Namespace:
+    def count(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        description="Train a text classifier on torch.nn.LSTM and on seqkernels.nn.LSTM, side by side."
+    )
+    presets = "; ".join(
+        f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items())}" for name, preset in PRESETS.items()
+    )
+    option = parser.add_argument
+    option(
+        "--data", type=Path, help='a CSV file of "class 1-4","title","description"; without it, docstrings of Python'
+    )
+    option("--preset", choices=PRESETS, default="small", help=f"where the next six start from: {presets}")
+    option("--embedding", type=count, help="size of a token's vector")
+    option("--hidden", type=count, help="size of the LSTM's hidden state")
+    option("--layers", type=count, help="layers of the LSTM")
+    option("--bidirectional", action=argparse.BooleanOptionalAction, help="read each text both ways")
+    option("--batch", type=count, help="texts per training step")
+    option("--epochs", type=count, help="how often each text is seen")
+    option("--lr", type=float, default=1e-3, help="learning rate of Adam (%(default)s)")
+    option("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 for no limit (%(default)s)")
+    option("--vocab", type=count, default=8000, help="most tokens to learn (%(default)s)")
+    option("--max-length", type=count, default=512, help="tokens after which a text is cut (%(default)s)")
+    option("--seed", type=int, default=0, help="of the split, the weights and the order (%(default)s)")
+    option("--threads", type=count, default=torch.get_num_threads(), help="threads of torch (%(default)s)")
+    option("--models", nargs="+", choices=LSTMS, default=["torch", "seqkernels"], help="which to train (the first two)")
+    option("--output", type=Path, default=Path("text_classification.png"), help="the picture (%(default)s)")
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
+    args = parser.parse_args()
+    if not args.output.parent.is_dir():
+        parser.error(f"--output: folder {args.output.parent} must exist")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    try:
+        names, texts = read_ag_news(args.data) if args.data else read_standard_library()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    texts = shuffled(texts, args.seed)
+    held_out = len(texts) // 5
+    vocab, samples, valid = tokenize(texts[held_out:], texts[:held_out], args.vocab, args.max_length)
+
+    source = args.data.name if args.data else f"docstrings of Python {python_version()}"
+    sizes = Counter(names[label] for _, label in texts)
+    lengths = [len(ids) for ids, _ in samples]
+    directions = "two directions" if args.bidirectional else "one direction"
+    layers = "1 layer" if args.layers == 1 else f"{args.layers} layers"
+    shape = f"embedding {args.embedding}, hidden {args.hidden}, {layers}, {directions}, batch {args.batch}"
+    print(f"data: {source}, {len(texts)} texts: {', '.join(f'{name} {sizes[name]}' for name in names)}")
+    print(f"always guessing the largest class: {max(sizes.values()) / len(texts):.1%}; {held_out} texts validate")
+    print(f"tokens per text: median {statistics.median(lengths):.0f}, mean {statistics.mean(lengths):.0f}, ", end="")
+    print(f"longest {max(lengths)}; vocabulary {vocab}")
+    print(f"model: {shape}, Adam {args.lr:g}, clip {args.clip:g}, seed {args.seed}")
+    print(f"torch {torch.__version__}, seqkernels {seqkernels.__version__}, threads {args.threads}", flush=True)
+
+    runs = start_runs(vocab, len(names), args)
+    differences = train(runs, samples, batches(valid, args.batch), args)
+    print(f"\n{table(runs)}\n")
+    print("Training steps in all: " + ", ".join(f"{run.name} {sum(run.seconds):.1f} s" for run in runs))
+    if any(max(run.seconds) > 1.5 * min(run.seconds) for run in runs):
+        print("Epochs of one model took very different times: is another process busy? Trust the medians at most.")
+    equal = compare(runs, differences)
+    draw(runs, f"{source}: {shape}", args.output)
+    print(f"picture: {args.output}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
-def explain_lstm(
-    *, T: int, B: int, N: int, D: int, H: int, P: int, directions: int, float64: bool
+def explain_recurrent(
+    *, gates: int, T: int, B: int, N: int, D: int, H: int, P: int, directions: int, float64: bool
 ) -> dict[str, Any]: ...
 def set_isa(name: str) -> str: ...

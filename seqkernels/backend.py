@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqkernels import _C
 
+RECURRENT_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +51,7 @@ def explain(
     """Which kernel serves a layer of a given shape, and how its work is cut among threads.
 
     Args:
-        op: "lstm".
+        op: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         T, B, D, H: steps, sequences, input size, hidden size.
         lengths: [B] real steps of each sequence; all T if absent.
     Returns:
@@ -59,13 +60,12 @@ def explain(
     Raises:
         ValueError: no such op. NotImplementedError: no backend takes such inputs.
     """
-    if op != "lstm":
-        raise ValueError(f"explain: op must be 'lstm', got {op!r}")
+    if op not in RECURRENT_GATES:
+        raise ValueError(f"explain: op must be one of {', '.join(RECURRENT_GATES)}, got {op!r}")
     require(op, torch.empty(0, dtype=dtype, device=device))
     tokens = T * B if lengths is None else sum(lengths)
-    plan = _C.explain_lstm(
-        T=T, B=B, N=tokens, D=D, H=H, P=proj_size or H, directions=1 + bidirectional, float64=dtype == torch.float64
-    )
+    sizes = {"T": T, "B": B, "N": tokens, "D": D, "H": H, "P": proj_size or H, "directions": 1 + bidirectional}
+    plan = _C.explain_recurrent(gates=RECURRENT_GATES[op], **sizes, float64=dtype == torch.float64)
     return {
         "op": op,
         "kernel": "cpu",

@@ -126,15 +126,21 @@ cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 @pytest.mark.skipif(cpus < 2, reason="one processor only")
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="no /proc/self/task")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_as_many_threads_run_as_torch_has(threads: int) -> None:
-    """Processor time by thread, in a process where nothing but the layer runs in parallel."""
+@pytest.mark.parametrize("B", [1, 32], ids=["units shared out", "rows shared out"])
+def test_as_many_threads_run_as_torch_has(threads: int, B: int) -> None:
+    """Processor time by thread, in a process where nothing but the ops runs."""
     seconds = output(
         """
         import os, pathlib, sys, time
         import torch, seqkernels
-        from seqkernels.nn import LSTM
 
-        threads = int(sys.argv[1])
+        threads, B = map(int, sys.argv[1:])
+        torch.set_num_threads(1)
+        T, H = 40, 256
+        x, y, weights = torch.ones(T, B, H), torch.ones(T, B, H), list(torch.nn.LSTM(H, H).parameters())
+        weights = [w.detach() for w in weights]
+        inputs = x, None, None, weights, None, None, False
+        forward, backward = torch.ops.seqkernels.lstm_forward, torch.ops.seqkernels.lstm_backward
         torch.set_num_threads(threads)
 
         def busy():
@@ -144,16 +150,16 @@ def test_as_many_threads_run_as_torch_has(threads: int) -> None:
                 ticks[stat.parent.name] = int(fields[11]) + int(fields[12])
             return ticks
 
-        lstm = LSTM(128, 128)
-        x = torch.full((50, 32, 128), 0.5, requires_grad=True)
         before, start = busy(), time.monotonic()
         while time.monotonic() - start < 1.5:
-            lstm(x)[0].sum().backward()
+            out = forward(*inputs)
+            backward(y, None, None, *inputs, out[0], out[3], out[4], True, True)
         hertz = os.sysconf("SC_CLK_TCK")
         spent = sorted((t - before.get(n, 0)) / hertz for n, t in busy().items())
         print(" ".join(map(str, spent)))
         """,
         str(threads),
+        str(B),
     )
     spent = [float(s) for s in seconds.split()]
     working = [s for s in spent if s > 0.25 * max(spent)]

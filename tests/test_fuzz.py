@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, Case, assert_near, make_inputs, module_of, run
+from cases import DTYPES, Case, assert_near, defined, make_inputs, module_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, reference
+from seqkernels import functional
 from seqkernels.nn import LSTM
 
 ops = torch.ops.seqkernels
@@ -85,7 +85,7 @@ def test_valid_input_gives_what_the_definition_gives(
     case: Case, dtype: torch.dtype, kinds: list[str], seed: int
 ) -> None:
     inputs = make_inputs(case, dtype, seed=seed)
-    want = run(reference.lstm, inputs.map(Tensor.double))
+    want = defined(inputs)
     turn = iter(kinds * 100)
     got = run(functional.lstm, inputs.map(lambda t: restrided(t, next(turn))))
     assert_near(got, want, dtype)

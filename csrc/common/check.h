@@ -62,7 +62,7 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+inline DType dtype_of(const std::string& op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -77,19 +77,20 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-inline void check_cpu(const char* op, const std::string& name, const Tensor& t) {
+inline void check_cpu(const std::string& op, const std::string& name, const Tensor& t) {
   if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, got a tensor on another device");
 }
-inline void check_dtype(const char* op, const std::string& name, const Tensor& t, ScalarType wanted) {
+inline void check_dtype(const std::string& op, const std::string& name, const Tensor& t, ScalarType wanted) {
   if (t.scalar_type() != wanted) {
     fail(op, ": ", name, " must be ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
   }
 }
-inline void check_shape(const char* op, const std::string& name, const Tensor& t, const Shape& wanted) {
+inline void check_shape(const std::string& op, const std::string& name, const Tensor& t, const Shape& wanted) {
   if (shape_of(t) != wanted) fail(op, ": ", name, " must have shape ", show(wanted), ", got ", show(shape_of(t)));
 }
 // The tensor as a kernel reads it: on the CPU, of that dtype and shape, contiguous (copied if it is not).
-inline Tensor checked(const char* op, const std::string& name, const Tensor& t, ScalarType dtype, const Shape& shape) {
+inline Tensor checked(const std::string& op, const std::string& name, const Tensor& t, ScalarType dtype,
+                      const Shape& shape) {
   check_cpu(op, name, t);
   check_dtype(op, name, t, dtype);
   check_shape(op, name, t, shape);

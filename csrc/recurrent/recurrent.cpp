@@ -1,4 +1,4 @@
-// seqkernels::lstm, lstm_forward and lstm_backward: checks, allocation, launch.
+// Recurrent layers: checks, allocation, launch. Each cell has three ops: inference, forward that saves, backward.
 #include "recurrent/recurrent.h"
 
 #include <torch/csrc/stable/library.h>
@@ -15,26 +15,39 @@ namespace seqkernels {
 
 namespace {
 
-constexpr int64_t kLstmGates = 4;
+constexpr const char* name_of(CellKind kind) {
+  switch (kind) {
+    case CellKind::kLSTM:
+      return "lstm";
+    case CellKind::kGRU:
+      return "gru";
+    case CellKind::kRNNTanh:
+      return "rnn_tanh";
+    case CellKind::kRNNRelu:
+      return "rnn_relu";
+  }
+  return "";
+}
 
-RecurrentKernels kernels() {
+RecurrentKernels kernels(CellKind kind) {
   switch (current_isa()) {
 #ifdef SEQKERNELS_HAVE_AVX512
     case Isa::kAvx512:
-      return avx512::recurrent_kernels();
+      return avx512::recurrent_kernels(kind);
 #endif
 #ifdef SEQKERNELS_HAVE_AVX2
     case Isa::kAvx2:
-      return avx2::recurrent_kernels();
+      return avx2::recurrent_kernels(kind);
 #endif
     default:
-      return portable::recurrent_kernels();
+      return portable::recurrent_kernels(kind);
   }
 }
 
 // The checked inputs of a layer, and what they point to: alive as long as the arguments of a kernel.
 struct LayerInputs {
-  const char* op;
+  const std::string op;
+  const CellShape cell;
   Tensor x;
   std::optional<Tensor> h0, c0;
   std::vector<Tensor> weights;
@@ -42,11 +55,11 @@ struct LayerInputs {
   std::vector<int64_t> batch_sizes, offsets, sequence, rows, x_offsets;
   Shape outer;  // [T, B] or [N]: the leading dimensions of x and y
 
-  LayerInputs(const char* op, const Tensor& x_in, const std::optional<Tensor>& h0_in,
+  LayerInputs(const std::string& op, CellKind kind, const Tensor& x_in, const std::optional<Tensor>& h0_in,
               const std::optional<Tensor>& c0_in, const std::vector<Tensor>& weights_in,
               const std::optional<Tensor>& sizes, const std::optional<Tensor>& lengths, bool bidirectional,
               RecurrentArgs& args)
-      : op(op), x(x_in), packed(sizes.has_value()) {
+      : op(op), cell(shape_of(kind)), x(x_in), packed(sizes.has_value()) {
     args.dtype = dtype_of(op, "x", x);
     args.directions = bidirectional ? 2 : 1;
     check_cpu(op, "x", x);
@@ -75,7 +88,7 @@ struct LayerInputs {
     args.walk.sequence = sequence.data();
     args.walk.rows = rows.data();
     args.walk.x_offsets = x_offsets.data();
-    args.plan = plan_recurrent(args, kLstmGates, thread_count());
+    args.plan = plan_recurrent(args, cell.gates, thread_count());
   }
 
   int64_t weights_each(int64_t directions) const { return static_cast<int64_t>(weights.size()) / directions; }
@@ -96,17 +109,19 @@ struct LayerInputs {
            " directions, got ", given.size(), " tensors");
     }
     const bool bias = each >= 4, projected = each == 3 || each == 5;
+    if (projected && !cell.has_c)
+      fail(op, ": weights must not hold a projection, got ", each, " tensors per direction");
     const Tensor& w_hh = given[1];
-    if (w_hh.dim() != 2 || w_hh.size(0) % kLstmGates != 0 || w_hh.size(0) == 0 || w_hh.size(1) == 0) {
-      fail(op, ": weight_hh must have shape [4H, ", projected ? "P" : "H", "], got ", show(shape_of(w_hh)));
+    const std::string G_by = (cell.gates > 1 ? std::to_string(cell.gates) : "") + "H, ";
+    if (w_hh.dim() != 2 || w_hh.size(0) % cell.gates != 0 || w_hh.size(0) == 0 || w_hh.size(1) == 0) {
+      fail(op, ": weight_hh must have shape [", G_by, projected ? "P" : "H", "], got ", show(shape_of(w_hh)));
     }
-    args.H = w_hh.size(0) / kLstmGates;
+    args.H = w_hh.size(0) / cell.gates;
     args.P = w_hh.size(1);
+    const int64_t G = cell.gates * args.H;
     if (!projected && args.P != args.H) {
-      fail(op, ": weight_hh must have shape [4H, H] = ", show({kLstmGates * args.H, args.H}), ", got ",
-           show(shape_of(w_hh)));
+      fail(op, ": weight_hh must have shape [", G_by, "H] = ", show({G, args.H}), ", got ", show(shape_of(w_hh)));
     }
-    const int64_t G = kLstmGates * args.H;
     weights.reserve(given.size());
     for (int64_t d = 0; d < args.directions; ++d) {
       const auto take = [&](const char* name, const Shape& shape) -> const void* {
@@ -197,99 +212,93 @@ struct LayerInputs {
 };
 
 struct LayerOutputs {
-  Tensor y, h_n, c_n;
+  Tensor y, h_n;
+  std::optional<Tensor> c_n, saved, cells;
 };
-
-LayerOutputs run_forward(const LayerInputs& in, ForwardArgs& args) {
-  const Walk& walk = args.walk;
-  const Shape y_shape = in.y_shape(args);
-  LayerOutputs out{in.padding_exists(walk) ? zeros_like_dtype(in.x, y_shape) : empty_like_dtype(in.x, y_shape),
-                   empty_like_dtype(in.x, {args.directions, walk.B, args.P}),
-                   empty_like_dtype(in.x, {args.directions, walk.B, args.H})};
-  args.y = out.y.mutable_data_ptr();
-  args.h_n = out.h_n.mutable_data_ptr();
-  args.c_n = out.c_n.mutable_data_ptr();
-  kernels().lstm_forward(args);
-  return out;
-}
 
 // Room for what backward needs: one row for each row of y, of which the real tokens' come first.
 Shape saved_shape(const LayerInputs& in, const RecurrentArgs& args, int64_t width) {
   return {args.directions, std::accumulate(in.outer.begin(), in.outer.end(), int64_t{1}, std::multiplies<>()), width};
 }
 
-}  // namespace
+enum class Keep { kNothing, kForBackward };
 
-std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const std::optional<Tensor>& h0,
-                                        const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
-                                        const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-                                        bool bidirectional) {
+LayerOutputs forward_layer(CellKind kind, Keep keep, const Tensor& x, const std::optional<Tensor>& h0,
+                           const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
+                           const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+                           bool bidirectional) {
   ForwardArgs args{};
-  const LayerInputs in("lstm", x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
-  LayerOutputs out = run_forward(in, args);
-  return {out.y, out.h_n, out.c_n};
+  const std::string op = std::string(name_of(kind)) + (keep == Keep::kNothing ? "" : "_forward");
+  const LayerInputs in(op, kind, x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
+  const Shape y_shape = in.y_shape(args), h_shape{args.directions, args.walk.B, args.P},
+              c_shape{args.directions, args.walk.B, args.H};
+  LayerOutputs out{in.padding_exists(args.walk) ? zeros_like_dtype(in.x, y_shape) : empty_like_dtype(in.x, y_shape),
+                   empty_like_dtype(in.x, h_shape),
+                   {},
+                   {},
+                   {}};
+  const auto make = [&](std::optional<Tensor>& tensor, const Shape& shape) {
+    tensor = empty_like_dtype(in.x, shape);
+    return tensor->mutable_data_ptr();
+  };
+  args.y = out.y.mutable_data_ptr();
+  args.h_n = out.h_n.mutable_data_ptr();
+  if (in.cell.has_c) args.c_n = make(out.c_n, c_shape);
+  if (keep == Keep::kForBackward) {
+    args.saved = make(out.saved, saved_shape(in, args, in.cell.saved * args.H));
+    if (in.cell.has_c) args.cells = make(out.cells, saved_shape(in, args, args.H));
+    args.saved_rows = out.saved->size(1);
+  }
+  kernels(kind).forward(args);
+  return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& x, const std::optional<Tensor>& h0,
-                                                                const std::optional<Tensor>& c0,
-                                                                const std::vector<Tensor>& weights,
-                                                                const std::optional<Tensor>& batch_sizes,
-                                                                const std::optional<Tensor>& lengths,
-                                                                bool bidirectional) {
-  ForwardArgs args{};
-  const LayerInputs in("lstm_forward", x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
-  Tensor gates = empty_like_dtype(in.x, saved_shape(in, args, kLstmGates * args.H));
-  Tensor cells = empty_like_dtype(in.x, saved_shape(in, args, args.H));
-  args.gates = gates.mutable_data_ptr();
-  args.cells = cells.mutable_data_ptr();
-  args.saved_rows = gates.size(1);
-  LayerOutputs out = run_forward(in, args);
-  return {out.y, out.h_n, out.c_n, gates, cells};
-}
+struct LayerGradients {
+  Tensor dx, dh0, dc0;
+  std::vector<Tensor> dw;
+};
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
-    const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n, const std::optional<Tensor>& dc_n,
-    const Tensor& x, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
-    const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-    bool bidirectional, const Tensor& y, const Tensor& gates, const Tensor& cells, bool need_dx, bool need_dw) {
-  const char* op = "lstm_backward";
+LayerGradients backward_layer(CellKind kind, const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n,
+                              const std::optional<Tensor>& dc_n, const Tensor& x, const std::optional<Tensor>& h0,
+                              const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
+                              const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+                              bool bidirectional, const Tensor& y, const Tensor& saved,
+                              const std::optional<Tensor>& cells, bool need_dx, bool need_dw) {
+  const std::string op = std::string(name_of(kind)) + "_backward";
   BackwardArgs args{};
-  const LayerInputs in(op, x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
+  const LayerInputs in(op, kind, x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
   const ScalarType dtype = in.x.scalar_type();
   const Shape h_shape{args.directions, args.walk.B, args.P}, c_shape{args.directions, args.walk.B, args.H};
-  const Tensor y_in = checked(op, "y", y, dtype, in.y_shape(args));
-  const Tensor gates_in = checked(op, "gates", gates, dtype, saved_shape(in, args, kLstmGates * args.H));
-  const Tensor cells_in = checked(op, "cells", cells, dtype, saved_shape(in, args, args.H));
-  std::optional<Tensor> kept[3];
-  const auto take = [&](const char* name, const std::optional<Tensor>& t, const Shape& shape,
-                        std::optional<Tensor>& keep) -> const void* {
+  std::vector<Tensor> kept;
+  const auto take = [&](const char* name, const std::optional<Tensor>& t, const Shape& shape) -> const void* {
     if (!t) return nullptr;
-    keep = checked(op, name, *t, dtype, shape);
-    return keep->const_data_ptr();
+    kept.push_back(checked(op, name, *t, dtype, shape));
+    return kept.back().const_data_ptr();
   };
-  args.dy = take("dy", dy, in.y_shape(args), kept[0]);
-  args.dh_n = take("dh_n", dh_n, h_shape, kept[1]);
-  args.dc_n = take("dc_n", dc_n, c_shape, kept[2]);
-  args.y = y_in.const_data_ptr();
-  args.gates = gates_in.const_data_ptr();
-  args.cells = cells_in.const_data_ptr();
-  args.saved_rows = gates_in.size(1);
+  args.dy = take("dy", dy, in.y_shape(args));
+  args.dh_n = take("dh_n", dh_n, h_shape);
+  args.dc_n = take("dc_n", dc_n, c_shape);
+  args.y = take("y", y, in.y_shape(args));
+  args.saved_rows = saved_shape(in, args, 0)[1];
+  args.saved = take(in.cell.has_c ? "gates" : "saved", saved, saved_shape(in, args, in.cell.saved * args.H));
+  args.cells = take("cells", cells, saved_shape(in, args, args.H));
 
   const Shape none{0};
-  Tensor dx = !need_dx                       ? empty_like_dtype(in.x, none)
-              : in.padding_exists(args.walk) ? zeros_like_dtype(in.x, shape_of(in.x))
-                                             : empty_like_dtype(in.x, shape_of(in.x));
-  Tensor dh0 = empty_like_dtype(in.x, h0 ? h_shape : none), dc0 = empty_like_dtype(in.x, c0 ? c_shape : none);
-  args.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  args.dh0 = h0 ? dh0.mutable_data_ptr() : nullptr;
-  args.dc0 = c0 ? dc0.mutable_data_ptr() : nullptr;
+  LayerGradients out;
+  out.dx = !need_dx                       ? empty_like_dtype(in.x, none)
+           : in.padding_exists(args.walk) ? zeros_like_dtype(in.x, shape_of(in.x))
+                                          : empty_like_dtype(in.x, shape_of(in.x));
+  out.dh0 = empty_like_dtype(in.x, h0 ? h_shape : none);
+  out.dc0 = empty_like_dtype(in.x, c0 ? c_shape : none);
+  args.dx = need_dx ? out.dx.mutable_data_ptr() : nullptr;
+  args.dh0 = h0 ? out.dh0.mutable_data_ptr() : nullptr;
+  args.dc0 = c0 ? out.dc0.mutable_data_ptr() : nullptr;
   args.weights_wanted = need_dw;
-  std::vector<Tensor> dw;
   if (need_dw) {
-    for (const Tensor& w : in.weights) dw.push_back(empty_like_dtype(w, shape_of(w)));
-    const int64_t each = in.weights_each(args.directions);
+    for (const Tensor& w : in.weights) out.dw.push_back(empty_like_dtype(w, shape_of(w)));
+    const int64_t each = static_cast<int64_t>(in.weights.size()) / args.directions;
     for (int64_t d = 0; d < args.directions; ++d) {
-      const auto at = [&](int64_t i) { return dw[d * each + i].mutable_data_ptr(); };
+      const auto at = [&](int64_t i) { return out.dw[d * each + i].mutable_data_ptr(); };
       WeightGradients& to = args.dw[d];
       to = {at(0), at(1), nullptr, nullptr, nullptr};
       if (args.weights[d].b_ih != nullptr) {
@@ -299,14 +308,89 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
       if (args.weights[d].w_hr != nullptr) to.w_hr = at(each - 1);
     }
   }
-  kernels().lstm_backward(args);
-  return {dx, dh0, dc0, dw};
+  kernels(kind).backward(args);
+  return out;
+}
+
+}  // namespace
+
+// ---- cells with one state, h ----
+
+template <CellKind kKind>
+std::tuple<Tensor, Tensor> layer(const Tensor& x, const std::optional<Tensor>& h0, const std::vector<Tensor>& weights,
+                                 const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+                                 bool bidirectional) {
+  LayerOutputs out =
+      forward_layer(kKind, Keep::kNothing, x, h0, std::nullopt, weights, batch_sizes, lengths, bidirectional);
+  return {out.y, out.h_n};
+}
+
+template <CellKind kKind>
+std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const std::optional<Tensor>& h0,
+                                                 const std::vector<Tensor>& weights,
+                                                 const std::optional<Tensor>& batch_sizes,
+                                                 const std::optional<Tensor>& lengths, bool bidirectional) {
+  LayerOutputs out =
+      forward_layer(kKind, Keep::kForBackward, x, h0, std::nullopt, weights, batch_sizes, lengths, bidirectional);
+  return {out.y, out.h_n, *out.saved};
+}
+
+template <CellKind kKind>
+std::tuple<Tensor, Tensor, std::vector<Tensor>> layer_backward(
+    const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n, const Tensor& x,
+    const std::optional<Tensor>& h0, const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes,
+    const std::optional<Tensor>& lengths, bool bidirectional, const Tensor& y, const Tensor& saved, bool need_dx,
+    bool need_dw) {
+  LayerGradients out = backward_layer(kKind, dy, dh_n, std::nullopt, x, h0, std::nullopt, weights, batch_sizes, lengths,
+                                      bidirectional, y, saved, std::nullopt, need_dx, need_dw);
+  return {out.dx, out.dh0, out.dw};
+}
+
+// ---- LSTM: two states ----
+
+std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const std::optional<Tensor>& h0,
+                                        const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
+                                        const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+                                        bool bidirectional) {
+  LayerOutputs out =
+      forward_layer(CellKind::kLSTM, Keep::kNothing, x, h0, c0, weights, batch_sizes, lengths, bidirectional);
+  return {out.y, out.h_n, *out.c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& x, const std::optional<Tensor>& h0,
+                                                                const std::optional<Tensor>& c0,
+                                                                const std::vector<Tensor>& weights,
+                                                                const std::optional<Tensor>& batch_sizes,
+                                                                const std::optional<Tensor>& lengths,
+                                                                bool bidirectional) {
+  LayerOutputs out =
+      forward_layer(CellKind::kLSTM, Keep::kForBackward, x, h0, c0, weights, batch_sizes, lengths, bidirectional);
+  return {out.y, out.h_n, *out.c_n, *out.saved, *out.cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
+    const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n, const std::optional<Tensor>& dc_n,
+    const Tensor& x, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
+    const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+    bool bidirectional, const Tensor& y, const Tensor& gates, const Tensor& cells, bool need_dx, bool need_dw) {
+  LayerGradients out = backward_layer(CellKind::kLSTM, dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, lengths,
+                                      bidirectional, y, gates, cells, need_dx, need_dw);
+  return {out.dx, out.dh0, out.dc0, out.dw};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("lstm", TORCH_BOX(&lstm));
   m.impl("lstm_forward", TORCH_BOX(&lstm_forward));
   m.impl("lstm_backward", TORCH_BOX(&lstm_backward));
+  m.impl("gru", TORCH_BOX(&layer<CellKind::kGRU>));
+  m.impl("gru_forward", TORCH_BOX(&layer_forward<CellKind::kGRU>));
+  m.impl("gru_backward", TORCH_BOX(&layer_backward<CellKind::kGRU>));
+  m.impl("rnn_tanh", TORCH_BOX(&layer<CellKind::kRNNTanh>));
+  m.impl("rnn_tanh_forward", TORCH_BOX(&layer_forward<CellKind::kRNNTanh>));
+  m.impl("rnn_tanh_backward", TORCH_BOX(&layer_backward<CellKind::kRNNTanh>));
+  m.impl("rnn_relu", TORCH_BOX(&layer<CellKind::kRNNRelu>));
+  m.impl("rnn_relu_forward", TORCH_BOX(&layer_forward<CellKind::kRNNRelu>));
+  m.impl("rnn_relu_backward", TORCH_BOX(&layer_backward<CellKind::kRNNRelu>));
 }
 
 }  // namespace seqkernels

@@ -54,9 +54,9 @@ struct RecurrentArgs {
 struct ForwardArgs : RecurrentArgs {
   void* y;      // [rows, directions * P]
   void* h_n;    // [directions, B, P]
-  void* c_n;    // [directions, B, H]
-  void* gates;  // [directions, saved_rows, G * H] after their functions, or null: nothing is saved
-  void* cells;  // [directions, saved_rows, H] or null
+  void* c_n;    // [directions, B, H]; null in a cell without c
+  void* saved;  // [directions, saved_rows, cell's kSaved * H], or null: nothing is saved
+  void* cells;  // [directions, saved_rows, H] every c, or null
 };
 
 struct WeightGradients {  // like Weights
@@ -64,7 +64,7 @@ struct WeightGradients {  // like Weights
 };
 
 struct BackwardArgs : RecurrentArgs {
-  const void *y, *gates, *cells;
+  const void *y, *saved, *cells;
   const void* dy;    // [rows, directions * P] or null for zeros
   const void* dh_n;  // [directions, B, P] or null
   const void* dc_n;  // [directions, B, H] or null
@@ -75,22 +75,39 @@ struct BackwardArgs : RecurrentArgs {
   WeightGradients dw[kMaxDirections];
 };
 
-struct RecurrentKernels {
-  void (*lstm_forward)(const ForwardArgs&);
-  void (*lstm_backward)(const BackwardArgs&);
+enum class CellKind { kLSTM, kGRU, kRNNTanh, kRNNRelu };
+
+// What the op files know of a cell; the kernels have it from csrc/recurrent/cells.h.
+struct CellShape {
+  int64_t gates, saved;
+  bool has_c;
 };
+constexpr CellShape shape_of(CellKind cell) {
+  switch (cell) {
+    case CellKind::kLSTM:
+      return {4, 4, true};
+    case CellKind::kGRU:
+      return {3, 4, false};
+    default:
+      return {1, 0, false};
+  }
+}
 
 // The cut of a layer for so many threads: a function of the shape alone.
 Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads);
 
+struct RecurrentKernels {
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+};
 namespace portable {
-RecurrentKernels recurrent_kernels();
+RecurrentKernels recurrent_kernels(CellKind cell);
 }
 namespace avx2 {
-RecurrentKernels recurrent_kernels();
+RecurrentKernels recurrent_kernels(CellKind cell);
 }
 namespace avx512 {
-RecurrentKernels recurrent_kernels();
+RecurrentKernels recurrent_kernels(CellKind cell);
 }
 
 }  // namespace seqkernels

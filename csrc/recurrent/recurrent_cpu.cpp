@@ -12,7 +12,7 @@
 #include "common/gemm.h"
 #include "common/memory.h"
 #include "common/parallel.h"
-#include "recurrent/lstm_cell.h"
+#include "recurrent/cells.h"
 #include "recurrent/recurrent.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -80,13 +80,13 @@ struct Rows {
   int64_t packed(int64_t t, int64_t i) const { return walk.offsets[t] + group + i * groups; }
 };
 
-template <class S>
+template <class Cell>
 struct Layer {
+  using S = typename Cell::Storage;
   using T = Compute<S>;
   using V = Native<T>;
   static constexpr int64_t kWidth = kLanes<T>;
-  static constexpr int kGates = LSTMCell<S>::kGates;
-  static_assert(kGates == kPanelVectors, "a panel of gates is one cell's worth of vectors");
+  static constexpr int kGates = Cell::kGates;
 
   const RecurrentArgs& args;
   const Walk& walk = args.walk;
@@ -108,29 +108,35 @@ struct Layer {
 // ---- forward
 // -----------------------------------------------------------------------------------------------------------
 
-template <class S>
-struct Forward : Layer<S> {
-  using L = Layer<S>;
+template <class Cell>
+struct Forward : Layer<Cell> {
+  using L = Layer<Cell>;
   using L::args, L::walk, L::D, L::H, L::P, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
+  using typename L::S;
   using typename L::T;
   using typename L::V;
+  static constexpr int kVectors = Cell::kUnits * kGates;
+  static constexpr int64_t kGatePanel = kPanel<T, kVectors>, kPanelUnits = Cell::kUnits * kWidth;
+  static constexpr int64_t kWidest = kGatePanel > kPanel<T> ? kGatePanel : kPanel<T>;
 
   const ForwardArgs& out;
   Teams teams;
-  Operand<S> ih[kMaxDirections], hh[kMaxDirections], hr[kMaxDirections];
+  Operand<S, kVectors> ih[kMaxDirections], hh[kMaxDirections];
+  Operand<S> hr[kMaxDirections];
   // Weights used for one step only are packed chunk by chunk as they are used, not beforehand.
   const bool pack_first = walk.T > 1;
   const int64_t chunk_rows = group_rows > kChunkRows ? group_rows : min(kChunkRows, walk.N);
-  T *packed_ih[kMaxDirections], *packed_hh[kMaxDirections], *packed_hr[kMaxDirections], *bias[kMaxDirections];
-  T *h[2], *c, *m;          // [teams, group_rows, PV or HV]; m is o * tanh(c) before the projection
-  T *x_rows, *pre, *chunk;  // per member
+  T *packed_ih[kMaxDirections], *packed_hh[kMaxDirections], *packed_hr[kMaxDirections];
+  T *bias_ih[kMaxDirections], *bias_hh[kMaxDirections];  // in the order of the panels
+  T *h[2], *c, *m;                              // [teams, group_rows, PV or HV]; m is o * tanh(c) before the projection
+  T *x_rows, *x_products, *h_products, *chunk;  // per member
 
   explicit Forward(const ForwardArgs& a) : L{a}, out(a), teams{a, nullptr, {}} {
     for (int64_t d = 0; d < args.directions; ++d) {
       const Weights& w = args.weights[d];
-      ih[d] = {static_cast<const S*>(w.w_ih), D, D, {H, true}, Side::kRowsAreColumns};
-      hh[d] = {static_cast<const S*>(w.w_hh), P, P, {H, true}, Side::kRowsAreColumns};
-      hr[d] = {static_cast<const S*>(w.w_hr), H, H, {P, false}, Side::kRowsAreColumns};
+      ih[d] = {static_cast<const S*>(w.w_ih), D, D, {H, Cell::kUnits}, Side::kRowsAreColumns};
+      hh[d] = {static_cast<const S*>(w.w_hh), P, P, {H, Cell::kUnits}, Side::kRowsAreColumns};
+      hr[d] = {static_cast<const S*>(w.w_hr), H, H, {P, kPlainVectors}, Side::kRowsAreColumns};
     }
   }
 
@@ -142,16 +148,18 @@ struct Forward : Layer<S> {
       packed_ih[d] = pack_first ? arena.take<T>(ih[d].packed_size()) : nullptr;
       packed_hh[d] = pack_first ? arena.take<T>(hh[d].packed_size()) : nullptr;
       packed_hr[d] = pack_first && projected ? arena.take<T>(hr[d].packed_size()) : nullptr;
-      bias[d] = arena.take<T>(gate_panels() * kPanel<T>);
+      bias_ih[d] = arena.take<T>(gate_panels() * kGatePanel);
+      bias_hh[d] = arena.take<T>(gate_panels() * kGatePanel);
     }
     const int64_t states = teams.count() * group_rows;
     h[0] = arena.take<T>(states * PV);
     h[1] = arena.take<T>(states * PV);
-    c = arena.take<T>(states * HV);
+    c = Cell::kHasC ? arena.take<T>(states * HV) : nullptr;
     m = projected ? arena.take<T>(states * HV) : nullptr;
     x_rows = arena.take<T>(teams.members() * chunk_rows * D);
-    pre = arena.take<T>(teams.members() * (member_panels() + 1) * chunk_rows * kPanel<T>);
-    chunk = arena.take<T>(teams.members() * kChain * kPanel<T>);
+    x_products = arena.take<T>(teams.members() * member_panels() * chunk_rows * kGatePanel);
+    h_products = arena.take<T>(teams.members() * group_rows * kWidest);
+    chunk = arena.take<T>(teams.members() * kChain * kWidest);
   }
 
   void run() {
@@ -188,14 +196,15 @@ struct Forward : Layer<S> {
     teams.each(begin, end, [&](const Member& member) { walk_sequences(member, begin); });
   }
 
-  void pack_bias(int64_t d, Range panels) {
-    const S* b_ih = static_cast<const S*>(args.weights[d].b_ih);
-    const S* b_hh = static_cast<const S*>(args.weights[d].b_hh);
+  void pack_bias(int64_t d, Range panels) const {
+    const Weights& w = args.weights[d];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      for (int v = 0; v < kGates; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const int64_t first = ih[d].columns.template first<T>(p, v), n = ih[d].columns.template valid<T>(p, v);
-        const V sum = b_ih == nullptr ? V{} : load(b_ih + first, n) + load(b_hh + first, n);
-        store(bias[d] + (p * kGates + v) * kWidth, sum);
+        const int64_t at = p * kGatePanel + v * kWidth;
+        const bool given = w.b_ih != nullptr && n > 0;
+        store(bias_ih[d] + at, given ? load(static_cast<const S*>(w.b_ih) + first, n) : V{});
+        store(bias_hh[d] + at, given ? load(static_cast<const S*>(w.b_hh) + first, n) : V{});
       }
     }
   }
@@ -205,25 +214,28 @@ struct Forward : Layer<S> {
     const Rows rows{walk, args.plan.row_groups, member.group};
     const int64_t units = args.plan.unit_groups;
     const Range panels = share(gate_panels(), units, member.first, member.last);
-    const Range own = {panels.begin * kWidth, min(H, panels.end * kWidth)};
+    const Range own = {min(H, panels.begin * kPanelUnits), min(H, panels.end * kPanelUnits)};
     const Range outputs = projected ? share(hr[d].panels(), units, member.first, member.last) : Range{0, 0};
     const Range own_h = projected ? Range{min(P, outputs.begin * kPanel<T>), min(P, outputs.end * kPanel<T>)} : own;
 
     const int64_t team = d * args.plan.row_groups + member.group;
     T* h_now = h[0] + team * group_rows * PV;
     T* h_next = h[1] + team * group_rows * PV;
-    T* c_now = c + team * group_rows * HV;
+    T* c_now = Cell::kHasC ? c + team * group_rows * HV : nullptr;
     T* m_now = projected ? m + team * group_rows * HV : nullptr;
     T* x_chunk = x_rows + slot * chunk_rows * D;
-    T* pre_chunk = pre + slot * (member_panels() + 1) * chunk_rows * kPanel<T>;
-    T* scratch = chunk + slot * kChain * kPanel<T>;
+    T* from_x = x_products + slot * member_panels() * chunk_rows * kGatePanel;
+    T* from_h = h_products + slot * group_rows * kWidest;
+    T* scratch = chunk + slot * kChain * kWidest;
 
     for (int64_t i = 0; i < rows.all(); ++i) {
       const int64_t b = rows.sequence(i);
       start_state(args.h0, d, b, P, own_h, h_now + i * PV);
       memcpy(h_next + i * PV + own_h.begin, h_now + i * PV + own_h.begin, own_h.size() * sizeof(T));
-      start_state(args.c0, d, b, H, own, c_now + i * HV);
-      for (int64_t u = own.end; u < round_up(own.end, kWidth); ++u) c_now[i * HV + u] = 0;
+      if constexpr (Cell::kHasC) {
+        start_state(args.c0, d, b, H, own, c_now + i * HV);
+        for (int64_t u = own.end; u < round_up(own.end, kWidth); ++u) c_now[i * HV + u] = 0;
+      }
     }
     for (int64_t i = walk.T > 0 ? rows.at(0) : 0; i < rows.all(); ++i) {  // sequences of length zero
       finish(d, rows.sequence(i), h_now + i * PV, own_h, c_now + i * HV, own);
@@ -236,20 +248,22 @@ struct Forward : Layer<S> {
       if (in_chunk == 0) continue;
       for (int64_t p = panels.begin; p < panels.end; ++p) {
         panel_product(ih[d], packed_ih[d], scratch, p, in_chunk, x_chunk, D,
-                      pre_chunk + (p - panels.begin) * chunk_rows * kPanel<T>, kPanel<T>, Into::kReplace);
+                      from_x + (p - panels.begin) * chunk_rows * kGatePanel, kGatePanel, Into::kReplace);
       }
       for (int64_t row = 0; s < next; ++s) {
         const int64_t t = this->step(s, d), alive = rows.at(t);
         if (alive == 0) continue;
         for (int64_t p = panels.begin; p < panels.end; ++p) {
-          T* at = pre_chunk + ((p - panels.begin) * chunk_rows + row) * kPanel<T>;
-          if (!zero_h) panel_product(hh[d], packed_hh[d], scratch, p, alive, h_now, PV, at, kPanel<T>, Into::kAdd);
-          cells(rows, d, t, p, alive, at, c_now, projected ? m_now : h_next);
+          if (!zero_h) {
+            panel_product(hh[d], packed_hh[d], scratch, p, alive, h_now, PV, from_h, kGatePanel, Into::kReplace);
+          }
+          cells(rows, d, t, p, alive, from_x + ((p - panels.begin) * chunk_rows + row) * kGatePanel,
+                zero_h ? nullptr : from_h, h_now, c_now, projected ? m_now : h_next);
         }
         if (projected) {
           member.meet();
           for (int64_t p = outputs.begin; p < outputs.end; ++p) {
-            project(rows, d, t, p, alive, m_now, h_next, scratch, pre_chunk + row * kPanel<T>);
+            project(rows, d, t, p, alive, m_now, h_next, scratch, from_h);
           }
         }
         // Sequences end where the walk meets their last step.
@@ -291,31 +305,42 @@ struct Forward : Layer<S> {
 
   void finish(int64_t d, int64_t b, const T* h_row, Range own_h, const T* c_row, Range own) const {
     convert(this->state(out.h_n, d, b, P) + own_h.begin, h_row + own_h.begin, own_h.size());
-    convert(this->state(out.c_n, d, b, H) + own.begin, c_row + own.begin, own.size());
+    if (Cell::kHasC) convert(this->state(out.c_n, d, b, H) + own.begin, c_row + own.begin, own.size());
   }
 
-  // The cell on one panel of units: pre-activations to states. h_to: the next h, or o * tanh(c) if it is projected.
-  void cells(const Rows& rows, int64_t d, int64_t t, int64_t panel, int64_t alive, const T* pre_rows, T* c_rows,
-             T* h_to) const {
-    const int64_t u = panel * kWidth, valid = min(kWidth, H - u), ld = projected ? HV : PV;
-    V b[kGates];
-    for (int v = 0; v < kGates; ++v) b[v] = load(bias[d] + (panel * kGates + v) * kWidth);
+  // The cell on one panel of units, from the two products (from_h null: zero). h_to: the next h, or what is projected.
+  void cells(const Rows& rows, int64_t d, int64_t t, int64_t panel, int64_t alive, const T* from_x, const T* from_h,
+             const T* h_rows, T* c_rows, T* h_to) const {
+    const int64_t ld = projected ? HV : PV;
+    const T *b_ih = bias_ih[d] + panel * kGatePanel, *b_hh = bias_hh[d] + panel * kGatePanel;
     for (int64_t i = 0; i < alive; ++i) {
-      V gate[kGates];
-      for (int v = 0; v < kGates; ++v) gate[v] = load(pre_rows + i * kPanel<T> + v * kWidth) + b[v];
-      V cell = load(c_rows + i * HV + u);
-      V hidden = LSTMCell<S>::forward(gate, cell);
       const int64_t n = rows.packed(t, i);
-      store(c_rows + i * HV + u, cell);
-      if (!projected) {
-        hidden = rounded<S>(hidden);
-        store(static_cast<S*>(out.y) + this->y_offset(n, d) + u, hidden, valid);
+      for (int unit = 0; unit < Cell::kUnits; ++unit) {
+        const int64_t u = panel * kPanelUnits + unit * kWidth, valid = min(kWidth, H - u);
+        if (Cell::kUnits > 1 && valid <= 0) break;
+        V x[kGates], h[kGates], saved[Cell::kSaved + 1];
+        for (int g = 0; g < kGates; ++g) {
+          const int64_t at = (g * Cell::kUnits + unit) * kWidth;
+          x[g] = load(from_x + i * kGatePanel + at) + load(b_ih + at);
+          h[g] = load(b_hh + at);
+          if (from_h != nullptr) h[g] += load(from_h + i * kGatePanel + at);
+        }
+        V cell = Cell::kHasC ? load(c_rows + i * HV + u) : V{};
+        V hidden = Cell::forward(x, h, Cell::kDirect ? load(h_rows + i * PV + u) : V{}, cell, saved);
+        if (!projected) {
+          hidden = rounded<S>(hidden);
+          store(static_cast<S*>(out.y) + this->y_offset(n, d) + u, hidden, valid);
+        }
+        store(h_to + i * ld + u, hidden);
+        if (Cell::kHasC) store(c_rows + i * HV + u, cell);
+        if (Cell::kHasC && out.cells != nullptr) {
+          store(static_cast<S*>(out.cells) + (d * args.saved_rows + n) * H + u, cell, valid);
+        }
+        if (Cell::kSaved > 0 && out.saved != nullptr) {
+          S* to = static_cast<S*>(out.saved) + (d * args.saved_rows + n) * Cell::kSaved * H + u;
+          for (int k = 0; k < Cell::kSaved; ++k) store(to + k * H, saved[k], valid);
+        }
       }
-      store(h_to + i * ld + u, hidden);
-      if (out.gates == nullptr) continue;
-      S* saved = static_cast<S*>(out.gates) + (d * args.saved_rows + n) * kGates * H + u;
-      for (int v = 0; v < kGates; ++v) store(saved + v * H, gate[v], valid);
-      store(static_cast<S*>(out.cells) + (d * args.saved_rows + n) * H + u, cell, valid);
     }
   }
 
@@ -325,7 +350,7 @@ struct Forward : Layer<S> {
     panel_product(hr[d], packed_hr[d], scratch, panel, alive, m_rows, HV, tile, kPanel<T>, Into::kReplace);
     for (int64_t i = 0; i < alive; ++i) {
       S* to = static_cast<S*>(out.y) + this->y_offset(rows.packed(t, i), d);
-      for (int v = 0; v < kPanelVectors; ++v) {
+      for (int v = 0; v < kPlainVectors; ++v) {
         const int64_t u = panel * kPanel<T> + v * kWidth, valid = min(kWidth, P - u);
         if (valid <= 0) break;
         const V value = rounded<S>(load(tile + i * kPanel<T> + v * kWidth));
@@ -387,14 +412,33 @@ struct OuterProduct {
       const int64_t n = min(kPanel<T>, columns - p * kPanel<T>);
       for (int64_t i = 0; i < k; ++i) {
         const R* from = row(r0 + i);
-        for (int v = 0; v < kPanelVectors; ++v) {
+        for (int v = 0; v < kPlainVectors; ++v) {
           const int64_t c = v * kLanes<T>, valid = min(kLanes<T>, n - c);
           store(right + i * kPanel<T> + c,
                 from != nullptr && valid > 0 ? load(from + p * kPanel<T> + c, valid) : Native<T>{});
         }
       }
-      tile_rows(m, k, left, kChain, right, sums + (at + p) * cap * kPanel<T>, kPanel<T>,
-                first ? Into::kReplace : Into::kAdd);
+      tile_rows<kPlainVectors>(m, k, left, kChain, right, sums + (at + p) * cap * kPanel<T>, kPanel<T>,
+                               first ? Into::kReplace : Into::kAdd);
+    }
+  }
+
+  template <class R, class RowOf>
+  void accumulate(const T* a, int64_t lda, Range m, int64_t rows, int64_t columns, RowOf row, int64_t at) const {
+    for (int64_t r = 0; r < rows; r += kChain) {
+      const int64_t k = min(kChain, rows - r);
+      take_left(a, lda, m, r, k, r == 0);
+      add<R>(columns, row, m.size(), r, k, r == 0, at);
+    }
+  }
+
+  template <class S>
+  void write_sums(S* to, Range m, bool empty) const {
+    if (to == nullptr) return;
+    if (empty) {
+      memset(static_cast<void*>(to + m.begin), 0, m.size() * sizeof(S));
+    } else {
+      convert(to + m.begin, column_sums, m.size());
     }
   }
 
@@ -414,10 +458,11 @@ struct OuterProduct {
   }
 };
 
-template <class S>
-struct Backward : Layer<S> {
-  using L = Layer<S>;
+template <class Cell>
+struct Backward : Layer<Cell> {
+  using L = Layer<Cell>;
   using L::args, L::walk, L::D, L::H, L::P, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
+  using typename L::S;
   using typename L::T;
   using typename L::V;
 
@@ -427,18 +472,19 @@ struct Backward : Layer<S> {
   Operand<S> ih[kMaxDirections], hh[kMaxDirections], hr[kMaxDirections];
   const int64_t tile_height = group_rows > kChunkRows ? group_rows : kChunkRows;
   T *packed_ih[kMaxDirections], *packed_hh[kMaxDirections], *packed_hr[kMaxDirections];
-  T* dgates;            // [directions, N, 4H]
-  T *dh_rows, *m_rows;  // projected: [directions, N, P] gradient of h, [directions, N, H] o * tanh(c)
-  T *dc, *tiles;        // [teams, group_rows, HV]; [members, tile_height, kPanel]
-  const S** h_prev;     // [directions, N] where the h that a row started from is; null for zeros
+  T *dgates_x, *dgates_h;  // [directions, N, G] gradients of the two products; one buffer where they are the same
+  T *dh_rows, *m_rows;     // projected: [directions, N, P] gradient of h, [directions, N, H] o * tanh(c)
+  T *dc, *direct;          // [teams, group_rows, HV]
+  T* tiles;                // [members, tile_height, kPanel]
+  const S** h_prev;        // [directions, N] where the h that a row started from is; null for zeros
   OuterProduct<T> outer;
 
   explicit Backward(const BackwardArgs& a) : L{a}, grad(a), teams{a, nullptr, {}} {
     for (int64_t d = 0; d < args.directions; ++d) {
       const Weights& w = args.weights[d];
-      ih[d] = {static_cast<const S*>(w.w_ih), G, D, {D, false}, Side::kAsIs};
-      hh[d] = {static_cast<const S*>(w.w_hh), G, P, {P, false}, Side::kAsIs};
-      hr[d] = {static_cast<const S*>(w.w_hr), P, H, {H, false}, Side::kAsIs};
+      ih[d] = {static_cast<const S*>(w.w_ih), G, D, {D, kPlainVectors}, Side::kAsIs};
+      hh[d] = {static_cast<const S*>(w.w_hh), G, P, {P, kPlainVectors}, Side::kAsIs};
+      hr[d] = {static_cast<const S*>(w.w_hr), P, H, {H, kPlainVectors}, Side::kAsIs};
     }
   }
 
@@ -458,10 +504,12 @@ struct Backward : Layer<S> {
       packed_hh[d] = arena.take<T>(hh[d].packed_size());
       packed_hr[d] = projected ? arena.take<T>(hr[d].packed_size()) : nullptr;
     }
-    dgates = arena.take<T>(args.directions * walk.N * G);
+    dgates_x = arena.take<T>(args.directions * walk.N * G);
+    dgates_h = Cell::kSeparate ? arena.take<T>(args.directions * walk.N * G) : dgates_x;
     dh_rows = projected ? arena.take<T>(args.directions * walk.N * P) : nullptr;
     m_rows = projected ? arena.take<T>(args.directions * walk.N * H) : nullptr;
-    dc = arena.take<T>(teams.count() * group_rows * HV);
+    dc = Cell::kHasC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
+    direct = Cell::kDirect ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
     tiles = arena.take<T>(teams.members() * tile_height * kPanel<T>);
     h_prev = arena.take<const S*>(args.directions * walk.N);
     if (grad.weights_wanted) OuterProduct<T>::measure(arena, teams.members(), outer_columns(), outer_panels(), outer);
@@ -492,7 +540,7 @@ struct Backward : Layer<S> {
       pack(hh[d], packed_hh[d]);
       if (grad.dx != nullptr) pack(ih[d], packed_ih[d]);
       if (projected) pack(hr[d], packed_hr[d]);
-      if (grad.weights_wanted) find_previous(d, share(walk.T, all, begin, end));
+      find_previous(d, share(walk.T, all, begin, end));
     }
     teams.everyone.arrive_and_wait(end - begin);
     teams.each(begin, end, [&](const Member& member) { walk_sequences(member, begin); });
@@ -528,9 +576,11 @@ struct Backward : Layer<S> {
     const Range own = {min(H, panels.begin * kPanel<T>), min(H, panels.end * kPanel<T>)};
     const Range fed_back = share(hh[d].panels(), units, member.first, member.last);
     T* tile = tiles + slot * tile_height * kPanel<T>;
-    T* dc_now = dc + (d * args.plan.row_groups + member.group) * group_rows * HV;
+    const int64_t team_rows = (d * args.plan.row_groups + member.group) * group_rows;
+    T* dc_now = Cell::kHasC ? dc + team_rows * HV : nullptr;
+    T* direct_now = Cell::kDirect ? direct + team_rows * HV : nullptr;
 
-    for (int64_t i = 0; i < rows.all(); ++i) {
+    for (int64_t i = 0; Cell::kHasC && i < rows.all(); ++i) {
       for (int64_t u = own.begin; u < own.end; u += kWidth) {
         const int64_t valid = min(kWidth, own.end - u);
         store(dc_now + i * HV + u,
@@ -543,11 +593,11 @@ struct Backward : Layer<S> {
       const int64_t t = this->step(s, d), alive = rows.at(t);
       if (alive == 0 && before == 0) continue;
       for (int64_t p = fed_back.begin; p < fed_back.end; ++p) {
-        returning(rows, d, before_t, before, p, tile);
+        returning(rows, d, before_t, before, p, direct_now, tile);
         if (projected) {
           output_gradient(rows, d, t, alive, before, p, tile);
         } else {
-          cells(rows, d, t, alive, before, p, tile, dc_now);
+          cells(rows, d, t, alive, before, p, tile, dc_now, direct_now);
         }
         leave(rows, d, alive, before, p, tile);
       }
@@ -555,9 +605,8 @@ struct Backward : Layer<S> {
         member.meet();
         for (int64_t p = panels.begin; p < panels.end; ++p) {
           const T* dh = dh_rows + (d * walk.N + rows.packed(t, 0)) * P;
-          panel_product<S>(hr[d], packed_hr[d], nullptr, p, alive, dh, rows.groups * P, tile, kPanel<T>,
-                           Into::kReplace);
-          cells(rows, d, t, alive, alive, p, tile, dc_now);
+          panel_product(hr[d], packed_hr[d], nullptr, p, alive, dh, rows.groups * P, tile, kPanel<T>, Into::kReplace);
+          cells(rows, d, t, alive, alive, p, tile, dc_now, direct_now);
         }
       }
       before = alive;
@@ -566,12 +615,12 @@ struct Backward : Layer<S> {
     }
     for (int64_t p = fed_back.begin; p < fed_back.end; ++p) {
       if (grad.dh0 == nullptr) break;
-      returning(rows, d, before_t, before, p, tile);
+      returning(rows, d, before_t, before, p, direct_now, tile);
       leave(rows, d, 0, before, p, tile);
     }
     for (int64_t i = 0; i < rows.all(); ++i) {
       const int64_t b = rows.sequence(i);
-      if (grad.dc0 != nullptr) {
+      if (Cell::kHasC && grad.dc0 != nullptr) {
         convert(this->state(grad.dc0, d, b, H) + own.begin, dc_now + i * HV + own.begin, own.size());
       }
       if (grad.dh0 == nullptr || (walk.T > 0 && i < rows.at(0))) continue;
@@ -582,12 +631,20 @@ struct Backward : Layer<S> {
     }
   }
 
-  // One panel of dgates W_hh of the step before: what it sends back to the h it started from.
-  void returning(const Rows& rows, int64_t d, int64_t before_t, int64_t before, int64_t panel, T* tile) const {
+  // One panel of what the step before sends back to the h it started from: dgates W_hh, and what h passed on directly.
+  void returning(const Rows& rows, int64_t d, int64_t before_t, int64_t before, int64_t panel, const T* direct_rows,
+                 T* tile) const {
     if (before == 0) return;
-    const T* from = dgates + (d * walk.N + rows.packed(before_t, 0)) * G;
-    panel_product<S>(hh[d], packed_hh[d], nullptr, panel, before, from, rows.groups * G, tile, kPanel<T>,
-                     Into::kReplace);
+    const T* from = dgates_h + (d * walk.N + rows.packed(before_t, 0)) * G;
+    panel_product(hh[d], packed_hh[d], nullptr, panel, before, from, rows.groups * G, tile, kPanel<T>, Into::kReplace);
+    if constexpr (Cell::kDirect) {
+      for (int64_t i = 0; i < before; ++i) {
+        for (int64_t c = 0; c < kPanel<T> && panel * kPanel<T> + c < HV; c += kWidth) {
+          T* at = tile + i * kPanel<T> + c;
+          store(at, load(at) + load(direct_rows + i * HV + panel * kPanel<T> + c));
+        }
+      }
+    }
   }
 
   // The gradient of h at (t, i) in a vector of units: what came back from the next step (or from h_n) plus dy.
@@ -607,7 +664,7 @@ struct Backward : Layer<S> {
                        const T* tile) const {
     for (int64_t i = 0; i < alive; ++i) {
       const int64_t n = rows.packed(t, i);
-      for (int v = 0; v < kPanelVectors; ++v) {
+      for (int v = 0; v < kPlainVectors; ++v) {
         const int64_t u = panel * kPanel<T> + v * kWidth, valid = min(kWidth, P - u);
         if (valid <= 0) break;
         const V dh = incoming(rows, d, n, i, before, u, valid, tile + i * kPanel<T> + v * kWidth);
@@ -616,32 +673,50 @@ struct Backward : Layer<S> {
     }
   }
 
-  // The cell's backward on one panel of units. tile: gradient of o * tanh(c) [alive, kPanel].
+  // The cell's backward on one panel of units. tile: gradient of the cell's h [alive, kPanel].
   void cells(const Rows& rows, int64_t d, int64_t t, int64_t alive, int64_t before, int64_t panel, const T* tile,
-             T* dc_rows) const {
+             T* dc_rows, T* direct_rows) const {
     for (int64_t i = 0; i < alive; ++i) {
-      const int64_t n = rows.packed(t, i), j = rows.group + i * rows.groups;
-      const S* gates = static_cast<const S*>(grad.gates) + (d * args.saved_rows + n) * G;
-      const S* cell = static_cast<const S*>(grad.cells) + (d * args.saved_rows + n) * H;
-      T* dgates_row = dgates + (d * walk.N + n) * G;
-      int64_t n_prev;
-      const S* c_prev = args.c0 != nullptr ? this->state(args.c0, d, walk.sequence[j], H) : nullptr;
-      if (previous(d, t, j, n_prev)) c_prev = static_cast<const S*>(grad.cells) + (d * args.saved_rows + n_prev) * H;
-      for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t n = rows.packed(t, i), j = rows.group + i * rows.groups, saved_row = d * args.saved_rows + n;
+      const S* kept = static_cast<const S*>(grad.saved) + saved_row * Cell::kSaved * H;
+      const S* c_row = Cell::kHasC ? static_cast<const S*>(grad.cells) + saved_row * H : nullptr;
+      const S* c_prev_row = Cell::kHasC ? c_before(d, t, j) : nullptr;
+      const S* h_prev_row = h_prev[d * walk.N + n];
+      const S* y_row = static_cast<const S*>(grad.y) + this->y_offset(n, d);
+      for (int v = 0; v < kPlainVectors; ++v) {
         const int64_t u = panel * kPanel<T> + v * kWidth, valid = min(kWidth, H - u);
         if (valid <= 0) break;
         const T* from = tile + i * kPanel<T> + v * kWidth;
         const V dh = projected ? load(from) : incoming(rows, d, n, i, before, u, valid, from);
-        V gate[kGates];
-        for (int g = 0; g < kGates; ++g) gate[g] = load(gates + g * H + u, valid);
-        const V c = load(cell + u, valid);
-        if (projected) store(m_rows + (d * walk.N + n) * H + u, gate[3] * tanh<T>(c), valid);
-        V dc_vector = load(dc_rows + i * HV + u);
-        LSTMCell<S>::backward(gate, c, c_prev != nullptr ? load(c_prev + u, valid) : V{}, dh, dc_vector);
-        store(dc_rows + i * HV + u, dc_vector);
-        for (int g = 0; g < kGates; ++g) store(dgates_row + g * H + u, gate[g], valid);
+        V saved[Cell::kSaved + 1], c = {}, c_prev = {}, dc_vector = {}, h = {}, h_before = {};
+        for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(kept + k * H + u, valid);
+        if constexpr (Cell::kHasC) {
+          c = load(c_row + u, valid);
+          if (c_prev_row != nullptr) c_prev = load(c_prev_row + u, valid);
+          dc_vector = load(dc_rows + i * HV + u);
+          // What was projected: o * tanh(c) is the only output of a cell that can be.
+          if (projected) store(m_rows + (d * walk.N + n) * H + u, saved[3] * tanh<T>(c), valid);
+        }
+        if (Cell::kSaved == 0) h = load(y_row + u, valid);
+        if (Cell::kDirect && h_prev_row != nullptr) h_before = load(h_prev_row + u, valid);
+        StepGradient<V> step;
+        Cell::backward(saved, h, h_before, c, c_prev, dh, dc_vector, step);
+        if constexpr (Cell::kHasC) store(dc_rows + i * HV + u, dc_vector);
+        if constexpr (Cell::kDirect) store(direct_rows + i * HV + u, step.direct);
+        const int64_t at = (d * walk.N + n) * G + u;
+        for (int g = 0; g < kGates; ++g) {
+          store(dgates_x + at + g * H, step.x[g], valid);
+          if constexpr (Cell::kSeparate) store(dgates_h + at + g * H, step.h[g], valid);
+        }
       }
     }
+  }
+
+  // The c that step t of the j-th sequence started from; null for zeros.
+  const S* c_before(int64_t d, int64_t t, int64_t j) const {
+    int64_t n;
+    if (previous(d, t, j, n)) return static_cast<const S*>(grad.cells) + (d * args.saved_rows + n) * H;
+    return args.c0 != nullptr ? this->state(args.c0, d, walk.sequence[j], H) : nullptr;
   }
 
   // Sequences that the walk has left behind: what came back is the gradient of h0.
@@ -659,8 +734,8 @@ struct Backward : Layer<S> {
       const int64_t count = min(kChunkRows, rows.end - n);
       for (int64_t p = 0; p < ih[0].panels(); ++p) {
         for (int64_t d = 0; d < args.directions; ++d) {
-          panel_product<S>(ih[d], packed_ih[d], nullptr, p, count, dgates + (d * walk.N + n) * G, G, tile, kPanel<T>,
-                           d == 0 ? Into::kReplace : Into::kAdd);
+          panel_product(ih[d], packed_ih[d], nullptr, p, count, dgates_x + (d * walk.N + n) * G, G, tile, kPanel<T>,
+                        d == 0 ? Into::kReplace : Into::kAdd);
         }
         for (int64_t i = 0; i < count; ++i) {
           convert(static_cast<S*>(grad.dx) + walk.rows[n + i] * D + p * kPanel<T>, tile + i * kPanel<T>,
@@ -681,35 +756,30 @@ struct Backward : Layer<S> {
         const Range m = within(mine, d * G, G);
         if (m.size() > 0) {
           const int64_t x_panels = columns_to_panels(D);
-          for (int64_t r = 0; r < walk.N; r += kChain) {
-            const int64_t k = min(kChain, walk.N - r);
-            product.take_left(dgates + d * walk.N * G, G, m, r, k, r == 0);
-            product.template add<S>(
-                D, [&](int64_t n) { return static_cast<const S*>(args.x) + walk.x_offsets[n]; }, m.size(), r, k, r == 0,
-                0);
-            product.template add<S>(
-                P, [&](int64_t n) { return h_prev[d * walk.N + n]; }, m.size(), r, k, r == 0, x_panels);
+          const bool bias = dw.b_ih != nullptr;
+          const auto of_x = [&](int64_t n) { return static_cast<const S*>(args.x) + walk.x_offsets[n]; };
+          const auto of_h = [&](int64_t n) { return h_prev[d * walk.N + n]; };
+          if constexpr (Cell::kSeparate) {
+            product.template accumulate<S>(dgates_x + d * walk.N * G, G, m, walk.N, D, of_x, 0);
+            product.write_sums(bias ? static_cast<S*>(dw.b_ih) : nullptr, m, walk.N == 0);
+            product.template accumulate<S>(dgates_h + d * walk.N * G, G, m, walk.N, P, of_h, x_panels);
+          } else {
+            for (int64_t r = 0; r < walk.N; r += kChain) {
+              const int64_t k = min(kChain, walk.N - r);
+              product.take_left(dgates_x + d * walk.N * G, G, m, r, k, r == 0);
+              product.template add<S>(D, of_x, m.size(), r, k, r == 0, 0);
+              product.template add<S>(P, of_h, m.size(), r, k, r == 0, x_panels);
+            }
+            product.write_sums(bias ? static_cast<S*>(dw.b_ih) : nullptr, m, walk.N == 0);
           }
+          product.write_sums(bias ? static_cast<S*>(dw.b_hh) : nullptr, m, walk.N == 0);
           product.write(static_cast<S*>(dw.w_ih), D, m, 0, walk.N == 0);
           product.write(static_cast<S*>(dw.w_hh), P, m, x_panels, walk.N == 0);
-          if (dw.b_ih != nullptr) {
-            for (S* bias : {static_cast<S*>(dw.b_ih), static_cast<S*>(dw.b_hh)}) {
-              if (walk.N == 0) {
-                memset(static_cast<void*>(bias + m.begin), 0, m.size() * sizeof(S));
-              } else {
-                convert(bias + m.begin, product.column_sums, m.size());
-              }
-            }
-          }
         }
         const Range m_hr = projected ? within(mine_hr, d * P, P) : Range{0, 0};
         if (m_hr.size() > 0) {
-          for (int64_t r = 0; r < walk.N; r += kChain) {
-            const int64_t k = min(kChain, walk.N - r);
-            product.take_left(dh_rows + d * walk.N * P, P, m_hr, r, k, r == 0);
-            product.template add<T>(
-                H, [&](int64_t n) -> const T* { return m_rows + (d * walk.N + n) * H; }, m_hr.size(), r, k, r == 0, 0);
-          }
+          const auto of_m = [&](int64_t n) -> const T* { return m_rows + (d * walk.N + n) * H; };
+          product.template accumulate<T>(dh_rows + d * walk.N * P, P, m_hr, walk.N, H, of_m, 0);
           product.write(static_cast<S*>(dw.w_hr), H, m_hr, 0, walk.N == 0);
         }
       }
@@ -723,13 +793,30 @@ struct Backward : Layer<S> {
   }
 };
 
-template <template <class> class Pass, class Args>
+template <template <class> class Pass, template <class> class Cell, class Args>
 void launch(const Args& args) {
-  dispatch(args.dtype, [&](auto storage) { Pass<decltype(storage)>(args).run(); });
+  dispatch(args.dtype, [&](auto storage) { Pass<Cell<decltype(storage)>>(args).run(); });
+}
+
+template <template <class> class Cell>
+RecurrentKernels kernels_of() {
+  return {launch<Forward, Cell, ForwardArgs>, launch<Backward, Cell, BackwardArgs>};
 }
 
 }  // namespace
 
-RecurrentKernels recurrent_kernels() { return {launch<Forward>, launch<Backward>}; }
+RecurrentKernels recurrent_kernels(CellKind cell) {
+  switch (cell) {
+    case CellKind::kLSTM:
+      return kernels_of<LSTMCell>();
+    case CellKind::kGRU:
+      return kernels_of<GRUCell>();
+    case CellKind::kRNNTanh:
+      return kernels_of<RNNTanhCell>();
+    case CellKind::kRNNRelu:
+      return kernels_of<RNNReluCell>();
+  }
+  return {};
+}
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,5 +1,5 @@
 """Operators as functions."""
 
-from seqkernels.functional.recurrent import lstm
+from seqkernels.functional.recurrent import gru, lstm, rnn_relu, rnn_tanh
 
-__all__ = ["lstm"]
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]

@@ -1,5 +1,5 @@
 """Operators as modules that take the place of torch.nn's."""
 
-from seqkernels.nn.recurrent import LSTM
+from seqkernels.nn.recurrent import GRU, LSTM, RNN
 
-__all__ = ["LSTM"]
+__all__ = ["GRU", "LSTM", "RNN"]
