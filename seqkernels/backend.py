@@ -26,6 +26,8 @@ def unsupported_on_cpu(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 def require(op: str, input: Tensor) -> None:
     """Raises NotImplementedError with every backend's reasons where none can run op on this input."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
     if input.device.type == "cpu" and input.dtype in CPU_DTYPES:
         return
     reasons = unsupported_on_cpu(input.device, input.dtype)

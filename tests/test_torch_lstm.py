@@ -102,6 +102,7 @@ def test_torchs_samples(dtype: torch.dtype, training: bool) -> None:
 @modes
 def test_torchs_samples_differentiate(training: bool) -> None:
     """test_grad and test_gradgrad of torch's test_modules.py."""
+    torch.set_num_threads(1)
     for module, forward, _, _ in samples(torch.float64, training, requires_grad=True):
         state = forward.args[1] if len(forward.args) > 1 else ()
         tensors = [forward.args[0], *state, *module.parameters()]
@@ -113,7 +114,8 @@ def test_torchs_samples_differentiate(training: bool) -> None:
             return y, *hx
 
         assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
-        assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+        if training:
+            assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
 def test_torchs_samples_in_other_strides() -> None:
@@ -439,9 +441,6 @@ def test_functional_call() -> None:
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError, reason="torch.library.register_autograd gives no rule for the transforms of torch.func"
-)
 def test_grad_through_torch_func() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7)
     x = torch.randn(6, 4, 5)

@@ -1,13 +1,12 @@
 // Matrix products whose every result is the same sum in the same order, whatever the other rows are.
 //
-// An element of C is a sum over chunks of kChain terms; inside a chunk one accumulator takes the terms in order by
-// fused multiply-add, and the chunks are added up in order. No tile shape, row count or thread count enters into that,
-// so a sequence gets the same bits alone or in a batch, and the short chains keep the rounding error below that of one
-// long chain. Source for the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication",
-// 2008.
+// An element of C is a sum over chains of kChain terms; inside a chain one accumulator takes the terms in order by
+// fused multiply-add, and the chains are added up in order. No tile shape, row count or thread count enters into that,
+// so a sequence gets the same bits alone or in a batch; and short chains keep the rounding error below that of one long
+// one. Source for the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 //
-// B is read in panels: kVectors vectors of columns side by side, [K][kPanel], so that a chunk of a panel (kChain *
-// kPanel elements) stays in the first-level cache while the rows of A go by.
+// B is read in panels: kVectors vectors of columns side by side, [K][kPanel], so that a block of a panel (kBlock *
+// kPanel elements, 32 KiB) stays in the first-level cache while the rows of A go by.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +15,8 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-constexpr int64_t kChain = 128;
+constexpr int64_t kBlock = 128;
+constexpr int64_t kChain = 64;
 constexpr int kPlainVectors = 4;  // vectors of a panel whose columns have no structure
 // Rows of a register tile: rows x vectors accumulators, an operand and a broadcast per row within the registers (32 of
 // AVX-512, else 16).
@@ -34,7 +34,7 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 enum class Into { kReplace, kAdd };
 
-// C[kRows, kPanel] = or += A[kRows, k] B[k, kPanel], k <= kChain.
+// C[kRows, kPanel] = or += A[kRows, k] B[k, kPanel], one chain.
 template <int kVectors, int kRows, class T>
 inline void tile(int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, Into into) {
   using V = Native<T>;
@@ -69,12 +69,16 @@ inline void tile_of(int64_t height, int64_t k, const T* a, int64_t lda, const T*
   tile<kVectors, kRows>(k, a, lda, b, c, ldc, into);
 }
 
-// One chunk of one panel for any number of rows, in tiles of nearly the same height: 8 rows are 4 + 4, not 6 + 2.
+// One block of one panel for any number of rows, in tiles of nearly the same height: 8 rows are 4 + 4, not 6 + 2.
 template <int kVectors, class T>
-inline void tile_rows(int64_t rows, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, Into into) {
+inline void tile_rows(int64_t rows, int64_t k, int64_t chain, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
+                      Into into) {
   for (int64_t tiles = ceil_div(rows, kTileRows<kVectors>); tiles > 0; --tiles) {
     const int64_t height = ceil_div(rows, tiles);
-    tile_of<kVectors, kTileRows<kVectors>>(height, k, a, lda, b, c, ldc, into);
+    for (int64_t i = 0; i < k; i += chain) {
+      tile_of<kVectors, kTileRows<kVectors>>(height, min(chain, k - i), a + i, lda, b + i * kPanel<T, kVectors>, c, ldc,
+                                             i == 0 ? into : Into::kAdd);
+    }
     rows -= height;
     a += height * lda;
     c += height * ldc;
@@ -164,20 +168,20 @@ struct Operand {
 };
 
 // C[rows, kPanel] = or += A[rows, depth] times one panel. packed: the whole operand as pack_panels wrote it; or null,
-// and each chunk is packed into `chunk` (kChain * kPanel elements) as it is needed: cheaper where it is used once.
+// and each block is packed into `block` (kBlock * kPanel elements) as it is needed: cheaper where it is used once.
 template <class S, int kVectors>
-inline void panel_product(const Operand<S, kVectors>& b, const Compute<S>* packed, Compute<S>* chunk, int64_t panel,
+inline void panel_product(const Operand<S, kVectors>& b, const Compute<S>* packed, Compute<S>* block, int64_t panel,
                           int64_t rows, const Compute<S>* a, int64_t lda, Compute<S>* c, int64_t ldc, Into into) {
   using T = Compute<S>;
-  for (int64_t k0 = 0; k0 < b.depth; k0 += kChain) {
-    const int64_t k = min(kChain, b.depth - k0);
-    const T* right = chunk;
+  for (int64_t k0 = 0; k0 < b.depth; k0 += kBlock) {
+    const int64_t k = min(kBlock, b.depth - k0);
+    const T* right = block;
     if (packed != nullptr) {
       right = packed + (panel * b.depth + k0) * kPanel<T, kVectors>;
     } else {
-      b.pack(panel, k0, k, chunk);
+      b.pack(panel, k0, k, block);
     }
-    tile_rows<kVectors>(rows, k, a + k0, lda, right, c, ldc, into);
+    tile_rows<kVectors>(rows, k, kChain, a + k0, lda, right, c, ldc, into);
     into = Into::kAdd;
   }
 }

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstring>
 #include <numeric>
 
 #include "common/check.h"
@@ -221,6 +221,15 @@ Shape saved_shape(const LayerInputs& in, const RecurrentArgs& args, int64_t widt
   return {args.directions, std::accumulate(in.outer.begin(), in.outer.end(), int64_t{1}, std::multiplies<>()), width};
 }
 
+// What no real token fills reads as zero: a value, whatever the allocator left there.
+void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
+  const int64_t row = saved.size(2) * static_cast<int64_t>(saved.element_size());
+  char* data = static_cast<char*>(saved.mutable_data_ptr());
+  for (int64_t d = 0; d < args.directions; ++d) {
+    std::memset(data + (d * saved.size(1) + args.walk.N) * row, 0, (saved.size(1) - args.walk.N) * row);
+  }
+}
+
 enum class Keep { kNothing, kForBackward };
 
 LayerOutputs forward_layer(CellKind kind, Keep keep, const Tensor& x, const std::optional<Tensor>& h0,
@@ -248,6 +257,10 @@ LayerOutputs forward_layer(CellKind kind, Keep keep, const Tensor& x, const std:
     args.saved = make(out.saved, saved_shape(in, args, in.cell.saved * args.H));
     if (in.cell.has_c) args.cells = make(out.cells, saved_shape(in, args, args.H));
     args.saved_rows = out.saved->size(1);
+    if (in.padding_exists(args.walk)) {
+      zero_unused(*out.saved, args);
+      if (out.cells) zero_unused(*out.cells, args);
+    }
   }
   kernels(kind).forward(args);
   return out;

@@ -22,6 +22,9 @@ namespace {
 // of pre-activations stays in a second-level cache of 1 MiB.
 constexpr int64_t kChunkRows = 96;
 
+// Weight gradients sum over all tokens: chains near the square root of their number round least.
+constexpr int64_t kOuterChain = 32;
+
 struct Arena {
   char* at = nullptr;
   template <class T>
@@ -129,7 +132,7 @@ struct Forward : Layer<Cell> {
   T *packed_ih[kMaxDirections], *packed_hh[kMaxDirections], *packed_hr[kMaxDirections];
   T *bias_ih[kMaxDirections], *bias_hh[kMaxDirections];  // in the order of the panels
   T *h[2], *c, *m;                              // [teams, group_rows, PV or HV]; m is o * tanh(c) before the projection
-  T *x_rows, *x_products, *h_products, *chunk;  // per member
+  T *x_rows, *x_products, *h_products, *block;  // per member
 
   explicit Forward(const ForwardArgs& a) : L{a}, out(a), teams{a, nullptr, {}} {
     for (int64_t d = 0; d < args.directions; ++d) {
@@ -159,7 +162,7 @@ struct Forward : Layer<Cell> {
     x_rows = arena.take<T>(teams.members() * chunk_rows * D);
     x_products = arena.take<T>(teams.members() * member_panels() * chunk_rows * kGatePanel);
     h_products = arena.take<T>(teams.members() * group_rows * kWidest);
-    chunk = arena.take<T>(teams.members() * kChain * kWidest);
+    block = arena.take<T>(teams.members() * kBlock * kWidest);
   }
 
   void run() {
@@ -196,15 +199,20 @@ struct Forward : Layer<Cell> {
     teams.each(begin, end, [&](const Member& member) { walk_sequences(member, begin); });
   }
 
+  // Both biases where the cell tells the products apart, else their sum beside the product with h.
   void pack_bias(int64_t d, Range panels) const {
     const Weights& w = args.weights[d];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t first = ih[d].columns.template first<T>(p, v), n = ih[d].columns.template valid<T>(p, v);
         const int64_t at = p * kGatePanel + v * kWidth;
-        const bool given = w.b_ih != nullptr && n > 0;
-        store(bias_ih[d] + at, given ? load(static_cast<const S*>(w.b_ih) + first, n) : V{});
-        store(bias_hh[d] + at, given ? load(static_cast<const S*>(w.b_hh) + first, n) : V{});
+        V of_x = {}, of_h = {};
+        if (w.b_ih != nullptr && n > 0) {
+          of_x = load(static_cast<const S*>(w.b_ih) + first, n);
+          of_h = load(static_cast<const S*>(w.b_hh) + first, n);
+        }
+        store(bias_ih[d] + at, of_x);
+        store(bias_hh[d] + at, Cell::kSeparate ? of_h : of_x + of_h);
       }
     }
   }
@@ -226,7 +234,7 @@ struct Forward : Layer<Cell> {
     T* x_chunk = x_rows + slot * chunk_rows * D;
     T* from_x = x_products + slot * member_panels() * chunk_rows * kGatePanel;
     T* from_h = h_products + slot * group_rows * kWidest;
-    T* scratch = chunk + slot * kChain * kWidest;
+    T* scratch = block + slot * kBlock * kWidest;
 
     for (int64_t i = 0; i < rows.all(); ++i) {
       const int64_t b = rows.sequence(i);
@@ -321,7 +329,8 @@ struct Forward : Layer<Cell> {
         V x[kGates], h[kGates], saved[Cell::kSaved + 1];
         for (int g = 0; g < kGates; ++g) {
           const int64_t at = (g * Cell::kUnits + unit) * kWidth;
-          x[g] = load(from_x + i * kGatePanel + at) + load(b_ih + at);
+          x[g] = load(from_x + i * kGatePanel + at);
+          if (Cell::kSeparate) x[g] += load(b_ih + at);
           h[g] = load(b_hh + at);
           if (from_h != nullptr) h[g] += load(from_h + i * kGatePanel + at);
         }
@@ -374,13 +383,13 @@ struct OuterProduct {
   static void measure(Arena& arena, int64_t members, int64_t cap, int64_t panels, OuterProduct& p) {
     cap = round_up(cap, kLanes<T>);
     p.cap = cap;
-    p.left = arena.take<T>(members * cap * kChain);
-    p.right = arena.take<T>(members * kChain * kPanel<T>);
+    p.left = arena.take<T>(members * cap * kBlock);
+    p.right = arena.take<T>(members * kBlock * kPanel<T>);
     p.sums = arena.take<T>(members * panels * cap * kPanel<T>);
     p.column_sums = arena.take<T>(members * cap);
   }
   OuterProduct of(int64_t member, int64_t panels) const {
-    return {left + member * cap * kChain, right + member * kChain * kPanel<T>, sums + member * panels * cap * kPanel<T>,
+    return {left + member * cap * kBlock, right + member * kBlock * kPanel<T>, sums + member * panels * cap * kPanel<T>,
             column_sums + member * cap, cap};
   }
 
@@ -399,7 +408,7 @@ struct OuterProduct {
         for (int r = 1; r < kWidth; ++r) partial += block[r];
         sum += partial;
         transpose(block);
-        for (int r = 0; r < kWidth; ++r) store(left + (j + r) * kChain + i, block[r]);
+        for (int r = 0; r < kWidth; ++r) store(left + (j + r) * kBlock + i, block[r]);
       }
       store(column_sums + j, sum);
     }
@@ -418,15 +427,15 @@ struct OuterProduct {
                 from != nullptr && valid > 0 ? load(from + p * kPanel<T> + c, valid) : Native<T>{});
         }
       }
-      tile_rows<kPlainVectors>(m, k, left, kChain, right, sums + (at + p) * cap * kPanel<T>, kPanel<T>,
+      tile_rows<kPlainVectors>(m, k, kOuterChain, left, kBlock, right, sums + (at + p) * cap * kPanel<T>, kPanel<T>,
                                first ? Into::kReplace : Into::kAdd);
     }
   }
 
   template <class R, class RowOf>
   void accumulate(const T* a, int64_t lda, Range m, int64_t rows, int64_t columns, RowOf row, int64_t at) const {
-    for (int64_t r = 0; r < rows; r += kChain) {
-      const int64_t k = min(kChain, rows - r);
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t k = min(kBlock, rows - r);
       take_left(a, lda, m, r, k, r == 0);
       add<R>(columns, row, m.size(), r, k, r == 0, at);
     }
@@ -764,8 +773,8 @@ struct Backward : Layer<Cell> {
             product.write_sums(bias ? static_cast<S*>(dw.b_ih) : nullptr, m, walk.N == 0);
             product.template accumulate<S>(dgates_h + d * walk.N * G, G, m, walk.N, P, of_h, x_panels);
           } else {
-            for (int64_t r = 0; r < walk.N; r += kChain) {
-              const int64_t k = min(kChain, walk.N - r);
+            for (int64_t r = 0; r < walk.N; r += kBlock) {
+              const int64_t k = min(kBlock, walk.N - r);
               product.take_left(dgates_x + d * walk.N * G, G, m, r, k, r == 0);
               product.template add<S>(D, of_x, m.size(), r, k, r == 0, 0);
               product.template add<S>(P, of_h, m.size(), r, k, r == 0, x_panels);

@@ -98,11 +98,10 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-        raise TypeError(f"lstm: hx must be a pair of tensors (h0, c0), got {_describe(hx)}")
     drop = dropout if training else 0.0
+    states0 = states_of(LSTM, hx)
     output, states = _checked(
-        LSTM, input, weights, hx, batch_sizes, lengths, num_layers, bidirectional, batch_first, drop
+        LSTM, input, weights, states0, batch_sizes, lengths, num_layers, bidirectional, batch_first, drop
     )
     return output, (states[0], states[1])
 
@@ -121,10 +120,8 @@ def _one_state_function(kind: Kind) -> Callable[..., tuple[Tensor, Tensor]]:
         dropout: float = 0.0,
         training: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        if hx is not None and not isinstance(hx, Tensor):
-            raise TypeError(f"{kind.name}: hx must be a tensor h0, got {_describe(hx)}")
-        states0 = None if hx is None else (hx,)
         drop = dropout if training else 0.0
+        states0 = states_of(kind, hx)
         output, states = _checked(
             kind, input, weights, states0, batch_sizes, lengths, num_layers, bidirectional, batch_first, drop
         )
@@ -262,6 +259,19 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- checks ----
 
 
+def states_of(kind: Kind, hx: Any) -> States | None:
+    """hx as the user gave it, as a tuple of tensors."""
+    if hx is None:
+        return None
+    if len(kind.state_names) == 1:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{kind.name}: hx must be a tensor h0, got {_describe(hx)}")
+        return (hx,)
+    if not (isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(s, Tensor) for s in hx)):
+        raise TypeError(f"{kind.name}: hx must be a pair of tensors (h0, c0), got {_describe(hx)}")
+    return tuple(hx)
+
+
 def _weights_each(kind: Kind, weights: list[Tensor], num_layers: int, directions: int) -> int:
     """Weights per layer and direction."""
     layers = num_layers * directions
@@ -302,7 +312,9 @@ def _check(
         _check_states(kind, x, weights, hx, packed, num_layers * directions)
     if batch_sizes is not None:
         if lengths is not None:
-            raise ValueError(f"{kind.name}: lengths must be absent where batch_sizes is given, got both")
+            raise ValueError(
+                f"{kind.name}: lengths must be absent where batch_sizes is given, got {_describe(lengths)}"
+            )
         if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
             raise TypeError(
                 f"{kind.name}: batch_sizes must be an int64 tensor on the CPU, got {_describe(batch_sizes)}"
@@ -345,8 +357,6 @@ def _check_states(
 ) -> None:
     G, P = weights[1].shape
     for name, state in zip(kind.state_names, hx):
-        if not isinstance(state, Tensor):
-            raise TypeError(f"{kind.name}: {name} must be a tensor, got {_describe(state)}")
         _check_like(kind, name, state, x)
         width, letter = (P, "P" if kind is LSTM else "H") if name == "h0" else (G // kind.gates, "H")
         B = x.shape[1] if not packed else state.shape[1] if state.dim() == 3 else 0  # packed: checked by the op
@@ -357,7 +367,10 @@ def _check_states(
 
 def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{kind.name}: lengths must be integers, got {lengths!r}") from error
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and lengths.numel():
         raise TypeError(f"{kind.name}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
@@ -374,7 +387,7 @@ def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
+        return f"a {type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
     return type(value).__name__
 
 
@@ -421,7 +434,7 @@ def _gradients_by_reference(
     lengths: Tensor | None,
     bidirectional: bool,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """torch.func.vjp takes each input for itself, also where one was computed from another, and nests in any transform."""
+    """By torch.func.vjp, which takes each input for itself (one may come from another) and nests in any transform."""
     states = len(states0)
     inputs: list[Any] = [x, *states0, *weights]
     wanted = [i for i, needed in enumerate((needs[0], *needs[1], *needs[2])) if needed]
@@ -511,9 +524,16 @@ def _register(kind: Kind) -> None:
     def fake(
         x: Tensor, states0: Sequence[Tensor | None], weights: list[Tensor], batch_sizes: Any, bidirectional: bool
     ) -> tuple[Tensor, ...]:
+        if x.dim() != (3 if batch_sizes is None else 2) or len(weights) < 2 or any(w.dim() != 2 for w in weights[:2]):
+            raise ValueError(f"{kind.name}: x or weights must have other dimensions, got {list(x.shape)}")
         G, P = weights[1].shape
         directions = 2 if bidirectional else 1
         given = [s for s in states0 if s is not None]
+        for t in (*given, *weights):
+            if t.device != x.device:
+                raise ValueError(
+                    f"{kind.name}: x, states and weights must be on one device, got {x.device}, {t.device}"
+                )
         B: Any
         if batch_sizes is None:
             B = x.shape[1]
@@ -530,11 +550,12 @@ def _register(kind: Kind) -> None:
 
     def fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         weights, batch_sizes = args[states : states + 2]
+        outputs = fake_infer(x, *args)
         H = weights[1].shape[0] // kind.gates
         rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
         widths = {"lstm": (4 * H, H), "gru": (4 * H,)}.get(kind.name, (0,))
         directions = 2 if args[-1] else 1
-        return *fake_infer(x, *args), *(x.new_empty(directions, rows, width) for width in widths)
+        return *outputs, *(x.new_empty(directions, rows, width) for width in widths)
 
     def fake_backward(*args: Any) -> tuple[Any, ...]:
         x, *states0 = args[1 + states : 2 + 2 * states]

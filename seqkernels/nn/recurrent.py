@@ -31,10 +31,10 @@ class _Recurrent(RNNBase):
     ) -> tuple[Tensor | PackedSequence, States]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
-                raise ValueError(
-                    f"{self._name}: lengths must be absent where input is a PackedSequence, which has its own"
-                )
+                raise ValueError(f"{self._name}: lengths must be absent beside a PackedSequence, got {lengths}")
             return self._run_packed(input, hx)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{self._name}: input must be a tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched, batch_first = input.dim() == 3, self.batch_first
@@ -45,7 +45,7 @@ class _Recurrent(RNNBase):
                 hx = tuple(s.unsqueeze(1) for s in hx)
         if not batched:
             if lengths is not None:
-                raise ValueError(f"{self._name}: lengths must be absent where input is one sequence [T, D]")
+                raise ValueError(f"{self._name}: lengths must be absent where input is one sequence, got {lengths}")
             input = input.unsqueeze(0 if batch_first else 1)
         self._check(input, hx, None)
         output, states = self._stack(input.transpose(0, 1) if batch_first else input, hx, None, lengths)
@@ -90,6 +90,11 @@ class _Recurrent(RNNBase):
         else:
             batch = input.shape[0 if self.batch_first else 1]
         self._check_states(hx, self.num_layers * (2 if self.bidirectional else 1), batch)
+        for name, state in zip(self._kind.state_names, hx):
+            if state.device != input.device:
+                raise ValueError(
+                    f"{self._name}: {name} must be on the device of input, {input.device}, got {state.device}"
+                )
 
     def _check_states(self, hx: States, states: int, batch: int) -> None:
         self.check_hidden_size(hx[0], (states, batch, self.hidden_size))
@@ -126,7 +131,7 @@ class LSTM(_Recurrent):
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        output, (h_n, c_n) = self._run(input, hx, lengths)
+        output, (h_n, c_n) = self._run(input, F.states_of(self._kind, hx), lengths)
         return output, (h_n, c_n)
 
     def _wrong_dimensions(self, kind: str, hx: States, input: Tensor) -> str:
@@ -150,7 +155,7 @@ class _OneState(_Recurrent):
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths)
+        output, (h_n,) = self._run(input, F.states_of(self._kind, hx), lengths)
         return output, h_n
 
 
