@@ -223,7 +223,7 @@ def start_runs(vocab: int, classes: int, args: argparse.Namespace) -> list[Run]:
 
 
 def difference(first: Classifier, second: Classifier, data: list[Batch]) -> list[tuple[float, float]]:
-    """Put the first model's weights into a copy of the second; return how far loss and gradient of each batch differ."""
+    """Copy the first model's weights to a copy of the second; return the differences in loss and gradient by batch."""
     second = copy.deepcopy(second)
     second.load_state_dict(first.state_dict())
     result = []

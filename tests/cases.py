@@ -43,6 +43,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     packed: bool = False
     state: bool = True
+    gates: int = 4  # of the LSTM, whose state is a pair; other kinds have one state and no projection
 
     def __post_init__(self) -> None:
         if self.lengths is not None:
@@ -50,6 +51,7 @@ class Case:
         if self.packed:
             assert self.lengths is not None and list(self.lengths) == sorted(self.lengths, reverse=True)
             assert self.lengths[0] == self.T and self.lengths[-1] > 0 and not self.batch_first
+        assert self.gates == 4 or not self.P
 
     @property
     def directions(self) -> int:
@@ -74,8 +76,8 @@ class Case:
         for layer in range(self.L):
             for _ in range(self.directions):
                 D = self.fed_back * self.directions if layer else self.D
-                shapes += [(4 * self.H, D), (4 * self.H, self.fed_back)]
-                shapes += [(4 * self.H,)] * (2 * self.bias) + [(self.P, self.H)] * bool(self.P)
+                shapes += [(self.gates * self.H, D), (self.gates * self.H, self.fed_back)]
+                shapes += [(self.gates * self.H,)] * (2 * self.bias) + [(self.P, self.H)] * bool(self.P)
         return shapes
 
     def module_arguments(self) -> dict:
@@ -86,7 +88,7 @@ class Case:
             bias=self.bias,
             batch_first=self.batch_first,
             bidirectional=self.bidirectional,
-            proj_size=self.P,
+            **({"proj_size": self.P} if self.gates == 4 else {}),
         )
 
 
@@ -200,11 +202,11 @@ RAGGED = [
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of `lstm` in the case's form, and an upstream gradient for every output."""
+    """The arguments of `lstm`, or of a kind with one state, in the case's form; an upstream gradient for each output."""
 
     case: Case
     x: Tensor  # [T, B, D], [B, T, D] if batch_first, or packed rows [N, D]
-    hx: tuple[Tensor, Tensor] | None  # [L * directions, B, P] and [L * directions, B, H]
+    hx: tuple[Tensor, ...] | None  # [L * directions, B, P] and, in an LSTM, [L * directions, B, H]
     weights: list[Tensor]
     batch_sizes: Tensor | None
     lengths: Tensor | None
@@ -227,12 +229,16 @@ class Inputs:
         return dataclasses.replace(
             self,
             x=f(self.x),
-            hx=None if self.hx is None else (f(self.hx[0]), f(self.hx[1])),
+            hx=None if self.hx is None else tuple(map(f, self.hx)),
             weights=[f(w) for w in self.weights],
             dy=f(self.dy),
             dh_n=f(self.dh_n),
             dc_n=f(self.dc_n),
         )
+
+    def state_argument(self) -> tuple[Tensor, ...] | Tensor | None:
+        """hx as a user gives it."""
+        return self.hx[0] if self.hx is not None and len(self.hx) == 1 else self.hx
 
     def differentiable(self) -> list[Tensor]:
         return [self.x, *(self.hx or ()), *self.weights]
@@ -269,23 +275,29 @@ def make_inputs(case: Case, dtype: torch.dtype, *, seed: int = 0, padding: float
         if case.batch_first:
             x, dy = x.transpose(0, 1).contiguous(), dy.transpose(0, 1).contiguous()
     dh_n, dc_n = normal(*hx[0].shape), normal(*hx[1].shape)
+    hx = hx if case.gates == 4 else hx[:1]
     return Inputs(case, x, hx if case.state else None, weights, batch_sizes, lengths, dy, dh_n, dc_n)
 
 
 def run(lstm: Callable, inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n")) -> dict[str, Tensor]:
     """Outputs and all gradients by name. `upstream` names the gradients that come from above."""
     inputs = inputs.map(lambda t: t.detach().requires_grad_())
-    y, (h_n, c_n) = lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
-    outputs = {"dy": y, "dh_n": h_n, "dc_n": c_n}
-    pairs = [(outputs[u], getattr(inputs, u).detach()) for u in upstream if outputs[u].requires_grad]  # T = 0: not all
+    y, states = lstm(inputs.x, inputs.weights, inputs.state_argument(), **inputs.keywords())
+    outputs = dict(zip(("dy", "dh_n", "dc_n"), (y, *tuple_of(states)), strict=False))
+    pairs = [(outputs[u], getattr(inputs, u).detach()) for u in upstream if u in outputs]
+    pairs = [(output, g) for output, g in pairs if output.requires_grad]  # T = 0: not all
     wanted = inputs.differentiable()
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if pairs:
         grads = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
     grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
-    names = ["dx"] + (["dh0", "dc0"] if inputs.hx is not None else []) + weight_names(inputs.case)
-    result = {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+    names = ["dx"] + ["dh0", "dc0"][: len(inputs.hx or ())] + weight_names(inputs.case)
+    result = {name.removeprefix("d"): output.detach() for name, output in outputs.items()}
     return result | dict(zip(names, grads, strict=True))
+
+
+def tuple_of(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return states if isinstance(states, tuple) else (states,)
 
 
 @contextlib.contextmanager
@@ -299,10 +311,12 @@ def one_thread():
         torch.set_num_threads(n)
 
 
-def defined(inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n")) -> dict[str, Tensor]:
+def defined(
+    inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n"), definition: Callable = reference.lstm
+) -> dict[str, Tensor]:
     """What the definition says, in float64, of the inputs as their dtype has rounded them."""
     with one_thread():
-        return run(reference.lstm, inputs.map(Tensor.double), upstream)
+        return run(definition, inputs.map(Tensor.double), upstream)
 
 
 def weight_names(case: Case) -> list[str]:
@@ -323,12 +337,15 @@ def run_module(module: torch.nn.Module, inputs: Inputs, **keywords) -> dict[str,
     """What `run` gives, through a module that takes a PackedSequence or a dense tensor."""
     x, *hx = (t.detach().requires_grad_() for t in (inputs.x, *(inputs.hx or ())))
     argument = x if inputs.batch_sizes is None else PackedSequence(x, inputs.batch_sizes)
-    y, (h_n, c_n) = module(argument, tuple(hx) if hx else None, **keywords)
+    state = tuple(hx) if len(hx) == 2 else hx[0] if hx else None
+    y, states = module(argument, state, **keywords)
     y = y.data if isinstance(y, PackedSequence) else y
     wanted = [x, *hx, *module.parameters()]
-    grads = torch.autograd.grad([y, h_n, c_n], wanted, [inputs.dy, inputs.dh_n, inputs.dc_n])
-    names = ["dx"] + (["dh0", "dc0"] if hx else []) + weight_names(inputs.case)
-    result = {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+    outputs = dict(zip(("y", "h_n", "c_n"), (y, *tuple_of(states)), strict=False))
+    upstream = [inputs.dy, inputs.dh_n, inputs.dc_n][: len(outputs)]
+    grads = torch.autograd.grad(list(outputs.values()), wanted, upstream)
+    names = ["dx"] + ["dh0", "dc0"][: len(hx)] + weight_names(inputs.case)
+    result = {name: output.detach() for name, output in outputs.items()}
     return result | dict(zip(names, grads, strict=True))
 
 

@@ -378,7 +378,7 @@ def canonical(case: Case, dtype: torch.dtype) -> Inputs:
     return make_inputs(case, dtype)
 
 
-def as_packed(inputs: Inputs) -> dict[str, Tensor]:
+def as_packed(inputs: Inputs, function=functional.lstm) -> dict[str, Tensor]:
     """Runs the batch packed, longest first, and puts the results back in the batch's order and padding."""
     case, lengths = inputs.case, inputs.lengths
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -399,18 +399,21 @@ def as_packed(inputs: Inputs) -> dict[str, Tensor]:
         inputs.dh_n[:, order],
         inputs.dc_n[:, order],
     )
-    result = run(functional.lstm, packed)
+    result = run(function, packed)
     back = torch.argsort(order)
     for name in ("y", "dx"):
         padded = result[name].new_zeros(case.T, case.B, result[name].shape[-1])
         padded[valid] = result[name]
         result[name] = padded[:, back]
     for name in ("h_n", "c_n", "dh0", "dc0"):
-        result[name] = result[name][:, back]
+        if name in result:
+            result[name] = result[name][:, back]
     return result
 
 
-def as_batch(inputs: Inputs, chosen: list[int], T: int, *, lengths: bool) -> dict[str, Tensor]:
+def as_batch(
+    inputs: Inputs, chosen: list[int], T: int, *, lengths: bool, function=functional.lstm
+) -> dict[str, Tensor]:
     """Runs the chosen sequences as one batch padded or cut to T; without lengths all must be T long."""
     pad = max(0, T - inputs.case.T)
 
@@ -428,7 +431,7 @@ def as_batch(inputs: Inputs, chosen: list[int], T: int, *, lengths: bool) -> dic
         inputs.dh_n[:, chosen],
         inputs.dc_n[:, chosen],
     )
-    return run(functional.lstm, sub)
+    return run(function, sub)
 
 
 SEQUENCE = ("y", "h_n", "c_n", "dx", "dh0", "dc0")  # what belongs to one sequence, unlike a weight's gradient

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from cases import Case, assert_near, make_inputs, module_of, ragged, run_module
+from cases import Case, assert_near, make_inputs, module_of, ragged, run_module, tuple_of
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -47,14 +47,15 @@ def everything(module: torch.nn.Module, *arguments) -> dict[str, Tensor]:
             return PackedSequence(leaf(a.data), a.batch_sizes, a.sorted_indices, a.unsorted_indices)
         return tuple(map(rebuild, a)) if isinstance(a, tuple) else leaf(a)
 
-    y, (h_n, c_n) = module(*map(rebuild, arguments))
+    y, states = module(*map(rebuild, arguments))
     y = y.data if isinstance(y, PackedSequence) else y
     g = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (y, h_n, c_n)]
+    outputs = dict(zip(("y", "h_n", "c_n"), (y, *tuple_of(states)), strict=False))
+    upstream = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in outputs.values()]
     names = [n for n, p in module.named_parameters() if p.requires_grad]
     parameters = [p for p in module.parameters() if p.requires_grad]
-    grads = torch.autograd.grad([y, h_n, c_n], leaves + parameters, upstream)
-    result = {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+    grads = torch.autograd.grad(list(outputs.values()), leaves + parameters, upstream)
+    result = {name: output.detach() for name, output in outputs.items()}
     return result | dict(zip([f"argument {i}" for i in range(len(leaves))] + names, grads, strict=True))
 
 

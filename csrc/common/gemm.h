@@ -173,6 +173,9 @@ template <class S, int kVectors>
 inline void panel_product(const Operand<S, kVectors>& b, const Compute<S>* packed, Compute<S>* block, int64_t panel,
                           int64_t rows, const Compute<S>* a, int64_t lda, Compute<S>* c, int64_t ldc, Into into) {
   using T = Compute<S>;
+  if (b.depth == 0 && into == Into::kReplace) {  // an empty sum
+    for (int64_t r = 0; r < rows; ++r) memset(c + r * ldc, 0, kPanel<T, kVectors> * sizeof(T));
+  }
   for (int64_t k0 = 0; k0 < b.depth; k0 += kBlock) {
     const int64_t k = min(kBlock, b.depth - k0);
     const T* right = block;
