@@ -141,7 +141,10 @@ class Bench:
                 values[i].append(harness.sample(able[i], plan.numbers[i], plan.warm[i]))
 
             def peers() -> None:
-                for i in range(1, len(able)):
+                # In another order each round: what one leaves behind (threads, caches, clock) meets each in turn.
+                others = list(range(1, len(able)))
+                first = len(values[0]) % len(others)
+                for i in others[first:] + others[:first]:
                     measure(i)
 
             meter = harness.LoadMeter()

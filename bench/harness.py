@@ -98,13 +98,15 @@ def settle(limit_s: float = 0.25) -> None:
 
 
 def sample(contender: Contender, number: int, warm: bool) -> float:
-    """Seconds per call over `number` steps, after one step that fills the caches if `warm`."""
+    """Seconds per call over `number` steps, after steps that are not timed if `warm`."""
     before, step, clock = contender.before, contender.step, time.perf_counter
     settle()
-    if warm:
+    ready = clock() + WARM_S
+    while warm:
         if before is not None:
             before()
         step()
+        warm = clock() < ready
     if before is None:
         start = clock()
         for _ in range(number):
@@ -130,6 +132,7 @@ class Plan:
 
 MIN_SAMPLE_S = 0.02  # a sample is at least this long, so that the clock and one interrupt do not count
 WARM_BELOW_S = 0.1  # shorter steps feel the caches that the contender before left
+WARM_S = 0.05  # and on a virtual machine two idle processors may share a core for tens of milliseconds after they wake
 SLOW_S = 1.0  # a step this long needs no second look before it is timed
 MIN_ROUNDS, MAX_ROUNDS = 3, 51
 
@@ -151,7 +154,7 @@ def plan(contenders: Sequence[Contender], budget_s: float, known: dict[str, floa
     # Beside a slow peer there are few rounds: the fast ones then take several steps per sample.
     target = max(MIN_SAMPLE_S, max(rough) / 20)
     numbers = [max(1, math.ceil(target / seconds)) for seconds in rough]
-    round_s = sum(number * seconds + 0.005 for number, seconds in zip(numbers, rough))
+    round_s = sum(number * seconds + WARM_S + 0.005 for number, seconds in zip(numbers, rough))
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / round_s)))
     return Plan(numbers, [seconds < WARM_BELOW_S for seconds in rough], rounds)
 

@@ -202,7 +202,7 @@ RAGGED = [
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of `lstm`, or of a kind with one state, in the case's form; an upstream gradient for each output."""
+    """The arguments of `lstm`, or of a kind with one state, in the case's form; an upstream gradient per output."""
 
     case: Case
     x: Tensor  # [T, B, D], [B, T, D] if batch_first, or packed rows [N, D]
@@ -291,7 +291,7 @@ def run(lstm: Callable, inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n",
     if pairs:
         grads = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
     grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
-    names = ["dx"] + ["dh0", "dc0"][: len(inputs.hx or ())] + weight_names(inputs.case)
+    names = ["dx", *["dh0", "dc0"][: len(inputs.hx or ())], *weight_names(inputs.case)]
     result = {name.removeprefix("d"): output.detach() for name, output in outputs.items()}
     return result | dict(zip(names, grads, strict=True))
 
@@ -344,7 +344,7 @@ def run_module(module: torch.nn.Module, inputs: Inputs, **keywords) -> dict[str,
     outputs = dict(zip(("y", "h_n", "c_n"), (y, *tuple_of(states)), strict=False))
     upstream = [inputs.dy, inputs.dh_n, inputs.dc_n][: len(outputs)]
     grads = torch.autograd.grad(list(outputs.values()), wanted, upstream)
-    names = ["dx"] + ["dh0", "dc0"][: len(hx)] + weight_names(inputs.case)
+    names = ["dx", *["dh0", "dc0"][: len(hx)], *weight_names(inputs.case)]
     result = {name: output.detach() for name, output in outputs.items()}
     return result | dict(zip(names, grads, strict=True))
 

@@ -42,7 +42,7 @@ def raw_memory(nan_memory):
 @pytest.fixture(autouse=True)
 def watchdog():
     """Threads that wait for each other for ever end the run, and say where."""
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(600, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -98,10 +98,9 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    drop = dropout if training else 0.0
     states0 = states_of(LSTM, hx)
     output, states = _checked(
-        LSTM, input, weights, states0, batch_sizes, lengths, num_layers, bidirectional, batch_first, drop
+        LSTM, input, weights, states0, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout, training
     )
     return output, (states[0], states[1])
 
@@ -120,10 +119,10 @@ def _one_state_function(kind: Kind) -> Callable[..., tuple[Tensor, Tensor]]:
         dropout: float = 0.0,
         training: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        drop = dropout if training else 0.0
         states0 = states_of(kind, hx)
         output, states = _checked(
-            kind, input, weights, states0, batch_sizes, lengths, num_layers, bidirectional, batch_first, drop
+            *(kind, input, weights, states0, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout),
+            training,
         )
         return output, states[0]
 
@@ -180,14 +179,18 @@ def _checked(
     bidirectional: bool,
     batch_first: bool,
     dropout: float,
+    training: bool,
 ) -> tuple[Tensor, States]:
     backend.require(kind.name, input)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"{kind.name}: dropout must lie in [0, 1], got {dropout}")
     weights = list(weights)
     each = _weights_each(kind, weights, num_layers, 2 if bidirectional else 1)
     transposed = batch_first and batch_sizes is None and input.dim() == 3
     x = input.transpose(0, 1) if transposed else input
     _check(kind, x, weights, hx, batch_sizes, lengths, num_layers, 2 if bidirectional else 1, each)
-    y, states = stack(kind, x, weights, hx, batch_sizes, lengths, num_layers, bidirectional, dropout)
+    drop = dropout if training else 0.0
+    y, states = stack(kind, x, weights, hx, batch_sizes, lengths, num_layers, bidirectional, drop)
     return (y.transpose(0, 1) if transposed else y), states
 
 

@@ -95,9 +95,10 @@ def layer(
         widths = (P, P if w_hr is None else w_hr.shape[1])[:state_count]
         states = tuple(x.new_zeros(B, w) if s is None else s[d] for s, w in zip(states0, widths))
         from_x = F.linear(x, w_ih, b_ih)
+        of_step = from_x.unbind(0)  # once: indexing step by step would make backward quadratic in T
         steps: list[Tensor] = [x.new_zeros(B, P)] * T
         for t in range(T) if d == 0 else reversed(range(T)):
-            h, *others = cell(from_x[t], F.linear(states[0], w_hh, b_hh), states)
+            h, *others = cell(of_step[t], F.linear(states[0], w_hh, b_hh), states)
             if w_hr is not None:  # Sak, Senior and Beaufays, 2014
                 h = h @ w_hr.T
             alive = valid[t].unsqueeze(-1)
