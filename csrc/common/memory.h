@@ -16,6 +16,7 @@ class Memory {
 
  private:
   char* data_;
+  size_t bytes_;
 };
 
 }  // namespace seqkernels

@@ -36,7 +36,8 @@ class _Recurrent(RNNBase):
         if not isinstance(input, Tensor):
             raise TypeError(f"{self._name}: input must be a tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
-            raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            what = "D tensor" if self._name == "RNN" else "D"  # torch's words
+            raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}{what} instead")
         batched, batch_first = input.dim() == 3, self.batch_first
         if hx is not None:
             if any(s.dim() != input.dim() for s in hx):
