@@ -17,7 +17,7 @@ constexpr size_t kAlignment = 64;       // a cache line, and the widest vector
 constexpr size_t kHugePage = 2u << 20;  // large blocks ask for these: a 4 KiB page costs a fault of some 0.5 us
 // One block of at most this much is kept for the next call: fresh pages have to be cleared by the system each time,
 // which for a layer with H = 1024 takes as long as a tenth of its work.
-constexpr size_t kKept = 64u << 20;
+constexpr size_t kKept = 128u << 20;
 
 struct Block {
   char* data = nullptr;
