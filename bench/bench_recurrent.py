@@ -1,17 +1,21 @@
-"""LSTM against torch's eager LSTM (packed, padded + mask, dense), torch.compile and onnxruntime.
+"""Recurrent layers and cells against torch's (packed, padded + mask, dense), torch.compile and onnxruntime; variants
+against our own plain layers.
 
 The bars are the claims of the project; the table says PASS or MISS for each.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import Contender, MemoryCase, Results, settle
 from report import Bar
 from torch import Tensor, nn
@@ -19,9 +23,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels
 
-LSTM_GATES = 4
 TRAINING = 3  # forward, and in backward one product for the inputs and one for the weights
 STREAM_CALLS = 100
+CELL_CALLS = 20
+STATES = ("h_n", "c_n", "s_n")
 
 
 class Shape(NamedTuple):
@@ -35,13 +40,32 @@ class Shape(NamedTuple):
         return f"B={self.B} {sizes} T={self.T}"
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A module of torch.nn and of seqkernels.nn; `onnx` has torch's gates in the order of ONNX's operator."""
+
+    name: str
+    onnx: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LSTM = Kind("LSTM", (0, 3, 1, 2))
+GRU = Kind("GRU", (1, 0, 2))
+RNN = Kind("RNN", (0,))
+KINDS = (LSTM, GRU, RNN)
+
+
 def shape_id(value: object) -> str | None:
-    return f"T{value.T}-B{value.B}-I{value.I}-H{value.H}" if isinstance(value, Shape) else None
+    if isinstance(value, Shape):
+        return f"T{value.T}-B{value.B}-I{value.I}-H{value.H}"
+    return str(value) if isinstance(value, (Kind, Variant)) else None
 
 
-def lstm_flop(tokens: int, shape: Shape) -> float:
-    """Floating point operations of a forward pass over `tokens` real tokens: the two products."""
-    return 2.0 * tokens * LSTM_GATES * shape.H * (shape.I + shape.H)
+def flop(tokens: int, layer: nn.Module) -> float:
+    """Floating point operations of a forward pass over `tokens` real tokens: one product with each weight."""
+    return 2.0 * tokens * sum(p.numel() for n, p in layer.named_parameters() if n.startswith("weight") and p.dim() == 2)
 
 
 # --- inputs ---
@@ -53,13 +77,18 @@ def drawn_lengths(shape: Shape) -> list[int]:
     return [max(1, round(fraction * shape.T)) for fraction in fractions.tolist()]
 
 
-def pair_of_layers(shape: Shape) -> tuple[nn.Module, nn.Module]:
+def pair_of_layers(shape: Shape, kind: Kind = LSTM) -> tuple[nn.Module, nn.Module]:
     """(ours, torch's) with the same weights."""
     torch.manual_seed(1)
-    theirs = nn.LSTM(shape.I, shape.H)
-    ours = seqkernels.nn.LSTM(shape.I, shape.H)
+    theirs = getattr(nn, kind.name)(shape.I, shape.H)
+    ours = our_layer(shape, kind.name)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
+
+
+def our_layer(shape: Shape, name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(1)
+    return getattr(seqkernels.nn, name)(shape.I, shape.H, **options)
 
 
 class Batch:
@@ -83,50 +112,68 @@ class Batch:
 
 # --- contenders: training ---
 
-Forward = Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]
+Forward = Callable[[Tensor], tuple[Any, ...]]  # output, states[, every state]
+
+
+def named_states(states: Tensor | tuple[Tensor, ...]) -> Results:
+    return dict(zip(STATES, (states,) if isinstance(states, Tensor) else states))
 
 
 def training(
-    name: str, layer: nn.Module, forward: Forward, x: Tensor, upstream: Tensor, rows: Callable[[Tensor], Tensor]
+    name: str,
+    layer: nn.Module,
+    forward: Forward,
+    x: Tensor,
+    upstream: Tensor,
+    rows: Callable[[Tensor], Tensor],
+    definition: bool = False,
 ) -> Contender:
-    """A training step of `layer`; `rows` brings an output or dx to the layout in which parity compares."""
+    """A training step of `layer`; `rows` brings an output or dx to the layout in which parity compares.
+
+    With `definition`, the result's gradients are those of seqkernels.reference, as under create_graph, with the same
+    masks: what a variant is held against, as no other library has it.
+    """
     x = x.clone().requires_grad_()
+    upstream = upstream[..., : getattr(layer, "proj_size", 0) or upstream.shape[-1]]
 
     def before() -> None:
         layer.zero_grad(set_to_none=True)
         x.grad = None
 
-    def step() -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        output, state = forward(x)
+    def step() -> None:
+        output, *_ = forward(x)
         (output * upstream).sum().backward()
-        return output, state
 
     def result() -> Results:
-        before()
-        output, (h_n, c_n) = step()
-        results = {f"d{key}": p.grad.clone() for key, p in layer.named_parameters() if p.grad is not None}
-        assert x.grad is not None
-        results |= {"output": rows(output), "h_n": h_n, "c_n": c_n, "dx": rows(x.grad)}
+        torch.manual_seed(4)
+        output, states, *_ = forward(x)
+        wanted = {"dx": x} | {f"d{key}": p for key, p in layer.named_parameters()}
+        loss = (output * upstream).sum()
+        grads = torch.autograd.grad(loss, list(wanted.values()), create_graph=definition, allow_unused=True)
+        results = {key: g for key, g in zip(wanted, grads) if g is not None} | {"output": output}
+        results |= {"output": rows(output), "dx": rows(results["dx"])} | named_states(states)
         return {key: value.detach() for key, value in results.items()}
 
     return Contender(name, step, result, before)
 
 
-def packed_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
+def packed_training(
+    name: str, layer: nn.Module, batch: Batch, *, definition: bool = False, **keywords: Any
+) -> Contender:
     """Input and output are PackedSequences; packing is not part of the step."""
     packed = batch.pack(batch.x)
 
-    def forward(data: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        output, state = layer(PackedSequence(data, *packed[1:]))
-        return output.data, state
+    def forward(data: Tensor) -> tuple[Any, ...]:
+        output, *states = layer(PackedSequence(data, *packed[1:]), **keywords)
+        return output.data, *states
 
-    return training(name, layer, forward, packed.data, batch.rows(batch.upstream), lambda rows: rows)
+    return training(name, layer, forward, packed.data, batch.rows(batch.upstream), lambda rows: rows, definition)
 
 
 def lengths_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
     """Padded in, padded out, with lengths: what torch does not have."""
 
-    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(x: Tensor) -> tuple[Any, ...]:
         return layer(x, lengths=batch.lengths)
 
     return training(name, layer, forward, batch.x, batch.upstream, batch.rows)
@@ -135,32 +182,42 @@ def lengths_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
 def masked_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
     """A dense layer over the padded batch, output masked; its h_n and c_n are those of the padding, so not compared."""
 
-    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        output, state = layer(x)
-        return output * batch.mask, state
+    def forward(x: Tensor) -> tuple[Any, ...]:
+        output, states = layer(x)
+        return output * batch.mask, states
 
     contender = training(name, layer, forward, batch.x, batch.upstream, batch.rows)
     everything = contender.result
     assert everything is not None
-    contender.result = lambda: {key: value for key, value in everything().items() if key not in ("h_n", "c_n")}
+    contender.result = lambda: {key: value for key, value in everything().items() if key not in STATES}
     return contender
 
 
-def dense_training(name: str, layer: nn.Module, forward: Forward, batch: Batch) -> Contender:
-    return training(name, layer, forward, batch.x, batch.upstream, lambda padded: padded)
+def dense_training(
+    name: str, layer: nn.Module, forward: Forward, batch: Batch, *, definition: bool = False
+) -> Contender:
+    return training(name, layer, forward, batch.x, batch.upstream, lambda padded: padded, definition)
+
+
+def autocast(layer: nn.Module) -> Forward:
+    def forward(x: Tensor) -> tuple[Any, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    return forward
 
 
 # --- contenders: inference ---
 
 
 def dense_inference(name: str, forward: Forward, batch: Batch) -> Contender:
-    def step() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def step() -> tuple[Any, ...]:
         with torch.no_grad():
             return forward(batch.x)
 
     def result() -> Results:
-        output, (h_n, c_n) = step()
-        return {"output": output, "h_n": h_n, "c_n": c_n}
+        output, states = step()
+        return {"output": output} | named_states(states)
 
     return Contender(name, step, result)
 
@@ -170,8 +227,10 @@ def streaming(name: str, layer: nn.Module, shape: Shape) -> Contender:
     x = torch.randn(STREAM_CALLS, 1, shape.B, shape.I, generator=torch.Generator().manual_seed(3)).unbind()
 
     @torch.no_grad()
-    def step() -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        state = (torch.zeros(1, shape.B, shape.H), torch.zeros(1, shape.B, shape.H))
+    def step() -> tuple[list[Tensor], Any]:
+        state = torch.zeros(1, shape.B, shape.H)
+        if isinstance(layer, (nn.LSTM, seqkernels.nn.LSTM)):
+            state = (state, state)
         outputs = []
         for x_t in x:
             output, state = layer(x_t, state)
@@ -179,8 +238,8 @@ def streaming(name: str, layer: nn.Module, shape: Shape) -> Contender:
         return outputs, state
 
     def result() -> Results:
-        outputs, (h_n, c_n) = step()
-        return {"output": torch.cat(outputs), "h_n": h_n, "c_n": c_n}
+        outputs, states = step()
+        return {"output": torch.cat(outputs)} | named_states(states)
 
     return Contender(name, step, result, calls=STREAM_CALLS)
 
@@ -204,8 +263,10 @@ def compiled(name: str, layer: nn.Module, allow_rnn: bool, make: Callable[[Forwa
     return contender
 
 
-def onnxruntime_inference(name: str, layer: nn.Module, shape: Shape, batch: Batch, threads: int) -> Contender:
-    """ONNX's LSTM operator with the same weights; plain run or IO binding, whichever is faster here."""
+def onnxruntime_inference(
+    name: str, layer: nn.Module, kind: Kind, shape: Shape, batch: Batch, threads: int
+) -> Contender:
+    """ONNX's operator with the same weights; plain run or IO binding, whichever is faster here."""
     try:
         import numpy as np
         import onnxruntime as ort
@@ -215,28 +276,28 @@ def onnxruntime_inference(name: str, layer: nn.Module, shape: Shape, batch: Batc
 
     T, B, I, H = shape
 
-    def iofc(key: str) -> Any:
-        """torch's gates i, f, g, o in ONNX's order i, o, f, c."""
-        i, f, g, o = layer.get_parameter(key).detach().chunk(LSTM_GATES)
-        return torch.cat([i, o, f, g]).numpy()
+    def ordered(key: str) -> Any:
+        gates = layer.get_parameter(key).detach().chunk(len(kind.onnx))
+        return torch.cat([gates[i] for i in kind.onnx]).numpy()
 
     weights = {
-        "W": iofc("weight_ih_l0")[None],
-        "R": iofc("weight_hh_l0")[None],
-        "bias": np.concatenate([iofc("bias_ih_l0"), iofc("bias_hh_l0")])[None],
+        "W": ordered("weight_ih_l0")[None],
+        "R": ordered("weight_hh_l0")[None],
+        "bias": np.concatenate([ordered("bias_ih_l0"), ordered("bias_hh_l0")])[None],
     }
-    shapes = {"Y": [T, 1, B, H], "Y_h": [1, B, H], "Y_c": [1, B, H]}
+    shapes = {"Y": [T, 1, B, H], "Y_h": [1, B, H]} | ({"Y_c": [1, B, H]} if kind is LSTM else {})
+    options = {"linear_before_reset": 1} if kind is GRU else {}
     graph = helper.make_graph(
-        [helper.make_node("LSTM", ["X", "W", "R", "bias"], list(shapes), hidden_size=H)],
-        "lstm",
+        [helper.make_node(kind.name, ["X", "W", "R", "bias"], list(shapes), hidden_size=H, **options)],
+        kind.name,
         [helper.make_tensor_value_info("X", TensorProto.FLOAT, [T, B, I])],
         [helper.make_tensor_value_info(key, TensorProto.FLOAT, size) for key, size in shapes.items()],
         [numpy_helper.from_array(value, key) for key, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session_options = ort.SessionOptions()
+    session_options.intra_op_num_threads, session_options.inter_op_num_threads = threads, 1
+    session = ort.InferenceSession(model.SerializeToString(), session_options, providers=["CPUExecutionProvider"])
 
     x = batch.x.numpy()
     bound = {key: torch.empty(size) for key, size in shapes.items()}
@@ -265,24 +326,94 @@ def onnxruntime_inference(name: str, layer: nn.Module, shape: Shape, batch: Batc
     run = min((plain_run, bound_run), key=seconds)
 
     def result() -> Results:
-        y, y_h, y_c = (torch.from_numpy(value).clone() for value in run())
-        return {"output": y[:, 0], "h_n": y_h, "c_n": y_c}
+        y, *states = (torch.from_numpy(value).clone() for value in run())
+        return {"output": y[:, 0]} | named_states(tuple(states))
 
     return Contender(name, run, result)
 
 
+# --- contenders: cells ---
+
+
+def cell_inputs(cell: nn.Module, shape: Shape) -> tuple[Tensor, Any]:
+    """x and the state, as the cell takes it."""
+    generator = torch.Generator().manual_seed(5)
+    x, h, c = (torch.randn(shape.B, size, generator=generator) for size in (shape.I, shape.H, shape.H))
+    return x, (h, c) if isinstance(cell, (nn.LSTMCell, seqkernels.nn.LSTMCell)) else h
+
+
+def cell_inference(name: str, cell: nn.Module, shape: Shape) -> Contender:
+    """A loop that carries the state."""
+    x, first = cell_inputs(cell, shape)
+
+    @torch.no_grad()
+    def step() -> Any:
+        state = first
+        for _ in range(CELL_CALLS):
+            state = cell(x, state)
+        return state
+
+    return Contender(name, step, lambda: named_states(step()), calls=CELL_CALLS)
+
+
+def cell_training(name: str, cell: nn.Module, shape: Shape) -> Contender:
+    """One step forward and back, with a gradient for each state."""
+    x, state = cell_inputs(cell, shape)
+    inputs = [x, *named_states(state).values()]
+    wanted = [t.requires_grad_() for t in inputs] + list(cell.parameters())
+    upstream = [torch.randn(shape.B, shape.H, generator=torch.Generator().manual_seed(6))] * (len(inputs) - 1)
+
+    def step() -> tuple[Tensor, ...]:
+        states = cell(x, state)
+        return torch.autograd.grad([states] if isinstance(states, Tensor) else list(states), wanted, upstream)
+
+    def result() -> Results:
+        return {f"gradient {i}": g for i, g in enumerate(step())}
+
+    return Contender(name, step, result)
+
+
+# --- contenders: the layer-normalised LSTM in torch ops ---
+
+
+class NormalisedLSTM(nn.Module):
+    """What one writes without this library; the share of the input is taken out of the loop, which favours it."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        rows, H = self.weight_hh_l0.shape
+        from_x = F.layer_norm(x @ self.weight_ih_l0.T, (rows,), self.gain_ih_l0, self.bias_ih_l0)
+        h = c = x.new_zeros(x.shape[1], H)
+        outputs = []
+        for of_x in from_x.unbind(0):
+            gates = of_x + F.layer_norm(h @ self.weight_hh_l0.T, (rows,), self.gain_hh_l0, self.bias_hh_l0)
+            i, f, g, o = gates.chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(F.layer_norm(c, (H,), self.gain_c_l0, self.bias_c_l0))
+            outputs.append(h)
+        return torch.stack(outputs), (h[None], c[None])
+
+
 # --- rows ---
 
-# Shape and its bar against torch packed.
+# Layer, shape and its bar against torch packed.
 DRAWN = [
-    (Shape(100, 8, 256, 256), 3.0),
-    (Shape(400, 8, 256, 256), 6.0),
-    pytest.param(Shape(1600, 8, 256, 256), 28.0, marks=pytest.mark.slow),
-    (Shape(400, 16, 256, 256), 4.0),
-    (Shape(50, 64, 64, 128), 2.2),
-    (Shape(50, 16, 64, 32), 6.0),
+    (LSTM, Shape(100, 8, 256, 256), 3.0),
+    (LSTM, Shape(400, 8, 256, 256), 6.0),
+    pytest.param(LSTM, Shape(1600, 8, 256, 256), 28.0, marks=pytest.mark.slow),
+    (LSTM, Shape(400, 16, 256, 256), 4.0),
+    (LSTM, Shape(50, 64, 64, 128), 2.2),
+    (LSTM, Shape(50, 16, 64, 32), 6.0),
+    (GRU, Shape(100, 8, 256, 256), 3.0),
+    (GRU, Shape(400, 8, 256, 256), 5.5),
+    pytest.param(GRU, Shape(1600, 8, 256, 256), 15.0, marks=pytest.mark.slow),
+    (RNN, Shape(400, 16, 256, 256), 3.5),
 ]
-MASKED_BAR = 1.35
+MASKED_BAR = {LSTM: 1.35}
 
 DENSE = [
     Shape(50, 16, 64, 32),
@@ -297,7 +428,9 @@ DENSE = [
     Shape(30, 32, 1024, 1024),
     Shape(50, 128, 128, 128),
 ]
-DENSE_BAR = 0.95
+DENSE_BAR = {LSTM: 0.95, GRU: 1.2, RNN: 1.2}
+DENSE_TRAINING = [(kind, shape, DENSE_BAR[kind]) for kind in KINDS for shape in DENSE]
+DENSE_TRAINING.append((GRU, Shape(100, 1, 128, 128), 8.0))
 
 ONNX = [
     Shape(50, 16, 64, 32),
@@ -306,13 +439,77 @@ ONNX = [
     Shape(100, 1, 256, 256),
     Shape(128, 64, 512, 512),
 ]
-ONNX_BAR = Bar(at_least=1.0, mean_at_least=1.15, mean_rows=len(ONNX))
+ONNX_BAR = {
+    LSTM: Bar(at_least=1.0, mean_at_least=1.15, mean_rows=len(ONNX)),
+    GRU: Bar(at_least=1.0, mean_at_least=1.3, mean_rows=len(ONNX)),
+}
+DENSE_INFERENCE = [(LSTM, shape) for shape in dict.fromkeys(DENSE + ONNX)]
+DENSE_INFERENCE += [(kind, shape) for kind in (GRU, RNN) for shape in ONNX]
+INFERENCE_BAR = {LSTM: 0.95}  # against torch, over the shapes of DENSE
 
 COMPILE_MAX_T = 64  # with allow_rnn the compiler unrolls time: minutes already at 50 steps
 
+# Layer, hidden size and its bar against torch.
+STREAM = [(LSTM, 32, 3.0), (LSTM, 128, 4.0), (LSTM, 256, 12.0), (GRU, 128, None), (RNN, 128, None)]
 
-def packed_row(bench: Any, group: str, shape: Shape, lengths: list[int], bars: dict[str, float]) -> None:
-    ours, theirs = pair_of_layers(shape)
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+CELL_SHAPES = [Shape(1, 1, 32, 32), Shape(1, 64, 128, 128)]
+CELL_BAR = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A module of seqkernels.nn with options, against a plain one; `reset` gives it a reset mask."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    plain: Kind = LSTM
+    reset: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(
+            [self.name, *(f"{key}={value}" for key, value in self.options.items()), *["reset"] * self.reset]
+        )
+
+
+# Each with its bar against the plain layer.
+VARIANTS = [
+    (Variant("LSTM", {"peephole": True}), 0.85),
+    (Variant("LSTM", {"coupled_gates": True}), 0.85),
+    (Variant("GRU", {"reset_after": False}, GRU), 0.85),
+    (Variant("LSTM", {"layer_norm": True}), None),
+    (Variant("GRU", {"layer_norm": True}, GRU), None),
+    (Variant("NestedLSTM"), None),
+    (Variant("MGU", plain=GRU), None),
+    (Variant("MGU", {"reset_after": True}, GRU), None),
+    (Variant("GRU", {"proj_size": 128}, GRU), None),
+    (Variant("LSTM", {"num_heads": 4}), None),
+    (Variant("LSTM", {"zoneout_h": 0.1, "zoneout_c": 0.1}), None),
+    (Variant("LSTM", {"recurrent_dropout": 0.2}), None),
+    (Variant("LSTM", {"variational_dropout": 0.2}), None),
+    (Variant("LSTM", {"cell_clip": 3.0, "gate_clip": 10.0}), None),
+    (Variant("LSTM", {"learn_initial_state": True}), None),
+    (Variant("LSTM", {"return_all_states": True}), None),
+    (Variant("LSTM", reset=True), None),
+]
+RESET_EVERY = 20  # steps between restarts, on average
+
+NORMALISED_SHAPE = Shape(32, 16, 128, 128)  # the compiler unrolls time: minutes at 50 steps
+NORMALISED_BAR = 5.0
+NORMALISED_TOLERANCE = 1e-4  # compiled code approximates tanh and sigmoid
+
+AUTOCAST_SHAPE = Shape(100, 16, 256, 256)
+AUTOCAST_BAR = 1.0
+AUTOCAST_TOLERANCE = 5e-2  # bfloat16 keeps 8 bits
+
+MEMORY = [Shape(400, 8, 256, 256), Shape(400, 16, 256, 256), Shape(50, 64, 64, 128)]
+MEMORY_BAR = 1.0
+EFFICIENT_SHAPE = Shape(400, 16, 256, 256)
+EFFICIENT_LAYERS = 2
+
+
+def packed_row(bench: Any, kind: Kind, group: str, shape: Shape, lengths: list[int], bars: dict[str, float]) -> None:
+    ours, theirs = pair_of_layers(shape, kind)
     batch = Batch(shape, lengths)
     contenders = [
         packed_training("ours, packed", ours, batch),
@@ -320,20 +517,23 @@ def packed_row(bench: Any, group: str, shape: Shape, lengths: list[int], bars: d
         masked_training("torch padded + mask", theirs, batch),
         lengths_training("(ours, padded + lengths)", ours, batch),
     ]
-    bench.time(group, str(shape), contenders, bars=bars, work=TRAINING * lstm_flop(batch.tokens, shape))
+    group = f"{kind} packed training, {group}"
+    bench.time(group, str(shape), contenders, bars=bars, work=TRAINING * flop(batch.tokens, ours))
 
 
-@pytest.mark.parametrize(("shape", "packed_bar"), DRAWN, ids=shape_id)
-def test_packed_training(bench: Any, shape: Shape, packed_bar: float) -> None:
-    bars = {"torch packed": packed_bar, "torch padded + mask": MASKED_BAR}
-    packed_row(bench, "LSTM packed training, lengths drawn between T/4 and T", shape, drawn_lengths(shape), bars)
+@pytest.mark.parametrize(("kind", "shape", "packed_bar"), DRAWN, ids=shape_id)
+def test_packed_training(bench: Any, kind: Kind, shape: Shape, packed_bar: float) -> None:
+    bars = {"torch packed": packed_bar}
+    if kind in MASKED_BAR:
+        bars["torch padded + mask"] = MASKED_BAR[kind]
+    packed_row(bench, kind, "lengths drawn between T/4 and T", shape, drawn_lengths(shape), bars)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [Shape(1600, 8, 256, 256)], ids=shape_id)
 def test_packed_training_one_step_shorter(bench: Any, shape: Shape) -> None:
     lengths = [shape.T] * (shape.B - 1) + [shape.T - 1]
-    packed_row(bench, "LSTM packed training, lengths T, T, .. T-1", shape, lengths, {"torch packed": 60.0})
+    packed_row(bench, LSTM, "lengths T, T, .. T-1", shape, lengths, {"torch packed": 60.0})
 
 
 def test_packed_training_grows_with_t(bench: Any) -> None:
@@ -350,60 +550,157 @@ def test_packed_training_grows_with_t(bench: Any) -> None:
     bench.time(group, "B=8 I=H=256", contenders, bars=bars, work=0, parity=parity)
 
 
-@pytest.mark.parametrize("shape", DENSE, ids=shape_id)
-def test_dense_training(bench: Any, shape: Shape) -> None:
-    ours, theirs = pair_of_layers(shape)
+@pytest.mark.parametrize(("kind", "shape", "bar"), DENSE_TRAINING, ids=shape_id)
+def test_dense_training(bench: Any, kind: Kind, shape: Shape, bar: float) -> None:
+    ours, theirs = pair_of_layers(shape, kind)
     batch = Batch(shape, [shape.T] * shape.B)
     contenders = [
         dense_training("ours", ours, ours, batch),
         dense_training("torch", theirs, theirs, batch),
-        compiled_lstm(bench, theirs, shape, lambda f: dense_training("torch.compile", theirs, f, batch)),
+        compiled_layer(bench, theirs, shape, lambda f: dense_training("torch.compile", theirs, f, batch)),
     ]
-    work = TRAINING * lstm_flop(batch.tokens, shape)
-    bench.time("LSTM dense training", str(shape), contenders, bars={"torch": DENSE_BAR}, work=work)
+    work = TRAINING * flop(batch.tokens, ours)
+    bench.time(f"{kind} dense training", str(shape), contenders, bars={"torch": bar}, work=work)
 
 
-@pytest.mark.parametrize("shape", list(dict.fromkeys(DENSE + ONNX)), ids=shape_id)
-def test_dense_inference(bench: Any, shape: Shape) -> None:
-    ours, theirs = (layer.eval() for layer in pair_of_layers(shape))
+@pytest.mark.parametrize(("kind", "shape"), DENSE_INFERENCE, ids=shape_id)
+def test_dense_inference(bench: Any, kind: Kind, shape: Shape) -> None:
+    ours, theirs = (layer.eval() for layer in pair_of_layers(shape, kind))
     batch = Batch(shape, [shape.T] * shape.B)
     contenders = [
         dense_inference("ours", ours, batch),
         dense_inference("torch", theirs, batch),
-        onnxruntime_inference("onnxruntime", theirs, shape, batch, bench.run.threads),
-        compiled_lstm(bench, theirs, shape, lambda f: dense_inference("torch.compile", f, batch)),
+        onnxruntime_inference("onnxruntime", theirs, kind, shape, batch, bench.run.threads),
+        compiled_layer(bench, theirs, shape, lambda f: dense_inference("torch.compile", f, batch)),
     ]
     bars: dict[str, Bar] = {}
-    if shape in DENSE:
-        bars["torch"] = Bar(at_least=DENSE_BAR)
-    if shape in ONNX:
-        bars["onnxruntime"] = ONNX_BAR
-    bench.time("LSTM dense inference", str(shape), contenders, bars=bars, work=lstm_flop(batch.tokens, shape))
+    if shape in DENSE and kind in INFERENCE_BAR:
+        bars["torch"] = Bar(at_least=INFERENCE_BAR[kind])
+    if shape in ONNX and kind in ONNX_BAR:
+        bars["onnxruntime"] = ONNX_BAR[kind]
+    bench.time(f"{kind} dense inference", str(shape), contenders, bars=bars, work=flop(batch.tokens, ours))
 
 
-def compiled_lstm(bench: Any, layer: nn.Module, shape: Shape, make: Callable[[Forward], Contender]) -> Contender:
+def compiled_layer(bench: Any, layer: nn.Module, shape: Shape, make: Callable[[Forward], Contender]) -> Contender:
     allow_rnn = bench.config.getoption("compile_rnn") and shape.T <= COMPILE_MAX_T
     return compiled("torch.compile", layer, allow_rnn, make)
 
 
-@pytest.mark.parametrize(("H", "bar"), [(32, 3.0), (128, 4.0), (256, 12.0)])
-def test_stream_step(bench: Any, H: int, bar: float) -> None:
+@pytest.mark.parametrize(("kind", "H", "bar"), STREAM, ids=shape_id)
+def test_stream_step(bench: Any, kind: Kind, H: int, bar: float | None) -> None:
     shape = Shape(1, 1, H, H)
-    ours, theirs = pair_of_layers(shape)
+    ours, theirs = pair_of_layers(shape, kind)
     contenders = [streaming("ours", ours, shape), streaming("torch", theirs, shape)]
-    group = "LSTM, one step of a stream under no_grad"
-    bench.time(group, str(shape), contenders, bars={"torch": bar}, work=lstm_flop(1, shape))
+    group = f"{kind}, one step of a stream under no_grad"
+    bench.time(group, str(shape), contenders, bars={} if bar is None else {"torch": bar}, work=flop(1, ours))
 
 
-def memory_case(which: str, shape: list[int]) -> MemoryCase:
-    """A dense training step of ours or torch's, for a process of its own."""
+@pytest.mark.parametrize("shape", CELL_SHAPES, ids=shape_id)
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+@pytest.mark.parametrize("name", CELLS)
+def test_cell(bench: Any, name: str, direction: str, shape: Shape) -> None:
+    torch.manual_seed(1)
+    theirs, ours = (getattr(module, name)(shape.I, shape.H) for module in (nn, seqkernels.nn))
+    ours.load_state_dict(theirs.state_dict())
+    make, times = (cell_inference, 1) if direction == "forward" else (cell_training, TRAINING)
+    contenders = [make("ours", ours, shape), make("torch", theirs, shape)]
+    label = str(shape).removesuffix(" T=1")
+    work = times * flop(shape.B, ours)
+    bench.time(f"{name}, {direction}", label, contenders, bars={"torch": CELL_BAR}, work=work)
 
-    def dense(shape: Shape) -> Contender:
-        layer = pair_of_layers(shape)[0 if which == "ours" else 1]
-        return dense_training(which, layer, layer, Batch(shape, [shape.T] * shape.B))
 
+def variant_row(bench: Any, variant: Variant, shape: Shape, form: str, bar: float | None) -> None:
+    """Parity is against the definition; the peer is our plain layer."""
+    layer, (plain, _) = our_layer(shape, variant.name, **variant.options), pair_of_layers(shape, variant.plain)
+    batch = Batch(shape, drawn_lengths(shape) if form == "packed" else [shape.T] * shape.B)
+    keywords = {}
+    if variant.reset:
+        draw = torch.rand(batch.x.shape[:2], generator=torch.Generator().manual_seed(7))
+        keywords["reset"] = batch.rows(draw < 1 / RESET_EVERY)
+
+    def contender(name: str, layer: nn.Module, **keywords: Any) -> Contender:
+        if form == "packed":
+            return packed_training(name, layer, batch, **keywords)
+        return dense_training(name, layer, layer, batch, **keywords)
+
+    ours, peer = contender("ours", layer, **keywords), contender(f"ours, plain {variant.plain}", plain)
+    parity = [(contender("definition", layer, definition=True, **keywords), ours)]
+    bars = {} if bar is None else {peer.name: bar}
+    work = TRAINING * flop(batch.tokens, layer)
+    bench.time(f"variants, {form} training, {shape}", str(variant), [ours, peer], bars=bars, work=work, parity=parity)
+
+
+@pytest.mark.parametrize(("variant", "bar"), VARIANTS, ids=shape_id)
+def test_variant_packed_training(bench: Any, variant: Variant, bar: float | None) -> None:
+    variant_row(bench, variant, Shape(100, 16, 256, 256), "packed", bar)
+
+
+@pytest.mark.parametrize(("variant", "bar"), [(v, bar) for v, bar in VARIANTS if bar is not None], ids=shape_id)
+def test_variant_dense_training(bench: Any, variant: Variant, bar: float) -> None:
+    variant_row(bench, variant, Shape(400, 8, 256, 256), "dense", bar)
+
+
+@pytest.mark.slow
+def test_layer_normalised_training(bench: Any) -> None:
+    """Compiling the loop takes a minute or more, outside the timing."""
+    shape = NORMALISED_SHAPE
+    ours, batch = our_layer(shape, "LSTM", layer_norm=True), Batch(shape, [shape.T] * shape.B)
+    theirs = NormalisedLSTM(dict(ours.named_parameters()))
+    contenders = [
+        dense_training("ours", ours, ours, batch),
+        dense_training("torch ops", theirs, theirs, batch),
+        compiled("torch.compile", theirs, False, lambda f: dense_training("torch.compile", theirs, f, batch)),
+    ]
+    work, bars = TRAINING * flop(batch.tokens, ours), {"torch.compile": NORMALISED_BAR}
+    group = "layer-normalised LSTM, dense training"
+    bench.time(group, str(shape), contenders, bars=bars, work=work, tolerance=NORMALISED_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=shape_id)
+def test_autocast_training(bench: Any, kind: Kind) -> None:
+    shape = AUTOCAST_SHAPE
+    ours, theirs = pair_of_layers(shape, kind)
+    batch = Batch(shape, [shape.T] * shape.B)
+    contenders = [
+        dense_training("ours, bfloat16 by autocast", ours, autocast(ours), batch),
+        dense_training("ours, float32", ours, ours, batch),
+        dense_training("torch, bfloat16 by autocast", theirs, autocast(theirs), batch),
+    ]
+    try:
+        contenders[2].step()
+    except RuntimeError as error:
+        contenders[2] = Contender(contenders[2].name, refused=str(error).partition(".")[0])
+    bench.time(
+        "CPU autocast, dense training",
+        f"{kind}, {shape}",
+        contenders,
+        bars={"ours, float32": AUTOCAST_BAR},
+        work=TRAINING * flop(batch.tokens, ours),
+        parity=[(contenders[1], contenders[0])],
+        tolerance=AUTOCAST_TOLERANCE,
+    )
+
+
+# --- rows: memory ---
+
+
+def memory_layer(which: str, shape: Shape, num_layers: int) -> nn.Module:
+    options = {"num_layers": num_layers} | ({"memory_efficient": True} if which == "memory_efficient" else {})
+    torch.manual_seed(1)
+    if which == "torch":
+        return nn.LSTM(shape.I, shape.H, **options)
+    return seqkernels.nn.LSTM(shape.I, shape.H, **options)
+
+
+def memory_contender(which: str, shape: Shape, num_layers: int = 1) -> Contender:
+    layer = memory_layer(which, shape, num_layers)
+    return dense_training(which, layer, layer, Batch(shape, [shape.T] * shape.B))
+
+
+def memory_case(which: str, shape: list[int], num_layers: int = 1) -> MemoryCase:
+    """A dense training step, for a process of its own."""
     full = Shape(*shape)
-    warm, measured = dense(full._replace(T=2)), dense(full)
+    warm, measured = memory_contender(which, full._replace(T=2), num_layers), memory_contender(which, full, num_layers)
 
     def step() -> None:
         assert measured.before is not None
@@ -413,13 +710,45 @@ def memory_case(which: str, shape: list[int]) -> MemoryCase:
     return MemoryCase(warm.step, step)
 
 
-@pytest.mark.parametrize(
-    "shape", [Shape(400, 8, 256, 256), Shape(400, 16, 256, 256), Shape(50, 64, 64, 128)], ids=shape_id
-)
+@pytest.mark.parametrize("shape", MEMORY, ids=shape_id)
 def test_training_memory(bench: Any, shape: Shape) -> None:
-    ours, theirs = pair_of_layers(shape)
-    batch = Batch(shape, [shape.T] * shape.B)
-    parity = [(dense_training("torch", theirs, theirs, batch), dense_training("ours", ours, ours, batch))]
+    parity = [(memory_contender("torch", shape), memory_contender("ours", shape))]
     contenders = {which: {"which": which, "shape": list(shape)} for which in ("ours", "torch")}
     group = "LSTM peak memory of a dense training step"
-    bench.memory(group, str(shape), "bench_recurrent:memory_case", contenders, bars={"torch": 1.0}, parity=parity)
+    bars = {"torch": MEMORY_BAR}
+    bench.memory(group, str(shape), "bench_recurrent:memory_case", contenders, bars=bars, parity=parity)
+
+
+EFFICIENT = ("memory_efficient", "plain")
+EFFICIENT_LABEL = f"{EFFICIENT_LAYERS} layers, {EFFICIENT_SHAPE}"
+
+
+def test_memory_efficient_time(bench: Any) -> None:
+    shape = EFFICIENT_SHAPE
+    ours, plain = (memory_contender(which, shape, EFFICIENT_LAYERS) for which in EFFICIENT)
+    work = TRAINING * flop(shape.T * shape.B, memory_layer("plain", shape, EFFICIENT_LAYERS))
+    bench.time("LSTM memory_efficient, dense training", EFFICIENT_LABEL, [ours, plain], bars={}, work=work)
+
+
+def test_memory_efficient_peak(bench: Any) -> None:
+    shape = EFFICIENT_SHAPE
+    arguments = {"shape": list(shape), "num_layers": EFFICIENT_LAYERS}
+    bench.memory(
+        "LSTM memory_efficient, peak memory of a dense training step",
+        EFFICIENT_LABEL,
+        "bench_recurrent:memory_case",
+        {which: {"which": which} | arguments for which in EFFICIENT},
+        bars={},
+        parity=[tuple(memory_contender(which, shape, EFFICIENT_LAYERS) for which in reversed(EFFICIENT))],
+    )
+
+
+def test_memory_efficient_saved(bench: Any) -> None:
+    shape = EFFICIENT_SHAPE
+    layers = {which: memory_layer(which, shape, EFFICIENT_LAYERS) for which in EFFICIENT}
+    x = Batch(shape, [shape.T] * shape.B).x
+    bench.saved_memory(
+        "LSTM memory_efficient, kept for backward",
+        EFFICIENT_LABEL,
+        {which: (functools.partial(layer, x), [x, *layer.parameters()]) for which, layer in layers.items()},
+    )

@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,14 @@ class Bench:
         self.benchmark.pedantic(measure, rounds=1 if self.run.quick else 3)
         entries = report.summarise(list(contenders), values, _as_bars(bars), {})
         self.add(Row(group, label, entries, "MiB", rounds=len(values[0])))
+
+    def saved_memory(
+        self, group: str, label: str, contenders: Mapping[str, tuple[Callable[[], object], Sequence[torch.Tensor]]]
+    ) -> None:
+        """What autograd keeps of a forward pass; `contenders` maps a name to the pass and the tensors it was given."""
+        values = [[harness.saved_memory(forward, given)] for forward, given in contenders.values()]
+        self.benchmark.pedantic(next(iter(contenders.values()))[0], rounds=1)
+        self.add(Row(group, label, report.summarise(list(contenders), values, {}, {}), "MiB", rounds=0))
 
 
 def _as_bars(bars: Bars) -> dict[str, Bar]:

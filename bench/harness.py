@@ -305,5 +305,19 @@ def peak_memory(factory: str, arguments: dict[str, object], threads: int) -> flo
     return float(done.stdout.split()[-1])
 
 
+def saved_memory(forward: Callable[[], object], given: Sequence[Tensor]) -> float:
+    """MiB that autograd keeps for backward after a forward pass, besides the tensors given: counted, so exact."""
+    known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        results = forward()  # noqa: F841  (as long as it lives, so does what was kept)
+        return sum(size for address, size in kept.items() if address not in known) / 2**20
+
+
 if __name__ == "__main__":
     print(_measure_memory(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])))

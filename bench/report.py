@@ -72,7 +72,7 @@ class Row:
     unit: str = "s"  # of median and minimum: "s" or "MiB"
     work: float = 0.0  # useful floating point operations, or bytes, of one call
     work_unit: str = "flop"
-    rounds: int = 1
+    rounds: int = 1  # 0 where the figure is counted, not measured
     other_load: float = math.nan  # processors kept busy by other processes while this row ran
 
 
@@ -148,7 +148,7 @@ def _load(load: float) -> str:
 def _conditions(row: Row) -> str:
     if row.unit == "s":
         return f"{row.rounds} rounds, others {_load(row.other_load)}"
-    return f"{row.rounds} fresh process{'es' if row.rounds > 1 else ''} each"
+    return f"{row.rounds} fresh process{'es' if row.rounds > 1 else ''} each" if row.rounds else "counted"
 
 
 def _cells(row: Row, entry: Entry, roofs: dict[str, Roof]) -> list[str]:
@@ -178,7 +178,7 @@ def _cells(row: Row, entry: Entry, roofs: dict[str, Roof]) -> list[str]:
 
 def _group_headings(rows: list[Row]) -> list[str]:
     work_unit = next((row.work_unit for row in rows if row.work), "")
-    unit = "peak" if rows[0].unit == "MiB" else "median"
+    unit = "memory" if rows[0].unit == "MiB" else "median"
     rate, share = (WORK_RATES[work_unit], "share") if work_unit else ("", "")
     return ["row", "contender", unit, "min", rate, share, "ratio", "quartiles", "bar", "verdict"]
 

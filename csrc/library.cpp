@@ -11,23 +11,31 @@ namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(seqkernels, m) {
   // Recurrent layers: one layer, both directions. x is [T, B, D], or [N, D] with batch_sizes.
-  m.def(
-      "lstm(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "bool bidirectional) -> (Tensor y, Tensor h_n, Tensor c_n)");
-  m.def(
-      "lstm_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "bool bidirectional) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
-  m.def(
-      "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "Tensor? batch_sizes, Tensor? lengths, bool bidirectional, Tensor y, Tensor gates, Tensor cells, bool need_dx, "
-      "bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw)");
-  for (const std::string cell : {"gru", "rnn_tanh", "rnn_relu"}) {
-    const std::string inputs =
-        "Tensor x, Tensor? h0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, bool bidirectional";
-    m.def((cell + "(" + inputs + ") -> (Tensor y, Tensor h_n)").c_str());
-    m.def((cell + "_forward(" + inputs + ") -> (Tensor y, Tensor h_n, Tensor saved)").c_str());
-    m.def((cell + "_backward(Tensor? dy, Tensor? dh_n, " + inputs +
-           ", Tensor y, Tensor saved, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor[] dw)")
+  const auto list = [](const std::string& type, std::initializer_list<const char*> names, size_t count,
+                       const char* end = "") {
+    std::string text;
+    for (auto name = names.begin(); name != names.begin() + count; ++name) text += ", " + type + " " + *name + end;
+    return text;
+  };
+  const std::string options =
+      ", bool peephole=False, int heads=1, Tensor? reset=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, Tensor? "
+      "candidate=None, Tensor? variational=None, float[] numbers=[]";
+  for (const seqkernels::CellKind kind : seqkernels::kCellKinds) {
+    const std::string name = seqkernels::shape_of(kind).name;
+    const std::string saved = kind == seqkernels::CellKind::kLSTM ? "gates" : "saved";
+    const size_t states = seqkernels::shape_of(kind).states;
+    const std::string inputs = "Tensor x" + list("Tensor?", {"h0", "c0", "s0"}, states) +
+                               ", Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, bool bidirectional";
+    const std::string outputs = "Tensor y" + list("Tensor", {"h_n", "c_n", "s_n"}, states);
+    const std::string every = list("Tensor", {"cells", "inner"}, states - 1);
+    m.def((name + "(" + inputs + options + ") -> (" + outputs + ")").c_str());
+    m.def((name + "_forward(" + inputs + options + ", bool recompute=False) -> (" + outputs + ", Tensor " + saved +
+           every + ")")
+              .c_str());
+    m.def((name + "_backward(Tensor? dy" + list("Tensor?", {"dh_n", "dc_n", "ds_n"}, states) + ", " + inputs +
+           ", Tensor y, Tensor " + saved + every + ", bool need_dx, bool need_dw" + options +
+           list("Tensor?", {"dcells", "dinner"}, states - 1, "=None") + ") -> (Tensor dx" +
+           list("Tensor", {"dh0", "dc0", "ds0"}, states) + ", Tensor[] dw)")
               .c_str());
   }
 }
@@ -49,13 +57,14 @@ py::dict build_info() {
 }
 
 py::dict explain_recurrent(int64_t gates, int64_t T, int64_t B, int64_t N, int64_t D, int64_t H, int64_t P,
-                           int64_t directions, bool float64) {
+                           int64_t directions, int64_t heads, bool float64) {
   RecurrentArgs args{};
   args.dtype = float64 ? DType::kFloat64 : DType::kFloat32;
   args.walk.T = T;
   args.walk.B = B;
   args.walk.N = N;
   args.directions = directions;
+  args.heads = heads;
   args.D = D;
   args.H = H;
   args.P = P;
@@ -68,12 +77,20 @@ py::dict explain_recurrent(int64_t gates, int64_t T, int64_t B, int64_t N, int64
   return result;
 }
 
+int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
+  for (const CellKind kind : kCellKinds) {
+    if (name == shape_of(kind).name) return saved_width(kind, H, options);
+  }
+  throw py::value_error("recurrent_saved: kind must be a recurrent op, got " + name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled half of seqkernels: importing it loads the ops.";
   m.def("build_info", &build_info);
   m.def("explain_recurrent", &explain_recurrent, py::arg("gates"), py::arg("T"), py::arg("B"), py::arg("N"),
-        py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("float64"));
+        py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("heads") = 1, py::arg("float64"));
+  m.def("recurrent_saved", &recurrent_saved, py::arg("kind"), py::arg("H"), py::arg("options"));
   m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
 }

@@ -600,6 +600,9 @@ def plain(error: tuple[type[BaseException], str]) -> tuple[type[BaseException], 
 @pytest.mark.parametrize("arguments", KIND_CONSTRUCTORS.values(), ids=KIND_CONSTRUCTORS)
 @kinds
 def test_constructor_refuses_what_torch_refuses_in_its_words(kind: Kind, arguments: dict) -> None:
+    if kind is GRU and "proj_size" in arguments:  # a difference from torch: our GRU may be projected
+        kind.ours(**arguments)
+        return
     classes = kind.theirs, kind.ours
     theirs, ours = (plain(raised(lambda cls=cls: cls(**arguments, **kind.options))) for cls in classes)
     assert ours == theirs

@@ -90,6 +90,7 @@ inline void tile_rows(int64_t rows, int64_t k, int64_t chain, const T* a, int64_
 struct Columns {
   int64_t extent;  // columns of a gate
   int64_t units;
+  int64_t stride = 0;  // from a gate to the next
 
   template <class T>
   int64_t panels() const {
@@ -101,7 +102,7 @@ struct Columns {
   }
   template <class T>
   int64_t first(int64_t panel, int v) const {
-    return v / units * extent + start<T>(panel, v);
+    return v / units * stride + start<T>(panel, v);
   }
   template <class T>
   int64_t valid(int64_t panel, int v) const {  // how many of the lanes exist

@@ -18,26 +18,27 @@ constexpr double kTileRows = 6;
 
 Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
   const Walk& walk = args.walk;
+  const int64_t strands = args.directions * args.heads, H = args.H / args.heads, P = args.P / args.heads;
   const double steps = std::max<int64_t>(walk.T, 1), rows = walk.N / steps;
-  const double step = rows * gates * args.H * args.P, total = walk.N * double(gates) * args.H * (args.D + args.P);
+  const double step = rows * gates * H * P, total = walk.N * double(gates) * H * (args.D + P);
   Plan plan{1, 1, 1};
-  if (threads <= 1 || total * args.directions < kWorthAThread) return plan;
+  if (threads <= 1 || total * strands < kWorthAThread) return plan;
   plan.threads = threads;
-  const int64_t each = std::max<int64_t>(threads / args.directions, 1);
+  const int64_t each = std::max<int64_t>(threads / strands, 1);
   const int64_t element = args.dtype == DType::kFloat64 ? 8 : 4;
-  const double weights = double(gates) * args.H * args.P * element;
+  const double weights = double(gates) * H * P * element;
   const bool rows_suffice = rows >= each * kTileRows || (rows >= each && weights <= kWeightsPerCore / 2);
-  const bool units_suffice = args.H >= each * 32 && (step / each >= kWorthABarrier);
+  const bool units_suffice = H >= each * 32 && (step / each >= kWorthABarrier);
   if (rows_suffice && (weights <= kWeightsPerCore || !units_suffice)) {
-    plan.row_groups = std::min({each, std::max<int64_t>(walk.B, 1), kMaxTeams / args.directions});
+    plan.row_groups = std::min(each, std::max<int64_t>(walk.B, 1));
   } else if (units_suffice) {
     plan.unit_groups = each;
   } else if (walk.T == 1) {
-    plan.unit_groups = std::min(each, std::max<int64_t>(args.H / 32, 1));
+    plan.unit_groups = std::min(each, std::max<int64_t>(H / 32, 1));
   } else {
-    plan.row_groups = std::min<int64_t>({each, std::max<int64_t>(walk.B, 1), kMaxTeams / args.directions});
+    plan.row_groups = std::min(each, std::max<int64_t>(walk.B, 1));
   }
-  if (plan.row_groups * plan.unit_groups * args.directions == 1) plan.threads = 1;
+  if (plan.row_groups * plan.unit_groups * strands == 1) plan.threads = 1;
   return plan;
 }
 

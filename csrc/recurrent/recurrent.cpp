@@ -4,8 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <limits>
 #include <numeric>
+#include <tuple>
+#include <utility>
 
 #include "common/check.h"
 #include "common/isa.h"
@@ -15,129 +19,253 @@ namespace seqkernels {
 
 namespace {
 
-constexpr const char* name_of(CellKind kind) {
-  switch (kind) {
-    case CellKind::kLSTM:
-      return "lstm";
-    case CellKind::kGRU:
-      return "gru";
-    case CellKind::kRNNTanh:
-      return "rnn_tanh";
-    case CellKind::kRNNRelu:
-      return "rnn_relu";
-  }
-  return "";
-}
-
-RecurrentKernels kernels(CellKind kind) {
+RecurrentKernels kernels(CellKind kind, bool options) {
   switch (current_isa()) {
 #ifdef SEQKERNELS_HAVE_AVX512
     case Isa::kAvx512:
-      return avx512::recurrent_kernels(kind);
+      return avx512::recurrent_kernels(kind, options);
 #endif
 #ifdef SEQKERNELS_HAVE_AVX2
     case Isa::kAvx2:
-      return avx2::recurrent_kernels(kind);
+      return avx2::recurrent_kernels(kind, options);
 #endif
     default:
-      return portable::recurrent_kernels(kind);
+      return portable::recurrent_kernels(kind, options);
   }
 }
+
+// What an op takes beside x, states, weights and lengths; all of it off by default.
+struct Variant {
+  bool peephole;
+  int64_t heads;
+  const std::optional<Tensor>&reset, &zoneout_h, &zoneout_c, &candidate, &variational;
+  const std::vector<double>& numbers;  // none, or cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout
+};
+
+// The inputs of an op as they came.
+struct Given {
+  const Tensor& x;
+  std::array<const std::optional<Tensor>*, kMaxStates> states0;
+  const std::vector<Tensor>& weights;
+  const std::optional<Tensor>&batch_sizes, &lengths;
+  bool bidirectional;
+  const Variant& variant;
+};
+
+// A weight: its name in messages, where it goes, its shape.
+struct WeightSlot {
+  const char* name;
+  const void* Weights::* value;
+  void* WeightGradients::* gradient;
+  Shape shape;
+};
 
 // The checked inputs of a layer, and what they point to: alive as long as the arguments of a kernel.
 struct LayerInputs {
   const std::string op;
-  const CellShape cell;
+  const CellKind kind;
+  const CellShape cell = shape_of(kind);
   Tensor x;
-  std::optional<Tensor> h0, c0;
-  std::vector<Tensor> weights;
+  std::array<std::optional<Tensor>, kMaxStates> states0;
+  std::vector<Tensor> weights, masks;
+  std::vector<WeightSlot> slots;  // of one direction
   bool packed;
   std::vector<int64_t> batch_sizes, offsets, sequence, rows, x_offsets;
+  std::vector<uint8_t> reset;
   Shape outer;  // [T, B] or [N]: the leading dimensions of x and y
 
-  LayerInputs(const std::string& op, CellKind kind, const Tensor& x_in, const std::optional<Tensor>& h0_in,
-              const std::optional<Tensor>& c0_in, const std::vector<Tensor>& weights_in,
-              const std::optional<Tensor>& sizes, const std::optional<Tensor>& lengths, bool bidirectional,
-              RecurrentArgs& args)
-      : op(op), cell(shape_of(kind)), x(x_in), packed(sizes.has_value()) {
+  LayerInputs(const std::string& op, CellKind kind, const Given& given, RecurrentArgs& args)
+      : op(op), kind(kind), x(given.x), packed(given.batch_sizes.has_value()) {
     args.dtype = dtype_of(op, "x", x);
-    args.directions = bidirectional ? 2 : 1;
+    args.directions = given.bidirectional ? 2 : 1;
+    args.heads = given.variant.heads;
     check_cpu(op, "x", x);
-    if (packed && lengths) fail(op, ": lengths must be absent where batch_sizes is given, got both");
+    if (packed && given.lengths) fail(op, ": lengths must be absent where batch_sizes is given, got both");
     if (x.dim() != (packed ? 2 : 3)) {
       fail(op, ": x must have ", packed ? "2 dimensions [N, D]" : "3 dimensions [T, B, D]", ", got ",
            show(shape_of(x)));
     }
     args.D = x.size(-1 + x.dim());
     if (args.D > 1 && x.numel() > 0 && x.stride(x.dim() - 1) != 1) x = torch::stable::contiguous(x);
-    take_weights(weights_in, args);
+    take_weights(given.weights, given.variant.peephole, args);
     if (packed) {
-      take_batch_sizes(*sizes, args.walk);
+      take_batch_sizes(*given.batch_sizes, args.walk);
     } else {
-      take_padded(lengths, args.walk);
+      take_padded(given.lengths, args.walk);
     }
     outer = shape_of(x);
     outer.pop_back();
-    if (h0_in) h0 = checked(op, "h0", *h0_in, x.scalar_type(), {args.directions, args.walk.B, args.P});
-    if (c0_in) c0 = checked(op, "c0", *c0_in, x.scalar_type(), {args.directions, args.walk.B, args.H});
+    constexpr const char* kNames[] = {"h0", "c0", "s0"};
+    const void** pointers[] = {&args.h0, &args.c0, &args.s0};
+    for (int64_t i = 0; i < cell.states; ++i) {
+      if (!*given.states0[i]) continue;
+      states0[i] = checked(op, kNames[i], **given.states0[i], x.scalar_type(), state_shape(args, i));
+      *pointers[i] = states0[i]->const_data_ptr();
+    }
     args.x = x.const_data_ptr();
-    args.h0 = h0 ? h0->const_data_ptr() : nullptr;
-    args.c0 = c0 ? c0->const_data_ptr() : nullptr;
     args.walk.batch_sizes = batch_sizes.data();
     args.walk.offsets = offsets.data();
     args.walk.sequence = sequence.data();
     args.walk.rows = rows.data();
     args.walk.x_offsets = x_offsets.data();
+    take_options(given.variant, args);
+    args.saved_width = saved_width(kind, args.H, args.options.any);
     args.plan = plan_recurrent(args, cell.gates, thread_count());
   }
 
-  int64_t weights_each(int64_t directions) const { return static_cast<int64_t>(weights.size()) / directions; }
-
-  Shape y_shape(const RecurrentArgs& args) const {
+  // Of h (0), c (1) or s (2).
+  Shape state_shape(const RecurrentArgs& args, int64_t which) const {
+    return {args.directions, args.walk.B, which == 0 ? args.P : args.H};
+  }
+  // Of y (0), or of every c (1) or s (2), laid out like it.
+  Shape output_shape(const RecurrentArgs& args, int64_t which) const {
     Shape shape = outer;
-    shape.push_back(args.directions * args.P);
+    shape.push_back(args.directions * (which == 0 ? args.P : args.H));
     return shape;
   }
+  // One row for each row of y, of which the real tokens' come first.
+  Shape saved_shape(const RecurrentArgs& args) const { return {args.directions, saved_rows(), args.saved_width}; }
+  int64_t saved_rows() const { return std::accumulate(outer.begin(), outer.end(), int64_t{1}, std::multiplies<>()); }
   // Rows of a padded batch that no sequence has must read as zero.
   bool padding_exists(const Walk& walk) const { return !packed && walk.N < walk.T * walk.B; }
 
  private:
-  void take_weights(const std::vector<Tensor>& given, RecurrentArgs& args) {
-    const int64_t each = static_cast<int64_t>(given.size()) / args.directions;
-    if (each < 2 || each > 5 || each * args.directions != static_cast<int64_t>(given.size())) {
-      fail(op, ": weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of ", args.directions,
-           " directions, got ", given.size(), " tensors");
+  void take_weights(const std::vector<Tensor>& given, bool peephole, RecurrentArgs& args) {
+    if (peephole && !cell.peephole) fail(op, ": peephole must be false for this cell, got true");
+    if (args.heads < 1 || (args.heads > 1 && !cell.heads)) {
+      fail(op, ": heads must be ", cell.heads ? "positive" : "1 for this cell", ", got ", args.heads);
     }
-    const bool bias = each >= 4, projected = each == 3 || each == 5;
-    if (projected && !cell.has_c)
+    const bool nested = kind == CellKind::kLSTMNested;
+    const int64_t count = static_cast<int64_t>(given.size()), each = count / args.directions;
+    const int64_t fixed = peephole + (kind == CellKind::kLSTMNorm ? 4 : kind == CellKind::kGRUNorm ? 2 : 0);
+    const int64_t core = nested ? each / 2 : each - fixed;
+    if (core < 2 || core > 5 || each * args.directions != count || (nested && (each != 4 && each != 8))) {
+      fail(op, ": weights must hold ", expected_weights(peephole), " for each of ", args.directions,
+           " directions, got ", count, " tensors");
+    }
+    const bool bias = core >= 4, projected = core == 3 || core == 5;
+    if (projected && cell.projection == CellShape::kNever) {
       fail(op, ": weights must not hold a projection, got ", each, " tensors per direction");
+    }
+    if (!projected && cell.projection == CellShape::kAlways) {
+      fail(op, ": weights must hold a projection w_hr, got ", each, " tensors per direction");
+    }
+    if (projected && args.heads > 1) fail(op, ": heads must be 1 where there is a projection, got ", args.heads);
     const Tensor& w_hh = given[1];
     const std::string G_by = (cell.gates > 1 ? std::to_string(cell.gates) : "") + "H, ";
     if (w_hh.dim() != 2 || w_hh.size(0) % cell.gates != 0 || w_hh.size(0) == 0 || w_hh.size(1) == 0) {
       fail(op, ": weight_hh must have shape [", G_by, projected ? "P" : "H", "], got ", show(shape_of(w_hh)));
     }
-    args.H = w_hh.size(0) / cell.gates;
-    args.P = w_hh.size(1);
-    const int64_t G = cell.gates * args.H;
-    if (!projected && args.P != args.H) {
-      fail(op, ": weight_hh must have shape [", G_by, "H] = ", show({G, args.H}), ", got ", show(shape_of(w_hh)));
+    const int64_t G = w_hh.size(0), H = G / cell.gates, P = projected ? w_hh.size(1) : H;
+    args.H = H;
+    args.P = P;
+    if (H % args.heads != 0) fail(op, ": heads must divide H = ", H, ", got ", args.heads);
+    if (!projected && w_hh.size(1) * args.heads != H) {
+      fail(op, ": weight_hh must have shape [", G_by, args.heads > 1 ? "H / heads" : "H",
+           "] = ", show({G, H / args.heads}), ", got ", show(shape_of(w_hh)));
+    }
+    using W = Weights;
+    using D = WeightGradients;
+    slots = {{"weight_ih", &W::w_ih, &D::w_ih, {G, args.D}}, {"weight_hh", &W::w_hh, &D::w_hh, {G, P / args.heads}}};
+    const auto add = [&](WeightSlot slot) { slots.push_back(std::move(slot)); };
+    if (bias) {
+      add({"bias_ih", &W::b_ih, &D::b_ih, {G}});
+      add({"bias_hh", &W::b_hh, &D::b_hh, {G}});
+    }
+    if (projected) add({"weight_hr", &W::w_hr, &D::w_hr, {P, H}});
+    if (peephole) add({"weight_ph", &W::peephole, &D::peephole, {(cell.gates - 1) * H}});
+    if (kind == CellKind::kLSTMNorm || kind == CellKind::kGRUNorm) {
+      add({"gain_ih", &W::gain_ih, &D::gain_ih, {G}});
+      add({"gain_hh", &W::gain_hh, &D::gain_hh, {G}});
+    }
+    if (kind == CellKind::kLSTMNorm) {
+      add({"gain_c", &W::gain_c, &D::gain_c, {H}});
+      add({"bias_c", &W::bias_c, &D::bias_c, {H}});
+    }
+    if (nested) {
+      add({"weight_inner_ih", &W::inner_ih, &D::inner_ih, {4 * H, H}});
+      add({"weight_inner_hh", &W::inner_hh, &D::inner_hh, {4 * H, H}});
+      if (bias) {
+        add({"bias_inner_ih", &W::inner_b_ih, &D::inner_b_ih, {4 * H}});
+        add({"bias_inner_hh", &W::inner_b_hh, &D::inner_b_hh, {4 * H}});
+      }
     }
     weights.reserve(given.size());
     for (int64_t d = 0; d < args.directions; ++d) {
-      const auto take = [&](const char* name, const Shape& shape) -> const void* {
-        weights.push_back(checked(op, name, given[weights.size()], x.scalar_type(), shape));
-        return weights.back().const_data_ptr();
-      };
-      Weights& w = args.weights[d];
-      w = {};
-      w.w_ih = take("weight_ih", {G, args.D});
-      w.w_hh = take("weight_hh", {G, args.P});
-      if (bias) {
-        w.b_ih = take("bias_ih", {G});
-        w.b_hh = take("bias_hh", {G});
+      args.weights[d] = {};
+      for (const WeightSlot& slot : slots) {
+        weights.push_back(checked(op, slot.name, given[weights.size()], x.scalar_type(), slot.shape));
+        args.weights[d].*slot.value = weights.back().const_data_ptr();
       }
-      if (projected) w.w_hr = take("weight_hr", {args.P, args.H});
     }
+  }
+
+  std::string expected_weights(bool peephole) const {
+    std::string text = "w_ih, w_hh[, b_ih, b_hh]";
+    if (cell.projection == CellShape::kMaybe) text += "[, w_hr]";
+    if (cell.projection == CellShape::kAlways) text += ", w_hr";
+    if (peephole) text += ", w_ph";
+    if (kind == CellKind::kLSTMNorm) text += ", gain_ih, gain_hh, gain_c, bias_c";
+    if (kind == CellKind::kGRUNorm) text += ", gain_ih, gain_hh";
+    if (kind == CellKind::kLSTMNested) text += ", inner_ih, inner_hh[, inner_b_ih, inner_b_hh]";
+    return text;
+  }
+
+  void take_options(const Variant& variant, RecurrentArgs& args) {
+    Options& o = args.options;
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    o = {};
+    o.cell_clip = o.gate_clip = kInfinity;
+    o.candidate_scale = 1;
+    if (!variant.numbers.empty()) {
+      if (variant.numbers.size() != 5) {
+        fail(op, ": numbers must be empty or hold cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout, got ",
+             variant.numbers.size(), " numbers");
+      }
+      const double* n = variant.numbers.data();
+      for (int i = 0; i < 2; ++i) {
+        if (!(n[i] > 0)) fail(op, ": ", i == 0 ? "cell_clip" : "gate_clip", " must be positive, got ", n[i]);
+      }
+      constexpr const char* kRates[] = {"zoneout_h", "zoneout_c", "recurrent_dropout"};
+      for (int i = 0; i < 3; ++i) {
+        if (!(n[2 + i] >= 0 && n[2 + i] < 1)) fail(op, ": ", kRates[i], " must lie in [0, 1), got ", n[2 + i]);
+      }
+      o.cell_clip = n[0];
+      o.gate_clip = n[1];
+      o.zoneout_h_rate = n[2];
+      o.zoneout_c_rate = n[3];
+      o.candidate_scale = 1 / (1 - n[4]);
+    }
+    masks.reserve(4);
+    const auto take = [&](const char* name, const std::optional<Tensor>& mask, ScalarType dtype, const Shape& shape) {
+      if (!mask) return static_cast<const void*>(nullptr);
+      masks.push_back(checked(op, name, *mask, dtype, shape));
+      return masks.back().const_data_ptr();
+    };
+    const Shape like_cells = output_shape(args, 1);
+    const auto bytes = [&](const char* name, const std::optional<Tensor>& mask) {
+      return static_cast<const uint8_t*>(take(name, mask, ScalarType::Byte, like_cells));
+    };
+    o.zoneout_h = bytes("zoneout_h", variant.zoneout_h);
+    o.zoneout_c = bytes("zoneout_c", variant.zoneout_c);
+    o.candidate = bytes("candidate", variant.candidate);
+    o.variational = take("variational", variant.variational, x.scalar_type(), state_shape(args, 0));
+    if (variant.reset) {
+      const Tensor given = checked(op, "reset", *variant.reset, ScalarType::Bool, outer);
+      const uint8_t* from = static_cast<const uint8_t*>(given.const_data_ptr());
+      reset.resize(args.walk.N);
+      for (int64_t n = 0; n < args.walk.N; ++n) reset[n] = from[rows[n]];
+      o.reset = reset.data();
+    }
+    if (!cell.cell_options && (o.zoneout_c != nullptr || o.zoneout_c_rate > 0 || o.cell_clip < kInfinity)) {
+      fail(op, ": cell_clip and zoneout_c must be absent for this cell");
+    }
+    if (kind == CellKind::kLSTMNested && o.gate_clip < kInfinity) fail(op, ": gate_clip must be absent for this cell");
+    const bool projected = args.weights[0].w_hr != nullptr;
+    if (projected && (o.zoneout_h != nullptr || o.zoneout_h_rate > 0)) {
+      fail(op, ": zoneout_h must be absent where there is a projection");
+    }
+    o.any = variant.peephole || variant.reset || !variant.numbers.empty() || !masks.empty();
   }
 
   void take_batch_sizes(const Tensor& sizes, Walk& walk) {
@@ -211,16 +339,6 @@ struct LayerInputs {
   }
 };
 
-struct LayerOutputs {
-  Tensor y, h_n;
-  std::optional<Tensor> c_n, saved, cells;
-};
-
-// Room for what backward needs: one row for each row of y, of which the real tokens' come first.
-Shape saved_shape(const LayerInputs& in, const RecurrentArgs& args, int64_t width) {
-  return {args.directions, std::accumulate(in.outer.begin(), in.outer.end(), int64_t{1}, std::multiplies<>()), width};
-}
-
 // What no real token fills reads as zero: a value, whatever the allocator left there.
 void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
   const int64_t row = saved.size(2) * static_cast<int64_t>(saved.element_size());
@@ -230,180 +348,247 @@ void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
   }
 }
 
-enum class Keep { kNothing, kForBackward };
+enum class Keep { kNothing, kForBackward, kStates };  // kStates: backward computes the rest again
 
-LayerOutputs forward_layer(CellKind kind, Keep keep, const Tensor& x, const std::optional<Tensor>& h0,
-                           const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
-                           const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-                           bool bidirectional) {
+struct LayerOutputs {
+  std::vector<Tensor> tensors;  // y, last states[, saved, every c[, every s]]
+};
+
+LayerOutputs forward_layer(CellKind kind, Keep keep, const Given& given) {
   ForwardArgs args{};
-  const std::string op = std::string(name_of(kind)) + (keep == Keep::kNothing ? "" : "_forward");
-  const LayerInputs in(op, kind, x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
-  const Shape y_shape = in.y_shape(args), h_shape{args.directions, args.walk.B, args.P},
-              c_shape{args.directions, args.walk.B, args.H};
-  LayerOutputs out{in.padding_exists(args.walk) ? zeros_like_dtype(in.x, y_shape) : empty_like_dtype(in.x, y_shape),
-                   empty_like_dtype(in.x, h_shape),
-                   {},
-                   {},
-                   {}};
-  const auto make = [&](std::optional<Tensor>& tensor, const Shape& shape) {
-    tensor = empty_like_dtype(in.x, shape);
-    return tensor->mutable_data_ptr();
+  const std::string op = std::string(shape_of(kind).name) + (keep == Keep::kNothing ? "" : "_forward");
+  const LayerInputs in(op, kind, given, args);
+  LayerOutputs out;
+  out.tensors.reserve(2 * kMaxStates + 1);
+  const auto make = [&](const Shape& shape, bool padded) {
+    out.tensors.push_back(padded && in.padding_exists(args.walk) ? zeros_like_dtype(in.x, shape)
+                                                                 : empty_like_dtype(in.x, shape));
+    return out.tensors.back().mutable_data_ptr();
   };
-  args.y = out.y.mutable_data_ptr();
-  args.h_n = out.h_n.mutable_data_ptr();
-  if (in.cell.has_c) args.c_n = make(out.c_n, c_shape);
-  if (keep == Keep::kForBackward) {
-    args.saved = make(out.saved, saved_shape(in, args, in.cell.saved * args.H));
-    if (in.cell.has_c) args.cells = make(out.cells, saved_shape(in, args, args.H));
-    args.saved_rows = out.saved->size(1);
-    if (in.padding_exists(args.walk)) {
-      zero_unused(*out.saved, args);
-      if (out.cells) zero_unused(*out.cells, args);
-    }
+  args.y = make(in.output_shape(args, 0), true);
+  void** const last[] = {&args.h_n, &args.c_n, &args.s_n};
+  for (int64_t i = 0; i < in.cell.states; ++i) *last[i] = make(in.state_shape(args, i), false);
+  if (keep != Keep::kNothing) {
+    args.saved_rows = in.saved_rows();
+    Shape shape = in.saved_shape(args);
+    if (keep == Keep::kStates) shape[2] = 0;
+    void* const saved = make(shape, false);
+    if (keep == Keep::kForBackward) args.saved = saved;
+    if (in.padding_exists(args.walk)) zero_unused(out.tensors.back(), args);
+    void** const every[] = {&args.cells, &args.inner};
+    for (int64_t i = 1; i < in.cell.states; ++i) *every[i - 1] = make(in.output_shape(args, i), true);
   }
-  kernels(kind).forward(args);
+  kernels(kind, args.options.any).forward(args);
   return out;
 }
 
+// What forward would have saved, from the states that it left: each token is a sequence of one step that starts from
+// the states before it, so all of them are one product, and the same sums.
+void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
+  constexpr int64_t kTokens = 1024;  // at a time
+  const Walk& walk = args.walk;
+  const int64_t element = in.x.element_size();
+  const auto copy = [element](std::vector<char>& to, int64_t row, const char* from, int64_t width) {
+    if (from == nullptr) {
+      std::memset(to.data() + row * width * element, 0, width * element);
+    } else {
+      std::memcpy(to.data() + row * width * element, from, width * element);
+    }
+  };
+  std::vector<int64_t> steps(walk.N), identity(kTokens);
+  std::iota(identity.begin(), identity.end(), 0);
+  for (int64_t t = 0; t < walk.T; ++t) {
+    for (int64_t n = walk.offsets[t]; n < walk.offsets[t + 1]; ++n) steps[n] = t;
+  }
+  std::vector<char> states[kMaxStates], variational;
+  for (int64_t first = 0; first < walk.N; first += kTokens) {
+    const int64_t count = std::min(kTokens, walk.N - first), sizes[] = {count}, offsets[] = {0, count};
+    ForwardArgs again{};
+    static_cast<RecurrentArgs&>(again) = args;
+    again.walk = {1, count, count, sizes, offsets, identity.data(), walk.rows + first, walk.x_offsets + first};
+    again.options.reset = nullptr;
+    const char* const initial[] = {static_cast<const char*>(args.h0), static_cast<const char*>(args.c0),
+                                   static_cast<const char*>(args.s0)};
+    const char* const every[] = {static_cast<const char*>(args.y), static_cast<const char*>(args.cells),
+                                 static_cast<const char*>(args.inner)};
+    const void** const started[] = {&again.h0, &again.c0, &again.s0};
+    for (int64_t i = 0; i < in.cell.states; ++i) {
+      const int64_t width = i == 0 ? args.P : args.H;
+      states[i].resize(args.directions * count * width * element);
+      for (int64_t d = 0; d < args.directions; ++d) {
+        for (int64_t k = 0; k < count; ++k) {
+          const int64_t t = steps[first + k], j = first + k - walk.offsets[t];
+          int64_t before;
+          const char* from = nullptr;
+          switch (previous_row(args, d, t, j, before)) {
+            case Previous::kRow:
+              from = every[i] + (walk.rows[before] * args.directions + d) * width * element;
+              break;
+            case Previous::kInitial:
+              if (initial[i] != nullptr) from = initial[i] + (d * walk.B + walk.sequence[j]) * width * element;
+              break;
+            case Previous::kReset:
+              break;
+          }
+          copy(states[i], d * count + k, from, width);
+        }
+      }
+      *started[i] = states[i].data();
+    }
+    if (args.options.variational != nullptr) {
+      variational.resize(args.directions * count * args.P * element);
+      for (int64_t d = 0; d < args.directions; ++d) {
+        for (int64_t k = 0; k < count; ++k) {
+          const int64_t j = first + k - walk.offsets[steps[first + k]];
+          const char* from = static_cast<const char*>(args.options.variational);
+          copy(variational, d * count + k, from + (d * walk.B + walk.sequence[j]) * args.P * element, args.P);
+        }
+      }
+      again.options.variational = variational.data();
+    }
+    again.plan = plan_recurrent(again, in.cell.gates, thread_count());
+    again.saved = saved + first * args.saved_width * element;
+    kernels(in.kind, args.options.any).forward(again);
+  }
+}
+
 struct LayerGradients {
-  Tensor dx, dh0, dc0;
-  std::vector<Tensor> dw;
+  Tensor dx;
+  std::vector<Tensor> dstates, dw;
 };
 
-LayerGradients backward_layer(CellKind kind, const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n,
-                              const std::optional<Tensor>& dc_n, const Tensor& x, const std::optional<Tensor>& h0,
-                              const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
-                              const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-                              bool bidirectional, const Tensor& y, const Tensor& saved,
-                              const std::optional<Tensor>& cells, bool need_dx, bool need_dw) {
-  const std::string op = std::string(name_of(kind)) + "_backward";
+LayerGradients backward_layer(CellKind kind, const Given& given,
+                              const std::array<const std::optional<Tensor>*, 2 * kMaxStates>& upstream,
+                              const std::array<const Tensor*, kMaxStates + 1>& kept, bool need_dx, bool need_dw) {
+  const std::string op = std::string(shape_of(kind).name) + "_backward";
   BackwardArgs args{};
-  const LayerInputs in(op, kind, x, h0, c0, weights, batch_sizes, lengths, bidirectional, args);
+  const LayerInputs in(op, kind, given, args);
+  const int64_t states = in.cell.states;
   const ScalarType dtype = in.x.scalar_type();
-  const Shape h_shape{args.directions, args.walk.B, args.P}, c_shape{args.directions, args.walk.B, args.H};
-  std::vector<Tensor> kept;
-  const auto take = [&](const char* name, const std::optional<Tensor>& t, const Shape& shape) -> const void* {
-    if (!t) return nullptr;
-    kept.push_back(checked(op, name, *t, dtype, shape));
-    return kept.back().const_data_ptr();
+  std::vector<Tensor> alive;
+  const auto take = [&](const char* name, const Tensor& t, const Shape& shape) {
+    alive.push_back(checked(op, name, t, dtype, shape));
+    return alive.back().const_data_ptr();
   };
-  args.dy = take("dy", dy, in.y_shape(args));
-  args.dh_n = take("dh_n", dh_n, h_shape);
-  args.dc_n = take("dc_n", dc_n, c_shape);
-  args.y = take("y", y, in.y_shape(args));
-  args.saved_rows = saved_shape(in, args, 0)[1];
-  args.saved = take(in.cell.has_c ? "gates" : "saved", saved, saved_shape(in, args, in.cell.saved * args.H));
-  args.cells = take("cells", cells, saved_shape(in, args, args.H));
+  const auto maybe = [&](const char* name, const std::optional<Tensor>* t, const Shape& shape) -> const void* {
+    return t == nullptr || !*t ? nullptr : take(name, **t, shape);
+  };
+  args.dy = maybe("dy", upstream[0], in.output_shape(args, 0));
+  args.dh_n = maybe("dh_n", upstream[1], in.state_shape(args, 0));
+  args.dc_n = maybe("dc_n", upstream[2], in.state_shape(args, 1));
+  args.ds_n = maybe("ds_n", upstream[3], in.state_shape(args, 2));
+  args.dcells = maybe("dcells", upstream[4], in.output_shape(args, 1));
+  args.dinner = maybe("dinner", upstream[5], in.output_shape(args, 2));
+  args.y = take("y", *kept[0], in.output_shape(args, 0));
+  if (states > 1) args.cells = take("cells", *kept[2], in.output_shape(args, 1));
+  if (states > 2) args.inner = take("inner", *kept[3], in.output_shape(args, 2));
+  args.saved_rows = in.saved_rows();
+  const char* saved_name = kind == CellKind::kLSTM ? "gates" : "saved";
+  const bool again = kept[1]->dim() == 3 && kept[1]->size(2) == 0 && args.saved_width > 0;
+  if (again) {
+    alive.push_back(empty_like_dtype(in.x, in.saved_shape(args)));
+    recompute(in, args, static_cast<char*>(alive.back().mutable_data_ptr()));
+    args.saved = alive.back().const_data_ptr();
+  } else {
+    args.saved = take(saved_name, *kept[1], in.saved_shape(args));
+  }
 
   const Shape none{0};
   LayerGradients out;
   out.dx = !need_dx                       ? empty_like_dtype(in.x, none)
            : in.padding_exists(args.walk) ? zeros_like_dtype(in.x, shape_of(in.x))
                                           : empty_like_dtype(in.x, shape_of(in.x));
-  out.dh0 = empty_like_dtype(in.x, h0 ? h_shape : none);
-  out.dc0 = empty_like_dtype(in.x, c0 ? c_shape : none);
   args.dx = need_dx ? out.dx.mutable_data_ptr() : nullptr;
-  args.dh0 = h0 ? out.dh0.mutable_data_ptr() : nullptr;
-  args.dc0 = c0 ? out.dc0.mutable_data_ptr() : nullptr;
+  void** const dstates[] = {&args.dh0, &args.dc0, &args.ds0};
+  for (int64_t i = 0; i < states; ++i) {
+    out.dstates.push_back(empty_like_dtype(in.x, in.states0[i] ? in.state_shape(args, i) : none));
+    *dstates[i] = in.states0[i] ? out.dstates.back().mutable_data_ptr() : nullptr;
+  }
   args.weights_wanted = need_dw;
   if (need_dw) {
-    for (const Tensor& w : in.weights) out.dw.push_back(empty_like_dtype(w, shape_of(w)));
-    const int64_t each = static_cast<int64_t>(in.weights.size()) / args.directions;
+    out.dw.reserve(in.weights.size());
     for (int64_t d = 0; d < args.directions; ++d) {
-      const auto at = [&](int64_t i) { return out.dw[d * each + i].mutable_data_ptr(); };
-      WeightGradients& to = args.dw[d];
-      to = {at(0), at(1), nullptr, nullptr, nullptr};
-      if (args.weights[d].b_ih != nullptr) {
-        to.b_ih = at(2);
-        to.b_hh = at(3);
+      args.dw[d] = {};
+      for (const WeightSlot& slot : in.slots) {
+        out.dw.push_back(empty_like_dtype(in.x, slot.shape));
+        args.dw[d].*slot.gradient = out.dw.back().mutable_data_ptr();
       }
-      if (args.weights[d].w_hr != nullptr) to.w_hr = at(each - 1);
     }
   }
-  kernels(kind).backward(args);
+  kernels(kind, args.options.any).backward(args);
   return out;
+}
+
+// ---- the ops of a kind: as many states as it has (I), and every value of all but the first (J) ----
+
+template <class T, size_t>
+using Repeat = T;
+
+template <CellKind kKind, class States, class Memories>
+struct OpsOf;
+
+template <CellKind kKind, size_t... I, size_t... J>
+struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
+  using Maybe = const std::optional<Tensor>&;
+  using States = std::tuple<Tensor, Repeat<Tensor, I>...>;
+  using Saved = std::tuple<Tensor, Repeat<Tensor, I>..., Tensor, Repeat<Tensor, J>...>;
+  using Gradients = std::tuple<Tensor, Repeat<Tensor, I>..., std::vector<Tensor>>;
+  static constexpr size_t kStates = sizeof...(I);
+
+  static States infer(const Tensor& x, const Repeat<std::optional<Tensor>, I>&... states0,
+                      const std::vector<Tensor>& weights, Maybe batch_sizes, Maybe lengths, bool bidirectional,
+                      bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
+                      Maybe variational, const std::vector<double>& numbers) {
+    const Variant variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const Given given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
+    const auto out = forward_layer(kKind, Keep::kNothing, given).tensors;
+    return {out[0], out[1 + I]...};
+  }
+
+  static Saved forward(const Tensor& x, const Repeat<std::optional<Tensor>, I>&... states0,
+                       const std::vector<Tensor>& weights, Maybe batch_sizes, Maybe lengths, bool bidirectional,
+                       bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
+                       Maybe variational, const std::vector<double>& numbers, bool recompute) {
+    const Variant variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const Given given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
+    const auto out = forward_layer(kKind, recompute ? Keep::kStates : Keep::kForBackward, given).tensors;
+    return {out[0], out[1 + I]..., out[1 + kStates], out[2 + kStates + J]...};
+  }
+
+  static Gradients backward(Maybe dy, const Repeat<std::optional<Tensor>, I>&... dstates, const Tensor& x,
+                            const Repeat<std::optional<Tensor>, I>&... states0, const std::vector<Tensor>& weights,
+                            Maybe batch_sizes, Maybe lengths, bool bidirectional, const Tensor& y, const Tensor& saved,
+                            const Repeat<Tensor, J>&... memories, bool need_dx, bool need_dw, bool peephole,
+                            int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
+                            Maybe variational, const std::vector<double>& numbers,
+                            const Repeat<std::optional<Tensor>, J>&... dmemories) {
+    const Variant variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const Given given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
+    std::array<const std::optional<Tensor>*, 2 * kMaxStates> upstream{&dy};
+    ((upstream[1 + I] = &dstates), ...);
+    ((upstream[1 + kMaxStates + J] = &dmemories), ...);
+    const auto out = backward_layer(kKind, given, upstream, {&y, &saved, &memories...}, need_dx, need_dw);
+    return {out.dx, out.dstates[I]..., out.dw};
+  }
+};
+
+template <CellKind kKind>
+void implement(torch::stable::detail::StableLibrary& m) {
+  constexpr CellShape kShape = shape_of(kKind);
+  using Ops = OpsOf<kKind, std::make_index_sequence<kShape.states>, std::make_index_sequence<kShape.states - 1>>;
+  const std::string name = kShape.name;
+  m.impl(name.c_str(), TORCH_BOX(&Ops::infer));
+  m.impl((name + "_forward").c_str(), TORCH_BOX(&Ops::forward));
+  m.impl((name + "_backward").c_str(), TORCH_BOX(&Ops::backward));
+}
+
+template <size_t... K>
+void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<K...>) {
+  (implement<kCellKinds[K]>(m), ...);
 }
 
 }  // namespace
 
-// ---- cells with one state, h ----
-
-template <CellKind kKind>
-std::tuple<Tensor, Tensor> layer(const Tensor& x, const std::optional<Tensor>& h0, const std::vector<Tensor>& weights,
-                                 const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-                                 bool bidirectional) {
-  LayerOutputs out =
-      forward_layer(kKind, Keep::kNothing, x, h0, std::nullopt, weights, batch_sizes, lengths, bidirectional);
-  return {out.y, out.h_n};
-}
-
-template <CellKind kKind>
-std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const std::optional<Tensor>& h0,
-                                                 const std::vector<Tensor>& weights,
-                                                 const std::optional<Tensor>& batch_sizes,
-                                                 const std::optional<Tensor>& lengths, bool bidirectional) {
-  LayerOutputs out =
-      forward_layer(kKind, Keep::kForBackward, x, h0, std::nullopt, weights, batch_sizes, lengths, bidirectional);
-  return {out.y, out.h_n, *out.saved};
-}
-
-template <CellKind kKind>
-std::tuple<Tensor, Tensor, std::vector<Tensor>> layer_backward(
-    const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n, const Tensor& x,
-    const std::optional<Tensor>& h0, const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes,
-    const std::optional<Tensor>& lengths, bool bidirectional, const Tensor& y, const Tensor& saved, bool need_dx,
-    bool need_dw) {
-  LayerGradients out = backward_layer(kKind, dy, dh_n, std::nullopt, x, h0, std::nullopt, weights, batch_sizes, lengths,
-                                      bidirectional, y, saved, std::nullopt, need_dx, need_dw);
-  return {out.dx, out.dh0, out.dw};
-}
-
-// ---- LSTM: two states ----
-
-std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const std::optional<Tensor>& h0,
-                                        const std::optional<Tensor>& c0, const std::vector<Tensor>& weights,
-                                        const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-                                        bool bidirectional) {
-  LayerOutputs out =
-      forward_layer(CellKind::kLSTM, Keep::kNothing, x, h0, c0, weights, batch_sizes, lengths, bidirectional);
-  return {out.y, out.h_n, *out.c_n};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& x, const std::optional<Tensor>& h0,
-                                                                const std::optional<Tensor>& c0,
-                                                                const std::vector<Tensor>& weights,
-                                                                const std::optional<Tensor>& batch_sizes,
-                                                                const std::optional<Tensor>& lengths,
-                                                                bool bidirectional) {
-  LayerOutputs out =
-      forward_layer(CellKind::kLSTM, Keep::kForBackward, x, h0, c0, weights, batch_sizes, lengths, bidirectional);
-  return {out.y, out.h_n, *out.c_n, *out.saved, *out.cells};
-}
-
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
-    const std::optional<Tensor>& dy, const std::optional<Tensor>& dh_n, const std::optional<Tensor>& dc_n,
-    const Tensor& x, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
-    const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
-    bool bidirectional, const Tensor& y, const Tensor& gates, const Tensor& cells, bool need_dx, bool need_dw) {
-  LayerGradients out = backward_layer(CellKind::kLSTM, dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, lengths,
-                                      bidirectional, y, gates, cells, need_dx, need_dw);
-  return {out.dx, out.dh0, out.dc0, out.dw};
-}
-
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
-  m.impl("lstm", TORCH_BOX(&lstm));
-  m.impl("lstm_forward", TORCH_BOX(&lstm_forward));
-  m.impl("lstm_backward", TORCH_BOX(&lstm_backward));
-  m.impl("gru", TORCH_BOX(&layer<CellKind::kGRU>));
-  m.impl("gru_forward", TORCH_BOX(&layer_forward<CellKind::kGRU>));
-  m.impl("gru_backward", TORCH_BOX(&layer_backward<CellKind::kGRU>));
-  m.impl("rnn_tanh", TORCH_BOX(&layer<CellKind::kRNNTanh>));
-  m.impl("rnn_tanh_forward", TORCH_BOX(&layer_forward<CellKind::kRNNTanh>));
-  m.impl("rnn_tanh_backward", TORCH_BOX(&layer_backward<CellKind::kRNNTanh>));
-  m.impl("rnn_relu", TORCH_BOX(&layer<CellKind::kRNNRelu>));
-  m.impl("rnn_relu_forward", TORCH_BOX(&layer_forward<CellKind::kRNNRelu>));
-  m.impl("rnn_relu_backward", TORCH_BOX(&layer_backward<CellKind::kRNNRelu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
 
 }  // namespace seqkernels

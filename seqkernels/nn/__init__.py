@@ -1,5 +1,5 @@
-"""Operators as modules that take the place of torch.nn's."""
+"""Operators as modules: those that take the place of torch.nn's, and others."""
 
-from seqkernels.nn.recurrent import GRU, LSTM, RNN
+from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, NestedLSTM
 
-__all__ = ["GRU", "LSTM", "RNN"]
+__all__ = ["GRU", "LSTM", "MGU", "RNN", "NestedLSTM"]

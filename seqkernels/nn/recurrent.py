@@ -1,17 +1,21 @@
-"""Recurrent layers in place of torch.nn's: the same constructors, parameters and state_dict."""
+"""Recurrent layers in place of torch.nn's, with the same constructors, parameters and state_dict; and others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import RNNBase
+from torch.nn import Parameter, RNNBase, init
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import backend
+from seqkernels.functional import _recurrent_options as families
 from seqkernels.functional import recurrent as F
+from seqkernels.functional._recurrent_ops import Kind, Weight
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
@@ -21,68 +25,170 @@ class _Recurrent(RNNBase):
     """What the layers share: states are a tuple here, whatever the user sees."""
 
     _name: str  # as torch's messages say it
-    _kind: F.Kind
+    _family: families.Family
+    _kind: Kind
+    options = families.Options()
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in self._family.takes if name in kwargs}
+        super().__init__(mode, *args, **kwargs)  # its checks; the parameters that it makes are not kept
+        if self.proj_size and True not in self._family.projections:
+            raise ValueError(f"{self._name}: proj_size must be 0, got {self.proj_size}")
+        self.options = families.options_of(self._name, self._family, given)
+        families.check_together(self._name, self.options, self.hidden_size, bias=self.bias, proj_size=self.proj_size)
+        self._kind = self._family.kind_of(self.options, self.proj_size > 0)
+        self._make_parameters()
+        self.reset_parameters()
+
+    # ---- parameters
+
+    def _table(self) -> list[list[tuple[str, Weight]]]:
+        """For each layer and direction its weights, by their names here."""
+        weights = self._kind.weights(self.bias, self.proj_size > 0, self.options.peephole, self.options.num_heads > 1)
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        return [[(f"{w.name}_l{i}{s}", w) for w in weights] for i in range(self.num_layers) for s in suffixes]
+
+    def _make_parameters(self) -> None:
+        table, directions = self._table(), 2 if self.bidirectional else 1
+        H, P = self.hidden_size, self.proj_size or self.hidden_size
+        sizes = {"H": H, "P": P, "H/heads": H // self.options.num_heads}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, of_one in enumerate(table):
+            sizes["D"] = self.input_size if i < directions else directions * P
+            shapes |= {name: weight.sizes(sizes) for name, weight in of_one}
+        if self.options.learn_initial_state:
+            shapes |= {f"initial_{s}": (len(table), P if s == "h" else H) for s in self._kind.states}
+        like: Any = self.weight_ih_l0
+        self._flat_weights_names = []
+        self._parameters.clear()
+        for name, shape in shapes.items():
+            self.register_parameter(name, Parameter(torch.empty(shape, device=like.device, dtype=like.dtype)))
+        self._all_weights = [[name for name, _ in of_one] for of_one in table]
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+
+    def reset_parameters(self) -> None:
+        if not hasattr(self, "_kind"):  # called by torch's constructor
+            return
+        super().reset_parameters()
+        H, bias = self.hidden_size, self.options.forget_bias
+        for name, weight in (pair for of_one in self._table() for pair in of_one):
+            if weight.start is not None:
+                init.constant_(getattr(self, name), weight.start)
+            elif bias is not None and weight.name in ("bias_ih", "bias_hh"):
+                f = self._kind.gates.index("f")
+                init.constant_(getattr(self, name)[f * H : (f + 1) * H], bias if weight.name == "bias_ih" else 0.0)
+        if self.options.learn_initial_state:
+            for state in self._kind.states:
+                init.zeros_(getattr(self, f"initial_{state}"))
 
     def flatten_parameters(self) -> None:
         """Nothing to do: parameters are read where they are."""
 
+    def extra_repr(self) -> str:
+        of_plain = vars(self._family.plain)
+        given = ((name, getattr(self.options, name)) for name in self._family.takes)
+        return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
+
+    # ---- forward
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | States | None = None,
+        *,
+        lengths: Lengths = None,
+        reset: Tensor | None = None,
+    ) -> Any:
+        output, states, every = self._run(input, F.states_of(self._kind, hx), lengths, reset)
+        last = states if len(states) > 1 else states[0]
+        return (output, last, every) if self.options.return_all_states else (output, last)
+
     def _run(
-        self, input: Tensor | PackedSequence, hx: States | None, lengths: Lengths
-    ) -> tuple[Tensor | PackedSequence, States]:
+        self, input: Tensor | PackedSequence, hx: States | None, lengths: Lengths, reset: Tensor | None
+    ) -> tuple[Any, States, Any]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._name}: lengths must be absent beside a PackedSequence, got {lengths}")
-            return self._run_packed(input, hx)
+            return self._run_packed(input, hx, reset)
         if not isinstance(input, Tensor):
             raise TypeError(f"{self._name}: input must be a tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             what = "D tensor" if self._name == "RNN" else "D"  # torch's words
             raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}{what} instead")
         batched, batch_first = input.dim() == 3, self.batch_first
+        if reset is not None:
+            F.check_reset(self._name, reset, input)
         if hx is not None:
             if any(s.dim() != input.dim() for s in hx):
-                raise RuntimeError(self._wrong_dimensions("batched 3-D" if batched else "unbatched 2-D", hx, input))
+                raise RuntimeError(_wrong_dimensions("batched 3-D" if batched else "unbatched 2-D", hx, input))
             if not batched:
                 hx = tuple(s.unsqueeze(1) for s in hx)
         if not batched:
             if lengths is not None:
                 raise ValueError(f"{self._name}: lengths must be absent where input is one sequence, got {lengths}")
             input = input.unsqueeze(0 if batch_first else 1)
+            reset = None if reset is None else reset.unsqueeze(0 if batch_first else 1)
         self._check(input, hx, None)
-        output, states = self._stack(input.transpose(0, 1) if batch_first else input, hx, None, lengths)
         if batch_first:
-            output = output.transpose(0, 1)
-        if not batched:
-            output, states = output.squeeze(0 if batch_first else 1), tuple(s.squeeze(1) for s in states)
-        return output, states
+            input = input.transpose(0, 1)
+            reset = None if reset is None else reset.transpose(0, 1)
+        output, states, every = self._stack(input, hx, None, lengths, reset)
 
-    def _run_packed(self, packed: PackedSequence, hx: States | None) -> tuple[PackedSequence, States]:
+        def like_input(t: Tensor) -> Tensor:
+            t = t.transpose(0, 1) if batch_first else t
+            return t if batched else t.squeeze(0 if batch_first else 1)
+
+        if not batched:
+            states = tuple(s.squeeze(1) for s in states)
+        return like_input(output), states, every and _each(like_input, every)
+
+    def _run_packed(
+        self, packed: PackedSequence, hx: States | None, reset: Tensor | None
+    ) -> tuple[PackedSequence, States, Any]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None and sorted_indices is not None:
             hx = tuple(s.index_select(1, sorted_indices) for s in hx)
+        if reset is not None:
+            F.check_reset(self._name, reset, data)
         self._check(data, hx, batch_sizes)
-        output, states = self._stack(data, hx, batch_sizes, None)
+        output, states, every = self._stack(data, hx, batch_sizes, None, reset)
         if unsorted_indices is not None:
             states = tuple(s.index_select(1, unsorted_indices) for s in states)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states
+
+        def like_input(t: Tensor) -> PackedSequence:
+            return PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices)
+
+        return like_input(output), states, every and _each(like_input, every)
 
     def _stack(
-        self, x: Tensor, hx: States | None, batch_sizes: Tensor | None, lengths: Lengths
-    ) -> tuple[Tensor, States]:
+        self,
+        x: Tensor,
+        hx: States | None,
+        batch_sizes: Tensor | None,
+        lengths: Lengths,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, States, tuple[States, ...]]:
         backend.require(self._kind.name, x)
         parameters = self._parameters
         weights = []
         for name in self._flat_weights_names:
             weight = parameters.get(name)  # absent where a parametrization, pruning or the like computes it
             weights.append(getattr(self, name) if weight is None else weight)
+        if self.options.learn_initial_state:
+            if reset is not None:
+                raise ValueError(f"{self._name}: reset excludes learn_initial_state, got both")
+            if hx is None:
+                B = families.batch_of(x, batch_sizes)
+                initial = (getattr(self, f"initial_{state}") for state in self._kind.states)
+                hx = tuple(state.unsqueeze(1).expand(-1, B, -1) for state in initial)
         dropout = self.dropout if self.training else 0.0
-        return F.stack(self._kind, x, weights, hx, batch_sizes, lengths, self.num_layers, self.bidirectional, dropout)
+        layers = self.num_layers, self.bidirectional, dropout, self.options, self.training
+        return F.stack(self._kind, x, weights, hx, batch_sizes, lengths, *layers, reset)
 
-    def _wrong_dimensions(self, kind: str, hx: States, input: Tensor) -> str:
-        return f"For {kind} input, hx should also be {input.dim()}-D but got {hx[0].dim()}-D tensor"
+    # ---- torch's own checks, whose messages its users know
 
     def _check(self, input: Tensor, hx: States | None, batch_sizes: Tensor | None) -> None:
-        """torch's own checks, whose messages its users know."""
         self.check_input(input, batch_sizes)
         if hx is None:
             return
@@ -90,15 +196,34 @@ class _Recurrent(RNNBase):
             batch = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
         else:
             batch = input.shape[0 if self.batch_first else 1]
-        self._check_states(hx, self.num_layers * (2 if self.bidirectional else 1), batch)
-        for name, state in zip(self._kind.state_names, hx):
+        count, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
+        messages = _EXPECTED if len(hx) > 1 else ("Expected hidden size {}, got {}",)
+        for name, state, message in zip(self._kind.states, hx, messages):
+            self.check_hidden_size(state, (count, batch, (self.proj_size or H) if name == "h" else H), message)
+        for name, state in zip(self._kind.states, hx):
             if state.device != input.device:
                 raise ValueError(
-                    f"{self._name}: {name} must be on the device of input, {input.device}, got {state.device}"
+                    f"{self._name}: {name}0 must be on the device of input, {input.device}, got {state.device}"
                 )
 
-    def _check_states(self, hx: States, states: int, batch: int) -> None:
-        self.check_hidden_size(hx[0], (states, batch, self.hidden_size))
+
+_EXPECTED = tuple(f"Expected hidden[{i}] size {{}}, got {{}}" for i in range(3))
+
+
+def _wrong_dimensions(form: str, hx: States, input: Tensor) -> str:
+    wanted = f"{input.dim()}-D but got"
+    if len(hx) == 1:
+        return f"For {form} input, hx should also be {wanted} {hx[0].dim()}-D tensor"
+    names = " and ".join(("hx", "cx", "sx")[: len(hx)])
+    return f"For {form} input, {names} should also be {wanted} ({', '.join(f'{s.dim()}-D' for s in hx)}) tensors"
+
+
+def _each(function: Callable[[Tensor], Any], every: tuple[States, ...]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(function(state) for state in of_layer) for of_layer in every)
+
+
+for _option in dataclasses.fields(families.Options):
+    setattr(_Recurrent, _option.name, property(operator.attrgetter(f"options.{_option.name}")))
 
 
 class LSTM(_Recurrent):
@@ -106,88 +231,119 @@ class LSTM(_Recurrent):
 
     Like torch.nn.LSTM it takes a batch [T, B, D] ([B, T, D] with batch_first), one sequence [T, D], or a
     torch.nn.utils.rnn.PackedSequence. Beyond it: `lstm(x, lengths=lengths)` for a padded batch, sequences of length
-    zero, T = 0, one fused backward, and gradients of any order.
+    zero, T = 0, one fused backward, gradients of any order, and options.
 
     It is a torch.nn.RNNBase but not a torch.nn.LSTM, which torch.compile refuses together with its subclasses.
 
     Args: as torch.nn.LSTM: input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
         bidirectional=False, proj_size=0, device=None, dtype=None.
+    Options, by keyword, the same for all layers and directions:
+        {options}
+        layer_norm excludes peephole, coupled_gates, proj_size and num_heads; proj_size excludes zoneout_h and
+        num_heads; forget_bias excludes bias=False and coupled_gates.
     Inputs:
         input: as above.
         hx: (h_0, c_0), [num_layers * directions, B, proj_size or hidden_size] and [..., hidden_size]; zeros if absent.
         lengths: [B] integers in [0, T], in any order, on any device; only with a padded batch.
-    Outputs: output (laid out like input; zero beyond each length), (h_n, c_n) at the last step of each sequence.
-    Raises: as torch.nn.LSTM; for lengths as seqkernels.functional.lstm.
-    Deterministic: yes, see seqkernels.functional.lstm.
+        reset: bool, of input's shape but for the last dimension ([N], as its data, for a PackedSequence): where it is
+            True the states are zero before that step, so that a new sequence starts there; in the reverse direction it
+            ends there. Excludes learn_initial_state.
+    Outputs: output (laid out like input; zero beyond each length), (h_n, c_n) at the last step of each sequence; with
+        return_all_states a third, whose states are PackedSequences where input is one.
+    Raises: as torch.nn.LSTM; for options ValueError and TypeError; for lengths and reset as seqkernels.functional.lstm.
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.lstm.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
 
-    _name, _kind = "LSTM", F.LSTM
+    _name, _family = "LSTM", families.LSTM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "mode" in kwargs:
             raise TypeError("LSTM.__init__() got an unexpected keyword argument 'mode'")
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Lengths = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        output, (h_n, c_n) = self._run(input, F.states_of(self._kind, hx), lengths)
-        return output, (h_n, c_n)
 
-    def _wrong_dimensions(self, kind: str, hx: States, input: Tensor) -> str:
-        got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-        return f"For {kind} input, hx and cx should also be {input.dim()}-D but got {got}"
-
-    def _check_states(self, hx: States, states: int, batch: int) -> None:
-        h_shape = (states, batch, self.proj_size or self.hidden_size)
-        self.check_hidden_size(hx[0], h_shape, "Expected hidden[0] size {}, got {}")
-        self.check_hidden_size(hx[1], (states, batch, self.hidden_size), "Expected hidden[1] size {}, got {}")
-
-
-class _OneState(_Recurrent):
-    """GRU and RNN: one state, and no projection."""
-
-    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(mode, *args, **kwargs)
-
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Lengths = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h_n,) = self._run(input, F.states_of(self._kind, hx), lengths)
-        return output, h_n
-
-
-class GRU(_OneState):
+class GRU(_Recurrent):
     """Takes the place of torch.nn.GRU: same constructor, parameters, initial values, state_dict and errors.
 
     Inputs, outputs and what goes beyond torch: as seqkernels.nn.LSTM, with one state h [num_layers * directions, B,
     hidden_size]. It is a torch.nn.RNNBase but not a torch.nn.GRU, which torch.compile refuses.
-    Deterministic: yes, see seqkernels.functional.gru.
+
+    With proj_size, which torch.nn.GRU has not, what is fed back and given out is h = w_hr c, where c is what a GRU
+    carries: hx is (h_0 [.., proj_size], c_0 [.., hidden_size]), and (h_n, c_n) is returned.
+
+    Options, by keyword, the same for all layers and directions:
+        {options}
+        layer_norm excludes proj_size, num_heads and reset_after=False; proj_size excludes zoneout_h, num_heads and
+        reset_after=False.
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.gru.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """
 
-    _name, _kind = "GRU", F.GRU
+    _name, _family = "GRU", families.GRU
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
 
 
-class RNN(_OneState):
+class MGU(_Recurrent):
+    """Minimal gated unit: a GRU whose one gate f is both update and reset.
+
+    Constructor, parameters, inputs and outputs: as seqkernels.nn.GRU without proj_size, with gates f, n: weight_ih is
+    [2 * hidden_size, D].
+
+    Options, by keyword, the same for all layers and directions:
+        {options}
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.mgu.
+    Source: Zhou, Wu, Zhang and Zhou, "Minimal Gated Unit for Recurrent Neural Networks", arXiv 1603.09420.
+    """
+
+    _name, _family = "MGU", families.MGU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *args, **kwargs)
+        self.mode = "MGU"
+
+
+class NestedLSTM(_Recurrent):
+    """Nested LSTM: its cell c is the output of an inner LSTM, which carries a cell s of its own.
+
+    Constructor, inputs and outputs: as seqkernels.nn.LSTM without proj_size, with states (h, c, s), each [num_layers *
+    directions, B, hidden_size]. Parameters: LSTM's, and for each layer and direction weight_inner_ih and
+    weight_inner_hh [4 * hidden_size, hidden_size], bias_inner_ih and bias_inner_hh [4 * hidden_size].
+
+    Options, by keyword, the same for all layers and directions:
+        {options}
+        forget_bias excludes bias=False, and is the outer forget gate's.
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.nested_lstm.
+    Source: Moniz and Krueger, "Nested LSTMs", arXiv 1801.10308.
+    """
+
+    _name, _family = "NestedLSTM", families.NESTED_LSTM
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+        self.mode = "NestedLSTM"
+
+
+class RNN(_Recurrent):
     """Takes the place of torch.nn.RNN: same constructor, parameters, initial values, state_dict and errors.
 
     nonlinearity: 'tanh' or 'relu'. Inputs, outputs and what goes beyond torch: as seqkernels.nn.LSTM, with one state
     h [num_layers * directions, B, hidden_size]. It is a torch.nn.RNNBase but not a torch.nn.RNN, which torch.compile
     refuses.
-    Deterministic: yes, see seqkernels.functional.rnn_tanh.
+
+    Options, by keyword, the same for all layers and directions:
+        {options}
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.rnn_tanh.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
 
     _name = "RNN"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
         if len(args) > 3:  # torch's order: nonlinearity is the fourth
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
@@ -198,5 +354,16 @@ class RNN(_OneState):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
 
     @property
-    def _kind(self) -> F.Kind:  # type: ignore[override]
-        return F.RNN_TANH if self.mode == "RNN_TANH" else F.RNN_RELU
+    def _family(self) -> families.Family:  # type: ignore[override]
+        return families.RNN_TANH if self.nonlinearity == "tanh" else families.RNN_RELU
+
+
+for _module, _of in (
+    (LSTM, families.LSTM),
+    (GRU, families.GRU),
+    (MGU, families.MGU),
+    (NestedLSTM, families.NESTED_LSTM),
+    (RNN, families.RNN_TANH),
+):
+    if _module.__doc__:  # absent under python -OO
+        _module.__doc__ = _module.__doc__.format(options=_of.about(_of.takes, 8))

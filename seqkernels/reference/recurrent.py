@@ -1,46 +1,231 @@
 """Recurrent layers, defined in plain torch.
 
+A kind of layer is a cell, one small function that makes the states of one step; all kinds share the time loop in
+`layer`. Masks come from outside: nothing here is random but the dropout between layers.
+
 Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), G gates,
 L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-States = tuple[Tensor, ...]  # (h,), or (h, c) for LSTM
-# One step: from_x [B, G * H] and from_h [B, G * H] are the two products with their biases; returns the new states.
-Cell = Callable[[Tensor, Tensor, States], States]
+States = tuple[Tensor, ...]  # (h,), (h, c) or (h, c, s)
+Weights = dict[str, Tensor]  # of one direction, by the names of `weight_names`; biases may be absent
 
 
-def lstm_cell(from_x: Tensor, from_h: Tensor, states: States) -> States:
+# ---- what a cell is made of ----
+
+
+def product(h: Tensor, w: Tensor, heads: int = 1) -> Tensor:
+    """h W^T; with heads, units come in equal groups and w [G * H, H / heads] joins each unit to its own group only."""
+    if heads == 1:
+        return F.linear(h, w)
+    B, group = h.shape[0], h.shape[1] // heads
+    by_group = w.reshape(w.shape[0] // h.shape[1], heads, group, group)
+    return torch.einsum("bkj,gkij->bgki", h.reshape(B, heads, group), by_group).reshape(B, w.shape[0])
+
+
+def norm(v: Tensor) -> Tensor:
+    """Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450."""
+    mean = v.mean(-1, keepdim=True)
+    return (v - mean) / torch.sqrt((v - mean).square().mean(-1, keepdim=True) + 1e-5)
+
+
+def clip(v: Tensor, limit: float) -> Tensor:
+    """v within [-limit, limit]; the gradient passes strictly inside."""
+    return v if limit == math.inf else torch.where(v.abs() < limit, v, v.sign() * limit)
+
+
+def zoned_out(new: Tensor, old: Tensor, k: Tensor | float | None) -> Tensor:
+    """Krueger et al., "Zoneout", arXiv 1606.01305: the share k of the old value stays."""
+    return new if k is None else new + k * (old - new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a cell reads: B sequences at one step."""
+
+    x: Tensor  # [B, G * H] share of the input: x W_ih^T + b_ih, or its normalised form
+    h: Tensor  # [B, P] the fed-back state as the products see it: under the variational mask, if there is one
+    states: States  # before this step
+    weights: Weights
+    kind: Kind
+    heads: int = 1
+    gate_clip: float = math.inf
+    cell_clip: float = math.inf
+    keep: Tensor | None = None  # [B, H] candidate mask over its probability of keeping
+
+    def from_h(self, h: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Share of the fed-back state in the gates first to last (all of them unless said)."""
+        H = self.weights["w_hh"].shape[0] // self.kind.gates
+        rows = slice(first * H, None if last is None else last * H)
+        return self.kind.affine(product(h, self.weights["w_hh"][rows], self.heads), self.weights, "hh", rows)
+
+    def sigmoid(self, v: Tensor) -> Tensor:
+        return torch.sigmoid(clip(v, self.gate_clip))
+
+    def tanh(self, v: Tensor) -> Tensor:
+        return torch.tanh(clip(v, self.gate_clip))
+
+    def candidate(self, v: Tensor) -> Tensor:
+        """tanh, under recurrent dropout: Semeniuta, Severyn and Barth, 2016, arXiv 1603.05118."""
+        return self.tanh(v) if self.keep is None else self.tanh(v) * self.keep
+
+    def peek(self, v: Tensor, at: int, c: Tensor) -> Tensor:
+        """v with its peephole, the one at that place of w_p: Gers and Schmidhuber, "Recurrent nets that time and
+        count", 2000."""
+        w_p, H = self.weights.get("w_p"), c.shape[-1]
+        return v if w_p is None else v + w_p[at * H : (at + 1) * H] * c
+
+
+Cell = Callable[[Step], States]  # the new states; h before the projection, if there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    cell: Cell
+    gates: int
+    states: int = 1
+    norms: tuple[int, ...] = ()  # the gates that each normalisation covers
+    own_weights: tuple[str, ...] = ()
+    own_biases: tuple[str, ...] = ()
+
+    def affine(self, v: Tensor, weights: Weights, of: str, rows: slice = slice(None)) -> Tensor:
+        """v [..., G * H], a product with w_ih or w_hh (`of` is ih or hh), normalised and with its bias."""
+        if self.norms:
+            H = v.shape[-1] // self.gates
+            parts = v.split([gates * H for gates in self.norms], dim=-1)
+            v = weights[f"gain_{of}"] * torch.cat([norm(part) for part in parts], dim=-1)
+        bias = weights.get(f"b_{of}")
+        return v if bias is None else v + bias[rows]
+
+
+# ---- cells ----
+
+
+def lstm_cell(s: Step) -> States:
     """Source: Hochreiter and Schmidhuber, 1997; forget gate: Gers, Schmidhuber and Cummins, 2000."""
-    i, f, g, o = (from_x + from_h).chunk(4, dim=-1)
-    c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    c = s.states[1]
+    i, f = s.sigmoid(s.peek(i, 0, c)), s.sigmoid(s.peek(f, 1, c))
+    c = clip(f * c + i * s.candidate(g), s.cell_clip)
+    return s.sigmoid(s.peek(o, 2, c)) * torch.tanh(c), c
 
 
-def gru_cell(from_x: Tensor, from_h: Tensor, states: States) -> States:
-    """Source: Cho et al., 2014, with the reset gate after the product, as torch.nn.GRU has it."""
-    x_r, x_z, x_n = from_x.chunk(3, dim=-1)
-    h_r, h_z, h_n = from_h.chunk(3, dim=-1)
-    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-    n = torch.tanh(x_n + r * h_n)
-    return ((1 - z) * n + z * states[0],)
+def lstm_coupled_cell(s: Step) -> States:
+    """The forget gate is 1 - i. Source: Greff et al., "LSTM: A Search Space Odyssey", arXiv 1503.04069 (CIFG)."""
+    i, g, o = (s.x + s.from_h(s.h)).chunk(3, dim=-1)
+    c = s.states[1]
+    i = s.sigmoid(s.peek(i, 0, c))
+    c = clip((1 - i) * c + i * s.candidate(g), s.cell_clip)
+    return s.sigmoid(s.peek(o, 1, c)) * torch.tanh(c), c
 
 
-def rnn_tanh_cell(from_x: Tensor, from_h: Tensor, states: States) -> States:
+def lstm_norm_cell(s: Step) -> States:
+    """Source: Ba, Kiros and Hinton, arXiv 1607.06450, equations 20 to 22. The carried c is not the normalised one."""
+    i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    c = clip(s.sigmoid(f) * s.states[1] + s.sigmoid(i) * s.candidate(g), s.cell_clip)
+    return s.sigmoid(o) * torch.tanh(s.weights["gain_c"] * norm(c) + s.weights["bias_c"]), c
+
+
+def lstm_nested_cell(s: Step) -> States:
+    """The cell is itself the output of an LSTM, whose cell is s. Source: Moniz and Krueger, 2017, arXiv 1801.10308."""
+    i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    _, c, inner = s.states
+    w = s.weights
+    from_new = F.linear(s.sigmoid(i) * s.candidate(g), w["inner_ih"], w.get("inner_b_ih"))
+    from_old = F.linear(s.sigmoid(f) * c, w["inner_hh"], w.get("inner_b_hh"))
+    inner_i, inner_f, inner_g, inner_o = (from_new + from_old).chunk(4, dim=-1)
+    inner = torch.sigmoid(inner_f) * inner + torch.sigmoid(inner_i) * torch.tanh(inner_g)
+    c = torch.sigmoid(inner_o) * torch.tanh(inner)
+    return s.sigmoid(o) * torch.tanh(c), c, inner
+
+
+def gru_cell(s: Step) -> States:
+    """The reset gate after the product, as torch.nn.GRU has it. Source: Cho et al., 2014."""
+    x_r, x_z, x_n = s.x.chunk(3, dim=-1)
+    h_r, h_z, h_n = s.from_h(s.h).chunk(3, dim=-1)
+    r, z = s.sigmoid(x_r + h_r), s.sigmoid(x_z + h_z)
+    return ((1 - z) * s.candidate(x_n + r * h_n) + z * s.states[-1],)
+
+
+def gru_before_cell(s: Step) -> States:
+    """The reset gate before the product. Source: Cho et al., 2014, arXiv 1406.1078."""
+    x_r, x_z, x_n = s.x.chunk(3, dim=-1)
+    h_r, h_z = s.from_h(s.h, 0, 2).chunk(2, dim=-1)
+    r, z = s.sigmoid(x_r + h_r), s.sigmoid(x_z + h_z)
+    return ((1 - z) * s.candidate(x_n + s.from_h(r * s.h, 2, 3)) + z * s.states[0],)
+
+
+def gru_projected_cell(s: Step) -> States:
+    """A GRU whose state c is carried as it is and fed back through w_hr, as in `layer`."""
+    (c,) = gru_cell(s)
+    return c, c
+
+
+def mgu_cell(s: Step) -> States:
+    """One gate, after the product, as torch's GRU has its reset gate. Source: Zhou et al., 2016, arXiv 1603.09420."""
+    x_f, x_n = s.x.chunk(2, dim=-1)
+    h_f, h_n = s.from_h(s.h).chunk(2, dim=-1)
+    f = s.sigmoid(x_f + h_f)
+    return ((1 - f) * s.states[0] + f * s.candidate(x_n + f * h_n),)
+
+
+def mgu_before_cell(s: Step) -> States:
+    """One gate, before the product. Source: Zhou et al., 2016, arXiv 1603.09420."""
+    x_f, x_n = s.x.chunk(2, dim=-1)
+    f = s.sigmoid(x_f + s.from_h(s.h, 0, 1))
+    return ((1 - f) * s.states[0] + f * s.candidate(x_n + s.from_h(f * s.h, 1, 2)),)
+
+
+def rnn_tanh_cell(s: Step) -> States:
     """Source: Elman, "Finding Structure in Time", 1990."""
-    return (torch.tanh(from_x + from_h),)
+    return (s.tanh(s.x + s.from_h(s.h)),)
 
 
-def rnn_relu_cell(from_x: Tensor, from_h: Tensor, states: States) -> States:
+def rnn_relu_cell(s: Step) -> States:
     """Source: Le, Jaitly and Hinton, 2015."""
-    return (torch.relu(from_x + from_h),)
+    return (torch.relu(clip(s.x + s.from_h(s.h), s.gate_clip)),)
+
+
+_INNER = ("inner_ih", "inner_hh"), ("inner_b_ih", "inner_b_hh")
+KINDS = {
+    "lstm": Kind(lstm_cell, 4, 2),
+    "lstm_coupled": Kind(lstm_coupled_cell, 3, 2),
+    "lstm_norm": Kind(lstm_norm_cell, 4, 2, (4,), ("gain_ih", "gain_hh", "gain_c", "bias_c")),
+    "lstm_nested": Kind(lstm_nested_cell, 4, 3, (), *_INNER),
+    "gru": Kind(gru_cell, 3),
+    "gru_before": Kind(gru_before_cell, 3),
+    "gru_norm": Kind(gru_cell, 3, 1, (2, 1), ("gain_ih", "gain_hh")),
+    "gru_projected": Kind(gru_projected_cell, 3, 2),
+    "mgu": Kind(mgu_cell, 2),
+    "mgu_before": Kind(mgu_before_cell, 2),
+    "rnn_tanh": Kind(rnn_tanh_cell, 1),
+    "rnn_relu": Kind(rnn_relu_cell, 1),
+}
+
+
+# ---- one layer ----
+
+
+def weight_names(kind: Kind, count: int, peephole: bool = False) -> list[str]:
+    """The names of one direction's weights, of which there are `count`: biases and a projection may be absent."""
+    for bias in (False, True):
+        for projected in (False, True):
+            names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * bias, *["w_hr"] * projected, *["w_p"] * peephole]
+            names += [*kind.own_weights, *kind.own_biases * bias]
+            if len(names) == count:
+                return names
+    raise ValueError(f"reference: weights must be those of the kind, got {count} in a direction")
 
 
 def valid_steps(T: int, B: int, batch_sizes: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor:
@@ -53,99 +238,112 @@ def valid_steps(T: int, B: int, batch_sizes: Tensor | None, lengths: Tensor | No
 
 
 def layer(
-    cell: Cell,
-    state_count: int,
+    kind_name: str,
     x: Tensor,
     states0: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     bidirectional: bool = False,
+    *,
+    peephole: bool = False,
+    heads: int = 1,
+    reset: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    candidate: Tensor | None = None,
+    variational: Tensor | None = None,
+    numbers: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     """One layer.
 
     Args:
+        kind_name: one of KINDS.
         x: [T, B, D], or [N, D] with batch_sizes.
-        states0: [directions, B, P] h0 and, in an LSTM, [directions, B, H] c0; None is zeros.
-        weights: per direction w_ih [G * H, D], w_hh [G * H, P], b_ih and b_hh [G * H] or absent, w_hr [P, H] or absent.
+        states0: [directions, B, P] h0 and, where the kind has them, [directions, B, H] c0 and s0; None is zeros.
+        weights: per direction w_ih [G * H, D], w_hh [G * H, P / heads], b_ih and b_hh [G * H] or absent, w_hr [P, H] or
+            absent, with peephole w_p [3H] ([2H] of a coupled LSTM), then the kind's own.
         batch_sizes: [T] as in torch.nn.utils.rnn.PackedSequence.
         lengths: [B] real steps of each row of a padded batch.
+        reset: [T, B] or [N] True where a sequence starts anew: no state passes from the step before, in either
+            direction.
+        zoneout_h, zoneout_c: [T, B, directions * H] or [N, ...], 1 where the old value of the state stays.
+        candidate: the same shape, 0 where recurrent dropout zeroes the candidate.
+        variational: [directions, B, P] factors of the fed-back h, the same at every step.
+        numbers: empty, or cell_clip, gate_clip, the shares of the old h and of the old c that stay where there is no
+            mask for them, and the probability with which `candidate` was drawn to be 0.
     Returns:
-        y [T, B, directions * P] (or [N, ...]), zero beyond each length; then the last states, like states0.
+        y [T, B, directions * P] (or [N, ...]), zero beyond each length; the last states, like states0; then c and s at
+        every step, laid out like y, where the kind has them.
     """
+    kind = KINDS[kind_name]
     directions = 2 if bidirectional else 1
     each = len(weights) // directions
+    cell_clip, gate_clip, constant_h, constant_c, p = numbers or (math.inf, math.inf, 0.0, 0.0, 0.0)
     if batch_sizes is not None:
         T, B = batch_sizes.numel(), int(batch_sizes[0]) if batch_sizes.numel() else 0
     else:
         T, B = x.shape[0], x.shape[1]
     valid = valid_steps(T, B, batch_sizes, lengths, x.device)
-    if batch_sizes is not None:
-        x = x.new_zeros(T, B, x.shape[-1]).index_put((valid,), x)
-    else:
-        x = torch.where(valid.unsqueeze(-1), x, x.new_zeros(()))
 
-    outputs: list[Tensor] = []
+    def padded(v: Tensor) -> Tensor:
+        """[T, B, ...] with zeros beyond each length."""
+        if batch_sizes is not None:
+            return v.new_zeros(T, B, *v.shape[1:]).index_put((valid,), v)
+        return torch.where(valid.view(T, B, *[1] * (v.dim() - 2)), v, v.new_zeros(()))
+
+    def each_step(mask: Tensor | None, d: int, default: float | None = None) -> Sequence[Any]:
+        """A mask's steps in one direction; the default instead of a mask. Unbound once: indexing step by step would
+        make backward quadratic in T."""
+        if mask is None:
+            return [default or None] * T
+        return padded(mask.to(x.dtype)).chunk(directions, dim=-1)[d].unbind(0)
+
+    x = padded(x)
+    no_restart = torch.zeros(1, B, 1, dtype=torch.bool, device=x.device)
+    restarts = None if reset is None else padded(reset).unsqueeze(-1)
+    outputs: list[list[Tensor]] = []
     last: list[States] = []
     for d in range(directions):
-        w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
-        b_ih, b_hh = rest[:2] if each >= 4 else (None, None)
-        w_hr = rest[-1] if each in (3, 5) else None
-        P = w_hh.shape[1]
-        widths = (P, P if w_hr is None else w_hr.shape[1])[:state_count]
-        states = tuple(x.new_zeros(B, w) if s is None else s[d] for s, w in zip(states0, widths))
-        from_x = F.linear(x, w_ih, b_ih)
-        of_step = from_x.unbind(0)  # once: indexing step by step would make backward quadratic in T
-        steps: list[Tensor] = [x.new_zeros(B, P)] * T
+        names = weight_names(kind, each, peephole)
+        w = dict(zip(names, weights[d * each : (d + 1) * each]))
+        P, H = w["w_hh"].shape[1] * heads, w["w_hh"].shape[0] // kind.gates
+        widths = (P, H, H)[: kind.states]
+        states = tuple(x.new_zeros(B, width) if s is None else s[d] for s, width in zip(states0, widths))
+        from_x = kind.affine(F.linear(x, w["w_ih"]), w, "ih")
+        of_x = from_x.unbind(0)
+        keep = each_step(None if candidate is None else candidate.to(x.dtype) / (1 - p), d)
+        zones = each_step(zoneout_h, d, constant_h), each_step(zoneout_c, d, constant_c), [None] * T
+        if restarts is not None:  # walking back, a sequence ends before the step at which the next one starts
+            before = restarts if d == 0 else torch.cat((restarts[1:], no_restart))[:T]
+        steps: list[States] = [()] * T
         for t in range(T) if d == 0 else reversed(range(T)):
-            h, *others = cell(of_step[t], F.linear(states[0], w_hh, b_hh), states)
-            if w_hr is not None:  # Sak, Senior and Beaufays, 2014
-                h = h @ w_hr.T
             alive = valid[t].unsqueeze(-1)
-            steps[t] = torch.where(alive, h, h.new_zeros(()))
-            states = tuple(torch.where(alive, new, old) for new, old in zip((h, *others), states))
-        outputs.append(torch.stack(steps) if steps else from_x[..., :P])
+            if restarts is not None:
+                states = tuple(torch.where(before[t], s.new_zeros(()), s) for s in states)
+            h = states[0] if variational is None else states[0] * variational[d]
+            h, *others = kind.cell(Step(of_x[t], h, states, w, kind, heads, gate_clip, cell_clip, keep[t]))
+            if "w_hr" in w:  # Sak, Senior and Beaufays, 2014, arXiv 1402.1128
+                h = h @ w["w_hr"].T
+            new = tuple(zoned_out(v, old, zone[t]) for v, old, zone in zip((h, *others), states, zones))
+            steps[t] = tuple(torch.where(alive, v, v.new_zeros(())) for v in new)
+            states = tuple(torch.where(alive, v, old) for v, old in zip(new, states))
+        outputs.append([torch.stack(s) for s in zip(*steps)] if T else [from_x[..., :width] for width in widths])
         last.append(states)
-    y = torch.cat(outputs, dim=-1)
-    return (y[valid] if batch_sizes is not None else y), *(torch.stack(of_state) for of_state in zip(*last))
+    all_states = [torch.cat(of_state, dim=-1) for of_state in zip(*outputs)]
+    if batch_sizes is not None:
+        all_states = [s[valid] for s in all_states]
+    return all_states[0], *(torch.stack(of_state) for of_state in zip(*last)), *all_states[1:]
+
+
+# ---- layers on layers: the public functions ----
 
 
 def stack(
-    cell: Cell,
-    state_count: int,
+    kind_name: str,
     input: Tensor,
     weights: Sequence[Tensor],
     hx: Sequence[Tensor] | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | Sequence[int] | None,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
-    training: bool,
-) -> tuple[Tensor, ...]:
-    directions = 2 if bidirectional else 1
-    each = len(weights) // num_layers
-    transposed = batch_first and batch_sizes is None
-    y = input.transpose(0, 1) if transposed else input
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths)
-    last = []
-    for i in range(num_layers):
-        at = slice(i * directions, (i + 1) * directions)
-        states0 = [None] * state_count if hx is None else [s[at] for s in hx]
-        if i:
-            y = F.dropout(y, dropout, training)
-        of_layer = weights[i * each : (i + 1) * each]
-        y, *states = layer(cell, state_count, y, states0, of_layer, batch_sizes, lengths, bidirectional)
-        last.append(states)
-    return (y.transpose(0, 1) if transposed else y), *(torch.cat(of_state) for of_state in zip(*last))
-
-
-def lstm(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    hx: tuple[Tensor, Tensor] | None = None,
     *,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
@@ -154,35 +352,109 @@ def lstm(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Defines `seqkernels.functional.lstm`."""
-    options = (batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout, training)
-    y, h_n, c_n = stack(lstm_cell, 2, input, weights, hx, *options)
-    return y, (h_n, c_n)
+    reset: Tensor | None = None,
+    masks: Sequence[Mapping[str, Tensor]] | None = None,
+    **options: Any,
+) -> tuple[Tensor, States, tuple[States, ...]]:
+    """Layers on layers: the output, the last states, and for each layer its states at every step.
+
+    Args:
+        input, reset: time-major unless batch_first.
+        masks: for each layer, by name: `layer`'s masks, always time-major, and `input`, factors of the layer's input
+            (Gal and Ghahramani, 2016, arXiv 1512.05287).
+        options: `layer`'s.
+    """
+    directions = 2 if bidirectional else 1
+    each = len(weights) // num_layers
+    transposed = batch_first and batch_sizes is None
+    y = input.transpose(0, 1) if transposed else input
+    if transposed and reset is not None:
+        reset = reset.transpose(0, 1)
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths)
+    count = KINDS[kind_name].states
+    last: list[Sequence[Tensor]] = []
+    every: list[States] = []
+    for i in range(num_layers):
+        at = slice(i * directions, (i + 1) * directions)
+        states0 = [None] * count if hx is None else [s[at] for s in hx]
+        if i:
+            y = F.dropout(y, dropout, training)
+        of_layer: dict[str, Any] = dict(masks[i]) if masks is not None else {}
+        if "input" in of_layer:
+            y = y * of_layer.pop("input")
+        own = weights[i * each : (i + 1) * each]
+        y, *states = layer(
+            kind_name, y, states0, own, batch_sizes, lengths, bidirectional, reset=reset, **of_layer, **options
+        )
+        last.append(states[:count])
+        every.append((y, *states[count:]))
+    if transposed:
+        y, every = y.transpose(0, 1), [tuple(s.transpose(0, 1) for s in states) for states in every]
+    return y, tuple(torch.cat(of_state) for of_state in zip(*last)), tuple(every)
 
 
-def _one_state(cell: Cell, doc: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _function(name: str, choose: Callable[..., str]) -> Callable[..., Any]:
     def function(
         input: Tensor,
         weights: Sequence[Tensor],
-        hx: Tensor | None = None,
+        hx: Tensor | tuple[Tensor, ...] | None = None,
         *,
-        batch_sizes: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
+        peephole: bool = False,
+        coupled_gates: bool = False,
+        layer_norm: bool = False,
+        reset_after: bool | None = None,
         num_layers: int = 1,
         bidirectional: bool = False,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        training: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        options = (batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout, training)
-        y, h_n = stack(cell, 1, input, weights, None if hx is None else (hx,), *options)
-        return y, h_n
+        cell_clip: float | None = None,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        num_heads: int = 1,
+        return_all_states: bool = False,
+        **options: Any,
+    ) -> Any:
+        each = len(weights) // (num_layers * (2 if bidirectional else 1))
+        kind_name = choose(coupled_gates=coupled_gates, layer_norm=layer_norm, reset_after=reset_after, each=each)
+        limits = (math.inf if limit is None else limit for limit in (cell_clip, gate_clip))
+        y, states, every = stack(
+            *(kind_name, input, weights, (hx,) if isinstance(hx, Tensor) else hx),
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            peephole=peephole,
+            heads=num_heads,
+            numbers=(*limits, zoneout_h, zoneout_c, recurrent_dropout),
+            **options,
+        )
+        last = states if len(states) > 1 else states[0]
+        return (y, last, every) if return_all_states else (y, last)
 
-    function.__doc__ = doc
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"""Defines `seqkernels.functional.{name}`.
+
+    Args: as there, but masks are given: see `stack`. A rate of zoneout is the share of the old value that stays where
+        there is no mask; a rate of recurrent dropout counts only beside its mask.
+    Returns:
+        output, the last states (a tensor where there is but one) and, with return_all_states, for each layer a tuple of
+        its states at every step.
+    """
     return function
 
 
-gru = _one_state(gru_cell, "Defines `seqkernels.functional.gru`.")
-rnn_tanh = _one_state(rnn_tanh_cell, "Defines `seqkernels.functional.rnn_tanh`.")
-rnn_relu = _one_state(rnn_relu_cell, "Defines `seqkernels.functional.rnn_relu`.")
+def _lstm(coupled_gates: bool, layer_norm: bool, **_: Any) -> str:
+    return "lstm_coupled" if coupled_gates else "lstm_norm" if layer_norm else "lstm"
+
+
+def _gru(layer_norm: bool, reset_after: bool | None, each: int, **_: Any) -> str:
+    if each in (3, 5):
+        return "gru_projected"
+    return "gru_norm" if layer_norm else "gru_before" if reset_after is False else "gru"
+
+
+lstm = _function("lstm", _lstm)
+nested_lstm = _function("nested_lstm", lambda **_: "lstm_nested")
+gru = _function("gru", _gru)
+mgu = _function("mgu", lambda reset_after, **_: "mgu" if reset_after else "mgu_before")
+rnn_tanh = _function("rnn_tanh", lambda **_: "rnn_tanh")
+rnn_relu = _function("rnn_relu", lambda **_: "rnn_relu")

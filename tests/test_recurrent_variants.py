@@ -1,0 +1,1134 @@
+"""Every kind and option of the recurrent layers: the ops with masks that are given, then the modules that draw them.
+
+Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), G gates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from cases import DTYPES, assert_near, assert_same_bits, batch_sizes_of, one_thread, tuple_of
+from test_recurrent import compiled, spread
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import seqkernels
+from seqkernels import reference
+from seqkernels.reference import recurrent as definition
+
+ops = torch.ops.seqkernels
+HALF = (torch.bfloat16, torch.float16)
+MASKS = ("reset", "zoneout_h", "zoneout_c", "candidate", "variational")
+
+
+@pytest.fixture(autouse=True)
+def few_threads(threads: None) -> None:
+    """These calls are too small for two threads; that their number changes no bit has a test of its own."""
+    torch.set_num_threads(1)
+
+
+# ---- the table of variants
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variant:
+    """A module with constructor arguments. proj_size=True is a projection whose size the case says."""
+
+    module: str
+    options: dict
+
+    def __str__(self) -> str:
+        return "-".join([self.module, *(k if v is True else f"{k}={v}" for k, v in self.options.items())])
+
+    def option(self, name: str, default=0.0):
+        return self.options.get(name, default)
+
+    @property
+    def projected(self) -> bool:
+        return self.option("proj_size", False)
+
+    @property
+    def kind(self) -> str:
+        """The name of its op."""
+        after = "" if self.option("reset_after", self.module == "GRU") else "_before"
+        if self.module == "LSTM":
+            return (
+                "lstm" + "_coupled" * self.option("coupled_gates", False) + "_norm" * self.option("layer_norm", False)
+            )
+        if self.module == "GRU":
+            return "gru" + after + "_norm" * self.option("layer_norm", False) + "_projected" * self.projected
+        names = {"NestedLSTM": "lstm_nested", "MGU": "mgu" + after}
+        return names.get(self.module) or "rnn_" + self.options["nonlinearity"]
+
+    @property
+    def states(self) -> str:
+        return {"lstm": "hc", "lstm_nested": "hcs", "gru_projected": "hc"}.get(
+            self.kind, "hc" if "lstm" in self.kind else "h"
+        )
+
+    @property
+    def gates(self) -> int:
+        return definition.KINDS[self.kind].gates
+
+    @property
+    def kinked(self) -> bool:
+        """Its slope jumps: beside a jump, the rounding of a half type gives another gradient."""
+        return self.kind == "rnn_relu" or "cell_clip" in self.options or "gate_clip" in self.options
+
+    @property
+    def numbers(self) -> list[float]:
+        clips = [self.option(name, math.inf) for name in ("cell_clip", "gate_clip")]
+        numbers = clips + [self.option(name) for name in ("zoneout_h", "zoneout_c", "recurrent_dropout")]
+        return [] if numbers == [math.inf, math.inf, 0.0, 0.0, 0.0] else numbers
+
+    @property
+    def random(self) -> bool:
+        return any(re.search("zoneout|dropout", name) for name in self.options)
+
+    def without_masks(self) -> Variant:
+        """What is left of it where nothing is random: zoneout by its constant."""
+        options = {k: v for k, v in self.options.items() if "dropout" not in k}
+        return Variant(self.module, options)
+
+    def weights(self, D: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
+        """Names (as a module has them) and shapes of one direction's weights, in the op's order."""
+        G, fed_back = self.gates, P if self.projected else H
+        rows, bias = (G * H,), self.option("bias", True)
+        shapes = {"weight_ih": (G * H, D), "weight_hh": (G * H, fed_back // self.option("num_heads", 1))}
+        shapes |= {"bias_ih": rows, "bias_hh": rows} if bias else {}
+        shapes |= {"weight_hr": (P, H)} if self.projected else {}
+        shapes |= {"weight_ph": ((G - 1) * H,)} if self.option("peephole", False) else {}
+        if self.option("layer_norm", False):
+            shapes |= {"gain_ih": rows, "gain_hh": rows}
+            shapes |= {"gain_c": (H,), "bias_c": (H,)} if self.module == "LSTM" else {}
+        if self.module == "NestedLSTM":
+            shapes |= {"weight_inner_ih": (4 * H, H), "weight_inner_hh": (4 * H, H)}
+            shapes |= {"bias_inner_ih": (4 * H,), "bias_inner_hh": (4 * H,)} if bias else {}
+        return shapes
+
+
+def v(module: str, **options) -> Variant:
+    return Variant(module, options)
+
+
+LSTM_DROPS = dict(zoneout_h=0.3, zoneout_c=0.2, recurrent_dropout=0.4, variational_dropout=0.5)
+DROPS = dict(zoneout_h=0.3, recurrent_dropout=0.4, variational_dropout=0.5)
+
+VARIANTS = [
+    v("LSTM"),
+    v("LSTM", peephole=True),
+    v("LSTM", peephole=True, proj_size=True),
+    v("LSTM", peephole=True, bias=False),
+    v("LSTM", coupled_gates=True),
+    v("LSTM", coupled_gates=True, peephole=True),
+    v("LSTM", coupled_gates=True, peephole=True, proj_size=True, bias=False),
+    v("LSTM", layer_norm=True),
+    v("LSTM", layer_norm=True, bias=False),
+    v("LSTM", cell_clip=0.4),
+    v("LSTM", gate_clip=0.6),
+    v("LSTM", zoneout_h=0.3),
+    v("LSTM", zoneout_c=0.2),
+    v("LSTM", recurrent_dropout=0.4),
+    v("LSTM", variational_dropout=0.5),
+    v("LSTM", num_heads=2),
+    v("LSTM", num_heads=3, peephole=True, cell_clip=0.4, **LSTM_DROPS),
+    v("LSTM", peephole=True, cell_clip=0.4, gate_clip=0.6, **LSTM_DROPS),
+    v("LSTM", coupled_gates=True, peephole=True, cell_clip=0.4, gate_clip=0.6, **LSTM_DROPS),
+    v("LSTM", coupled_gates=True, num_heads=2, zoneout_c=0.2),
+    v("LSTM", layer_norm=True, cell_clip=0.4, gate_clip=0.6, **LSTM_DROPS),
+    v("LSTM", proj_size=True, cell_clip=0.4, zoneout_c=0.2, recurrent_dropout=0.4, variational_dropout=0.5),
+    v("NestedLSTM"),
+    v("NestedLSTM", bias=False),
+    v("NestedLSTM", **DROPS),
+    v("GRU"),
+    v("GRU", bias=False, gate_clip=0.6),
+    v("GRU", zoneout_h=0.3),
+    v("GRU", recurrent_dropout=0.4),
+    v("GRU", variational_dropout=0.5),
+    v("GRU", num_heads=3),
+    v("GRU", num_heads=2, gate_clip=0.6, **DROPS),
+    v("GRU", reset_after=False),
+    v("GRU", reset_after=False, bias=False),
+    v("GRU", reset_after=False, zoneout_h=0.3, variational_dropout=0.5),
+    v("GRU", reset_after=False, num_heads=3),
+    v("GRU", reset_after=False, num_heads=2, gate_clip=0.6, **DROPS),
+    v("GRU", layer_norm=True),
+    v("GRU", layer_norm=True, bias=False),
+    v("GRU", layer_norm=True, gate_clip=0.6, **DROPS),
+    v("GRU", proj_size=True),
+    v("GRU", proj_size=True, bias=False, gate_clip=0.6, recurrent_dropout=0.4, variational_dropout=0.5),
+    v("MGU", reset_after=True),
+    v("MGU", reset_after=True, num_heads=2, gate_clip=0.6, **DROPS),
+    v("MGU"),
+    v("MGU", bias=False, num_heads=3),
+    v("MGU", num_heads=2, gate_clip=0.6, **DROPS),
+    v("RNN", nonlinearity="tanh"),
+    v("RNN", nonlinearity="tanh", zoneout_h=0.3),
+    v("RNN", nonlinearity="tanh", num_heads=3),
+    v("RNN", nonlinearity="tanh", num_heads=2, gate_clip=0.6, zoneout_h=0.3, variational_dropout=0.5),
+    v("RNN", nonlinearity="relu", gate_clip=0.6, zoneout_h=0.3, variational_dropout=0.5),
+    v("RNN", nonlinearity="relu", num_heads=2, bias=False),
+]  # fmt: skip
+
+# One of each kind, with as much of the rest as goes with it.
+FULLEST = {variant.kind: variant for variant in sorted(VARIANTS, key=lambda variant: len(variant.options))}
+
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+fullest = pytest.mark.parametrize("variant", FULLEST.values(), ids=FULLEST)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+float_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+# ---- the ops: one layer, every mask given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """H is a multiple of 2 and 3, for the heads. `drawn`: masks as in training; else the constants of zoneout."""
+
+    B: int
+    T: int
+    D: int
+    H: int
+    P: int
+    why: str
+    lengths: tuple[int, ...] | None = None
+    packed: bool = False
+    bidirectional: bool = True
+    drawn: bool = True
+    reset: bool = True
+    state: bool = True
+
+    def __str__(self) -> str:
+        form = "packed" if self.packed else "dense" if self.lengths is None else "lengths"
+        flags = ["bi"] * self.bidirectional + ["constant"] * (not self.drawn) + ["reset"] * self.reset
+        return "-".join([f"B{self.B}", f"T{self.T}", f"D{self.D}", f"H{self.H}", *flags, form])
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def valid(self) -> Tensor:
+        """[T, B] True where there is a token."""
+        lengths = torch.tensor(self.lengths if self.lengths is not None else [self.T] * self.B, dtype=torch.int64)
+        return torch.arange(self.T).unsqueeze(1) < lengths
+
+
+CASES = [
+    Case(B=3, T=7, D=5, H=18, P=5, why="a tail in every direction"),
+    Case(
+        B=7, T=4, D=9, H=66, P=35, lengths=(0, 4, 2, 4, 1, 3, 4), bidirectional=False, drawn=False,
+        why="two panels, the second all tail; more rows than a register tile",
+    ),
+    Case(B=5, T=5, D=16, H=96, P=32, lengths=(5, 5, 4, 2, 1), packed=True, reset=False, why="whole vectors"),
+    Case(B=1, T=4, D=24, H=198, P=70, state=False, why="the units of one sequence among two threads"),
+]  # fmt: skip
+EMPTY = [
+    Case(B=0, T=3, D=5, H=18, P=5, why="no sequence"),
+    Case(B=2, T=0, D=5, H=18, P=5, why="no step"),
+    Case(B=3, T=3, D=5, H=18, P=5, lengths=(0, 0, 0), why="nothing but zero lengths"),
+]
+TINY = [
+    Case(B=2, T=3, D=2, H=6, P=2, bidirectional=False, why="dense"),
+    Case(B=2, T=2, D=1, H=6, P=2, lengths=(2, 1), packed=True, drawn=False, why="packed, both directions"),
+]
+RAGGED = Case(B=6, T=7, D=9, H=66, P=35, lengths=(3, 7, 1, 7, 5, 2), why="in no order")
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one layer is called with, and a gradient for each output."""
+
+    variant: Variant
+    x: Tensor  # [T, B, D] or [N, D]
+    states0: tuple[Tensor | None, ...]  # [directions, B, P] h0, then [directions, B, H]
+    weights: tuple[Tensor, ...]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    bidirectional: bool
+    masks: dict[str, Tensor]
+    numbers: list[float]
+    upstream: dict[str, Tensor]  # of y, h_n, ..., then of cells and inner
+
+    def options(self) -> dict:
+        heads, peephole = self.variant.option("num_heads", 1), self.variant.option("peephole", False)
+        return dict(peephole=peephole, heads=heads, numbers=self.numbers, **self.masks)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with f applied to every floating-point tensor, but not to the gradients from above."""
+        masks = {name: f(m) if m.is_floating_point() else m for name, m in self.masks.items()}
+        return dataclasses.replace(
+            self,
+            x=f(self.x),
+            states0=tuple(None if s is None else f(s) for s in self.states0),
+            weights=tuple(map(f, self.weights)),
+            masks=masks,
+        )
+
+    def by_row(self, f: Callable[[Tensor], Tensor], by_sequence: Callable[[Tensor], Tensor], **others) -> Call:
+        """f on what has a row for each token, by_sequence on what has one for each sequence, [directions, B, ..]."""
+        rows = {name: (by_sequence if name == "variational" else f)(m) for name, m in self.masks.items()}
+        upstream = {n: (by_sequence if n.endswith("_n") else f)(g) for n, g in self.upstream.items()}
+        states0 = tuple(None if s is None else by_sequence(s) for s in self.states0)
+        return dataclasses.replace(self, x=f(self.x), states0=states0, masks=rows, upstream=upstream, **others)
+
+
+OF_SEQUENCE = ("y", "h_n", "c_n", "s_n", "cells", "inner", "dx", "dh0", "dc0", "ds0")  # unlike a weight's gradient
+
+
+@functools.cache
+def make_call(variant: Variant, case: Case, dtype: torch.dtype) -> Call:
+    """Random; NaN wherever a length says that nothing is."""
+    g = torch.Generator().manual_seed(0)
+    directions, T, B, H = case.directions, case.T, case.B, case.H
+    P = case.P if variant.projected else H
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    def ones(rate: float, *shape: int) -> Tensor:
+        return (torch.rand(shape, generator=g) < rate).to(torch.uint8)
+
+    weights = []
+    for _ in range(directions):
+        for name, shape in variant.weights(case.D, H, P).items():
+            scale = 1.0 if name in ("weight_ph", "bias_c") or "bias" in name else 2 / math.sqrt(shape[-1])
+            weights.append((1 if "gain" in name else 0) + 0.5 * normal(*shape) * scale)
+    widths = (P, H, H)[: len(variant.states)]
+    states0 = tuple(normal(directions, B, width) if case.state else None for width in widths)
+    x = normal(T, B, case.D)
+    masks = {}
+    if case.reset:
+        masks["reset"] = ones(0.3, T, B).bool()
+    if case.drawn:
+        for name in ("zoneout_h", "zoneout_c"):
+            if variant.option(name):
+                masks[name] = ones(variant.option(name), T, B, directions * H)
+        if variant.option("recurrent_dropout"):
+            masks["candidate"] = ones(1 - variant.option("recurrent_dropout"), T, B, directions * H)
+        if variant.option("variational_dropout"):
+            keep = 1 - variant.option("variational_dropout")
+            masks["variational"] = ones(keep, directions, B, P).to(dtype) / keep
+    upstream = {"y": normal(T, B, directions * P)}
+    upstream |= {f"{s}_n": normal(directions, B, width) for s, width in zip(variant.states, widths)}
+    upstream |= {n: normal(T, B, directions * H) for n in ("cells", "inner")[: len(variant.states) - 1]}
+    lengths = None if case.lengths is None else torch.tensor(case.lengths)
+    call = Call(
+        variant, x, states0, tuple(weights), None, lengths, case.bidirectional, masks, variant.numbers, upstream
+    )
+    if lengths is not None and not case.packed:
+        padding = ~case.valid()
+
+        def spoiled(t: Tensor) -> Tensor:
+            t[padding] = math.nan if t.is_floating_point() else 1
+            return t
+
+        call = call.by_row(spoiled, lambda t: t)
+    return packed(call, case) if case.packed else call
+
+
+def packed(call: Call, case: Case) -> Call:
+    """The padded call as packed rows, the longest sequence first."""
+    lengths = torch.tensor(case.lengths)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    valid = case.valid()[:, order]
+    batch_sizes = batch_sizes_of(lengths.tolist())
+    return call.by_row(lambda t: t[:, order][valid], lambda t: t[:, order], batch_sizes=batch_sizes, lengths=None)
+
+
+def by_definition(call: Call) -> dict[str, Tensor]:
+    outputs = definition.layer(
+        *(call.variant.kind, call.x, call.states0, call.weights, call.batch_sizes, call.lengths, call.bidirectional),
+        **call.options(),
+    )
+    return dict(zip(call.upstream, outputs, strict=True))
+
+
+def arguments(call: Call) -> tuple:
+    """Of the ops K and K_forward."""
+    options = call.options()
+    masks = [options.get(name) for name in MASKS]
+    return (
+        *(call.x, *call.states0, list(call.weights), call.batch_sizes, call.lengths, call.bidirectional),
+        *(options["peephole"], options["heads"], *masks, options["numbers"]),
+    )
+
+
+def op(call: Call, suffix: str = "") -> Callable:
+    return getattr(ops, call.variant.kind + suffix).default
+
+
+def by_op(call: Call, recompute: bool = False) -> dict[str, Tensor]:
+    """By K_forward, whose autograd formula calls K_backward."""
+    outputs = list(op(call, "_forward")(*arguments(call), recompute))
+    saved = outputs.pop(1 + len(call.states0))
+    assert saved.shape[-1] == 0 or not recompute
+    return dict(zip(call.upstream, outputs, strict=True))
+
+
+def run(
+    call: Call, function: Callable[[Call], dict[str, Tensor]] = by_op, upstream: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Outputs and all gradients by name; upstream names the outputs that have a gradient."""
+    call = call.map(lambda t: t.detach().requires_grad_(t is not call.masks.get("variational")))
+    outputs = function(call)
+    used = [n for n in (upstream or outputs) if outputs[n].requires_grad]
+    names = [f"d{s}0" for s, state in zip(call.variant.states, call.states0) if state is not None]
+    names = ["dx", *names, *(f"d{w}" for w in named_weights(call))]
+    wanted = [call.x, *(s for s in call.states0 if s is not None), *call.weights]
+    from_above = [call.upstream[n].to(outputs[n].dtype) for n in used]
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if used:
+        grads = torch.autograd.grad([outputs[n] for n in used], wanted, from_above, allow_unused=True)
+    grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+    return {n: o.detach() for n, o in outputs.items()} | dict(zip(names, grads, strict=True))
+
+
+def named_weights(call: Call) -> list[str]:
+    names = list(call.variant.weights(1, 6, 2))
+    return [n + suffix for suffix in ("", "_reverse")[: 1 + call.bidirectional] for n in names]
+
+
+@functools.cache
+def expected(variant: Variant, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the definition says, in float64, of the inputs as dtype has rounded them."""
+    with one_thread():
+        return run(make_call(variant, case, dtype).map(Tensor.double), by_definition)
+
+
+def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: result[name] for name in call.upstream}
+
+
+@dtypes
+@cases
+@variants
+def test_parity(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
+    call = make_call(variant, case, dtype)
+    got, want = run(call), expected(variant, case, dtype)
+    if dtype in HALF and variant.kinked:
+        got, want = outputs_alone(call, got), outputs_alone(call, want)
+    assert_near(got, want, dtype)
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=lambda case: case.why)
+@fullest
+def test_nothing_to_do(variant: Variant, case: Case) -> None:
+    """No outputs; the initial states are the last, and so are their gradients; all other gradients are zero."""
+    call = make_call(variant, case, torch.float32)
+    got, want = run(call), expected(variant, case, torch.float32)
+    assert_near(got, want, torch.float32)
+    for s, state in zip(variant.states, call.states0):
+        assert torch.equal(got[f"{s}_n"], state) and torch.equal(got[f"d{s}0"], call.upstream[f"{s}_n"])
+
+
+@fullest
+def test_every_output_alone_has_its_gradient(variant: Variant) -> None:
+    call = make_call(variant, CASES[0], torch.float64)
+    for name in call.upstream:
+        with one_thread():
+            want = run(call, by_definition, [name])
+        assert_near(run(call, upstream=[name]), want, torch.float64)
+
+
+@dtypes
+@cases
+@fullest
+def test_inference_is_training(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
+    """The op that saves nothing gives the bits of the one that saves for backward."""
+    call = make_call(variant, case, dtype)
+    outputs = by_op(call)
+    for want, got in zip(outputs.values(), op(call)(*arguments(call)), strict=False):
+        assert torch.equal(got, want)
+
+
+@dtypes
+@cases
+@fullest
+def test_recomputed_gates_change_no_bit(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
+    call = make_call(variant, case, dtype)
+    assert_same_bits(run(call, functools.partial(by_op, recompute=True)), run(call))
+
+
+@cases
+@variants
+def test_recomputed_gates_of_every_variant(variant: Variant, case: Case) -> None:
+    call = make_call(variant, case, torch.float32)
+    assert_same_bits(run(call, functools.partial(by_op, recompute=True)), run(call))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], RAGGED], ids=str)
+@float_and_half
+@fullest
+def test_the_number_of_threads_changes_nothing(variant: Variant, dtype: torch.dtype, case: Case) -> None:
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(run(make_call(variant, case, dtype)))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+def sequence(call: Call, b: int, n: int) -> Call:
+    """Sequence b alone, n steps of it."""
+    return call.by_row(lambda t: t[:n, b : b + 1], lambda t: t[:, b : b + 1], lengths=None)
+
+
+@float_and_half
+@fullest
+def test_packed_equals_padded_equals_one_at_a_time(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+    case, call = RAGGED, make_call(variant, RAGGED, dtype)
+    padded, rows = run(call), run(packed(call, case))
+    order = torch.argsort(call.lengths, descending=True, stable=True)
+    names = [n for n in OF_SEQUENCE if n in padded]
+    for name in names:
+        if name in ("h_n", "c_n", "s_n", "dh0", "dc0", "ds0"):
+            assert torch.equal(rows[name], padded[name][:, order]), name
+        else:
+            assert torch.equal(rows[name], padded[name][:, order][case.valid()[:, order]]), name
+            assert not padded[name][~case.valid()].any(), name
+    for b, n in enumerate(case.lengths):
+        alone = run(sequence(call, b, n))
+        here = {s: padded[s][:, b : b + 1] if s[-1] in "n0" else padded[s][:n, b : b + 1] for s in names}
+        here |= {s: padded[s][:n, b : b + 1] for s in ("cells", "inner") if s in padded}
+        assert_same_bits(alone, here, names)
+
+
+@float_and_half
+@variants
+def test_a_stream_equals_one_long_call(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+    """The last states of one chunk begin the next; masks are cut with the input."""
+    case = Case(B=3, T=9, D=9, H=66, P=35, bidirectional=False, why="a stream")
+    call = make_call(variant, case, dtype)
+    whole, chunks, states0 = by_op(call), [], call.states0
+    for at in (slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 9)):
+        chunk = call.by_row(lambda t, at=at: t[at], lambda t: t)
+        chunks.append(by_op(dataclasses.replace(chunk, states0=states0)))
+        states0 = tuple(chunks[-1][f"{s}_n"] for s in variant.states)
+    for name, want in whole.items():
+        got = chunks[-1][name] if name.endswith("_n") else torch.cat([chunk[name] for chunk in chunks])
+        assert torch.equal(got, want), name
+
+
+@float_and_half
+@variants
+def test_a_reset_begins_another_sequence(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+    """Each sequence falls into segments; each of them alone gives the same bits, in either direction."""
+    case = Case(B=4, T=8, D=9, H=66, P=35, lengths=(8, 3, 8, 6), why="with resets")
+    call = make_call(variant, case, dtype)
+    reset = torch.zeros(8, 4, dtype=torch.bool)
+    reset[[3, 6], 0], reset[1, 1], reset[0, 2] = True, True, True
+    reset[7, 3] = True  # in the padding: nothing
+    call = dataclasses.replace(call, masks=call.masks | {"reset": reset})
+    whole = run(call)
+    for b, starts in enumerate([(0, 3, 6, 8), (0, 1, 3), (0, 8), (0, 6)]):
+        for start, end in itertools.pairwise(starts):
+            part = call.by_row(lambda t, b=b, s=start, e=end: t[s:e, b : b + 1], lambda t, b=b: t[:, b : b + 1])
+            first, last = start == 0 and b != 2, end == case.lengths[b]
+            begin = torch.tensor([[first], [last]]).unsqueeze(-1)  # which directions begin with the given states
+            final = torch.tensor([[last], [start == 0]]).unsqueeze(-1)  # and which of them end with the last states
+            part = dataclasses.replace(
+                part,
+                lengths=None,
+                states0=tuple(torch.where(begin, s, 0.0) for s in part.states0),
+                masks={n: m for n, m in part.masks.items() if n != "reset"},
+                upstream={n: torch.where(final, g, 0.0) if n.endswith("_n") else g for n, g in part.upstream.items()},
+            )
+            alone = run(part)
+            for name in (n for n in OF_SEQUENCE if n in whole):
+                got = alone[name]
+                if name in ("y", "cells", "inner", "dx"):
+                    assert torch.equal(got, whole[name][start:end, b : b + 1]), (name, b, start)
+                    continue
+                for d, there in enumerate((final if name.endswith("_n") else begin)[:, 0, 0]):
+                    if there:
+                        assert torch.equal(got[d], whole[name][d, b : b + 1]), (name, b, start, d)
+    assert not any(whole[f"d{s}0"][0, 2].any() for s in variant.states)  # reset at its first step
+
+
+def scattered(call: Call) -> Call:
+    """Every tensor with strides of its own, and masks too."""
+    call = dataclasses.replace(call.map(spread), masks={n: spread(m) for n, m in call.masks.items()})
+    return dataclasses.replace(call, upstream={n: spread(g) for n, g in call.upstream.items()})
+
+
+@cases
+@fullest
+def test_strides_do_not_matter(variant: Variant, case: Case) -> None:
+    call = make_call(variant, case, torch.float32)
+    assert_same_bits(run(scattered(call)), run(call))
+
+
+@fullest
+def test_inputs_are_never_written(variant: Variant) -> None:
+    call = make_call(variant, RAGGED, torch.float32)
+    tensors = [call.x, *call.states0, *call.weights, *call.masks.values(), *call.upstream.values()]
+    before = [t.clone() for t in tensors]
+    run(call)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(tensors, before, strict=True))
+
+
+# ---- the ops: differentiation and torch's own checks
+
+
+def of_tensors(call: Call) -> tuple[Callable, list[Tensor]]:
+    """The op as a function of its differentiable tensors, and those."""
+    call = call.map(lambda t: t.nan_to_num())
+    n = len(call.states0)
+
+    def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return tuple(by_op(dataclasses.replace(call, x=x, states0=rest[:n], weights=rest[n:])).values())
+
+    return function, [t.clone().requires_grad_() for t in (call.x, *call.states0, *call.weights)]
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+@fullest
+def test_gradcheck(variant: Variant, case: Case, isa: str) -> None:
+    function, tensors = of_tensors(make_call(variant, case, torch.float64))
+    assert torch.autograd.gradcheck(function, tensors, atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if len(variant.options) < 3], ids=str)
+def test_gradcheck_of_every_entry(variant: Variant) -> None:
+    function, tensors = of_tensors(make_call(variant, TINY[0], torch.float64))
+    assert torch.autograd.gradcheck(function, tensors, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+@fullest
+def test_gradgradcheck(variant: Variant, case: Case) -> None:
+    function, tensors = of_tensors(make_call(variant, case, torch.float64))
+    with one_thread():
+        assert torch.autograd.gradgradcheck(function, tensors, atol=1e-6, fast_mode=True)
+
+
+OP_CASES = [
+    Case(B=3, T=3, D=5, H=6, P=2, why="dense"),
+    Case(B=3, T=3, D=5, H=6, P=2, lengths=(3, 2, 1), packed=True, why="packed"),
+]
+
+
+@pytest.mark.parametrize("case", OP_CASES, ids=str)
+@fullest
+def test_opcheck(variant: Variant, case: Case) -> None:
+    call = make_call(variant, case, torch.float32)
+    torch.library.opcheck(op(call), arguments(call))
+    leaves = call.map(lambda t: t.detach().requires_grad_(t is not call.masks.get("variational")))
+    torch.library.opcheck(op(call, "_forward"), (*arguments(leaves), False))
+    for recompute in (False, True):
+        y, *rest = op(call, "_forward")(*arguments(call), recompute)
+        n = len(variant.states)
+        inputs = arguments(call)
+        upstream = list(call.upstream.values())
+        everything = (
+            *(upstream[: 1 + n], inputs[: n + 5], (y, *rest[n:]), (True, True), inputs[n + 5 :], upstream[1 + n :]),
+        )
+        torch.library.opcheck(
+            op(call, "_backward"), sum(map(tuple, everything), ()), test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@fullest
+def test_the_saved_width_is_as_said(variant: Variant) -> None:
+    call = make_call(variant, CASES[0], torch.float32)
+    saved = op(call, "_forward")(*arguments(call))[1 + len(variant.states)]
+    assert saved.shape == (2, 21, seqkernels._C.recurrent_saved(variant.kind, 18, True))
+    with pytest.raises(ValueError, match="recurrent_saved: kind"):
+        seqkernels._C.recurrent_saved("nothing", 18, True)
+
+
+# ---- the modules, without masks: in evaluation
+
+D, H, P = 5, 18, 7
+SHARED = {"LSTM": reference.lstm, "NestedLSTM": reference.nested_lstm, "GRU": reference.gru, "MGU": reference.mgu}
+forms = pytest.mark.parametrize("form", ["dense", "batch_first", "unbatched", "lengths", "packed"])
+
+
+def make(variant: Variant, *, L: int = 1, random_weights: bool = False, **arguments) -> torch.nn.Module:
+    """The module; with random weights also where it would begin with ones and zeros."""
+    options = variant.options | ({"proj_size": P} if variant.projected else {})
+    torch.manual_seed(0)
+    module = getattr(seqkernels.nn, variant.module)(D, H, num_layers=L, **options, **arguments)
+    if random_weights:
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(torch.randn_like(p) * 0.4)
+    return module
+
+
+def weights_of(module: torch.nn.Module, variant: Variant) -> list[Tensor]:
+    """In the ops' order."""
+    suffixes = ["", "_reverse"][: 1 + module.bidirectional]
+    names = [f"{n}_l{i}{s}" for i in range(module.num_layers) for s in suffixes for n in variant.weights(D, H, P)]
+    return [getattr(module, name) for name in names]
+
+
+def defined(module: torch.nn.Module, variant: Variant, x: Tensor, hx, **keywords):
+    """What the definition says of the module in evaluation, all states included."""
+    left_out = ("proj_size", "bias", "nonlinearity", "variational_dropout")
+    options = {k: o for k, o in variant.options.items() if k not in left_out}
+    if variant.module in ("GRU", "MGU"):
+        options.setdefault("reset_after", variant.module == "GRU")
+    function = SHARED.get(variant.module) or getattr(reference, variant.kind)
+    weights = weights_of(module, variant)
+    common = dict(num_layers=module.num_layers, bidirectional=module.bidirectional, return_all_states=True)
+    return function(x, weights, hx, **common, **options, **keywords)
+
+
+def states_for(variant: Variant, B: int, L: int, directions: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    widths = (P if variant.projected else H, H, H)[: len(variant.states)]
+    return [torch.randn(L * directions, B, width, generator=g, dtype=dtype) for width in widths]
+
+
+def as_argument(states: Sequence[Tensor]):
+    return tuple(states) if len(states) > 1 else states[0]
+
+
+def flat(result) -> list[Tensor]:
+    """Output, last states and all states, padded again where they are packed."""
+    leaves = torch.utils._pytree.tree_leaves(result, is_leaf=lambda r: isinstance(r, PackedSequence))
+    return [pad_packed_sequence(r)[0] if isinstance(r, PackedSequence) else r for r in leaves]
+
+
+def weighted(outputs: Sequence[Tensor]) -> Tensor:
+    """A scalar that depends on every output, each in its own way."""
+    return sum(((i + 1 + o) * o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for i, o in enumerate(outputs))
+
+
+@forms
+@variants
+def test_a_module_is_its_definition(variant: Variant, form: str) -> None:
+    """Two layers in both directions, with states, resets and all states; gradients too."""
+    T, B, L = 5, 1 if form == "unbatched" else 4, 2
+    batch_first = form == "batch_first"
+    module = make(
+        *(variant,), L=L, random_weights=True, bidirectional=True, batch_first=batch_first, return_all_states=True
+    )
+    module = module.double().eval()
+    x, hx = torch.randn(T, B, D, dtype=torch.float64), states_for(variant, B, L, 2)
+    reset, lengths = torch.rand(T, B) < 0.2, torch.tensor([2, 5, 1, 4])
+    keywords = {"lengths": lengths} if form in ("lengths", "packed") else {}
+
+    def ours(x: Tensor, *hx: Tensor) -> list[Tensor]:
+        if form == "packed":
+            x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            reset_of_data = pack_padded_sequence(reset, lengths, enforce_sorted=False).data
+            return flat(module(x, as_argument(hx), reset=reset_of_data))
+        if form == "unbatched":
+            result = flat(module(x[:, 0], as_argument([s[:, 0] for s in hx]), reset=reset[:, 0]))
+            return [t.unsqueeze(1) for t in result]
+        if form == "batch_first":
+            y, states, every = module(x.transpose(0, 1), as_argument(hx), reset=reset.t())
+            every = [[s.transpose(0, 1) for s in of_layer] for of_layer in every]
+            return flat((y.transpose(0, 1), states, every))
+        return flat(module(x, as_argument(hx), reset=reset, **keywords))
+
+    def theirs(x: Tensor, *hx: Tensor) -> list[Tensor]:
+        with one_thread():
+            return flat(defined(module, variant, x, as_argument(hx), reset=reset, **keywords))
+
+    results = []
+    for function in (ours, theirs):
+        leaves = [t.clone().requires_grad_() for t in (x, *hx)]
+        outputs = function(*leaves)
+        grads = torch.autograd.grad(weighted(outputs), [*leaves, *weights_of(module, variant)])
+        results.append({str(i): t for i, t in enumerate((*(o.detach() for o in outputs), *grads))})
+    assert_near(*results, torch.float64)
+    assert len(results[0]) == 1 + 2 * len(variant.states) + L * len(variant.states) + len(module._flat_weights)
+
+
+@fullest
+def test_all_states_hold_the_output_and_the_last_states(variant: Variant) -> None:
+    module = make(variant, L=2, return_all_states=True)
+    x = torch.randn(4, 3, D)
+    y, last, every = module(x)
+    assert isinstance(every, tuple) and len(every) == 2 and all(len(s) == len(variant.states) for s in every)
+    assert torch.equal(every[1][0], y)
+    for of_state, n in zip(zip(*every), tuple_of(last)):
+        assert torch.equal(torch.stack([s[-1] for s in of_state]), n)
+    assert len(make(variant)(x)) == 2
+    lengths = torch.tensor([4, 2, 1])
+    for of_layer in module(pack_padded_sequence(x, lengths))[2]:
+        assert all(isinstance(s, PackedSequence) and s.data.shape[0] == 7 for s in of_layer)
+
+
+@fullest
+def test_memory_efficient_changes_no_bit(variant: Variant) -> None:
+    """In training, with the same masks."""
+    x, results = torch.randn(6, 4, D), []
+    for memory_efficient in (False, True):
+        module = make(variant, L=2, bidirectional=True, return_all_states=True, memory_efficient=memory_efficient)
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(5)
+        outputs = flat(module(leaf))
+        grads = torch.autograd.grad(weighted(outputs), [leaf, *module.parameters()])
+        results.append([*outputs, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@fullest
+def test_memory_efficient_keeps_less(variant: Variant) -> None:
+    """What autograd holds between forward and backward."""
+    held = []
+    for memory_efficient in (False, True):
+        module, sizes = make(variant, memory_efficient=memory_efficient), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            module(torch.randn(6, 4, D))
+        held.append(sum(sizes))
+    saved = 24 * seqkernels._C.recurrent_saved(variant.kind, H, True)
+    assert held[0] - held[1] == saved > 0
+
+
+@pytest.mark.parametrize("form", ["dense", "lengths", "packed"])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_coupled", "lstm_nested", "gru_before", "gru_projected", "mgu"])
+def test_compile_without_a_graph_break(kind: str, form: str) -> None:
+    variant = FULLEST[kind]
+    module = make(variant, L=2, bidirectional=True, return_all_states=True).eval()
+    x, lengths, reset = torch.randn(4, 3, D), torch.tensor([4, 2, 1]), torch.rand(4, 3) < 0.3
+    of_rows = pack_padded_sequence(reset, lengths).data if form == "packed" else reset
+
+    def whole(m: torch.nn.Module, x: Tensor) -> list[Tensor]:
+        if form == "packed":
+            y, states, every = m(PackedSequence(x, batch_sizes_of([4, 2, 1])), reset=of_rows)
+            return [y.data, *tuple_of(states), *(s.data for of_layer in every for s in of_layer)]
+        keywords = {"lengths": lengths} if form == "lengths" else {}
+        y, states, every = m(x, reset=of_rows, **keywords)
+        return [y, *tuple_of(states), *(s for of_layer in every for s in of_layer)]
+
+    x = pack_padded_sequence(x, lengths).data if form == "packed" else x
+    results = []
+    for function in (whole, compiled(whole)):
+        leaf = x.clone().requires_grad_()
+        outputs = function(module, leaf)
+        results.append([*outputs, *torch.autograd.grad(weighted(outputs), [leaf, *module.parameters()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# ---- the modules, with masks: in training
+
+
+def assert_drawn(mask: Tensor, rate: float) -> None:
+    """Independent draws: along every dimension, the share of ones in each slice is that of so many draws."""
+    for dim, size in enumerate(mask.shape):
+        others = [d for d in range(mask.dim()) if d != dim]
+        n = mask.numel() / size
+        error = (mask.double().mean(others) - rate).abs().max() / math.sqrt(rate * (1 - rate) / n)
+        assert error < 5, f"along dimension {dim} a share of ones is {error:.1f} standard deviations off {rate}"
+
+
+def probe(module: str, units: int = 40, inputs: int = 1, **options) -> torch.nn.Module:
+    """A module of zeros, to be filled in by what a test wants to see."""
+    module = getattr(seqkernels.nn, module)(inputs, units, **options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    return module
+
+
+def fill(module: torch.nn.Module, name: str, *values: float | Tensor) -> None:
+    """Each gate's part of the parameters of that name, in all layers and directions."""
+    with torch.no_grad():
+        for key, p in module.named_parameters():
+            if key.startswith(name):
+                for part, value in zip(p.chunk(len(values)), values, strict=True):
+                    part.copy_(torch.as_tensor(value).expand_as(part))
+
+
+LOW, HIGH = -200.0, 50.0  # a sigmoid of exactly 0 and 1
+
+
+def by_direction(t: Tensor) -> Tensor:
+    """[T, B, directions, H], each direction in the order of its own steps."""
+    forward, backward = t.unflatten(-1, (2, -1)).unbind(2)
+    return torch.stack([forward, backward.flip(0)], 2)
+
+
+@pytest.mark.parametrize("module", ["RNN", "GRU", "MGU"])
+def test_zoneout_keeps_units_of_h_at_its_rate(module: str) -> None:
+    """h without zoneout is another value at every step: where it stays, the unit was kept."""
+    T, B, rate = 25, 30, 0.3
+    layer = probe(module, bidirectional=True, zoneout_h=rate)
+    fill(layer, "weight_ih", *{"RNN": [1.0], "GRU": [0.0, 0.0, 1.0], "MGU": [0.0, 1.0]}[module])
+    fill(layer, "bias_ih", *{"RNN": [0.0], "GRU": [HIGH, LOW, 0.0], "MGU": [HIGH, 0.0]}[module])
+    x = torch.linspace(0.1, 1.5, T).view(T, 1, 1).expand(T, B, 1)
+    y, want = by_direction(layer(x)[0]), by_direction(torch.tanh(x).repeat(1, 1, 80))
+    before = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
+    kept = (y - want).abs() > 1e-3
+    torch.testing.assert_close(y, torch.where(kept, before, want))
+    assert_drawn(kept, rate)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupled_gates": True}, {"layer_norm": True}], ids=str)
+def test_zoneout_keeps_units_of_c_at_its_rate(options: dict) -> None:
+    """c is tanh of another value at every step. h is made of c before zoneout: it goes on where c stays."""
+    T, B, rate = 25, 30, 0.2
+    layer = probe("LSTM", bidirectional=True, zoneout_c=rate, return_all_states=True, **options)
+    three = bool(options.get("coupled_gates"))
+    fill(layer, "weight_ih", *([0.0, 1.0, 0.0] if three else [0.0, 0.0, 1.0, 0.0]))
+    fill(layer, "bias_ih", *([HIGH, 0.0, HIGH] if three else [HIGH, LOW, 0.0, HIGH]))
+    x = torch.linspace(0.1, 1.5, T).view(T, 1, 1).expand(T, B, 1)
+    if options.get("layer_norm"):  # the normalised product says nothing; its shift does
+        fill(layer, "bias_ih", HIGH, LOW, torch.linspace(0.1, 1.5, 40), HIGH)
+        fill(layer, "bias_c", 0.5)
+        want = torch.tanh(torch.linspace(0.1, 1.5, 40)).repeat(2).expand(T, B, 80)
+        y, _, ((_, c),) = layer(x)
+        kept = (by_direction(c) - by_direction(want)).abs() > 1e-3
+        first = kept[0]  # later steps keep what is the same already
+        assert not by_direction(c)[0][first].any()
+        assert_drawn(first, rate)
+        torch.testing.assert_close(y, torch.full_like(y, math.tanh(0.5)))
+        return
+    y, _, ((_, c),) = layer(x)
+    c, want = by_direction(c), by_direction(torch.tanh(x).repeat(1, 1, 80))
+    kept = (c - want).abs() > 1e-3
+    torch.testing.assert_close(c, torch.where(kept, torch.cat([torch.zeros_like(c[:1]), c[:-1]]), want))
+    torch.testing.assert_close(by_direction(y), torch.tanh(want))
+    assert_drawn(kept, rate)
+
+
+@pytest.mark.parametrize("module", ["LSTM", "GRU", "MGU"])
+def test_recurrent_dropout_zeroes_candidates_at_its_rate(module: str) -> None:
+    """A cell that is its candidate at every step. Each layer and direction draws for itself."""
+    T, B, rate = 25, 20, 0.4
+    layer = probe(module, num_layers=2, bidirectional=True, recurrent_dropout=rate, return_all_states=True)
+    gates = {"LSTM": [HIGH, LOW, 1.0, 0.0], "GRU": [0.0, LOW, 1.0], "MGU": [HIGH, 1.0]}[module]
+    fill(layer, "bias_ih", *gates)
+    every = torch.stack([of_layer[-1] for of_layer in layer(torch.zeros(T, B, 1))[2]])
+    kept = every != 0
+    torch.testing.assert_close(every[kept], torch.full_like(every[kept], math.tanh(1) / (1 - rate)))
+    assert_drawn(kept.unflatten(-1, (2, -1)), 1 - rate)
+    layer.eval()
+    torch.testing.assert_close(layer(torch.zeros(T, B, 1))[2][1][-1], torch.full((T, B, 80), math.tanh(1)))
+
+
+def test_recurrent_dropout_of_a_nested_lstm() -> None:
+    """Its candidate shows in the inner cell."""
+    layer = probe("NestedLSTM", recurrent_dropout=0.4, return_all_states=True)
+    fill(layer, "bias_ih", HIGH, LOW, 1.0, 0.0)
+    fill(layer, "weight_inner_ih", 0.0, 0.0, torch.eye(40), 0.0)
+    fill(layer, "bias_inner_ih", HIGH, LOW, 0.0, 0.0)
+    _, _, ((_, _, s),) = layer(torch.zeros(25, 30, 1))
+    kept = s != 0
+    torch.testing.assert_close(s[kept], torch.full_like(s[kept], math.tanh(math.tanh(1) / 0.6)))
+    assert_drawn(kept, 0.6)
+
+
+def of_form(x: Tensor, form: str) -> tuple[Tensor | PackedSequence, Tensor]:
+    """[T, B, ..] dense or packed with the longest sequences in the middle; and where it has tokens."""
+    T, B = x.shape[:2]
+    if form == "dense":
+        return x, torch.ones(T, B, dtype=torch.bool)
+    lengths = torch.tensor([2 + (7 * b) % (T - 1) for b in range(B)])
+    return pack_padded_sequence(x, lengths, enforce_sorted=False), torch.arange(T).unsqueeze(1) < lengths
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_variational_dropout_draws_once_for_a_sequence(form: str) -> None:
+    """Of h: h_t = 1 + m h_(t-1) shows m at every step but the first."""
+    T, B, rate = 6, 40, 0.5
+    layer = probe("RNN", nonlinearity="relu", bidirectional=True, variational_dropout=rate)
+    fill(layer, "weight_hh", torch.eye(40))
+    fill(layer, "bias_ih", 1.0)
+    argument, valid = of_form(torch.zeros(T, B, 1), form)
+    y = layer(argument)[0]
+    y = pad_packed_sequence(y)[0] if form == "packed" else y
+    forward, backward = y.unflatten(-1, (2, -1)).unbind(2)
+    for h, steps in ((forward, range(1, T)), (backward, range(T - 2, -1, -1))):
+        step = 1 if h is forward else -1
+        mask = h[1 if step == 1 else 0] - 1  # the second step, where h before was 1
+        if step == -1:
+            last = valid.sum(0) - 1
+            mask = h[last - 1, torch.arange(B)] - 1
+        for t in steps:
+            here = valid[t] & valid[t - step]
+            torch.testing.assert_close(h[t][here], (1 + mask * h[t - step])[here])
+        assert set(mask.unique().tolist()) == {0.0, 2.0}
+        assert_drawn(mask > 0, 1 - rate)
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_variational_dropout_of_the_input(form: str) -> None:
+    """One draw for a sequence, for both directions; another for the next layer."""
+    T, B, rate = 6, 40, 0.25
+    layer = probe(
+        "RNN", inputs=40, nonlinearity="relu", bidirectional=True, variational_dropout=rate, return_all_states=True
+    )
+    fill(layer, "weight_ih", torch.eye(40))
+    argument, valid = of_form(torch.ones(T, B, 40), form)
+    y = layer(argument)[0]
+    y = pad_packed_sequence(y)[0] if form == "packed" else y
+    mask = y[0, :, :40]
+    torch.testing.assert_close(y, mask.repeat(1, 2) * valid.unsqueeze(-1))
+    torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / (1 - rate)))
+    assert_drawn(mask > 0, 1 - rate)
+    layer.eval()
+    torch.testing.assert_close(layer(torch.ones(T, B, 40))[0], torch.ones(T, B, 80))
+
+
+@pytest.mark.parametrize("variant", [variant for variant in FULLEST.values() if variant.random], ids=str)
+def test_masks_follow_the_seed_and_are_drawn_in_training_alone(variant: Variant) -> None:
+    module, x = make(variant, L=2), torch.randn(5, 3, D)
+
+    def output(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return module(x)[0]
+
+    assert torch.equal(output(1), output(1)) and not torch.equal(output(1), output(2))
+    module.eval()
+    before = torch.get_rng_state()
+    assert torch.equal(output(1), output(2)) and torch.equal(module(x)[0], output(1))
+    torch.set_rng_state(before)
+    module(x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- the modules: parameters and errors
+
+
+@pytest.mark.parametrize("value", [1.0, -0.5, 0])
+@pytest.mark.parametrize("module, options", [("LSTM", {}), ("LSTM", {"layer_norm": True}), ("NestedLSTM", {})], ids=str)
+def test_forget_bias(module: str, options: dict, value: float) -> None:
+    """In every layer and direction; all else is drawn as without it. reset_parameters does it again."""
+
+    def made(**more) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        layer = getattr(seqkernels.nn, module)(D, H, num_layers=2, bidirectional=True, **options, **more)
+        layer.reset_parameters()
+        return dict(layer.named_parameters())
+
+    plain = made()
+    for name, p in made(forget_bias=value).items():
+        want = plain[name].detach().clone()
+        if name.startswith(("bias_ih", "bias_hh")):
+            want[H : 2 * H] = value if name.startswith("bias_ih") else 0.0
+        assert torch.equal(p, want), name
+
+
+@variants
+def test_parameters_begin_as_told(variant: Variant) -> None:
+    """Names and shapes; gains are one, the shift of c zero, all else uniform as torch has it."""
+    module, bound = make(variant, L=2, bidirectional=True), 1 / math.sqrt(H)
+    shapes = {}
+    for i, suffix in itertools.product((0, 1), ("", "_reverse")):
+        width = 2 * (P if variant.projected else H) if i else D
+        shapes |= {f"{n}_l{i}{suffix}": s for n, s in variant.weights(width, H, P).items()}
+    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == shapes
+    assert list(module.state_dict()) == list(shapes)
+    for name, p in module.named_parameters():
+        if name.startswith(("gain", "bias_c")):
+            assert (p == (1 if name.startswith("gain") else 0)).all(), name
+        else:
+            assert p.abs().max() <= bound and p.std() > 0.3 * bound, name
+
+
+@pytest.mark.parametrize("form", ["dense", "lengths", "packed", "unbatched"])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_nested", "gru", "gru_projected", "mgu_before", "rnn_tanh"])
+def test_a_learned_initial_state(kind: str, form: str) -> None:
+    """Zero at first; where hx is absent it is every sequence's, and its gradient is the sum of theirs."""
+    variant, L = FULLEST[kind], 2
+    module = make(variant, L=L, bidirectional=True, learn_initial_state=True).eval()
+    names = [f"initial_{s}" for s in variant.states]
+    initial = [getattr(module, name) for name in names]
+    assert set(names) < set(dict(module.named_parameters())) and not any(p.any() for p in initial)
+    drawn = [s.squeeze(1) for s in states_for(variant, 1, L, 2, torch.float32)]
+    with torch.no_grad():
+        for p, s in zip(initial, drawn, strict=True):
+            assert p.shape == s.shape
+            p.copy_(s)
+    x, lengths = torch.randn(5, 3, D), torch.tensor([5, 3, 2])
+    B = 1 if form == "unbatched" else 3
+    argument = {"packed": pack_padded_sequence(x, lengths), "unbatched": x[:, 0]}.get(form, x)
+    keywords = {"lengths": lengths} if form == "lengths" else {}
+    hx = [s.unsqueeze(1).repeat(1, B, 1).requires_grad_() for s in drawn]
+    got = flat(module(argument, **keywords))
+    given = [s.squeeze(1) for s in hx] if form == "unbatched" else hx
+    want = flat(module(argument, as_argument(given), **keywords))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    grads, wanted = torch.autograd.grad(weighted(got), initial), torch.autograd.grad(weighted(want), hx)
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w.sum(1))
+        assert g.abs().max() > 0
+    unused = torch.autograd.grad(weighted(flat(module(argument, as_argument(given)))), initial, allow_unused=True)
+    assert all(g is None for g in unused)
+
+
+EXCLUDED = [
+    ("LSTM", "layer_norm", "peephole", dict(layer_norm=True, peephole=True)),
+    ("LSTM", "layer_norm", "coupled_gates", dict(layer_norm=True, coupled_gates=True)),
+    ("LSTM", "layer_norm", "proj_size", dict(layer_norm=True, proj_size=2)),
+    ("LSTM", "layer_norm", "num_heads", dict(layer_norm=True, num_heads=2)),
+    ("GRU", "layer_norm", "proj_size", dict(layer_norm=True, proj_size=2)),
+    ("GRU", "layer_norm", "num_heads", dict(layer_norm=True, num_heads=2)),
+    ("GRU", "layer_norm", "reset_after", dict(layer_norm=True, reset_after=False)),
+    ("LSTM", "proj_size", "zoneout_h", dict(proj_size=2, zoneout_h=0.1)),
+    ("GRU", "proj_size", "zoneout_h", dict(proj_size=2, zoneout_h=0.1)),
+    ("LSTM", "proj_size", "num_heads", dict(proj_size=2, num_heads=2)),
+    ("GRU", "proj_size", "num_heads", dict(proj_size=2, num_heads=2)),
+    ("GRU", "proj_size", "reset_after", dict(proj_size=2, reset_after=False)),
+    ("LSTM", "forget_bias", "bias", dict(forget_bias=1.0, bias=False)),
+    ("NestedLSTM", "forget_bias", "bias", dict(forget_bias=1.0, bias=False)),
+    ("LSTM", "forget_bias", "coupled_gates", dict(forget_bias=0.0, coupled_gates=True)),
+]
+
+
+@pytest.mark.parametrize("module, one, other, options", EXCLUDED, ids=lambda a: str(a) if isinstance(a, str) else "")
+def test_options_that_exclude_each_other(module: str, one: str, other: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=rf"^{module}: {one} excludes {other}.*, got both"):
+        getattr(seqkernels.nn, module)(D, H, **options)
+
+
+WRONG = [
+    ("LSTM", dict(num_heads=4), ValueError, "num_heads"),
+    ("MGU", dict(num_heads=0), ValueError, "num_heads"),
+    ("GRU", dict(zoneout_h=1.0), ValueError, "zoneout_h"),
+    ("LSTM", dict(zoneout_c=-0.1), ValueError, "zoneout_c"),
+    ("NestedLSTM", dict(recurrent_dropout=1.5), ValueError, "recurrent_dropout"),
+    ("RNN", dict(variational_dropout=math.nan), ValueError, "variational_dropout"),
+    ("LSTM", dict(cell_clip=0.0), ValueError, "cell_clip"),
+    ("GRU", dict(gate_clip=-1.0), ValueError, "gate_clip"),
+    ("RNN", dict(peephole=True), TypeError, "peephole"),
+    ("RNN", dict(recurrent_dropout=0.1), TypeError, "recurrent_dropout"),
+    ("GRU", dict(cell_clip=1.0), TypeError, "cell_clip"),
+    ("GRU", dict(zoneout_c=0.1), TypeError, "zoneout_c"),
+    ("MGU", dict(layer_norm=True), TypeError, "layer_norm"),
+    ("MGU", dict(proj_size=2), (TypeError, ValueError), "proj_size"),
+    ("NestedLSTM", dict(gate_clip=1.0), TypeError, "gate_clip"),
+    ("NestedLSTM", dict(num_heads=2), TypeError, "num_heads"),
+    ("LSTM", dict(reset_after=False), TypeError, "reset_after"),
+    ("LSTM", dict(peephole=1), TypeError, "peephole"),
+]
+
+
+@pytest.mark.parametrize(
+    "module, options, error, named", WRONG, ids=lambda a: str(a) if isinstance(a, (str, dict)) else ""
+)
+def test_wrong_options(module: str, options: dict, error: type, named: str) -> None:
+    with pytest.raises(error, match=named):
+        getattr(seqkernels.nn, module)(D, H, **options)
+
+
+def test_wrong_resets() -> None:
+    module, x = seqkernels.nn.LSTM(D, H), torch.randn(4, 3, D)
+    good = torch.zeros(4, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"reset.*\[4, 3\].*got.*\[3, 4\]"):
+        module(x, reset=good.t())
+    with pytest.raises(TypeError, match=r"reset.*bool"):
+        module(x, reset=good.float())
+    with pytest.raises(TypeError, match=r"reset.*list"):
+        module(x, reset=good.tolist())
+    with pytest.raises(ValueError, match=r"reset.*\[7\].*got.*\[4, 3\]"):
+        module(pack_padded_sequence(x, torch.tensor([4, 2, 1])), reset=good)
+    learned = seqkernels.nn.LSTM(D, H, learn_initial_state=True)
+    with pytest.raises(ValueError, match="reset excludes learn_initial_state"):
+        learned(x, reset=good)
