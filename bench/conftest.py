@@ -153,6 +153,8 @@ class Bench:
             load = meter.others()
         names = [c.name for c in able]
         entries = report.summarise(names, values, _as_bars(bars), refused)
+        for entry, contender in zip(entries, able):
+            entry.work = contender.work
         rounds = len(values[0])
         self.add(Row(group, label, entries, "s", work, work_unit, rounds, load))
 

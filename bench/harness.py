@@ -32,6 +32,7 @@ class Contender:
     `step` is what is timed, and makes `calls` calls; `before` runs ahead of every step, outside the timing.
     `result` makes one step and returns what parity compares.
     A contender that cannot take the row says why in `refused`: it is listed, not timed.
+    `work` is that of one call, where it is not the row's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contender:
     before: Callable[[], None] | None = None
     refused: str = ""
     calls: int = 1
+    work: float = 0.0
 
 
 # --- parity ---

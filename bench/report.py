@@ -56,6 +56,7 @@ class Entry:
     ratio_quartiles: tuple[float, float] = (math.nan, math.nan)
     bar: Bar | None = None
     refused: str = ""
+    work: float = 0.0  # of one call, where it is not the row's
 
     @property
     def verdict(self) -> str:
@@ -156,7 +157,7 @@ def _cells(row: Row, entry: Entry, roofs: dict[str, Roof]) -> list[str]:
     label = row.label if ours else ""
     if entry.refused:
         return [label, entry.name, "refused", *[""] * 7]
-    rate = row.work / entry.median if row.work and row.unit == "s" else math.nan
+    rate = (entry.work or row.work) / entry.median if row.work and row.unit == "s" else math.nan
     roof = roofs.get(row.work_unit)
     verdict = entry.verdict
     if verdict and noisy(row.other_load):

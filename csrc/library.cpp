@@ -38,6 +38,23 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
            list("Tensor", {"dh0", "dc0", "ds0"}, states) + ", Tensor[] dw)")
               .c_str());
   }
+  // One step of a plain cell. x is [B, D] or [D]. What backward was not asked for is undefined; db_hh is db_ih but for
+  // GRU.
+  using seqkernels::CellKind;
+  for (const CellKind kind : {CellKind::kLSTM, CellKind::kGRU, CellKind::kRNNTanh, CellKind::kRNNRelu}) {
+    const std::string name = std::string(seqkernels::shape_of(kind).name) + "_cell";
+    const size_t states = seqkernels::shape_of(kind).states;
+    const std::string inputs =
+        "Tensor x" + list("Tensor?", {"h0", "c0"}, states) + ", Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh";
+    const std::string outputs = "Tensor h" + list("Tensor", {"c"}, states - 1);
+    m.def((name + "(" + inputs + ") -> (" + outputs + ")").c_str());
+    m.def((name + "_forward(" + inputs + ") -> (" + outputs + ", Tensor saved)").c_str());
+    m.def((name + "_backward(Tensor? dh" + list("Tensor?", {"dc"}, states - 1) + ", " + inputs + ", " + outputs +
+           ", Tensor saved, bool need_dx, bool need_states, bool need_dw) -> (Tensor dx, Tensor dh0" +
+           list("Tensor", {"dc0"}, states - 1) + ", Tensor dw_ih, Tensor dw_hh, Tensor db_ih" +
+           (kind == CellKind::kGRU ? ", Tensor db_hh)" : ")"))
+              .c_str());
+  }
 }
 
 namespace {

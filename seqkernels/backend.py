@@ -10,7 +10,6 @@ from torch import Tensor
 
 from seqkernels import _C
 
-RECURRENT_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +44,7 @@ def explain(
     D: int,
     H: int,
     proj_size: int = 0,
+    num_heads: int = 1,
     bidirectional: bool = False,
     lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -53,7 +53,8 @@ def explain(
     """Which kernel serves a layer of a given shape, and how its work is cut among threads.
 
     Args:
-        op: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        op: lstm, lstm_coupled, lstm_norm, lstm_nested, gru, gru_before, gru_norm, gru_projected, mgu, mgu_before,
+            rnn_tanh or rnn_relu; a layer's options choose among those of its family.
         T, B, D, H: steps, sequences, input size, hidden size.
         lengths: [B] real steps of each sequence; all T if absent.
     Returns:
@@ -62,12 +63,15 @@ def explain(
     Raises:
         ValueError: no such op. NotImplementedError: no backend takes such inputs.
     """
-    if op not in RECURRENT_GATES:
-        raise ValueError(f"explain: op must be one of {', '.join(RECURRENT_GATES)}, got {op!r}")
+    from seqkernels.functional._recurrent_ops import KINDS  # which needs this file
+
+    if op not in KINDS:
+        raise ValueError(f"explain: op must be one of {', '.join(KINDS)}, got {op!r}")
     require(op, torch.empty(0, dtype=dtype, device=device))
     tokens = T * B if lengths is None else sum(lengths)
     sizes = {"T": T, "B": B, "N": tokens, "D": D, "H": H, "P": proj_size or H, "directions": 1 + bidirectional}
-    plan = _C.explain_recurrent(gates=RECURRENT_GATES[op], **sizes, float64=dtype == torch.float64)
+    gates = len(KINDS[op].gates)
+    plan = _C.explain_recurrent(gates=gates, **sizes, heads=num_heads, float64=dtype == torch.float64)
     return {
         "op": op,
         "kernel": "cpu",

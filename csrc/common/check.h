@@ -55,6 +55,8 @@ inline const char* dtype_name(ScalarType type) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Bool:
       return "bool";
     default:

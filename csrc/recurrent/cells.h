@@ -139,6 +139,17 @@ SEQKERNELS_INLINE V clip_cell(const Extra<V>& e, V c) {
 }
 
 template <class V>
+SEQKERNELS_INLINE V through_clip(const Extra<V>& e, V unclipped, V d) {  // NaN stays NaN
+  d = unclipped >= e.cell_clip ? V{} : d;
+  return unclipped <= -e.cell_clip ? V{} : d;
+}
+// The c that h was made of, from the c that was kept: the same, unless zoneout may have held it back.
+template <class S, class V>
+SEQKERNELS_INLINE V before_zoneout(const Extra<V>& e, V c, V unclipped) {
+  return e.zoneout_c == V{} ? c : rounded<S>(clip_cell(e, unclipped));
+}
+
+template <class V>
 struct StepGradient {
   V x[4], h[4];   // of the pre-activations, as the two products see them
   V direct;       // of h_prev, not by way of a product
@@ -226,7 +237,7 @@ struct LSTMCellOf : CellBase<S, Extras_> {
     V now = c, unclipped;
     if constexpr (Base::kOptions) {
       unclipped = fma(f.value, c_prev, i.value * candidate(e, g.value));
-      now = rounded<S>(clip_cell(e, unclipped));
+      now = before_zoneout<S>(e, c, unclipped);
       dc_prev = dc * e.zoneout_c;
       dc = dc - dc_prev;
     }
@@ -236,8 +247,7 @@ struct LSTMCellOf : CellBase<S, Extras_> {
     if constexpr (Base::kOptions) {
       dc = fma(d.x[kO], e.peephole[kPeepholes - 1], dc);
       d.peephole[kPeepholes - 1] = d.x[kO] * now;
-      dc = unclipped < e.cell_clip ? dc : V{};
-      dc = unclipped > -e.cell_clip ? dc : V{};
+      dc = through_clip(e, unclipped, dc);
     }
     if constexpr (kCoupled) {
       d.x[0] = dc * (candidate(e, g.value) - c_prev) * i.slope;
@@ -262,7 +272,7 @@ struct LSTMCellOf : CellBase<S, Extras_> {
     if constexpr (Base::kOptions) {
       const V i = reopen<Sigmoid, T>(e, saved[0]).value, g = candidate(e, reopen<Tanh, T>(e, saved[kG]).value);
       const V f = kCoupled ? T(1) - i : reopen<Sigmoid, T>(e, saved[kF]).value;
-      c = rounded<S>(clip_cell(e, fma(f, c_prev, i * g)));
+      c = before_zoneout<S>(e, c, fma(f, c_prev, i * g));
     }
     return reopen<Sigmoid, T>(e, saved[kO]).value * tanh<T>(c);
   }
@@ -566,8 +576,7 @@ struct LSTMNormCell : CellBase<S, WithOptions> {
     const auto i = reopen<Sigmoid, T>(e, saved[0]), f = reopen<Sigmoid, T>(e, saved[1]);
     const auto g = reopen<Tanh, T>(e, saved[2]);
     const V whole = unclipped(saved, e, c_prev);
-    dc = whole < e.cell_clip ? dc : V{};
-    dc = whole > -e.cell_clip ? dc : V{};
+    dc = through_clip(e, whole, dc);
     d[0] = dc * candidate(e, g.value) * i.slope;
     d[1] = dc * c_prev * f.slope;
     d[2] = candidate(e, dc * i.value) * g.slope;

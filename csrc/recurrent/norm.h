@@ -390,7 +390,7 @@ struct NormBackward : Backward<Cell> {
         for (int k = 0; k < Cell::kValues; ++k) saved[k] = load(a.saved + k * all_H + u, valid);
         if constexpr (kNormC) {
           const T mean = get(scalars(a) + 2 * kGroups), inverse = get(scalars(a) + 2 * kGroups + 1);
-          const V c = rounded<S>(clip_cell(e, Cell::unclipped(saved, e, Bw::at(a.c_prev, u, valid))));
+          const V c = before_zoneout<S>(e, load(a.c + u, valid), Cell::unclipped(saved, e, Bw::at(a.c_prev, u, valid)));
           const V normal = first_lanes<T>((c - mean) * inverse, valid), gain = weight(w.gain_c, u, valid);
           const V shown = tanh<T>(fma(gain, normal, weight(w.bias_c, u, valid)));
           const auto o = reopen<Sigmoid, T>(e, saved[3]);
@@ -435,7 +435,8 @@ struct NormBackward : Backward<Cell> {
           V saved[Cell::kValues], d[kGates];
           for (int k = 0; k < Cell::kValues; ++k) saved[k] = load(a.saved + k * all_H + u, valid);
           const V c_prev = Bw::at(a.c_prev, u, valid);
-          const V c = rounded<S>(clip_cell(e, Cell::unclipped(saved, e, c_prev))), normal = (c - mean) * inverse;
+          const V c = before_zoneout<S>(e, load(a.c + u, valid), Cell::unclipped(saved, e, c_prev));
+          const V normal = (c - mean) * inverse;
           V dc = load(desk.dc + i * HV + u);
           if (grad.dcells != nullptr) dc += load(static_cast<const S*>(grad.dcells) + a.cell + u, valid);
           const V kept_c = dc * e.zoneout_c;

@@ -1,5 +1,17 @@
 """Operators as functions."""
 
 from seqkernels.functional.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh
+from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
-__all__ = ["gru", "lstm", "mgu", "nested_lstm", "rnn_relu", "rnn_tanh"]
+__all__ = [
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "mgu",
+    "nested_lstm",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
+]

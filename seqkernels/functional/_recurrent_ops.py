@@ -46,12 +46,12 @@ class Kind:
     name: str
     gates: str  # in the order of its weights
     states: str  # h, c, s
-    tables: Mapping[tuple[bool, ...], Sequence[Weight]]
+    tables: Mapping[tuple[bool, ...], list[Weight]]
     infer: Callable[..., Any]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
-    def weights(self, bias: bool, projected: bool, peephole: bool, heads: bool) -> Sequence[Weight]:
+    def weights(self, bias: bool, projected: bool, peephole: bool, heads: bool) -> list[Weight]:
         """One layer and direction's, in the order of the ops."""
         return self.tables[bias, projected, peephole, heads]
 
@@ -73,7 +73,7 @@ def _kind(name: str, gates: str, states: str, *own: Weight) -> Kind:
 
 def _weights(
     gates: int, own: Sequence[Weight], bias: bool, projected: bool, peephole: bool, heads: bool
-) -> tuple[Weight, ...]:
+) -> list[Weight]:
     rows, H = (gates, "H"), (1, "H")
     fed_back = (1, "P" if projected else "H/heads" if heads else "H")
     every = [
@@ -85,7 +85,7 @@ def _weights(
         (peephole, Weight("weight_ph", ((gates - 1, "H"),))),  # of every gate but g
         *((bias or not w.name.startswith("bias_inner"), w) for w in own),
     ]
-    return tuple(w for present, w in every if present)
+    return [w for present, w in every if present]
 
 
 def _gains(gates: int) -> tuple[Weight, Weight]:

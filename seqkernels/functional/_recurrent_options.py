@@ -100,14 +100,18 @@ class Family:
         kinds = (kind for name, value, kind in self.variants if chosen[name] == value)
         return KINDS[next(kinds, self.kind)]
 
-    def about(self, names: Iterable[str], indent: int) -> str:
-        """The options' part of a docstring."""
-        default = vars(self.plain)
-        texts = (f"{name}={default[name]}: {ABOUT[name]}" for name in names)
-        first, further = " " * indent, " " * (indent + 4)
-        return "\n".join(
-            textwrap.fill(text, 118, initial_indent=first, subsequent_indent=further) for text in texts
-        ).lstrip()
+    def about(self, names: Iterable[str], indent: int = 8) -> str:
+        """The options' part of a docstring, a line for each."""
+        return ("\n" + " " * indent).join(f"{name}={getattr(self.plain, name)}: {ABOUT[name]}" for name in names)
+
+
+def wrapped(doc: str) -> str:
+    """Each line within 120 columns; what does not fit goes on four columns further in."""
+    lines: list[str] = []
+    for line in doc.splitlines():
+        further = " " * (4 + len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(line, 120, subsequent_indent=further) or [""]
+    return "\n".join(lines) + "\n    "
 
 
 def _family(name: str, kind: str, takes: str, *variants: tuple[str, Any, str], **more: Any) -> Family:
@@ -182,7 +186,7 @@ _EXCLUDES = {
 _SAID = {"num_heads": "num_heads > 1", "reset_after": "reset_after=False", "bias": "bias=False"}
 
 
-def check_together(who: str, options: Options, hidden_size: int, *, bias: bool = True, proj_size: int = 0) -> None:
+def check_together(who: str, options: Options, hidden_size: int = 0, *, bias: bool = True, proj_size: int = 0) -> None:
     if not options.asked:
         return
     asked = {*options.asked, *["bias"] * (not bias), *["proj_size"] * (proj_size > 0)}
@@ -203,25 +207,25 @@ def extras_of(
     training: bool,
     x: Tensor,
     weights: Sequence[Tensor],
-    sequences: tuple[int, Tensor | None],
-    bidirectional: bool,
-    reset: Tensor | None,
+    bidirectional: bool = False,
+    reset: Tensor | None = None,
+    packed: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Extras | None]:
-    """One layer's input, which variational dropout masks, and what its op needs beyond a plain layer: masks are drawn
-    here.
+    """One layer's input, which variational dropout masks, and what its op needs beyond a plain layer: here the masks
+    are drawn. `packed` is what `sequences_of` says of a packed input, wanted for variational dropout alone.
     """
     directions, heads = 2 if bidirectional else 1, options.num_heads
     H, P = weights[1].shape[0] // len(kind.gates), weights[1].shape[1] * heads
     drop = options.recurrent_dropout if training else 0.0
     zones = options.zoneout_h, options.zoneout_c
     rates = (*zones, 1 - drop) if training else (0.0, 0.0, 1.0)
-    masks = [mask((*x.shape[:-1], directions * H), rate, x) if 0 < rate < 1 else None for rate in rates]
+    masks = [_mask((*x.shape[:-1], directions * H), rate, x) if 0 < rate < 1 else None for rate in rates]
     variational = None
     if training and options.variational_dropout:
-        keep, (B, of_row) = 1 - options.variational_dropout, sequences
-        of_input = mask((B, x.shape[-1]), keep, x).to(x.dtype) / keep
-        variational = mask((directions, B, P), keep, x).to(x.dtype) / keep
-        x = x * (of_input if of_row is None else of_input.index_select(0, of_row))
+        keep, B = 1 - options.variational_dropout, x.shape[1] if packed is None else packed[0]
+        of_input = _mask((B, x.shape[-1]), keep, x).to(x.dtype) / keep
+        variational = _mask((directions, B, P), keep, x).to(x.dtype) / keep
+        x = x * (of_input if packed is None else of_input.index_select(0, packed[1]))
     limits = (math.inf if limit is None else float(limit) for limit in (options.cell_clip, options.gate_clip))
     values = [*limits, *map(float, zones), float(drop)]
     scalars = values if values != [math.inf, math.inf, 0.0, 0.0, 0.0] else []
@@ -230,7 +234,7 @@ def extras_of(
     return x, extras if needed else None
 
 
-def mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
+def _mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
     """uint8 of the shape, on the device of like: each is 1 with probability p, else 0."""
     return (torch.rand(shape, device=like.device) < p).to(torch.uint8)
 
@@ -243,11 +247,8 @@ def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
     return B
 
 
-def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
-    """B, and of a packed input [N] the sequence, by its place in the batch, that each row belongs to."""
-    B = batch_of(x, batch_sizes) if hx is None else hx[0].shape[1]
-    if batch_sizes is None:
-        return B, None
+def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor) -> tuple[int, Tensor]:
+    """B of a packed input, and [N] the sequence, by its place in the batch, that each row belongs to."""
     first = batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
     of_row = torch.arange(x.shape[0]) - first.repeat_interleave(batch_sizes, output_size=x.shape[0])
-    return B, of_row.to(x.device)
+    return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row.to(x.device)

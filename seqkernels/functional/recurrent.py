@@ -20,6 +20,7 @@ from seqkernels.functional._recurrent_options import (
     extras_of,
     options_of,
     sequences_of,
+    wrapped,
 )
 
 States = tuple[Tensor, ...]
@@ -36,8 +37,8 @@ _DOC = """{title}: over whole sequences, dense, padded or packed; the cost is th
     Args:
         input: [T, B, D], or [B, T, D] with batch_first, or [N, D] with batch_sizes; float32, float64, bfloat16 or
             float16 (half types compute in float32); gradient: yes.
-        weights: for each layer and direction, in this order: weight_ih [{rows}, D], weight_hh [{rows}, P], then bias_ih
-            and bias_hh [{rows}] unless there are no biases{more_weights}. {gates}Gradient: yes.
+        weights: for each layer and direction, in this order: weight_ih [{rows}, D], weight_hh [{rows}, P], then \
+bias_ih and bias_hh [{rows}] unless there are no biases{more_weights}. {gates}Gradient: yes.
         hx: {hx}; zeros if absent. Gradient: yes.
         batch_sizes: [T] int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
         lengths: [B] integers in [0, T], in any order, on any device: the real steps of each row of a padded input. What
@@ -49,8 +50,9 @@ _DOC = """{title}: over whole sequences, dense, padded or packed; the cost is th
     Options:
         {options}
     Returns:
-        output [T, B, directions * P] (or laid out like input), zero beyond each length; and {states}, shaped like hx,
-        at the last step of each sequence (hx where its length is zero); then, with return_all_states, the third.
+        output [T, B, directions * P] (or laid out like input), zero beyond each length;
+        {states}, shaped like hx, at the last step of each sequence (hx where its length is zero);
+        with return_all_states that option's third.
     Raises:
         ValueError: a shape, a length, a number of weights or an option does not fit, or two options exclude each other.
         TypeError: a dtype does not fit, hx or weights are not tensors, or an option is none of these.
@@ -87,6 +89,7 @@ def _function(family: Family, **about: str) -> Callable[..., Any]:
             if name not in takes:
                 raise TypeError(f"{who}() got an unexpected keyword argument {name!r}")
         chosen = options_of(who, family, options) if options else family.plain
+        check_together(who, chosen)
         weights = list(weights)
         directions = 2 if bidirectional else 1
         kind, table = _kind_of(family, chosen, weights, hx, num_layers, directions)
@@ -108,7 +111,7 @@ def _function(family: Family, **about: str) -> Callable[..., Any]:
 
     takes = [name for name in family.takes if name in FUNCTIONAL]
     function.__name__ = function.__qualname__ = family.name
-    function.__doc__ = _DOC.format(name=family.name, options=family.about(takes, 8), **about)
+    function.__doc__ = wrapped(_DOC.format(name=family.name, options=family.about(takes), **about))
     return function
 
 
@@ -204,8 +207,9 @@ def stack(
         y, *states = layer(kind, x, none if hx is None else hx, weights, batch_sizes, lengths, bidirectional)
         return y, tuple(states), ()
     each, directions = len(weights) // num_layers, 2 if bidirectional else 1
-    per_sequence = training and options.variational_dropout
-    sequences = sequences_of(x, hx, batch_sizes) if per_sequence else (0, None)
+    packed = None
+    if batch_sizes is not None and training and options.variational_dropout:
+        packed = sequences_of(x, hx, batch_sizes)
     last: list[Sequence[Tensor]] = []
     every: list[States] = []
     for i in range(num_layers):
@@ -215,7 +219,7 @@ def stack(
         of_layer = weights[i * each : (i + 1) * each]
         extras = None
         if not plain:
-            x, extras = extras_of(kind, options, training, x, of_layer, sequences, bidirectional, reset)
+            x, extras = extras_of(kind, options, training, x, of_layer, bidirectional, reset, packed)
         asked = options.memory_efficient, options.return_all_states
         x, *states = layer(kind, x, states0, of_layer, batch_sizes, lengths, bidirectional, extras, *asked)
         last.append(states[: len(kind.states)])
@@ -249,7 +253,7 @@ def states_of(kind: Kind, hx: Any) -> States | None:
 
 def _kind_of(
     family: Family, options: Options, weights: list[Tensor], hx: Any, num_layers: int, directions: int
-) -> tuple[Kind, Sequence[Weight]]:
+) -> tuple[Kind, list[Weight]]:
     """The kind that the options and the number of weights make, and the weights of a layer and direction."""
     kinds = [(family.kind_of(options, projected), projected) for projected in family.projections]
     if isinstance(hx, Tensor):  # of a GRU: it is not projected
@@ -273,7 +277,7 @@ def _kind_of(
 def _check(
     kind: Kind,
     options: Options,
-    table: Sequence[Weight],
+    table: list[Weight],
     x: Tensor,
     weights: list[Tensor],
     hx: States | None,
@@ -314,7 +318,7 @@ def check_like(who: str, name: str, t: Tensor, x: Tensor) -> None:
 
 
 def _check_weights(
-    kind: Kind, options: Options, table: Sequence[Weight], D: int, weights: list[Tensor], directions: int
+    kind: Kind, options: Options, table: list[Weight], D: int, weights: list[Tensor], directions: int
 ) -> tuple[int, int]:
     """P and H, of which weight_hh tells."""
     w_hh, gates = weights[1], len(kind.gates)
@@ -347,7 +351,8 @@ def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], T: int, B: int) 
     if lengths.shape != (B,):
         raise ValueError(f"{kind.name}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
     lengths = lengths.to("cpu", torch.int64)
-    if B and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    if B and not traced:  # else the op looks at its values
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"{kind.name}: lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")

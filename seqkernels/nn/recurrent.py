@@ -27,7 +27,7 @@ class _Recurrent(RNNBase):
     _name: str  # as torch's messages say it
     _family: families.Family
     _kind: Kind
-    options = families.Options()
+    options: families.Options
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in self._family.takes if name in kwargs}
@@ -102,7 +102,7 @@ class _Recurrent(RNNBase):
     ) -> Any:
         output, states, every = self._run(input, F.states_of(self._kind, hx), lengths, reset)
         last = states if len(states) > 1 else states[0]
-        return (output, last, every) if self.options.return_all_states else (output, last)
+        return (output, last, every) if every else (output, last)
 
     def _run(
         self, input: Tensor | PackedSequence, hx: States | None, lengths: Lengths, reset: Tensor | None
@@ -119,29 +119,26 @@ class _Recurrent(RNNBase):
         batched, batch_first = input.dim() == 3, self.batch_first
         if reset is not None:
             F.check_reset(self._name, reset, input)
-        if hx is not None:
-            if any(s.dim() != input.dim() for s in hx):
-                raise RuntimeError(_wrong_dimensions("batched 3-D" if batched else "unbatched 2-D", hx, input))
-            if not batched:
-                hx = tuple(s.unsqueeze(1) for s in hx)
+        if hx is not None and any(s.dim() != input.dim() for s in hx):
+            raise RuntimeError(_wrong_dimensions("batched 3-D" if batched else "unbatched 2-D", hx, input))
         if not batched:
             if lengths is not None:
                 raise ValueError(f"{self._name}: lengths must be absent where input is one sequence, got {lengths}")
-            input = input.unsqueeze(0 if batch_first else 1)
-            reset = None if reset is None else reset.unsqueeze(0 if batch_first else 1)
+            of_batch = 0 if batch_first else 1
+            input = input.unsqueeze(of_batch)
+            hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
+            reset = None if reset is None else reset.unsqueeze(of_batch)
         self._check(input, hx, None)
         if batch_first:
             input = input.transpose(0, 1)
             reset = None if reset is None else reset.transpose(0, 1)
         output, states, every = self._stack(input, hx, None, lengths, reset)
-
-        def like_input(t: Tensor) -> Tensor:
-            t = t.transpose(0, 1) if batch_first else t
-            return t if batched else t.squeeze(0 if batch_first else 1)
-
+        if batch_first:
+            output, every = output.transpose(0, 1), _each(every, lambda s: s.transpose(0, 1))
         if not batched:
+            output, every = output.squeeze(of_batch), _each(every, lambda s: s.squeeze(of_batch))
             states = tuple(s.squeeze(1) for s in states)
-        return like_input(output), states, every and _each(like_input, every)
+        return output, states, every
 
     def _run_packed(
         self, packed: PackedSequence, hx: States | None, reset: Tensor | None
@@ -159,7 +156,7 @@ class _Recurrent(RNNBase):
         def like_input(t: Tensor) -> PackedSequence:
             return PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices)
 
-        return like_input(output), states, every and _each(like_input, every)
+        return like_input(output), states, _each(every, like_input)
 
     def _stack(
         self,
@@ -169,22 +166,22 @@ class _Recurrent(RNNBase):
         lengths: Lengths,
         reset: Tensor | None,
     ) -> tuple[Tensor, States, tuple[States, ...]]:
-        backend.require(self._kind.name, x)
-        parameters = self._parameters
+        kind, options, parameters = self._kind, self.options, self._parameters
+        backend.require(kind.name, x)
         weights = []
         for name in self._flat_weights_names:
             weight = parameters.get(name)  # absent where a parametrization, pruning or the like computes it
             weights.append(getattr(self, name) if weight is None else weight)
-        if self.options.learn_initial_state:
+        if options.learn_initial_state:
             if reset is not None:
                 raise ValueError(f"{self._name}: reset excludes learn_initial_state, got both")
             if hx is None:
                 B = families.batch_of(x, batch_sizes)
-                initial = (getattr(self, f"initial_{state}") for state in self._kind.states)
-                hx = tuple(state.unsqueeze(1).expand(-1, B, -1) for state in initial)
-        dropout = self.dropout if self.training else 0.0
-        layers = self.num_layers, self.bidirectional, dropout, self.options, self.training
-        return F.stack(self._kind, x, weights, hx, batch_sizes, lengths, *layers, reset)
+                hx = tuple(getattr(self, f"initial_{s}").unsqueeze(1).expand(-1, B, -1) for s in kind.states)
+        training = self.training
+        dropout = self.dropout if training else 0.0
+        L, bidirectional = self.num_layers, self.bidirectional
+        return F.stack(kind, x, weights, hx, batch_sizes, lengths, L, bidirectional, dropout, options, training, reset)
 
     # ---- torch's own checks, whose messages its users know
 
@@ -218,12 +215,13 @@ def _wrong_dimensions(form: str, hx: States, input: Tensor) -> str:
     return f"For {form} input, {names} should also be {wanted} ({', '.join(f'{s.dim()}-D' for s in hx)}) tensors"
 
 
-def _each(function: Callable[[Tensor], Any], every: tuple[States, ...]) -> tuple[tuple[Any, ...], ...]:
+def _each(every: tuple[States, ...], function: Callable[[Tensor], Any]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(function(state) for state in of_layer) for of_layer in every)
 
 
 for _option in dataclasses.fields(families.Options):
-    setattr(_Recurrent, _option.name, property(operator.attrgetter(f"options.{_option.name}")))
+    if _option.init:  # module.peephole and so on
+        setattr(_Recurrent, _option.name, property(operator.attrgetter(f"options.{_option.name}")))
 
 
 class LSTM(_Recurrent):
@@ -366,4 +364,4 @@ for _module, _of in (
     (RNN, families.RNN_TANH),
 ):
     if _module.__doc__:  # absent under python -OO
-        _module.__doc__ = _module.__doc__.format(options=_of.about(_of.takes, 8))
+        _module.__doc__ = families.wrapped(_module.__doc__.format(options=_of.about(_of.takes)))

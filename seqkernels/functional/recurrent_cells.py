@@ -1,0 +1,330 @@
+"""Recurrent cells: one step of a layer, as functions.
+
+A step at B = 1 computes for a microsecond: what surrounds the computation is what counts. In eager mode a plain cell
+has ops of its own, `<kind>_cell`, `<kind>_cell_forward` and `<kind>_cell_backward`, and what is wrong with the
+arguments is looked for once they have refused. Where torch traces, transforms or differentiates forward, and where a
+cell has options, a step is a layer with T = 1; the bits are the same.
+
+Dimensions: B sequences, D input, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from seqkernels import _C, backend
+from seqkernels.functional import _recurrent_options as families
+from seqkernels.functional import recurrent as F
+from seqkernels.functional._recurrent_ops import KINDS, Call, Kind, layer
+from seqkernels.functional._recurrent_options import Options, extras_of
+
+States = tuple[Tensor | None, ...]
+Weights = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A plain cell: its kind, its op, and the same with its gradient recorded."""
+
+    kind: Kind
+    infer: Callable[..., Any]
+    record: Callable[..., Any]
+
+
+# ---- public functions
+
+_DOC = """{title}: one step.
+
+    Dimensions: B sequences, D input, H hidden.
+
+    Args:
+        input: [B, D] or [D]; float32, float64, bfloat16 or float16 (half types compute in float32); gradient: yes.
+        hx: {hx}, of input's leading dimension and dtype; None: zeros. Gradient: yes.
+        w_ih: [{rows}, D]. w_hh: [{rows}, H]. {gates}Gradient: yes.
+        b_ih, b_hh: [{rows}], both or neither. Gradient: yes.
+    Returns:
+        {returns}, of input's leading dimension and dtype.
+    Raises:
+        ValueError, RuntimeError: a shape does not fit; as torch.nn.{torch} where that would.
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        NotImplementedError: no backend takes these inputs; the message lists why.
+    Equivalent to: torch.{name}; a layer with T = 1, of the same bits.
+    Deterministic: yes. What a sequence gives does not depend on its batch, nor on the number of threads.
+    Source: {source}
+    """
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    states0 = (None, None) if hx is None else pair("lstm_cell", hx)
+    result: tuple[Tensor, Tensor] = step("lstm_cell", LSTM, input, states0, (w_ih, w_hh, b_ih, b_hh))
+    return result
+
+
+def _one_state_function(name: str, cell: Cell) -> Callable[..., Tensor]:
+    def function(
+        input: Tensor,
+        hx: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        result: Tensor = step(name, cell, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+        return result
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def pair(who: str, hx: Any) -> tuple[Tensor, ...]:
+    """An LSTM's hx as the user gave it; what it holds is checked later."""
+    if type(hx) is tuple and len(hx) == 2:
+        return hx
+    if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+        raise TypeError(f"{who}: hx must be {_WANTED[2]}, got {F.describe(hx)}")
+    return tuple(hx)
+
+
+# ---- one step
+
+
+def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights) -> Any:
+    """The new states of a plain cell; a tuple if they are two."""
+    if torch.compiler.is_compiling() or _transforms() or forward_ad._current_level >= 0:
+        return as_layer(who, cell.kind, input, states0, weights)
+    try:
+        if _any_autocast() and torch.is_autocast_enabled(input.device.type):
+            input, states0, weights = _autocast(input, states0, weights)
+        if torch.is_grad_enabled():
+            for t in (*weights, input, *states0):
+                if t is not None and t.requires_grad:
+                    return cell.record(input, *states0, *weights)
+        return cell.infer(input, *states0, *weights)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        check(who, cell.kind, input, states0, weights)
+        raise
+
+
+_transforms, _any_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+
+
+def as_layer(
+    who: str,
+    kind: Kind,
+    input: Tensor,
+    states0: States,
+    weights: Weights,
+    options: Options = families.LSTM.plain,
+    training: bool = False,
+) -> Any:
+    """`step`, by the layer's ops, and with the options of a layer."""
+    check(who, kind, input, states0, weights, options)
+    if torch.is_autocast_enabled(input.device.type):
+        input, states0, weights = _autocast(input, states0, weights)
+    x, before = _lift(input, input.dim()), [_lift(s, input.dim()) for s in states0]
+    given, extras = [w for w in weights if w is not None], None
+    if not options.plain:
+        x, extras = extras_of(kind, options, training, x, given)
+    states = layer(kind, x, before, given, None, None, False, extras)[1:]
+    return _lower(states[0], input.dim()) if len(states) == 1 else tuple(_lower(s, input.dim()) for s in states)
+
+
+def _autocast(input: Tensor, states0: States, weights: Weights) -> tuple[Tensor, States, Weights]:
+    dtype = torch.get_autocast_dtype(input.device.type)
+
+    def cast(t: Tensor | None) -> Any:
+        return None if t is None else F._autocast(t, dtype)
+
+    return cast(input), tuple(map(cast, states0)), tuple(map(cast, weights))
+
+
+def _lift(t: Any, dimensions: int) -> Any:
+    """[1, B, ..], as a layer has it, from [B, ..] or [..]."""
+    return None if t is None else t.unsqueeze(0) if dimensions == 2 else t.view(1, 1, -1)
+
+
+def _lower(t: Any, dimensions: int) -> Any:
+    return None if t is None else t.squeeze(0) if dimensions == 2 else t.view(-1)
+
+
+def check(
+    who: str,
+    kind: Kind,
+    input: Tensor,
+    states0: States,
+    weights: Weights,
+    options: Options = families.LSTM.plain,
+) -> None:
+    """Raises what the user should read: torch's words where torch has any."""
+    backend.require(who, input)
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    given = [s for s in states0 if s is not None]
+    for i, state in enumerate(given):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{who}: hx must be {_WANTED[len(states0)]}, got {F.describe(state)}")
+        if state.dim() not in (1, 2):
+            which = f"hx[{i}]" if len(states0) > 1 else "hidden"
+            raise ValueError(f"{who}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+    present = [w for w in weights if w is not None]
+    for w in present:
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{who}: weights must be tensors, got {F.describe(w)}")
+    tables = [kind.weights(bias, False, options.peephole, options.num_heads > 1) for bias in (False, True)]
+    table = next((table for table in tables if len(table) == len(present)), None)
+    if table is None or any(w is None for w in weights[:2]):
+        raise ValueError(f"{who}: weights must be w_ih, w_hh[, b_ih, b_hh], got None for some of them")
+    w_ih, w_hh = present[:2]
+    if w_ih.dim() == 2 and input.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {w_ih.shape[1]}")
+    H = w_hh.shape[0] // len(kind.gates) if w_hh.dim() == 2 else 0
+    for i, state in enumerate(given):
+        if state.dim() != input.dim():
+            form = "batched 2-D" if input.dim() == 2 else "unbatched 1-D"
+            raise RuntimeError(f"For {form} input, hx should also be {input.dim()}-D but got {state.dim()}-D tensor")
+        if input.dim() == 2 and state.shape[0] != input.shape[0]:
+            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}")
+        if H and state.shape[-1] != H:
+            raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}")
+    before = tuple(_lift(s, input.dim()) for s in given)
+    F._check(kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
+
+
+_WANTED = {1: "a tensor h0", 2: "a pair of tensors (h0, c0)"}
+
+
+# ---- the plain cells' ops and their gradients
+
+
+def _cell(name: str) -> Cell:
+    kind, ops = KINDS[name], torch.ops.seqkernels
+    # .default: half the cost of a call
+    infer, forward, backward = (getattr(ops, f"{name}_cell{end}").default for end in ("", "_forward", "_backward"))
+    _register_fakes(kind)
+    return Cell(kind, infer, _recorded(kind, forward, backward))
+
+
+def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[..., Any]) -> Callable[..., Any]:
+    states, weights_from = len(kind.states), 1 + len(kind.states)
+    one_bias = _one_bias_gradient(kind)
+
+    class Step(torch.autograd.Function):
+        """A step in eager mode."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor | None) -> Any:
+            outputs = forward_op(*inputs)
+            ctx.save_for_backward(*inputs, *outputs)
+            ctx.set_materialize_grads(False)
+            return outputs[0] if states == 1 else outputs[:states]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
+            if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any
+                return _by_definition(kind, tensors[: weights_from + 4], grads, needs)
+            found = backward_op(*grads, *tensors, needs[0], True in needs[1:weights_from], True in needs[weights_from:])
+            return (*found, found[-1]) if one_bias else found
+
+    # Not Step.apply, which first looks for wrappers that torch.func left behind: that costs as much as the rest of it.
+    apply: Callable[..., Any] = super(torch.autograd.Function, Step).apply
+    return apply
+
+
+def _one_bias_gradient(kind: Kind) -> bool:
+    """Both biases are added to the same, but for GRU's candidate."""
+    return kind.name != "gru"
+
+
+def _by_definition(
+    kind: Kind, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of inputs, themselves differentiable."""
+    x, states, weights = inputs[0], len(kind.states), inputs[1 + len(kind.states) :]
+    assert x is not None
+    n = x.dim()
+    given = [w for w in weights if w is not None]
+    call = Call(_lift(x, n), [_lift(s, n) for s in inputs[1 : 1 + states]], given, None, None, False, None, False)
+    upstream = None, *(_lift(g, n) for g in grads), *[None] * (states - 1)
+    found = call.backward_by_definition(kind, upstream, needs[: 1 + states + len(given)])
+    of_weights = found[1 + states :]
+    return *(_lower(g, n) for g in found[: 1 + states]), *of_weights, *[None] * (len(weights) - len(given))
+
+
+def _register_fakes(kind: Kind) -> None:
+    """For fake tensors in eager mode; a compiler meets the layer's ops, which have autograd and vmap rules too."""
+    name, states = f"seqkernels::{kind.name}_cell", len(kind.states)
+
+    def infer(x: Tensor, *rest: Tensor | None) -> Any:
+        w_hh = rest[states + 1]
+        assert w_hh is not None
+        for t in rest:
+            if t is not None and t.device != x.device:
+                raise ValueError(f"{kind.name}_cell: all tensors must be on one device, got {x.device}, {t.device}")
+        outputs = tuple(x.new_empty(*x.shape[:-1], w_hh.shape[1]) for _ in range(states))
+        return outputs if states > 1 else outputs[0]
+
+    def forward(x: Tensor, *rest: Tensor | None) -> Any:
+        w_hh = rest[states + 1]
+        assert w_hh is not None
+        width = _C.recurrent_saved(kind.name, w_hh.shape[1], False)
+        outputs = infer(x, *rest)
+        saved = x.new_empty(x.shape[0] if x.dim() == 2 else 1, width)
+        return *(outputs if states > 1 else (outputs,)), saved
+
+    def backward(*args: Any) -> Any:
+        x, *states0 = args[states : 1 + 2 * states]
+        weights, (need_dx, need_states, need_dw) = args[1 + 2 * states : 5 + 2 * states], args[-3:]
+        weights = weights[:3] if _one_bias_gradient(kind) else weights
+        wanted = (need_dx and x, *(need_states and s for s in states0), *(need_dw and w for w in weights))
+        return tuple(x.new_empty(t.shape) if isinstance(t, Tensor) else None for t in wanted)
+
+    torch.library.register_fake(name)(infer)
+    torch.library.register_fake(name + "_forward")(forward)
+    torch.library.register_fake(name + "_backward")(backward)
+
+
+LSTM, GRU, RNN_TANH, RNN_RELU = (_cell(name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+gru_cell = _one_state_function("gru_cell", GRU)
+rnn_tanh_cell = _one_state_function("rnn_tanh_cell", RNN_TANH)
+rnn_relu_cell = _one_state_function("rnn_relu_cell", RNN_RELU)
+
+lstm_cell.__doc__ = _DOC.format(
+    title="Long short-term memory",
+    name="lstm_cell",
+    torch="LSTMCell",
+    rows="4H",
+    gates="Gates are i, f, g, o. ",
+    hx="(h, c), each [B, H] or [H]",
+    returns="the new (h, c)",
+    source='Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers, Schmidhuber and Cummins, 2000.',
+)
+for _function, _title, _torch, _rows, _gates, _source in (
+    (gru_cell, "Gated recurrent unit", "GRUCell", "3H", "Gates are r, z, n. ", "Cho et al., arXiv 1406.1078."),
+    (rnn_tanh_cell, "Elman network, tanh", "RNNCell", "H", "", 'Elman, "Finding Structure in Time", 1990.'),
+    (rnn_relu_cell, "Elman network, relu", "RNNCell", "H", "", "Le, Jaitly and Hinton, arXiv 1504.00941."),
+):
+    _function.__doc__ = _DOC.format(
+        title=_title,
+        name=_function.__name__,
+        torch=_torch,
+        rows=_rows,
+        gates=_gates,
+        hx="h, [B, H] or [H]",
+        returns="the new h",
+        source=_source,
+    )
