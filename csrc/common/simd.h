@@ -145,11 +145,13 @@ SEQKERNELS_INLINE Native<float> load(const BFloat16* p) {
   const Half16 h = *reinterpret_cast<const Half16Unaligned*>(p);
   return (Native<float>)(__builtin_convertvector(h, Bits32) << 16);
 }
-SEQKERNELS_INLINE void store(BFloat16* p, Native<float> v) {  // to nearest, ties to even; NaN stays NaN
+// The upper half of the result is v as bfloat16: to nearest, ties to even; NaN stays NaN.
+SEQKERNELS_INLINE Bits32 bfloat16_bits(Native<float> v) {
   const Bits32 bits = (Bits32)v;
-  const Bits32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Bits32 result = v == v ? rounded : (bits >> 16 | 0x40);
-  *reinterpret_cast<Half16Unaligned*>(p) = __builtin_convertvector(result, Half16);
+  return v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+}
+SEQKERNELS_INLINE void store(BFloat16* p, Native<float> v) {
+  *reinterpret_cast<Half16Unaligned*>(p) = __builtin_convertvector(bfloat16_bits(v) >> 16, Half16);
 }
 SEQKERNELS_INLINE Native<float> load(const Half* p) {
 #if defined(__AVX512F__)
@@ -202,13 +204,23 @@ SEQKERNELS_INLINE void store(S* p, Native<Compute<S>> v, int64_t n) {
 // What remains of v once stored as S: the value that the next step and the backward pass will see.
 template <class S>
 SEQKERNELS_INLINE Native<Compute<S>> rounded(Native<Compute<S>> v) {
-  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-    return v;
-  } else {
-    S lanes[kLanes<float>];
-    store(lanes, v);
-    return load(lanes);
-  }
+  return v;
+}
+template <>
+SEQKERNELS_INLINE Native<float> rounded<BFloat16>(Native<float> v) {
+  return (Native<float>)(bfloat16_bits(v) & 0xffff0000);
+}
+template <>
+SEQKERNELS_INLINE Native<float> rounded<Half>(Native<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  Half lanes[kLanes<float>];
+  store(lanes, v);
+  return load(lanes);
+#endif
 }
 
 // Converts n elements.
