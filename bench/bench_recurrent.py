@@ -506,7 +506,7 @@ VARIANTS = [
 ]
 RESET_EVERY = 20  # steps between restarts, on average
 
-NORMALISED_SHAPE = Shape(32, 16, 128, 128)  # the compiler unrolls time: minutes at 50 steps
+NORMALISED = [Shape(32, 1, 128, 128), Shape(32, 16, 128, 128)]  # the compiler unrolls time: minutes at 50 steps
 NORMALISED_BAR = 5.0
 NORMALISED_TOLERANCE = 2e-4  # of small cells the norm enlarges rounding: float32 is 7e-5 from float64 in any code
 TOLERANCE = 2e-5
@@ -669,9 +669,9 @@ def test_variant_dense_training(bench: Any, variant: Variant, bar: float) -> Non
 
 
 @pytest.mark.slow
-def test_layer_normalised_training(bench: Any) -> None:
+@pytest.mark.parametrize("shape", NORMALISED, ids=shape_id)
+def test_layer_normalised_training(bench: Any, shape: Shape) -> None:
     """Compiling the loop takes a minute or more, outside the timing."""
-    shape = NORMALISED_SHAPE
     ours, batch = our_layer(shape, "LSTM", layer_norm=True), Batch(shape, [shape.T] * shape.B)
     theirs = NormalisedLSTM(dict(ours.named_parameters()))
     contenders = [

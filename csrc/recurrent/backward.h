@@ -128,8 +128,9 @@ struct Backward : Layer<Cell> {
       const Range mine = share(operand.panels(), all, begin, end);
       operand.pack_panels(mine.begin, mine.end, packed);
     };
+    const bool returns = walk.T > 1 || grad.dh0 != nullptr;  // something to an h before it
     for (int64_t strand = 0; strand < strands; ++strand) {
-      for (int64_t segment = 0; segment < segments(); ++segment) {
+      for (int64_t segment = 0; returns && segment < segments(); ++segment) {
         pack(hh(strand, segment), packed_hh_of(strand, segment));
       }
       for (int f = 0; f < Second::kFactors; ++f) pack(second(strand, f), packed_second_of(strand, f));

@@ -103,12 +103,12 @@ def pair(who: str, hx: Any) -> tuple[Tensor, ...]:
 
 def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights) -> Any:
     """The new states of a plain cell; a tuple if they are two."""
-    if torch.compiler.is_compiling() or _transforms() or forward_ad._current_level >= 0:
+    if _compiling() or _transforms() or forward_ad._current_level >= 0:
         return as_layer(who, cell.kind, input, states0, weights)
     try:
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, states0, weights = _autocast(input, states0, weights)
-        if torch.is_grad_enabled():
+        if _recording():
             for t in (*weights, input, *states0):
                 if t is not None and t.requires_grad:
                     return cell.record(input, *states0, *weights)
@@ -118,6 +118,7 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights)
         raise
 
 
+_compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled  # looking a name up takes time too
 _transforms, _any_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 
 

@@ -21,7 +21,6 @@ class _Cell(RNNCellBase):
 
     _name: str  # as torch's messages say it
     _family: families.Family
-    _cell: F.Cell  # without options
     options: families.Options
 
     def __init__(
@@ -66,7 +65,8 @@ class _Cell(RNNCellBase):
         given = ((name, getattr(self.options, name)) for name in _takes(self._family))
         return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
 
-    def _run(self, input: Tensor, states0: F.States) -> Any:
+    def _run(self, cell: F.Cell, input: Tensor, states0: F.States) -> Any:
+        """One step; `cell` is what it takes without options."""
         if self._plain:
             parameters = self._parameters
             try:
@@ -78,7 +78,7 @@ class _Cell(RNNCellBase):
                 )
             except KeyError:  # a parametrization, pruning or the like computes one of them
                 weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-            return F.step(self._name, self._cell, input, states0, weights)
+            return F.step(self._name, cell, input, states0, weights)
         weights = [getattr(self, weight.name) for weight in self._table()]
         return F.as_layer(self._name, self._kind, input, states0, weights, self.options, self.training)
 
@@ -105,7 +105,7 @@ class LSTMCell(_Cell):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
     """
 
-    _name, _family, _cell = "LSTMCell", families.LSTM, F.LSTM
+    _name, _family = "LSTMCell", families.LSTM
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self._run(input, (None, None) if hx is None else F.pair(self._name, hx))
+        result: tuple[Tensor, Tensor] = self._run(F.LSTM, input, (None, None) if hx is None else F.pair(self._name, hx))
         return result
 
 
@@ -136,7 +136,7 @@ class GRUCell(_Cell):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
     """
 
-    _name, _family, _cell = "GRUCell", families.GRU, F.GRU
+    _name, _family = "GRUCell", families.GRU
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        result: Tensor = self._run(input, (hx,))
+        result: Tensor = self._run(F.GRU, input, (hx,))
         return result
 
 
@@ -183,22 +183,18 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        result: Tensor = self._run(input, (hx,))
+        if self.nonlinearity == "tanh":
+            cell = F.RNN_TANH
+        elif self.nonlinearity == "relu":
+            cell = F.RNN_RELU
+        else:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        result: Tensor = self._run(cell, input, (hx,))
         return result
 
     @property
     def _family(self) -> families.Family:  # type: ignore[override]
         return families.RNN_RELU if self.nonlinearity == "relu" else families.RNN_TANH
-
-    @property
-    def _cell(self) -> F.Cell:  # type: ignore[override]
-        cell = _RNN.get(self.nonlinearity)
-        if cell is None:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return cell
-
-
-_RNN = {"tanh": F.RNN_TANH, "relu": F.RNN_RELU}
 
 
 for _module, _of in ((LSTMCell, families.LSTM), (GRUCell, families.GRU), (RNNCell, families.RNN_TANH)):
