@@ -6,6 +6,7 @@ A found example becomes a row of `cases.CASES` or of the tables in test_recurren
 from __future__ import annotations
 
 import pytest
+import test_recurrent_variants as variants
 import torch
 from cases import DTYPES, Case, assert_near, defined, make_inputs, module_of, run
 from hypothesis import HealthCheck, given, settings
@@ -247,3 +248,54 @@ def test_module_survives_nonsense(case: Case, x, hx, lengths) -> None:
     tried(module, EXCEPTIONS, right, hx)
     tried(module, EXCEPTIONS, right, None, lengths=lengths)
     tried(module, allowed, x, hx, lengths=lengths)
+
+
+# ---- variants
+
+
+@st.composite
+def drawn_variant_cases(draw: st.DrawFn) -> variants.Case:
+    """Float64 of a few tokens; a norm over very few units is ill-conditioned, so sizes start at 16."""
+    form = draw(st.sampled_from(["dense", "lengths", "packed"]))
+    B, T = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    lengths = None
+    if form == "packed":
+        lengths = (T, *sorted(draw(st.lists(st.integers(1, T), min_size=B - 1, max_size=B - 1)), reverse=True))
+    elif form == "lengths":
+        lengths = tuple(draw(st.lists(st.integers(0, T), min_size=B, max_size=B)))
+    H = 6 * draw(st.one_of(st.integers(3, 12), st.sampled_from([16, 22, 33])))
+    return variants.Case(
+        B=B,
+        T=T,
+        D=draw(st.integers(16, 40)),
+        H=H,
+        P=draw(st.integers(1, H)),
+        lengths=lengths,
+        packed=form == "packed",
+        bidirectional=draw(st.booleans()),
+        drawn=draw(st.booleans()),
+        reset=draw(st.booleans()),
+        state=draw(st.booleans()),
+        why="drawn",
+    )
+
+
+@bounded
+@given(
+    variant=st.sampled_from(variants.VARIANTS),
+    case=drawn_variant_cases(),
+    threads=st.integers(1, 3),
+    recompute=st.booleans(),
+)
+def test_drawn_variants_equal_the_definition(
+    variant: variants.Variant, case: variants.Case, threads: int, recompute: bool, isa: str
+) -> None:
+    call = variants.make_call.__wrapped__(variant, case, torch.float64)
+    want = variants.run(call, variants.by_definition)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = variants.run(call, lambda c: variants.by_op(c, recompute))
+    finally:
+        torch.set_num_threads(before)
+    assert_near(got, want, torch.float64)

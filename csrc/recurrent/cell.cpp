@@ -106,7 +106,7 @@ struct Step {
     const int64_t dim = x.dim();
     batched = dim == 2;
     if (dim != 1 && dim != 2) fail(kind, suffix, ": x must have shape [B, D] or [D], got ", show(shape_of(x)));
-    args.dtype = dtype_of(kind, "x", x);
+    args.dtype = dtype_of(std::string(kind) + suffix, "x", x);
     if (!x.is_cpu()) check_cpu(std::string(kind) + suffix, "x", x);
     if (w_hh.dim() != 2 || w_hh.size(1) < 1) {
       fail(kind, suffix, ": weight_hh must have shape [", cell.gates, "H, H], got ", show(shape_of(w_hh)));

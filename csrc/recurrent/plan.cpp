@@ -29,11 +29,7 @@ Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
   const double weights = double(gates) * H * P * element;
   const bool rows_suffice = rows >= each * kTileRows || (rows >= each && weights <= kWeightsPerCore / 2);
   const bool units_suffice = H >= each * 32 && (step / each >= kWorthABarrier);
-  // One step meets no barrier and packs each weight once: every thread its own.
-  const bool one_step = walk.T == 1 && H >= each * 32;
-  if (one_step) {
-    plan.unit_groups = each;
-  } else if (rows_suffice && (weights <= kWeightsPerCore || !units_suffice)) {
+  if (rows_suffice && (weights <= kWeightsPerCore || !units_suffice)) {
     plan.row_groups = std::min(each, std::max<int64_t>(walk.B, 1));
   } else if (units_suffice) {
     plan.unit_groups = each;
