@@ -359,6 +359,9 @@ def _register(kind: Kind) -> None:
         if x.dim() != (3 if batch_sizes is None else 2) or len(weights) < 2 or any(w.dim() != 2 for w in weights[:2]):
             raise ValueError(f"{kind.name}: x or weights must have other dimensions, got {list(x.shape)}")
         given = [s for s in args[:states] if s is not None]
+        for t in (*given, *([] if variational is None else [variational])):
+            if t.dim() != 3:
+                raise ValueError(f"{kind.name}: a state or its mask must have 3 dimensions, got {list(t.shape)}")
         for t in (*given, *weights):
             if t.device != x.device:
                 raise ValueError(
@@ -378,13 +381,14 @@ def _register(kind: Kind) -> None:
     def fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         weights, _, _, bidirectional, *last = args[states:]
         extras, recompute = Extras(*last[: len(NO_EXTRAS)]), len(last) > len(NO_EXTRAS) and last[-1]
+        outputs = fake_infer(x, *args[: states + 4], *extras)
         directions, H = 2 if bidirectional else 1, _hidden(weights)
         varied = any(t is not None for t in extras[2:-1]) or len(extras.numbers) > 0 or extras.peephole
         width = 0 if recompute else _C.recurrent_saved(kind.name, H, varied)
         rows = math.prod(x.shape[:-1])
         saved = x.new_empty(directions, rows, width)
         every = (x.new_empty(*x.shape[:-1], directions * H) for _ in kind.states[1:])
-        return *fake_infer(x, *args[: states + 4], *extras), saved, *every
+        return *outputs, saved, *every
 
     def _hidden(weights: Sequence[Tensor]) -> int:
         return weights[1].shape[0] // len(kind.gates)
