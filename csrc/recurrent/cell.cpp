@@ -13,9 +13,8 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/isa.h"
 #include "common/parallel.h"
-#include "recurrent/recurrent.h"
+#include "recurrent/ops.h"
 
 namespace seqkernels {
 
@@ -23,20 +22,7 @@ namespace {
 
 using Maybe = const std::optional<Tensor>&;
 
-RecurrentKernels plain_kernels(CellKind kind) {
-  switch (current_isa()) {
-#ifdef SEQKERNELS_HAVE_AVX512
-    case Isa::kAvx512:
-      return avx512::recurrent_kernels(kind, false);
-#endif
-#ifdef SEQKERNELS_HAVE_AVX2
-    case Isa::kAvx2:
-      return avx2::recurrent_kernels(kind, false);
-#endif
-    default:
-      return portable::recurrent_kernels(kind, false);
-  }
-}
+constexpr bool kPlain = false;  // without options
 
 // A new tensor [rows, columns], or [columns] where rows is below 0. Half the time of new_empty, which looks its op up
 // by name.
@@ -158,9 +144,6 @@ struct Step {
   int64_t rows() const { return batched ? B : -1; }
 };
 
-template <class T, size_t>
-using Repeat = T;
-
 template <CellKind kKind, class States>
 struct CellOps;
 
@@ -177,7 +160,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     States states{Repeat<Tensor, I>(make(step.dtype, step.rows(), step.H))...};
     args.y = std::get<0>(states).mutable_data_ptr();
     if constexpr (kStates > 1) args.cells = std::get<1>(states).mutable_data_ptr();
-    plain_kernels(kKind).forward(args);
+    kernels(kKind, kPlain).forward(args);
     return states;
   }
 
@@ -189,7 +172,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     args.y = std::get<0>(kept).mutable_data_ptr();
     if constexpr (kStates > 1) args.cells = std::get<1>(kept).mutable_data_ptr();
     args.saved = std::get<kStates>(kept).mutable_data_ptr();
-    plain_kernels(kKind).forward(args);
+    kernels(kKind, kPlain).forward(args);
     return kept;
   }
 
@@ -225,10 +208,10 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     Tensor db_ih = give(need_dw && b_ih, -1, G, dw.b_ih);
     if constexpr (kKind == CellKind::kGRU) {
       Tensor db_hh = give(need_dw && b_hh, -1, G, dw.b_hh);
-      plain_kernels(kKind).backward(args);
+      kernels(kKind, kPlain).backward(args);
       return std::make_tuple(dx, ds[I]..., dw_ih, dw_hh, db_ih, db_hh);
     } else {
-      plain_kernels(kKind).backward(args);
+      kernels(kKind, kPlain).backward(args);
       return std::make_tuple(dx, ds[I]..., dw_ih, dw_hh, db_ih);
     }
   }

@@ -1,6 +1,4 @@
 // Recurrent layers: checks, allocation, launch. Each cell has three ops: inference, forward that saves, backward.
-#include "recurrent/recurrent.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,10 +12,9 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "recurrent/ops.h"
 
 namespace seqkernels {
-
-namespace {
 
 RecurrentKernels kernels(CellKind kind, bool options) {
   switch (current_isa()) {
@@ -33,6 +30,8 @@ RecurrentKernels kernels(CellKind kind, bool options) {
       return portable::recurrent_kernels(kind, options);
   }
 }
+
+namespace {
 
 // What an op takes beside x, states, weights and lengths; all of it off by default.
 struct Variant {
@@ -520,9 +519,6 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
 }
 
 // ---- the ops of a kind: as many states as it has (I), and every value of all but the first (J) ----
-
-template <class T, size_t>
-using Repeat = T;
 
 template <CellKind kKind, class States, class Memories>
 struct OpsOf;
