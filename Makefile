@@ -11,26 +11,31 @@ PY := $(VENV)/bin/python
 INSTALL := -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.torch-$(TORCH)
 EXTENSION := build/.extension
+EMULATED := build/.emulated
 COMPAT_VENV := .venv-compat
 COMPAT_BASE := $(COMPAT_VENV)/.torch-$(COMPAT_TORCH)
 with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 
-SOURCES := $(shell find csrc -type f)
+SOURCES := cmake/cuda.cmake $(shell find csrc -type f)
+EMULATION := $(shell find tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format compat sanitize hooks clean
+.PHONY: help demo test bench lint format compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
 
 help:
 	@echo 'make demo      train a text classifier on torch.nn.LSTM and on seqkernels.nn.LSTM, side by side'
+	@echo '               or on the two EmbeddingBags            ARGS="--model bag"'
 	@echo 'make test      make lint, then pytest                 ARGS="-k lstm"'
 	@echo 'make bench     time seqkernels against its peers      ARGS="-k train"'
 	@echo 'make lint      ruff, mypy, clang-format: check only'
 	@echo 'make format    ruff and clang-format: rewrite'
 	@echo 'make compat    one wheel, built with torch $(TORCH), tested with torch $(COMPAT_TORCH)'
 	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer in the C++'
+	@echo 'make check-gpu-build  every GPU kernel compiled on any machine with nvcc: registers, spills, a CUDA extension'
+	@echo 'make gpu       with a GPU: build, test, sanitize and time, within 9 minutes   ARGS="--only build,tests"'
 	@echo 'make hooks     lint before every commit'
 	@echo 'make clean     remove what was built; the environments stay'
 	@echo 'Variables: PYTHON=$(PYTHON) TORCH=$(TORCH)'
@@ -38,7 +43,7 @@ help:
 demo: $(call with,demo)
 	$(PY) examples/text_classification.py $(ARGS)
 
-test: lint $(call with,test)
+test: lint $(call with,test) $(EMULATED)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(call with,bench)
@@ -70,6 +75,12 @@ $(EXTENSION): $(BASE) CMakeLists.txt setup.py $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
+# The CUDA kernels on a CPU, for tests: in the extension's build folder, whose libraries they share.
+$(EMULATED): $(EXTENSION) $(EMULATION)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build \
+	    "build/cmake-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')" --target cuda_on_cpu
+	@touch $@
+
 # One extra of pyproject.toml. torch is named again so that no requirement can bring another one.
 $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
 	$(PY) $(INSTALL) --no-build-isolation torch==$(TORCH) -e '.[$*]'
@@ -79,7 +90,7 @@ $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
 # It is unpacked into build/compat/site, ahead of everything else on the path, and the tests are copied beside it: nothing of
 # the checkout can stand in for it.
 
-compat: $(call with,test)
+compat: $(call with,test) $(EMULATED)
 	rm -rf build/compat build/lib*
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/compat .
 	$(PY) $(INSTALL) --no-deps --target build/compat/site build/compat/seqkernels-*.whl
@@ -107,11 +118,52 @@ $(COMPAT_BASE): pyproject.toml
 	$(COMPAT_VENV)/bin/python -m pip uninstall --quiet --yes seqkernels
 	@touch $@
 
+# ---- GPUs ----
+# Without one: what nvcc and Triton make of every kernel, then the whole extension against a torch with CUDA (gigabytes, in
+# an environment of its own), which must build, link and import.
+
+GPU_VENV := .venv-gpu
+GPU_BASE := $(GPU_VENV)/.torch-$(COMPAT_TORCH)
+check-gpu-build: $(call with,test)
+	$(PY) tests/cuda_on_cpu/check_gpu_build.py $(ARGS)
+	if test -f bench/check_triton.py; then $(PY) bench/check_triton.py; fi
+	$(MAKE) check-gpu-extension
+
+check-gpu-extension: $(GPU_BASE)
+	rm -rf build/gpu-check/site && mkdir -p build/gpu-check/site
+	cp -r seqkernels build/gpu-check/site/
+	rm -f build/gpu-check/site/seqkernels/_C.*.so
+	PATH="$(CURDIR)/$(GPU_VENV)/bin:$$PATH" cmake -G Ninja -S . -B build/gpu-check -DSEQKERNELS_CUDA=ON \
+	    -DPython_EXECUTABLE='$(CURDIR)/$(GPU_VENV)/bin/python' \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/build/gpu-check/site/seqkernels'
+	PATH="$(CURDIR)/$(GPU_VENV)/bin:$$PATH" cmake --build build/gpu-check --target _C
+	cd build/gpu-check/site && '$(CURDIR)/$(GPU_VENV)/bin/python' -c "$$GPU_REPORT"
+
+define GPU_REPORT
+import torch, seqkernels
+info = seqkernels.build_info()
+assert info['cuda'], info
+keys = torch._C._dispatch_get_registrations_for_dispatch_key('CUDA')
+ops = [key for key in keys if key.startswith('seqkernels::')]
+assert ops, 'no op has a CUDA kernel'
+print(f'torch {torch.__version__}: {info}, {len(ops)} ops for CUDA')
+endef
+export GPU_REPORT
+
+$(GPU_BASE):
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python $(INSTALL) torch==$(COMPAT_TORCH) numpy 'setuptools>=77' cmake ninja pybind11
+	@touch $@
+
+# With one, in the Python that is there: nothing is installed.
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
+
 # ---- sanitizers ----
 # Python itself is not instrumented, so the runtime is loaded ahead of it; the build has folders of its own.
 
 SANITIZED := build/sanitize
-sanitize: $(call with,test)
+sanitize: $(call with,test) $(EMULATED)
 	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site
 	cp -r seqkernels tests bench examples pyproject.toml $(SANITIZED)/site/
 	rm -f $(SANITIZED)/site/seqkernels/_C.*.so
@@ -123,5 +175,6 @@ sanitize: $(call with,test)
 	    '$(CURDIR)/$(PY)' -m pytest $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info seqkernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info seqkernels/_C.*.so tests/cuda_on_cpu/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find seqkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} +

@@ -69,7 +69,7 @@ setup(
         Extension(
             "seqkernels._C",
             sources=["CMakeLists.txt"],
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")),
+            depends=["cmake/cuda.cmake", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))],
         )
     ],
     cmdclass={"build_ext": CMakeBuild},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Contender, MemoryCase, Results, settle
+from harness import Contender, MemoryCase, Results, compiled, settle
 from report import Bar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -242,25 +241,6 @@ def streaming(name: str, layer: nn.Module, shape: Shape) -> Contender:
         return {"output": torch.cat(outputs)} | named_states(states)
 
     return Contender(name, step, result, calls=STREAM_CALLS)
-
-
-def compiled(name: str, layer: nn.Module, allow_rnn: bool, make: Callable[[Forward], Contender]) -> Contender:
-    """torch.compile of the whole layer as one graph; compiled here, outside every timing."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    try:
-        with torch._dynamo.config.patch(allow_rnn=allow_rnn), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            function = torch.compile(layer, fullgraph=True)
-            contender = make(function)
-            contender.step()
-            contender.step()
-    except Exception as error:  # whatever the compiler says is the reason that the table gives
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines if line.startswith("Explanation:")), lines[0] if lines else repr(error))
-        return Contender(name, refused=reason.removeprefix("Explanation: "))
-    return contender
 
 
 def onnxruntime_inference(
@@ -596,7 +576,7 @@ def test_dense_inference(bench: Any, kind: Kind, shape: Shape) -> None:
 
 def compiled_layer(bench: Any, layer: nn.Module, shape: Shape, make: Callable[[Forward], Contender]) -> Contender:
     allow_rnn = bench.config.getoption("compile_rnn") and shape.T <= COMPILE_MAX_T
-    return compiled("torch.compile", layer, allow_rnn, make)
+    return compiled("torch.compile", layer, make, allow_rnn=allow_rnn)
 
 
 @pytest.mark.parametrize(("kind", "H", "bar"), STREAM, ids=shape_id)
@@ -677,7 +657,7 @@ def test_layer_normalised_training(bench: Any, shape: Shape) -> None:
     contenders = [
         dense_training("ours", ours, ours, batch),
         dense_training("torch ops", theirs, theirs, batch),
-        compiled("torch.compile", theirs, False, lambda f: dense_training("torch.compile", theirs, f, batch)),
+        compiled("torch.compile", theirs, lambda f: dense_training("torch.compile", theirs, f, batch), allow_rnn=False),
     ]
     work, bars = TRAINING * flop(batch.tokens, ours), {"torch.compile": NORMALISED_BAR}
     group = "layer-normalised LSTM, dense training"

@@ -41,7 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    for line in ("default", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"):
+    ignored = ("ignore::pytest_benchmark.logger.PytestBenchmarkWarning", "ignore::DeprecationWarning:fbgemm_gpu.*")
+    for line in ("default", *ignored):
         config.addinivalue_line("filterwarnings", line)  # a warning of a peer is no failure here
     config.option.benchmark_quiet = True  # our table has the ratios; --benchmark-verbose brings theirs back
     torch.set_num_threads(config.getoption("threads"))
@@ -59,12 +60,13 @@ def _versions() -> dict[str, str]:
     import seqkernels
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    for peer in ("onnxruntime", "fbgemm-gpu-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[peer] = importlib.metadata.version(peer)
     versions["torch ISA"] = torch.backends.cpu.get_cpu_capability()
     build = seqkernels.build_info()
     versions |= {"seqkernels": build["version"], "seqkernels ISA": build["isa"], "compiler": build["compiler"]}
-    return versions
+    return versions | {"last-level cache": f"{harness.last_level_cache() >> 20} MiB"}
 
 
 def _say(config: pytest.Config, line: str, **markup: bool) -> None:
@@ -88,7 +90,7 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
         device=_device(),
         threads=config.getoption("threads"),
         versions=_versions(),
-        roofs={"flop": harness.best_matmul()},
+        roofs={unit: best() for unit, best in harness.ROOFS.items()},
         other_load=load,
         quick=config.getoption("quick"),
     )
@@ -212,9 +214,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash.get(RUN, None)
     if run is None or not run.rows:
         return
-    again = harness.best_matmul()
-    if again.rate > run.roofs["flop"].rate:
-        run.roofs["flop"] = again
+    for unit in {row.work_unit for row in run.rows}:
+        again = harness.ROOFS[unit]()
+        if again.rate > run.roofs[unit].rate:
+            run.roofs[unit] = again
     if session.config.getoption("strict_bars") and report.missed_bars(run) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -1,10 +1,12 @@
-"""Measuring: contenders that alternate in one process, parity, a quiet machine, the best matrix product, peak memory.
+"""Measuring: contenders that alternate in one process, parity, a quiet machine, the best matrix product and the best
+copy, peak memory.
 
 As a script it is one memory measurement in a process of its own (see `peak_memory`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -13,7 +15,9 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +46,29 @@ class Contender:
     refused: str = ""
     calls: int = 1
     work: float = 0.0
+
+
+def compiled(name: str, function: Callable, make: Callable[[Callable], Contender], **options: object) -> Contender:
+    """What `make` makes of torch.compile(function) as one graph, compiled here, outside every timing.
+
+    `options` are those of torch._dynamo.config.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(**options), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            contender = make(torch.compile(function, fullgraph=True))
+            for _ in range(2):
+                if contender.before is not None:
+                    contender.before()
+                contender.step()
+    except Exception as error:  # whatever the compiler says is the reason that the table gives
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("Explanation:")), lines[0] if lines else repr(error))
+        return Contender(name, refused=reason.removeprefix("Explanation: "))
+    return contender
 
 
 # --- parity ---
@@ -252,6 +279,49 @@ def best_matmul(seconds_each: float = 0.15) -> Roof:
             if 2.0 * size**3 / fastest > best.rate:
                 best = Roof(2.0 * size**3 / fastest, f"{name} {size}x{size}x{size}, best of the run")
     return best
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first processor; 32 MiB where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20}
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=2**25)
+
+
+def best_copy(seconds_each: float = 0.4) -> Roof:
+    """The best copy of a block that no cache holds; bytes read and bytes written both count.
+
+    torch's copy fills caches with what it writes, the C library's memmove writes past them; which is faster depends on
+    the machine. memmove runs in as many threads as torch has.
+    """
+    threads = torch.get_num_threads()
+    size = min(max(2**28, 4 * last_level_cache()), 2**30)
+    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    part = size // threads
+
+    def move(i: int) -> None:
+        start, end = i * part, size if i == threads - 1 else (i + 1) * part
+        ctypes.memmove(target.data_ptr() + start, source.data_ptr() + start, end - start)  # lets other threads run
+
+    best = Roof(0.0, "none")
+    with ThreadPoolExecutor(threads) as pool:
+        copies: dict[str, Callable[[], object]] = {
+            "torch's copy": lambda: target.copy_(source),
+            "memmove": lambda: list(pool.map(move, range(threads))),
+        }
+        for name, copy in copies.items():
+            settle()
+            fastest, end = math.inf, time.perf_counter() + seconds_each
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                copy()
+                fastest = min(fastest, time.perf_counter() - start)
+            if 2.0 * size / fastest > best.rate:
+                best = Roof(2.0 * size / fastest, f"{name} of {size >> 20} MiB, best of the run")
+    return best
+
+
+ROOFS: dict[str, Callable[[], Roof]] = {"flop": best_matmul, "byte": best_copy}  # by the unit of a row's work
 
 
 # --- peak memory ---

@@ -196,7 +196,7 @@ def heading(run: Run) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [f"{run.device}, {run.threads} threads, {run.date}", versions]
     lines += [f"share: of {roof.rate / 1e9:.1f} {WORK_RATES[unit]}, {roof.how}" for unit, roof in run.roofs.items()]
-    lines.append("ratio: median over the rounds of the contender's figure over ours; real tokens only count as work")
+    lines.append("ratio: median over the rounds of the contender's figure over ours; padding does not count as work")
     if run.quick:
         lines.append("QUICK RUN: few rounds, slow rows left out; not for quoting")
     if noisy(run.other_load):

@@ -55,6 +55,40 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
            (kind == CellKind::kGRU ? ", Tensor db_hh)" : ")"))
               .c_str());
   }
+
+  // EmbeddingBag. reduction: 0 sum, 1 mean, 2 max, 3 min; mean_by: 0 count, 1 weight; padding_idx -1: none. input is [N]
+  // with offsets, or [B, L] without. `arg` is what forward returned: which position of its bag won a column.
+  const std::string bags =
+      "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int reduction, int padding_idx=-1, bool "
+      "include_last_offset=False, int mean_by=0";
+  const std::string upstream = "Tensor grad, Tensor arg, ", frequency = ", bool scale_grad_by_freq=False";
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  define("embedding_bag(Tensor weight, " + bags + ") -> Tensor");
+  define("embedding_bag_forward(Tensor weight, " + bags + ") -> (Tensor output, Tensor arg)");
+  define("embedding_bag_backward(" + upstream + "int num_embeddings, " + bags + frequency + ") -> Tensor");
+  define("embedding_bag_backward_sparse(" + upstream + "int num_embeddings, " + bags + frequency +
+         ") -> (Tensor rows, Tensor values)");
+  define("embedding_bag_backward_weights(" + upstream + "Tensor weight, " + bags + ") -> Tensor");
+  define(
+      "embedding_bag_update_(Tensor(a!) weight, Tensor(b!)? state1, Tensor(c!)? state2, int optimizer, float[] "
+      "numbers, " +
+      upstream + bags + frequency + ") -> ()");
+  define("embedding_bag_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()");
+  define("embedding_bag_bytes(Tensor packed, " + bags + ") -> Tensor");
+  define("embedding_bag_pack_bytes(Tensor weight) -> Tensor");
+  // The same over tables that share one input; `features` says how many of the input's features each table serves.
+  const std::string tables = "Tensor[] weights, int[] features, ",
+                    rows = "int[] num_embeddings, int[] dims, int[] features, ";
+  define("embedding_bags(" + tables + bags + ") -> Tensor");
+  define("embedding_bags_forward(" + tables + bags + ") -> (Tensor output, Tensor arg)");
+  define("embedding_bags_backward(" + upstream + rows + bags + frequency + ") -> Tensor[]");
+  define("embedding_bags_backward_sparse(" + upstream + rows + bags + frequency +
+         ") -> (Tensor[] rows, Tensor[] values)");
+  define("embedding_bags_backward_weights(" + upstream + tables + bags + ") -> Tensor");
+  define(
+      "embedding_bags_update_(Tensor(a!)[] weights, Tensor(b!)[] state1, Tensor(c!)[] state2, int optimizer, float[] "
+      "numbers, " +
+      upstream + "int[] features, " + bags + frequency + ") -> ()");
 }
 
 namespace {

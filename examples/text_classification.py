@@ -1,8 +1,9 @@
-"""Classify texts of very different lengths, once with torch.nn.LSTM and once with seqkernels.nn.LSTM.
+"""Classify texts of very different lengths, once with a layer of torch.nn and once with its namesake of seqkernels.nn.
 
-    python examples/text_classification.py                                    # docstrings of Python's own library
-    python examples/text_classification.py --data ag_news.csv                 # AG News, a small model
+    python examples/text_classification.py                                    # docstrings of Python's own library, LSTM
+    python examples/text_classification.py --data ag_news.csv                 # AG News, a small LSTM
     python examples/text_classification.py --data ag_news.csv --preset large  # AG News, two layers, both directions
+    python examples/text_classification.py --model bag                        # the mean of token vectors, EmbeddingBag
 
 Both models start from the same weights and see the same batches in the same order, taking turns epoch by epoch.
 At the end come a table, the largest differences between the two, and a picture of losses and times.
@@ -38,7 +39,10 @@ from tqdm import tqdm
 import seqkernels
 
 # "nudged" is torch again, from weights moved by one rounding: how far does rounding alone drive two trainings apart?
-LSTMS: dict[str, type[nn.RNNBase]] = {"torch": nn.LSTM, "seqkernels": seqkernels.nn.LSTM, "nudged": nn.LSTM}
+LAYERS: dict[str, dict[str, type[nn.Module]]] = {
+    "lstm": {"torch": nn.LSTM, "seqkernels": seqkernels.nn.LSTM, "nudged": nn.LSTM},
+    "bag": {"torch": nn.EmbeddingBag, "seqkernels": seqkernels.nn.EmbeddingBag, "nudged": nn.EmbeddingBag},
+}
 PRESETS = {
     "small": {"embedding": 64, "hidden": 32, "layers": 1, "bidirectional": False, "batch": 16, "epochs": 8},
     "large": {"embedding": 300, "hidden": 256, "layers": 2, "bidirectional": True, "batch": 64, "epochs": 3},
@@ -64,7 +68,7 @@ AG_NEWS = ["world", "sports", "business", "science"]
 
 Texts = list[tuple[str, int]]  # text, index of its class
 Samples = list[tuple[Tensor, int]]  # token ids [T], index of the class
-Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T], lengths [B], classes [B]
+Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T], lengths [B], classes [B]; of bags: tokens [N], offsets [B]
 
 
 def read_standard_library() -> tuple[list[str], Texts]:
@@ -133,7 +137,7 @@ def shuffled(items: list, seed: int) -> list:
     return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()]
 
 
-def batches(samples: Samples, size: int) -> list[Batch]:
+def padded_batches(samples: Samples, size: int) -> list[Batch]:
     result = []
     for start in range(0, len(samples), size):
         tokens, labels = zip(*samples[start : start + size], strict=True)
@@ -142,20 +146,50 @@ def batches(samples: Samples, size: int) -> list[Batch]:
     return result
 
 
-class Classifier(nn.Module):
+def bag_batches(samples: Samples, size: int) -> list[Batch]:
+    """Texts one behind the other, and where each begins: nothing is padded."""
+    result = []
+    for start in range(0, len(samples), size):
+        tokens, labels = zip(*samples[start : start + size], strict=True)
+        ends = torch.tensor([len(ids) for ids in tokens]).cumsum(0)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
+        result.append((torch.cat(tokens), offsets, torch.tensor(labels)))
+    return result
+
+
+class LSTMClassifier(nn.Module):
     """An embedding, a packed LSTM, and a linear layer on its last hidden state; only the class of the LSTM differs."""
 
-    def __init__(self, lstm: type[nn.RNNBase], vocab: int, classes: int, args: argparse.Namespace) -> None:
+    def __init__(self, lstm: type[nn.Module], vocab: int, classes: int, args: argparse.Namespace) -> None:
         super().__init__()
         self.directions = 2 if args.bidirectional else 1
         self.embedding = nn.Embedding(vocab, args.embedding, padding_idx=PAD)
-        self.lstm = lstm(args.embedding, args.hidden, args.layers, batch_first=True, bidirectional=args.bidirectional)
+        self.layer = lstm(args.embedding, args.hidden, args.layers, batch_first=True, bidirectional=args.bidirectional)
         self.linear = nn.Linear(self.directions * args.hidden, classes)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # [B, T], [B] -> [B, classes]
         packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
-        _, (h_n, _) = self.lstm(packed)  # h_n: [L * directions, B, H], the last layer at the end
+        _, (h_n, _) = self.layer(packed)  # h_n: [L * directions, B, H], the last layer at the end
         return self.linear(torch.cat(tuple(h_n[-self.directions :]), dim=1))
+
+
+class BagClassifier(nn.Module):
+    """The mean, sum or maximum of a text's token vectors, and a linear layer; only the class of the bag differs.
+
+    With a mean, the classifier of Joulin et al. 2016, https://arxiv.org/abs/1607.01759 (fastText).
+    """
+
+    def __init__(self, bag: type[nn.Module], vocab: int, classes: int, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.layer = bag(vocab, args.embedding, mode=args.pool)
+        self.linear = nn.Linear(args.embedding, classes)
+
+    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:  # [N], [B] -> [B, classes]
+        return self.linear(self.layer(tokens, offsets))
+
+
+CLASSIFIERS: dict[str, type[nn.Module]] = {"lstm": LSTMClassifier, "bag": BagClassifier}
+BATCHES = {"lstm": padded_batches, "bag": bag_batches}
 
 
 @dataclass
@@ -163,7 +197,7 @@ class Run:
     """One model in training, and what it has done so far."""
 
     name: str
-    model: Classifier
+    model: nn.Module
     lr: float
     clip: float
     step_loss: list[float] = field(default_factory=list)  # one per training step
@@ -173,13 +207,13 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # one per epoch: the sum of its training steps
 
     def __post_init__(self) -> None:
-        # fused: one pass over the parameters, lest updating the embeddings take longer than the LSTM
+        # fused: one pass over the parameters, lest updating the embeddings take longer than the layer
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
 
     def step(self, batch: Batch) -> float:
-        tokens, lengths, labels = batch
+        *texts, labels = batch
         self.optimizer.zero_grad()
-        loss = cross_entropy(self.model(tokens, lengths), labels)
+        loss = cross_entropy(self.model(*texts), labels)
         loss.backward()
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -202,7 +236,7 @@ class Run:
     @torch.no_grad()
     def validate(self, data: list[Batch]) -> None:
         self.model.eval()
-        right = sum((self.model(tokens, lengths).argmax(1) == labels).sum().item() for tokens, lengths, labels in data)
+        right = sum((self.model(*texts).argmax(1) == labels).sum().item() for *texts, labels in data)
         self.accuracy.append(right / sum(len(labels) for _, _, labels in data))
 
 
@@ -211,26 +245,26 @@ def start_runs(vocab: int, classes: int, args: argparse.Namespace) -> list[Run]:
     runs: list[Run] = []
     for name in args.models:
         torch.manual_seed(args.seed)
-        model = Classifier(LSTMS[name], vocab, classes, args)
+        model = CLASSIFIERS[args.model](LAYERS[args.model][name], vocab, classes, args)
         if runs:
-            model.load_state_dict(runs[0].model.state_dict())  # torch.nn.LSTM and seqkernels.nn.LSTM name them alike
+            model.load_state_dict(runs[0].model.state_dict())  # torch.nn and seqkernels.nn name them alike
         if name == "nudged":
             with torch.no_grad():
-                for weight in model.lstm.parameters():
+                for weight in model.layer.parameters():
                     weight.copy_(torch.nextafter(weight, torch.zeros(())))
         runs.append(Run(name, model, args.lr, args.clip))
     return runs
 
 
-def difference(first: Classifier, second: Classifier, data: list[Batch]) -> list[tuple[float, float]]:
+def difference(first: nn.Module, second: nn.Module, data: list[Batch]) -> list[tuple[float, float]]:
     """Copy the first model's weights to a copy of the second; return the differences in loss and gradient by batch."""
     second = copy.deepcopy(second)
     second.load_state_dict(first.state_dict())
     result = []
-    for tokens, lengths, labels in data:
+    for *texts, labels in data:
         losses, gradients = [], []
         for model in (first.train(), second.train()):
-            loss = cross_entropy(model(tokens, lengths), labels)
+            loss = cross_entropy(model(*texts), labels)
             losses.append(loss.item())
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
         gradient = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
@@ -247,7 +281,7 @@ def train(runs: list[Run], samples: Samples, valid: list[Batch], args: argparse.
     steps = args.epochs * len(runs) * -(-len(samples) // args.batch)
     with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
         for epoch in range(1, args.epochs + 1):
-            data = batches(shuffled(samples, args.seed + epoch), args.batch)
+            data = BATCHES[args.model](shuffled(samples, args.seed + epoch), args.batch)
             for run in runs:
                 bar.set_description(f"epoch {epoch}/{args.epochs} {run.name:>10}")
                 run.train_epoch(data, bar)
@@ -357,7 +391,7 @@ def parse_arguments() -> argparse.Namespace:
         return int(text)
 
     parser = argparse.ArgumentParser(
-        description="Train a text classifier on torch.nn.LSTM and on seqkernels.nn.LSTM, side by side."
+        description="Train a text classifier on a layer of torch.nn and on its namesake of seqkernels.nn, side by side."
     )
     presets = "; ".join(
         f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items())}" for name, preset in PRESETS.items()
@@ -366,6 +400,8 @@ def parse_arguments() -> argparse.Namespace:
     option(
         "--data", type=Path, help='a CSV file of "class 1-4","title","description"; without it, docstrings of Python'
     )
+    option("--model", choices=CLASSIFIERS, default="lstm", help="lstm, or bag: no order, no padding (%(default)s)")
+    option("--pool", choices=["mean", "sum", "max"], default="mean", help="what a bag does (%(default)s)")
     option("--preset", choices=PRESETS, default="small", help=f"where the next six start from: {presets}")
     option("--embedding", type=count, help="size of a token's vector")
     option("--hidden", type=count, help="size of the LSTM's hidden state")
@@ -379,7 +415,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--max-length", type=count, default=512, help="tokens after which a text is cut (%(default)s)")
     option("--seed", type=int, default=0, help="of the split, the weights and the order (%(default)s)")
     option("--threads", type=count, default=torch.get_num_threads(), help="threads of torch (%(default)s)")
-    option("--models", nargs="+", choices=LSTMS, default=["torch", "seqkernels"], help="which to train (the first two)")
+    names = list(LAYERS["lstm"])
+    option("--models", nargs="+", choices=names, default=names[:2], help="whose layer to train (the first two)")
     option("--output", type=Path, default=Path("text_classification.png"), help="the picture (%(default)s)")
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     args = parser.parse_args()
@@ -403,9 +440,13 @@ def main() -> int:
     source = args.data.name if args.data else f"docstrings of Python {python_version()}"
     sizes = Counter(names[label] for _, label in texts)
     lengths = [len(ids) for ids, _ in samples]
-    directions = "two directions" if args.bidirectional else "one direction"
-    layers = "1 layer" if args.layers == 1 else f"{args.layers} layers"
-    shape = f"embedding {args.embedding}, hidden {args.hidden}, {layers}, {directions}, batch {args.batch}"
+    if args.model == "bag":
+        layer = f"EmbeddingBag {args.embedding}, {args.pool}"
+    else:
+        directions = "two directions" if args.bidirectional else "one direction"
+        layers = "1 layer" if args.layers == 1 else f"{args.layers} layers"
+        layer = f"embedding {args.embedding}, hidden {args.hidden}, {layers}, {directions}"
+    shape = f"{layer}, batch {args.batch}"
     print(f"data: {source}, {len(texts)} texts: {', '.join(f'{name} {sizes[name]}' for name in names)}")
     print(f"always guessing the largest class: {max(sizes.values()) / len(texts):.1%}; {held_out} texts validate")
     print(f"tokens per text: median {statistics.median(lengths):.0f}, mean {statistics.mean(lengths):.0f}, ", end="")
@@ -414,7 +455,7 @@ def main() -> int:
     print(f"torch {torch.__version__}, seqkernels {seqkernels.__version__}, threads {args.threads}", flush=True)
 
     runs = start_runs(vocab, len(names), args)
-    differences = train(runs, samples, batches(valid, args.batch), args)
+    differences = train(runs, samples, BATCHES[args.model](valid, args.batch), args)
     print(f"\n{table(runs)}\n")
     print("Training steps in all: " + ", ".join(f"{run.name} {sum(run.seconds):.1f} s" for run in runs))
     if any(max(run.seconds) > 1.5 * min(run.seconds) for run in runs):

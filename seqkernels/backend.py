@@ -23,21 +23,51 @@ def unsupported_on_cpu(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def require(op: str, input: Tensor) -> None:
-    """Raises NotImplementedError with every backend's reasons where none can run op on this input."""
+def require(op: str, input: Tensor, what: str = "an input") -> None:
+    """Raises NotImplementedError with every backend's reasons where none can run op on this input, or what it is."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
     if input.device.type == "cpu" and input.dtype in CPU_DTYPES:
         return
     reasons = unsupported_on_cpu(input.device, input.dtype)
     raise NotImplementedError(
-        f"{op}: no backend takes an input of shape {list(input.shape)}, {input.dtype}, on {input.device}. "
+        f"{op}: no backend takes {what} of shape {list(input.shape)}, {input.dtype}, on {input.device}. "
         f"cpu: {'; '.join(reasons)}. cuda, triton: not written yet."
     )
 
 
-def explain(
+def explain(op: str, **sizes: Any) -> dict[str, Any]:
+    """Which kernel serves an operator of a given shape, and how its work is cut among threads.
+
+    Args:
+        op: lstm, lstm_coupled, lstm_norm, lstm_nested, gru, gru_before, gru_norm, gru_projected, mgu, mgu_before,
+            rnn_tanh or rnn_relu: one layer; a layer's options choose among those of its family. Or embedding_bag.
+        T, B, D, H (layers): steps, sequences, input size, hidden size. proj_size=0, num_heads=1, bidirectional=False.
+            lengths: [B] real steps of each sequence; all T if absent.
+        E, D, N, B (embedding_bag): table rows, columns, indices, bags. mode="sum".
+        dtype=torch.float32, device="cpu".
+    Returns:
+        kernel, isa; threads: those that run. For layers as row_groups (sets of sequences that never meet) x unit_groups
+        (shares of the hidden units, which meet at a barrier once a step) x directions. unsupported: why other backends
+        do not run.
+    Raises:
+        ValueError: no such op. TypeError: a size is absent. NotImplementedError: no backend takes such inputs.
+    """
+    from seqkernels.functional._recurrent_ops import KINDS  # which needs this file
+
+    if op == "embedding_bag":
+        plan = _explain_embedding_bag(**sizes)
+    elif op in KINDS:
+        plan = _explain_recurrent(op, len(KINDS[op].gates), **sizes)
+    else:
+        raise ValueError(f"explain: op must be one of {', '.join(KINDS)}, embedding_bag, got {op!r}")
+    unsupported = {"cuda": ["not written yet"], "triton": ["not written yet"]}
+    return {"op": op, "kernel": "cpu", **plan, "unsupported": unsupported}
+
+
+def _explain_recurrent(
     op: str,
+    gates: int,
     *,
     T: int,
     B: int,
@@ -50,31 +80,27 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """Which kernel serves a layer of a given shape, and how its work is cut among threads.
-
-    Args:
-        op: lstm, lstm_coupled, lstm_norm, lstm_nested, gru, gru_before, gru_norm, gru_projected, mgu, mgu_before,
-            rnn_tanh or rnn_relu; a layer's options choose among those of its family.
-        T, B, D, H: steps, sequences, input size, hidden size.
-        lengths: [B] real steps of each sequence; all T if absent.
-    Returns:
-        kernel, isa; threads: those that run, as row_groups (sets of sequences that never meet) x unit_groups (shares of
-        the hidden units, which meet at a barrier once a step) x directions; unsupported: why other backends do not run.
-    Raises:
-        ValueError: no such op. NotImplementedError: no backend takes such inputs.
-    """
-    from seqkernels.functional._recurrent_ops import KINDS  # which needs this file
-
-    if op not in KINDS:
-        raise ValueError(f"explain: op must be one of {', '.join(KINDS)}, got {op!r}")
     require(op, torch.empty(0, dtype=dtype, device=device))
     tokens = T * B if lengths is None else sum(lengths)
     sizes = {"T": T, "B": B, "N": tokens, "D": D, "H": H, "P": proj_size or H, "directions": 1 + bidirectional}
-    gates = len(KINDS[op].gates)
-    plan = _C.explain_recurrent(gates=gates, **sizes, heads=num_heads, float64=dtype == torch.float64)
-    return {
-        "op": op,
-        "kernel": "cpu",
-        **plan,
-        "unsupported": {"cuda": ["not written yet"], "triton": ["not written yet"]},
-    }
+    return _C.explain_recurrent(gates=gates, **sizes, heads=num_heads, float64=dtype == torch.float64)
+
+
+def _explain_embedding_bag(
+    *,
+    E: int,
+    D: int,
+    N: int,
+    B: int,
+    mode: str = "sum",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """Threads share the indices, and the bags as one index each, as threads_for in csrc/embedding_bag/bags.h says."""
+    if mode not in ("sum", "mean", "max", "min"):
+        raise ValueError(f"explain: mode must be one of sum, mean, max or min, got {mode!r}")
+    require("embedding_bag", torch.empty(0, dtype=dtype, device=device), "a table")
+    worth_a_thread = 64 << 10  # bytes of rows
+    size = (N + B) * D * dtype.itemsize
+    threads = 1 if size < 2 * worth_a_thread else min(torch.get_num_threads(), size // worth_a_thread)
+    return {"isa": _C.build_info()["isa"], "threads": threads}

@@ -1,4 +1,4 @@
-"""The cases every recurrent test, fuzz run and bench draws from, how inputs are made of them, and the tolerances.
+"""The cases that tests, fuzz runs and benches draw from, how inputs are made of them, and the tolerances.
 
 Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), L layers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -370,3 +371,245 @@ def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor], names: Seq
         g, w = got[name], want[name]
         assert g.shape == w.shape and g.dtype == w.dtype, f"{name}: {g.dtype} {g.shape} and {w.dtype} {w.shape}"
         assert torch.equal(g, w), f"{name} differs in {(g != w).sum()} of {g.numel()} values, by {(g - w).abs().max()}"
+
+
+# ---- embedding bags
+# Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag.
+
+BAG_MODES = ("sum", "mean", "max", "min")
+
+# One rounding, to the table's type, of a result computed in float32 or wider: half a unit in the last place of each
+# value, and what the wider type loses, as a share of the largest.
+BAG_ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+BAG_SLACK = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BagCase:
+    """What is looked up: bags of the given lengths, one behind the other, or [B, L] without offsets.
+
+    weights: "" for none; "same": of the table's dtype; "wide": float32. `trailing` indices lie behind the last offset.
+    rows: "any" of the table; "few": three of it, so that most repeat; "one" for all; "distinct": no row twice.
+    """
+
+    E: int
+    D: int
+    lengths: tuple[int, ...]
+    why: str
+    form: str = "offsets"  # "last": with the last offset; "2-D": without offsets
+    trailing: int = 0
+    padding_idx: int | None = None
+    weights: str = ""
+    weight_norm: str = "count"
+    scale_grad_by_freq: bool = False
+    rows: str = "any"
+    index: torch.dtype = torch.int64
+    offset: torch.dtype = torch.int64
+
+    def __post_init__(self) -> None:
+        assert self.form in ("offsets", "last", "2-D") and self.weights in ("", "same", "wide")
+        assert self.form != "2-D" or len(set(self.lengths)) <= 1
+        assert not self.trailing or self.form == "last"
+        assert self.rows != "distinct" or self.N <= self.E
+
+    @property
+    def B(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def N(self) -> int:
+        return sum(self.lengths) + self.trailing
+
+    def __str__(self) -> str:
+        flags = [self.form] * (self.form != "offsets") + [f"trailing{self.trailing}"] * bool(self.trailing)
+        flags += [f"pad{self.padding_idx}"] * (self.padding_idx is not None) + [self.weights] * bool(self.weights)
+        flags += [f"by_{self.weight_norm}"] * (self.weight_norm != "count") + ["freq"] * self.scale_grad_by_freq
+        flags += [self.rows] * (self.rows != "any") + ["i32"] * (self.index == torch.int32)
+        flags += ["o32"] * (self.offset == torch.int32)
+        return "-".join([f"E{self.E}", f"D{self.D}", f"B{self.B}", f"N{self.N}", *flags])
+
+
+def bag_lengths(B: int, longest: int) -> tuple[int, ...]:
+    """B lengths from 0 to `longest`, both of them among the first few."""
+    draw = random.Random(1000 * B + longest)
+    return tuple(([0, longest] + [draw.randint(0, longest) for _ in range(B)])[:B])
+
+
+BAG_CASES = [
+    BagCase(E=7, D=5, lengths=(2, 0, 3, 1), why="a tail in every direction, one bag empty"),
+    BagCase(E=1, D=1, lengths=(1,), why="the smallest"),
+    BagCase(E=1, D=8, lengths=(3, 5), why="one row"),
+    BagCase(E=9, D=1, lengths=(4, 0, 3), weights="same", why="one column"),
+    BagCase(E=9, D=1, lengths=bag_lengths(40, 9), padding_idx=3, why="one column, many bags"),
+    BagCase(E=5, D=0, lengths=(2, 1), weights="same", why="no columns"),
+    BagCase(E=5, D=4, lengths=(), why="no bags"),
+    BagCase(E=5, D=4, lengths=(), form="last", why="no bags, but a last offset"),
+    BagCase(E=5, D=4, lengths=(), form="2-D", why="no bags, 2-D"),
+    BagCase(E=5, D=4, lengths=(0, 0, 0), weights="same", why="nothing but empty bags"),
+    BagCase(E=5, D=4, lengths=(0, 0), form="2-D", why="nothing but empty bags, 2-D"),
+    BagCase(E=0, D=4, lengths=(0, 0), why="a table without rows"),
+    BagCase(E=6, D=3, lengths=(0, 0, 4, 0), why="empty bags around the only full one"),
+    BagCase(E=11, D=8, lengths=(3,) * 5, form="2-D", why="2-D, a whole vector"),
+    BagCase(E=11, D=6, lengths=(1,) * 9, form="2-D", why="one row per bag"),
+    BagCase(E=11, D=6, lengths=(4, 1, 0, 2), form="last", why="the last offset"),
+    BagCase(E=11, D=6, lengths=(4, 1, 0, 2), form="last", trailing=3, weights="same", why="indices behind it"),
+    BagCase(E=11, D=6, lengths=(), form="last", trailing=3, why="nothing but indices behind it"),
+    BagCase(E=11, D=7, lengths=(4, 1, 0, 2), index=torch.int32, offset=torch.int32, why="int32"),
+    BagCase(E=11, D=7, lengths=(4, 1, 0, 2), index=torch.int32, why="int32 indices, int64 offsets"),
+    BagCase(E=11, D=7, lengths=(4, 1, 0, 2), offset=torch.int32, form="last", why="int64 indices, int32 offsets"),
+    BagCase(E=12, D=15, lengths=bag_lengths(6, 7), weights="same", why="one below 16"),
+    BagCase(E=12, D=16, lengths=bag_lengths(6, 7), weights="wide", why="one AVX-512 vector, float32 weights"),
+    BagCase(E=12, D=17, lengths=bag_lengths(6, 7), padding_idx=0, why="one above 16"),
+    BagCase(E=12, D=33, lengths=bag_lengths(6, 7), why="one above two vectors"),
+    BagCase(E=30, D=64, lengths=bag_lengths(9, 20), weights="same", padding_idx=29, why="a usual row"),
+    BagCase(E=30, D=127, lengths=bag_lengths(5, 20), why="one below 128"),
+    BagCase(E=30, D=130, lengths=bag_lengths(5, 20), weights="same", why="over 128"),
+    BagCase(E=30, D=300, lengths=bag_lengths(5, 20), weights="wide", padding_idx=4, why="a usual embedding"),
+    BagCase(E=20, D=513, lengths=bag_lengths(4, 9), why="more columns than accumulators hold"),
+    BagCase(E=4, D=5, lengths=(3, 3), rows="one", padding_idx=0, why="perhaps nothing but padding"),
+    BagCase(E=4, D=5, lengths=(6, 2, 5), padding_idx=2, rows="few", weights="same", why="much of it is padding"),
+    BagCase(E=40, D=9, lengths=(5, 0, 7, 3), rows="distinct", why="no row twice"),
+    BagCase(E=40, D=9, lengths=bag_lengths(30, 9), rows="few", why="unequal counts"),
+    BagCase(E=40, D=9, lengths=bag_lengths(30, 9), rows="few", scale_grad_by_freq=True, why="counts divided out"),
+    BagCase(
+        E=9, D=9, lengths=bag_lengths(9, 6), scale_grad_by_freq=True, padding_idx=2, weights="same", form="last",
+        trailing=4, why="counts without padding and without what lies behind the last offset",
+    ),
+    BagCase(E=9, D=6, lengths=bag_lengths(9, 6), weights="same", weight_norm="weight", why="a mean by weight"),
+    BagCase(
+        E=9, D=20, lengths=bag_lengths(9, 6), weights="wide", weight_norm="weight", padding_idx=1,
+        why="a mean by float32 weight, padding",
+    ),
+    BagCase(E=50, D=12, lengths=(300, 1, 0, 2), weights="same", why="a long bag among short ones"),
+    BagCase(E=3, D=20, lengths=(700,), padding_idx=1, why="one long bag of few rows"),
+    BagCase(E=300, D=16, lengths=bag_lengths(150, 12), weights="same", why="enough work for two threads"),
+    BagCase(E=1500, D=20, lengths=(10,) * 80, form="2-D", index=torch.int32, why="most rows at most once"),
+    BagCase(E=70000, D=2, lengths=bag_lengths(50, 9), why="more rows than 16 bits count"),
+]  # fmt: skip
+
+# Small enough for numerical differentiation in every entry.
+BAG_TINY = [
+    BagCase(E=4, D=3, lengths=(2, 0, 3), why="offsets"),
+    BagCase(E=4, D=2, lengths=(2, 2), form="2-D", weights="same", why="2-D with weights"),
+    BagCase(E=4, D=2, lengths=(3, 1), form="last", trailing=2, weights="same", padding_idx=1, why="everything on"),
+    BagCase(E=4, D=2, lengths=(3, 2), weights="same", weight_norm="weight", why="by weight"),
+    BagCase(E=3, D=2, lengths=(4, 3), rows="few", padding_idx=0, why="padding, repeats"),
+]
+
+# Sizes people train with: where our rounding error is held against torch's, and threads are many.
+BAG_REALISTIC = [
+    BagCase(E=2000, D=64, lengths=(20,) * 300, why="a recommender's feature"),
+    BagCase(E=500, D=128, lengths=bag_lengths(100, 60), why="a text classifier"),
+    BagCase(E=100, D=32, lengths=bag_lengths(400, 20), why="few rows, each many times"),
+]
+
+
+@dataclasses.dataclass
+class BagInputs:
+    case: BagCase
+    mode: str
+    weight: Tensor  # [E, D]
+    indices: Tensor  # [N] or [B, L]
+    offsets: Tensor | None
+    weights: Tensor | None  # as indices
+    dout: Tensor  # [B, D]
+
+    def keywords(self) -> dict:
+        c = self.case
+        return dict(
+            offsets=self.offsets,
+            mode=self.mode,
+            include_last_offset=c.form == "last",
+            padding_idx=c.padding_idx,
+            weight_norm=c.weight_norm,
+            **({"scale_grad_by_freq": True} if c.scale_grad_by_freq else {}),
+        )
+
+    def op_arguments(self) -> tuple:
+        """What the ops call BAGS."""
+        c = self.case
+        padding = -1 if c.padding_idx is None else c.padding_idx
+        mode, by = BAG_MODES.index(self.mode), int(c.weight_norm == "weight")
+        return self.indices, self.offsets, self.weights, mode, padding, c.form == "last", by
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> BagInputs:
+        """The same inputs with f applied to every floating-point tensor."""
+        weights = None if self.weights is None else f(self.weights)
+        return dataclasses.replace(self, weight=f(self.weight), weights=weights, dout=f(self.dout))
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """[begin, end) of each bag among the flat indices."""
+        ends = list(itertools.accumulate(self.case.lengths))
+        return list(zip([0, *ends], ends))
+
+
+def make_bag_inputs(case: BagCase, dtype: torch.dtype, mode: str = "sum", *, seed: int = 0) -> BagInputs:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    weight, dout = normal(case.E, case.D), normal(case.B, case.D)
+    if case.rows == "distinct":
+        indices = torch.randperm(case.E, generator=g)[: case.N]
+    else:
+        highest = {"any": case.E, "few": min(3, case.E), "one": 1}[case.rows]
+        indices = torch.randint(0, max(highest, 1), (case.N,), generator=g)
+    weights = None
+    if case.weights:
+        drawn = torch.randn(case.N, generator=g, dtype=torch.float64)
+        drawn = drawn.abs() + 0.2 if case.weight_norm == "weight" else drawn  # a mean by weights that add up to zero
+        weights = drawn.to(torch.promote_types(dtype, torch.float32) if case.weights == "wide" else dtype)
+    offsets = None
+    if case.form == "2-D":
+        shape = case.B, case.lengths[0] if case.lengths else 3
+        indices, weights = indices.view(shape), None if weights is None else weights.view(shape)
+    else:
+        starts = list(itertools.accumulate(case.lengths, initial=0))
+        offsets = torch.tensor(starts if case.form == "last" else starts[:-1], dtype=case.offset)
+    return BagInputs(case, mode, weight, indices.to(case.index), offsets, weights, dout)
+
+
+def run_bag(embedding_bag: Callable, inputs: BagInputs, **more) -> dict[str, Tensor]:
+    """Output and gradients by name. A sparse gradient of the table is given as it came."""
+    inputs = dataclasses.replace(inputs.map(lambda t: t.detach().requires_grad_()), dout=inputs.dout)
+    wanted = {"dweight": inputs.weight} | ({} if inputs.weights is None else {"dweights": inputs.weights})
+    arguments = inputs.keywords() | more
+    output = embedding_bag(inputs.indices, inputs.weight, per_sample_weights=inputs.weights, **arguments)
+    grads = torch.autograd.grad(output, list(wanted.values()), inputs.dout)
+    return {"output": output.detach()} | dict(zip(wanted, grads, strict=True))
+
+
+def bag_definition(inputs: BagInputs, **more) -> dict[str, Tensor]:
+    """What the reference gives in float64 for the inputs' values."""
+    return run_bag(reference.embedding_bag, inputs.map(Tensor.double), **more)
+
+
+def assert_bag_near(got: dict[str, Tensor], want: dict[str, Tensor], inputs: BagInputs, slack: float = 1.0) -> None:
+    """One rounding from `want`, value by value; see BAG_ROUNDING. What hundreds add up to loses more before it."""
+    assert got.keys() == want.keys()
+    where = f"{inputs.case}, {inputs.mode}, {inputs.weight.dtype}"
+    if inputs.case.N:
+        hottest = torch.bincount(inputs.indices.flatten()).max()
+        slack *= max(1.0, max(hottest.item(), *inputs.case.lengths, 0) / 100)
+    table, dout, weights = (
+        (t.abs().max().item() if t is not None and t.numel() else 1.0)
+        for t in (inputs.weight, inputs.dout, inputs.weights)
+    )
+    terms = {"output": table * weights, "dweight": dout * weights, "dweights": dout * table}  # which may cancel
+    for name, w in want.items():
+        dtype = inputs.weights.dtype if name == "dweights" else inputs.weight.dtype
+        g = got[name].to_dense() if got[name].is_sparse else got[name]
+        assert g.dtype == dtype, f"{where}: {name} is {g.dtype}"
+        assert g.shape == w.shape, f"{where}: {name} has shape {tuple(g.shape)}, not {tuple(w.shape)}"
+        if w.numel():
+            # A product of two halves is exact in float32: what is computed in it loses no more than float32 does.
+            largest = max(w.abs().max().item(), terms[name])
+            allowed = (w.abs() * BAG_ROUNDING[dtype]).add_(slack * BAG_SLACK[dtype] * largest)
+            right = (g.double() - w).abs() <= allowed
+            if not right.all():  # NaN as well
+                worst = int((g.double() - w).abs().sub(allowed).argmax())
+                raise AssertionError(
+                    f"{where}: {name} is {g.flatten()[worst]:.6g} at {worst}, where {w.flatten()[worst]:.6g} is right, "
+                    f"{largest:.3g} the largest; {int((~right).sum())} of {w.numel()} are wrong"
+                )

@@ -1,20 +1,37 @@
 """Drawn inputs: what is valid equals the definition, what is not raises, and nothing crashes.
 
-A found example becomes a row of `cases.CASES` or of the tables in test_recurrent_errors.py.
+A found example becomes a row of `cases.CASES` or `cases.BAG_CASES`, or of the tables in the files of errors.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import test_recurrent_variants as variants
 import torch
-from cases import DTYPES, Case, assert_near, defined, make_inputs, module_of, run
+from cases import (
+    BAG_MODES,
+    DTYPES,
+    BagCase,
+    Case,
+    assert_bag_near,
+    assert_near,
+    bag_definition,
+    defined,
+    make_bag_inputs,
+    make_inputs,
+    module_of,
+    run,
+    run_bag,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional
+import seqkernels
+from seqkernels import functional, reference
 from seqkernels.nn import LSTM
 
 ops = torch.ops.seqkernels
@@ -299,3 +316,148 @@ def test_drawn_variants_equal_the_definition(
     finally:
         torch.set_num_threads(before)
     assert_near(got, want, torch.float64)
+
+
+# ---- embedding bags
+
+
+@st.composite
+def drawn_bags(draw: st.DrawFn) -> BagCase:
+    form = draw(st.sampled_from(["offsets", "last", "2-D"]))
+    lengths = st.one_of(st.integers(0, 6), st.sampled_from([0, 1, 7, 8, 9, 33]))
+    B = draw(st.one_of(st.integers(0, 6), st.sampled_from([16, 40])))
+    bags = (draw(lengths),) * B if form == "2-D" else tuple(draw(st.lists(lengths, min_size=B, max_size=B)))
+    E = draw(st.one_of(st.integers(1, 5), st.sampled_from([9, 40, 300])))
+    integers = st.sampled_from([torch.int64, torch.int32])
+    return BagCase(
+        E=E,
+        D=draw(st.one_of(st.integers(0, 9), sizes)),
+        lengths=bags,
+        form=form,
+        trailing=draw(st.integers(0, 4)) if form == "last" else 0,
+        padding_idx=draw(st.one_of(st.none(), st.integers(0, E - 1))),
+        weights=draw(st.sampled_from(["", "same", "wide"])),
+        weight_norm=draw(st.sampled_from(["count", "weight"])),
+        scale_grad_by_freq=draw(st.booleans()),
+        rows=draw(st.sampled_from(["any", "few", "one"])),
+        index=draw(integers),
+        offset=draw(integers),
+        why="drawn",
+    )
+
+
+@bounded
+@given(
+    case=drawn_bags(), mode=st.sampled_from(BAG_MODES), dtype=st.sampled_from(DTYPES), sparse=st.booleans(),
+    kinds=st.lists(strides, min_size=1, max_size=5), seed=st.integers(0, 9), threads=st.integers(1, 3),
+    isa=st.sampled_from(seqkernels.build_info()["isas"]),
+)  # fmt: skip
+def test_drawn_bags_equal_the_definition(
+    case: BagCase, mode: str, dtype: torch.dtype, sparse: bool, kinds: list[str], seed: int, threads: int, isa: str
+) -> None:
+    """In any strides, sparse or dense; and whatever the number of threads, the same bits."""
+    inputs, turn = make_bag_inputs(case, dtype, mode, seed=seed), iter(kinds * 100)
+    odd = inputs.map(lambda t: restrided(t, next(turn)))
+    previous = seqkernels._C.set_isa(isa)
+    try:
+        torch.set_num_threads(threads)
+        got = run_bag(functional.embedding_bag, odd, sparse=sparse)
+        torch.set_num_threads(1)
+        other = run_bag(functional.embedding_bag, inputs, sparse=not sparse)
+    finally:
+        seqkernels._C.set_isa(previous)
+    assert_bag_near(got, bag_definition(inputs), inputs)
+    for name in got:
+        a, b = (t.to_dense() if t.is_sparse else t for t in (got[name], other[name]))
+        assert torch.equal(a, b), name
+
+
+BAG_NUMBERS = st.one_of(st.integers(-2, 8), st.sampled_from([2**31 - 1, -(2**31)]))
+WIDE_NUMBERS = st.one_of(BAG_NUMBERS, st.sampled_from([2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1, -(2**63)]))
+
+
+@bounded
+@given(data=st.data(), mode=st.sampled_from(BAG_MODES), last=st.booleans(), weighted=st.booleans())
+def test_drawn_indices_and_offsets_are_either_right_or_refused(
+    data: st.DataObject, mode: str, last: bool, weighted: bool
+) -> None:
+    """What is right is decided here; in training, in inference, sparse, and by a step of SGD alike."""
+    E, D = 5, 3
+    wide = data.draw(st.booleans())
+    numbers, integer = (WIDE_NUMBERS, torch.int64) if wide else (BAG_NUMBERS, torch.int32)
+    some = st.one_of(st.integers(0, E - 1), st.integers(0, E - 1), st.integers(0, E - 1), numbers)
+    rows = data.draw(st.lists(some, max_size=6))
+    if data.draw(st.booleans()):
+        offsets = [0, *sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))]
+    else:
+        offsets = data.draw(st.lists(numbers, max_size=6))
+    ends = offsets if last else [*offsets, len(rows)]
+    right = len(ends) >= 1 and all(a <= b for a, b in itertools.pairwise(ends))
+    right = right and (not ends or (ends[0] == 0 and ends[-1] <= len(rows)) or not offsets)
+    right = right and all(0 <= row < E for row in rows[: max(ends[-1], 0) if offsets else 0])
+    table = torch.randn(E, D)
+    weights = torch.randn(len(rows)) if weighted else None
+    indices, begins = torch.tensor(rows, dtype=integer), torch.tensor(offsets, dtype=integer)
+    keywords = dict(mode=mode, per_sample_weights=weights, include_last_offset=last)
+    bags = indices, begins, weights, BAG_MODES.index(mode), -1, last
+    B, before = len(offsets) - last, table.clone()
+    arg = torch.zeros((max(B, 0), D) if mode in ("max", "min") else 0, dtype=torch.int32)
+    calls = {
+        "inference": lambda: functional.embedding_bag(indices, table, begins, **keywords),
+        "training": lambda: functional.embedding_bag(indices, table.clone().requires_grad_(), begins, **keywords),
+        "step": lambda: ops.embedding_bag_update_(
+            table, None, None, 0, [0.0], torch.ones(max(B, 0), D), arg.fill_(-1), *bags
+        ),
+        "dense": lambda: ops.embedding_bag_backward(torch.ones(max(B, 0), D), arg, E, *bags),
+        "sparse": lambda: ops.embedding_bag_backward_sparse(torch.ones(max(B, 0), D), arg, E, *bags),
+    }
+    for name, call in calls.items():
+        if right:
+            result = call()
+            if name in ("inference", "training"):
+                torch.testing.assert_close(result, reference.embedding_bag(indices, table, begins, **keywords))
+        else:
+            with pytest.raises((ValueError, RuntimeError, IndexError), match="must"):
+                call()
+        assert torch.equal(table, before)
+
+
+@bounded
+@given(
+    case=drawn_bags(), mode=st.sampled_from(BAG_MODES), last=st.booleans(),
+    wrong=st.dictionaries(st.integers(0, 7), nonsense, min_size=1, max_size=2),
+)  # fmt: skip
+def test_bag_ops_survive_nonsense(case: BagCase, mode: str, wrong: dict, last: bool) -> None:
+    inputs = make_bag_inputs(case, torch.float32, mode)
+    for op in (ops.embedding_bag, ops.embedding_bag_forward):
+        arguments = [inputs.weight, *inputs.op_arguments()]
+        for index, value in wrong.items():
+            arguments[index] = value
+        tried(op, EXCEPTIONS, *arguments)
+    arguments = [inputs.indices, inputs.weight, inputs.offsets, None, 2.0, False, mode, False, inputs.weights, last]
+    for index, value in wrong.items():
+        arguments[index] = value
+    tried(functional.embedding_bag, (*EXCEPTIONS, IndexError, AttributeError), *arguments)
+
+
+@bounded
+@given(
+    case=drawn_bags(), mode=st.sampled_from(BAG_MODES), op=st.integers(0, 3),
+    wrong=st.dictionaries(st.integers(0, 13), nonsense, min_size=1, max_size=2),
+)  # fmt: skip
+def test_backward_bag_ops_survive_nonsense(case: BagCase, mode: str, op: int, wrong: dict) -> None:
+    inputs = make_bag_inputs(case, torch.float32, mode)
+    bags = inputs.op_arguments()
+    _, arg = ops.embedding_bag_forward(inputs.weight, *bags)
+    name, arguments = [
+        ("backward", [inputs.dout, arg, case.E, *bags, case.scale_grad_by_freq]),
+        ("backward_sparse", [inputs.dout, arg, case.E, *bags, case.scale_grad_by_freq]),
+        ("backward_weights", [inputs.dout, arg, inputs.weight, *bags]),
+        ("update_", [inputs.weight, None, None, 0, [0.1], inputs.dout, arg, *bags, case.scale_grad_by_freq]),
+    ][op]
+    for index, value in wrong.items():
+        if index < len(arguments):
+            arguments[index] = value
+    if name == "backward" and isinstance(arguments[2], int) and arguments[2] > 2**20:
+        return  # a gradient of so many rows is as large as was wished
+    tried(getattr(ops, f"embedding_bag_{name}"), EXCEPTIONS, *arguments)

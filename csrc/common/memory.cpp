@@ -41,6 +41,14 @@ Block keep(Block block) {  // returns what is to be freed
 
 }  // namespace
 
+void advise_large_pages(void* data, size_t bytes) {
+#ifdef __linux__
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Memory::Memory(size_t bytes) {
   Block block = take_kept(bytes);
   if (block.data == nullptr) {
@@ -48,9 +56,7 @@ Memory::Memory(size_t bytes) {
     block.bytes = (bytes / alignment + 1) * alignment;
     block.data = static_cast<char*>(std::aligned_alloc(alignment, block.bytes));
     if (block.data == nullptr) throw std::bad_alloc();
-#ifdef __linux__
-    if (alignment == kHugePage) madvise(block.data, block.bytes, MADV_HUGEPAGE);  // advice: nothing depends on it
-#endif
+    if (alignment == kHugePage) advise_large_pages(block.data, block.bytes);
   }
   data_ = block.data;
   bytes_ = block.bytes;

@@ -19,4 +19,7 @@ class Memory {
   size_t bytes_;
 };
 
+// Asks for large pages where a large block has not been written yet; advice, nothing depends on it.
+void advise_large_pages(void* data, size_t bytes);
+
 }  // namespace seqkernels

@@ -1,15 +1,27 @@
 """Operators as functions."""
 
+from seqkernels.functional.embedding_bag import (
+    embedding,
+    embedding_bag,
+    embedding_bag_bytes,
+    embedding_bags,
+    quantize_rows,
+)
 from seqkernels.functional.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh
 from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
+    "embedding",
+    "embedding_bag",
+    "embedding_bag_bytes",
+    "embedding_bags",
     "gru",
     "gru_cell",
     "lstm",
     "lstm_cell",
     "mgu",
     "nested_lstm",
+    "quantize_rows",
     "rnn_relu",
     "rnn_relu_cell",
     "rnn_tanh",

@@ -1,6 +1,34 @@
 """Operators as modules: those that take the place of torch.nn's, and others."""
 
+from seqkernels.nn.embedding_bag import (
+    Embedding,
+    EmbeddingBag,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    QuantizedEmbeddingBag,
+)
+from seqkernels.nn.embedding_bag_sharded import RowShardedEmbeddingBag
+from seqkernels.nn.fused_optimizer import FusedAdagrad, FusedAdam, FusedRowwiseAdagrad, FusedSGD
 from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, NestedLSTM
 from seqkernels.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
 
-__all__ = ["GRU", "LSTM", "MGU", "RNN", "GRUCell", "LSTMCell", "NestedLSTM", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "MGU",
+    "RNN",
+    "Embedding",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "EmbeddingBagConfig",
+    "FusedAdagrad",
+    "FusedAdam",
+    "FusedRowwiseAdagrad",
+    "FusedSGD",
+    "GRUCell",
+    "LSTMCell",
+    "NestedLSTM",
+    "QuantizedEmbeddingBag",
+    "RNNCell",
+    "RowShardedEmbeddingBag",
+]

@@ -1,5 +1,32 @@
 """The definition of every operator, in plain torch: slow, readable, differentiable to any order."""
 
+from seqkernels.reference.embedding_bag import (
+    adagrad_step,
+    adam_step,
+    embedding,
+    embedding_bag,
+    embedding_bag_winners,
+    embedding_bags,
+    renorm,
+    rowwise_adagrad_step,
+    sgd_step,
+)
 from seqkernels.reference.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh
 
-__all__ = ["gru", "lstm", "mgu", "nested_lstm", "rnn_relu", "rnn_tanh"]
+__all__ = [
+    "adagrad_step",
+    "adam_step",
+    "embedding",
+    "embedding_bag",
+    "embedding_bag_winners",
+    "embedding_bags",
+    "gru",
+    "lstm",
+    "mgu",
+    "nested_lstm",
+    "renorm",
+    "rnn_relu",
+    "rnn_tanh",
+    "rowwise_adagrad_step",
+    "sgd_step",
+]

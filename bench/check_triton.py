@@ -1,0 +1,253 @@
+"""Compiles every configuration of the Triton kernels to machine code, without a GPU, and fails where one spills.
+
+python bench/check_triton.py [--jobs N] [--only TEXT] [--archs 80 90 100] [--write FILE]
+
+Prints the worst of each kernel, type and architecture; --write keeps a row for every configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARCHS = (80, 90, 100)
+SHARED = {
+    80: 163 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # bytes that a program can have, from NVIDIA's programming guide
+POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+SHORT = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass
+class Job:
+    """One kernel as a launcher would compile it: its constexprs, with None for a pointer that is not given."""
+
+    module: str
+    kernel: str
+    dtype: torch.dtype
+    constexprs: dict[str, Any]
+    arch: int
+    num_warps: int
+    maxnreg: int | None = None
+    types: dict[str, str] = field(default_factory=dict)  # of parameters that are not pointers to dtype
+    shared: int | None = None  # bytes that the launcher expects it to need
+
+    def __str__(self) -> str:
+        chosen = (f"{k}={v}" for k, v in self.constexprs.items() if v is not None)
+        without = ",".join(k.removeprefix("p_") for k, v in self.constexprs.items() if v is None)
+        without = f" without {without}" * bool(without)
+        return f"{self.kernel} {SHORT[self.dtype]} sm_{self.arch} {' '.join(chosen)} warps={self.num_warps}{without}"
+
+
+@dataclass
+class Usage:
+    registers: int = 0
+    stack: int = 0  # bytes per thread: where spilled registers go
+    shared: int = 0
+    error: str = ""
+
+
+# ---- what there is
+
+
+def bag_jobs(arch: int) -> Iterator[Job]:
+    from seqkernels.triton import embedding_bag as module
+
+    for dtype, mode, everything in itertools.product(module.DTYPES, range(4), (True, False)):
+        extreme = mode in (module.MAX, module.MIN)
+        for chosen in module.configs(dtype == torch.float64, extreme):
+            tile = {k: v for k, v in chosen._asdict().items() if k in ("BB", "BR", "BD")}
+            flags = dict(
+                MODE=mode,
+                BY_WEIGHT=everything and mode == module.MEAN,
+                HAS_PADDING=everything,
+                HAS_LAST_OFFSET=not everything,
+                FLOAT64=dtype == torch.float64,
+                s_column=1,
+            )
+            absent = dict(p_arg=None) if not extreme else {}
+            if not everything:
+                absent["p_weights"] = None
+            types = dict(
+                p_indices="*i64", p_offsets="*i64", p_arg="*i32", p_fault="*i64", E="i64", N="i64", s_row="i64"
+            )
+            kernel = "embedding_bag_forward_kernel"
+            yield Job(
+                "embedding_bag",
+                kernel,
+                dtype,
+                {**flags, **tile, **absent},
+                arch,
+                chosen.num_warps,
+                chosen.maxnreg,
+                types,
+            )
+
+
+TYPES = dict(p_lengths="*i64", p_starts="*i64", p_reset="*u8", p_zone_h="*u8", p_zone_c="*u8", p_keep="*u8")
+
+
+def recurrence_jobs(arch: int) -> Iterator[Job]:
+    from seqkernels.triton import recurrent as module
+
+    for dtype, kind in itertools.product((torch.float32, torch.float16, torch.bfloat16), module.GATES):
+        for H, way, everything in itertools.product((16, 32, 64, 128), ("forward", "backward"), (True, False)):
+            chosen = module.config(kind, dtype, H, SHARED[arch])
+            if chosen is None:
+                continue
+            family = kind.partition("_")[0]
+            constexprs: dict[str, Any] = dict(BB=chosen.BB, BH=chosen.BH, PRECISION=module.PRECISION)
+            if family == "rnn":
+                constexprs["RELU"] = kind == "rnn_relu"
+            unused = {"lstm": ("p_bias", "p_dhn"), "gru": ("p_c0", "p_cells", "p_c_n", "p_dc_n", "p_dc0")}
+            unused["rnn"] = (*unused["lstm"], *unused["gru"], "p_saved")
+            absent = (
+                unused[family] if everything else (*unused[family], "p_lengths", "p_starts", "p_reset", "p_h0", "p_c0")
+            )
+            names = getattr(module, f"{family}_{way}_kernel").arg_names
+            constexprs.update((name, None) for name in absent if name in names)
+            yield Job(
+                "recurrent",
+                f"{family}_{way}_kernel",
+                dtype,
+                constexprs,
+                arch,
+                chosen.num_warps,
+                chosen.maxnreg,
+                dict(TYPES, p_x="*fp32", N="i64"),
+                module.needed(kind, dtype, chosen.BH),
+            )
+
+
+CELLS = ("lstm_cell", "gru_cell", "gru_before_cell", "gru_before_cell_gates", "rnn_cell")
+COMPUTED = ("p_x", "p_product", "p_direct", "p_dc", "p_dpeephole", "p_dq", "p_numbers")
+
+
+def cell_jobs(arch: int) -> Iterator[Job]:
+    from seqkernels.triton import recurrent as module
+
+    for cell, way, dtype, everything, variant in itertools.product(
+        CELLS, ("forward", "backward"), module.DTYPES, (True, False), (True, False)
+    ):
+        name = f"{cell}_{way}_kernel".replace("_gates_forward", "_gates")
+        names = getattr(module, name).arg_names
+        constexprs: dict[str, Any] = dict(OPTIONS=everything, BU=module.BU)
+        if "COUPLED" in names:
+            constexprs["COUPLED"] = variant
+        elif "RELU" in names:
+            constexprs["RELU"] = variant
+        elif variant:
+            continue
+        if not everything:
+            optional = ("p_peephole", "p_zone_h", "p_zone_c", "p_keep", "p_numbers", "p_variational", "p_dpeephole")
+            optional += ("p_lengths", "p_reset", "p_dcells")
+            constexprs.update((name, None) for name in optional if name in names)
+        compute = "*fp64" if dtype == torch.float64 else "*fp32"
+        types = dict(TYPES, **dict.fromkeys(COMPUTED, compute))
+        types.update({n: "i64" for n in names if n.startswith("row")})
+        yield Job("recurrent", name, dtype, constexprs, arch, 1, types=types)
+
+
+# ---- compiling
+
+
+def compile_one(job: Job) -> Usage:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"seqkernels.triton.{job.module}"), job.kernel)
+    constexprs = {k: v for k, v in job.constexprs.items() if k in kernel.arg_names}
+    signature = {}
+    for name in kernel.arg_names:
+        pointer = name.startswith("p_")
+        signature[name] = job.types.get(name, POINTER[job.dtype] if pointer else "i32")
+        if name in constexprs:
+            signature[name] = "constexpr"
+    # As for tensors that torch has allocated and sizes that are multiples of 16.
+    even = [n.startswith("p_") or n in ("H", "D", "s_y", "s_row", "first") for n in kernel.arg_names]
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if even[i] and n not in constexprs
+    }
+    try:
+        built = triton.compile(
+            ASTSource(kernel, signature, constexprs, attributes),
+            target=GPUTarget("cuda", job.arch, 32),
+            options=dict(num_warps=job.num_warps, num_stages=1, maxnreg=job.maxnreg),
+        )
+    except Exception as error:
+        return Usage(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+    return Usage(found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
+
+
+def verdict(job: Job, used: Usage) -> str:
+    """What is wrong, or nothing."""
+    if used.error:
+        return used.error
+    if used.stack:
+        return f"spills: {used.stack} bytes of stack"
+    if used.shared > SHARED[job.arch]:
+        return f"needs {used.shared} bytes of shared memory, there are {SHARED[job.arch]}"
+    if job.shared is not None and used.shared > job.shared:
+        return f"needs {used.shared} bytes of shared memory, the launcher expects {job.shared}"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="configurations whose description matches this expression")
+    parser.add_argument("--archs", type=int, nargs="+", default=ARCHS, choices=ARCHS)
+    parser.add_argument("--write", type=Path, help="a table of all configurations")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+    every = (job for arch in options.archs for part in (bag_jobs, recurrence_jobs, cell_jobs) for job in part(arch))
+    jobs = [job for job in every if re.search(options.only, str(job))]
+
+    rows, wrong = [], 0
+    worst: dict[tuple[str, str, int], list[int]] = {}
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for job, used in zip(jobs, pool.imap(compile_one, jobs, chunksize=4)):
+            fault = verdict(job, used)
+            if fault:
+                wrong += 1
+                print(f"{job}: {fault}", flush=True)
+            rows.append(f"{job}\t{used.registers}\t{used.shared}\t{used.stack}\t{fault}")
+            entry = worst.setdefault((job.kernel, SHORT[job.dtype], job.arch), [0, 0, 0, 0])
+            entry[:] = [entry[0] + 1, *map(max, entry[1:], (used.registers, used.shared, used.stack))]
+    print(f"{'kernel':40} {'type':5} {'arch':7} {'compiled':>8} {'registers':>9} {'shared':>7} {'spilled':>7}")
+    for (kernel, dtype, arch), (count, *most) in sorted(worst.items()):
+        print(f"{kernel:40} {dtype:5} sm_{arch:<4} {count:8} {most[0]:9} {most[1]:7} {most[2]:7}")
+    if options.write:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        head = "configuration\tregisters\tshared\tspilled\tfault"
+        options.write.write_text("\n".join([head, *rows]) + "\n")
+    print(f"{len(jobs)} configurations, {wrong} of them wrong")
+    return int(bool(wrong) or not jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,865 @@
+// Everything a CUDA kernel of this project may use of the machine. Under nvcc each function is an intrinsic or one PTX
+// instruction; with SEQKERNELS_EMULATE_CUDA (a plain C++ compiler) tests/cuda_on_cpu/device_emulated.h takes the place
+// of this half: each CUDA thread is then a fibre, each barrier a switch, and memory is checked. Kernel files include
+// this header and headers free of torch, and see the device through nothing else, so one source serves both.
+//
+//   template <class T>
+//   SK_KERNEL(kThreads, kBlocksPerMultiprocessor) scale_kernel(const SK_GRID_CONSTANT ScaleArgs args) {
+//     const Global<const T> x = global<const T>(args.x, args.n);  // the count is the bound that the emulation checks
+//     const Global<T> y = global<T>(args.y, args.n);
+//     SharedArena arena;
+//     const Shared<float> tile = arena.array<float>(kThreads);
+//     ...
+//   }
+//   launch(scale_kernel<T>, LaunchConfig{blocks, kThreads, shared_bytes, .., stream}, args);
+//
+// Blocks are one-dimensional. Pointers into global and shared memory are Global<T> and Shared<T>; `x[i]` is a reference
+// to T here and a checked stand-in for one under the emulation, so name the type of what is read: `const float v =
+// x[i]`. There are no atomics in floating point: results must not depend on the order of threads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "common/dtype.h"
+
+#if defined(SEQKERNELS_EMULATE_CUDA)
+#define SK_KERNEL(...) inline void
+#define SK_GRID_CONSTANT
+#define SK_DEVICE inline
+#define SK_HOST_DEVICE inline
+#define SK_UNROLL
+#define SK_NO_UNROLL
+#else
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+#define SK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define SK_GRID_CONSTANT __grid_constant__  // the parameter must be const: it stays in constant memory, uncopied
+#define SK_DEVICE __device__ __forceinline__
+#define SK_HOST_DEVICE __host__ __device__ __forceinline__
+#define SK_UNROLL _Pragma("unroll")
+#define SK_NO_UNROLL _Pragma("unroll 1")
+#endif
+
+namespace seqkernels {
+
+// What launch() takes. Sizes in blocks, threads and bytes; `cluster` blocks along x form a cluster (1: none).
+struct LaunchConfig {
+  struct Grid {
+    int64_t x = 1, y = 1, z = 1;
+    Grid(int64_t x_ = 1, int64_t y_ = 1, int64_t z_ = 1) : x(x_), y(y_), z(z_) {}
+  };
+  Grid grid;
+  int block = 1;
+  int64_t shared_bytes = 0;  // dynamic shared memory
+  int cluster = 1;
+  bool cooperative = false;  // all blocks resident at once: grid_sync() and spinning on other blocks are allowed
+  void* stream = nullptr;
+
+  std::string text(const std::string& kernel) const {
+    std::ostringstream out;
+    out << kernel << " with grid (" << grid.x << ", " << grid.y << ", " << grid.z << "), block " << block
+        << ", shared memory " << shared_bytes << " bytes, cluster " << cluster << (cooperative ? ", cooperative" : "");
+    return out.str();
+  }
+};
+
+// What the current device offers.
+struct DeviceLimits {
+  int major, minor;  // compute capability
+  int multiprocessors;
+  int64_t shared_bytes;  // dynamic shared memory a block may ask for
+  int64_t l2_bytes;
+  bool clusters() const { return major >= 9; }
+};
+
+namespace device {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Up to 16 bytes that move in one instruction; what it is read from must be aligned to its size.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  static_assert(sizeof(T) * N <= 16, "a vector access moves at most 16 bytes");
+  T values[N];
+  SK_HOST_DEVICE T& operator[](int i) { return values[i]; }
+  SK_HOST_DEVICE const T& operator[](int i) const { return values[i]; }
+};
+
+// How a load or store treats the caches: kReadOnly for what no thread writes during the kernel, kStreaming for what is
+// touched once, kL2 past the first-level cache.
+enum class Cache { kDefault, kReadOnly, kStreaming, kL2 };
+
+// A barrier in shared memory that counts arrivals and bytes.
+struct alignas(8) MBarrier {
+  uint64_t state;
+};
+
+template <class To, class From>
+SK_HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+}  // namespace device
+}  // namespace seqkernels
+
+#if defined(SEQKERNELS_EMULATE_CUDA)
+#include "device_emulated.h"
+#else
+
+namespace seqkernels {
+namespace device {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;  // kernels with clusters compile, to a trap
+#else
+constexpr bool kHasClusters = true;
+#endif
+// Wraps PTX that needs compute capability 9.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SK_SM90(...) __trap()
+#else
+#define SK_SM90(...) __VA_ARGS__
+#endif
+
+// ---- where a thread is
+// -----------------------------------------------------------------------------------------------
+
+SK_DEVICE int thread_index() { return threadIdx.x; }
+SK_DEVICE int lane_index() { return threadIdx.x % kWarp; }
+SK_DEVICE int warp_index() { return threadIdx.x / kWarp; }
+SK_DEVICE int block_threads() { return blockDim.x; }
+SK_DEVICE int64_t block_index() { return blockIdx.x; }
+SK_DEVICE int64_t block_index_y() { return blockIdx.y; }
+SK_DEVICE int64_t block_index_z() { return blockIdx.z; }
+SK_DEVICE int64_t grid_blocks() { return gridDim.x; }
+SK_DEVICE int64_t grid_blocks_y() { return gridDim.y; }
+SK_DEVICE int64_t grid_blocks_z() { return gridDim.z; }
+// Along x: for loops `for (int64_t i = grid_thread_index(); i < n; i += grid_threads())`.
+SK_DEVICE int64_t grid_thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+SK_DEVICE int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+// A pointer to global memory, and the number of elements behind it, which only the emulation keeps.
+template <class T>
+class Global {
+ public:
+  SK_DEVICE Global() : pointer_(nullptr) {}
+  SK_DEVICE Global(T* pointer, int64_t /*count*/) : pointer_(pointer) {}
+  template <class U, class = std::enable_if_t<std::is_same<const U, T>::value>>
+  SK_DEVICE Global(Global<U> other) : pointer_(other.get()) {}
+  SK_DEVICE T& operator[](int64_t i) const { return pointer_[i]; }
+  SK_DEVICE Global operator+(int64_t i) const { return Global(pointer_ + i, 0); }
+  SK_DEVICE explicit operator bool() const { return pointer_ != nullptr; }
+  SK_DEVICE T* get() const { return pointer_; }
+
+ private:
+  T* pointer_;
+};
+template <class T>
+SK_DEVICE Global<T> global(std::conditional_t<std::is_const<T>::value, const void*, void*> pointer, int64_t count) {
+  return Global<T>(static_cast<T*>(pointer), count);
+}
+
+// A pointer to this block's shared memory.
+template <class T>
+class Shared {
+ public:
+  SK_HOST_DEVICE Shared() : pointer_(nullptr) {}
+  SK_HOST_DEVICE Shared(T* pointer, int64_t /*count*/) : pointer_(pointer) {}
+  template <class U, class = std::enable_if_t<std::is_same<const U, T>::value>>
+  SK_DEVICE Shared(Shared<U> other) : pointer_(other.get()) {}
+  SK_DEVICE T& operator[](int64_t i) const { return pointer_[i]; }
+  SK_DEVICE Shared operator+(int64_t i) const { return Shared(pointer_ + i, 0); }
+  SK_DEVICE explicit operator bool() const { return pointer_ != nullptr; }
+  SK_DEVICE T* get() const { return pointer_; }
+  SK_DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer_)); }
+  // The same bytes as elements of another type.
+  template <class U>
+  SK_DEVICE Shared<U> as() const {
+    return Shared<U>(reinterpret_cast<U*>(pointer_), 0);
+  }
+
+ private:
+  T* pointer_;
+};
+
+// Hands out the block's dynamic shared memory from its start; every thread asks for the same arrays in the same order.
+class SharedArena {
+ public:
+  template <class T>
+  SK_DEVICE Shared<T> array(int64_t count, int align = 16) {
+    extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+    offset_ = (offset_ + align - 1) / align * align;
+    T* start = reinterpret_cast<T*>(dynamic_shared_memory + offset_);
+    offset_ += static_cast<uint32_t>(count * sizeof(T));
+    return Shared<T>(start, count);
+  }
+
+ private:
+  uint32_t offset_ = 0;
+};
+// The same calls on the host, for LaunchConfig::shared_bytes.
+class SharedBytes {
+ public:
+  template <class T>
+  Shared<T> array(int64_t count, int align = 16) {
+    bytes_ = (bytes_ + align - 1) / align * align + count * static_cast<int64_t>(sizeof(T));
+    return Shared<T>();
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+// SK_SHARED(float, partial, 32): a static array of the block, a variable of type Shared<float>.
+#define SK_SHARED(type, name, count)            \
+  __shared__ __align__(16) type name##_[count]; \
+  const ::seqkernels::device::Shared<type> name(name##_, count)
+
+template <Cache kCache, class Word>
+SK_DEVICE Word load_word(const Word* p) {
+  if constexpr (kCache == Cache::kReadOnly) return __ldg(p);
+  if constexpr (kCache == Cache::kStreaming) return __ldcs(p);
+  if constexpr (kCache == Cache::kL2) return __ldcg(p);
+  return *p;
+}
+template <Cache kCache, class Word>
+SK_DEVICE void store_word(Word* p, Word word) {
+  if constexpr (kCache == Cache::kStreaming) {
+    __stcs(p, word);
+  } else if constexpr (kCache == Cache::kL2) {
+    __stcg(p, word);
+  } else {
+    *p = word;
+  }
+}
+
+// N elements from element i on: i * sizeof(T) must be a multiple of N * sizeof(T).
+template <int N, Cache kCache = Cache::kDefault, class T>
+SK_DEVICE Vec<std::remove_const_t<T>, N> load_vec(Global<T> x, int64_t i) {
+  using Word = typename WordOf<N * sizeof(T)>::type;
+  return bit_cast<Vec<std::remove_const_t<T>, N>>(load_word<kCache>(reinterpret_cast<const Word*>(x.get() + i)));
+}
+template <int N, class T>
+SK_DEVICE Vec<std::remove_const_t<T>, N> load_vec(Shared<T> x, int64_t i) {
+  return *reinterpret_cast<const Vec<std::remove_const_t<T>, N>*>(x.get() + i);
+}
+template <Cache kCache = Cache::kDefault, class T, int N>
+SK_DEVICE void store_vec(Global<T> x, int64_t i, const Vec<T, N>& v) {
+  using Word = typename WordOf<N * sizeof(T)>::type;
+  store_word<kCache>(reinterpret_cast<Word*>(x.get() + i), bit_cast<Word>(v));
+}
+template <class T, int N>
+SK_DEVICE void store_vec(Shared<T> x, int64_t i, const Vec<T, N>& v) {
+  *reinterpret_cast<Vec<T, N>*>(x.get() + i) = v;
+}
+// One element, with a word to the caches.
+template <Cache kCache, class T>
+SK_DEVICE std::remove_const_t<T> load(Global<T> x, int64_t i) {
+  return load_vec<1, kCache>(x, i)[0];
+}
+template <Cache kCache, class T>
+SK_DEVICE void store(Global<T> x, int64_t i, T v) {
+  store_vec<kCache>(x, i, Vec<T, 1>{{v}});
+}
+template <class T>
+SK_DEVICE void prefetch_l2(Global<T> x, int64_t i) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(x.get() + i));
+}
+
+// ---- memory order: integers of 32 or 64 bits, seen by the whole device
+// -----------------------------------------------
+
+#define SK_ORDERED(name, op32, op64)                                                            \
+  template <class T>                                                                            \
+  SK_DEVICE std::remove_const_t<T> name(Global<T> x, int64_t i) {                               \
+    static_assert(std::is_integral<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "integer"); \
+    if constexpr (sizeof(T) == 4) {                                                             \
+      uint32_t v;                                                                               \
+      asm volatile(op32 " %0, [%1];" : "=r"(v) : "l"(x.get() + i) : "memory");                  \
+      return static_cast<T>(v);                                                                 \
+    } else {                                                                                    \
+      uint64_t v;                                                                               \
+      asm volatile(op64 " %0, [%1];" : "=l"(v) : "l"(x.get() + i) : "memory");                  \
+      return static_cast<T>(v);                                                                 \
+    }                                                                                           \
+  }
+SK_ORDERED(load_acquire, "ld.acquire.gpu.global.u32", "ld.acquire.gpu.global.u64")
+SK_ORDERED(load_relaxed, "ld.relaxed.gpu.global.u32", "ld.relaxed.gpu.global.u64")
+#undef SK_ORDERED
+#define SK_ORDERED(name, op32, op64)                                                                \
+  template <class T>                                                                                \
+  SK_DEVICE void name(Global<T> x, int64_t i, T v) {                                                \
+    static_assert(std::is_integral<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "integer");     \
+    if constexpr (sizeof(T) == 4) {                                                                 \
+      asm volatile(op32 " [%0], %1;" ::"l"(x.get() + i), "r"(static_cast<uint32_t>(v)) : "memory"); \
+    } else {                                                                                        \
+      asm volatile(op64 " [%0], %1;" ::"l"(x.get() + i), "l"(static_cast<uint64_t>(v)) : "memory"); \
+    }                                                                                               \
+  }
+SK_ORDERED(store_release, "st.release.gpu.global.u32", "st.release.gpu.global.u64")
+SK_ORDERED(store_relaxed, "st.relaxed.gpu.global.u32", "st.relaxed.gpu.global.u64")
+// Adds without an answer; what this thread wrote before is visible to who acquires the sum.
+SK_ORDERED(add_release, "red.release.gpu.global.add.u32", "red.release.gpu.global.add.u64")
+#undef SK_ORDERED
+SK_DEVICE void fence_device() { __threadfence(); }
+SK_DEVICE void fence_block() { __threadfence_block(); }
+// Inside a loop that waits for another thread. Under the emulation it lets the others run, and a loop without it hangs.
+SK_DEVICE void pause() { __nanosleep(20); }
+// Waits until the flag, an integer that only grows, is at least `wanted`.
+template <class T>
+SK_DEVICE void wait_acquire(Global<T> flags, int64_t i, std::remove_const_t<T> wanted) {
+  while (load_acquire(flags, i) < wanted) {
+  }
+}
+
+// ---- atomics: integers, relaxed, the old value is returned
+// -----------------------------------------------------------
+
+#define SK_ATOMIC(name, intrinsic)                                                                    \
+  template <template <class> class Pointer, class T>                                                  \
+  SK_DEVICE T name(Pointer<T> x, int64_t i, T v) {                                                    \
+    static_assert(std::is_integral<T>::value, "no atomics in float");                                 \
+    using Native = std::conditional_t<sizeof(T) == 8, unsigned long long,                             \
+                                      std::conditional_t<std::is_signed<T>::value, int, unsigned>>;   \
+    return static_cast<T>(intrinsic(reinterpret_cast<Native*>(x.get() + i), static_cast<Native>(v))); \
+  }
+SK_ATOMIC(atomic_add, ::atomicAdd)
+SK_ATOMIC(atomic_or, ::atomicOr)
+SK_ATOMIC(atomic_and, ::atomicAnd)
+SK_ATOMIC(atomic_exchange, ::atomicExch)
+#undef SK_ATOMIC
+#define SK_ATOMIC(name, intrinsic)                                                                             \
+  template <template <class> class Pointer, class T>                                                           \
+  SK_DEVICE T name(Pointer<T> x, int64_t i, T v) {                                                             \
+    static_assert(std::is_integral<T>::value, "no atomics in float");                                          \
+    using Wide = std::conditional_t<std::is_signed<T>::value, long long, unsigned long long>;                  \
+    using Native =                                                                                             \
+        std::conditional_t<sizeof(T) == 8, Wide, std::conditional_t<std::is_signed<T>::value, int, unsigned>>; \
+    return static_cast<T>(intrinsic(reinterpret_cast<Native*>(x.get() + i), static_cast<Native>(v)));          \
+  }
+SK_ATOMIC(atomic_max, ::atomicMax)
+SK_ATOMIC(atomic_min, ::atomicMin)
+#undef SK_ATOMIC
+template <template <class> class Pointer, class T>
+SK_DEVICE T atomic_compare_exchange(Pointer<T> x, int64_t i, T expected, T desired) {
+  using Native = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned>;
+  return static_cast<T>(
+      ::atomicCAS(reinterpret_cast<Native*>(x.get() + i), static_cast<Native>(expected), static_cast<Native>(desired)));
+}
+
+// ---- warp
+// ------------------------------------------------------------------------------------------------------------ Every
+// lane of the mask must come; a shuffle orders no memory, warp_sync does.
+
+SK_DEVICE void warp_sync(uint32_t mask = kAllLanes) { __syncwarp(mask); }
+SK_DEVICE uint32_t ballot(bool predicate, uint32_t mask = kAllLanes) { return __ballot_sync(mask, predicate); }
+SK_DEVICE bool any_lane(bool predicate, uint32_t mask = kAllLanes) { return __any_sync(mask, predicate); }
+SK_DEVICE bool all_lanes(bool predicate, uint32_t mask = kAllLanes) { return __all_sync(mask, predicate); }
+// The lanes of the mask that hold the same value.
+SK_DEVICE uint32_t match_any(uint32_t value, uint32_t mask = kAllLanes) { return __match_any_sync(mask, value); }
+
+template <class T, class F>
+SK_DEVICE T by_words(T value, F&& f) {
+  static_assert(sizeof(T) <= 4 || sizeof(T) % 4 == 0, "words of 32 bits");
+  if constexpr (sizeof(T) < 4) {
+    uint32_t word = 0;
+    memcpy(&word, &value, sizeof(T));
+    word = f(word);
+    memcpy(&value, &word, sizeof(T));
+  } else {
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &value, sizeof(T));
+    SK_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) words[i] = f(words[i]);
+    memcpy(&value, words, sizeof(T));
+  }
+  return value;
+}
+// Any plain type. The source lane counts within groups of `width` lanes.
+template <class T>
+SK_DEVICE T shuffle(T value, int lane, int width = kWarp, uint32_t mask = kAllLanes) {
+  return by_words(value, [=](uint32_t w) { return __shfl_sync(mask, w, lane, width); });
+}
+template <class T>
+SK_DEVICE T shuffle_xor(T value, int lanes, int width = kWarp, uint32_t mask = kAllLanes) {
+  return by_words(value, [=](uint32_t w) { return __shfl_xor_sync(mask, w, lanes, width); });
+}
+template <class T>
+SK_DEVICE T shuffle_down(T value, int delta, int width = kWarp, uint32_t mask = kAllLanes) {
+  return by_words(value, [=](uint32_t w) { return __shfl_down_sync(mask, w, delta, width); });
+}
+template <class T>
+SK_DEVICE T shuffle_up(T value, int delta, int width = kWarp, uint32_t mask = kAllLanes) {
+  return by_words(value, [=](uint32_t w) { return __shfl_up_sync(mask, w, delta, width); });
+}
+
+SK_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
+SK_DEVICE int leading_zeros(uint32_t bits) { return __clz(bits); }
+SK_DEVICE int first_set(uint32_t bits) { return __ffs(bits) - 1; }  // -1: none
+SK_DEVICE uint32_t lanes_before() { return (1u << lane_index()) - 1; }
+
+// ---- block and grid
+// --------------------------------------------------------------------------------------------------
+
+SK_DEVICE void block_sync() { __syncthreads(); }
+SK_DEVICE int block_sync_count(bool predicate) { return __syncthreads_count(predicate); }
+SK_DEVICE bool block_sync_or(bool predicate) { return __syncthreads_or(predicate); }
+// Named barriers 1 to 15, for `threads` threads of the block, whole warps: who comes waits, or only announces itself.
+SK_DEVICE void named_sync(int id, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+SK_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// All blocks of a cooperative launch.
+SK_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// ---- asynchronous copies, global to shared
+// ---------------------------------------------------------------------------
+
+// Copies 4, 8 or 16 aligned bytes; zeros where not valid (nothing is read then).
+template <int kBytes, class T, class U>
+SK_DEVICE void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
+  static_assert(std::is_same<T, std::remove_const_t<U>>::value, "a copy keeps the type");
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from.get()), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(from.get()), "n"(kBytes),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+SK_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending of this thread's groups are under way; others see the data after a barrier.
+template <int kPending>
+SK_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- clusters, distributed shared memory, barriers in shared memory (compute capability 9.0)
+// -------------------------
+
+SK_DEVICE int cluster_rank() {
+  uint32_t rank = 0;
+  SK_SM90(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
+  return static_cast<int>(rank);
+}
+SK_DEVICE int cluster_blocks() {
+  uint32_t count = 1;
+  SK_SM90(asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count)));
+  return static_cast<int>(count);
+}
+SK_DEVICE void cluster_arrive() { SK_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory")); }
+SK_DEVICE void cluster_wait() { SK_SM90(asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory")); }
+SK_DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Shared memory of a block of the cluster, this one included. Its owner must not have exited: end with cluster_sync().
+template <class T>
+class Remote {
+ public:
+  SK_DEVICE Remote() : address_(0) {}
+  SK_DEVICE explicit Remote(uint32_t address) : address_(address) {}
+  SK_DEVICE Remote operator+(int64_t i) const { return Remote(address_ + static_cast<uint32_t>(i * sizeof(T))); }
+  SK_DEVICE uint32_t address() const { return address_; }
+
+ private:
+  uint32_t address_;
+};
+template <class T>
+SK_DEVICE Remote<T> remote(Shared<T> mine, int rank) {
+  uint32_t address = 0;
+  SK_SM90(asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(mine.address()), "r"(rank)));
+  return Remote<T>(address);
+}
+template <class T, int N>
+SK_DEVICE void store_vec(Remote<T> x, int64_t i, const Vec<T, N>& v) {
+  constexpr int kBytes = sizeof(T) * N;
+  const uint32_t p = (x + i).address();
+  if constexpr (kBytes == 16) {
+    const auto w = bit_cast<uint4>(v);
+    SK_SM90(asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(w.x), "r"(w.y), "r"(w.z),
+                         "r"(w.w) : "memory"));
+  } else if constexpr (kBytes == 8) {
+    const auto w = bit_cast<uint2>(v);
+    SK_SM90(asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(p), "r"(w.x), "r"(w.y) : "memory"));
+  } else if constexpr (kBytes == 4) {
+    SK_SM90(asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(p), "r"(bit_cast<uint32_t>(v)) : "memory"));
+  } else {
+    static_assert(kBytes == 2, "2, 4, 8 or 16 bytes");
+    SK_SM90(asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(p), "h"(bit_cast<uint16_t>(v)) : "memory"));
+  }
+}
+template <int N, class T>
+SK_DEVICE Vec<T, N> load_vec(Remote<T> x, int64_t i) {
+  constexpr int kBytes = sizeof(T) * N;
+  const uint32_t p = (x + i).address();
+  if constexpr (kBytes == 16) {
+    uint4 w{};
+    SK_SM90(asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z),
+                         "=r"(w.w) : "r"(p) : "memory"));
+    return bit_cast<Vec<T, N>>(w);
+  } else if constexpr (kBytes == 8) {
+    uint2 w{};
+    SK_SM90(asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "r"(p) : "memory"));
+    return bit_cast<Vec<T, N>>(w);
+  } else if constexpr (kBytes == 4) {
+    uint32_t w = 0;
+    SK_SM90(asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(w) : "r"(p) : "memory"));
+    return bit_cast<Vec<T, N>>(w);
+  } else {
+    static_assert(kBytes == 2, "2, 4, 8 or 16 bytes");
+    uint16_t w = 0;
+    SK_SM90(asm volatile("ld.shared::cluster.u16 %0, [%1];" : "=h"(w) : "r"(p) : "memory"));
+    return bit_cast<Vec<T, N>>(w);
+  }
+}
+template <class T>
+SK_DEVICE void store(Remote<T> x, int64_t i, T v) {
+  store_vec(x, i, Vec<T, 1>{{v}});
+}
+template <class T>
+SK_DEVICE T load(Remote<T> x, int64_t i) {
+  return load_vec<1>(x, i)[0];
+}
+
+// One thread sets a barrier up for `arrivals` arrivals a phase; mbarrier_init_fence(), then a block or cluster barrier,
+// before anyone uses it.
+SK_DEVICE void mbarrier_init(Shared<MBarrier> b, int64_t i, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((b + i).address()), "r"(arrivals) : "memory");
+}
+SK_DEVICE void mbarrier_init_fence() { SK_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory")); }
+SK_DEVICE void mbarrier_arrive(Shared<MBarrier> b, int64_t i) {
+  SK_SM90(asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"((b + i).address()) : "memory"));
+}
+// Arrives and says how many bytes more this phase waits for.
+SK_DEVICE void mbarrier_arrive_expect(Shared<MBarrier> b, int64_t i, int bytes) {
+  SK_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"((b + i).address()),
+                       "r"(bytes) : "memory"));
+}
+SK_DEVICE void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
+  SK_SM90(
+      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"((b + i).address()) : "memory"));
+}
+// Whether the phase of that parity is over: phases count 0, 1, 2, ..; a fresh barrier answers yes for parity 1.
+SK_DEVICE bool mbarrier_test(Shared<MBarrier> b, int64_t i, int parity) {
+  uint32_t over = 0;
+  SK_SM90(
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                   "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"((b + i).address()),
+                   "r"(parity) : "memory"));
+  return over != 0;
+}
+SK_DEVICE void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
+  while (!mbarrier_test(b, i, parity)) {
+  }
+}
+// Stores 4, 8 or 16 bytes in a block's shared memory; its barrier, in the same block, counts them when they are there.
+template <class T, int N>
+SK_DEVICE void store_async(Remote<T> x, int64_t i, const Vec<T, N>& v, Remote<MBarrier> barrier) {
+  constexpr int kBytes = sizeof(T) * N;
+  const uint32_t p = (x + i).address();
+  if constexpr (kBytes == 16) {
+    const auto w = bit_cast<uint4>(v);
+    SK_SM90(asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(p),
+        "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "r"(barrier.address()) : "memory"));
+  } else if constexpr (kBytes == 8) {
+    const auto w = bit_cast<uint64_t>(v);
+    SK_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(p),
+                         "l"(w), "r"(barrier.address()) : "memory"));
+  } else {
+    static_assert(kBytes == 4, "4, 8 or 16 bytes");
+    SK_SM90(asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(p),
+                         "r"(bit_cast<uint32_t>(v)), "r"(barrier.address()) : "memory"));
+  }
+}
+// One thread copies `count` elements, a multiple of 16 bytes, both ends aligned to 16; the barrier counts the bytes.
+// What threads wrote to the source needs fence_async() and a barrier before. To a block of the cluster:
+template <class T, class U>
+SK_DEVICE void copy_bulk(Remote<T> to, Shared<U> from, int64_t count, Remote<MBarrier> barrier) {
+  SK_SM90(asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to.address()),
+      "r"(from.address()), "r"(static_cast<uint32_t>(count * sizeof(T))), "r"(barrier.address()) : "memory"));
+}
+// From global memory to this block:
+template <class T, class U>
+SK_DEVICE void copy_bulk(Shared<T> to, Global<U> from, int64_t count, Shared<MBarrier> barrier) {
+  SK_SM90(asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to.address()),
+      "l"(from.get()), "r"(static_cast<uint32_t>(count * sizeof(T))), "r"(barrier.address()) : "memory"));
+}
+// Orders what this thread wrote to shared memory before later asynchronous copies from there.
+SK_DEVICE void fence_async() { SK_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
+
+// ---- matrix fragments
+// ------------------------------------------------------------------------------------------------ With g = lane / 4
+// and t = lane % 4 (PTX ISA, "Warp Level Matrix Instructions"), element pairs low half first:
+//   m16n8k16  A [16, 16]: a0 (g, 2t..), a1 (g + 8, 2t..), a2 (g, 2t + 8..), a3 (g + 8, 2t + 8..)
+//             B [16, 8]:  b0 (2t.., g), b1 (2t + 8.., g)
+//   m16n8k8   A [16, 8]:  a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4);  B [8, 8]: b0 (t, g), b1 (t + 4,
+//   g) C, D [16, 8]: c0, c1 (g, 2t), (g, 2t + 1); c2, c3 (g + 8, 2t), (g + 8, 2t + 1)
+
+// d += a b, T = BFloat16 or Half.
+template <class T>
+SK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same<T, BFloat16>::value) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(std::is_same<T, Half>::value, "BFloat16 or Half");
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+// The same with TF32 operands: float32 bits of which the hardware sees the upper 19 (round with to_tf32).
+SK_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+SK_DEVICE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+// N matrices of 8 x 8 elements of 16 bits: lane l names the start of row l % 8 of matrix l / 8 (16 aligned bytes), and
+// gets of each matrix the pair (g, 2t), (g, 2t + 1); transposed (2t, g), (2t + 1, g).
+template <int N, bool kTransposed = false, class T>
+SK_DEVICE void load_matrices(uint32_t (&r)[N], Shared<T> row) {
+  static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4), "1, 2 or 4 matrices of 16-bit elements");
+  const uint32_t p = row.address();
+  if constexpr (N == 4) {
+    if constexpr (kTransposed) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(p)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(p)
+                   : "memory");
+    }
+  } else if constexpr (N == 2) {
+    if constexpr (kTransposed) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                   : "=r"(r[0]), "=r"(r[1])
+                   : "r"(p)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                   : "=r"(r[0]), "=r"(r[1])
+                   : "r"(p)
+                   : "memory");
+    }
+  } else {
+    if constexpr (kTransposed) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(p) : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(p) : "memory");
+    }
+  }
+}
+
+// ---- numbers
+// --------------------------------------------------------------------------------------------------------- expf,
+// tanhf, fmaf, sqrtf, exp, fma and so on are called as such. Multiply and add are never fused unasked (-fmad=false, as
+// on the CPU): write fmaf.
+
+// From a storage type to the one it is computed in, and back, rounding to nearest even.
+SK_DEVICE float widen(float x) { return x; }
+SK_DEVICE double widen(double x) { return x; }
+SK_DEVICE float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+SK_DEVICE float widen(Half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+template <class T, class C>
+SK_DEVICE T narrow(C x) {
+  static_assert(std::is_floating_point<C>::value, "from float or double");
+  if constexpr (std::is_same<T, BFloat16>::value) {
+    BFloat16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
+    return y;
+  } else if constexpr (std::is_same<T, Half>::value) {
+    Half y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
+    return y;
+  } else {
+    return static_cast<T>(x);
+  }
+}
+// Two elements of a half type in one word, `low` at the lower address.
+template <class T>
+SK_DEVICE uint32_t pack_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same<T, BFloat16>::value) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same<T, Half>::value, "BFloat16 or Half");
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+template <class T>
+SK_DEVICE Vec<float, 2> unpack_pair(uint32_t pair) {
+  return {{widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)})}};
+}
+// Approximate: two units in the last place or so; fast_tanh about 2^-11 relative (the hardware's tanh).
+SK_DEVICE float fast_exp(float x) { return __expf(x); }
+SK_DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
+SK_DEVICE float fast_tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#undef SK_SM90
+}  // namespace device
+
+// ---- host
+// ------------------------------------------------------------------------------------------------------------
+
+inline void check_cuda(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that does not stick must not be met again by somebody else
+  throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
+}
+
+inline DeviceLimits device_limits() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "no current device");
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "a device attribute could not be read");
+    return value;
+  };
+  return {ask(cudaDevAttrComputeCapabilityMajor), ask(cudaDevAttrComputeCapabilityMinor),
+          ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          ask(cudaDevAttrL2CacheSize)};
+}
+
+namespace device {
+// The runtime's form of a configuration; `kernel` is told what it needs to be told for it.
+struct RuntimeConfig {
+  RuntimeConfig(const void* kernel, const LaunchConfig& config) {
+    const std::string what = config.text("a kernel");
+    if (config.shared_bytes > 48 * 1024) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(config.shared_bytes)),
+                 what);
+    }
+    if (config.cluster > 8) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+    }
+    runtime.gridDim = dim3(config.grid.x, config.grid.y, config.grid.z);
+    runtime.blockDim = dim3(config.block);
+    runtime.dynamicSmemBytes = config.shared_bytes;
+    runtime.stream = static_cast<cudaStream_t>(config.stream);
+    runtime.attrs = attributes;
+    if (config.cluster > 1) {
+      attributes[runtime.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[runtime.numAttrs].val.clusterDim.x = config.cluster;
+      attributes[runtime.numAttrs].val.clusterDim.y = 1;
+      attributes[runtime.numAttrs++].val.clusterDim.z = 1;
+    }
+    if (config.cooperative) {
+      attributes[runtime.numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes[runtime.numAttrs++].val.cooperative = 1;
+    }
+  }
+  RuntimeConfig(const RuntimeConfig&) = delete;
+  cudaLaunchConfig_t runtime{};
+  cudaLaunchAttribute attributes[2]{};
+};
+}  // namespace device
+
+// Runs kernel(args...) on the stream; raises with the configuration where CUDA refuses. An empty grid is no work.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Args&&... args) {
+  if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
+  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
+  check_cuda(cudaLaunchKernelEx(&runtime.runtime, kernel, static_cast<Parameters>(args)...), config.text("a kernel"));
+}
+// How many blocks (clusters) of this configuration the device holds at once: what a cooperative launch may ask for.
+template <class... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), const LaunchConfig& config) {
+  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
+  int per_multiprocessor = 0;
+  check_cuda(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, config.block, config.shared_bytes),
+      config.text("occupancy"));
+  return static_cast<int64_t>(per_multiprocessor) * device_limits().multiprocessors;
+}
+template <class... Parameters>
+int64_t resident_clusters(void (*kernel)(Parameters...), const LaunchConfig& config) {
+  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
+  int clusters = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &runtime.runtime), config.text("occupancy"));
+  return clusters;
+}
+inline void fill_bytes(void* device_memory, int byte, int64_t bytes, void* stream) {
+  check_cuda(cudaMemsetAsync(device_memory, byte, bytes, static_cast<cudaStream_t>(stream)), "memset");
+}
+// Waits for the stream: not for anything that must be captured in a graph.
+inline void read_back(void* host, const void* device_memory, int64_t bytes, void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaMemcpyAsync(host, device_memory, bytes, cudaMemcpyDeviceToHost, queue), "copy to the host");
+  check_cuda(cudaStreamSynchronize(queue), "a kernel before a copy to the host");
+}
+
+}  // namespace seqkernels
+
+#endif  // SEQKERNELS_EMULATE_CUDA

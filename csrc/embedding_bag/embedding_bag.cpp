@@ -1,0 +1,643 @@
+// EmbeddingBag: checks, allocation, launch. Ops of one table, and the same over a list of tables.
+#include "embedding_bag/embedding_bag.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "common/isa.h"
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "embedding_bag/rows_sort.h"
+
+namespace seqkernels {
+
+namespace {
+
+using Maybe = const std::optional<Tensor>&;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+
+BagKernels kernels() {
+  switch (current_isa()) {
+#ifdef SEQKERNELS_HAVE_AVX512
+    case Isa::kAvx512:
+      return avx512::bag_kernels();
+#endif
+#ifdef SEQKERNELS_HAVE_AVX2
+    case Isa::kAvx2:
+      return avx2::bag_kernels();
+#endif
+    default:
+      return portable::bag_kernels();
+  }
+}
+
+constexpr ScalarType type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
+  }
+}
+constexpr ScalarType compute_type_of(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+int32_t code_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// A new tensor [n] or [n, m]. Half the time of new_empty, which looks its op up by name.
+Tensor make(ScalarType type, int64_t n, int64_t m = -1) {
+  const int64_t sizes[] = {n, m}, strides[] = {m < 0 ? 1 : m, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(m < 0 ? 1 : 2, sizes, strides, code_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// What every op takes of its bags.
+struct Given {
+  const Tensor& indices;
+  Maybe offsets;
+  Maybe weights;
+  int64_t mode, padding;
+  bool include_last_offset;
+  int64_t mean_by;
+};
+
+// The bags of a call, checked; holds what had to be copied, and the address of what did not.
+struct Bags {
+  const char* const op;
+  BagShape shape{};
+  Tensor indices, offsets, weights;
+  int64_t B = 0;   // bags of all features
+  BagTable all{};  // of one table with every bag, without the table
+
+  Bags(const char* op, const Given& given, DType dtype) : op(op), indices(given.indices) {
+    shape.dtype = dtype;
+    if (given.mode < 0 || given.mode > 3)
+      fail(op, ": mode must be 0 (sum), 1 (mean), 2 (max) or 3 (min), got ", given.mode);
+    if (given.mean_by < 0 || given.mean_by > 1)
+      fail(op, ": mean_by must be 0 (count) or 1 (weight), got ", given.mean_by);
+    shape.mode = BagMode(given.mode);
+    shape.mean_by = MeanBy(given.mean_by);
+    if (shape.mean_by == MeanBy::kWeight && !given.weights) shape.mean_by = MeanBy::kCount;
+    const int64_t dims = indices.dim(), N = indices.numel();
+    shape.wide_indices = is_wide("input", indices);
+    if (!indices.is_contiguous()) indices = torch::stable::contiguous(indices);
+    all.indices = indices.const_data_ptr();
+    all.N = N;
+    all.padding = given.padding;
+    if (given.offsets) {
+      if (dims != 1) fail(op, ": input must have 1 dimension where offsets are given, got ", show(shape_of(indices)));
+      offsets = *given.offsets;
+      shape.wide_offsets = is_wide("offsets", offsets);
+      if (offsets.dim() != 1) fail(op, ": offsets must have 1 dimension, got ", show(shape_of(offsets)));
+      if (!offsets.is_contiguous()) offsets = torch::stable::contiguous(offsets);
+      const int64_t count = offsets.numel();
+      if (given.include_last_offset && count < 1) {
+        fail(op, ": offsets must have at least 1 element with include_last_offset, got ", show(shape_of(offsets)));
+      }
+      B = count - given.include_last_offset;
+      all.offsets = offsets.const_data_ptr();
+      all.offset_count = count;
+      if (count > 0) {
+        const int64_t first =
+            shape.wide_offsets ? *static_cast<const int64_t*>(all.offsets) : *static_cast<const int32_t*>(all.offsets);
+        if (first != 0) fail(op, ": offsets must begin with 0, got ", first);
+      }
+    } else {
+      if (dims != 2)
+        fail(op, ": input must have 2 dimensions where no offsets are given, got ", show(shape_of(indices)));
+      if (given.include_last_offset)
+        fail(op, ": include_last_offset must be False where no offsets are given, got True");
+      B = indices.size(0);
+      all.length = indices.size(1);
+    }
+    all.bags = all.batch = B;
+    if (given.weights) {
+      weights = *given.weights;
+      check_on_cpu("per_sample_weights", weights);
+      const ScalarType type = weights.scalar_type();
+      shape.wide_weights = type == compute_type_of(dtype);
+      if (!shape.wide_weights && type != type_of(dtype)) {
+        fail(op, ": per_sample_weights must be of the table's dtype ", dtype_name(type_of(dtype)), " or ",
+             dtype_name(compute_type_of(dtype)), ", got ", dtype_name(type));
+      }
+      if (shape_of(weights) != shape_of(given.indices)) {
+        fail(op, ": per_sample_weights must have the shape of input, ", show(shape_of(given.indices)), ", got ",
+             show(shape_of(weights)));
+      }
+      if (!weights.is_contiguous()) weights = torch::stable::contiguous(weights);
+      all.weights = weights.const_data_ptr();
+    }
+  }
+
+  void check_on_cpu(const char* name, const Tensor& t) const {
+    if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, got a tensor on another device");
+  }
+  bool is_wide(const char* name, const Tensor& t) const {
+    check_on_cpu(name, t);
+    const ScalarType type = t.scalar_type();
+    if (type != ScalarType::Int && type != ScalarType::Long) {
+      fail(op, ": ", name, " must be int32 or int64, got ", dtype_name(type));
+    }
+    return type == ScalarType::Long;
+  }
+
+  void set_rows(BagTable& t, int64_t E, int64_t D) const {
+    t.E = E;
+    t.D = D;
+    if (t.padding < -1 || t.padding >= E) {
+      fail(op, ": padding_idx must be in [0, ", E, "), or -1 for none, got ", t.padding);
+    }
+  }
+  void set_table(BagTable& t, const Tensor& table) const {
+    check_on_cpu("weight", table);
+    if (table.dim() != 2) fail(op, ": weight must have 2 dimensions, got ", show(shape_of(table)));
+    if (type_of(shape.dtype) != table.scalar_type()) {
+      fail(op, ": weight must be ", dtype_name(type_of(shape.dtype)), " as the others are, got ",
+           dtype_name(table.scalar_type()));
+    }
+    set_rows(t, table.size(0), table.size(1));
+    t.table = table.const_data_ptr();
+    t.row_stride = table.stride(0);
+    t.column_stride = t.D == 1 ? 1 : table.stride(1);
+  }
+  // A table that is written to: no element of it twice.
+  void check_own_rows(const BagTable& t) const {
+    if ((t.E > 1 && t.row_stride == 0) || (t.D > 1 && t.column_stride == 0)) {
+      fail(op, ": weight must not be expanded, its rows are written to, got strides ",
+           show({t.row_stride, t.column_stride}));
+    }
+  }
+  BagTable of(const Tensor& table) const {
+    BagTable t = all;
+    set_table(t, table);
+    return t;
+  }
+
+  Tensor output(int64_t D) const { return make(type_of(shape.dtype), B, D); }
+  // Which position won each column; nothing where columns are not won.
+  Tensor positions(int64_t batch, int64_t D) const {
+    return shape.extreme() ? make(ScalarType::Int, batch, D) : make(ScalarType::Int, 0);
+  }
+
+  void raise(const BagFault& fault, int64_t E) const {
+    if (fault.what == BagFault::kIndex) {
+      fail(op, ": input must hold indices in [0, ", E, "), got ", fault.value, " at position ", fault.at);
+    }
+    if (fault.what != BagFault::kNone) {
+      fail(op, ": offsets must not decrease nor exceed the length of input, ", all.N, ", got ", fault.value,
+           " at position ", fault.at);
+    }
+  }
+  void run(const BagTable* tables, int64_t count, int64_t most_rows) const {
+    raise(kernels().forward({shape, tables, count}), most_rows);
+  }
+};
+
+// The gradient of an output, as kernels read it: [B, D], rows at any distance.
+struct Upstream {
+  Tensor grad, arg;
+  Upstream(const Bags& bags, const Tensor& grad_, const Tensor& arg_, int64_t batch, int64_t D)
+      : grad(grad_), arg(arg_) {
+    bags.check_on_cpu("grad", grad);
+    if (shape_of(grad) != Shape{batch, D}) {
+      fail(bags.op, ": grad must have shape ", show({batch, D}), ", got ", show(shape_of(grad)));
+    }
+    check_dtype(bags.op, "grad", grad, type_of(bags.shape.dtype));
+    if (D > 1 && grad.stride(1) != 1) grad = torch::stable::contiguous(grad);
+    if (bags.shape.extreme()) arg = checked(bags.op, "arg", arg, ScalarType::Int, {batch, D});
+  }
+  // For kernels of a table whose columns begin there.
+  void set(const Bags& bags, BagTable& t, int64_t column) const {
+    const int64_t size = bytes_of(bags.shape.dtype);
+    t.out = const_cast<char*>(static_cast<const char*>(grad.const_data_ptr())) + size * column;
+    t.out_stride = grad.stride(0);
+    if (!bags.shape.extreme()) return;
+    t.arg = const_cast<int32_t*>(static_cast<const int32_t*>(arg.const_data_ptr())) + column;
+    t.arg_stride = arg.size(1);
+  }
+};
+
+// The tables of a collection: each with the bags of its features, side by side in the output.
+struct Collection {
+  std::vector<BagTable> tables;
+  std::vector<int64_t> columns;  // where each begins
+  int64_t batch, width = 0, most_rows = 0;
+
+  Collection(const Bags& bags, const Integers& features, size_t count) : tables(count, bags.all), columns(count) {
+    if (features.size() != count) {
+      fail(bags.op, ": features must name a number for each of ", count, " tables, got ", features.size());
+    }
+    int64_t total = 0;
+    for (const int64_t n : features) {
+      if (n < 1) fail(bags.op, ": features must be at least 1 for each table, got ", n);
+      total += n;
+    }
+    if (bags.all.offsets == nullptr || bags.all.offset_count != bags.B + 1) {
+      fail(bags.op, ": offsets must be given, with include_last_offset, for a collection");
+    }
+    if (total == 0 || bags.B % total != 0) {
+      fail(bags.op, ": offsets must have a multiple of ", total,
+           " elements (the features of all tables) and one more, got ", bags.B + 1);
+    }
+    if (bags.all.padding >= 0) fail(bags.op, ": padding_idx must be -1 for a collection, got ", bags.all.padding);
+    batch = bags.B / total;
+    int64_t feature = 0;
+    for (size_t i = 0; i < count; ++i) {
+      BagTable& t = tables[i];
+      t.offsets = static_cast<const char*>(t.offsets) + feature * batch * (bags.shape.wide_offsets ? 8 : 4);
+      t.bags = features[i] * batch;
+      t.batch = batch;
+      t.offset_count = t.bags + 1;
+      feature += features[i];
+    }
+  }
+  void place(size_t i) {
+    BagTable& t = tables[i];
+    columns[i] = width;
+    width += (t.batch > 0 ? t.bags / t.batch : 0) * t.D;
+    most_rows = std::max(most_rows, t.E);
+  }
+};
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
+  Tensor out = bags.output(t.D);
+  t.out = out.mutable_data_ptr();
+  t.out_stride = t.arg_stride = t.D;
+  if (arg != nullptr) {
+    *arg = bags.positions(t.bags, t.D);
+    if (bags.shape.extreme()) t.arg = static_cast<int32_t*>(arg->mutable_data_ptr());
+  }
+  if (t.D > 0) bags.run(&t, 1, t.E);
+  return out;
+}
+
+#define SEQKERNELS_BAGS                                                                                         \
+  const Tensor &indices, Maybe offsets, Maybe weights, int64_t mode, int64_t padding, bool include_last_offset, \
+      int64_t mean_by
+#define SEQKERNELS_GIVEN \
+  Given { indices, offsets, weights, mode, padding, include_last_offset, mean_by }
+
+Tensor infer(const Tensor& weight, SEQKERNELS_BAGS) {
+  const Bags bags("embedding_bag", SEQKERNELS_GIVEN, dtype_of("embedding_bag", "weight", weight));
+  return forward_into(bags, bags.of(weight), nullptr);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& weight, SEQKERNELS_BAGS) {
+  const Bags bags("embedding_bag_forward", SEQKERNELS_GIVEN, dtype_of("embedding_bag_forward", "weight", weight));
+  Tensor arg;
+  Tensor out = forward_into(bags, bags.of(weight), &arg);
+  return {out, arg};
+}
+
+Tensor infer_bytes(const Tensor& packed, SEQKERNELS_BAGS) {
+  Bags bags("embedding_bag_bytes", SEQKERNELS_GIVEN, DType::kFloat32);
+  bags.shape.byte_rows = true;
+  BagTable t = bags.all;
+  bags.check_on_cpu("packed", packed);
+  check_dtype(bags.op, "packed", packed, ScalarType::Byte);
+  if (packed.dim() != 2 || packed.size(1) < 9) {
+    fail(bags.op, ": packed must have shape [E, D + 8], got ", show(shape_of(packed)));
+  }
+  const Tensor rows = packed.stride(1) == 1 ? packed : torch::stable::contiguous(packed);
+  bags.set_rows(t, rows.size(0), rows.size(1) - 8);
+  t.table = rows.const_data_ptr();
+  t.row_stride = rows.stride(0);
+  t.column_stride = 1;
+  return forward_into(bags, t, nullptr);
+}
+
+Tensor pack_bytes(const Tensor& weight) {
+  const char* op = "embedding_bag_pack_bytes";
+  const DType dtype = dtype_of(op, "weight", weight);
+  check_cpu(op, "weight", weight);
+  if (weight.dim() != 2 || weight.size(1) < 1) {
+    fail(op, ": weight must have shape [E, D], D at least 1, got ", show(shape_of(weight)));
+  }
+  BagTable t{};
+  t.table = weight.const_data_ptr();
+  t.E = weight.size(0);
+  t.D = weight.size(1);
+  t.row_stride = weight.stride(0);
+  t.column_stride = weight.stride(1);
+  Tensor packed = make(ScalarType::Byte, t.E, t.D + 8);
+  kernels().pack_bytes(t, dtype, static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor forward_collection(const char* op, const Tensors& tables, const Integers& features, const Given& given,
+                          Tensor* arg) {
+  if (tables.empty()) fail(op, ": weights must hold at least one table, got none");
+  const Bags bags(op, given, dtype_of(op, "weight", tables[0]));
+  Collection all(bags, features, tables.size());
+  for (size_t i = 0; i < tables.size(); ++i) {
+    bags.set_table(all.tables[i], tables[i]);
+    all.place(i);
+  }
+  const int64_t batch = all.batch, width = all.width;
+  Tensor out = make(type_of(bags.shape.dtype), batch, width);
+  if (arg != nullptr) *arg = bags.positions(batch, width);
+  const int64_t size = bytes_of(bags.shape.dtype);
+  for (size_t i = 0; i < tables.size(); ++i) {
+    BagTable& t = all.tables[i];
+    t.out = static_cast<char*>(out.mutable_data_ptr()) + size * all.columns[i];
+    t.out_stride = t.arg_stride = width;
+    if (arg != nullptr && bags.shape.extreme()) t.arg = static_cast<int32_t*>(arg->mutable_data_ptr()) + all.columns[i];
+  }
+  if (width > 0) bags.run(all.tables.data(), int64_t(tables.size()), all.most_rows);
+  return out;
+}
+
+Tensor infer_all(const Tensors& tables, const Integers& features, SEQKERNELS_BAGS) {
+  return forward_collection("embedding_bags", tables, features, SEQKERNELS_GIVEN, nullptr);
+}
+std::tuple<Tensor, Tensor> forward_all(const Tensors& tables, const Integers& features, SEQKERNELS_BAGS) {
+  Tensor arg;
+  Tensor out = forward_collection("embedding_bags_forward", tables, features, SEQKERNELS_GIVEN, &arg);
+  return {out, arg};
+}
+
+// ---- backward by rows -----------------------------------------------------------------------------------------------
+
+void sort_rows(const Bags& bags, const BagBackward& args, RowSort& sorted) {
+  bags.raise(kernels().sort(args, sorted), args.table.E);
+}
+
+Tensor dense_gradient(const Bags& bags, BagBackward args) {
+  const BagTable& t = args.table;
+  args.dense = true;
+  RowSort sorted;
+  if (!args.scatters()) sort_rows(bags, args, sorted);
+  Tensor dense = make(type_of(bags.shape.dtype), t.E, t.D);
+  RowTarget to{};
+  to.dense = dense.mutable_data_ptr();
+  if (t.D == 0 || t.E == 0) return dense;
+  advise_large_pages(to.dense, size_t(t.E * t.D * bytes_of(bags.shape.dtype)));
+  bags.raise(kernels().reduce(args, sorted, to), t.E);
+  return dense;
+}
+
+std::pair<Tensor, Tensor> sparse_gradient(const Bags& bags, const BagBackward& args) {
+  RowSort sorted;
+  sort_rows(bags, args, sorted);
+  const int64_t unique = sorted.unique_before[sorted.threads];
+  Tensor rows = make(ScalarType::Long, unique), values = make(type_of(bags.shape.dtype), unique, args.table.D);
+  RowTarget to{};
+  to.rows = static_cast<int64_t*>(rows.mutable_data_ptr());
+  to.values = values.mutable_data_ptr();
+  if (args.table.D == 0) return {rows, values};
+  advise_large_pages(to.values, size_t(unique * args.table.D * bytes_of(bags.shape.dtype)));
+  bags.raise(kernels().reduce(args, sorted, to), args.table.E);
+  return {rows, values};
+}
+
+// A step of an optimiser as ops take it, for one table.
+struct Step {
+  RowStep step{};
+  Step(const Bags& bags, int64_t optimizer, const std::vector<double>& numbers, Maybe state1, Maybe state2,
+       const BagTable& t) {
+    constexpr size_t kNumbers[] = {1, 2, 2, 5};
+    if (optimizer < 0 || optimizer > 3) {
+      fail(bags.op, ": optimizer must be 0 (SGD), 1 (Adagrad), 2 (row-wise Adagrad) or 3 (Adam), got ", optimizer);
+    }
+    if (numbers.size() != kNumbers[optimizer]) {
+      fail(bags.op, ": numbers must have ", kNumbers[optimizer], " elements, got ", numbers.size());
+    }
+    step.optimizer = RowOptimizer(optimizer);
+    step.lr = numbers[0];
+    if (optimizer == 3) {
+      step.beta1 = numbers[1];
+      step.beta2 = numbers[2];
+      step.eps = numbers[3];
+      step.correction1 = 1 - std::pow(step.beta1, numbers[4]);
+      step.correction2 = 1 - std::pow(step.beta2, numbers[4]);
+    } else if (optimizer > 0) {
+      step.eps = numbers[1];
+    }
+    bags.check_own_rows(t);
+    const Shape wanted = optimizer == 2 ? Shape{t.E} : Shape{t.E, t.D};
+    step.state1 = state(bags, "state1", state1, optimizer > 0, wanted);
+    step.state2 = state(bags, "state2", state2, optimizer == 3, wanted);
+  }
+  static void* state(const Bags& bags, const char* name, Maybe given, bool wanted, const Shape& shape) {
+    if (!wanted) return nullptr;
+    if (!given) fail(bags.op, ": ", name, " must be given for this optimizer, got None");
+    bags.check_on_cpu(name, *given);
+    check_dtype(bags.op, name, *given, compute_type_of(bags.shape.dtype));
+    check_shape(bags.op, name, *given, shape);
+    if (!given->is_contiguous()) fail(bags.op, ": ", name, " must be contiguous");
+    return given->mutable_data_ptr();
+  }
+};
+
+void update(const Bags& bags, const BagBackward& args, const Step& step) {
+  RowSort sorted;
+  sort_rows(bags, args, sorted);
+  RowTarget to{};
+  to.step = &step.step;
+  if (args.table.D > 0) bags.raise(kernels().reduce(args, sorted, to), args.table.E);
+}
+
+// One table's backward.
+struct One {
+  const Bags bags;
+  const Upstream up;
+  BagBackward args;
+  One(const char* op, const Tensor& grad, const Tensor& arg, const Given& given, bool by_frequency)
+      : bags(op, given, dtype_of(op, "grad", grad)),
+        up(bags, grad, arg, bags.B, grad.dim() == 2 ? grad.size(1) : -1),
+        args{bags.shape, bags.all, by_frequency, false} {
+    up.set(bags, args.table, 0);
+  }
+  BagBackward& with_rows(int64_t E) {
+    if (E < 0) fail(bags.op, ": num_embeddings must not be negative, got ", E);
+    bags.set_rows(args.table, E, up.grad.size(1));
+    return args;
+  }
+  BagBackward& with_table(const Tensor& weight) {
+    bags.set_table(args.table, weight);
+    if (args.table.D != up.grad.size(1)) {
+      fail(bags.op, ": grad must have as many columns as weight, ", args.table.D, ", got ", up.grad.size(1));
+    }
+    return args;
+  }
+};
+
+Tensor backward(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAGS, bool by_frequency) {
+  One one("embedding_bag_backward", grad, arg, SEQKERNELS_GIVEN, by_frequency);
+  return dense_gradient(one.bags, one.with_rows(E));
+}
+std::tuple<Tensor, Tensor> backward_sparse(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAGS,
+                                           bool by_frequency) {
+  One one("embedding_bag_backward_sparse", grad, arg, SEQKERNELS_GIVEN, by_frequency);
+  return sparse_gradient(one.bags, one.with_rows(E));
+}
+void update_one(const Tensor& weight, Maybe state1, Maybe state2, int64_t optimizer, const std::vector<double>& numbers,
+                const Tensor& grad, const Tensor& arg, SEQKERNELS_BAGS, bool by_frequency) {
+  One one("embedding_bag_update_", grad, arg, SEQKERNELS_GIVEN, by_frequency);
+  const BagBackward& args = one.with_table(weight);
+  update(one.bags, args, Step(one.bags, optimizer, numbers, state1, state2, args.table));
+}
+
+Tensor weight_gradient(const Bags& bags, const std::vector<BagBackward>& tables) {
+  if (!bags.weights.defined()) fail(bags.op, ": per_sample_weights must be given, got None");
+  const bool flat = bags.indices.dim() == 1;
+  Tensor dweights = flat ? make(bags.weights.scalar_type(), bags.all.N)
+                         : make(bags.weights.scalar_type(), bags.indices.size(0), bags.indices.size(1));
+  for (const BagBackward& args : tables) {
+    bags.raise(kernels().weights(args, dweights.mutable_data_ptr()), args.table.E);
+  }
+  return dweights;
+}
+Tensor backward_weights(const Tensor& grad, const Tensor& arg, const Tensor& weight, SEQKERNELS_BAGS) {
+  One one("embedding_bag_backward_weights", grad, arg, SEQKERNELS_GIVEN, false);
+  return weight_gradient(one.bags, {one.with_table(weight)});
+}
+
+void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double norm_type) {
+  const char* op = "embedding_bag_renorm_";
+  const std::optional<Tensor> none;
+  const Tensor flat = indices.dim() == 2 ? indices : torch::stable::reshape(indices, {1, indices.numel()});
+  const Bags bags(op, Given{flat, none, none, 0, -1, false, 0}, dtype_of(op, "weight", weight));
+  const BagBackward args{bags.shape, bags.of(weight), false, false};
+  bags.check_own_rows(args.table);
+  bags.raise(kernels().renorm(args, max_norm, norm_type), args.table.E);
+}
+
+// ---- backward of collections ----------------------------------------------------------------------------------------
+
+struct Every {
+  const Bags bags;
+  Collection all;
+  std::optional<Upstream> up;
+  Every(const char* op, const Tensor& grad, const Integers& features, const Given& given, size_t count)
+      : bags(op, given, dtype_of(op, "grad", grad)), all(bags, features, count) {}
+  void set(const Tensor& grad, const Tensor& arg) { up.emplace(bags, grad, arg, all.batch, all.width); }
+  BagBackward of(size_t i, bool by_frequency) const {
+    BagBackward args{bags.shape, all.tables[i], by_frequency, false};
+    up->set(bags, args.table, all.columns[i]);
+    return args;
+  }
+};
+
+Every every_with_rows(const char* op, const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
+                      const Integers& features, const Given& given) {
+  if (E.size() != D.size()) {
+    fail(op, ": num_embeddings and dims must be as many as tables, got ", E.size(), " and ", D.size());
+  }
+  Every every(op, grad, features, given, E.size());
+  for (size_t i = 0; i < E.size(); ++i) {
+    if (E[i] < 0 || D[i] < 0) fail(op, ": num_embeddings and dims must not be negative, got ", E[i], " and ", D[i]);
+    every.bags.set_rows(every.all.tables[i], E[i], D[i]);
+    every.all.place(i);
+  }
+  every.set(grad, arg);
+  return every;
+}
+Every every_with_tables(const char* op, const Tensor& grad, const Tensor& arg, const Tensors& tables,
+                        const Integers& features, const Given& given) {
+  Every every(op, grad, features, given, tables.size());
+  for (size_t i = 0; i < tables.size(); ++i) {
+    every.bags.set_table(every.all.tables[i], tables[i]);
+    every.all.place(i);
+  }
+  every.set(grad, arg);
+  return every;
+}
+
+Tensors backward_all(const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
+                     const Integers& features, SEQKERNELS_BAGS, bool by_frequency) {
+  const Every every = every_with_rows("embedding_bags_backward", grad, arg, E, D, features, SEQKERNELS_GIVEN);
+  Tensors gradients;
+  for (size_t i = 0; i < E.size(); ++i) gradients.push_back(dense_gradient(every.bags, every.of(i, by_frequency)));
+  return gradients;
+}
+std::tuple<Tensors, Tensors> backward_sparse_all(const Tensor& grad, const Tensor& arg, const Integers& E,
+                                                 const Integers& D, const Integers& features, SEQKERNELS_BAGS,
+                                                 bool by_frequency) {
+  const Every every = every_with_rows("embedding_bags_backward_sparse", grad, arg, E, D, features, SEQKERNELS_GIVEN);
+  Tensors rows, values;
+  for (size_t i = 0; i < E.size(); ++i) {
+    auto [r, v] = sparse_gradient(every.bags, every.of(i, by_frequency));
+    rows.push_back(r);
+    values.push_back(v);
+  }
+  return {rows, values};
+}
+Tensor backward_weights_all(const Tensor& grad, const Tensor& arg, const Tensors& tables, const Integers& features,
+                            SEQKERNELS_BAGS) {
+  const Every every =
+      every_with_tables("embedding_bags_backward_weights", grad, arg, tables, features, SEQKERNELS_GIVEN);
+  std::vector<BagBackward> each;
+  for (size_t i = 0; i < tables.size(); ++i) each.push_back(every.of(i, false));
+  return weight_gradient(every.bags, each);
+}
+void update_all(const Tensors& tables, const Tensors& state1, const Tensors& state2, int64_t optimizer,
+                const std::vector<double>& numbers, const Tensor& grad, const Tensor& arg, const Integers& features,
+                SEQKERNELS_BAGS, bool by_frequency) {
+  const Every every = every_with_tables("embedding_bags_update_", grad, arg, tables, features, SEQKERNELS_GIVEN);
+  const auto state_of = [](const Tensors& states, size_t i) {
+    return i < states.size() ? std::optional<Tensor>(states[i]) : std::nullopt;
+  };
+  std::vector<Step> steps;  // all are checked before the first table moves
+  for (size_t i = 0; i < tables.size(); ++i) {
+    steps.emplace_back(every.bags, optimizer, numbers, state_of(state1, i), state_of(state2, i), every.all.tables[i]);
+  }
+  for (size_t i = 0; i < tables.size(); ++i) update(every.bags, every.of(i, by_frequency), steps[i]);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+  m.impl("embedding_bag", TORCH_BOX(&infer));
+  m.impl("embedding_bag_forward", TORCH_BOX(&forward));
+  m.impl("embedding_bag_backward", TORCH_BOX(&backward));
+  m.impl("embedding_bag_backward_sparse", TORCH_BOX(&backward_sparse));
+  m.impl("embedding_bag_backward_weights", TORCH_BOX(&backward_weights));
+  m.impl("embedding_bag_update_", TORCH_BOX(&update_one));
+  m.impl("embedding_bag_renorm_", TORCH_BOX(&renorm));
+  m.impl("embedding_bag_bytes", TORCH_BOX(&infer_bytes));
+  m.impl("embedding_bag_pack_bytes", TORCH_BOX(&pack_bytes));
+  m.impl("embedding_bags", TORCH_BOX(&infer_all));
+  m.impl("embedding_bags_forward", TORCH_BOX(&forward_all));
+  m.impl("embedding_bags_backward", TORCH_BOX(&backward_all));
+  m.impl("embedding_bags_backward_sparse", TORCH_BOX(&backward_sparse_all));
+  m.impl("embedding_bags_backward_weights", TORCH_BOX(&backward_weights_all));
+  m.impl("embedding_bags_update_", TORCH_BOX(&update_all));
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,789 @@
+// Backward of EmbeddingBag by rows: a stable radix sort brings together where a row occurs, then each row's gradient is
+// summed in the order of positions and goes where it is wanted, once: into a dense or a sparse gradient, or into a step
+// of an optimiser. Threads share the sorted pairs evenly; a row that occurs often is summed in chunks of fixed size,
+// merged in order, so that the result does not depend on how many threads there are.
+#include "common/memory.h"
+#include "embedding_bag/bags.h"
+#include "embedding_bag/rows_sort.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+namespace {
+
+constexpr int kMostDigitBits = 11;  // 2,048 counters and as many places that are written side by side
+
+template <class U>
+struct Pair {
+  U row, what;
+};
+
+template <class S>
+SEQKERNELS_INLINE Compute<S> value_of(const S* p) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    return *p;
+  } else {
+    return load(p, 1)[0];
+  }
+}
+SEQKERNELS_INLINE float value_of(const Half* p) { return half_to_float(p->bits); }
+SEQKERNELS_INLINE float value_of(const BFloat16* p) {
+  const uint32_t bits = uint32_t(p->bits) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// A row that occurs more often than this is summed in chunks of so many. A chunk begins at a place of its own among the
+// sorted pairs: no two first chunks, and no two later ones, share kRowChunk of them.
+constexpr int64_t kRowChunk = 512;
+SEQKERNELS_INLINE int64_t partial_slots(int64_t n) { return 2 * (n / kRowChunk + 1); }
+SEQKERNELS_INLINE int64_t partial_slot(int64_t begin, bool first) { return 2 * (begin / kRowChunk) + first; }
+
+SEQKERNELS_INLINE int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The weight at a position.
+template <class S>
+SEQKERNELS_INLINE Compute<S> weight_at(const BagBackward& args, int64_t position) {
+  if (args.shape.wide_weights) return static_cast<const Compute<S>*>(args.table.weights)[position];
+  return value_of(static_cast<const S*>(args.table.weights) + position);
+}
+
+template <class F>
+void on_threads(int64_t threads, F&& f) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) f(thread);
+  };
+  parallel_pieces(threads, body);
+}
+
+// The first pair of this row or a later one.
+template <class U>
+inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (int64_t(pairs[middle].row) < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// ---- sort -----------------------------------------------------------------------------------------------------------
+
+// Needs positions, not only bags: to find weights, or which position won a column.
+bool by_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
+
+template <class S, class U>
+struct Sorter {
+  using T = Compute<S>;
+  const BagBackward& args;
+  const BagTable& t = args.table;
+  const Bounds bounds{t, args.shape.wide_offsets};
+  RowSort& out;
+  int64_t first, last, threads;  // positions that belong to bags
+  Pair<U>* pairs[2];
+  int64_t* counters;  // [threads][2^bits]
+  U* bag_of;
+  T* scale;
+  int passes, bits;
+  Faults faults;
+
+  Sorter(const BagBackward& args, RowSort& out) : args(args), out(out) {
+    first = bounds.begin(0);
+    last = bounds.begin(t.bags);
+    const int64_t n = last - first;
+    threads = threads_for(n * t.D * int64_t(sizeof(S)));
+    int width = 1;
+    while (width < 63 && (t.E - 1) >> width != 0) ++width;
+    passes = (width + kMostDigitBits - 1) / kMostDigitBits;
+    bits = (width + passes - 1) / passes;
+
+    const bool positions = by_position(args), mean = args.shape.mode == BagMode::kMean;
+    const int64_t pair_bytes = rounded_up(n * sizeof(Pair<U>)), counter_bytes = rounded_up(threads * 8 << bits);
+    const int64_t bag_bytes = positions ? rounded_up(n * sizeof(U)) : 0,
+                  scale_bytes = mean ? rounded_up(t.bags * sizeof(T)) : 0;
+    const int64_t cut_bytes = rounded_up(3 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
+    out.memory = new Memory(2 * pair_bytes + counter_bytes + bag_bytes + scale_bytes + cut_bytes + partial_bytes);
+    char* p = out.memory->get();
+    const auto take = [&](int64_t bytes) {
+      p += bytes;
+      return p - bytes;
+    };
+    pairs[0] = reinterpret_cast<Pair<U>*>(take(pair_bytes));
+    pairs[1] = reinterpret_cast<Pair<U>*>(take(pair_bytes));
+    counters = reinterpret_cast<int64_t*>(take(counter_bytes));
+    bag_of = positions ? reinterpret_cast<U*>(take(bag_bytes)) - first : nullptr;
+    scale = mean ? reinterpret_cast<T*>(take(scale_bytes)) : nullptr;
+    out.rows = reinterpret_cast<int64_t*>(take(cut_bytes));
+    out.begins = out.rows + threads + 1;
+    out.unique_before = out.begins + threads + 1;
+    out.partials = take(partial_bytes);
+    out.threads = threads;
+  }
+
+  BagFault run() {
+    on_threads(threads, [&](int64_t thread) {
+      if (args.shape.wide_indices) {
+        count_indices<int64_t>(thread);
+      } else {
+        count_indices<int32_t>(thread);
+      }
+      if (scale != nullptr) set_scales(thread);
+    });
+    if (faults.first().what != BagFault::kNone) return faults.first();
+    const int64_t n = starts();
+    on_threads(threads, [&](int64_t thread) {
+      if (args.shape.wide_indices) {
+        scatter_indices<int64_t>(thread);
+      } else {
+        scatter_indices<int32_t>(thread);
+      }
+    });
+    int now = 0;
+    for (int pass = 1; pass < passes; ++pass, now = 1 - now) {
+      const Pair<U>* from = pairs[now];
+      Pair<U>* to = pairs[1 - now];
+      const int shift = pass * bits;
+      on_threads(threads, [&](int64_t thread) {
+        int64_t* mine = cleared(thread);
+        for (int64_t i = part(n, threads, thread); i < part(n, threads, thread + 1); ++i)
+          ++mine[digit(from[i].row, shift)];
+      });
+      starts();
+      on_threads(threads, [&](int64_t thread) {
+        int64_t* mine = counters + (thread << bits);
+        for (int64_t i = part(n, threads, thread); i < part(n, threads, thread + 1); ++i) {
+          to[mine[digit(from[i].row, shift)]++] = from[i];
+        }
+      });
+    }
+    cut(pairs[now], n);
+    out.wide = sizeof(U) == 8;
+    out.pairs = pairs[now];
+    out.n = n;
+    out.bag_of = bag_of;
+    out.scale = scale;
+    return {};
+  }
+
+  SEQKERNELS_INLINE int64_t digit(U row, int shift) const { return row >> shift & ((U(1) << bits) - 1); }
+  SEQKERNELS_INLINE int64_t* cleared(int64_t thread) const {
+    int64_t* mine = counters + (thread << bits);
+    memset(mine, 0, 8 << bits);
+    return mine;
+  }
+  SEQKERNELS_INLINE int64_t share(int64_t thread) const { return first + part(last - first, threads, thread); }
+
+  template <class I>
+  void count_indices(int64_t thread) {
+    const I* indices = static_cast<const I*>(t.indices);
+    int64_t* mine = cleared(thread);
+    BagFault fault{};
+    for (int64_t i = share(thread); i < share(thread + 1); ++i) {
+      const int64_t index = indices[i];
+      if (uint64_t(index) >= uint64_t(t.E)) {
+        note(fault, BagFault::kIndex, i, index);
+      } else if (index != t.padding) {
+        ++mine[digit(U(index), 0)];
+      }
+    }
+    faults.add(fault);
+  }
+
+  // Counters become places: digit after digit, and within one thread after thread.
+  int64_t starts() const {
+    int64_t before = 0;
+    for (int64_t d = 0; d < int64_t(1) << bits; ++d) {
+      for (int64_t thread = 0; thread < threads; ++thread) {
+        int64_t& place = counters[(thread << bits) + d];
+        const int64_t count = place;
+        place = before;
+        before += count;
+      }
+    }
+    return before;
+  }
+
+  template <class I>
+  void scatter_indices(int64_t thread) const {
+    const I* indices = static_cast<const I*>(t.indices);
+    int64_t* mine = counters + (thread << bits);
+    int64_t i = share(thread);
+    const int64_t stop = share(thread + 1);
+    if (i == stop) return;
+    // The last bag that begins here or before: the ones in front of it are empty.
+    int64_t bag = t.offsets == nullptr ? (i - t.first) / t.length : bag_with(i);
+    for (; i < stop; ++bag) {
+      const int64_t end = min(stop, bounds.begin(bag + 1));
+      if (bag_of != nullptr) {
+        for (; i < end; ++i) {
+          bag_of[i] = U(bag);
+          if (const int64_t index = indices[i]; index != t.padding) {
+            pairs[0][mine[digit(U(index), 0)]++] = {U(index), U(i)};
+          }
+        }
+      } else {
+        for (; i < end; ++i) {
+          if (const int64_t index = indices[i]; index != t.padding) {
+            pairs[0][mine[digit(U(index), 0)]++] = {U(index), U(bag)};
+          }
+        }
+      }
+    }
+  }
+  int64_t bag_with(int64_t position) const {
+    int64_t low = 0, high = t.bags;  // begin(low) <= position < begin(high)
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (bounds.begin(middle) <= position ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // Cuts rows among threads: a pair is as much work as a few rows that do not occur.
+  void cut(const Pair<U>* sorted, int64_t n) const {
+    constexpr int64_t kPair = 4;
+    const int64_t empty = args.dense ? 1 : 0, total = n * kPair + t.E * empty;
+    for (int64_t thread = 0; thread <= threads; ++thread) {
+      const int64_t wanted = part(total, threads, thread);
+      int64_t low = 0, high = thread == 0 ? 0 : t.E;
+      while (low < high && thread < threads) {
+        const int64_t middle = low + (high - low) / 2;
+        if (first_at_least(sorted, n, middle) * kPair + middle * empty < wanted) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      out.rows[thread] = high;
+      out.begins[thread] = first_at_least(sorted, n, high);
+    }
+    on_threads(threads, [&](int64_t thread) {
+      int64_t count = 0;
+      bool often = false;
+      for (int64_t i = out.begins[thread]; i < out.begins[thread + 1]; ++i) {
+        if (i > 0 && sorted[i].row == sorted[i - 1].row) continue;
+        count += 1;
+        often |= i + kRowChunk < n && sorted[i + kRowChunk].row == sorted[i].row;
+      }
+      out.unique_before[thread + 1] = count;
+      if (often) __atomic_store_n(&out.any_often, true, __ATOMIC_RELAXED);
+    });
+    out.unique_before[0] = 0;
+    for (int64_t thread = 0; thread < threads; ++thread) out.unique_before[thread + 1] += out.unique_before[thread];
+  }
+
+  void set_scales(int64_t thread) const {
+    for (int64_t bag = part(t.bags, threads, thread); bag < part(t.bags, threads, thread + 1); ++bag) {
+      const int64_t begin = bounds.begin(bag), end = bounds.begin(bag + 1);
+      const bool weighted = t.weights != nullptr && args.shape.mean_by == MeanBy::kWeight;
+      if (!weighted && t.padding < 0) {
+        scale[bag] = T(1) / T(end - begin);
+        continue;
+      }
+      T sum = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        if (integer(t.indices, args.shape.wide_indices, i) == t.padding) continue;
+        sum += weighted ? weight_at<S>(args, i) : T(1);
+      }
+      scale[bag] = T(1) / sum;
+    }
+  }
+};
+
+template <class S>
+BagFault sort_of(const BagBackward& args, RowSort& out) {
+  int64_t longest = 0;
+  const BagFault fault = check_offsets(args.table, args.shape.wide_offsets, longest);
+  if (fault.what != BagFault::kNone) return fault;
+  constexpr int64_t kNarrow = int64_t(1) << 32;
+  if (args.table.E < kNarrow && args.table.N < kNarrow && args.table.bags < kNarrow) {
+    return Sorter<S, uint32_t>(args, out).run();
+  }
+  return Sorter<S, uint64_t>(args, out).run();
+}
+
+// ---- sums of rows
+// ----------------------------------------------------------------------------------------------------
+
+// The next pairs, with what each adds to its row: coefficient * grad, where `arg` is `where` if columns were won.
+template <class S, class U>
+struct Additions {
+  using T = Compute<S>;
+  static constexpr int64_t kNear = 8;
+  const BagBackward& args;
+  const RowSort& sort;
+  int64_t begin = 0, end = 0;  // pairs that are here
+  int64_t grads[kRowChunk + kNear];
+  int64_t argument_rows[kRowChunk];
+  T coefficients[kRowChunk];
+  int32_t where[kRowChunk];
+
+  Additions(const BagBackward& args, const RowSort& sort) : args(args), sort(sort) {}
+  // Where [from, to) lies in the arrays.
+  SEQKERNELS_INLINE int64_t at(int64_t from, int64_t to) {
+    if (from < begin || to > end) fill(from);
+    return from - begin;
+  }
+
+  __attribute__((noinline)) void fill(int64_t from) {
+    const BagTable& t = args.table;
+    const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
+    const U* bag_of = static_cast<const U*>(sort.bag_of);
+    const T* scale = static_cast<const T*>(sort.scale);
+    const Bounds bounds{t, args.shape.wide_offsets};
+    begin = from;
+    end = min(sort.n, from + kRowChunk);
+    for (int64_t i = begin; i < min(sort.n, end + kNear); ++i) {
+      const int64_t what = pairs[i].what, bag = bag_of == nullptr ? what : bag_of[what];
+      grads[i - begin] = row_of(t, bag, t.out_stride);
+      if (i >= end) continue;
+      T coefficient = scale == nullptr ? T(1) : scale[bag];
+      if (t.weights != nullptr) coefficient *= weight_at<S>(args, what);
+      coefficients[i - begin] = coefficient;
+      if (t.arg != nullptr) {
+        argument_rows[i - begin] = row_of(t, bag, t.arg_stride);
+        where[i - begin] = int32_t(what - bounds.begin(bag));
+      }
+    }
+    for (int64_t i = min(sort.n, end + kNear); i < end + kNear; ++i) grads[i - begin] = 0;
+  }
+};
+
+enum class Adds { kPlain, kScaled, kWon };
+
+template <class S, class U>
+struct Reducer {
+  using T = Compute<S>;
+  using Int = typename Vec<T>::NativeInt;
+  static constexpr int kWidest = kVectorBytes == 64 ? 8 : 4;
+
+  const BagBackward& args;
+  const RowSort& sort;
+  const RowTarget& to;
+  const BagTable& t = args.table;
+  const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
+  const Adds adds = t.arg != nullptr                                ? Adds::kWon
+                    : sort.scale != nullptr || t.weights != nullptr ? Adds::kScaled
+                                                                    : Adds::kPlain;
+
+  void run() const {
+    if (sort.any_often) on_threads(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
+    on_threads(sort.threads, [&](int64_t thread) { sum_rows(thread); });
+  }
+
+  int64_t end_of(int64_t begin) const {
+    const U row = pairs[begin].row;
+    const int64_t near = min(sort.n, begin + 64);
+    int64_t i = begin + 1;
+    while (i < near && pairs[i].row == row) ++i;
+    return i < near ? i : first_at_least(pairs, sort.n, int64_t(row) + 1);
+  }
+
+  // The chunks of rows that occur often, of which this thread takes an even share whatever the rows.
+  void sum_chunks(int64_t thread) const {
+    const int64_t low = part(sort.n, sort.threads, thread), high = part(sort.n, sort.threads, thread + 1);
+    Additions<S, U> additions(args, sort);
+    for (int64_t begin = low < high ? first_at_least(pairs, sort.n, pairs[low].row) : high; begin < high;) {
+      const int64_t end = end_of(begin);
+      for (int64_t from = begin; end - begin > kRowChunk && from < end; from += kRowChunk) {
+        if (from < low || from >= high) continue;
+        T* partial = static_cast<T*>(sort.partials) + partial_slot(from, from == begin) * t.D;
+        sum(additions, from, min(end, from + kRowChunk), T(1), partial);
+      }
+      begin = end;
+    }
+  }
+  void merge_chunks(int64_t begin, int64_t end, T* sums) const {
+    memcpy(sums, static_cast<T*>(sort.partials) + partial_slot(begin, true) * t.D, sizeof(T) * t.D);
+    for (int64_t from = begin + kRowChunk; from < end; from += kRowChunk) {
+      const T* more = static_cast<T*>(sort.partials) + partial_slot(from, false) * t.D;
+      for (int64_t d = 0; d < t.D; ++d) sums[d] += more[d];
+    }
+    if (args.by_frequency) {
+      for (int64_t d = 0; d < t.D; ++d) sums[d] /= T(end - begin);
+    }
+  }
+
+  // The rows of this thread, and zeros between them.
+  void sum_rows(int64_t thread) const {
+    Additions<S, U> additions(args, sort);
+    Memory memory(sizeof(T) * t.D);
+    T* const sums = reinterpret_cast<T*>(memory.get());
+    int64_t next = sort.rows[thread], ordinal = sort.unique_before[thread];
+    const int64_t stop = sort.begins[thread + 1];
+    for (int64_t begin = sort.begins[thread]; begin < stop; ++ordinal) {
+      const int64_t row = pairs[begin].row, end = end_of(begin);
+      if (to.dense != nullptr) clear(next, row);
+      ask_for_row(min(begin + kRowsAhead, sort.n - 1));
+      if (end - begin > kRowChunk) {
+        merge_chunks(begin, end, sums);
+        if (to.step != nullptr) {
+          step(row, sums);
+        } else {
+          convert(target(row, ordinal), sums, t.D);
+        }
+      } else {
+        const T divisor = args.by_frequency ? T(end - begin) : T(1);
+        if (to.step != nullptr) {
+          sum(additions, begin, end, divisor, sums);
+          step(row, sums);
+        } else {
+          sum(additions, begin, end, divisor, target(row, ordinal));
+        }
+      }
+      begin = end;
+      next = row + 1;
+    }
+    if (to.dense != nullptr) clear(next, sort.rows[thread + 1]);
+  }
+
+  // What will be written some rows from here.
+  static constexpr int64_t kRowsAhead = 16;
+  SEQKERNELS_INLINE void ask_for_row(int64_t pair) const {
+    const S* base = static_cast<const S*>(to.step == nullptr ? to.dense : t.table);
+    if (base == nullptr) return;
+    const char* p = reinterpret_cast<const char*>(base + pairs[pair].row * (to.step == nullptr ? t.D : t.row_stride));
+    for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(S))); b += 64) __builtin_prefetch(p + b, 1, 3);
+    if (to.step == nullptr || to.step->state1 == nullptr) return;
+    for (T* state : {static_cast<T*>(to.step->state1), static_cast<T*>(to.step->state2)}) {
+      if (state == nullptr || to.step->optimizer == RowOptimizer::kRowwiseAdagrad) continue;
+      p = reinterpret_cast<const char*>(state + pairs[pair].row * t.D);
+      for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(T))); b += 64) __builtin_prefetch(p + b, 1, 3);
+    }
+  }
+
+  SEQKERNELS_INLINE void clear(int64_t row, int64_t stop) const {
+    if (row >= stop) return;
+    char* p = static_cast<char*>(to.dense) + row * t.D * int64_t(sizeof(S));
+    int64_t bytes = (stop - row) * t.D * int64_t(sizeof(S));
+    if (bytes <= 2048) {  // a call would cost as much
+      for (; bytes >= kVectorBytes; bytes -= kVectorBytes, p += kVectorBytes) {
+        store(reinterpret_cast<float*>(p), Native<float>{});
+      }
+    }
+    memset(p, 0, bytes);
+  }
+
+  SEQKERNELS_INLINE S* target(int64_t row, int64_t ordinal) const {
+    if (to.dense != nullptr) return static_cast<S*>(to.dense) + row * t.D;
+    to.rows[ordinal] = row;
+    return static_cast<S*>(to.values) + ordinal * t.D;
+  }
+
+  // ---- the sum of [from, to) of the pairs, all of one row
+
+  template <class To>
+  SEQKERNELS_INLINE void sum(Additions<S, U>& additions, int64_t from, int64_t end, T divisor, To* out) const {
+    const int64_t at = additions.at(from, end), n = end - from;
+    switch (adds) {
+      case Adds::kPlain:
+        return sum_as<Adds::kPlain>(additions, at, n, divisor, out);
+      case Adds::kScaled:
+        return sum_as<Adds::kScaled>(additions, at, n, divisor, out);
+      case Adds::kWon:
+        return sum_as<Adds::kWon>(additions, at, n, divisor, out);
+    }
+  }
+  template <Adds kAdds, class To>
+  SEQKERNELS_INLINE void sum_as(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
+    const int64_t vectors = t.D / kLanes<T>;
+    if (vectors >= kWidest) return blocks<kAdds, kWidest>(a, at, n, divisor, out);
+    if (vectors >= 4) return blocks<kAdds, 4>(a, at, n, divisor, out);
+    if (vectors >= 2) return blocks<kAdds, 2>(a, at, n, divisor, out);
+    if (vectors >= 1) return blocks<kAdds, 1>(a, at, n, divisor, out);
+    block<kAdds, true, 1>(a, at, n, divisor, out, 0);
+  }
+  // As in forward: the last block ends at D and does some columns again.
+  template <Adds kAdds, int kWidth, class To>
+  __attribute__((noinline)) void blocks(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
+    constexpr int64_t kColumns = kWidth * kLanes<T>;
+    for (int64_t done = 0; done < t.D; done += kColumns) {
+      block<kAdds, false, kWidth>(a, at, n, divisor, out, min(done, t.D - kColumns));
+    }
+  }
+  template <Adds kAdds, bool kPartial, int kWidth, class To>
+  SEQKERNELS_INLINE void block(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out,
+                               int64_t column) const {
+    constexpr int kBytes = kWidth * kLanes<T> * int(sizeof(S));
+    const S* grads = static_cast<const S*>(t.out) + column;
+    const int64_t lanes = kPartial ? t.D : kLanes<T>;
+    Native<T> sums[kWidth];
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) sums[v] = Native<T>{};
+    for (int64_t i = at; i < at + n; ++i) {
+      const char* near = reinterpret_cast<const char*>(grads + a.grads[i + Additions<S, U>::kNear]);
+#pragma GCC unroll 16
+      for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(near + b, 0, 3);
+      const S* grad = grads + a.grads[i];
+      const Native<T> coefficient = broadcast(a.coefficients[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kWidth; ++v) {
+        Native<T> g = load(grad + v * kLanes<T>, lanes);
+        if constexpr (kAdds == Adds::kWon) {
+          const Int won = load_positions<T>(t.arg + a.argument_rows[i] + column + v * kLanes<T>, lanes);
+          g = won == Int{} + typename Vec<T>::Int(a.where[i]) ? g : Native<T>{};
+        }
+        sums[v] = kAdds == Adds::kPlain ? sums[v] + g : fma(coefficient, g, sums[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) {
+      if (args.by_frequency) sums[v] = sums[v] / divisor;
+      store(out + column + v * kLanes<T>, sums[v], lanes);
+    }
+  }
+
+  // ---- a step of an optimiser on one row
+
+  void step(int64_t row, const T* g) const {
+    const RowStep& s = *to.step;
+    S* w = static_cast<S*>(const_cast<void*>(t.table)) + row * t.row_stride;
+    T* state1 = static_cast<T*>(s.state1);
+    T* state2 = static_cast<T*>(s.state2);
+    const T lr = T(s.lr), eps = T(s.eps);
+    switch (s.optimizer) {
+      case RowOptimizer::kSGD:
+        return move(w, [&](int64_t d) { return -lr * g[d]; });
+      case RowOptimizer::kAdagrad:
+        state1 += row * t.D;
+        for (int64_t d = 0; d < t.D; ++d) state1[d] += g[d] * g[d];
+        return move(w, [&](int64_t d) { return -lr * (g[d] / (root(state1[d]) + eps)); });
+      case RowOptimizer::kRowwiseAdagrad: {
+        T squares = 0;
+        for (int64_t d = 0; d < t.D; ++d) squares += g[d] * g[d];
+        state1[row] += squares / T(t.D);
+        const T factor = -lr / (root(state1[row]) + eps);
+        return move(w, [&](int64_t d) { return factor * g[d]; });
+      }
+      case RowOptimizer::kAdam: {
+        state1 += row * t.D;
+        state2 += row * t.D;
+        const T rest1 = T(1 - s.beta1), rest2 = T(1 - s.beta2);
+        for (int64_t d = 0; d < t.D; ++d) {
+          state1[d] += (g[d] - state1[d]) * rest1;
+          state2[d] += (g[d] * g[d] - state2[d]) * rest2;
+        }
+        const T size = -lr * T(__builtin_sqrt(s.correction2) / s.correction1);
+        return move(w, [&](int64_t d) { return size * (state1[d] / (root(state2[d]) + eps)); });
+      }
+    }
+  }
+  static SEQKERNELS_INLINE T root(T x) {
+    if constexpr (sizeof(T) == 4) {
+      return __builtin_sqrtf(x);
+    } else {
+      return __builtin_sqrt(x);
+    }
+  }
+  // Adds f(d) to each element: 64 at a time, so that types are converted as vectors.
+  template <class F>
+  SEQKERNELS_INLINE void move(S* w, F&& f) const {
+    constexpr int64_t kSome = 64;
+    S gathered[kSome];
+    T values[kSome];
+    for (int64_t from = 0; from < t.D; from += kSome) {
+      const int64_t n = min(kSome, t.D - from), stride = t.column_stride;
+      S* here = w + from * stride;
+      for (int64_t d = 0; stride != 1 && d < n; ++d) gathered[d] = here[d * stride];
+      convert(values, stride != 1 ? gathered : here, n);
+      for (int64_t d = 0; d < n; ++d) values[d] += f(from + d);
+      convert(stride != 1 ? gathered : here, values, n);
+      for (int64_t d = 0; stride != 1 && d < n; ++d) here[d * stride] = gathered[d];
+    }
+  }
+
+  // ---- max_norm: rows whose norm is larger are scaled down to it
+
+  void renorm(double max_norm, double p) const {
+    on_threads(sort.threads, [&](int64_t thread) {
+      for (int64_t begin = sort.begins[thread]; begin < sort.begins[thread + 1]; begin = end_of(begin)) {
+        S* w = static_cast<S*>(const_cast<void*>(t.table)) + int64_t(pairs[begin].row) * t.row_stride;
+        const auto value = [&](int64_t d) { return double(value_of(w + d * t.column_stride)); };
+        const double norm = norm_of(value, p);
+        if (!(norm > max_norm)) continue;
+        const T factor = T(max_norm / (norm + 1e-7));
+        for (int64_t d = 0; d < t.D; ++d) {
+          const T scaled = value_of(w + d * t.column_stride) * factor;
+          convert(w + d * t.column_stride, &scaled, 1);
+        }
+      }
+    });
+  }
+  template <class F>
+  double norm_of(F&& value, double p) const {
+    double sum = 0;
+    for (int64_t d = 0; d < t.D; ++d) {
+      const double x = __builtin_fabs(value(d));
+      if (p == 2) {
+        sum += x * x;
+      } else if (p == 1) {
+        sum += x;
+      } else if (__builtin_isinf(p)) {
+        sum = p > 0 ? (x > sum || x != x ? x : sum) : (d == 0 || x < sum || x != x ? x : sum);
+      } else if (p == 0) {
+        sum += x != 0;
+      } else {
+        sum += __builtin_pow(x, p);
+      }
+    }
+    return p == 2 ? __builtin_sqrt(sum) : p == 1 || p == 0 || __builtin_isinf(p) ? sum : __builtin_pow(sum, 1 / p);
+  }
+};
+
+// ---- columns that were won, straight to the rows that won them
+// -------------------------------------------------------
+
+// A bag has D winners and many more rows: each gradient is added where it belongs. Every thread has columns of its own
+// and passes over all bags, so that rows are summed in the order of bags.
+template <class T, class U>
+struct Scatter {
+  const BagBackward& args;
+  const RowSort& sort;
+  const RowTarget& to;
+  const BagTable& t = args.table;
+  const Bounds bounds{t, args.shape.wide_offsets};
+  T* const values = static_cast<T*>(to.dense != nullptr ? to.dense : to.values);
+  U* place_of = nullptr;  // [N] ordinals of rows; a dense gradient is placed by indices
+
+  BagFault run() {
+    int64_t longest = 0;
+    const BagFault fault = check_offsets(t, args.shape.wide_offsets, longest);
+    if (fault.what != BagFault::kNone) return fault;
+    const int64_t rows = to.dense != nullptr ? t.E : sort.unique_before[sort.threads];
+    Memory memory(to.dense != nullptr ? 0 : sizeof(U) * t.N);
+    if (to.dense == nullptr) {
+      place_of = reinterpret_cast<U*>(memory.get());
+      on_threads(sort.threads, [&](int64_t thread) { set_places(thread); });
+    }
+    const int64_t threads = threads_for(rows * t.D * int64_t(sizeof(T)));
+    on_threads(threads, [&](int64_t thread) {
+      const int64_t low = part(rows, threads, thread), high = part(rows, threads, thread + 1);
+      memset(static_cast<void*>(values + low * t.D), 0, sizeof(T) * t.D * (high - low));
+    });
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t lines = (t.D + kLine - 1) / kLine;
+    const int64_t slices = min(lines, threads_for(bounds.work() * t.D * int64_t(sizeof(T))));
+    Faults faults;
+    on_threads(slices, [&](int64_t slice) {
+      const int64_t low = part(lines, slices, slice) * kLine, high = min(t.D, part(lines, slices, slice + 1) * kLine);
+      BagFault found{};
+      if (args.shape.wide_indices) {
+        add_columns<int64_t>(low, high, found);
+      } else {
+        add_columns<int32_t>(low, high, found);
+      }
+      faults.add(found);
+    });
+    return faults.first();
+  }
+
+  void set_places(int64_t thread) const {
+    const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
+    int64_t ordinal = sort.unique_before[thread] - 1;
+    for (int64_t i = sort.begins[thread]; i < sort.begins[thread + 1]; ++i) {
+      if (i == sort.begins[thread] || pairs[i].row != pairs[i - 1].row) to.rows[++ordinal] = pairs[i].row;
+      place_of[pairs[i].what] = U(ordinal);
+    }
+  }
+
+  template <class I>
+  void add_columns(int64_t low, int64_t high, BagFault& fault) const {
+    const I* indices = static_cast<const I*>(t.indices);
+    const auto row_at = [&](int64_t position) __attribute__((always_inline)) {
+      return place_of != nullptr ? int64_t(place_of[position]) : int64_t(indices[position]);
+    };
+    const int64_t rows = to.dense != nullptr ? t.E : sort.unique_before[sort.threads];
+    const int64_t last = bounds.begin(t.bags);
+    for (int64_t bag = 0; bag < t.bags; ++bag) {
+      const int64_t begin = bounds.begin(bag), n = bounds.begin(bag + 1) - begin;
+      for (int64_t i = begin + n; i < min(last, begin + 2 * n); ++i) {
+        const char* ahead = reinterpret_cast<const char*>(values + row_at(i) * t.D + low);
+        for (int64_t b = 0; b < (high - low) * int64_t(sizeof(T)); b += 64) __builtin_prefetch(ahead + b, 1, 3);
+      }
+      const T* grad = static_cast<const T*>(t.out) + row_of(t, bag, t.out_stride);
+      const int32_t* won = t.arg + row_of(t, bag, t.arg_stride);
+      for (int64_t d = low; d < high; ++d) {
+        const int64_t which = won[d];
+        if (uint64_t(which) >= uint64_t(n)) continue;  // the bag is empty
+        const int64_t row = row_at(begin + which);
+        if (uint64_t(row) >= uint64_t(rows)) {
+          note(fault, BagFault::kIndex, begin + which, row);
+          continue;
+        }
+        values[row * t.D + d] += t.weights == nullptr ? grad[d] : grad[d] * weight_at<T>(args, begin + which);
+      }
+    }
+  }
+};
+
+template <class F>
+void reducer_of(const BagBackward& args, const RowSort& sort, const RowTarget& to, F&& f) {
+  dispatch(args.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (sort.wide) {
+      Reducer<S, uint64_t> reducer{args, sort, to};
+      f(reducer);
+    } else {
+      Reducer<S, uint32_t> reducer{args, sort, to};
+      f(reducer);
+    }
+  });
+}
+
+}  // namespace
+
+BagFault bag_sort(const BagBackward& args, RowSort& out) {
+  return dispatch(args.shape.dtype, [&](auto storage) { return sort_of<decltype(storage)>(args, out); });
+}
+
+BagFault bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to) {
+  if (args.scatters() && to.step == nullptr) {
+    const auto scatter = [&](auto value, auto integer) {
+      return Scatter<decltype(value), decltype(integer)>{args, sort, to}.run();
+    };
+    if (args.shape.dtype == DType::kFloat64)
+      return sort.wide ? scatter(double{}, uint64_t{}) : scatter(double{}, uint32_t{});
+    return sort.wide ? scatter(float{}, uint64_t{}) : scatter(float{}, uint32_t{});
+  }
+  reducer_of(args, sort, to, [](auto& reducer) { reducer.run(); });
+  return {};
+}
+
+BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type) {
+  RowSort sort;
+  const BagFault fault = bag_sort(args, sort);
+  if (fault.what != BagFault::kNone) return fault;
+  reducer_of(args, sort, {}, [&](auto& reducer) { reducer.renorm(max_norm, norm_type); });
+  return fault;
+}
+
+// A byte is (x - min) * 255 / (max - min), to nearest.
+void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed) {
+  dispatch(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const int64_t threads = threads_for(t.E * t.D * int64_t(sizeof(S)));
+    on_threads(threads, [&](int64_t thread) {
+      for (int64_t row = part(t.E, threads, thread); row < part(t.E, threads, thread + 1); ++row) {
+        const S* from = static_cast<const S*>(t.table) + row * t.row_stride;
+        uint8_t* to = packed + row * (t.D + 8);
+        const auto value = [&](int64_t d) { return float(value_of(from + d * t.column_stride)); };
+        float least = value(0), most = least;
+        for (int64_t d = 1; d < t.D; ++d) {
+          const float x = value(d);
+          least = x < least ? x : least;
+          most = x > most ? x : most;
+        }
+        const float range = most - least, numbers[2] = {range / 255.0f, least};
+        const float inverse = 255.0f / (range + 1e-8f);
+        for (int64_t d = 0; d < t.D; ++d) to[d] = uint8_t(__builtin_lrintf((value(d) - least) * inverse));
+        memcpy(to + t.D, numbers, sizeof(numbers));
+      }
+    });
+  });
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

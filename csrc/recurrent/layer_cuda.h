@@ -1,0 +1,69 @@
+// What the tiers of recurrent layers on a GPU share on the host. Included by their .cu files only.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "recurrent/recurrent_cuda.h"
+#include "recurrent/steps_cuda.cuh"
+
+namespace seqkernels::cuda {
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Hands out a workspace, or, without one, says how large it must be.
+class Space {
+ public:
+  explicit Space(void* start) : start_(static_cast<char*>(start)) {}
+  void* take(int64_t bytes) {
+    void* at = start_ == nullptr ? nullptr : start_ + used_;
+    used_ += (bytes + 255) / 256 * 256;
+    return at;
+  }
+  int64_t bytes() const { return used_; }
+
+ private:
+  char* start_;
+  int64_t used_ = 0;
+};
+
+struct ClearTarget {
+  void* at;
+  int64_t row, direction, width;  // elements
+};
+
+// What the loop of backward leaves for the products behind it.
+struct AfterLoop {
+  const void *dgates_x, *dgates_h, *q;
+  void* fed;
+  const void* dpeephole;
+  void* partial;
+  int64_t first_gates;
+};
+
+LayerArgs layer_args(const RecurrentArgs& args, const CudaLayout& layout, const CellShape& shape);
+void run_links(const RecurrentArgs& args, const CudaLayout& layout, Link* links, void* stream);
+void run_pack(const RecurrentArgs& args, bool tf32, int64_t gates, bool transposed, void* to, void* stream);
+void run_clear(const RecurrentArgs& args, const CudaLayout& layout, const Link* links, std::vector<ClearTarget> targets,
+               void* stream);
+void run_empty(const LayerArgs& layer, DType dtype, const void* from_h, const void* from_c, void* to_h, void* to_c,
+               void* stream);
+Matrix input_matrix(const RecurrentArgs& args, const CudaLayout& layout, bool k_in_line);
+void run_from_x(const RecurrentArgs& args, const CudaLayout& layout, int64_t gates, bool separate, int direction,
+                int64_t first, int64_t rows, void* to, void* stream);
+void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const LayerArgs& layer,
+                   const AfterLoop& of, void* stream);
+int64_t partial_bytes(const RecurrentArgs& args, int64_t gates, bool stages, int64_t first_gates);
+
+std::vector<int64_t> offsets_of(const Walk& walk, bool packed);
+
+// The cluster tier, in recurrent_cluster_cuda.cu. Appends to reasons where it does not take the layer.
+enum class PassKind { kForward, kBackward };
+CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
+                            bool recompute, const DeviceLimits& device);
+void forward_by_clusters(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
+                         void* workspace, void* stream);
+void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
+                          void* workspace, void* stream);
+
+}  // namespace seqkernels::cuda

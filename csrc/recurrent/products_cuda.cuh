@@ -1,0 +1,429 @@
+// Matrix products on a GPU: fragments, and the products outside the time loop.
+//
+// Operands are kept in fragment order. A strip of 8 rows is cut along K in blocks of 64 bytes a row; a block is 32
+// pieces of 16 bytes, piece lane = 4 row + quarter. So a warp reads a block with one 16-byte access per lane, all of it
+// consecutive, from global and from shared memory alike. The matrix instructions want other places of k in a lane, but
+// a sum over k does not mind in which order k goes as long as both operands agree: lane (row g, quarter t) feeds its
+// own piece, four bytes of it for the low and four for the high half of k at a time.
+//
+// The order of every sum is a function of the shape alone: no atomics.
+#pragma once
+
+#include "common/device.cuh"
+#include "recurrent/walk_cuda.cuh"
+
+#if defined(SEQKERNELS_EMULATE_CUDA)
+#define SK_OUTLINE inline
+#else
+#define SK_OUTLINE __device__ __noinline__  // one copy of a long loop for all the kernels that call it
+#endif
+
+namespace seqkernels::cuda {
+
+enum class Arithmetic { kExact, kMatrix };  // fused multiply-adds; the matrix units: half types, and float32 as TF32
+
+template <class S>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(S));  // elements
+template <class S>
+constexpr int kBlockK = 4 * kPiece<S>;  // of K
+template <class S>
+constexpr int kBlockSize = 32 * kPiece<S>;  // elements of 8 rows
+template <class S>
+using Piece = Vec<S, kPiece<S>>;
+
+template <class S>
+SK_HOST_DEVICE int64_t blocks_of(int64_t K) {
+  return (K + kBlockK<S> - 1) / kBlockK<S>;
+}
+// Where (row < 8, k) lies in a strip of consecutive blocks.
+template <class S>
+SK_HOST_DEVICE int64_t place_in_strip(int64_t row, int64_t k) {
+  const int64_t in_block = k % kBlockK<S>;
+  return (k / kBlockK<S> * 32 + row * 4 + in_block / kPiece<S>)*kPiece<S> + in_block % kPiece<S>;
+}
+// The left operand comes in tiles of 16 rows: of each block first rows 0 to 7, then 8 to 15.
+template <class S>
+SK_HOST_DEVICE int64_t place_in_tile(int64_t row, int64_t k) {
+  const int64_t in_block = k % kBlockK<S>;
+  return (k / kBlockK<S> * 64 + row * 4 + in_block / kPiece<S>)*kPiece<S> + in_block % kPiece<S>;
+}
+
+// A piece as the matrix instructions take it. Elements of 16 bits would each get a register.
+using Words = Vec<uint32_t, 4>;
+template <class S, class Pointer>
+SK_DEVICE Words load_words(Pointer from, int64_t i) {
+  return bit_cast<Words>(load_vec<kPiece<S>>(from, i));
+}
+// sum += A B^T over one half of a block: 16 rows of A, 8 of them in each of low and high, 8 rows of B.
+template <class S>
+SK_DEVICE void multiply(float (&sum)[4], const Words& low, const Words& high, const Words& right, int half) {
+  const uint32_t left[4] = {low[2 * half], high[2 * half], low[2 * half + 1], high[2 * half + 1]};
+  const uint32_t of_b[2] = {right[2 * half], right[2 * half + 1]};
+  if constexpr (sizeof(S) == 2) {
+    mma_m16n8k16<S>(sum, left, of_b);
+  } else {
+    mma_m16n8k8_tf32(sum, left, of_b);
+  }
+}
+
+// sum[m][n] += A B^T over one block: kM tiles of 16 rows (of which `tiles` are there), kN strips of 8 columns. a and b
+// are at the block. A lane holds of tile m and strip n: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+template <Arithmetic kHow, class S, int kM, int kN, class Left, class Right>
+SK_DEVICE void add_block(Compute<S> (&sum)[kM][kN][4], int tiles, Left a, int64_t tile_size, Right b,
+                         int64_t strip_size) {
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  if constexpr (kHow == Arithmetic::kMatrix) {
+    Words right[kN];
+    SK_UNROLL
+    for (int n = 0; n < kN; ++n) right[n] = load_words<S>(b, n * strip_size + lane * kPiece<S>);
+    SK_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      if (m >= tiles) continue;
+      const Words low = load_words<S>(a, m * tile_size + lane * kPiece<S>);
+      const Words high = load_words<S>(a, m * tile_size + kBlockSize<S> + lane * kPiece<S>);
+      SK_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        SK_UNROLL
+        for (int n = 0; n < kN; ++n) multiply<S>(sum[m][n], low, high, right[n], half);
+      }
+    }
+  } else {
+    SK_NO_UNROLL
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Piece<S> right[kN][2];
+      SK_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        SK_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          right[n][i] = load_vec<kPiece<S>>(b, n * strip_size + ((2 * t + i) * 4 + quarter) * kPiece<S>);
+        }
+      }
+      SK_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        if (m >= tiles) continue;
+        SK_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const Piece<S> left =
+              load_vec<kPiece<S>>(a, m * tile_size + r * kBlockSize<S> + (g * 4 + quarter) * kPiece<S>);
+          SK_UNROLL
+          for (int e = 0; e < kPiece<S>; ++e) {
+            SK_UNROLL
+            for (int n = 0; n < kN; ++n) {
+              SK_UNROLL
+              for (int i = 0; i < 2; ++i) {
+                Compute<S>& into = sum[m][n][2 * r + i];
+                into = fused(left[e], right[n][i][e], into);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// How an element enters the matrix units: as it is, or rounded to TF32.
+template <class S>
+SK_DEVICE S operand(S x, bool tf32) {
+  if constexpr (std::is_same<S, float>::value) {
+    if (tf32) return bit_cast<float>(to_tf32(x));
+  }
+  return x;
+}
+
+// ---- products outside the time loop
+// ----------------------------------------------------------------------------------
+
+// One operand: element (line, i) is at line * ld + i, a line being consecutive in memory. The lines of a matrix are its
+// rows, or its columns where K runs over lines.
+struct Matrix {
+  const void* at;
+  int64_t count;  // elements that may be read
+  int64_t ld;
+  int64_t period;  // not 0: line l is at (l / period) * ld + (l % period) * across
+  int64_t across;
+  const Link* links;  // not null: line l is the state that row l started from, at prev * ld; initial + b * initial_ld
+  int64_t link_rows;  // for the states of the beginning, zeros where a walk starts anew or no row is
+  int64_t links_count;
+  const void* initial;  // null: zeros
+  int64_t initial_count, initial_ld;
+  bool k_in_line;  // K runs along a line
+  bool aligned;    // every line starts at 16 bytes
+};
+
+struct ProductArgs {
+  int64_t M, N, K;  // C[M, N] = sum over parts of A[M, K] B[N, K]^T
+  int parts;        // 1, or 2 that are added up
+  Matrix a[2], b[2];
+  const void* bias[2];  // [N] or null: added to every row
+  void* c;              // [M, ldc] of the compute type or, `narrow`, of the storage type
+  int64_t ldc;
+  bool narrow;
+  int64_t splits;  // K is cut in so many parts of `chunk`, each with a C of its own: c[split][M][ldc]
+  int64_t chunk;
+};
+
+constexpr int kProductThreads = 128;
+constexpr int kProductTile = 64;   // rows and columns of C in a block
+constexpr int kProductBlocks = 2;  // blocks of K at a time
+
+template <class S>
+struct Line {
+  Global<const S> at;
+  int64_t start;
+  bool there;
+};
+template <class S>
+SK_DEVICE Line<S> line_of(const Matrix& m, int64_t line) {
+  if (m.links == nullptr) {
+    const int64_t start = m.period == 0 ? line * m.ld : line / m.period * m.ld + line % m.period * m.across;
+    return {global<const S>(m.at, m.count), start, true};
+  }
+  const Link link = global<const Link>(m.links, m.links_count)[line];
+  if (link.prev < 0 || starts_anew(link.prev)) return {Global<const S>(), 0, false};
+  if (link.prev >= m.link_rows) {
+    return {global<const S>(m.initial, m.initial_count), (link.prev - m.link_rows) * m.initial_ld,
+            m.initial != nullptr};
+  }
+  return {global<const S>(m.at, m.count), link.prev * m.ld, true};
+}
+// A piece of a line, zeros from `end` on.
+template <class S>
+SK_DEVICE Piece<S> piece_of(const Matrix& m, int64_t line, int64_t lines, int64_t i, int64_t end, bool tf32) {
+  Piece<S> piece{};
+  if (line >= lines || i >= end) return piece;
+  const Line<S> from = line_of<S>(m, line);
+  if (!from.there) return piece;
+  if (m.aligned && i + kPiece<S> <= end) {
+    piece = load_vec<kPiece<S>, Cache::kReadOnly>(from.at, from.start + i);
+  } else {
+    SK_UNROLL
+    for (int e = 0; e < kPiece<S>; ++e) {
+      if (i + e < end) piece[e] = load<Cache::kReadOnly>(from.at, from.start + i + e);
+    }
+  }
+  if (tf32) {
+    SK_UNROLL
+    for (int e = 0; e < kPiece<S>; ++e) piece[e] = operand(piece[e], tf32);
+  }
+  return piece;
+}
+
+// Brings tiles of one operand, kProductTile rows and kProductBlocks blocks, by way of registers to shared memory.
+template <class S, bool kLeft>
+struct Porter {
+  static constexpr int kP = kPiece<S>;
+  static constexpr int kDepth = kProductBlocks * kBlockK<S>;
+  static constexpr int kPieces = kProductTile * kDepth / kP / kProductThreads;  // a thread's
+  static constexpr int kPatches = (kProductTile * kDepth / (kP * kP) + kProductThreads - 1) / kProductThreads;
+  static constexpr int kHeld = kPieces > kPatches* kP ? kPieces : kPatches * kP;
+  Piece<S> held[kHeld];
+
+  static SK_DEVICE int64_t place(int row, int piece) {  // of K
+    const int block = piece / 4, quarter = piece % 4;
+    const int at = kLeft ? ((row / 16 * kProductBlocks + block) * 2 + row / 8 % 2) : row / 8 * kProductBlocks + block;
+    return (at * 32 + row % 8 * 4 + quarter) * kP;
+  }
+  // Threads that have no patch of one operand have one of the other.
+  static SK_DEVICE int patch_thread() { return kLeft ? thread_index() : (thread_index() + 64) % kProductThreads; }
+  static constexpr int kAcross = kProductTile / kP;  // patches side by side along the rows
+  static constexpr int kPatchCount = kAcross * (kDepth / kP);
+
+  SK_DEVICE void fetch(const Matrix& m, int64_t row0, int64_t rows, int64_t k0, int64_t k_end, bool tf32) {
+    if (m.k_in_line) {
+      SK_UNROLL
+      for (int i = 0; i < kPieces; ++i) {
+        const int s = thread_index() + i * kProductThreads, row = s / (4 * kProductBlocks);
+        const int piece = s % (4 * kProductBlocks);
+        held[i] = piece_of<S>(m, row0 + row, rows, k0 + piece * kP, k_end, tf32);
+      }
+    } else {
+      SK_UNROLL
+      for (int i = 0; i < kPatches; ++i) {
+        const int s = patch_thread() + i * kProductThreads;
+        if (s >= kPatchCount) continue;
+        SK_UNROLL
+        for (int e = 0; e < kP; ++e) {
+          held[i * kP + e] = piece_of<S>(m, k0 + s / kAcross * kP + e, k_end, row0 + s % kAcross * kP, rows, tf32);
+        }
+      }
+    }
+  }
+  SK_DEVICE void put(const Matrix& m, Shared<S> to) const {
+    if (m.k_in_line) {
+      SK_UNROLL
+      for (int i = 0; i < kPieces; ++i) {
+        const int s = thread_index() + i * kProductThreads;
+        store_vec(to, place(s / (4 * kProductBlocks), s % (4 * kProductBlocks)), held[i]);
+      }
+    } else {
+      SK_UNROLL
+      for (int i = 0; i < kPatches; ++i) {
+        const int s = patch_thread() + i * kProductThreads;
+        if (s >= kPatchCount) continue;
+        SK_UNROLL
+        for (int row = 0; row < kP; ++row) {
+          Piece<S> turned;
+          SK_UNROLL
+          for (int e = 0; e < kP; ++e) turned[e] = held[i * kP + e][row];
+          store_vec(to, place(s % kAcross * kP + row, s / kAcross), turned);
+        }
+      }
+    }
+  }
+};
+
+template <class S>
+constexpr int kProductShared = kProductTile * kProductBlocks * kBlockK<S>;  // elements of one operand's tile
+
+// Grid: columns x rows x splits of C. Four warps share a tile, 32 by 32 each; while one tile of operands is multiplied
+// the next is on its way to registers.
+template <Arithmetic kHow, class S>
+SK_KERNEL(kProductThreads, 2)
+product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
+  using T = Compute<S>;
+  constexpr int kDepth = kProductBlocks * kBlockK<S>;
+  constexpr bool kTf32 = kHow == Arithmetic::kMatrix && sizeof(S) == 4;
+  SharedArena arena;
+  const Shared<S> left = arena.array<S>(2 * kProductShared<S>), right = arena.array<S>(2 * kProductShared<S>);
+  const int64_t column0 = block_index() * kProductTile, row0 = block_index_y() * kProductTile;
+  const int64_t split = block_index_z(), first = split * args.chunk;
+  const int64_t end = first + args.chunk < args.K ? first + args.chunk : args.K;
+  const int64_t steps = end > first ? (end - first + kDepth - 1) / kDepth : 0, all_steps = steps * args.parts;
+  const int warp = warp_index(), warp_row = warp / 2, warp_column = warp % 2;
+
+  Porter<S, true> bring_a;
+  Porter<S, false> bring_b;
+  T sum[2][4][4] = {};
+  const auto fetch = [&](int64_t step) {
+    const int part = step >= steps;
+    const int64_t k = first + (step - part * steps) * kDepth;
+    bring_a.fetch(args.a[part], row0, args.M, k, end, kTf32);
+    bring_b.fetch(args.b[part], column0, args.N, k, end, kTf32);
+  };
+  if (all_steps > 0) {
+    fetch(0);
+    bring_a.put(args.a[0], left);
+    bring_b.put(args.b[0], right);
+  }
+  block_sync();
+  for (int64_t step = 0; step < all_steps; ++step) {
+    const bool more = step + 1 < all_steps;
+    if (more) fetch(step + 1);
+    const int64_t slot = step % 2 * kProductShared<S>;
+    SK_UNROLL
+    for (int block = 0; block < kProductBlocks; ++block) {
+      constexpr int kTileSize = kProductBlocks * 2 * kBlockSize<S>, kStripSize = kProductBlocks * kBlockSize<S>;
+      add_block<kHow, S, 2, 4>(sum, 2, left + (slot + warp_row * 2 * kTileSize + block * 2 * kBlockSize<S>), kTileSize,
+                               right + (slot + warp_column * 4 * kStripSize + block * kBlockSize<S>), kStripSize);
+    }
+    if (more) {
+      const int part = step + 1 >= steps;
+      const int64_t next = (step + 1) % 2 * kProductShared<S>;
+      bring_a.put(args.a[part], left + next);
+      bring_b.put(args.b[part], right + next);
+    }
+    block_sync();
+  }
+
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  const int64_t size = args.splits * args.M * args.ldc;
+  const Global<S> narrow_c = global<S>(args.narrow ? args.c : nullptr, args.narrow ? size : 0);
+  const Global<T> wide_c = global<T>(args.narrow ? nullptr : args.c, args.narrow ? 0 : size);
+  SK_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    SK_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int64_t column = column0 + warp_column * 32 + n * 8 + 2 * t + i;
+      if (column >= args.N) continue;
+      T bias = T(0);
+      SK_UNROLL
+      for (int b = 0; b < 2; ++b) {
+        if (args.bias[b] != nullptr)
+          bias += widen(load<Cache::kReadOnly>(global<const S>(args.bias[b], args.N), column));
+      }
+      SK_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        SK_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const int64_t row = row0 + warp_row * 32 + m * 16 + r * 8 + g;
+          if (row >= args.M) continue;
+          const T value = sum[m][n][2 * r + i] + bias;
+          const int64_t at = (split * args.M + row) * args.ldc + column;
+          if (args.narrow) {
+            narrow_c[at] = narrow<S>(value);
+          } else {
+            wide_c[at] = value;
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- sums over rows, in a fixed order
+// --------------------------------------------------------------------------------
+
+// to[i] = the sum over k < count of from[k * stride + i], narrowed. From: the compute type.
+struct ReduceArgs {
+  const void* from;
+  int64_t count, stride, size;
+  void* to;
+  int64_t from_ld, width, to_ld;  // element i is (i / width, i % width) of from[., from_ld] and to[., to_ld]
+};
+constexpr int kSumThreads = 256;
+
+template <class S>
+SK_KERNEL(kSumThreads)
+reduce_kernel(const SK_GRID_CONSTANT ReduceArgs args) {
+  using T = Compute<S>;
+  const int64_t rows = (args.size + args.width - 1) / args.width;
+  const Global<const T> from = global<const T>(args.from, (args.count - 1) * args.stride + rows * args.from_ld);
+  const Global<S> to = global<S>(args.to, (rows - 1) * args.to_ld + args.width);
+  for (int64_t i = grid_thread_index(); i < args.size; i += grid_threads()) {
+    const int64_t at = i / args.width * args.from_ld + i % args.width;
+    T sum = T(0);
+    for (int64_t k = 0; k < args.count; ++k) {
+      const T value = from[k * args.stride + at];
+      sum = k == 0 ? value : sum + value;
+    }
+    to[i / args.width * args.to_ld + i % args.width] = narrow<S>(sum);
+  }
+}
+
+// Sums of columns over chunks of rows: to[chunk][column], of storage or compute type.
+struct ColumnsArgs {
+  const void* from;  // [rows, columns]
+  int64_t rows, columns, chunk;
+  void* to;  // [chunks, columns]
+};
+constexpr int kColumns = 32;  // a block's; its warps take every eighth row of the chunk
+
+template <class S, class From>
+SK_KERNEL(kSumThreads)
+columns_kernel(const SK_GRID_CONSTANT ColumnsArgs args) {
+  using T = Compute<S>;
+  SK_SHARED(T, partial, kSumThreads);
+  const int64_t column = block_index() * kColumns + lane_index(), chunk = block_index_y();
+  const int64_t first = chunk * args.chunk, end = first + args.chunk < args.rows ? first + args.chunk : args.rows;
+  const Global<const From> from = global<const From>(args.from, args.rows * args.columns);
+  T sum = T(0);
+  if (column < args.columns) {
+    for (int64_t row = first + warp_index(); row < end; row += kSumThreads / kWarp) {
+      sum += widen(load<Cache::kReadOnly>(from, row * args.columns + column));
+    }
+  }
+  partial[thread_index()] = sum;
+  block_sync();
+  if (warp_index() == 0 && column < args.columns) {
+    T total = T(0);
+    SK_UNROLL
+    for (int w = 0; w < kSumThreads / kWarp; ++w) {
+      const T value = partial[w * kWarp + lane_index()];
+      total += value;
+    }
+    global<T>(args.to, grid_blocks_y() * args.columns)[chunk * args.columns + column] = total;
+  }
+}
+
+}  // namespace seqkernels::cuda

@@ -1,0 +1,1020 @@
+// Launchers of recurrent layers on a GPU: the products outside the time loop, and one launch a step.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <stdexcept>
+
+#include "recurrent/layer_cuda.h"
+#include "recurrent/recurrent_cuda.h"
+#include "recurrent/steps_cuda.cuh"
+
+namespace seqkernels {
+namespace cuda {
+namespace {
+
+constexpr int64_t kFromXBytes = 32 << 20;      // pre-activations made at a time: they stay in the second-level cache
+constexpr int64_t kProductBlocksWanted = 256;  // blocks of a product, below which K is cut
+
+// ---- small kernels around the time loop
+// ------------------------------------------------------------------------------
+
+constexpr int kPlainThreads = 256;
+LaunchConfig plain(int64_t items, void* stream, int64_t per_block = kPlainThreads) {
+  LaunchConfig config;
+  config.grid = {std::min<int64_t>((items + per_block - 1) / per_block, 1 << 16)};
+  config.block = kPlainThreads;
+  config.stream = stream;
+  return config;
+}
+
+struct PackArgs {
+  const void* w[2];
+  void* to;  // [directions, strips of 8 units, gates, blocks of K, 32] pieces
+  int directions;
+  int64_t units, K, gates, gate_stride, unit_stride, k_stride;
+  bool tf32;
+};
+template <class S>
+SK_KERNEL(kPlainThreads)
+pack_kernel(const SK_GRID_CONSTANT PackArgs args) {
+  constexpr int kP = kPiece<S>;
+  const int64_t strips = (args.units + kUnits - 1) / kUnits, blocks = blocks_of<S>(args.K);
+  const int64_t pieces = args.directions * strips * args.gates * blocks * 32;
+  const Global<S> to = global<S>(args.to, pieces * kP);
+  const int64_t size =
+      (args.gates - 1) * args.gate_stride + (args.units - 1) * args.unit_stride + (args.K - 1) * args.k_stride + 1;
+  for (int64_t i = grid_thread_index(); i < pieces; i += grid_threads()) {
+    const int64_t lane = i % 32, block = i / 32 % blocks, gate = i / 32 / blocks % args.gates;
+    const int64_t strip = i / 32 / blocks / args.gates % strips, d = i / 32 / blocks / args.gates / strips;
+    const int64_t unit = strip * kUnits + lane / 4, k = block * kBlockK<S> + lane % 4 * kP;
+    const Global<const S> w = global<const S>(args.w[d], size);
+    Piece<S> piece{};
+    SK_UNROLL
+    for (int e = 0; e < kP; ++e) {
+      if (unit < args.units && k + e < args.K) {
+        const S value = w[gate * args.gate_stride + unit * args.unit_stride + (k + e) * args.k_stride];
+        piece[e] = operand(value, args.tf32);
+      }
+    }
+    store_vec(to, i * kP, piece);
+  }
+}
+
+// The states at the beginning: h as the products see it in both slots, and c.
+struct StartArgs {
+  LayerArgs layer;
+  void* slots[2];  // [directions, tiles, blocks, 2, 32] pieces
+  int64_t tiles, blocks;
+  void* c;  // [directions, B, H] of the compute type or null
+};
+template <class S>
+SK_KERNEL(kPlainThreads)
+start_kernel(const SK_GRID_CONSTANT StartArgs args) {
+  constexpr int kP = kPiece<S>;
+  const LayerArgs& layer = args.layer;
+  const int64_t pieces = layer.directions * args.tiles * args.blocks * 64, states = layer.states();
+  const Global<const S> h0 = global<const S>(layer.h0, layer.h0 == nullptr ? 0 : states);
+  const Global<const S> c0 = global<const S>(layer.c0, layer.c0 == nullptr ? 0 : states);
+  const Global<const S> mask = global<const S>(layer.variational, layer.variational == nullptr ? 0 : states);
+  for (int64_t i = grid_thread_index(); i < pieces; i += grid_threads()) {
+    const int64_t lane = i % 32, half = i / 32 % 2, block = i / 64 % args.blocks,
+                  tile = i / 64 / args.blocks % args.tiles;
+    const int64_t d = i / 64 / args.blocks / args.tiles, b = tile * kTileRows + half * 8 + lane / 4;
+    const int64_t unit = block * kBlockK<S> + lane % 4 * kP;
+    Piece<S> piece{};
+    SK_UNROLL
+    for (int e = 0; e < kP; ++e) {
+      if (!h0 || b >= layer.B || unit + e >= layer.H) continue;
+      const int64_t at = (d * layer.B + b) * layer.H + unit + e;
+      S value = h0[at];
+      if (mask) {
+        const S factor = mask[at];
+        value = narrow<S>(widen(value) * widen(factor));
+      }
+      piece[e] = operand(value, layer.tf32);
+    }
+    store_vec(global<S>(args.slots[0], pieces * kP), i * kP, piece);
+    store_vec(global<S>(args.slots[1], pieces * kP), i * kP, piece);
+  }
+  if (args.c == nullptr) return;
+  const Global<Compute<S>> c = global<Compute<S>>(args.c, states);
+  for (int64_t i = grid_thread_index(); i < states; i += grid_threads()) {
+    c[i] = Compute<S>(0);
+    if (c0) {
+      const S value = c0[i];
+      c[i] = widen(value);
+    }
+  }
+}
+
+// The last states of sequences without steps.
+struct EmptyArgs {
+  LayerArgs layer;
+  const void *from_h, *from_c;  // [directions, B, H] or null: zeros
+  void *to_h, *to_c;            // or null
+};
+template <class S>
+SK_KERNEL(kPlainThreads)
+empty_kernel(const SK_GRID_CONSTANT EmptyArgs args) {
+  const LayerArgs& layer = args.layer;
+  const int64_t states = layer.states();
+  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
+  for (int64_t i = grid_thread_index(); i < states; i += grid_threads()) {
+    const int64_t b = i / layer.H % layer.B, d = i / layer.H / layer.B;
+    const Link link = links[d * (layer.rows + layer.B) + layer.rows + b];
+    if (link.next != kNobody) continue;
+    const auto copy = [&](const void* from, void* to) {
+      if (to == nullptr) return;
+      S value{};
+      if (from != nullptr) value = load<Cache::kDefault>(global<const S>(from, states), i);
+      global<S>(to, states)[i] = value;
+    };
+    copy(args.from_h, args.to_h);
+    copy(args.from_c, args.to_c);
+  }
+}
+
+// Zeros in the rows that no sequence has.
+struct ClearArgs {
+  const Link* links;
+  int64_t rows, B;
+  struct Buffer {
+    void* at;
+    int64_t row, direction, width;  // elements
+  } buffers[4];
+  int count;
+};
+template <class S>
+SK_KERNEL(kPlainThreads)
+clear_kernel(const SK_GRID_CONSTANT ClearArgs args) {
+  const int64_t d = block_index_y(), directions = grid_blocks_y();
+  const Global<const Link> links =
+      global<const Link>(args.links, directions * (args.rows + args.B)) + d * (args.rows + args.B);
+  for (int64_t row = grid_thread_index() / kWarp; row < args.rows; row += grid_threads() / kWarp) {
+    const Link link = links[row];
+    if (link.prev != kNobody) continue;
+    for (int i = 0; i < args.count; ++i) {
+      const ClearArgs::Buffer& buffer = args.buffers[i];
+      const int64_t at = row * buffer.row + d * buffer.direction;
+      const Global<S> to =
+          global<S>(buffer.at, (args.rows - 1) * buffer.row + (directions - 1) * buffer.direction + buffer.width);
+      for (int64_t k = lane_index(); k < buffer.width; k += kWarp) to[at + k] = S{};
+    }
+  }
+}
+
+// The h that each row's products saw: the states before, under their mask.
+struct FedArgs {
+  LayerArgs layer;
+  void* to;  // [directions, rows, H]
+};
+template <class S>
+SK_KERNEL(kPlainThreads)
+fed_kernel(const SK_GRID_CONSTANT FedArgs args) {
+  const LayerArgs& layer = args.layer;
+  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
+  const int64_t size = layer.directions * layer.rows * layer.H;
+  for (int64_t i = grid_thread_index(); i < size; i += grid_threads()) {
+    const int64_t unit = i % layer.H, row = i / layer.H % layer.rows, d = i / layer.H / layer.rows;
+    const Link link = links[d * (layer.rows + layer.B) + row];
+    const Site<S> site{layer, static_cast<int>(d), row, unit, link};
+    Compute<S> h = Compute<S>(0);
+    if (link.prev != kNobody) h = site.before(layer.y, layer.h0) * site.state_at(layer.variational);
+    global<S>(args.to, size)[i] = narrow<S>(h);
+  }
+}
+
+// ---- host
+// ------------------------------------------------------------------------------------------------------------
+
+template <class S, class F>
+void with_cell(CellKind kind, F&& f) {
+  switch (kind) {
+    case CellKind::kLSTM:
+      return f(LSTMCell<S>{});
+    case CellKind::kLSTMCoupled:
+      return f(LSTMCoupledCell<S>{});
+    case CellKind::kGRU:
+      return f(GRUCell<S>{});
+    case CellKind::kGRUBefore:
+      return f(GRUBeforeCell<S>{});
+    case CellKind::kMGU:
+      return f(MGUCell<S>{});
+    case CellKind::kMGUBefore:
+      return f(MGUBeforeCell<S>{});
+    case CellKind::kRNNTanh:
+      return f(RNNTanhCell<S>{});
+    case CellKind::kRNNRelu:
+      return f(RNNReluCell<S>{});
+    default:
+      throw std::logic_error("no CUDA kernel for this cell");
+  }
+}
+
+int64_t piece_of(DType dtype) { return 16 / element_size(dtype); }
+
+Matrix plain_matrix(const void* at, int64_t lines, int64_t width, int64_t ld, bool k_in_line, DType dtype) {
+  Matrix m{};
+  m.at = at;
+  m.count = lines > 0 ? (lines - 1) * ld + width : 0;
+  m.ld = ld;
+  m.k_in_line = k_in_line;
+  m.aligned = reinterpret_cast<uintptr_t>(at) % 16 == 0 && ld % piece_of(dtype) == 0;
+  return m;
+}
+
+void run_product(DType dtype, bool tf32, const ProductArgs& args, void* stream) {
+  if (args.M == 0 || args.N == 0) return;
+  dispatch(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    LaunchConfig config;
+    config.grid = {(args.N + kProductTile - 1) / kProductTile, (args.M + kProductTile - 1) / kProductTile, args.splits};
+    config.block = kProductThreads;
+    config.stream = stream;
+    SharedBytes bytes;
+    bytes.array<S>(2 * kProductShared<S>);
+    bytes.array<S>(2 * kProductShared<S>);
+    config.shared_bytes = bytes.bytes();
+    if constexpr (sizeof(S) == 2) {
+      launch(product_kernel<Arithmetic::kMatrix, S>, config, args);
+    } else if constexpr (sizeof(S) == 4) {
+      if (tf32) {
+        launch(product_kernel<Arithmetic::kMatrix, S>, config, args);
+      } else {
+        launch(product_kernel<Arithmetic::kExact, S>, config, args);
+      }
+    } else {
+      launch(product_kernel<Arithmetic::kExact, S>, config, args);
+    }
+  });
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How K is cut so that a product fills a GPU: a function of the shape alone, so that sums are the same on any.
+int64_t splits_of(int64_t M, int64_t N, int64_t K) {
+  const int64_t tiles = std::max<int64_t>(ceil_div(M, kProductTile) * ceil_div(N, kProductTile), 1);
+  return std::max<int64_t>(1, std::min({ceil_div(kProductBlocksWanted, tiles), K / 512, int64_t{64}}));
+}
+int64_t partial_elements(int64_t M, int64_t N, int64_t K) {
+  const int64_t splits = splits_of(M, N, K);
+  return splits == 1 ? 0 : splits * M * N;
+}
+constexpr int64_t kRowsOfChunk = 512;  // of a sum of columns
+int64_t row_chunks(int64_t rows) { return std::max<int64_t>(1, std::min<int64_t>(ceil_div(rows, kRowsOfChunk), 256)); }
+
+void run_reduce(DType dtype, const void* from, int64_t count, int64_t rows, int64_t columns, void* to, void* stream) {
+  ReduceArgs args{};
+  args.from = from;
+  args.count = count;
+  args.stride = rows * columns;
+  args.size = rows * columns;
+  args.to = to;
+  args.from_ld = args.width = args.to_ld = columns;
+  if (args.size == 0) return;
+  dispatch(dtype, [&](auto storage) { launch(reduce_kernel<decltype(storage)>, plain(args.size, stream), args); });
+}
+
+// C[M, N] = A B^T over a long K, narrowed.
+void run_long_product(DType dtype, bool tf32, const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
+                      void* c, void* partial, void* stream) {
+  ProductArgs args{};
+  args.M = M;
+  args.N = N;
+  args.K = K;
+  args.parts = 1;
+  args.a[0] = a;
+  args.b[0] = b;
+  args.ldc = N;
+  args.splits = splits_of(M, N, K);
+  args.chunk = ceil_div(ceil_div(K, args.splits), 64) * 64;
+  args.narrow = args.splits == 1;
+  args.c = args.narrow ? c : partial;
+  run_product(dtype, tf32, args, stream);
+  if (!args.narrow) run_reduce(dtype, partial, args.splits, M, N, c, stream);
+}
+
+// Sums of columns of [rows, columns], of the storage type or, wide, the compute type.
+void run_columns(DType dtype, const void* from, bool wide, int64_t rows, int64_t columns, void* partial,
+                 std::initializer_list<void*> to, void* stream) {
+  ColumnsArgs args{from, rows, columns, 0, partial};
+  const int64_t chunks = row_chunks(rows);
+  args.chunk = std::max<int64_t>(1, ceil_div(rows, chunks));
+  LaunchConfig config;
+  config.grid = {ceil_div(columns, kColumns), chunks};
+  config.block = kSumThreads;
+  config.stream = stream;
+  dispatch(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (wide) {
+      launch(columns_kernel<S, Compute<S>>, config, args);
+    } else {
+      launch(columns_kernel<S, S>, config, args);
+    }
+  });
+  for (void* each : to) {
+    if (each != nullptr) run_reduce(dtype, partial, chunks, 1, columns, each, stream);
+  }
+}
+
+}  // namespace
+
+// ---- what all tiers share
+// --------------------------------------------------------------------------------------------
+
+LayerArgs layer_args(const RecurrentArgs& args, const CudaLayout& layout, const CellShape& shape) {
+  LayerArgs layer{};
+  const Options& o = args.options;
+  layer.rows = args.walk.N;
+  layer.B = args.walk.B;
+  layer.H = args.H;
+  layer.directions = static_cast<int>(args.directions);
+  layer.tf32 = layout.tf32 && args.dtype == DType::kFloat32;
+  layer.h0 = args.h0;
+  layer.c0 = shape.states > 1 ? args.c0 : nullptr;
+  for (int d = 0; d < args.directions; ++d) {
+    layer.bias_h[d] = args.weights[d].b_hh;
+    layer.peephole[d] = args.weights[d].peephole;
+  }
+  layer.variational = o.variational;
+  layer.zoneout_h = o.zoneout_h;
+  layer.zoneout_c = o.zoneout_c;
+  layer.candidate = o.candidate;
+  layer.zoneout_h_rate = o.zoneout_h_rate;
+  layer.zoneout_c_rate = o.zoneout_c_rate;
+  layer.candidate_scale = o.candidate_scale;
+  layer.cell_clip = o.cell_clip;
+  layer.gate_clip = o.gate_clip;
+  const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+  layer.sigmoid_low = sigmoid(-o.gate_clip);
+  layer.sigmoid_high = sigmoid(o.gate_clip);
+  layer.tanh_high = std::tanh(o.gate_clip);
+  layer.saved_width = args.saved_width;
+  return layer;
+}
+
+void run_links(const RecurrentArgs& args, const CudaLayout& layout, Link* links, void* stream) {
+  const Walk& walk = args.walk;
+  LaunchConfig config;
+  config.block = kWalkThreads;
+  config.stream = stream;
+  if (!layout.packed) {
+    const PaddedLinksArgs of{links, layout.lengths, args.options.reset, walk.T, walk.B};
+    config.grid = {std::min<int64_t>(ceil_div(walk.N + walk.B, kWalkThreads), 1 << 16), args.directions};
+    if (walk.B > 0) launch(padded_links_kernel, config, of);
+    return;
+  }
+  PackedLinksArgs of{};
+  of.links = links;
+  of.reset = args.options.reset;
+  of.T = walk.T;
+  of.B = walk.B;
+  of.N = walk.N;
+  int64_t start = 0;  // of step `first`
+  for (int64_t first = 0; first < walk.T; first += kWalkSteps) {
+    of.first = first;
+    of.count = static_cast<int>(std::min<int64_t>(kWalkSteps, walk.T - first));
+    int64_t offset = first > 0 ? start - walk.batch_sizes[first - 1] : 0;
+    for (int64_t i = 0; i < of.count + 3; ++i) {
+      const int64_t t = first - 1 + i;
+      if (t < 0) {
+        of.offsets[i] = 0;
+        continue;
+      }
+      of.offsets[i] = offset;
+      if (i == of.count + 1) start = offset;
+      if (t < walk.T) offset += walk.batch_sizes[t];
+    }
+    config.grid = {ceil_div(walk.batch_sizes[first], kWalkThreads), of.count, args.directions};
+    launch(packed_links_kernel, config, of);
+  }
+}
+
+void run_pack(const RecurrentArgs& args, bool tf32, int64_t gates, bool transposed, void* to, void* stream) {
+  PackArgs of{};
+  of.directions = static_cast<int>(args.directions);
+  for (int d = 0; d < args.directions; ++d) of.w[d] = args.weights[d].w_hh;
+  of.to = to;
+  of.units = of.K = args.H;
+  of.gates = gates;
+  of.gate_stride = args.H * args.H;
+  of.unit_stride = transposed ? 1 : args.H;
+  of.k_stride = transposed ? args.H : 1;
+  of.tf32 = tf32;
+  dispatch(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const int64_t pieces = args.directions * ceil_div(args.H, kUnits) * gates * blocks_of<S>(args.H) * 32;
+    launch(pack_kernel<S>, plain(pieces, stream), of);
+  });
+}
+
+void run_clear(const RecurrentArgs& args, const CudaLayout& layout, const Link* links, std::vector<ClearTarget> targets,
+               void* stream) {
+  if (layout.lengths == nullptr || args.walk.N == 0) return;
+  ClearArgs of{};
+  of.links = links;
+  of.rows = args.walk.N;
+  of.B = args.walk.B;
+  for (const ClearTarget& target : targets) {
+    if (target.at == nullptr || target.width == 0) continue;
+    of.buffers[of.count++] = {target.at, target.row, target.direction, target.width};
+  }
+  if (of.count == 0) return;
+  LaunchConfig config = plain(of.rows * kWarp, stream);
+  config.grid.y = args.directions;
+  dispatch(args.dtype, [&](auto storage) { launch(clear_kernel<decltype(storage)>, config, of); });
+}
+
+void run_empty(const LayerArgs& layer, DType dtype, const void* from_h, const void* from_c, void* to_h, void* to_c,
+               void* stream) {
+  const EmptyArgs of{layer, from_h, from_c, to_h, to_c};
+  if (layer.states() == 0) return;
+  dispatch(dtype, [&](auto storage) { launch(empty_kernel<decltype(storage)>, plain(layer.states(), stream), of); });
+}
+
+// x W_ih^T of `rows` rows from `first` on, of one direction, with its bias and, where the cell sees both products as
+// one, the other one's.
+void run_from_x(const RecurrentArgs& args, const CudaLayout& layout, int64_t gates, bool separate, int direction,
+                int64_t first, int64_t rows, void* to, void* stream) {
+  if (rows == 0) return;
+  const Walk& walk = args.walk;
+  const Weights& w = args.weights[direction];
+  const int64_t bytes = element_size(args.dtype);
+  ProductArgs of{};
+  of.M = rows;
+  of.N = gates * args.H;
+  of.K = args.D;
+  of.parts = 1;
+  of.a[0] = input_matrix(args, layout, true);
+  const int64_t skip = layout.packed ? first * layout.x_step : first / walk.B * layout.x_step;
+  of.a[0].at = static_cast<const char*>(args.x) + skip * bytes;
+  of.a[0].count -= skip;
+  of.a[0].aligned = of.a[0].aligned && skip * bytes % 16 == 0;
+  of.b[0] = plain_matrix(w.w_ih, of.N, args.D, args.D, true, args.dtype);
+  of.bias[0] = w.b_ih;
+  of.bias[1] = separate ? nullptr : w.b_hh;
+  of.c = to;
+  of.ldc = of.N;
+  of.splits = 1;
+  of.chunk = args.D;
+  run_product(args.dtype, layout.tf32, of, stream);
+}
+
+Matrix input_matrix(const RecurrentArgs& args, const CudaLayout& layout, bool k_in_line) {
+  const Walk& walk = args.walk;
+  Matrix m = plain_matrix(args.x, 0, args.D, layout.x_step, k_in_line, args.dtype);
+  if (layout.packed) {
+    m.count = walk.N > 0 ? (walk.N - 1) * layout.x_step + args.D : 0;
+  } else {
+    m.period = walk.B;
+    m.across = layout.x_across;
+    m.count = walk.N > 0 ? (walk.T - 1) * layout.x_step + (walk.B - 1) * layout.x_across + args.D : 0;
+    m.aligned = m.aligned && layout.x_across % piece_of(args.dtype) == 0;
+  }
+  return m;
+}
+
+// First row and rows of step t.
+void visit_step(const Walk& walk, bool packed, const std::vector<int64_t>& offsets, int64_t t, int64_t& first,
+                int64_t& count) {
+  first = packed ? offsets[t] : t * walk.B;
+  count = packed ? walk.batch_sizes[t] : walk.B;
+}
+std::vector<int64_t> offsets_of(const Walk& walk, bool packed) {
+  std::vector<int64_t> offsets(walk.T + 1, 0);
+  for (int64_t t = 0; t < walk.T; ++t) offsets[t + 1] = offsets[t] + (packed ? walk.batch_sizes[t] : walk.B);
+  return offsets;
+}
+
+// Of backward, after the loop: dx and everything of the weights, products over all rows of the gradients of the gates.
+void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const LayerArgs& layer,
+                   const AfterLoop& of, void* stream) {
+  const CellShape shape = shape_of(kind);
+  const Walk& walk = args.walk;
+  const int64_t G = shape.gates * args.H, rows = walk.N, bytes = element_size(args.dtype);
+  const auto at = [bytes](const void* p, int64_t elements) { return static_cast<const char*>(p) + elements * bytes; };
+  const auto to = [bytes](void* p, int64_t elements) { return static_cast<char*>(p) + elements * bytes; };
+  if (args.dx != nullptr && rows > 0) {
+    ProductArgs product{};
+    product.M = rows;
+    product.N = args.D;
+    product.K = G;
+    product.parts = static_cast<int>(args.directions);
+    for (int d = 0; d < args.directions; ++d) {
+      product.a[d] = plain_matrix(at(of.dgates_x, d * rows * G), rows, G, G, true, args.dtype);
+      product.b[d] = plain_matrix(args.weights[d].w_ih, G, args.D, args.D, false, args.dtype);
+    }
+    product.c = args.dx;
+    product.ldc = args.D;
+    product.narrow = true;
+    product.splits = 1;
+    product.chunk = G;
+    run_product(args.dtype, layout.tf32, product, stream);
+  }
+  if (!args.weights_wanted) return;
+  if (layer.variational != nullptr && rows > 0) {
+    const FedArgs fed{layer, of.fed};
+    dispatch(args.dtype,
+             [&](auto storage) { launch(fed_kernel<decltype(storage)>, plain(layer.outputs(), stream), fed); });
+  }
+  const bool separate = kind == CellKind::kGRU || kind == CellKind::kMGU;
+  for (int d = 0; d < args.directions; ++d) {
+    const WeightGradients& dw = args.dw[d];
+    const void *by_x = at(of.dgates_x, d * rows * G), *by_h = at(of.dgates_h, d * rows * G);
+    const Matrix left_x = plain_matrix(by_x, rows, G, G, false, args.dtype);
+    run_long_product(args.dtype, layout.tf32, left_x, input_matrix(args, layout, false), G, args.D, rows, dw.w_ih,
+                     of.partial, stream);
+    Matrix h = plain_matrix(at(args.y, d * args.H), rows, args.H, args.directions * args.H, false, args.dtype);
+    if (layer.variational != nullptr) {
+      h = plain_matrix(at(of.fed, d * rows * args.H), rows, args.H, args.H, false, args.dtype);
+    } else {
+      h.links = layer.links + d * (rows + layer.B);
+      h.links_count = rows + layer.B;
+      h.link_rows = rows;
+      if (args.h0 != nullptr) {
+        h.initial = at(args.h0, d * layer.B * args.H);
+        h.initial_count = layer.B * args.H;
+        h.initial_ld = args.H;
+        h.aligned = h.aligned && reinterpret_cast<uintptr_t>(h.initial) % 16 == 0 && args.H % piece_of(args.dtype) == 0;
+      }
+    }
+    const int64_t first = of.q == nullptr ? G : of.first_gates * args.H;  // rows of W_hh whose product is with h
+    const auto rows_of_w_hh = [&](int64_t from, int64_t upto, const Matrix& right) {
+      Matrix left = plain_matrix(at(by_h, from), rows, G - from, G, false, args.dtype);
+      run_long_product(args.dtype, layout.tf32, left, right, upto - from, args.H, rows, to(dw.w_hh, from * args.H),
+                       of.partial, stream);
+    };
+    rows_of_w_hh(0, first, h);
+    if (of.q != nullptr) {
+      rows_of_w_hh(first, G, plain_matrix(at(of.q, d * rows * args.H), rows, args.H, args.H, false, args.dtype));
+    }
+    if (dw.b_ih != nullptr) {
+      if (separate) {
+        run_columns(args.dtype, by_x, false, rows, G, of.partial, {dw.b_ih}, stream);
+        run_columns(args.dtype, by_h, false, rows, G, of.partial, {dw.b_hh}, stream);
+      } else {
+        run_columns(args.dtype, by_x, false, rows, G, of.partial, {dw.b_ih, dw.b_hh}, stream);
+      }
+    }
+    if (dw.peephole != nullptr) {
+      const int64_t width = (shape.gates - 1) * args.H, wide = args.dtype == DType::kFloat64 ? 8 : 4;
+      run_columns(args.dtype, static_cast<const char*>(of.dpeephole) + d * rows * width * wide, true, rows, width,
+                  of.partial, {dw.peephole}, stream);
+    }
+  }
+}
+
+int64_t partial_bytes(const RecurrentArgs& args, int64_t gates, bool stages, int64_t first_gates) {
+  const int64_t G = gates * args.H, rows = args.walk.N;
+  int64_t most = row_chunks(rows) * G;
+  most = std::max(most, partial_elements(G, args.D, rows));
+  most = std::max(most, partial_elements(stages ? first_gates * args.H : G, args.H, rows));
+  if (stages) most = std::max(most, partial_elements(G - first_gates * args.H, args.H, rows));
+  return most * (args.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+// ---- one launch a step
+// -----------------------------------------------------------------------------------------------
+
+namespace {
+
+// Sizes that follow from the arguments.
+struct StepShape {
+  int64_t gates, first, directions, B, H, rows, blocks, tiles, element, wide;
+  int row_tiles;
+  bool stages, separate, has_c;
+  StepShape(CellKind kind, const RecurrentArgs& args) {
+    const CellShape shape = shape_of(kind);
+    gates = shape.gates;
+    stages = kind == CellKind::kGRUBefore || kind == CellKind::kMGUBefore;
+    first = stages ? gates - 1 : gates;
+    separate = kind == CellKind::kGRU || kind == CellKind::kMGU;
+    has_c = shape.states > 1;
+    directions = args.directions;
+    B = args.walk.B;
+    H = args.H;
+    rows = args.walk.N;
+    element = element_size(args.dtype);
+    wide = args.dtype == DType::kFloat64 ? 8 : 4;
+    blocks = ceil_div(H * element, 64);
+    tiles = ceil_div(B, kTileRows);
+    row_tiles = static_cast<int>(
+        std::max<int64_t>(1, std::min<int64_t>(tiles, args.dtype == DType::kFloat64 ? 2 : kStepTiles)));
+  }
+  int64_t weights_bytes() const { return directions * ceil_div(H, kUnits) * gates * blocks * 512; }
+  int64_t slot_bytes(int64_t slot_gates) const { return directions * tiles * slot_gates * blocks * 1024; }
+  int64_t states_bytes() const { return directions * B * H * wide; }
+  // Steps of a chunk of pre-activations.
+  int64_t chunk_rows() const {
+    const int64_t row = directions * gates * H * wide;
+    return std::min(rows, std::max(kFromXBytes / std::max<int64_t>(row, 1), B));
+  }
+  LaunchConfig config(int64_t count, int strips_of_product, void* stream) const {
+    LaunchConfig config;
+    config.grid = {ceil_div(H, kUnits), ceil_div(count, row_tiles * kTileRows), directions};
+    config.block = kStepThreads;
+    config.shared_bytes = kStepWarps * row_tiles * kTileRows * strips_of_product * kUnits * wide;
+    config.stream = stream;
+    return config;
+  }
+};
+
+struct ForwardSpace {
+  Link* links;
+  void *weights, *slots[2], *q_slots, *c, *carried, *from_x;
+  void carve(Space& space, const StepShape& s) {
+    links = static_cast<Link*>(space.take(s.directions * (s.rows + s.B) * sizeof(Link)));
+    weights = space.take(s.weights_bytes());
+    for (void*& slot : slots) slot = space.take(s.slot_bytes(1));
+    q_slots = s.stages ? space.take(s.slot_bytes(1)) : nullptr;
+    c = s.has_c ? space.take(s.states_bytes()) : nullptr;
+    carried = s.stages ? space.take(s.states_bytes()) : nullptr;
+    from_x = space.take(s.directions * s.chunk_rows() * s.gates * s.H * s.wide);
+  }
+};
+
+struct BackwardSpace {
+  Link* links;
+  void *weights, *slots[2], *dgates_x, *dgates_h, *dc, *direct, *partial_gates, *q, *dpeephole, *fed, *partial;
+  void *saved, *from_x, *from_h;  // to make what backward needs once more
+  int64_t again_rows;
+  void carve(Space& space, const StepShape& s, const RecurrentArgs& args, bool recompute) {
+    const Options& o = args.options;
+    const int64_t rows_of_gates = s.directions * s.rows * s.gates * s.H;
+    links = static_cast<Link*>(space.take(s.directions * (s.rows + s.B) * sizeof(Link)));
+    weights = space.take(s.weights_bytes());
+    for (void*& slot : slots) slot = space.take(s.slot_bytes(s.gates));
+    dgates_x = space.take(rows_of_gates * s.element);
+    dgates_h = s.separate ? space.take(rows_of_gates * s.element) : dgates_x;
+    dc = s.has_c ? space.take(s.states_bytes()) : nullptr;
+    const bool passes = s.separate || s.stages || o.zoneout_h != nullptr || o.zoneout_h_rate > 0;
+    direct = passes ? space.take(s.states_bytes()) : nullptr;
+    partial_gates = s.stages ? space.take(s.states_bytes() * s.first) : nullptr;
+    q = s.stages ? space.take(s.directions * s.rows * s.H * s.element) : nullptr;
+    const bool peephole = args.weights[0].peephole != nullptr;
+    dpeephole = peephole ? space.take(s.directions * s.rows * (s.gates - 1) * s.H * s.wide) : nullptr;
+    fed = o.variational != nullptr ? space.take(s.directions * s.rows * s.H * s.element) : nullptr;
+    partial = space.take(partial_bytes(args, s.gates, s.stages, s.first));
+    recompute = recompute && args.saved_width > 0;
+    again_rows = s.chunk_rows();
+    saved = recompute ? space.take(s.directions * s.rows * args.saved_width * s.element) : nullptr;
+    from_x = recompute ? space.take(s.directions * again_rows * s.gates * s.H * s.wide) : nullptr;
+    from_h = recompute ? space.take(s.directions * again_rows * s.gates * s.H * s.wide) : nullptr;
+  }
+};
+
+void forward_by_steps(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, void* workspace, void* stream) {
+  const StepShape s(kind, args);
+  const Walk& walk = args.walk;
+  Space space(workspace);
+  ForwardSpace at{};
+  at.carve(space, s);
+  LayerArgs layer = layer_args(args, layout, shape_of(kind));
+  layer.links = at.links;
+  layer.y = args.y;
+  layer.cells = args.cells;
+  layer.saved = args.saved;
+  if (s.B == 0) return;
+  run_links(args, layout, at.links, stream);
+  run_clear(args, layout, at.links,
+            {{args.y, s.directions * s.H, s.H, s.H},
+             {args.cells, s.directions * s.H, s.H, s.H},
+             {args.saved, args.saved_width, s.rows * args.saved_width, args.saved_width}},
+            stream);
+  run_empty(layer, args.dtype, args.h0, args.c0, args.h_n, args.c_n, stream);
+  if (s.rows == 0) return;
+  run_pack(args, layer.tf32, s.gates, false, at.weights, stream);
+  StartArgs start{layer, {at.slots[0], at.slots[1]}, s.tiles, s.blocks, at.c};
+  if (s.stages) fill_bytes(at.q_slots, 0, s.slot_bytes(1), stream);
+
+  ForwardStepArgs step{};
+  step.layer = layer;
+  step.from_x = at.from_x;
+  step.from_x_rows = s.chunk_rows();
+  step.c = at.c;
+  step.carried = at.carried;
+  step.h_n = args.h_n;
+  step.c_n = args.c_n;
+  step.leaves_states = true;
+  StepOperands& of = step.product;
+  of.weights = at.weights;
+  of.tiles = s.tiles;
+  of.slot_blocks = of.blocks = of.strip = s.blocks;
+  of.weight_blocks = s.gates * s.blocks;
+
+  const std::vector<int64_t> offsets = offsets_of(walk, layout.packed);
+  const auto time = [&](int64_t i, int d) { return d == 0 ? i : walk.T - 1 - i; };
+  dispatch(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    launch(start_kernel<S>, plain(std::max(s.slot_bytes(1) / 16, layer.states()), stream), start);
+    with_cell<S>(kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      for (int64_t i = 0, chunk_end = 0; i < walk.T; ++i) {
+        if (i == chunk_end) {  // the next chunk of pre-activations
+          const auto fits = [&](int64_t end) {
+            return offsets[end] - offsets[i] <= step.from_x_rows &&
+                   offsets[walk.T - i] - offsets[walk.T - end] <= step.from_x_rows;
+          };
+          for (chunk_end = i + 1; chunk_end < walk.T && fits(chunk_end + 1);) ++chunk_end;
+          for (int d = 0; d < s.directions; ++d) {
+            const int64_t first = d == 0 ? offsets[i] : offsets[walk.T - chunk_end];
+            const int64_t end = d == 0 ? offsets[chunk_end] : offsets[walk.T - i];
+            step.from_x_first[d] = first;
+            void* to = static_cast<char*>(at.from_x) + d * step.from_x_rows * s.gates * s.H * s.wide;
+            run_from_x(args, layout, s.gates, s.separate, d, first, end - first, to, stream);
+          }
+        }
+        int64_t most = 0;
+        for (int d = 0; d < s.directions; ++d) {
+          visit_step(walk, layout.packed, offsets, time(i, d), step.visit.first[d], step.visit.count[d]);
+          most = std::max(most, step.visit.count[d]);
+        }
+        of.slots = at.slots[i % 2];
+        of.weight_first = 0;
+        constexpr bool kStages = Cell::kFirst < Cell::kGates;
+        step.slots_out = kStages ? at.q_slots : at.slots[(i + 1) % 2];
+        launch(forward_step_kernel<Cell, false>, s.config(most, Cell::kFirst, stream), step, s.row_tiles);
+        if constexpr (kStages) {
+          of.slots = at.q_slots;
+          of.weight_first = Cell::kFirst * s.blocks;
+          step.slots_out = at.slots[(i + 1) % 2];
+          launch(forward_step_kernel<Cell, true>, s.config(most, Cell::kGates - Cell::kFirst, stream), step,
+                 s.row_tiles);
+        }
+      }
+    });
+  });
+}
+
+// What forward would have saved, from the states that it left: every row starts from states that are known, so the
+// recurrent product is one for all of them.
+void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const StepShape& s,
+                      const BackwardSpace& at, LayerArgs layer, void* stream) {
+  layer.saved = at.saved;
+  const int64_t bytes = s.element;
+  const auto offset = [](const void* p, int64_t n) { return static_cast<const char*>(p) + n; };
+  if (layer.variational != nullptr) {
+    const FedArgs fed{layer, at.fed};
+    dispatch(args.dtype,
+             [&](auto storage) { launch(fed_kernel<decltype(storage)>, plain(layer.outputs(), stream), fed); });
+  }
+  const int64_t step_rows = layout.packed ? at.again_rows : at.again_rows / s.B * s.B;
+  for (int64_t first = 0; first < s.rows; first += step_rows) {
+    const int64_t count = std::min(step_rows, s.rows - first);
+    ForwardStepArgs step{};
+    step.layer = layer;
+    step.from_x = at.from_x;
+    step.from_x_rows = step.from_h_rows = at.again_rows;
+    step.from_h = at.from_h;
+    step.q = at.q == nullptr ? nullptr : at.dgates_x;  // not in use yet, and wide enough
+    const auto product_h = [&](int d, int64_t gate, int64_t gates, const Matrix& left) {
+      ProductArgs of{};
+      of.M = count;
+      of.N = gates * s.H;
+      of.K = s.H;
+      of.parts = 1;
+      of.a[0] = left;
+      of.b[0] = plain_matrix(offset(args.weights[d].w_hh, gate * s.H * s.H * bytes), of.N, s.H, s.H, true, args.dtype);
+      of.c = static_cast<char*>(at.from_h) + d * at.again_rows * of.N * s.wide;
+      of.ldc = of.N;
+      of.splits = 1;
+      of.chunk = s.H;
+      run_product(args.dtype, layout.tf32, of, stream);
+    };
+    for (int d = 0; d < s.directions; ++d) {
+      step.visit.first[d] = step.from_x_first[d] = first;
+      step.visit.count[d] = count;
+      void* to = static_cast<char*>(at.from_x) + d * at.again_rows * s.gates * s.H * s.wide;
+      run_from_x(args, layout, s.gates, s.separate, d, first, count, to, stream);
+      Matrix h = plain_matrix(offset(args.y, d * s.H * bytes), s.rows, s.H, s.directions * s.H, true, args.dtype);
+      if (layer.variational != nullptr) {
+        h = plain_matrix(offset(at.fed, (d * s.rows + first) * s.H * bytes), count, s.H, s.H, true, args.dtype);
+      } else {
+        h.links = at.links + d * (s.rows + s.B) + first;
+        h.links_count = s.rows + s.B - first;
+        h.link_rows = s.rows;
+        if (args.h0 != nullptr) {
+          h.initial = offset(args.h0, d * s.B * s.H * bytes);
+          h.initial_count = s.B * s.H;
+          h.initial_ld = s.H;
+          h.aligned = h.aligned && reinterpret_cast<uintptr_t>(h.initial) % 16 == 0 && s.H % piece_of(args.dtype) == 0;
+        }
+      }
+      product_h(d, 0, s.first, h);
+    }
+    dispatch(args.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      with_cell<S>(kind, [&](auto cell) {
+        using Cell = decltype(cell);
+        LaunchConfig config = plain(count * s.H, stream);
+        config.grid.y = s.directions;
+        launch(forward_rows_kernel<Cell, false>, config, step);
+        if constexpr (Cell::kFirst < Cell::kGates) {
+          for (int d = 0; d < s.directions; ++d) {
+            product_h(d, Cell::kFirst, Cell::kGates - Cell::kFirst,
+                      plain_matrix(offset(step.q, d * at.again_rows * s.H * bytes), count, s.H, s.H, true, args.dtype));
+          }
+          launch(forward_rows_kernel<Cell, true>, config, step);
+        }
+      });
+    });
+  }
+}
+
+void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, void* workspace,
+                       void* stream) {
+  const StepShape s(kind, args);
+  const Walk& walk = args.walk;
+  Space space(workspace);
+  BackwardSpace at{};
+  at.carve(space, s, args, args.saved == nullptr);
+  LayerArgs layer = layer_args(args, layout, shape_of(kind));
+  layer.links = at.links;
+  layer.y = const_cast<void*>(args.y);
+  layer.cells = const_cast<void*>(args.cells);
+  layer.saved = const_cast<void*>(args.saved);
+  run_links(args, layout, at.links, stream);
+  if (s.rows > 0 && s.B > 0) {
+    if (args.saved == nullptr && args.saved_width > 0) {
+      make_saved_again(kind, args, layout, s, at, layer, stream);
+      layer.saved = at.saved;
+    }
+    const int64_t width = s.gates * s.H;
+    run_clear(args, layout, at.links,
+              {{at.dgates_x, width, s.rows * width, width},
+               {s.separate ? at.dgates_h : nullptr, width, s.rows * width, width},
+               {at.q, s.H, s.rows * s.H, s.H}},
+              stream);
+    if (at.dpeephole != nullptr && layout.lengths != nullptr) {
+      fill_bytes(at.dpeephole, 0, s.directions * s.rows * (s.gates - 1) * s.H * s.wide, stream);
+    }
+    for (void* slot : at.slots) fill_bytes(slot, 0, s.slot_bytes(s.gates), stream);
+    run_pack(args, layer.tf32, s.gates, true, at.weights, stream);
+  }
+
+  BackwardStepArgs step{};
+  step.layer = layer;
+  step.dy = args.dy;
+  step.dcells = args.dcells;
+  step.dh_n = args.dh_n;
+  step.dc_n = args.dc_n;
+  step.dgates_x = at.dgates_x;
+  step.dgates_h = at.dgates_h;
+  step.q = at.q;
+  step.dc = at.dc;
+  step.direct = at.direct;
+  step.partial_gates = at.partial_gates;
+  step.dpeephole = at.dpeephole;
+  step.dh0 = args.dh0;
+  step.dc0 = args.dc0;
+  step.last_step = walk.T - 1;
+  StepOperands& of = step.product;
+  of.weights = at.weights;
+  of.tiles = s.tiles;
+  of.slot_blocks = of.weight_blocks = s.gates * s.blocks;
+  of.strip = 0;
+
+  const std::vector<int64_t> offsets = offsets_of(walk, layout.packed);
+  const auto time = [&](int64_t i, int d) { return d == 0 ? walk.T - 1 - i : i; };
+  if (s.B > 0) {
+    dispatch(args.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      with_cell<S>(kind, [&](auto cell) {
+        using Cell = decltype(cell);
+        const auto product = [&](int64_t gate, int64_t gates) {
+          of.slot_first = of.weight_first = gate * s.blocks;
+          of.blocks = gates * s.blocks;
+        };
+        for (int64_t i = 0; i < walk.T; ++i) {
+          int64_t most = 0;
+          for (int d = 0; d < s.directions; ++d) {
+            visit_step(walk, layout.packed, offsets, time(i, d), step.visit.first[d], step.visit.count[d]);
+            most = std::max(most, step.visit.count[d]);
+          }
+          of.slots = at.slots[(i + 1) % 2];
+          step.slots_out = at.slots[i % 2];
+          product(0, Cell::kFirst);
+          launch(backward_step_kernel<Cell, false>, s.config(most, 1, stream), step, s.row_tiles);
+          if constexpr (Cell::kFirst < Cell::kGates) {
+            of.slots = at.slots[i % 2];
+            product(Cell::kFirst, Cell::kGates - Cell::kFirst);
+            launch(backward_step_kernel<Cell, true>, s.config(most, 1, stream), step, s.row_tiles);
+          }
+        }
+        if (args.dh0 == nullptr && args.dc0 == nullptr) return;
+        product(0, Cell::kFirst);
+        for (int parity = 0; parity < (s.rows > 0 ? 2 : 1); ++parity) {
+          for (int d = 0; d < s.directions; ++d) {
+            step.visit.first[d] = s.rows;
+            step.visit.count[d] = s.B;
+          }
+          of.slots = at.slots[parity];
+          step.slots_out = nullptr;
+          step.parity = parity;
+          launch(backward_step_kernel<Cell, false>, s.config(s.B, 1, stream), step, s.row_tiles);
+        }
+      });
+    });
+  }
+  run_gradients(kind, args, layout, layer, {at.dgates_x, at.dgates_h, at.q, at.fed, at.dpeephole, at.partial, s.first},
+                stream);
+}
+
+}  // namespace
+}  // namespace cuda
+
+// ---- what an op calls
+// ------------------------------------------------------------------------------------------------
+
+namespace {
+std::atomic<bool> tf32_allowed{false};
+}
+bool allows_tf32() { return tf32_allowed; }
+bool set_allows_tf32(bool allow) { return tf32_allowed.exchange(allow); }
+
+const char* cuda_tier_name(CudaTier tier) {
+  switch (tier) {
+    case CudaTier::kCluster:
+      return "cluster";
+    case CudaTier::kSteps:
+      return "steps";
+    default:
+      return "none";
+  }
+}
+
+CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
+                             const DeviceLimits& device) {
+  using namespace cuda;
+  std::vector<std::string> missing;
+  const auto why_not = [&](const std::string& why) { missing.push_back("steps: " + why); };
+  switch (kind) {
+    case CellKind::kLSTMNorm:
+    case CellKind::kLSTMNested:
+    case CellKind::kGRUNorm:
+    case CellKind::kGRUProjected:
+      why_not(std::string("nobody wrote ") + shape_of(kind).name + " for CUDA");
+      break;
+    default:
+      break;
+  }
+  if (args.heads != 1) why_not("heads must be 1, got " + std::to_string(args.heads));
+  if (args.P != args.H) why_not("a projection must be absent, got one to " + std::to_string(args.P));
+  if (device.major < 8) {
+    why_not("compute capability must be 8.0 or more, got " + std::to_string(device.major) + "." +
+            std::to_string(device.minor));
+  }
+  CudaPlan plan{};
+  if (!missing.empty()) {
+    plan.forward.reasons = plan.backward.reasons = missing;
+    return plan;
+  }
+  plan.forward = plan_cluster(kind, PassKind::kForward, args, layout, recompute, device);
+  plan.backward = plan_cluster(kind, PassKind::kBackward, args, layout, recompute, device);
+  const StepShape s(kind, args);
+  if (plan.forward.tier == CudaTier::kNone) {
+    Space space(nullptr);
+    ForwardSpace of{};
+    of.carve(space, s);
+    plan.forward.tier = CudaTier::kSteps;
+    plan.forward.cluster = 1;
+    plan.forward.block = kStepThreads;
+    plan.forward.workspace = space.bytes();
+  }
+  if (plan.backward.tier == CudaTier::kNone) {
+    Space space(nullptr);
+    BackwardSpace of{};
+    of.carve(space, s, args, recompute);
+    plan.backward.tier = CudaTier::kSteps;
+    plan.backward.cluster = 1;
+    plan.backward.block = kStepThreads;
+    plan.backward.workspace = space.bytes();
+  }
+  return plan;
+}
+
+void launch_recurrent_forward(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan& plan,
+                              void* workspace, void* stream) {
+  switch (plan.forward.tier) {
+    case CudaTier::kCluster:
+      return cuda::forward_by_clusters(kind, args, layout, plan.forward, workspace, stream);
+    case CudaTier::kSteps:
+      return cuda::forward_by_steps(kind, args, layout, workspace, stream);
+    default:
+      throw std::logic_error("launch_recurrent_forward: the plan has no kernels");
+  }
+}
+
+void launch_recurrent_backward(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan& plan,
+                               void* workspace, void* stream) {
+  switch (plan.backward.tier) {
+    case CudaTier::kCluster:
+      return cuda::backward_by_clusters(kind, args, layout, plan.backward, workspace, stream);
+    case CudaTier::kSteps:
+      return cuda::backward_by_steps(kind, args, layout, workspace, stream);
+    default:
+      throw std::logic_error("launch_recurrent_backward: the plan has no kernels");
+  }
+}
+
+}  // namespace seqkernels

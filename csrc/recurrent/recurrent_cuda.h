@@ -1,0 +1,59 @@
+// Recurrent layers on a GPU: what an op calls. Free of torch and CUDA types.
+//
+// The argument structs are those of recurrent.h with pointers to the device, but for the walk: of it only T, B, N and,
+// for packed rows, batch_sizes are read, which stay on the host. N counts the rows of y, T * B where they are padded;
+// saved_rows is N. options.reset has the order of the rows of y.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "recurrent/recurrent.h"
+
+namespace seqkernels {
+
+struct DeviceLimits;
+
+struct CudaLayout {
+  const int64_t* lengths;  // [B] on the device: real steps of a padded batch, in any order, zeros too; or null
+  bool packed;
+  int64_t x_step, x_across;  // row (t, b) of x begins at t * x_step + b * x_across; packed row n at n * x_step
+  bool tf32;                 // products of float32 may be made of TF32
+};
+
+enum class CudaTier {
+  kNone,
+  kCluster,  // a cluster of blocks walks all steps of some sequences, the weights in its shared memory
+  kSteps,    // one launch a step (two of a cell with two products)
+};
+const char* cuda_tier_name(CudaTier tier);
+
+// Whether products of float32 may be made of TF32, as the user last said; no unless told. Returns what it was.
+bool allows_tf32();
+bool set_allows_tf32(bool allow);
+
+// Which kernels run a layer, and why others do not.
+struct CudaPlan {
+  struct Pass {
+    CudaTier tier;
+    int cluster, block;                // blocks of a cluster, threads of a block
+    int64_t workspace;                 // bytes
+    std::vector<std::string> reasons;  // "<tier>: <why not>"
+  } forward, backward;
+};
+
+// Reads kind, dtype, walk, directions, heads, D, H, P, weights (present or not) and options; recompute: backward will
+// be given no `saved`.
+CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
+                             const DeviceLimits& device);
+
+// Nothing waits for the device, and nothing is allocated: both may be captured in a graph. Rows of y, cells and saved
+// that no sequence has become zeros. Workspace: as many bytes as the plan says, at a multiple of 256.
+void launch_recurrent_forward(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan& plan,
+                              void* workspace, void* stream);
+// dx: [N, D], zero in rows that no sequence has. saved null: made again.
+void launch_recurrent_backward(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan& plan,
+                               void* workspace, void* stream);
+
+}  // namespace seqkernels

@@ -1,0 +1,552 @@
+// One step of a layer on a GPU, forward and backward: the recurrent product and the cell in one kernel.
+//
+// A block owns 8 hidden units (all their gates) of up to 64 sequences of one direction. Its warps share the recurrent
+// product by blocks of K, which suits few sequences: every warp streams its share of the weights at once. The partial
+// sums meet in shared memory, are added up in the order of the warps, and the cell runs on them.
+//
+// What the product reads, h or the gradients of the gates, lies in fragment order in one of two slots; the cell fills
+// the other one, which the next step reads. A sequence has its place in both from the start, so one that begins late
+// finds its initial states there.
+#pragma once
+
+#include "recurrent/cells_cuda.cuh"
+#include "recurrent/products_cuda.cuh"
+
+namespace seqkernels::cuda {
+
+constexpr int kStepThreads = 256;
+constexpr int kStepWarps = kStepThreads / kWarp;
+constexpr int kUnits = 8;      // of a block: one strip of the product
+constexpr int kTileRows = 16;  // of the matrix instructions
+constexpr int kStepTiles = 4;  // of a block, at most
+
+// What every kernel of a layer knows.
+struct LayerArgs {
+  int64_t rows, B, H;
+  int directions;
+  bool tf32;
+  const Link* links;        // [directions, rows + B]
+  const void *h0, *c0;      // [directions, B, H] or null
+  const void* bias_h[2];    // [G * H] of the second product, where the cell tells the products apart
+  const void* peephole[2];  // [kPeepholes * H] or null
+  const void* variational;  // [directions, B, H] or null
+  const uint8_t *zoneout_h, *zoneout_c, *candidate;  // [rows, directions * H] or null
+  double zoneout_h_rate, zoneout_c_rate, candidate_scale, cell_clip, gate_clip;
+  double sigmoid_low, sigmoid_high, tanh_high;  // at the limits of gate_clip
+  int64_t saved_width;
+  void* y;      // [rows, directions * H]
+  void* cells;  // the same, or null
+  void* saved;  // [directions, rows, saved_width], or null
+
+  SK_HOST_DEVICE int64_t link_count() const { return directions * (rows + B); }
+  SK_HOST_DEVICE int64_t states() const { return directions * B * H; }
+  SK_HOST_DEVICE int64_t outputs() const { return rows * directions * H; }
+};
+
+// The rows that a step visits: of direction d, `count` from first[d] on, a row for each of the first `count` sequences.
+struct StepRows {
+  int64_t first[2], count[2];
+};
+
+template <class S>
+struct Site {  // one unit of one row
+  const LayerArgs& layer;
+  int direction;
+  int64_t row, unit;
+  Link link;
+
+  SK_DEVICE int64_t state() const { return (direction * layer.B + link.sequence) * layer.H + unit; }  // in h0, h_n
+  SK_DEVICE int64_t output(int64_t of_row) const {  // in y, cells and the masks
+    return (of_row * layer.directions + direction) * layer.H + unit;
+  }
+  SK_DEVICE int64_t saved(int k) const {
+    return (direction * layer.rows + row) * layer.saved_width + k * layer.H + unit;
+  }
+  SK_DEVICE Compute<S> state_at(const void* from) const {  // [directions, B, H], or null: zeros
+    if (from == nullptr) return Compute<S>(0);
+    const S value = global<const S>(from, layer.states())[state()];
+    return widen(value);
+  }
+  // A state that this row started from: of `every` row's, or `initial`.
+  SK_DEVICE Compute<S> before(const void* every, const void* initial) const {
+    if (starts_anew(link.prev)) return Compute<S>(0);
+    if (link.prev >= layer.rows) return state_at(initial);
+    const S value = global<const S>(every, layer.outputs())[output(link.prev)];
+    return widen(value);
+  }
+  template <int kPeepholes>
+  SK_DEVICE Extra<Compute<S>> extra() const {
+    using T = Compute<S>;
+    Extra<T> e;
+    const int64_t at = output(row);
+    const auto mask = [&](const uint8_t* of, double otherwise) {
+      if (of == nullptr) return static_cast<T>(otherwise);
+      const uint8_t value = load<Cache::kReadOnly>(global<const uint8_t>(of, layer.outputs()), at);
+      return static_cast<T>(value);
+    };
+    e.zoneout_h = mask(layer.zoneout_h, layer.zoneout_h_rate);
+    e.zoneout_c = mask(layer.zoneout_c, layer.zoneout_c_rate);
+    e.candidate = layer.candidate == nullptr ? T(1) : mask(layer.candidate, 1) * static_cast<T>(layer.candidate_scale);
+    e.fed = layer.variational == nullptr ? T(1) : state_at(layer.variational);
+    e.cell_clip = static_cast<T>(layer.cell_clip);
+    e.gate_clip = static_cast<T>(layer.gate_clip);
+    e.sigmoid_low = static_cast<T>(layer.sigmoid_low);
+    e.sigmoid_high = static_cast<T>(layer.sigmoid_high);
+    e.tanh_high = static_cast<T>(layer.tanh_high);
+    const void* weights = layer.peephole[direction];
+    SK_UNROLL
+    for (int k = 0; k < 3; ++k) {
+      e.peephole[k] = T(0);
+      if (k < kPeepholes && weights != nullptr) {
+        e.peephole[k] =
+            widen(load<Cache::kReadOnly>(global<const S>(weights, kPeepholes * layer.H), k * layer.H + unit));
+      }
+    }
+    return e;
+  }
+};
+
+// ---- the product of a step
+// -------------------------------------------------------------------------------------------
+
+// partial[warp][row][kN * 8]: the warps' shares of A B^T, over the blocks of K that each of them takes.
+template <Arithmetic kHow, class S, int kN>
+SK_OUTLINE void step_product(Global<const S> a, int64_t tile_size, int tiles, Global<const S> b, int64_t strip_size,
+                             int64_t blocks, Shared<Compute<S>> partial) {
+  using T = Compute<S>;
+  T sum[kStepTiles][kN][4] = {};
+  for (int64_t i = warp_index(); i < blocks; i += kStepWarps) {
+    add_block<kHow, S>(sum, tiles, a + i * 2 * kBlockSize<S>, tile_size, b + i * kBlockSize<S>, strip_size);
+  }
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  const Shared<T> to = partial + warp_index() * tiles * kTileRows * kN * kUnits;
+  SK_UNROLL
+  for (int m = 0; m < kStepTiles; ++m) {
+    if (m >= tiles) continue;
+    SK_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      SK_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        store_vec(to, ((m * kTileRows + r * 8 + g) * kN + n) * kUnits + 2 * t,
+                  Vec<T, 2>{{sum[m][n][2 * r], sum[m][n][2 * r + 1]}});
+      }
+    }
+  }
+}
+
+// One operand of a step: what the product reads of slots and packed weights, both in fragment order.
+struct StepOperands {
+  const void* slots;    // [directions, tiles of 16 sequences, slot_blocks, 2, 32] pieces
+  const void* weights;  // [directions, strips of 8 units, weight_blocks, 32] pieces
+  int64_t tiles, slot_blocks, weight_blocks;
+  int64_t slot_first, weight_first;  // block
+  int64_t blocks;                    // of K
+  int64_t strip;                     // from one gate's blocks to the next gate's
+};
+
+template <class S, int kN>
+SK_DEVICE void make_product(const LayerArgs& layer, const StepOperands& of, int64_t tile0, int tiles,
+                            Shared<Compute<S>> partial) {
+  const int64_t direction = block_index_z(), strips = (layer.H + kUnits - 1) / kUnits;
+  const Global<const S> a =
+      global<const S>(of.slots, layer.directions * of.tiles * of.slot_blocks * 2 * kBlockSize<S>) +
+      ((direction * of.tiles + tile0) * of.slot_blocks + of.slot_first) * 2 * kBlockSize<S>;
+  const Global<const S> b = global<const S>(of.weights, layer.directions * strips * of.weight_blocks * kBlockSize<S>) +
+                            ((direction * strips + block_index()) * of.weight_blocks + of.weight_first) * kBlockSize<S>;
+  const int64_t tile_size = of.slot_blocks * 2 * kBlockSize<S>, strip_size = of.strip * kBlockSize<S>;
+  if constexpr (sizeof(S) == 2) {
+    step_product<Arithmetic::kMatrix, S, kN>(a, tile_size, tiles, b, strip_size, of.blocks, partial);
+  } else {
+    if constexpr (sizeof(S) == 4) {
+      if (layer.tf32) {
+        step_product<Arithmetic::kMatrix, S, kN>(a, tile_size, tiles, b, strip_size, of.blocks, partial);
+        return;
+      }
+    }
+    step_product<Arithmetic::kExact, S, kN>(a, tile_size, tiles, b, strip_size, of.blocks, partial);
+  }
+}
+
+// The sum of what the warps left, of (row in the block, strip, unit in the block).
+template <class T, int kN>
+struct Partial {
+  Shared<T> sums;
+  int rows;
+  SK_DEVICE T operator()(int row, int strip, int unit) const {
+    T sum = T(0);
+    SK_UNROLL
+    for (int w = 0; w < kStepWarps; ++w) {
+      const T value = sums[((w * rows + row) * kN + strip) * kUnits + unit];
+      sum = w == 0 ? value : sum + value;
+    }
+    return sum;
+  }
+};
+
+// Where a sequence's (gate, unit) lies in a slot.
+template <class S>
+SK_DEVICE int64_t slot_place(const StepOperands& of, int direction, int64_t sequence, int64_t block, int64_t unit) {
+  return ((direction * of.tiles + sequence / kTileRows) * of.slot_blocks + block) * 2 * kBlockSize<S> +
+         sequence % kTileRows / 8 * kBlockSize<S> + place_in_tile<S>(sequence % 8, unit);
+}
+
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------
+
+struct ForwardStepArgs {
+  LayerArgs layer;
+  StepRows visit;
+  const void* from_x;  // [directions, from_x_rows, G * H] of the compute type: x W_ih^T with its biases
+  int64_t from_x_rows, from_x_first[2];  // the row of the layer that its first row is
+  StepOperands product;                  // of the first stage, or of the second
+  void* slots_out;                       // like product.slots: h as the products see it (first stage of two: q)
+  const void* from_h;  // instead of a product: [directions, from_h_rows, gates * H], beginning at the visited rows
+  int64_t from_h_rows;
+  void* c;             // [directions, B, H] of the compute type, or null: c is read from `cells`
+  void* carried;       // [directions, B, H] of the compute type; between the stages
+  void* q;             // [directions, from_h_rows, H] or null: q, beginning at the visited rows
+  void *h_n, *c_n;     // [directions, B, H] or null
+  bool leaves_states;  // else only what backward needs is written
+};
+
+// What one stage of a cell does on one unit of a row; h: the recurrent products of its gates.
+template <class Cell, bool kSecond>
+SK_DEVICE void forward_unit(const ForwardStepArgs& args, const Site<typename Cell::Storage>& site, int64_t visited,
+                            const Compute<typename Cell::Storage>* product) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  constexpr bool kStages = Cell::kFirst < Cell::kGates, kHasC = Cell::kStates > 1;
+  constexpr int kGate = kSecond ? Cell::kFirst : 0, kGates = kSecond ? Cell::kGates - Cell::kFirst : Cell::kFirst;
+  const LayerArgs& layer = args.layer;
+  const int d = site.direction;
+  T x[kGates], h[kGates], saved[Cell::kSaved];
+  const Global<const T> from_x =
+      global<const T>(args.from_x, layer.directions * args.from_x_rows * Cell::kGates * layer.H);
+  const int64_t x_at =
+      ((d * args.from_x_rows + site.row - args.from_x_first[d]) * Cell::kGates + kGate) * layer.H + site.unit;
+  SK_UNROLL
+  for (int g = 0; g < kGates; ++g) {
+    x[g] = load<Cache::kStreaming>(from_x, x_at + g * layer.H);
+    h[g] = starts_anew(site.link.prev) ? T(0) : product[g];  // a restart: nothing comes from before
+    if (Cell::kSeparate && layer.bias_h[d] != nullptr) {
+      h[g] += widen(load<Cache::kReadOnly>(global<const S>(layer.bias_h[d], Cell::kGates * layer.H),
+                                           (kGate + g) * layer.H + site.unit));
+    }
+  }
+  const Extra<T> e = site.template extra<Cell::kPeepholes>();
+  T h_prev = T(0);
+  if (Cell::kDirect || e.zoneout_h != T(0)) h_prev = site.before(layer.y, layer.h0);
+  const auto keep = [&](int first, int count) {
+    if (layer.saved == nullptr || layer.saved_width == 0) return;
+    const Global<S> to = global<S>(layer.saved, layer.directions * layer.rows * layer.saved_width);
+    SK_UNROLL
+    for (int k = 0; k < count; ++k) to[site.saved(first + k)] = narrow<S>(saved[k]);
+  };
+  const int64_t state = site.state();
+  T hidden = T(0), c = T(0);
+  if constexpr (kStages && !kSecond) {
+    T carried;
+    const T q = Cell::first(x, h, e, h_prev, saved, carried);
+    keep(0, Cell::kSavedFirst);
+    if (args.carried != nullptr) global<T>(args.carried, layer.states())[state] = carried;
+    if (args.slots_out != nullptr) {
+      const StepOperands& of = args.product;
+      global<S>(args.slots_out, layer.directions * of.tiles * of.slot_blocks * 2 *
+                                    kBlockSize<S>)[slot_place<S>(of, d, site.link.sequence, 0, site.unit)] =
+          operand(narrow<S>(q), layer.tf32);
+    }
+    if (args.q != nullptr) {
+      global<S>(args.q, layer.directions * args.from_h_rows *
+                            layer.H)[(d * args.from_h_rows + visited) * layer.H + site.unit] = narrow<S>(q);
+    }
+    return;
+  } else if constexpr (kStages) {
+    T carried;
+    if (args.carried != nullptr) {
+      carried = load<Cache::kDefault>(global<const T>(args.carried, layer.states()), state);
+    } else {  // made again, when only the saved values are wanted
+      carried = T(0);
+    }
+    hidden = Cell::second(x[0], h[0], e, h_prev, carried, saved);
+    keep(Cell::kSavedFirst, Cell::kSaved - Cell::kSavedFirst);
+  } else {
+    if constexpr (kHasC) {
+      if (args.c == nullptr) {
+        c = site.before(layer.cells, layer.c0);
+      } else if (!starts_anew(site.link.prev)) {
+        c = load<Cache::kDefault>(global<const T>(args.c, layer.states()), state);
+      }
+    }
+    hidden = Cell::forward(x, h, e, h_prev, c, saved);
+    keep(0, Cell::kSaved);
+  }
+  if (!args.leaves_states) return;
+  const S h_now = narrow<S>(zoned<S>(e.zoneout_h, h_prev, hidden)), c_now = narrow<S>(c);
+  if constexpr (kHasC) {
+    if (args.c != nullptr) global<T>(args.c, layer.states())[state] = c;
+    if (layer.cells != nullptr) global<S>(layer.cells, layer.outputs())[site.output(site.row)] = c_now;
+  }
+  global<S>(layer.y, layer.outputs())[site.output(site.row)] = h_now;
+  if (args.slots_out != nullptr) {
+    const StepOperands& of = args.product;
+    const S fed = layer.variational == nullptr ? h_now : narrow<S>(widen(h_now) * e.fed);
+    global<S>(args.slots_out, layer.directions * of.tiles * of.slot_blocks * 2 *
+                                  kBlockSize<S>)[slot_place<S>(of, d, site.link.sequence, 0, site.unit)] =
+        operand(fed, layer.tf32);
+  }
+  if (site.link.next == kNobody && args.h_n != nullptr) {
+    global<S>(args.h_n, layer.states())[state] = h_now;
+    if (kHasC && args.c_n != nullptr) global<S>(args.c_n, layer.states())[state] = c_now;
+  }
+}
+
+// Grid: strips of 8 units x groups of sequences x directions.
+template <class Cell, bool kSecond>
+SK_KERNEL(kStepThreads, 2)
+forward_step_kernel(const SK_GRID_CONSTANT ForwardStepArgs args, int row_tiles) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  constexpr int kN = kSecond ? Cell::kGates - Cell::kFirst : Cell::kFirst;
+  const LayerArgs& layer = args.layer;
+  const int d = static_cast<int>(block_index_z());
+  const int64_t sequence0 = block_index_y() * row_tiles * kTileRows, count = args.visit.count[d] - sequence0;
+  if (count <= 0) return;
+  const int64_t needed = (count + kTileRows - 1) / kTileRows;
+  const int tiles = needed < row_tiles ? static_cast<int>(needed) : row_tiles, rows = tiles * kTileRows;
+  SharedArena arena;
+  const Shared<T> sums = arena.array<T>(kStepWarps * row_tiles * kTileRows * kN * kUnits);
+  // What the cell reads comes nearer while the product is made.
+  if (const int i = thread_index(); i < rows * kUnits && i / kUnits < count && i % kUnits == 0) {
+    const Global<const T> from_x =
+        global<const T>(args.from_x, layer.directions * args.from_x_rows * Cell::kGates * layer.H);
+    const int64_t visited = args.visit.first[d] + sequence0 + i / kUnits - args.from_x_first[d];
+    SK_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const int gate = (kSecond ? Cell::kFirst : 0) + n;
+      prefetch_l2(from_x, ((d * args.from_x_rows + visited) * Cell::kGates + gate) * layer.H + block_index() * kUnits);
+    }
+  }
+  make_product<S, kN>(layer, args.product, sequence0 / kTileRows, tiles, sums);
+  block_sync();
+  const Partial<T, kN> partial{sums, rows};
+  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
+  for (int i = thread_index(); i < rows * kUnits; i += kStepThreads) {
+    const int in_block = i / kUnits, in_strip = i % kUnits;
+    const int64_t unit = block_index() * kUnits + in_strip;
+    if (in_block >= count || unit >= layer.H) continue;
+    const int64_t row = args.visit.first[d] + sequence0 + in_block;
+    const Link link = links[d * (layer.rows + layer.B) + row];
+    if (link.prev == kNobody) continue;
+    T product[kN];
+    SK_UNROLL
+    for (int n = 0; n < kN; ++n) product[n] = partial(in_block, n, in_strip);
+    forward_unit<Cell, kSecond>(args, Site<S>{layer, d, row, unit, link}, 0, product);
+  }
+}
+
+// The cell alone, on products that lie in memory: for a single step, and to make what backward needs once more from the
+// states that forward left. Grid: units and rows x directions.
+template <class Cell, bool kSecond>
+SK_KERNEL(kStepThreads)
+forward_rows_kernel(const SK_GRID_CONSTANT ForwardStepArgs args) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  constexpr int kN = kSecond ? Cell::kGates - Cell::kFirst : Cell::kFirst;
+  const LayerArgs& layer = args.layer;
+  const int d = static_cast<int>(block_index_y());
+  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
+  const Global<const T> from_h = global<const T>(args.from_h, layer.directions * args.from_h_rows * kN * layer.H);
+  for (int64_t i = grid_thread_index(); i < args.visit.count[d] * layer.H; i += grid_threads()) {
+    const int64_t visited = i / layer.H, unit = i % layer.H, row = args.visit.first[d] + visited;
+    const Link link = links[d * (layer.rows + layer.B) + row];
+    if (link.prev == kNobody) continue;
+    T product[kN];
+    SK_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      product[n] = load<Cache::kStreaming>(from_h, ((d * args.from_h_rows + visited) * kN + n) * layer.H + unit);
+    }
+    forward_unit<Cell, kSecond>(args, Site<S>{layer, d, row, unit, link}, visited, product);
+  }
+}
+
+// ---- backward
+// --------------------------------------------------------------------------------------------------------
+
+struct BackwardStepArgs {
+  LayerArgs layer;
+  StepRows visit;             // rows from layer.rows on: the initial states
+  const void *dy, *dcells;    // like y, or null
+  const void *dh_n, *dc_n;    // [directions, B, H] or null
+  StepOperands product;       // of what the next step left: dgates W_hh; second launch of two stages: of dn
+  void* slots_out;            // like product.slots: gradients of the gates, as the products see them
+  void *dgates_x, *dgates_h;  // [directions, rows, G * H]; one where the cell does not tell the products apart
+  void* q;                    // [directions, rows, H] of two stages
+  void* dc;                   // [directions, B, H] of the compute type; in: of this row's c, out: of the c before
+  void* direct;               // the same; or null: nothing but the product leads back to h
+  void* partial_gates;        // [directions, B, kFirst * H] of the compute type, between the two launches
+  void* dpeephole;            // [directions, rows, kPeepholes * H] of the compute type or null
+  void *dh0, *dc0;            // [directions, B, H] or null
+  // Of initial states: only those whose first step left its gradients in the slot of this parity. Walking back, a
+  // sequence's first step may come sooner than the last launch.
+  int parity;
+  int64_t last_step;  // T - 1
+};
+
+template <class Cell>
+SK_DEVICE void put_gates(const BackwardStepArgs& args, const Site<typename Cell::Storage>& site, int gate,
+                         Compute<typename Cell::Storage> by_x, Compute<typename Cell::Storage> by_h) {
+  using S = typename Cell::Storage;
+  const LayerArgs& layer = args.layer;
+  const int64_t at = ((site.direction * layer.rows + site.row) * Cell::kGates + gate) * layer.H + site.unit;
+  const int64_t size = layer.directions * layer.rows * Cell::kGates * layer.H;
+  const S of_h = narrow<S>(by_h);
+  global<S>(args.dgates_x, size)[at] = narrow<S>(by_x);
+  if (Cell::kSeparate) global<S>(args.dgates_h, size)[at] = of_h;
+  const StepOperands& of = args.product;
+  global<S>(args.slots_out, layer.directions * of.tiles * of.slot_blocks * 2 * kBlockSize<S>)[slot_place<S>(
+      of, site.direction, site.link.sequence, gate * blocks_of<S>(layer.H), site.unit)] = operand(of_h, layer.tf32);
+}
+
+template <class Cell>
+SK_DEVICE void backward_unit(const BackwardStepArgs& args, const Site<typename Cell::Storage>& site,
+                             Compute<typename Cell::Storage> product) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  constexpr bool kStages = Cell::kFirst < Cell::kGates, kHasC = Cell::kStates > 1;
+  const LayerArgs& layer = args.layer;
+  const int64_t state = site.state(), out = site.output(site.row);
+  const auto of_state = [&](const void* from, int64_t at, int64_t count) {
+    return from == nullptr ? T(0) : widen(load<Cache::kDefault>(global<const S>(from, count), at));
+  };
+  const auto carried = [&](const void* from) {
+    return from == nullptr ? T(0) : load<Cache::kDefault>(global<const T>(from, layer.states()), state);
+  };
+  T dh = T(0), dc = T(0);
+  if (site.link.next == kNobody) {  // the end of a walk
+    dh = of_state(args.dh_n, state, layer.states());
+    if (kHasC) dc = of_state(args.dc_n, state, layer.states());
+  } else if (!starts_anew(site.link.next)) {
+    dh = layer.variational == nullptr ? product : product * site.state_at(layer.variational);
+    dh += carried(args.direct);
+    if (kHasC) dc = carried(args.dc);
+  }
+  if (site.row >= layer.rows) {  // initial states
+    if (args.dh0 != nullptr) global<S>(args.dh0, layer.states())[state] = narrow<S>(dh);
+    if (kHasC && args.dc0 != nullptr) global<S>(args.dc0, layer.states())[state] = narrow<S>(dc);
+    return;
+  }
+  const Extra<T> e = site.template extra<Cell::kPeepholes>();
+  dh += of_state(args.dy, out, layer.outputs());
+  T c = T(0), c_prev = T(0), h = T(0), h_prev = T(0), saved[Cell::kSaved];
+  if constexpr (kHasC) {
+    dc += of_state(args.dcells, out, layer.outputs());
+    c = of_state(layer.cells, out, layer.outputs());
+    c_prev = site.before(layer.cells, layer.c0);
+  }
+  if (Cell::kReadsH) h_prev = site.before(layer.y, layer.h0);
+  if (layer.saved_width == 0) {
+    saved[0] = of_state(layer.y, out, layer.outputs());
+  } else {
+    const Global<const S> from = global<const S>(layer.saved, layer.directions * layer.rows * layer.saved_width);
+    SK_UNROLL
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = widen(load<Cache::kDefault>(from, site.saved(k)));
+  }
+  const T kept_h = dh * e.zoneout_h;
+  dh = dh - kept_h;
+  T direct;
+  if constexpr (kStages) {
+    T d[Cell::kFirst];
+    const T last = Cell::backward_second(saved, e, h_prev, dh, d, direct);
+    put_gates<Cell>(args, site, Cell::kFirst, last, last);
+    const Global<T> to = global<T>(args.partial_gates, layer.states() * Cell::kFirst);
+    SK_UNROLL
+    for (int g = 0; g < Cell::kFirst; ++g) to[state * Cell::kFirst + g] = d[g];
+  } else {
+    StepGradient<T> step;
+    Cell::backward(saved, e, h, h_prev, c, c_prev, dh, dc, step);
+    SK_UNROLL
+    for (int g = 0; g < Cell::kGates; ++g)
+      put_gates<Cell>(args, site, g, step.x[g], Cell::kSeparate ? step.h[g] : step.x[g]);
+    direct = step.direct;
+    if constexpr (kHasC) global<T>(args.dc, layer.states())[state] = dc;
+    if constexpr (Cell::kPeepholes > 0) {
+      if (args.dpeephole != nullptr) {
+        const Global<T> to = global<T>(args.dpeephole, layer.directions * layer.rows * Cell::kPeepholes * layer.H);
+        SK_UNROLL
+        for (int k = 0; k < Cell::kPeepholes; ++k) {
+          to[((site.direction * layer.rows + site.row) * Cell::kPeepholes + k) * layer.H + site.unit] =
+              step.peephole[k];
+        }
+      }
+    }
+  }
+  if (args.direct != nullptr) global<T>(args.direct, layer.states())[state] = direct + kept_h;
+}
+
+// The second launch of a cell of two stages: product is the gradient of q.
+template <class Cell>
+SK_DEVICE void backward_first_unit(const BackwardStepArgs& args, const Site<typename Cell::Storage>& site,
+                                   Compute<typename Cell::Storage> product) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  const LayerArgs& layer = args.layer;
+  const int64_t state = site.state();
+  const Extra<T> e = site.template extra<Cell::kPeepholes>();
+  T saved[Cell::kSavedFirst], d[Cell::kFirst], q;
+  const Global<const S> from = global<const S>(layer.saved, layer.directions * layer.rows * layer.saved_width);
+  SK_UNROLL
+  for (int k = 0; k < Cell::kSavedFirst; ++k) saved[k] = widen(load<Cache::kDefault>(from, site.saved(k)));
+  const Global<const T> partial = global<const T>(args.partial_gates, layer.states() * Cell::kFirst);
+  SK_UNROLL
+  for (int g = 0; g < Cell::kFirst; ++g) d[g] = partial[state * Cell::kFirst + g];
+  const Global<T> direct_at = global<T>(args.direct, layer.states());
+  T direct = direct_at[state];
+  Cell::backward_first(saved, e, site.before(layer.y, layer.h0), product, d, direct, q);
+  SK_UNROLL
+  for (int g = 0; g < Cell::kFirst; ++g) put_gates<Cell>(args, site, g, d[g], d[g]);
+  direct_at[state] = direct;
+  if (args.q != nullptr) {
+    global<S>(args.q, layer.directions * layer.rows *
+                          layer.H)[(site.direction * layer.rows + site.row) * layer.H + site.unit] = narrow<S>(q);
+  }
+}
+
+// Grid: strips of 8 units of h x groups of sequences x directions.
+template <class Cell, bool kSecond>
+SK_KERNEL(kStepThreads, 2)
+backward_step_kernel(const SK_GRID_CONSTANT BackwardStepArgs args, int row_tiles) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  const LayerArgs& layer = args.layer;
+  const int d = static_cast<int>(block_index_z());
+  const int64_t sequence0 = block_index_y() * row_tiles * kTileRows, count = args.visit.count[d] - sequence0;
+  if (count <= 0) return;
+  const int64_t needed = (count + kTileRows - 1) / kTileRows;
+  const int tiles = needed < row_tiles ? static_cast<int>(needed) : row_tiles, rows = tiles * kTileRows;
+  SharedArena arena;
+  const Shared<T> sums = arena.array<T>(kStepWarps * row_tiles * kTileRows * kUnits);
+  make_product<S, 1>(layer, args.product, sequence0 / kTileRows, tiles, sums);
+  block_sync();
+  const Partial<T, 1> partial{sums, rows};
+  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
+  for (int i = thread_index(); i < rows * kUnits; i += kStepThreads) {
+    const int in_block = i / kUnits, in_strip = i % kUnits;
+    const int64_t unit = block_index() * kUnits + in_strip;
+    if (in_block >= count || unit >= layer.H) continue;
+    const int64_t row = args.visit.first[d] + sequence0 + in_block;
+    const Link link = links[d * (layer.rows + layer.B) + row];
+    if (row < layer.rows) {
+      if (link.prev == kNobody) continue;
+    } else if ((d == 0 ? args.last_step : link.prev - 1) % 2 != args.parity && link.next != kNobody) {
+      continue;
+    }
+    const Site<S> site{layer, d, row, unit, link};
+    if constexpr (kSecond) {
+      backward_first_unit<Cell>(args, site, partial(in_block, 0, in_strip));
+    } else {
+      backward_unit<Cell>(args, site, partial(in_block, 0, in_strip));
+    }
+  }
+}
+
+}  // namespace seqkernels::cuda

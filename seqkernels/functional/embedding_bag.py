@@ -1,0 +1,520 @@
+"""Rows of a table, reduced bag by bag, as functions: checks, and the way to the ops.
+
+A call on one row computes for a fraction of a microsecond: in eager mode the op is called at once, and what is wrong
+with the arguments is looked for once it has refused.
+
+Where these differ from torch.nn.functional's, on purpose:
+- per_sample_weights in every mode; float32 ones beside a 16-bit table as well. Mode min. weight_norm.
+- sparse gradients are coalesced, and are given for max and min too; scale_grad_by_freq works in every mode, dense and
+  sparse, and divides by the counts of the rows themselves.
+- What lies behind the last offset (include_last_offset) is ignored in every mode, not looked at, and has no gradient.
+- max and min give NaN where a bag has one; among equal ones the first wins and has the whole gradient.
+- Offsets must begin with 0 and neither decrease nor exceed the number of indices, in every mode.
+- Gradients are summed in float32 or wider and rounded once; there are gradients of any order, forward-mode ones, and
+  torch.func's transforms.
+- indices and offsets may be int32 and int64 in any mixture; a table may have any strides and is not copied.
+- A wrong dtype is a TypeError, where torch has a RuntimeError; a padding_idx outside the table a ValueError. The old
+  order of arguments (weight, input) is refused.
+
+Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, T tables, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from seqkernels import backend
+from seqkernels.functional import _embedding_bag_ops as O
+from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, How, Step, lookup, record
+from seqkernels.functional.recurrent import describe
+
+__all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
+
+# ---- public functions
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    *,
+    weight_norm: str = "count",
+) -> Tensor:
+    """Rows of a table, reduced bag by bag.
+
+    Args:
+        input: [N] int32 or int64, each in [0, E), with offsets; or [B, L], bags of one length; or a jagged
+            torch.nested tensor of B bags.
+        weight: [E, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes.
+        offsets: [B] int32 or int64 where each bag begins: the first 0, none below the one before, none above N. [B + 1]
+            with include_last_offset.
+        max_norm: rows that are looked up and whose norm is above it are scaled to it, in weight itself.
+        norm_type: the p of that norm.
+        scale_grad_by_freq: a row's gradient is divided by how often the row occurs in the call.
+        mode: sum, mean, max or min.
+        sparse: the gradient of weight is a coalesced sparse tensor of the rows that occur.
+        per_sample_weights: w, shaped like input, of weight's dtype or, beside 16-bit ones, float32: the sum of w_i e_i,
+            the mean of it as weight_norm says, the extremes of w_i e_i. Gradient: yes.
+        include_last_offset: offsets has the end of the last bag as well; indices behind it are ignored. Of no effect
+            where input is 2-D.
+        padding_idx: a row that does not count, neither in a sum nor in a mean's number; may be negative.
+        weight_norm: what a mean of weighted rows is divided by: their number ("count") or the sum of weights
+            ("weight").
+    Returns:
+        [B, D], dtype of weight, computed in float32 or wider and rounded once. Zeros where a bag is empty or holds only
+        padding. max and min: the first of equals; NaN if there is one.
+    Raises:
+        ValueError: a shape, a mode or the like does not fit.
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        RuntimeError: an index or an offset is out of range.
+        NotImplementedError: no backend takes these inputs; the message lists why.
+    Equivalent to: torch.nn.functional.embedding_bag, but for what the module's text lists.
+    Deterministic: yes; the same bits for any number of threads.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding_bag.html
+    """
+    if type(input) is Tensor and max_norm is None and not _special():
+        last = include_last_offset and offsets is not None
+        try:
+            padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
+            if _recording() and (
+                weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
+            ):
+                how = How(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
+                return record(how, None, input, offsets, per_sample_weights, weight)
+            result: Tensor = O.ops.embedding_bag(
+                weight, input, offsets, per_sample_weights, MODES[mode], padding, last, NORMS[weight_norm]
+            )
+            return result
+        except ERRORS:
+            check("embedding_bag", input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
+            raise
+    return bag(
+        input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+        include_last_offset, padding_idx, weight_norm,
+    )  # fmt: skip
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table.
+
+    Args:
+        input: [*] int32 or int64 of any shape, each in [0, E); or a jagged torch.nested tensor.
+        weight: [E, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes.
+        padding_idx: a row that is found as any other but has no gradient; may be negative.
+        max_norm, norm_type, scale_grad_by_freq, sparse: as in embedding_bag.
+    Returns:
+        [*, D], dtype of weight; jagged if input is.
+    Raises:
+        IndexError: an index is out of range. Others as embedding_bag.
+    Equivalent to: torch.nn.functional.embedding, but for what the module's text lists.
+    Deterministic: yes; the same bits for any number of threads.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding.html
+    """
+    return rows(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+
+def embedding_bags(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    offsets: Tensor,
+    features: Sequence[int] | None = None,
+    mode: str = "sum",
+    per_sample_weights: Tensor | None = None,
+    *,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    weight_norm: str = "count",
+) -> Tensor:
+    """embedding_bag over several tables in one call; a feature has one bag per sample.
+
+    Args:
+        input: [N] int32 or int64: the indices of the first feature's bags, then those of the second's, and so on.
+        weights: T tables [E_t, D_t] of one dtype, as in embedding_bag; gradient: yes.
+        offsets: [F * B + 1] where each bag begins, and where the last one ends, which may be in front of N.
+        features: [T] how many features each table has, one after another; one each if absent. F is their sum.
+        mode, per_sample_weights [N], scale_grad_by_freq, sparse, weight_norm: as in embedding_bag.
+    Returns:
+        [B, sum of features_t * D_t]: the features side by side.
+    Raises: as embedding_bag.
+    Equivalent to: torch.cat of an embedding_bag of each feature.
+    Deterministic: yes; the same bits for any number of threads, and as one table at a time.
+    """
+    return bags(input, weights, offsets, features, mode, per_sample_weights, scale_grad_by_freq, sparse, weight_norm)
+
+
+def quantize_rows(weight: Tensor) -> Tensor:
+    """A table whose elements are bytes, with a scale and a bias for each row, for `embedding_bag_bytes`.
+
+    Args:
+        weight: [E, D] float32, float64, bfloat16 or float16; D at least 1.
+    Returns:
+        uint8 [E, D + 8]: the bytes of a row, then its float32 scale and bias: value = byte * scale + bias.
+    Raises:
+        ValueError, TypeError, NotImplementedError: as embedding_bag.
+    Equivalent to: torch.ops.quantized.embedding_bag_byte_prepack, bit for bit in float32.
+    Deterministic: yes.
+    """
+    who = "quantize_rows"
+    check_table(who, weight)
+    if weight.shape[1] < 1:
+        raise ValueError(f"{who}: weight must have columns, got {list(weight.shape)}")
+    result: Tensor = O.ops.embedding_bag_pack_bytes(weight.detach())
+    return result
+
+
+def embedding_bag_bytes(
+    input: Tensor,
+    packed: Tensor,
+    offsets: Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    *,
+    weight_norm: str = "count",
+) -> Tensor:
+    """embedding_bag of a table of bytes; inference only.
+
+    Args:
+        packed: uint8 [E, D + 8] from `quantize_rows` or torch.ops.quantized.embedding_bag_byte_prepack.
+        per_sample_weights: float32, shaped like input.
+        Others as in embedding_bag.
+    Returns:
+        float32 [B, D].
+    Raises: as embedding_bag.
+    Equivalent to: torch.ops.quantized.embedding_bag_byte_rowwise_offsets, in every mode.
+    Deterministic: yes; the same bits for any number of threads.
+    """
+    if isinstance(input, Tensor) and input.is_nested:
+        input, offsets, per_sample_weights = of_nested("embedding_bag_bytes", input, offsets, per_sample_weights)
+        include_last_offset = True
+    last = include_last_offset and offsets is not None
+    try:
+        padding = NO_PADDING if padding_idx is None else row_of(padding_idx, packed)
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.detach()
+        result: Tensor = O.ops.embedding_bag_bytes(
+            packed, input, offsets, per_sample_weights, MODES[mode], padding, last, NORMS[weight_norm]
+        )
+        return result
+    except ERRORS:
+        check("embedding_bag_bytes", input, packed, offsets, per_sample_weights, mode, padding_idx, weight_norm)
+        raise
+
+
+# ---- eager calls: looking a name up takes time too
+
+ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+_compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
+_transforms = torch._C._are_functorch_transforms_active
+
+
+def _special() -> bool:
+    """Whether something looks on, or transforms: then the op is not called at once."""
+    return _compiling() or _transforms() or forward_ad._current_level >= 0
+
+
+def row_of(padding_idx: int, table: Tensor) -> int:
+    """As ops take it; what is no row fits no op either."""
+    E = table.shape[0]
+    if -E <= padding_idx < E:
+        return padding_idx if padding_idx >= 0 else padding_idx + E
+    raise ValueError(f"padding_idx {padding_idx}")
+
+
+# ---- every other call
+
+
+def bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    mode: str,
+    sparse: bool,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+    weight_norm: str,
+    step: Step | None = None,
+) -> Tensor:
+    """embedding_bag. step: an optimiser's, which backward makes instead of a gradient."""
+    who = "embedding_bag"
+    if isinstance(input, Tensor) and input.is_nested:
+        input, offsets, per_sample_weights = of_nested(who, input, offsets, per_sample_weights)
+        include_last_offset = True
+    check(who, input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
+    padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
+    last = include_last_offset and offsets is not None
+    how = How(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
+    if max_norm is not None:
+        renorm(weight, input, max_norm, norm_type)
+    return lookup((weight,), per_sample_weights, input, offsets, how, step)
+
+
+def rows(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    step: Step | None = None,
+) -> Tensor:
+    """embedding: bags of one."""
+    who = "embedding"
+    try:
+        if input.is_nested:
+            found = rows(input.values(), weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, step)
+            return jagged_like(input, found)
+        if max_norm is not None:
+            check_rows(who, input, weight, padding_idx, max_norm)
+            renorm(weight, input, max_norm, norm_type)
+        padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
+        shape = input.shape
+        each = input.unsqueeze(1) if len(shape) == 1 else input.reshape(-1, 1)
+        special = _special()
+        if special:
+            check_rows(who, input, weight, padding_idx, max_norm)
+        if special or (_recording() and weight.requires_grad):
+            how = How(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding)
+            found = (
+                lookup((weight,), None, each, None, how, step)
+                if special
+                else record(how, step, each, None, None, weight)
+            )
+        else:
+            found = O.ops.embedding_bag(weight, each, None, None, 0)
+        return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
+    except ERRORS as error:
+        check_rows(who, input, weight, padding_idx, max_norm)
+        if "input must hold indices" in str(error):  # torch's kind
+            raise IndexError(str(error).replace("embedding_bag_forward", who).replace("embedding_bag", who)) from None
+        raise
+
+
+def bags(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    offsets: Tensor,
+    features: Sequence[int] | None,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    weight_norm: str,
+    step: Step | None = None,
+) -> Tensor:
+    """embedding_bags."""
+    counts = tuple(features) if features is not None else (1,) * len(weights)
+    try:
+        how = How(MODES[mode], NO_PADDING, True, NORMS[weight_norm], scale_grad_by_freq, sparse, NO_PADDING, counts)
+        if step is None and not recorded(weights, per_sample_weights) and not _special():
+            result: Tensor = O.ops.embedding_bags(list(weights), counts, input, offsets, per_sample_weights, *how[:4])
+            return result
+        if _special():
+            check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
+        return lookup(weights, per_sample_weights, input, offsets, how, step)
+    except ERRORS:
+        check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
+        raise
+
+
+def renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+    """max_norm, in the table itself."""
+    with torch.no_grad():
+        O.ops.embedding_bag_renorm_(weight, indices, float(max_norm), float(norm_type))
+    if not _compiling():
+        torch.autograd.graph.increment_version(weight)
+
+
+def jagged_like(nested: Any, values: Tensor) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), nested.lengths())
+
+
+def of_nested(
+    who: str, input: Any, offsets: Tensor | None, weights: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Indices, offsets with the last one, and weights of a jagged input."""
+    if input.layout != torch.jagged or input.dim() != 2:
+        raise ValueError(f"{who}: input must be a jagged nested tensor of 2 dimensions, got {describe(input)}")
+    if offsets is not None:
+        raise ValueError(f"{who}: offsets must be None where input is nested, got {describe(offsets)}")
+    if weights is not None:
+        if not (isinstance(weights, Tensor) and weights.is_nested and weights.layout == torch.jagged):
+            raise ValueError(f"{who}: per_sample_weights must be nested where input is, got {describe(weights)}")
+        if weights.shape != input.shape:  # of the same offsets
+            raise ValueError(
+                f"{who}: per_sample_weights must have the shape of input, {input.shape}, got {weights.shape}"
+            )
+    if input.lengths() is not None:  # with holes
+        input, weights = input.contiguous(), None if weights is None else weights.contiguous()
+    return input.values(), input.offsets(), None if weights is None else weights.values()
+
+
+# ---- checks: raise what the user should read; the ops check again what could read outside memory
+
+
+def check(
+    who: str,
+    input: Any,
+    weight: Any,
+    offsets: Any,
+    weights: Any,
+    mode: Any,
+    padding_idx: Any,
+    weight_norm: Any,
+    max_norm: Any = None,
+) -> None:
+    """The arguments of embedding_bag, and of those of its form."""
+    check_integers(who, "input", input)
+    if who == "embedding_bag_bytes":
+        if not isinstance(weight, Tensor) or weight.dtype != torch.uint8:
+            raise TypeError(f"{who}: packed must be a uint8 tensor, got {describe(weight)}")
+        if weight.dim() != 2 or weight.shape[1] <= O.BYTES_PER_ROW:
+            raise ValueError(f"{who}: packed must have shape [E, D + 8], got {list(weight.shape)}")
+    else:
+        check_table(who, weight)
+    check_options(who, mode, weight_norm)
+    if input.dim() == 1:
+        if offsets is None:
+            raise ValueError(f"{who}: offsets must be a 1-D tensor where input is 1-D, got None")
+        check_integers(who, "offsets", offsets)
+        if offsets.dim() != 1:
+            raise ValueError(f"{who}: offsets must have 1 dimension, got shape {list(offsets.shape)}")
+    elif input.dim() != 2:
+        raise ValueError(f"{who}: input must be [N] with offsets, or [B, L], got shape {list(input.shape)}")
+    elif offsets is not None:
+        raise ValueError(f"{who}: offsets must be None where input is 2-D, bags of one length, got {describe(offsets)}")
+    check_weights(who, weights, input, weight.dtype)
+    check_devices(who, weight, input=input, offsets=offsets, per_sample_weights=weights)
+    check_rest(who, weight, padding_idx, max_norm)
+
+
+def check_rows(who: str, input: Any, weight: Any, padding_idx: Any, max_norm: Any) -> None:
+    """The arguments of embedding."""
+    check_integers(who, "input", input)
+    check_table(who, weight)
+    check_devices(who, weight, input=input)
+    check_rest(who, weight, padding_idx, max_norm)
+
+
+def check_bags(
+    input: Any,
+    tables: Any,
+    offsets: Any,
+    features: Sequence[Any],
+    mode: Any,
+    weights: Any,
+    weight_norm: Any,
+) -> None:
+    """The arguments of embedding_bags."""
+    who = "embedding_bags"
+    if len(tables) == 0:
+        raise ValueError(f"{who}: weights must hold at least one table, got none")
+    for table in tables:
+        check_table(who, table, "weights")
+        if table.dtype != tables[0].dtype:
+            raise TypeError(f"{who}: weights must have one dtype, got {tables[0].dtype} and {table.dtype}")
+    check_options(who, mode, weight_norm)
+    if len(features) != len(tables) or not all(isinstance(n, int) and n > 0 for n in features):
+        raise ValueError(
+            f"{who}: features must be a positive integer for each of {len(tables)} tables, got {list(features)}"
+        )
+    check_integers(who, "input", input)
+    check_integers(who, "offsets", offsets)
+    for name, t in (("input", input), ("offsets", offsets)):
+        if t.dim() != 1:
+            raise ValueError(f"{who}: {name} must have 1 dimension, got shape {list(t.shape)}")
+    F = sum(features)
+    if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % F:
+        raise ValueError(f"{who}: offsets must have F * B + 1 elements, F = {F}, got {offsets.shape[0]}")
+    check_weights(who, weights, input, tables[0].dtype)
+    for table in tables:
+        check_devices(who, table, input=input, offsets=offsets, per_sample_weights=weights)
+
+
+def check_integers(who: str, name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
+    if t.dtype not in (torch.int64, torch.int32):
+        hint = "; the table is the second argument" if name == "input" and t.is_floating_point() else ""
+        raise TypeError(f"{who}: {name} must be int64 or int32, got {t.dtype}{hint}")
+
+
+def check_table(who: str, table: Any, name: str = "weight") -> None:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{who}: {name} must be a tensor, got {describe(table)}")
+    if table.layout != torch.strided:
+        raise TypeError(f"{who}: {name} must be dense, got layout {table.layout}")
+    backend.require(who, table, "a table")
+    if table.dim() != 2:
+        raise ValueError(f"{who}: {name} must have shape [E, D], got {list(table.shape)}")
+
+
+def check_options(who: str, mode: Any, weight_norm: Any) -> None:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"{who}: mode must be one of sum, mean, max or min, got {mode!r}")
+    if not isinstance(weight_norm, str) or weight_norm not in NORMS:
+        raise ValueError(f"{who}: weight_norm must be count or weight, got {weight_norm!r}")
+
+
+def check_weights(who: str, weights: Any, input: Tensor, dtype: torch.dtype) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{who}: per_sample_weights must be a tensor, got {describe(weights)}")
+    if weights.shape != input.shape:
+        raise ValueError(
+            f"{who}: per_sample_weights must have the same shape as the input, {list(input.shape)}, "
+            f"got {list(weights.shape)}"
+        )
+    if dtype == torch.uint8:
+        dtype = torch.float32
+    if weights.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
+        also = " or float32" if dtype.itemsize == 2 else ""
+        raise TypeError(f"{who}: per_sample_weights must be of the table's dtype, {dtype}{also}, got {weights.dtype}")
+
+
+def check_devices(who: str, table: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != table.device:
+            raise ValueError(f"{who}: {name} must be on the table's device, {table.device}, got {t.device}")
+
+
+def check_rest(who: str, table: Tensor, padding_idx: Any, max_norm: Any) -> None:
+    if padding_idx is not None:
+        E = table.shape[0]
+        if not isinstance(padding_idx, (int, torch.SymInt)) or isinstance(padding_idx, bool):
+            raise TypeError(f"{who}: padding_idx must be an integer, got {padding_idx!r}")
+        if not -E <= padding_idx < E:
+            raise ValueError(f"{who}: padding_idx must be within the table, [-E, E) = [-{E}, {E}), got {padding_idx}")
+    if max_norm is not None and not max_norm >= 0:
+        raise ValueError(f"{who}: max_norm must be at least 0, got {max_norm}")
+
+
+recorded = O.recorded

@@ -1,0 +1,568 @@
+"""EmbeddingBag and Embedding in place of torch.nn's, with the same constructors, parameters and state_dict; several
+tables in one call; tables of bytes.
+
+Where they differ from torch's: as seqkernels.functional.embedding_bag lists it, and
+- a mode, a padding_idx or a shape that does not fit is a ValueError, at construction;
+- options weight_norm and fused_optimizer.
+
+Dimensions: E table rows, D columns, N indices, B bags, T tables, F features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleDict, Parameter, init
+
+from seqkernels.functional import embedding_bag as _embedding_bag
+from seqkernels.functional import embedding_bag_bytes, quantize_rows
+from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
+from seqkernels.functional.recurrent import describe
+from seqkernels.nn.fused_optimizer import FusedOptimizer, FusedState, check_optimizer, step_one, step_several
+
+
+class _Table(Module):
+    """A table [E, D], and what a fused optimiser keeps of it."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    weight: Tensor
+    fused_optimizer: FusedOptimizer | None
+    fused_state: FusedState
+
+    def _make(
+        self,
+        padding_idx: int | None,
+        weight: Tensor | None,
+        freeze: bool,
+        fused_optimizer: FusedOptimizer | None,
+        sparse: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        who, E, D = type(self).__name__, self.num_embeddings, self.embedding_dim
+        for name, size in (("num_embeddings", E), ("embedding_dim", D)):
+            if size < 0:
+                raise ValueError(f"{who}: {name} must be at least 0, got {size}")
+        if padding_idx is not None:
+            if not -E <= padding_idx < E:
+                raise ValueError(f"{who}: padding_idx must be within num_embeddings, [-{E}, {E}), got {padding_idx}")
+            padding_idx += E if padding_idx < 0 else 0
+        self.padding_idx = padding_idx
+        check_optimizer(who, fused_optimizer, sparse)
+        shape = self._rows_here(), D
+        if weight is not None and tuple(weight.shape) != shape:
+            wanted = f"[num_embeddings, embedding_dim] = [{E}, {D}]"
+            raise ValueError(f"{who}: _weight must have shape {wanted}, got {list(weight.shape)}")
+        fresh = weight is None
+        weight = torch.empty(shape, device=device, dtype=dtype) if weight is None else weight
+        self.weight = Parameter(weight, requires_grad=not freeze)
+        self.fused_optimizer = fused_optimizer
+        if fused_optimizer is not None:
+            self.fused_state = FusedState(fused_optimizer, weight)
+        if fresh:
+            self.reset_parameters()
+
+    def _rows_here(self) -> int:
+        """How many rows the parameter has."""
+        return self.num_embeddings
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight)
+        self._fill_padding_idx_with_zero()
+        if self.fused_optimizer is not None:
+            self.fused_state.reset()
+
+    def _fill_padding_idx_with_zero(self) -> None:
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx].fill_(0)
+
+    def _table(self) -> Tensor:
+        weight = self._parameters.get("weight")  # absent where a parametrization or the like computes it
+        return self.weight if weight is None else weight
+
+    def _step(self, table: Tensor) -> Callable[..., None] | None:
+        """What backward does in place of a gradient."""
+        optimizer = self.fused_optimizer
+        if optimizer is None or not (torch.is_grad_enabled() and table.requires_grad):
+            return None
+        if not table.is_leaf:
+            raise ValueError(
+                f"{type(self).__name__}: weight must be a parameter of its own with fused_optimizer, got one that is "
+                "computed"
+            )
+        state = self.fused_state
+
+        def step(tables: Sequence[Tensor], *rest: Any) -> None:
+            step_one(optimizer, state, tables[0], *rest)
+
+        return step
+
+
+class EmbeddingBag(_Table):
+    """Takes the place of torch.nn.EmbeddingBag: same constructor, parameter, initial values and state_dict.
+
+    Args: as torch.nn.EmbeddingBag: num_embeddings, embedding_dim, max_norm=None, norm_type=2.0,
+        scale_grad_by_freq=False, mode="mean" (sum, mean, max or min), sparse=False, _weight=None,
+        include_last_offset=False, padding_idx=None, device=None, dtype=None.
+    Options, by keyword:
+        weight_norm: what a mean of weighted rows is divided by: their number ("count") or the sum of weights
+            ("weight").
+        fused_optimizer: a seqkernels.nn.FusedSGD, FusedAdagrad, FusedRowwiseAdagrad or FusedAdam: backward then makes
+            its step on the rows that occur, and weight.grad stays None. Its state is in `fused_state` and in the
+            state_dict; its numbers, lr above all, can be set between steps and are not in the state_dict. A call can
+            be sent back once; create_graph, torch.func and torch.compile's graphs exclude it, and a scaled loss makes
+            a scaled step.
+    Inputs: input, offsets=None, per_sample_weights=None: as seqkernels.functional.embedding_bag.
+    Outputs: [B, D], dtype of weight.
+    Raises: ValueError, TypeError; in forward as seqkernels.functional.embedding_bag.
+    Deterministic: yes; the same bits for any number of threads.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.EmbeddingBag.html
+    """
+
+    __constants__ = (
+        *("num_embeddings", "embedding_dim", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
+        *("include_last_offset", "padding_idx", "weight_norm"),
+    )
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_norm: str = "count",
+        fused_optimizer: FusedOptimizer | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(type(self).__name__, mode, weight_norm)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.mode = mode
+        self.sparse = sparse
+        self.include_last_offset = include_last_offset
+        self.weight_norm = weight_norm
+        self._make(padding_idx, _weight, False, fused_optimizer, sparse, device, dtype)
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        table = self._table()
+        if self.fused_optimizer is None:
+            return _embedding_bag(
+                input, table, offsets, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.mode, self.sparse,
+                per_sample_weights, self.include_last_offset, self.padding_idx, weight_norm=self.weight_norm,
+            )  # fmt: skip
+        return bag(
+            input, table, offsets, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.mode, False,
+            per_sample_weights, self.include_last_offset, self.padding_idx, self.weight_norm, self._step(table),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return _shown(
+            f"{self.num_embeddings}, {self.embedding_dim}",
+            max_norm=(self.max_norm, None),
+            norm_type=(self.norm_type, 2),
+            scale_grad_by_freq=(self.scale_grad_by_freq, False),
+            mode=(self.mode, ""),
+            padding_idx=(self.padding_idx, None),
+            weight_norm=(self.weight_norm, "count"),
+            fused_optimizer=(self.fused_optimizer, None),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        weight_norm: str = "count",
+        fused_optimizer: FusedOptimizer | None = None,
+    ) -> EmbeddingBag:
+        """A module over embeddings [E, D], which it does not copy; it does not learn if frozen."""
+        _check_pretrained(cls.__name__, embeddings)
+        E, D = embeddings.shape
+        made = cls(
+            E, D, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings, include_last_offset,
+            padding_idx, weight_norm=weight_norm, fused_optimizer=fused_optimizer,
+        )  # fmt: skip
+        made.weight.requires_grad = not freeze
+        return made
+
+
+class Embedding(_Table):
+    """Takes the place of torch.nn.Embedding: same constructor, parameter, initial values and state_dict.
+
+    Args: as torch.nn.Embedding: num_embeddings, embedding_dim, padding_idx=None, max_norm=None, norm_type=2.0,
+        scale_grad_by_freq=False, sparse=False, _weight=None, _freeze=False, device=None, dtype=None.
+    Options, by keyword: fused_optimizer, as in EmbeddingBag.
+    Inputs: input [*], as seqkernels.functional.embedding.
+    Outputs: [*, D], dtype of weight.
+    Raises: ValueError, TypeError; in forward as seqkernels.functional.embedding.
+    Deterministic: yes; the same bits for any number of threads.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Embedding.html
+    """
+
+    __constants__ = (
+        *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    )
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        fused_optimizer: FusedOptimizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
+        self._make(padding_idx, _weight, _freeze, fused_optimizer, sparse, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = self._table()
+        step = None if self.fused_optimizer is None else self._step(table)
+        return rows(
+            input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse, step
+        )
+
+    def extra_repr(self) -> str:
+        return _shown(
+            f"{self.num_embeddings}, {self.embedding_dim}",
+            padding_idx=(self.padding_idx, None),
+            max_norm=(self.max_norm, None),
+            norm_type=(self.norm_type, 2),
+            scale_grad_by_freq=(self.scale_grad_by_freq, False),
+            sparse=(self.sparse, False),
+            fused_optimizer=(self.fused_optimizer, None),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        fused_optimizer: FusedOptimizer | None = None,
+    ) -> Embedding:
+        """A module over embeddings [E, D], which it does not copy; it does not learn if frozen."""
+        _check_pretrained(cls.__name__, embeddings)
+        E, D = embeddings.shape
+        return cls(
+            E, D, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, embeddings, freeze,
+            fused_optimizer=fused_optimizer,
+        )  # fmt: skip
+
+
+def _shown(text: str, **values: tuple[Any, Any]) -> str:
+    """A module's numbers, but for those that are as usual."""
+    return "".join([text, *(f", {name}={value!r}" for name, (value, usual) in values.items() if value != usual)])
+
+
+def _check_pretrained(who: str, embeddings: Any) -> None:
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        raise ValueError(f"{who}: embeddings must be a tensor of 2 dimensions, got {describe(embeddings)}")
+
+
+# ---- several tables
+
+Feature = Tensor | tuple[Tensor, ...]  # [B, L] indices; jagged ones; or ([N] indices, [B] offsets[, [N] weights])
+
+
+@dataclass(frozen=True)
+class EmbeddingBagConfig:
+    """A table of a collection.
+
+    Args:
+        num_embeddings, embedding_dim: E and D.
+        features: names of what is looked up in it, each once in a collection.
+        name: of the table, in the state_dict; that of its first feature if absent.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    features: Sequence[str]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.features, str) or not self.features:
+            raise ValueError(f"EmbeddingBagConfig: features must be a list of names, got {self.features!r}")
+        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "name", self.name or self.features[0])
+
+
+class EmbeddingBagCollection(Module):
+    """Tables of different sizes, each with its features, all looked up in one call.
+
+    Args:
+        tables: an EmbeddingBagConfig for each.
+        mode: sum, mean, max or min.
+        device, dtype: of all tables.
+    Options, by keyword: weight_norm, scale_grad_by_freq, sparse, fused_optimizer: as in EmbeddingBag. The tables make
+        their steps together.
+    Inputs: one of
+        - input [N] and offsets [F * B + 1]: the bags of the first feature, then those of the second, in the order of
+          `features`; per_sample_weights [N].
+        - a dict of every feature to its bags: [B, L] indices, a jagged nested tensor, (indices [N_f], offsets [B]) or
+          (indices, offsets, weights [N_f]); features without weights, beside others that have some, have ones.
+    Outputs: [B, sum of the features' D], in the order of `features`; `split` gives it by name.
+    Raises: ValueError, TypeError, RuntimeError: as seqkernels.functional.embedding_bags.
+    Deterministic: yes; the same bits for any number of threads, and as one EmbeddingBag for each feature.
+
+    Parameters are embedding_bags.<name>.weight, as in torchrec's module of this name.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        mode: str = "sum",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_norm: str = "count",
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        fused_optimizer: FusedOptimizer | None = None,
+    ) -> None:
+        super().__init__()
+        who = type(self).__name__
+        check_options(who, mode, weight_norm)
+        tables = list(tables)
+        if not tables:
+            raise ValueError(f"{who}: tables must hold at least one EmbeddingBagConfig, got none")
+        for table in tables:
+            if not isinstance(table, EmbeddingBagConfig):
+                raise TypeError(f"{who}: tables must hold EmbeddingBagConfig, got {type(table).__name__}")
+        for what, given in (("names", [t.name for t in tables]), ("features", [f for t in tables for f in t.features])):
+            if len(set(given)) != len(given):
+                raise ValueError(f"{who}: {what} must differ from table to table, got {', '.join(given)}")
+        check_optimizer(who, fused_optimizer, sparse)
+        self.tables = tuple(tables)
+        self.mode = mode
+        self.weight_norm = weight_norm
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
+        self.fused_optimizer = fused_optimizer
+        self.features = tuple(f for t in tables for f in t.features)
+        self.dims = tuple(t.embedding_dim for t in tables for _ in t.features)
+        self._counts = tuple(len(t.features) for t in tables)
+        self.embedding_bags = ModuleDict(
+            {t.name: _TableOfCollection(t, fused_optimizer, device, dtype) for t in tables}
+        )
+
+    def reset_parameters(self) -> None:
+        for table in self._tables():
+            table.reset_parameters()
+
+    def _tables(self) -> list[_TableOfCollection]:
+        return list(self.embedding_bags._modules.values())  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        input: Tensor | Mapping[str, Feature],
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(input, Mapping):
+            if offsets is not None or per_sample_weights is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: offsets must stand in the dict of features, got them beside it"
+                )
+            input, offsets, per_sample_weights = self._side_by_side(input)
+        elif offsets is None:
+            raise ValueError(f"{type(self).__name__}: offsets must be given where input is a tensor, got None")
+        owners = self._tables()
+        tables, step = [owner._table() for owner in owners], None
+        optimizer = self.fused_optimizer
+        if optimizer is not None and any(list(map(_Table._step, owners, tables))):
+            states = [owner.fused_state for owner in owners]
+            step = functools.partial(step_several, optimizer, states, self._counts)
+        return bags(
+            input, tables, offsets, self._counts, self.mode, per_sample_weights, self.scale_grad_by_freq, self.sparse,
+            self.weight_norm, step,
+        )  # fmt: skip
+
+    def split(self, output: Tensor) -> dict[str, Tensor]:
+        """[B, D] of each feature, as views of forward's output."""
+        return dict(zip(self.features, output.split(self.dims, dim=1)))
+
+    def _side_by_side(self, features: Mapping[str, Feature]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One input, offsets with the last one, and weights."""
+        who = type(self).__name__
+        if set(features) != set(self.features):
+            raise ValueError(
+                f"{who}: input must hold the features {', '.join(self.features)}, got {', '.join(map(str, features))}"
+            )
+        each = [_bags_of(f"{who}: feature {name!r}", features[name]) for name in self.features]
+        B, before, offsets = each[0][1].shape[0], 0, []
+        for name, (indices, starts, _) in zip(self.features, each):
+            if starts.shape[0] != B:
+                raise ValueError(f"{who}: feature {name!r} must have {B} bags as the first, got {starts.shape[0]}")
+            offsets.append(starts + before)
+            before = before + indices.shape[0]
+        offsets.append(offsets[0].new_full((1,), before))
+        weights = None
+        if any(w is not None for _, _, w in each):
+            like = next(w for _, _, w in each if w is not None)
+            weights = torch.cat([like.new_ones(i.shape[0]) if w is None else w for i, _, w in each])
+        return torch.cat([indices for indices, _, _ in each]), torch.cat(offsets), weights
+
+    def extra_repr(self) -> str:
+        return _shown(
+            f"mode={self.mode!r}",
+            weight_norm=(self.weight_norm, "count"),
+            scale_grad_by_freq=(self.scale_grad_by_freq, False),
+            sparse=(self.sparse, False),
+            fused_optimizer=(self.fused_optimizer, None),
+        )
+
+
+class _TableOfCollection(_Table):
+    def __init__(self, config: EmbeddingBagConfig, fused_optimizer: Any, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.num_embeddings = config.num_embeddings
+        self.embedding_dim = config.embedding_dim
+        self.features = config.features
+        self._make(None, None, False, fused_optimizer, False, device, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, features={', '.join(self.features)}"
+
+
+def _bags_of(who: str, given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Indices [N], int64 offsets [B] and weights of a feature."""
+    if isinstance(given, Tensor):
+        if given.is_nested:
+            indices, offsets, _ = of_nested(who, given, None, None)
+            assert offsets is not None
+            return indices, offsets[:-1], None
+        if given.dim() != 2:
+            raise ValueError(f"{who} must be [B, L], or (indices, offsets), got {describe(given)}")
+        B, L = given.shape
+        return given.reshape(-1), torch.arange(B, device=given.device) * L, None
+    if not (isinstance(given, tuple) and 2 <= len(given) <= 3 and all(isinstance(t, Tensor) for t in given[:2])):
+        raise TypeError(f"{who} must be [B, L], or (indices, offsets[, weights]), got {describe(given)}")
+    indices, offsets, weights = (*given, None)[:3]
+    for t in (indices, offsets):
+        if t.dim() != 1:
+            raise ValueError(f"{who} must have indices and offsets of 1 dimension, got {describe(t)}")
+    if weights is not None and weights.shape != indices.shape:
+        raise ValueError(f"{who} must have weights like indices, {list(indices.shape)}, got {list(weights.shape)}")
+    # Offsets of all features are one to the op: that each begins with 0 shows only here.
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and offsets.numel() and int(offsets[0]):
+        raise ValueError(f"{who} must have offsets that begin with 0, got {int(offsets[0])}")
+    return indices, offsets.long(), weights
+
+
+# ---- tables of bytes
+
+
+class QuantizedEmbeddingBag(Module):
+    """An EmbeddingBag whose table is bytes, with a scale and a bias for each row: a quarter of float32. Inference only.
+
+    `QuantizedEmbeddingBag.from_float(bag)` makes one of an EmbeddingBag, seqkernels' or torch's.
+
+    Args: num_embeddings, embedding_dim, mode="mean", include_last_offset=False, padding_idx=None, device=None: as in
+        EmbeddingBag.
+    Options, by keyword: weight_norm, as in EmbeddingBag.
+    Buffers: packed, uint8 [E, D + 8], as seqkernels.functional.quantize_rows gives it.
+    Inputs: as EmbeddingBag; per_sample_weights float32.
+    Outputs: float32 [B, D].
+    Deterministic: yes; the same bits for any number of threads.
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        *,
+        weight_norm: str = "count",
+    ) -> None:
+        super().__init__()
+        check_options(type(self).__name__, mode, weight_norm)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+        self.padding_idx = padding_idx
+        self.weight_norm = weight_norm
+        packed = quantize_rows(torch.zeros(num_embeddings, embedding_dim)).to(device)
+        self.register_buffer("packed", packed)
+
+    @classmethod
+    def from_float(cls, bag: Any) -> QuantizedEmbeddingBag:
+        """The same bags over bag's table as bytes."""
+        E, D = bag.num_embeddings, bag.embedding_dim
+        made = cls(
+            0, D, bag.mode, bag.include_last_offset, bag.padding_idx, weight_norm=getattr(bag, "weight_norm", "count")
+        )
+        made.num_embeddings, made.packed = E, quantize_rows(bag.weight.detach())
+        return made
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        return embedding_bag_bytes(
+            input, self.packed, offsets, self.mode, per_sample_weights, self.include_last_offset, self.padding_idx,
+            weight_norm=self.weight_norm,
+        )  # fmt: skip
+
+    def dequantized(self) -> Tensor:
+        """The table as float32 [E, D]."""
+        D = self.embedding_dim
+        numbers = self.packed[:, D:].contiguous().view(torch.float32)
+        return self.packed[:, :D] * numbers[:, :1] + numbers[:, 1:]
+
+    def extra_repr(self) -> str:
+        return _shown(
+            f"{self.num_embeddings}, {self.embedding_dim}",
+            mode=(self.mode, ""),
+            padding_idx=(self.padding_idx, None),
+            weight_norm=(self.weight_norm, "count"),
+        )

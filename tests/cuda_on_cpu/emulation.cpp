@@ -1,0 +1,989 @@
+#include "emulation.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <unordered_map>
+#include <vector>
+
+#include "common/device.cuh"
+#include "fibre.h"
+#include "races.h"
+
+// The place in the kernel from which this entry point was called.
+#define SK_PLACE __builtin_return_address(0)
+
+namespace seqkernels {
+namespace emulation {
+
+Thread* current = nullptr;
+bool watching = false;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int64_t kStaticShared = 48 * 1024;
+constexpr int64_t kArenaAlign = 1024;
+
+// ---- places and failures
+// ---------------------------------------------------------------------------------------------
+
+// "void seqkernels::(anonymous namespace)::f<float>(Args)" is f<float>.
+std::string short_name(std::string name) {
+  for (const std::string noise : {"void ", "seqkernels::", "(anonymous namespace)::"}) {
+    for (size_t at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, noise.size());
+  }
+  if (name.empty() || name.back() != ')') return name;
+  size_t open = name.size() - 1;
+  for (int depth = 1; depth > 0 && open > 0;) {
+    --open;
+    depth += name[open] == ')' ? 1 : name[open] == '(' ? -1 : 0;
+  }
+  return name.substr(0, open);
+}
+// What the build leaves out of a path, and what debuggers put in again.
+std::string short_path(const std::string& path) {
+  for (const char* root : {"/csrc/", "/tests/"}) {
+    const size_t at = path.rfind(root);
+    if (at != std::string::npos) return path.substr(at + 1);
+  }
+  return path;
+}
+
+// file:line of an address in a kernel, through binutils' addr2line: the innermost frame that is not of the emulation.
+// With `name`, the name of the function that starts there.
+std::string where(const void* address, bool name = false) {
+  static std::map<std::pair<const void*, bool>, std::string> known;
+  std::string& answer = known[{address, name}];
+  if (!answer.empty()) return answer;
+  Dl_info info{};
+  if (!dladdr(address, &info) || !info.dli_fname) return answer = "an unknown place";
+  const auto offset = static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase) - (name ? 0 : 1);
+  std::ostringstream fallback, command;
+  fallback << info.dli_fname << "+0x" << std::hex << offset;
+  answer = fallback.str();
+  command << "LD_PRELOAD= addr2line -C -f -i -e '" << info.dli_fname << "' 0x" << std::hex << offset << " 2>/dev/null";
+  FILE* pipe = popen(command.str().c_str(), "r");
+  if (!pipe) return answer;
+  const auto line = [pipe] {
+    std::string text;
+    for (int c = fgetc(pipe); c != EOF && c != '\n'; c = fgetc(pipe)) text += static_cast<char>(c);
+    return text;
+  };
+  bool found = false;
+  for (std::string function = line(); !function.empty(); function = line()) {
+    std::string place = line();
+    place = place.substr(0, place.find(" ("));
+    const auto is_of = [&](const char* file) { return place.find(file) != std::string::npos; };
+    if (found || place.find('?') != std::string::npos) continue;
+    if (!is_of("device_emulated.h") && !is_of("common/device.cuh") && !is_of("/include/c++/")) {
+      found = true;
+      answer = name ? short_name(function) : short_path(place);
+    }
+  }
+  pclose(pipe);
+  return answer;
+}
+
+// Thrown in a fibre, reported by launch().
+struct Failure {
+  std::string what;
+  const void* place;
+};
+
+std::string thread_name(int64_t block, int64_t thread) {
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(block);
+}
+
+}  // namespace
+
+// ---- what threads wait at
+// --------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Barrier {
+  const char* kind = "";
+  int64_t expected = 0, arrived = 0, phase = 0;
+  int votes = 0, result = 0;
+  bool same_place = true;  // who waits must wait at the same line
+  const void* place = nullptr;
+  std::vector<Thread*> waiting;
+  Join join;
+  Knowledge known;  // of the last phase
+  void reset(const char* kind_, int64_t expected_, bool same_place_) {
+    kind = kind_;
+    expected = expected_;
+    same_place = same_place_;
+    arrived = phase = votes = 0;
+    waiting.clear();
+    join.clear();
+    known = nullptr;
+  }
+};
+
+// What lanes of one mask do together.
+struct Collective {
+  uint32_t mask = 0, arrived = 0;
+  const char* kind = nullptr;
+  const void* place = nullptr;
+  std::array<void*, kWarp> operands{};
+  std::vector<Thread*> waiting;
+};
+struct Warp {
+  uint32_t lanes = 0, exited = 0;
+  std::deque<Collective> collectives;
+};
+
+struct Delivery {
+  char* to;
+  const char* from;
+  std::array<char, 16> value;
+  int64_t bytes;
+  Clock clock;
+  Knowledge known;
+  const void* place;
+};
+struct SharedBarrier {
+  int64_t expected = 0, pending = 0, bytes = 0, phase = 0;
+  std::vector<Thread*> waiting;
+  std::deque<Delivery> deliveries;
+  Join join;
+  Knowledge known;
+};
+
+struct Static {
+  const void* key;
+  char* start;
+  int64_t bytes;
+};
+
+}  // namespace
+
+struct Block {
+  int64_t index = 0;
+  int live = 0, threads = 0, cluster = 0;
+  char* arena = nullptr;  // dynamic shared memory, then static
+  int64_t static_used = 0;
+  std::vector<Static> statics;
+  Barrier barrier;
+  std::array<Barrier, 16> named;
+  std::vector<Warp> warps;
+};
+
+struct Copy {
+  char* to;
+  std::array<char, 16> value;
+  int bytes, group;
+};
+
+struct Thread::State {
+  Fibre fibre;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  int lane = 0;
+  bool exited = false;
+  const char* waits = nullptr;  // what for, and where
+  const void* place = nullptr;
+  bool with_lanes = false;  // for other lanes of the warp
+  int64_t cluster_phase = 0;
+  bool cluster_arrived = false;
+  std::vector<Copy> copies;
+  int copy_group = 0;
+  Clock clock;
+  Join seen;         // through relaxed loads; fence() makes it known
+  Knowledge fenced;  // what relaxed stores publish since the last fence
+};
+
+namespace {
+
+struct Machine {
+  Stacks stacks;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<std::unique_ptr<Thread::State>> states;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<char[]>> arenas;
+  std::vector<Barrier> clusters;
+  Barrier grid;
+  std::unordered_map<const void*, SharedBarrier> shared_barriers;
+
+  // Threads that can run, first in first out: a ring.
+  std::vector<Thread*> ready;
+  size_t head = 0, count = 0;
+  int64_t live = 0, switches = 0;
+  int64_t idle = 0;  // how often a thread let the others run since something last happened
+  Fibre host;
+
+  const LaunchConfig* config = nullptr;
+  int64_t dynamic_bytes = 0, arena_bytes = 0, resident = 0;
+  bool races = false, unwritten = false, stuck = false;
+  uint64_t seed = 0;
+  Call call = nullptr;
+  void* context = nullptr;
+  std::unique_ptr<Failure> failure;
+  std::exception_ptr exception;
+
+  Shadow shadow;
+  std::unordered_map<const void*, Knowledge> published;  // by release stores, by address
+
+  void push(Thread* thread) {
+    size_t at = head + count++;
+    if (at >= ready.size()) at -= ready.size();
+    ready[at] = thread;
+  }
+  Thread* pop() {
+    Thread* thread = ready[head];
+    if (++head == ready.size()) head = 0;
+    --count;
+    return thread;
+  }
+  void wake(std::vector<Thread*>& waiting) {
+    if (seed) shuffle(waiting);
+    for (Thread* thread : waiting) {
+      thread->state->waits = nullptr;
+      push(thread);
+    }
+    waiting.clear();
+  }
+  void shuffle(std::vector<Thread*>& list) {
+    for (size_t i = list.size(); i > 1; --i) {
+      seed = seed * 6364136223846793005u + 1442695040888963407u;
+      std::swap(list[i - 1], list[(seed >> 33) % i]);
+    }
+  }
+};
+Machine machine;
+std::mutex launching;
+
+Thread::State& self() { return *current->state; }
+
+[[noreturn]] void fail(const std::string& what, const void* place) {
+  throw Failure{what + " (" + thread_name(self().block->index, current->index) + ")", place};
+}
+
+// ---- scheduling
+// ------------------------------------------------------------------------------------------------------
+
+void leave(Fibre& from) {
+  if (machine.count == 0) {
+    machine.stuck = machine.live > 0;
+    from.switch_to(machine.host);
+    return;
+  }
+  Thread* next = machine.pop();
+  if (next == current) return;
+  ++machine.switches;
+  current = next;
+  from.switch_to(next->state->fibre);
+}
+
+void wait(const char* kind, const void* place) {
+  Thread::State& me = self();
+  me.waits = kind;
+  me.place = place;
+  leave(me.fibre);
+}
+
+void fibre_entry() {
+  try {
+    machine.call(machine.context);
+  } catch (const Failure& failure) {
+    machine.failure = std::make_unique<Failure>(failure);
+  } catch (...) {
+    machine.exception = std::current_exception();
+  }
+  Thread::State& me = self();
+  if (machine.failure || machine.exception) me.fibre.switch_to(machine.host);
+  me.exited = true;
+  me.warp->exited |= 1u << me.lane;
+  --me.block->live;
+  --machine.live;
+  machine.idle = 0;
+  leave(me.fibre);
+  std::abort();  // nobody continues a thread that has exited
+}
+
+void check_place(const void*& first, const void* place, const char* kind) {
+  if (first == place) return;
+  if (where(first) != where(place)) {
+    fail(std::string("divergent barrier: a thread waits at another ") + kind + ", " + where(first), place);
+  }
+}
+
+void arrive(Barrier& barrier, const void* place, bool waits) {
+  Thread::State& me = self();
+  machine.idle = 0;
+  if (barrier.arrived == 0) {
+    barrier.place = place;
+  } else if (barrier.same_place) {
+    check_place(barrier.place, place, barrier.kind);
+  }
+  if (machine.races) barrier.join.add(me.clock);
+  if (++barrier.arrived < barrier.expected) {
+    if (!waits) return;
+    barrier.waiting.push_back(current);
+    return wait(barrier.kind, place);
+  }
+  barrier.arrived = 0;
+  ++barrier.phase;
+  barrier.result = barrier.votes;
+  barrier.votes = 0;
+  if (machine.races) {
+    barrier.known = barrier.join.result();
+    barrier.join.clear();
+    for (Thread* thread : barrier.waiting) thread->state->clock.known = barrier.known;
+    if (waits) me.clock.known = barrier.known;
+  }
+  machine.wake(barrier.waiting);
+}
+
+std::string ranges(const std::vector<int>& sorted) {
+  std::ostringstream text;
+  for (size_t i = 0; i < sorted.size();) {
+    size_t j = i;
+    while (j + 1 < sorted.size() && sorted[j + 1] == sorted[j] + 1) ++j;
+    text << (i ? ", " : "") << sorted[i];
+    if (j > i) text << "-" << sorted[j];
+    i = j + 1;
+  }
+  return text.str();
+}
+
+// Nobody can run: who waits where.
+std::string stuck_report() {
+  bool divergent = false;
+  std::ostringstream text;
+  std::map<std::string, std::vector<int64_t>> blocks;  // those with the same story
+  for (int64_t b = 0; b < machine.resident; ++b) {
+    const Block& block = *machine.blocks[b];
+    std::map<std::string, std::vector<int>> groups;
+    for (int i = 0; i < block.threads; ++i) {
+      const Thread::State& state = *machine.states[b * block.threads + i];
+      if (state.exited) {
+        groups["have exited"].push_back(i);
+      } else if (state.waits) {
+        groups[std::string("wait at ") + state.waits + ", " + where(state.place)].push_back(i);
+        divergent |= state.waits == block.barrier.kind && block.live < block.threads;
+        divergent |= state.with_lanes;
+      } else {
+        groups["run"].push_back(i);
+      }
+    }
+    std::ostringstream story;
+    for (const auto& [what, threads] : groups) story << "\n    threads " << ranges(threads) << " " << what;
+    blocks[story.str()].push_back(block.index);
+  }
+  for (const auto& [story, indices] : blocks) {
+    text << "\n  block";
+    for (size_t i = 0; i < indices.size() && i < 8; ++i) text << (i ? ", " : " ") << indices[i];
+    if (indices.size() > 8) text << " and " << indices.size() - 8 << " more";
+    text << ":" << story;
+  }
+  return std::string(divergent ? "divergent barrier: some threads never come" : "deadlock: no thread can go on") +
+         text.str();
+}
+
+// ---- checks of memory
+// ------------------------------------------------------------------------------------------------
+
+const char* kind_of(const void* address) {
+  const auto* p = static_cast<const char*>(address);
+  for (int64_t b = 0; b < machine.resident; ++b) {
+    const char* arena = machine.blocks[b]->arena;
+    if (p >= arena && p < arena + machine.arena_bytes) return "shared memory";
+  }
+  return "global memory";
+}
+
+[[noreturn]] void report_race(const Clock& clock, const void* address, const char* verb, const void* place,
+                              const Record& other, const char* other_verb) {
+  std::ostringstream text;
+  text << "race in " << kind_of(address) << ": " << thread_name(clock.block, clock.thread) << " " << verb << " what "
+       << thread_name(other.block, other.thread) << " " << other_verb << " at " << where(other.place)
+       << ", and nothing orders the two";
+  throw Failure{text.str(), place};
+}
+
+void note_by(Clock& clock, const void* address, int64_t bytes, Access access, const void* place) {
+  const bool writes = access == Access::kWrite || access == Access::kAtomicWrite;
+  const bool atomic = access == Access::kAtomicRead || access == Access::kAtomicWrite;
+  const Record now{clock.block, clock.thread, clock.now, place, atomic};
+  const bool wants_written = machine.unwritten && !writes && kind_of(address)[0] == 's';
+  const auto concurrent = [&](const Record& other) {
+    return machine.races && other && !(atomic && other.atomic) && !other.before(clock);
+  };
+  machine.shadow.each(address, bytes, [&](Shadow::Cell& cell) {
+    if (wants_written && !cell.write) fail("a read of shared memory that nobody wrote", place);
+    if (concurrent(cell.write)) {
+      report_race(clock, address, writes ? "writes" : "reads", place, cell.write, "wrote");
+    }
+    if (!writes) {
+      Record& read = !cell.first_read || cell.first_read.before(clock) ? cell.first_read : cell.last_read;
+      read = now;
+      return;
+    }
+    if (concurrent(cell.first_read)) report_race(clock, address, "writes", place, cell.first_read, "read");
+    if (concurrent(cell.last_read)) report_race(clock, address, "writes", place, cell.last_read, "read");
+    cell = {now, {}, {}};
+  });
+}
+
+std::map<const char*, std::pair<int64_t, std::string>>& known_arrays() {
+  static std::map<const char*, std::pair<int64_t, std::string>> arrays;
+  return arrays;
+}
+
+}  // namespace
+
+// ---- launching
+// -------------------------------------------------------------------------------------------------------
+
+std::map<std::string, int64_t>& settings() {
+  static std::map<std::string, int64_t> all = [] {
+    std::map<std::string, int64_t> defaults = {
+        {"races", 0},           {"unwritten", 0}, {"backward", 0},        {"seed", 0},
+        {"major", 9},           {"minor", 0},     {"multiprocessors", 8}, {"shared_bytes", 227 * 1024},
+        {"l2_bytes", 50 << 20}, {"launches", 0},  {"threads", 0},         {"switches", 0}};
+    std::istringstream words(std::getenv("SEQKERNELS_EMULATION") ? std::getenv("SEQKERNELS_EMULATION") : "");
+    for (std::string word; std::getline(words, word, ',');) {
+      const size_t equals = word.find('=');
+      const std::string name = word.substr(0, equals);
+      if (!defaults.count(name)) throw std::runtime_error("SEQKERNELS_EMULATION: unknown setting " + name);
+      defaults[name] = equals == std::string::npos ? 1 : std::stoll(word.substr(equals + 1));
+    }
+    return defaults;
+  }();
+  return all;
+}
+
+int64_t resident_blocks(const LaunchConfig& config) {
+  constexpr int64_t kThreads = 2048, kBlocks = 32, kReserved = 1024;
+  const int64_t by_shared = (settings()["shared_bytes"] + kReserved) / (config.shared_bytes + kReserved);
+  return settings()["multiprocessors"] * std::min({kThreads / config.block, kBlocks, by_shared});
+}
+
+namespace {
+
+void check_config(const LaunchConfig& c) {
+  const auto require = [](bool fits, const std::string& what) {
+    if (!fits) throw Failure{"invalid configuration: " + what, nullptr};
+  };
+  const int64_t blocks = c.grid.x * c.grid.y * c.grid.z;
+  require(c.grid.x < (int64_t{1} << 31) && c.grid.y < 65536 && c.grid.z < 65536, "the grid is too large");
+  require(c.block >= 1 && c.block <= 1024, "a block has 1 to 1024 threads");
+  require(c.shared_bytes >= 0 && c.shared_bytes <= settings()["shared_bytes"],
+          "a block has at most " + std::to_string(settings()["shared_bytes"]) + " bytes of shared memory");
+  require(c.cluster >= 1 && c.cluster <= 16 && c.grid.x % c.cluster == 0,
+          "a cluster has 1 to 16 blocks and divides the grid");
+  require(c.cluster == 1 || settings()["major"] >= 9, "clusters need compute capability 9.0");
+  require(
+      !c.cooperative || blocks <= resident_blocks(c),
+      "a cooperative grid has at most the " + std::to_string(resident_blocks(c)) + " blocks that are resident at once");
+}
+
+// Blocks [first, first + n) at their start.
+void start_blocks(int64_t first, int64_t n, const LaunchConfig& c) {
+  Machine& m = machine;
+  m.resident = n;
+  m.shared_barriers.clear();
+  m.head = m.count = 0;
+  m.idle = 0;
+  m.live = n * c.block;
+  m.ready.resize(m.live + 1);
+  m.grid.reset("a grid barrier", m.live, true);
+  m.clusters.resize(n / c.cluster);
+  for (Barrier& barrier : m.clusters) barrier.reset("a cluster barrier", int64_t{c.cluster} * c.block, false);
+  std::vector<Thread*> threads;
+  for (int64_t b = 0; b < n; ++b) {
+    Block& block = *m.blocks[b];
+    block.index = first + b;
+    block.live = block.threads = c.block;
+    block.cluster = static_cast<int>(b / c.cluster);
+    block.barrier.reset("a block barrier", c.block, true);
+    for (Barrier& barrier : block.named) barrier.reset("a named barrier", 0, false);
+    block.static_used = 0;
+    block.statics.clear();
+    memset(block.arena, 0xff, m.dynamic_bytes);
+    if (watching) m.shadow.forget(block.arena, m.arena_bytes);
+    block.warps.resize((c.block + kWarp - 1) / kWarp);
+    for (size_t w = 0; w < block.warps.size(); ++w) {
+      const int lanes = std::min<int>(kWarp, c.block - static_cast<int>(w) * kWarp);
+      block.warps[w].lanes = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+      block.warps[w].exited = 0;
+      block.warps[w].collectives.clear();
+    }
+    for (int i = 0; i < c.block; ++i) {
+      const int64_t at = b * c.block + i;
+      Thread& thread = *m.threads[at];
+      Thread::State& state = *m.states[at];
+      thread = {i,
+                block.index % c.grid.x,
+                block.index / c.grid.x % c.grid.y,
+                block.index / c.grid.x / c.grid.y,
+                c.grid.x,
+                c.grid.y,
+                c.grid.z,
+                c.block,
+                static_cast<int>(block.index % c.grid.x % c.cluster),
+                c.cluster,
+                &state};
+      state.block = &block;
+      state.warp = &block.warps[i / kWarp];
+      state.lane = i % kWarp;
+      state.exited = state.cluster_arrived = false;
+      state.waits = nullptr;
+      state.with_lanes = false;
+      state.copies.clear();
+      state.copy_group = 0;
+      if (watching) {
+        state.clock = {block.index, static_cast<uint32_t>(i), static_cast<uint32_t>(c.block), 1, nullptr};
+        state.seen.clear();
+        state.fenced = nullptr;
+      }
+      state.fibre.reset(m.stacks[at], Stacks::bytes(at), fibre_entry);
+      threads.push_back(&thread);
+    }
+  }
+  if (settings()["backward"]) std::reverse(threads.begin(), threads.end());
+  if (m.seed) m.shuffle(threads);
+  for (Thread* thread : threads) m.push(thread);
+}
+
+void run_blocks() {
+  current = machine.pop();
+  machine.host.switch_to(current->state->fibre);
+  if (machine.exception) std::rethrow_exception(machine.exception);
+  if (machine.failure) throw *machine.failure;
+  if (machine.stuck) throw Failure{stuck_report(), nullptr};
+  for (const auto& [address, barrier] : machine.shared_barriers) {
+    if (!barrier.deliveries.empty()) {
+      throw Failure{"a block exits while bytes are under way to it, sent here", barrier.deliveries[0].place};
+    }
+  }
+}
+
+}  // namespace
+
+void run(const LaunchConfig& config, const void* kernel, Call call, void* context) {
+  const int64_t blocks = config.grid.x * config.grid.y * config.grid.z;
+  if (blocks == 0) return;
+  const std::lock_guard<std::mutex> lock(launching);
+  Machine& m = machine;
+  try {
+    check_config(config);
+    m.config = &config;
+    m.races = settings()["races"] != 0;
+    m.unwritten = settings()["unwritten"] != 0;
+    watching = m.races || m.unwritten;
+    m.seed = static_cast<uint64_t>(settings()["seed"]);
+    m.failure = nullptr;
+    m.exception = nullptr;
+    m.stuck = false;
+    m.call = call;
+    m.context = context;
+    m.dynamic_bytes = config.shared_bytes;
+    const int64_t n = config.cooperative ? blocks : config.cluster;
+    m.arena_bytes = (m.dynamic_bytes + kArenaAlign - 1) / kArenaAlign * kArenaAlign + kStaticShared;
+    m.arenas.clear();
+    while (static_cast<int64_t>(m.blocks.size()) < n) m.blocks.push_back(std::make_unique<Block>());
+    while (static_cast<int64_t>(m.threads.size()) < n * config.block) {
+      m.threads.push_back(std::make_unique<Thread>());
+      m.states.push_back(std::make_unique<Thread::State>());
+    }
+    for (int64_t b = 0; b < n; ++b) {
+      m.arenas.emplace_back(new char[m.arena_bytes + kArenaAlign]);
+      const auto start = reinterpret_cast<uintptr_t>(m.arenas.back().get());
+      m.blocks[b]->arena = reinterpret_cast<char*>((start + kArenaAlign - 1) / kArenaAlign * kArenaAlign);
+    }
+    m.shadow.clear();
+    m.published.clear();
+    const int64_t switches = m.switches;
+    for (int64_t b = 0; b < blocks; b += n) {
+      start_blocks(b, n, config);
+      run_blocks();
+    }
+    ++settings()["launches"];
+    settings()["threads"] += blocks * config.block;
+    settings()["switches"] += m.switches - switches;
+  } catch (const Failure& failure) {
+    current = nullptr;
+    throw std::runtime_error("CUDA on a CPU: " + failure.what +
+                             (failure.place ? ", at " + where(failure.place) : std::string()) + "; in " +
+                             config.text(where(kernel, /*name=*/true)));
+  }
+  current = nullptr;
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+void note(const void* address, int64_t bytes, Access access) {
+  note_by(self().clock, address, bytes, access, SK_PLACE);
+}
+
+void out_of_bounds(const char* what, int64_t i, int64_t n, int64_t count, int64_t element_bytes) {
+  std::ostringstream text;
+  text << "out of bounds: element " << i;
+  if (n > 1) text << " to " << i + n - 1;
+  text << " of an array of " << count << " elements of " << element_bytes << " bytes in " << what;
+  fail(text.str(), SK_PLACE);
+}
+
+void misaligned(const char* what, const void* address, int64_t bytes) {
+  std::ostringstream text;
+  text << "misaligned: " << bytes << " bytes at once at address " << address << " in " << what;
+  fail(text.str(), SK_PLACE);
+}
+
+void know_array(const void* address, int64_t bytes, const char* name) {
+  known_arrays()[static_cast<const char*>(address)] = {bytes, name};
+}
+void forget_array(const void* address) { known_arrays().erase(static_cast<const char*>(address)); }
+
+void check_known(const void* address, int64_t bytes) {
+  const auto& arrays = known_arrays();
+  if (arrays.empty() || bytes <= 0) return;
+  const char* p = static_cast<const char*>(address);
+  auto at = arrays.upper_bound(p);
+  if (at == arrays.begin()) fail("out of bounds: a pointer into no known array", SK_PLACE);
+  --at;
+  const auto& [size, name] = at->second;
+  if (p + bytes <= at->first + size) return;
+  std::ostringstream text;
+  text << "out of bounds: " << bytes << " bytes from byte " << p - at->first << " of " << name << ", which has "
+       << size;
+  fail(text.str(), SK_PLACE);
+}
+
+char* dynamic_shared(int64_t offset, int64_t bytes) {
+  if (offset + bytes > machine.dynamic_bytes) {
+    std::ostringstream text;
+    text << "out of bounds: an array of " << bytes << " bytes from byte " << offset << " of " << machine.dynamic_bytes
+         << " bytes of dynamic shared memory";
+    fail(text.str(), SK_PLACE);
+  }
+  return self().block->arena + offset;
+}
+
+namespace {
+Static& static_of(Block& block, const void* key, int64_t bytes, const void* place) {
+  for (Static& known : block.statics) {
+    if (known.key == key) return known;
+  }
+  char* start = block.arena + machine.arena_bytes - kStaticShared + block.static_used;
+  block.static_used += (bytes + 15) / 16 * 16;
+  if (block.static_used > kStaticShared) fail("more than 48 KiB of static shared memory", place);
+  memset(start, 0xff, bytes);
+  block.statics.push_back({key, start, bytes});
+  return block.statics.back();
+}
+}  // namespace
+
+char* static_shared(const void* key, int64_t bytes) { return static_of(*self().block, key, bytes, SK_PLACE).start; }
+
+char* peer_shared(char* mine, int rank) {
+  Block& block = *self().block;
+  if (rank < 0 || rank >= current->cluster_blocks) fail("remote: no such block in the cluster", SK_PLACE);
+  Block& peer = *machine.blocks[block.cluster * current->cluster_blocks + rank];
+  if (mine >= block.arena && mine <= block.arena + machine.dynamic_bytes) return peer.arena + (mine - block.arena);
+  for (const Static& array : block.statics) {
+    if (mine >= array.start && mine < array.start + array.bytes) {
+      return static_of(peer, array.key, array.bytes, SK_PLACE).start + (mine - array.start);
+    }
+  }
+  fail("remote: not shared memory of this block", SK_PLACE);
+}
+
+void check_peer(const void* address) {
+  const auto* p = static_cast<const char*>(address);
+  const int first = self().block->cluster * current->cluster_blocks;
+  for (int b = first; b < first + current->cluster_blocks; ++b) {
+    const Block& block = *machine.blocks[b];
+    if (p < block.arena || p >= block.arena + machine.arena_bytes) continue;
+    if (block.live > 0) return;
+    fail("shared memory of block " + std::to_string(block.index) + ", which has exited", SK_PLACE);
+  }
+}
+
+// ---- order
+// -----------------------------------------------------------------------------------------------------------
+
+int block_barrier(const char* kind, bool predicate) {
+  Barrier& barrier = self().block->barrier;
+  (void)kind;
+  barrier.votes += predicate;
+  arrive(barrier, SK_PLACE, true);
+  return self().block->barrier.result;
+}
+
+void named_barrier(int id, int threads, bool wait) {
+  if (id < 1 || id > 15) fail("named barriers are 1 to 15", SK_PLACE);
+  if (threads % kWarp) fail("a named barrier counts whole warps", SK_PLACE);
+  Barrier& barrier = self().block->named[id];
+  if (barrier.arrived > 0 && barrier.expected != threads) fail("a named barrier with two counts", SK_PLACE);
+  barrier.expected = threads;
+  arrive(barrier, SK_PLACE, wait);
+}
+
+void cluster_barrier_arrive() {
+  Thread::State& me = self();
+  Barrier& barrier = machine.clusters[me.block->cluster];
+  if (me.cluster_arrived) fail("cluster_arrive twice without cluster_wait", SK_PLACE);
+  me.cluster_arrived = true;
+  me.cluster_phase = barrier.phase;
+  arrive(barrier, SK_PLACE, false);
+}
+
+void cluster_barrier_wait() {
+  Thread::State& me = self();
+  Barrier& barrier = machine.clusters[me.block->cluster];
+  if (!me.cluster_arrived) fail("cluster_wait without cluster_arrive", SK_PLACE);
+  me.cluster_arrived = false;
+  if (barrier.phase == me.cluster_phase) {
+    barrier.waiting.push_back(current);
+    wait(barrier.kind, SK_PLACE);
+  } else if (machine.races) {
+    learn(me.clock, barrier.known);
+  }
+}
+
+void grid_barrier() {
+  if (!machine.config->cooperative) fail("grid_sync needs a cooperative launch", SK_PLACE);
+  arrive(machine.grid, SK_PLACE, true);
+}
+
+void yield(const char* why) {
+  constexpr int64_t kPatience = 100000, kRounds = 200;
+  if (++machine.idle > kPatience + kRounds * machine.live) {
+    machine.stuck = true;
+    self().waits = why;
+    self().place = SK_PLACE;
+    self().fibre.switch_to(machine.host);
+  }
+  if (machine.count == 0) return;
+  machine.push(current);
+  wait(why, SK_PLACE);
+  self().waits = nullptr;
+}
+
+void acquire(const void* address, bool ordered) {
+  const auto at = machine.published.find(address);
+  if (at == machine.published.end() || !at->second) return;
+  if (ordered) {
+    learn(self().clock, at->second);
+  } else {
+    self().seen.add(at->second);
+  }
+}
+
+void release(const void* address, Release how) {
+  machine.idle = 0;
+  if (!machine.races) return;
+  Thread::State& me = self();
+  const bool ordered = how == Release::kStore || how == Release::kUpdate;
+  const bool updates = how == Release::kRelaxedUpdate || how == Release::kUpdate;
+  Knowledge& published = machine.published[address];
+  Join join;
+  if (updates) join.add(published);
+  join.add(ordered ? moment(me.clock) : me.fenced);
+  published = join.empty() ? nullptr : join.result();
+}
+
+void fence() {
+  if (!machine.races) return;
+  Thread::State& me = self();
+  if (!me.seen.empty()) learn(me.clock, me.seen.result());
+  me.seen.clear();
+  me.fenced = moment(me.clock);
+}
+
+// ---- warps
+// -----------------------------------------------------------------------------------------------------------
+
+void collective(const char* kind, uint32_t mask, void* operand, Perform perform) {
+  Thread::State& me = self();
+  Warp& warp = *me.warp;
+  const uint32_t mine = 1u << me.lane, needed = mask & warp.lanes;
+  if (!(mask & mine)) fail(std::string(kind) + " with a mask that lacks the own lane", SK_PLACE);
+  if (needed & warp.exited) fail(std::string("divergent barrier: ") + kind + " with lanes that have exited", SK_PLACE);
+  machine.idle = 0;
+  Collective* all = nullptr;
+  for (Collective& c : warp.collectives) {
+    if (c.mask == mask) all = &c;
+  }
+  if (!all) {
+    warp.collectives.emplace_back();
+    all = &warp.collectives.back();
+    all->mask = mask;
+  }
+  if (all->arrived == 0) {
+    all->kind = kind;
+    all->place = SK_PLACE;
+  } else if (strcmp(all->kind, kind) != 0) {
+    fail(std::string("divergent barrier: ") + kind + " while other lanes of the mask are at " + all->kind + ", " +
+             where(all->place),
+         SK_PLACE);
+  }
+  all->operands[me.lane] = operand;
+  all->arrived |= mine;
+  if (all->arrived != needed) {
+    all->waiting.push_back(current);
+    me.with_lanes = true;
+    wait(kind, SK_PLACE);
+    me.with_lanes = false;
+    return;
+  }
+  if (perform) {
+    perform(all->operands.data());
+  } else if (machine.races) {
+    Join join;
+    for (Thread* thread : all->waiting) join.add(thread->state->clock);
+    join.add(me.clock);
+    me.clock.known = join.result();
+    for (Thread* thread : all->waiting) thread->state->clock.known = me.clock.known;
+  }
+  all->arrived = 0;
+  all->operands.fill(nullptr);
+  machine.wake(all->waiting);
+}
+
+// ---- asynchronous copies
+// ---------------------------------------------------------------------------------------------
+
+// The bytes are taken at once but put down only by the wait; until then the target holds NaN.
+void copy_async(char* to, const char* from, int bytes, bool valid) {
+  Copy copy{to, {}, bytes, self().copy_group};
+  if (valid) memcpy(copy.value.data(), from, bytes);
+  memset(to, 0xff, bytes);
+  self().copies.push_back(copy);
+}
+
+void copy_async_commit() { ++self().copy_group; }
+
+void copy_async_wait(int pending) {
+  Thread::State& me = self();
+  auto done = me.copies.begin();
+  for (; done != me.copies.end() && done->group < me.copy_group - pending; ++done) {
+    if (watching) note_by(me.clock, done->to, done->bytes, Access::kWrite, SK_PLACE);
+    memcpy(done->to, done->value.data(), done->bytes);
+  }
+  me.copies.erase(me.copies.begin(), done);
+}
+
+// ---- barriers in shared memory
+// ---------------------------------------------------------------------------------------
+
+namespace {
+
+SharedBarrier& shared_barrier(const void* address, const void* place) {
+  const auto at = machine.shared_barriers.find(address);
+  if (at == machine.shared_barriers.end()) fail("an mbarrier that was not initialised", place);
+  return at->second;
+}
+
+void finish_phase(SharedBarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.expected;
+  if (machine.races) {
+    barrier.known = barrier.join.result();
+    for (Thread* thread : barrier.waiting) learn(thread->state->clock, barrier.known);
+  }
+  machine.wake(barrier.waiting);
+}
+
+void deliver(SharedBarrier& barrier) {
+  while (!barrier.deliveries.empty()) {
+    Delivery d = std::move(barrier.deliveries.front());
+    barrier.deliveries.pop_front();
+    if (watching) {
+      if (d.from) note_by(d.clock, d.from, d.bytes, Access::kRead, d.place);
+      note_by(d.clock, d.to, d.bytes, Access::kWrite, d.place);
+    }
+    memcpy(d.to, d.from ? d.from : d.value.data(), d.bytes);
+    if (machine.races) barrier.join.add(d.known);
+    barrier.bytes -= d.bytes;
+    finish_phase(barrier);
+  }
+}
+
+bool phase_over(SharedBarrier& barrier, int parity) {
+  deliver(barrier);
+  if ((barrier.phase & 1) == (parity & 1)) return false;
+  if (machine.races) learn(self().clock, barrier.known);
+  return true;
+}
+
+}  // namespace
+
+void mbarrier_init(const void* address, int arrivals) {
+  if (arrivals < 1) fail("an mbarrier waits for at least one arrival", SK_PLACE);
+  SharedBarrier& barrier = machine.shared_barriers[address];
+  barrier = SharedBarrier();
+  barrier.expected = barrier.pending = arrivals;
+}
+
+void mbarrier_arrive(const void* address, int64_t expect_bytes) {
+  SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
+  if (barrier.pending == 0) fail("more arrivals at an mbarrier than its phase expects", SK_PLACE);
+  machine.idle = 0;
+  if (machine.races) barrier.join.add(self().clock);
+  barrier.bytes += expect_bytes;
+  --barrier.pending;
+  finish_phase(barrier);
+}
+
+bool mbarrier_test(const void* address, int parity) {
+  yield("an mbarrier");
+  return phase_over(shared_barrier(address, SK_PLACE), parity);
+}
+
+void mbarrier_wait(const void* address, int parity) {
+  SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
+  while (!phase_over(barrier, parity)) {
+    barrier.waiting.push_back(current);
+    wait("an mbarrier", SK_PLACE);
+  }
+}
+
+void deliver_async(char* to, const char* from, const void* value, int64_t bytes, const void* address) {
+  SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
+  machine.idle = 0;
+  Delivery delivery{to, from, {}, bytes, {}, nullptr, SK_PLACE};
+  if (value) memcpy(delivery.value.data(), value, bytes);
+  if (watching) {
+    delivery.clock = self().clock;
+    if (machine.races) delivery.known = moment(self().clock);
+  }
+  barrier.deliveries.push_back(std::move(delivery));
+  if (!barrier.waiting.empty()) deliver(barrier);
+}
+
+}  // namespace emulation
+}  // namespace seqkernels
+
+// ---- settings, for Python through ctypes
+// -----------------------------------------------------------------------------
+
+#define SK_EXPORT extern "C" __attribute__((visibility("default")))
+// The previous value; -1 for an unknown name.
+SK_EXPORT int64_t seqkernels_emulation_set(const char* name, int64_t value) {
+  auto& all = seqkernels::emulation::settings();
+  const auto at = all.find(name);
+  return at == all.end() ? -1 : std::exchange(at->second, value);
+}
+SK_EXPORT int64_t seqkernels_emulation_get(const char* name) {
+  const auto& all = seqkernels::emulation::settings();
+  const auto at = all.find(name);
+  return at == all.end() ? -1 : at->second;
+}

@@ -1,0 +1,432 @@
+"""CUDA kernels of recurrent layers, run on the CPU: each thread of a block a fibre, memory and barriers checked.
+
+The ops of torch.ops.seqkernels_emulated are those of torch.ops.seqkernels, made by the CUDA launchers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.machinery
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import cuda_on_cpu
+import pytest
+import torch
+from cases import TOLERANCE, ragged
+from torch import Tensor
+
+from seqkernels import reference
+
+
+@functools.cache
+def module() -> Any:
+    """The module of the emulated ops: loading it registers them."""
+    built = sorted(cuda_on_cpu.FOLDER.glob("_emulated*.so"))
+    if not built:
+        pytest.skip("tests/cuda_on_cpu/_emulated*.so is not built: make test builds it")
+    loader = importlib.machinery.ExtensionFileLoader("_emulated", str(built[0]))
+    spec = importlib.util.spec_from_file_location("_emulated", str(built[0]), loader=loader)
+    assert spec is not None
+    found = importlib.util.module_from_spec(spec)
+    loader.exec_module(found)
+    return found
+
+
+def emulated() -> Any:
+    module()
+    return torch.ops.seqkernels_emulated
+
+
+def machine(**settings: int) -> Any:
+    """The emulation under other settings."""
+    module()
+    return cuda_on_cpu.settings(cuda_on_cpu.load("_emulated"), **settings)
+
+
+GATES = {
+    "lstm": 4,
+    "lstm_coupled": 3,
+    "gru": 3,
+    "gru_before": 3,
+    "mgu": 2,
+    "mgu_before": 2,
+    "rnn_tanh": 1,
+    "rnn_relu": 1,
+}
+LSTMS = ("lstm", "lstm_coupled")
+PLAIN = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer: dense, padded with lengths, or packed."""
+
+    kind: str = "lstm"
+    B: int = 3
+    T: int = 4
+    D: int = 5
+    H: int = 17
+    form: str = "dense"
+    bidirectional: bool = False
+    bias: bool = True
+    state: bool = True
+    options: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+    why: str = ""
+
+    def __str__(self) -> str:
+        flags = ["bi"] * self.bidirectional + ["nobias"] * (not self.bias) + ["nostate"] * (not self.state)
+        name = str(self.dtype).removeprefix("torch.")
+        return "-".join([self.kind, f"B{self.B}T{self.T}D{self.D}H{self.H}", self.form, *flags, *self.options, name])
+
+
+@dataclasses.dataclass
+class Inputs:
+    x: Tensor
+    states: list[Tensor | None]
+    weights: list[Tensor]
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    extras: dict[str, Any]
+
+    def flat(self, bidirectional: bool) -> tuple[Any, ...]:
+        return self.x, *self.states, self.weights, self.batch_sizes, self.lengths, bidirectional
+
+
+def inputs_of(layer: Layer) -> Inputs:
+    B, T, D, H, G = layer.B, layer.T, layer.D, layer.H, GATES[layer.kind]
+    directions = 2 if layer.bidirectional else 1
+    has_c = layer.kind in LSTMS
+    lengths = torch.tensor(ragged(B, T, zeros=layer.form == "lengths", ordered=layer.form == "packed") if B else ())
+    batch_sizes = None
+    leading: tuple[int, ...] = (T, B)
+    if layer.form == "packed":
+        batch_sizes = torch.tensor([int((lengths > t).sum()) for t in range(T)])
+        leading = (int(lengths.sum()),)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape) * scale).to(layer.dtype)
+
+    weights = []
+    for _ in range(directions):
+        weights += [draw(G * H, D, scale=D**-0.5), draw(G * H, H, scale=H**-0.5)]
+        weights += [draw(G * H, scale=0.3), draw(G * H, scale=0.3)] * layer.bias
+        weights += [draw((G - 1) * H, scale=0.5)] * ("peephole" in layer.options)
+    x = draw(*leading, D)
+    if "strided" in layer.options:  # as batch_first leaves it
+        x = x.transpose(0, 1).contiguous().transpose(0, 1) if layer.form != "packed" else draw(leading[0], 2 * D)[:, :D]
+    states = [draw(directions, B, H) if layer.state else None for _ in range(1 + has_c)]
+
+    def mask(p: float) -> Tensor:
+        return (torch.rand(*leading, directions * H) < p).to(torch.uint8)
+
+    extras: dict[str, Any] = {}
+    numbers = [float("inf"), float("inf"), 0.0, 0.0, 0.0]
+    for option in layer.options:
+        if option == "peephole":
+            extras["peephole"] = True
+        elif option == "reset":
+            extras["reset"] = torch.rand(*leading) < 0.3
+        elif option == "zoneout":
+            extras["zoneout_h"] = mask(0.4)
+            numbers[3] = 0.25 * has_c
+        elif option == "zoneout_masks":
+            extras["zoneout_h"] = mask(0.4)
+            if has_c:
+                extras["zoneout_c"] = mask(0.4)
+        elif option == "dropout":
+            extras["candidate"] = mask(0.7)
+            numbers[4] = 0.3
+        elif option == "variational":
+            extras["variational"] = (torch.rand(directions, B, H) < 0.7).to(layer.dtype) / 0.7
+        elif option == "clip":
+            numbers[1] = 0.5
+            if has_c:
+                numbers[0] = 0.3
+    if any(n not in (0.0, float("inf")) for n in numbers):
+        extras["numbers"] = numbers
+    return Inputs(x, states, weights, batch_sizes, None if layer.form != "lengths" else lengths, extras)
+
+
+def forward(layer: Layer, of: Inputs, **more: Any) -> tuple[Tensor, ...]:
+    return getattr(emulated(), layer.kind + "_forward")(*of.flat(layer.bidirectional), **of.extras, **more)
+
+
+def backward(
+    layer: Layer, of: Inputs, kept: Sequence[Tensor], upstream: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, states and weights; kept: all that forward returned."""
+    states = len(of.states)
+    memories = kept[2 + states :]
+    extras = dict(of.extras, **dict(zip(("dcells",), upstream[1 + states :])))
+    dx, *rest = getattr(emulated(), layer.kind + "_backward")(
+        *upstream[: 1 + states],
+        *of.flat(layer.bidirectional),
+        kept[0],
+        kept[1 + states],
+        *memories,
+        True,
+        True,
+        **extras,
+    )
+    return dx, *rest[:states], *rest[states]
+
+
+def expected(layer: Layer, of: Inputs) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
+    """By the definition, in float64: outputs, upstream gradients (drawn here), gradients."""
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.double().requires_grad_()
+
+    x, states, weights = leaf(of.x), [leaf(s) for s in of.states], [leaf(w) for w in of.weights]
+    extras = dict(of.extras)
+    if "variational" in extras:
+        extras["variational"] = extras["variational"].double()
+    outputs = reference.recurrent.layer(
+        layer.kind, x, states, weights, of.batch_sizes, of.lengths, layer.bidirectional, **extras
+    )
+    upstream = [torch.randn_like(y).to(layer.dtype) for y in outputs]
+    wanted = [t for t in (x, *states, *weights) if t is not None]
+    gradients = torch.autograd.grad(outputs, wanted, [g.double() for g in upstream], allow_unused=True)
+    return outputs, upstream, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients)]
+
+
+def check(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, tolerance: float) -> None:
+    assert found.dtype == dtype and found.shape == wanted.shape, what
+    if not wanted.numel():
+        return
+    assert found.isfinite().all(), f"{what} has values that nobody wrote"
+    error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)
+    assert error <= tolerance, f"{what}: off by {error:.2e}"
+
+
+def check_layer(layer: Layer, tolerance: float | None = None, recompute: bool = False) -> None:
+    of = inputs_of(layer)
+    tolerance = TOLERANCE[layer.dtype] if tolerance is None else tolerance
+    outputs, upstream, gradients = expected(layer, of)
+    last = 1 + len(of.states)
+    kept = forward(layer, of, **({"recompute": True} if recompute else {}))
+    names = ["y", "h_n", "c_n"][:last] + ["cells"]
+    for name, found, wanted in zip(names, (*kept[:last], *kept[last + 1 :]), outputs):
+        check(found, wanted, layer.dtype, name, tolerance)
+    inferred = getattr(emulated(), layer.kind)(*of.flat(layer.bidirectional), **of.extras)
+    for name, found, wanted in zip(names, inferred, kept):
+        assert torch.equal(found, wanted), f"{name} of inference"
+    found_gradients = [g for g in backward(layer, of, kept, upstream) if g is not None and g.shape != (0,)]
+    names = ["dx", *["dh0", "dc0"][: len(of.states) * layer.state], *(f"dw[{i}]" for i in range(len(of.weights)))]
+    gradients = [g for g in gradients if g.shape != (0,)]
+    assert len(found_gradients) == len(gradients)
+    for name, found, wanted in zip(names, found_gradients, gradients):
+        # Half types keep the gradients of the gates in half precision as well.
+        check(found, wanted, layer.dtype, name, tolerance * (2 if layer.dtype.itemsize == 2 else 1))
+
+
+FORMS = ("dense", "lengths", "packed")
+
+LAYERS = [
+    Layer(B=1, T=1, D=1, H=1, why="the smallest"),
+    Layer(bidirectional=True, why="both directions"),
+    Layer(B=2, T=3, D=8, H=8, why="whole strips"),
+    Layer(B=17, T=2, D=3, H=33, form="lengths", why="two tiles of sequences, two blocks of K"),
+    Layer(B=70, T=2, D=3, H=5, form="packed", why="two groups of sequences"),
+    Layer(B=3, T=5, D=70, H=70, why="several tiles of the products"),
+    Layer(B=4, T=3, bias=False, state=False, form="packed", bidirectional=True, why="from nothing"),
+    Layer(B=4, T=3, bias=False, state=False, kind="gru", form="lengths", why="from nothing"),
+    Layer(B=0, T=3, why="an empty batch"),
+    Layer(B=3, T=0, why="no steps"),
+    Layer(B=2, T=0, form="lengths", kind="gru", why="no steps, with lengths"),
+    Layer(options=("strided",), D=8, why="batch_first"),
+    Layer(options=("strided",), D=8, form="packed", why="rows apart"),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layers(layer: Layer, dtype: torch.dtype) -> None:
+    check_layer(dataclasses.replace(layer, dtype=dtype))
+
+
+OPTIONS = [
+    ("reset",),
+    ("zoneout",),
+    ("zoneout_masks",),
+    ("dropout",),
+    ("variational",),
+    ("clip",),
+    ("reset", "zoneout_masks", "dropout", "variational", "clip"),
+]
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", GATES)
+def test_kinds(kind: str, form: str, dtype: torch.dtype) -> None:
+    check_layer(Layer(kind=kind, form=form, bidirectional=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids="-".join)
+@pytest.mark.parametrize("kind", GATES)
+def test_options(kind: str, options: tuple[str, ...]) -> None:
+    form = FORMS[(list(GATES).index(kind) + OPTIONS.index(options)) % 3]
+    check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=torch.float64, B=4))
+
+
+# Layers that half types give to clusters of blocks: units in whole strips, no option but resets.
+CLUSTERS = [
+    *(Layer(kind=kind, form=form, H=24, T=5, bidirectional=True) for kind, form in itertools.product(PLAIN, FORMS)),
+    Layer(B=1, T=1, D=1, H=8, why="one strip"),
+    Layer(B=2, T=3, H=72, why="two warps of a block, one without units, part of a block of K"),
+    Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="from nothing"),
+    Layer(B=17, T=4, H=16, form="lengths", kind="gru", why="two tiles of sequences"),
+    Layer(B=18, T=4, H=16, form="packed", kind="rnn_tanh", why="two tiles of sequences"),
+    *(
+        Layer(kind=kind, form=form, H=16, T=6, bidirectional=True, options=("reset",))
+        for kind, form in (("lstm", "lengths"), ("gru", "packed"), ("rnn_relu", "dense"), ("lstm", "packed"))
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("layer", CLUSTERS, ids=str)
+def test_clusters(layer: Layer, dtype: torch.dtype) -> None:
+    check_layer(dataclasses.replace(layer, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", ("lstm", "gru"))
+def test_large_clusters(kind: str) -> None:
+    """On a device of more multiprocessors a layer is cut in more blocks."""
+    layer = Layer(kind=kind, B=2, T=3, D=4, H=136, form="lengths", bidirectional=True, dtype=torch.bfloat16)
+    with machine(multiprocessors=132):
+        check_layer(layer)
+
+
+@pytest.mark.parametrize("mode", ({"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}), ids=str)
+@pytest.mark.parametrize("kind", ("lstm", "gru"))
+def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
+    """Two slots of what blocks push to each other suffice, whoever comes first."""
+    layer = Layer(kind=kind, B=2, T=7, D=4, H=40, form="lengths", bidirectional=True, dtype=torch.float16)
+    with machine(**mode):
+        check_layer(layer)
+
+
+@pytest.mark.parametrize("layer", [Layer(kind="gru_before", T=3), Layer(form="packed", T=3, B=18)], ids=str)
+def test_steps_without_races(layer: Layer) -> None:
+    with machine(races=1, unwritten=1):
+        check_layer(dataclasses.replace(layer, bidirectional=True))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(form="lengths", bidirectional=True, why="a step at a time"),
+        Layer(kind="gru", form="packed", H=20, bidirectional=True, why="a step at a time"),
+        Layer(H=24, form="lengths", bidirectional=True, why="clusters"),
+        Layer(kind="gru", H=24, form="packed", bidirectional=True, why="clusters"),
+        Layer(kind="rnn_relu", H=40, why="clusters"),
+    ],
+    ids=str,
+)
+def test_tf32(layer: Layer) -> None:
+    """float32 on the matrix units: products of 11 significant bits, everything else as before."""
+    before = module().set_tf32(True)
+    try:
+        check_layer(layer, tolerance=4e-3)
+        with pytest.raises(AssertionError, match="off by"):
+            check_layer(layer, tolerance=1e-6)
+    finally:
+        module().set_tf32(before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "forward", "backward", "reason"),
+    [
+        (dict(dtype="bfloat16", B=16, T=1024, D=256, H=256), ("cluster", 16), ("cluster", 16), None),
+        (dict(dtype="bfloat16", B=64, T=100, D=256, H=512), ("cluster", 16), ("cluster", 16), None),
+        (dict(dtype="bfloat16", B=16, T=100, D=256, H=768), ("steps", 1), ("steps", 1), "do not fit"),
+        (dict(dtype="float16", B=2048, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "run at once"),
+        (dict(dtype="float32", B=16, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "float16 or TF32"),
+        (dict(dtype="float32", B=16, T=8, D=64, H=256, tf32=True), ("cluster", 16), ("cluster", 16), None),
+        (dict(dtype="float16", B=16, T=8, D=64, H=100), ("steps", 1), ("steps", 1), "multiple of 8"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, options=True), ("steps", 1), ("steps", 1), "options"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("steps", 1), ("steps", 1), "compute capability"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("steps", 1), ("steps", 1), "the cell must be"),
+    ],
+)
+def test_plan(asked: dict[str, Any], forward: Any, backward: Any, reason: str | None) -> None:
+    """Which kernels run, and why the others do not."""
+    with machine(multiprocessors=132):
+        plan = module().explain_recurrent_cuda(**{"kind": "lstm", **asked})
+    for found, wanted in ((plan["forward"], forward), (plan["backward"], backward)):
+        assert (found["tier"], found["cluster"]) == wanted, found["reasons"]
+        assert (reason is None) == (not found["reasons"])
+        assert reason is None or any(reason in text for text in found["reasons"])
+
+
+def test_errors() -> None:
+    of = inputs_of(Layer(H=8))
+    with pytest.raises(RuntimeError, match="heads must be 1, got 2"):
+        weights = [of.weights[0], of.weights[1][:, :4].contiguous(), *of.weights[2:]]
+        emulated().lstm(of.x, *of.states, weights, None, None, False, heads=2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", LSTMS)
+def test_peephole(kind: str, dtype: torch.dtype) -> None:
+    options = ("peephole", "zoneout_masks", "clip") if dtype.itemsize > 2 else ("peephole",)
+    check_layer(Layer(kind=kind, form="lengths", bidirectional=True, options=options, dtype=dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", GATES)
+def test_recompute(kind: str, form: str) -> None:
+    """What forward did not save is made again."""
+    options = ("reset", "variational")
+    check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=torch.float64), recompute=True)
+    check_layer(Layer(kind=kind, form=form, dtype=torch.float64), recompute=True)
+
+
+def test_many_packed_steps() -> None:
+    """More steps than one argument of a kernel holds."""
+    check_layer(Layer(kind="rnn_tanh", B=2, T=460, D=1, H=2, form="packed", bidirectional=True, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ("lstm", "gru_before"))
+def test_rows_do_not_see_each_other(kind: str) -> None:
+    """A sequence gets the same bits alone, padded and packed."""
+    layer = Layer(kind=kind, B=5, T=6, D=4, H=9, form="packed", bidirectional=True)
+    of = inputs_of(layer)
+    packed = forward(layer, of)[0]
+    assert of.batch_sizes is not None
+    lengths = [int((of.batch_sizes > b).sum()) for b in range(layer.B)]
+    offsets = [0, *of.batch_sizes.cumsum(0).tolist()]
+    padded = of.x.new_zeros(layer.T, layer.B, layer.D)
+    for b, length in enumerate(lengths):
+        rows = [offsets[t] + b for t in range(length)]
+        padded[:length, b] = of.x[rows]
+        alone = dataclasses.replace(
+            of,
+            x=of.x[rows].unsqueeze(1),
+            states=[s[:, b : b + 1] for s in of.states if s is not None],
+            batch_sizes=None,
+        )
+        assert torch.equal(forward(layer, alone)[0][:, 0], packed[rows])
+    among = forward(layer, dataclasses.replace(of, x=padded, batch_sizes=None, lengths=torch.tensor(lengths)))[0]
+    for b, length in enumerate(lengths):
+        assert torch.equal(among[:length, b], packed[[offsets[t] + b for t in range(length)]])
+        assert not among[length:, b].any()
+
+
+def test_same_bits_every_time() -> None:
+    layer = Layer(kind="gru", B=18, T=3, H=20, form="lengths", bidirectional=True, dtype=torch.bfloat16)
+    of = inputs_of(layer)
+    runs = []
+    for _ in range(2):
+        kept = forward(layer, of)
+        runs.append([*kept, *backward(layer, of, kept, [torch.ones_like(t) for t in kept[:2]])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs) if a is not None)

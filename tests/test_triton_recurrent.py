@@ -1,0 +1,296 @@
+"""The Triton kernels of recurrent layers against their definition, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from cases import assert_near, assert_same_bits, batch_sizes_of
+from torch import Tensor
+from triton_on_cpu import DEVICE, load
+
+from seqkernels.functional._recurrent_ops import Extras
+from seqkernels.reference import recurrent as definition
+
+recurrent = load("recurrent")
+KINDS = recurrent.SUPPORTED
+WHOLE = tuple(recurrent.GATES)  # kinds that a single kernel walks through
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    B: int = 3
+    T: int = 3
+    D: int = 2
+    H: int = 3
+    lengths: tuple[int, ...] | None = None
+    packed: bool = False
+    bidirectional: bool = True
+    bias: bool = True
+    state: bool = True
+
+    def __str__(self) -> str:
+        return (
+            "-".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items() if v != getattr(Case, k, None)) or "dense"
+        )
+
+    @property
+    def directions(self) -> int:
+        return 1 + self.bidirectional
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        assert not self.packed or self.lengths is not None
+        return (sum(self.lengths or ()),) if self.packed else (self.T, self.B)
+
+
+DENSE = Case()
+PADDED = Case(lengths=(2, 3, 0))
+PACKED = Case(lengths=(3, 2, 2), packed=True)
+
+
+def layer_of(kind: str, case: Case, dtype: torch.dtype, peephole: bool = False) -> tuple[list[Tensor], dict]:
+    """The differentiable arguments in order (x, states, weights), and the others. Beyond its length x is NaN."""
+    G, states = definition.KINDS[kind].gates, definition.KINDS[kind].states
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).mul(0.6).to(dtype)
+
+    x = normal(*case.rows, case.D)
+    arguments: dict = dict(bidirectional=case.bidirectional)
+    if case.packed:
+        arguments["batch_sizes"] = batch_sizes_of(case.lengths)
+    elif case.lengths is not None:
+        arguments["lengths"] = torch.tensor(case.lengths)
+        x[torch.arange(case.T).unsqueeze(1) >= arguments["lengths"]] = math.nan
+    given = [normal(case.directions, case.B, case.H) for _ in range(states)] if case.state else [None] * states
+    weights = []
+    for _ in range(case.directions):
+        weights += [normal(G * case.H, case.D), normal(G * case.H, case.H)]
+        weights += [normal(G * case.H) for _ in range(2 * case.bias)]
+        weights += [normal((G - 1) * case.H)] * peephole
+    return [x, *given, *weights], arguments
+
+
+def options_of(kind: str, case: Case, *names: str) -> dict:
+    """Masks that are given, and numbers."""
+
+    def mask(p: float) -> Tensor:
+        return (torch.rand(*case.rows, case.directions * case.H) < p).to(torch.uint8)
+
+    lstm, rnn = kind.startswith("lstm"), kind.startswith("rnn")
+    every: dict = dict(
+        reset=torch.rand(case.rows) < 0.4,
+        zoneout_h=mask(0.3),
+        variational=2 * torch.rand(case.directions, case.B, case.H, dtype=torch.float64),
+        numbers=[0.5 if lstm else math.inf, 0.6, 0.0, 0.0, 0.0 if rnn else 0.3],
+    )
+    if not rnn:
+        every["candidate"] = mask(0.7)
+    if lstm:
+        every |= dict(zoneout_c=mask(0.3), peephole=True)
+    return {name: value for name, value in every.items() if name in names or not names}
+
+
+def results(run, kind: str, given: list[Tensor], arguments: dict, dtype: torch.dtype, every: bool) -> dict[str, Tensor]:
+    """Outputs and gradients by name; every output has an upstream gradient."""
+    states = definition.KINDS[kind].states
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in given]
+    outputs = run(kind, leaves[0], leaves[1 : 1 + states], leaves[1 + states :], **arguments)
+    outputs = outputs if every else outputs[: 1 + states]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    real = [t for t in leaves if t is not None]
+    found = torch.autograd.grad(outputs, real, upstream, allow_unused=True, materialize_grads=True)
+    return {f"output {i}": o.detach().cpu() for i, o in enumerate(outputs)} | {
+        f"gradient {i}": g.cpu() for i, g in enumerate(found)
+    }
+
+
+def defined(kind: str, given: list[Tensor], arguments: dict, options: dict, every: bool) -> dict[str, Tensor]:
+    """NaN beyond a length would spread through the definition's products: there x is anything, here 0."""
+    given = [given[0].nan_to_num(0.0), *given[1:]]
+    return results(definition.layer, kind, given, arguments | options, torch.float64, every)
+
+
+def ours(
+    kind: str, given: list[Tensor], arguments: dict, options: dict, dtype: torch.dtype, every: bool = False, **more
+) -> dict[str, Tensor]:
+    options = {k: v.to(dtype) if k == "variational" else v for k, v in options.items()}
+    on_cpu = ("batch_sizes",)
+    arguments = {k: v.to(DEVICE) if isinstance(v, Tensor) and k not in on_cpu else v for k, v in arguments.items()}
+    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+    given = [None if t is None else t.to(DEVICE) for t in given]
+    extras = Extras(**options) if options else None
+    return results(recurrent.layer, kind, given, arguments | dict(extras=extras, every=every) | more, dtype, every)
+
+
+def check(kind: str, case: Case, dtype: torch.dtype = torch.float64, *names: str, every: bool = False, **more) -> None:
+    options = options_of(kind, case, *names) if names else {}
+    given, arguments = layer_of(kind, case, dtype, peephole=bool(options.get("peephole")))
+    want = defined(kind, given, arguments, options, every)
+    got = ours(kind, given, arguments, options, dtype, every, **more)
+    if case.lengths is not None and not case.packed:
+        beyond = torch.arange(case.T).unsqueeze(1) >= arguments["lengths"]
+        assert got["output 0"][beyond].eq(0).all() and got["gradient 0"][beyond].eq(0).all()
+    assert_near(got, want, dtype)
+
+
+@pytest.fixture
+def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where W_hh does not fit into shared memory."""
+    monkeypatch.setattr(recurrent, "shared_memory", lambda device, dtype: 0)
+
+
+# ---- parity
+
+
+@pytest.mark.parametrize("case", [DENSE, PADDED, PACKED], ids=["dense", "padded", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers(kind: str, case: Case):
+    check(kind, case)
+
+
+@pytest.mark.parametrize("case", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resets(kind: str, case: Case):
+    check(kind, case, torch.float64, "reset")
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.usefixtures("step_by_step")
+def test_step_by_step(kind: str):
+    check(kind, PADDED)
+    check(kind, PACKED, torch.float64, "reset")
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_sizes(kind: str):
+    """More sequences than a program takes and more units than the smallest tile; one direction, no biases, no state."""
+    check(kind, Case(B=18, T=2, H=20, bidirectional=False, bias=False, state=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option(kind: str):
+    check(kind, PADDED, torch.float64, *options_of(kind, PADDED), every=kind.startswith("lstm"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_packed(kind: str):
+    check(kind, dataclasses.replace(PACKED, bidirectional=False), torch.float64, *options_of(kind, PACKED))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zoneout_as_a_share(kind: str):
+    """Numbers alone, and no limits, as in evaluation."""
+    numbers = [math.inf, math.inf, 0.2, 0.3 if kind.startswith("lstm") else 0.0, 0.0]
+    case = Case(T=2, bidirectional=False)
+    given, arguments = layer_of(kind, case, torch.float64)
+    options = dict(numbers=numbers)
+    want = defined(kind, given, arguments, options, every=False)
+    assert_near(ours(kind, given, arguments, options, torch.float64), want, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind: str, dtype: torch.dtype):
+    check(kind, Case(T=4, lengths=(3, 4, 1), bidirectional=False), dtype)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_every_c_and_recomputed_gates(kind: str):
+    check(kind, PADDED, torch.float64, every=kind == "lstm")
+    check(kind, PADDED, torch.float64, recompute=True)
+
+
+def test_functions_near_zero_and_far_from_it():
+    """tanh and sigmoid by way of a relu-free RNN and an LSTM: relative accuracy where the quotient would cancel."""
+    x = torch.tensor([[[1e-4, 1e-2, 0.3, 0.62, 0.63, 3.0, 30.0, 1e4]]], device=DEVICE)
+    for dtype in (torch.float32, torch.float64):
+        H = x.shape[-1]
+        weights = [torch.eye(H, dtype=dtype, device=DEVICE), torch.zeros(H, H, dtype=dtype, device=DEVICE)]
+        for sign in (1, -1):
+            y, _ = recurrent.layer("rnn_tanh", sign * x.to(dtype), [None], weights)
+            want = torch.tanh(sign * x.to(dtype).double()).to(dtype)
+            torch.testing.assert_close(y, want, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru_before"])
+def test_again_is_the_same(kind: str):
+    given, arguments = layer_of(kind, PADDED, torch.float32)
+    first = ours(kind, given, arguments, {}, torch.float32)
+    assert_same_bits(ours(kind, given, arguments, {}, torch.float32), first)
+
+
+# ---- the rest
+
+
+def test_second_derivatives_are_the_definitions():
+    given, _ = layer_of("gru", DENSE, torch.float64)
+
+    def second(layer) -> list[Tensor]:
+        x, h0, *weights = (t.to(DEVICE).requires_grad_() for t in given)
+        y, _ = layer("gru", x, [h0], weights, bidirectional=True)
+        first = torch.autograd.grad(y.square().sum(), (x, *weights), create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), (x, h0, *weights)))
+
+    for got, want in zip(second(recurrent.layer), second(definition.layer)):
+        torch.testing.assert_close(got, want)
+
+
+def test_lengths_that_do_not_fit_read_nothing_outside():
+    given, _ = layer_of("lstm", Case(bidirectional=True), torch.float32)
+    x, h0, c0, *weights = (t.to(DEVICE) for t in given)
+    held = torch.full((9, *x.shape[1:]), math.nan, device=DEVICE)
+    held[3:6] = x
+    with torch.no_grad():
+        y, *last = recurrent.layer(
+            "lstm", held[3:6], [h0, c0], weights, lengths=torch.tensor([7, -2, 3], device=DEVICE), bidirectional=True
+        )
+        want, *_ = recurrent.layer("lstm", x, [h0, c0], weights, bidirectional=True)
+    assert torch.equal(y[:, [0, 2]], want[:, [0, 2]]) and y[:, 1].eq(0).all()
+    assert all(s.isfinite().all() for s in last)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_nothing_to_do(kind: str):
+    for case in (Case(T=0), Case(B=0), Case(lengths=(0, 0, 0))):
+        given, arguments = layer_of(kind, case, torch.float64)
+        want = defined(kind, given, arguments, {}, every=False)
+        assert_near(ours(kind, given, arguments, {}, torch.float64), want, torch.float64)
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("mgu", {}, "mgu is none of lstm, lstm_coupled, gru"),
+        ("lstm", dict(extras=Extras(heads=3)), "there is more than one head"),
+        ("lstm", dict(projected=True), "there is a projection"),
+        ("lstm", dict(dtype=torch.int32), "dtype torch.int32 is none of"),
+    ],
+)
+def test_what_is_not_supported(kind: str, change: dict, message: str):
+    given, _ = layer_of("lstm", Case(bidirectional=False), torch.float64)
+    x, h0, c0, *weights = (t.to(DEVICE) for t in given)
+    if change.pop("projected", False):
+        weights.append(torch.ones(2, 3, dtype=torch.float64, device=DEVICE))
+    dtype = change.pop("dtype", torch.float64)
+    with pytest.raises(NotImplementedError, match=re.escape(message)), torch.no_grad():
+        recurrent.layer(kind, x.to(dtype), [h0, c0], [w.to(dtype) for w in weights], **change)
+
+
+def test_what_fits_into_shared_memory():
+    """On an A100, H100 and a small consumer GPU."""
+    for dtype, kind in itertools.product((torch.float32, *HALF), WHOLE):
+        fits = {
+            H: [recurrent.config(kind, dtype, H, kib << 10) is not None for kib in (163, 227, 99)]
+            for H in (16, 64, 128, 129)
+        }
+        assert fits[16] == [True, True, True] and fits[129] == [False, False, False]
+        assert fits[64][:2] == [True, True]
+        assert fits[128][:2] == [dtype in HALF or kind.startswith("rnn")] * 2
