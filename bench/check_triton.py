@@ -159,7 +159,7 @@ def cell_jobs(arch: int) -> Iterator[Job]:
         compute = "*fp64" if dtype == torch.float64 else "*fp32"
         types = dict(TYPES, **dict.fromkeys(COMPUTED, compute))
         types.update({n: "i64" for n in names if n.startswith("row")})
-        yield Job("recurrent", name, dtype, constexprs, arch, 1, types=types)
+        yield Job("recurrent", name, dtype, constexprs, arch, 1, module.MOST_REGISTERS, types)
 
 
 # ---- compiling

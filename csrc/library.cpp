@@ -1,15 +1,15 @@
 // Every op of the library, one schema each, and the module that loads them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/stable/library.h>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/registration.h"
 #include "recurrent/recurrent.h"
 
 namespace py = pybind11;
 
-STABLE_TORCH_LIBRARY(seqkernels, m) {
+SEQKERNELS_OPS(m) {
   // Recurrent layers: one layer, both directions. x is [T, B, D], or [N, D] with batch_sizes.
   const auto list = [](const std::string& type, std::initializer_list<const char*> names, size_t count,
                        const char* end = "") {
@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(seqkernels, m) {
               .c_str());
   }
 
-  // EmbeddingBag. reduction: 0 sum, 1 mean, 2 max, 3 min; mean_by: 0 count, 1 weight; padding_idx -1: none. input is [N]
-  // with offsets, or [B, L] without. `arg` is what forward returned: which position of its bag won a column.
+  // EmbeddingBag. reduction: 0 sum, 1 mean, 2 max, 3 min; mean_by: 0 count, 1 weight; padding_idx -1: none. input is
+  // [N] with offsets, or [B, L] without. `arg` is what forward returned: which position of its bag won a column.
   const std::string bags =
       "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int reduction, int padding_idx=-1, bool "
       "include_last_offset=False, int mean_by=0";
@@ -102,7 +102,11 @@ py::dict build_info() {
   info["torch"] = SEQKERNELS_BUILT_WITH_TORCH;
   info["isa"] = isa_name(current_isa());
   info["isas"] = isas;
+#ifdef SEQKERNELS_HAVE_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   info["compiler"] = __VERSION__;
   return info;
 }
@@ -137,7 +141,7 @@ int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
   m.doc() = "The compiled half of seqkernels: importing it loads the ops.";
   m.def("build_info", &build_info);
   m.def("explain_recurrent", &explain_recurrent, py::arg("gates"), py::arg("T"), py::arg("B"), py::arg("N"),

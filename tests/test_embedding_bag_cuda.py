@@ -352,6 +352,16 @@ def test_collection(mode: str, wide: bool, weighted: bool, dtype: torch.dtype) -
         assert torch.equal(sparse[name].to_dense() if sparse[name].is_sparse else sparse[name], got[name]), name
 
 
+def test_a_table_of_which_no_row_occurs() -> None:
+    tables = [torch.randn(5, 4, requires_grad=True), torch.randn(6, 3, requires_grad=True)]
+    indices, offsets = torch.tensor([3, 3, 1]), torch.tensor([0, 0, 0, 2, 3])
+    for sparse in (False, True):
+        output = functional.embedding_bags(indices, tables, offsets, [1, 1], mode="sum", sparse=sparse)
+        none, some = (t.to_dense() for t in torch.autograd.grad(output.sum(), tables))
+        assert none.abs().sum() == 0
+        assert some[:, 0].tolist() == [0.0, 1.0, 0.0, 2.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_of_a_collection(name: str, ops: _embedding_bag_ops.Ops) -> None:
     tables, features, B, indices, offsets, _ = collection(torch.float32)
@@ -391,7 +401,10 @@ def test_rows_of_bytes(D: int, mode: str, weights: torch.dtype | None, ops: _emb
     packed = cpu.embedding_bag_pack_bytes(inputs.weight)
     bags = as_ops_take(inputs)
     torch.testing.assert_close(
-        ops.embedding_bag_bytes(packed, *bags), cpu.embedding_bag_bytes(packed, *bags), rtol=1e-5, atol=1e-3 if mode == "sum" else 1e-5
+        ops.embedding_bag_bytes(packed, *bags),
+        cpu.embedding_bag_bytes(packed, *bags),
+        rtol=1e-5,
+        atol=1e-3 if mode == "sum" else 1e-5,
     )
 
 

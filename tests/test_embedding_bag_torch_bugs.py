@@ -16,8 +16,8 @@ from seqkernels import functional
 
 theirs = torch.nn.functional.embedding_bag
 ours = functional.embedding_bag
-TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2])
-known = pytest.mark.skipif(TORCH > (2, 13), reason="known of torch up to 2.13; what it does later is not asked")
+MEASURED = torch.__version__.startswith("2.13.")  # of other releases torch's own results are not asserted
+known = pytest.mark.skipif(not MEASURED, reason="what torch does is known of 2.13 alone")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 modes = pytest.mark.parametrize("mode", BAG_MODES)
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -40,7 +40,7 @@ def test_scale_grad_by_freq_divides_by_the_rows_own_count(mode: str) -> None:
     want = torch.zeros(10, 2, dtype=torch.float64)
     want[[3, 7, 9]] = 1.0 if mode == "sum" else 0.2
     torch.testing.assert_close(gradient(ours, table, rows, offsets, **keywords), want)
-    if TORCH <= (2, 13):
+    if MEASURED:
         assert (gradient(theirs, table, rows, offsets, **keywords) - want).abs().max() > 0.1
 
 
@@ -69,7 +69,7 @@ def test_half_gradients_do_not_stop_growing(sparse: bool, dtype: torch.dtype) ->
     table, rows = torch.zeros(3, 4, dtype=dtype), torch.ones(64, 64, dtype=torch.int64)
     keywords = dict(mode="sum", sparse=sparse)
     assert (gradient(ours, table, rows, **keywords)[1] == 4096).all()
-    if TORCH <= (2, 13):
+    if MEASURED:
         saturated = 256 if dtype == torch.bfloat16 else 2048
         assert (gradient(theirs, table, rows, **keywords)[1] == saturated).all()
 
@@ -87,7 +87,7 @@ def test_a_skewed_half_gradient_is_as_good_as_its_type(dtype: torch.dtype) -> No
         return ((gradient.double() - want).norm() / want.norm()).item()
 
     assert error(run_bag(ours, inputs)["dweight"]) < torch.finfo(dtype).eps
-    if TORCH <= (2, 13):
+    if MEASURED:
 
         def torchs(*arguments, weight_norm: str, **keywords) -> Tensor:
             return theirs(*arguments, **keywords)
@@ -110,7 +110,7 @@ def test_one_meaning_of_what_lies_behind_the_last_offset(mode: str, dtype: torch
     want = torch.tensor([[{"sum": 4.0, "mean": 4 / 3, "max": 2.0, "min": 1.0}[mode]]]).to(dtype)
     torch.testing.assert_close(ours(rows, table, offsets, mode=mode, **LAST), want)
     assert not gradient(ours, table, rows, offsets, mode=mode, **LAST)[3:].any()
-    if TORCH <= (2, 13) and mode in ("mean", "max"):
+    if MEASURED and mode in ("mean", "max"):
         assert (theirs(rows, table, offsets, mode=mode, **LAST) - want).abs() > 0.3
 
 
@@ -174,7 +174,7 @@ def test_bags_of_no_indices_in_two_dimensions(mode: str) -> None:
     assert out.tolist() == [[0.0] * 4] * 3
     out.sum().backward()
     assert not table.grad.any()
-    if mode != "min" and TORCH <= (2, 13):
+    if mode != "min" and MEASURED:
         with pytest.raises(RuntimeError, match="step must be nonzero"):
             theirs(nothing, table, mode=mode)
 
@@ -199,7 +199,7 @@ def test_a_nan_wins_wherever_it_stands(at: int, dtype: torch.dtype) -> None:
     assert ours(rows, table, mode="max").isnan().all() and ours(rows, table, mode="min").isnan().all()
     grad = gradient(ours, table, rows, mode="max")
     assert grad.flatten().tolist() == [float(i == at) for i in range(3)]
-    if TORCH <= (2, 13):
+    if MEASURED:
         assert theirs(rows, table, mode="max").isnan().all() == (at == 0)
 
 

@@ -101,7 +101,10 @@ def inputs_of(layer: Layer) -> Inputs:
     B, T, D, H, G = layer.B, layer.T, layer.D, layer.H, GATES[layer.kind]
     directions = 2 if layer.bidirectional else 1
     has_c = layer.kind in LSTMS
-    lengths = torch.tensor(ragged(B, T, zeros=layer.form == "lengths", ordered=layer.form == "packed") if B else ())
+    some = B > 0 and T > 0
+    lengths = torch.tensor(
+        ragged(B, T, zeros=layer.form == "lengths", ordered=layer.form == "packed") if some else (0,) * B
+    )
     batch_sizes = None
     leading: tuple[int, ...] = (T, B)
     if layer.form == "packed":
@@ -210,7 +213,7 @@ def check_layer(layer: Layer, tolerance: float | None = None, recompute: bool = 
     outputs, upstream, gradients = expected(layer, of)
     last = 1 + len(of.states)
     kept = forward(layer, of, **({"recompute": True} if recompute else {}))
-    names = ["y", "h_n", "c_n"][:last] + ["cells"]
+    names = [*["y", "h_n", "c_n"][:last], "cells"]
     for name, found, wanted in zip(names, (*kept[:last], *kept[last + 1 :]), outputs):
         check(found, wanted, layer.dtype, name, tolerance)
     inferred = getattr(emulated(), layer.kind)(*of.flat(layer.bidirectional), **of.extras)
@@ -261,7 +264,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", GATES)
 def test_kinds(kind: str, form: str, dtype: torch.dtype) -> None:
@@ -278,7 +281,7 @@ def test_options(kind: str, options: tuple[str, ...]) -> None:
 # Layers that half types give to clusters of blocks: units in whole strips, no option but resets.
 CLUSTERS = [
     *(Layer(kind=kind, form=form, H=24, T=5, bidirectional=True) for kind, form in itertools.product(PLAIN, FORMS)),
-    Layer(B=1, T=1, D=1, H=8, why="one strip"),
+    Layer(B=1, T=2, D=1, H=8, why="one strip"),
     Layer(B=2, T=3, H=72, why="two warps of a block, one without units, part of a block of K"),
     Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="from nothing"),
     Layer(B=17, T=4, H=16, form="lengths", kind="gru", why="two tiles of sequences"),
@@ -290,13 +293,13 @@ CLUSTERS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("layer", CLUSTERS, ids=str)
 def test_clusters(layer: Layer, dtype: torch.dtype) -> None:
     check_layer(dataclasses.replace(layer, dtype=dtype))
 
 
-@pytest.mark.parametrize("kind", ("lstm", "gru"))
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_large_clusters(kind: str) -> None:
     """On a device of more multiprocessors a layer is cut in more blocks."""
     layer = Layer(kind=kind, B=2, T=3, D=4, H=136, form="lengths", bidirectional=True, dtype=torch.bfloat16)
@@ -304,8 +307,8 @@ def test_large_clusters(kind: str) -> None:
         check_layer(layer)
 
 
-@pytest.mark.parametrize("mode", ({"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}), ids=str)
-@pytest.mark.parametrize("kind", ("lstm", "gru"))
+@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
     """Two slots of what blocks push to each other suffice, whoever comes first."""
     layer = Layer(kind=kind, B=2, T=7, D=4, H=40, form="lengths", bidirectional=True, dtype=torch.float16)
@@ -355,6 +358,7 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("steps", 1), ("steps", 1), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
+        (dict(dtype="float16", B=16, T=1, D=64, H=64), ("steps", 1), ("steps", 1), "one step"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("steps", 1), ("steps", 1), "the cell must be"),
     ],
 )
@@ -370,8 +374,8 @@ def test_plan(asked: dict[str, Any], forward: Any, backward: Any, reason: str | 
 
 def test_errors() -> None:
     of = inputs_of(Layer(H=8))
+    weights = [of.weights[0], of.weights[1][:, :4].contiguous(), *of.weights[2:]]
     with pytest.raises(RuntimeError, match="heads must be 1, got 2"):
-        weights = [of.weights[0], of.weights[1][:, :4].contiguous(), *of.weights[2:]]
         emulated().lstm(of.x, *of.states, weights, None, None, False, heads=2)
 
 
@@ -396,7 +400,7 @@ def test_many_packed_steps() -> None:
     check_layer(Layer(kind="rnn_tanh", B=2, T=460, D=1, H=2, form="packed", bidirectional=True, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ("lstm", "gru_before"))
+@pytest.mark.parametrize("kind", ["lstm", "gru_before"])
 def test_rows_do_not_see_each_other(kind: str) -> None:
     """A sequence gets the same bits alone, padded and packed."""
     layer = Layer(kind=kind, B=5, T=6, D=4, H=9, form="packed", bidirectional=True)
@@ -430,3 +434,29 @@ def test_same_bits_every_time() -> None:
         kept = forward(layer, of)
         runs.append([*kept, *backward(layer, of, kept, [torch.ones_like(t) for t in kept[:2]])])
     assert all(torch.equal(a, b) for a, b in zip(*runs) if a is not None)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", PLAIN)
+def test_cells(kind: str, dtype: torch.dtype) -> None:
+    """One step of a cell is a layer of one step."""
+    layer = Layer(kind=kind, B=5, T=1, D=6, H=16, dtype=dtype)
+    of = inputs_of(layer)
+    outputs, upstream, gradients = expected(layer, of)
+    states = len(of.states)
+    x, states0 = of.x[0], [s[0] for s in of.states if s is not None]
+    *found, saved = getattr(emulated(), kind + "_cell_forward")(x, *states0, *of.weights)
+    inferred = getattr(emulated(), kind + "_cell")(x, *states0, *of.weights)
+    for name, now, again, wanted in zip(("h", "c"), found, [inferred] if states == 1 else inferred, outputs[1:]):
+        check(now, wanted[0], dtype, name, TOLERANCE[dtype])
+        assert torch.equal(now, again)
+    # In a layer of one step y is h as well, and cells is c.
+    into = [upstream[i][0] + upstream[i + 1][0] for i in range(0, 2 * states, 2)]
+    dx, *rest = getattr(emulated(), kind + "_cell_backward")(
+        *into, x, *states0, *of.weights, *found, saved, True, True, True
+    )
+    wanted_dx, *wanted = gradients
+    tolerance = TOLERANCE[dtype] * (2 if dtype.itemsize == 2 else 1)
+    check(dx, wanted_dx[0], dtype, "dx", tolerance)
+    for i, (one, other) in enumerate(zip(rest, wanted)):
+        check(one, other[0] if i < states else other, dtype, f"gradient {i}", tolerance)

@@ -373,7 +373,7 @@ struct Prefetch {
 
 // In embedding_bag_rows_cpu.cpp.
 BagFault bag_sort(const BagBackward& args, RowSort& out);
-BagFault bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to);
+void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to);
 BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type);
 void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed);
 

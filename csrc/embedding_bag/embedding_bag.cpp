@@ -1,10 +1,10 @@
 // EmbeddingBag: checks, allocation, launch. Ops of one table, and the same over a list of tables.
 #include "embedding_bag/embedding_bag.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -13,7 +13,15 @@
 #include "common/isa.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "common/registration.h"
 #include "embedding_bag/rows_sort.h"
+#if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
+#define SEQKERNELS_BAGS_ON_GPU
+#include "embedding_bag/embedding_bag_cuda.h"
+#endif
+#ifdef SEQKERNELS_HAVE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 namespace seqkernels {
 
@@ -75,12 +83,15 @@ int32_t code_of(ScalarType type) {
   }
 }
 
-// A new tensor [n] or [n, m]. Half the time of new_empty, which looks its op up by name.
-Tensor make(ScalarType type, int64_t n, int64_t m = -1) {
+// A new tensor [n] or [n, m] where `like` is. Half the time of new_empty, which looks its op up by name.
+Tensor make(const Tensor& like, ScalarType type, int64_t n, int64_t m = -1) {
   const int64_t sizes[] = {n, m}, strides[] = {m < 0 ? 1 : m, 1};
+  int32_t device, index;
+  aoti_torch_get_device_type(like.get(), &device);
+  aoti_torch_get_device_index(like.get(), &index);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(m < 0 ? 1 : 2, sizes, strides, code_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(m < 0 ? 1 : 2, sizes, strides, code_of(type), device, index, &handle));
   return Tensor(handle);
 }
 
@@ -97,12 +108,14 @@ struct Given {
 // The bags of a call, checked; holds what had to be copied, and the address of what did not.
 struct Bags {
   const char* const op;
+  const Tensor device;  // whatever is computed is where this tensor is
   BagShape shape{};
   Tensor indices, offsets, weights;
   int64_t B = 0;   // bags of all features
   BagTable all{};  // of one table with every bag, without the table
 
-  Bags(const char* op, const Given& given, DType dtype) : op(op), indices(given.indices) {
+  Bags(const char* op, const Given& given, DType dtype, const Tensor& device)
+      : op(op), device(device), indices(given.indices) {
     shape.dtype = dtype;
     if (given.mode < 0 || given.mode > 3)
       fail(op, ": mode must be 0 (sum), 1 (mean), 2 (max) or 3 (min), got ", given.mode);
@@ -130,10 +143,10 @@ struct Bags {
       B = count - given.include_last_offset;
       all.offsets = offsets.const_data_ptr();
       all.offset_count = count;
-      if (count > 0) {
+      if (count > 0 && device.is_cpu()) {  // elsewhere kernels look
         const int64_t first =
             shape.wide_offsets ? *static_cast<const int64_t*>(all.offsets) : *static_cast<const int32_t*>(all.offsets);
-        if (first != 0) fail(op, ": offsets must begin with 0, got ", first);
+        raise({first == 0 ? BagFault::kNone : BagFault::kFirstOffset, 0, first}, 0);
       }
     } else {
       if (dims != 2)
@@ -146,7 +159,7 @@ struct Bags {
     all.bags = all.batch = B;
     if (given.weights) {
       weights = *given.weights;
-      check_on_cpu("per_sample_weights", weights);
+      check_device("per_sample_weights", weights);
       const ScalarType type = weights.scalar_type();
       shape.wide_weights = type == compute_type_of(dtype);
       if (!shape.wide_weights && type != type_of(dtype)) {
@@ -162,11 +175,13 @@ struct Bags {
     }
   }
 
-  void check_on_cpu(const char* name, const Tensor& t) const {
-    if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, got a tensor on another device");
+  void check_device(const char* name, const Tensor& t) const {
+    if (t.is_cpu() != device.is_cpu() || (!t.is_cpu() && t.get_device() != device.get_device())) {
+      fail(op, ": ", name, " must be on one device with the table or the gradient, got a tensor on another");
+    }
   }
   bool is_wide(const char* name, const Tensor& t) const {
-    check_on_cpu(name, t);
+    check_device(name, t);
     const ScalarType type = t.scalar_type();
     if (type != ScalarType::Int && type != ScalarType::Long) {
       fail(op, ": ", name, " must be int32 or int64, got ", dtype_name(type));
@@ -182,7 +197,7 @@ struct Bags {
     }
   }
   void set_table(BagTable& t, const Tensor& table) const {
-    check_on_cpu("weight", table);
+    check_device("weight", table);
     if (table.dim() != 2) fail(op, ": weight must have 2 dimensions, got ", show(shape_of(table)));
     if (type_of(shape.dtype) != table.scalar_type()) {
       fail(op, ": weight must be ", dtype_name(type_of(shape.dtype)), " as the others are, got ",
@@ -206,23 +221,21 @@ struct Bags {
     return t;
   }
 
-  Tensor output(int64_t D) const { return make(type_of(shape.dtype), B, D); }
+  Tensor output(int64_t D) const { return make(device, type_of(shape.dtype), B, D); }
   // Which position won each column; nothing where columns are not won.
   Tensor positions(int64_t batch, int64_t D) const {
-    return shape.extreme() ? make(ScalarType::Int, batch, D) : make(ScalarType::Int, 0);
+    return shape.extreme() ? make(device, ScalarType::Int, batch, D) : make(device, ScalarType::Int, 0);
   }
 
   void raise(const BagFault& fault, int64_t E) const {
     if (fault.what == BagFault::kIndex) {
       fail(op, ": input must hold indices in [0, ", E, "), got ", fault.value, " at position ", fault.at);
     }
+    if (fault.what == BagFault::kFirstOffset) fail(op, ": offsets must begin with 0, got ", fault.value);
     if (fault.what != BagFault::kNone) {
       fail(op, ": offsets must not decrease nor exceed the length of input, ", all.N, ", got ", fault.value,
            " at position ", fault.at);
     }
-  }
-  void run(const BagTable* tables, int64_t count, int64_t most_rows) const {
-    raise(kernels().forward({shape, tables, count}), most_rows);
   }
 };
 
@@ -231,7 +244,7 @@ struct Upstream {
   Tensor grad, arg;
   Upstream(const Bags& bags, const Tensor& grad_, const Tensor& arg_, int64_t batch, int64_t D)
       : grad(grad_), arg(arg_) {
-    bags.check_on_cpu("grad", grad);
+    bags.check_device("grad", grad);
     if (shape_of(grad) != Shape{batch, D}) {
       fail(bags.op, ": grad must have shape ", show({batch, D}), ", got ", show(shape_of(grad)));
     }
@@ -254,9 +267,11 @@ struct Upstream {
 struct Collection {
   std::vector<BagTable> tables;
   std::vector<int64_t> columns;  // where each begins
+  const Integers& features;
   int64_t batch, width = 0, most_rows = 0;
 
-  Collection(const Bags& bags, const Integers& features, size_t count) : tables(count, bags.all), columns(count) {
+  Collection(const Bags& bags, const Integers& features, size_t count)
+      : tables(count, bags.all), columns(count), features(features) {
     if (features.size() != count) {
       fail(bags.op, ": features must name a number for each of ", count, " tables, got ", features.size());
     }
@@ -287,9 +302,120 @@ struct Collection {
   void place(size_t i) {
     BagTable& t = tables[i];
     columns[i] = width;
-    width += (t.batch > 0 ? t.bags / t.batch : 0) * t.D;
+    width += features[i] * t.D;
     most_rows = std::max(most_rows, t.E);
   }
+};
+
+// ---- where kernels run ----------------------------------------------------------------------------------------------
+
+#ifdef SEQKERNELS_BAGS_ON_GPU
+#ifdef SEQKERNELS_EMULATE_CUDA
+bool on_gpu(const Tensor&) { return true; }
+#else
+bool on_gpu(const Tensor& t) { return !t.is_cpu(); }
+#endif
+
+// The device and the stream of a tensor for as long as this lives, and what launchers want beside arguments.
+struct Gpu {
+  const Tensor& like;
+  std::optional<Tensor> word;
+#ifdef SEQKERNELS_EMULATE_CUDA
+  void* const stream = nullptr;
+  const bool checked = true;
+  explicit Gpu(const Tensor& t) : like(t) {}
+#else
+  const torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+  // Kernels skip what is out of range. With this in the environment it raises, for which every call waits.
+  const bool checked = std::getenv("SEQKERNELS_CHECKED") != nullptr;
+  explicit Gpu(const Tensor& t) : like(t), guard(t.get_device()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  }
+#endif
+
+  Tensor scratch(int64_t bytes) const { return make(like, ScalarType::Byte, bytes); }
+  BagFaultWord* fault() {
+    if (!checked) return nullptr;
+    if (!word) word = torch::stable::new_zeros(like, {1}, ScalarType::Long);
+    return static_cast<BagFaultWord*>(word->mutable_data_ptr());
+  }
+  void raise(const Bags& bags, const BagForward& args) {
+    if (!checked) return;
+    int64_t most_rows = 0;
+    for (int64_t i = 0; i < args.count; ++i) most_rows = std::max(most_rows, args.tables[i].E);
+    bags.raise(read_bag_fault(fault(), args, stream), most_rows);
+  }
+};
+#endif
+
+void run_forward(const Bags& bags, const BagTable* tables, int64_t count, int64_t most_rows) {
+  const BagForward args{bags.shape, tables, count};
+#ifdef SEQKERNELS_BAGS_ON_GPU
+  if (on_gpu(bags.device)) {
+    Gpu gpu(bags.device);
+    Tensor scratch = gpu.scratch(bag_forward_scratch_bytes(args));
+    launch_bag_forward(args, gpu.fault(), scratch.mutable_data_ptr(), gpu.stream);
+    return gpu.raise(bags, args);
+  }
+#endif
+  bags.raise(kernels().forward(args), most_rows);
+}
+
+// The rows that occur in some tables, sorted, and their gradients on the way to where they go.
+class RowPass {
+ public:
+  RowPass(const Bags& bags, const std::vector<BagBackward>& tables) : bags_(bags), tables_(tables) {
+#ifdef SEQKERNELS_BAGS_ON_GPU
+    if (on_gpu(bags.device)) {
+      for (const BagBackward& args : tables) gpu_tables_.push_back(args.table);
+      Gpu gpu(bags.device);
+      scratch_ = gpu.scratch(bag_rows_scratch_bytes(all()));
+      launch_bag_sort(all(), gpu.fault(), scratch_.mutable_data_ptr(), gpu.stream);
+      return gpu.raise(bags, all());
+    }
+#endif
+    for (const BagBackward& args : tables) {
+      sorted_.push_back(std::make_unique<RowSort>());
+      bags.raise(kernels().sort(args, *sorted_.back()), args.table.E);
+    }
+  }
+
+  std::vector<int64_t> unique() {
+    std::vector<int64_t> counts(tables_.size());
+#ifdef SEQKERNELS_BAGS_ON_GPU
+    if (on_gpu(bags_.device)) {
+      count_bag_rows(all(), counts.data(), scratch_.mutable_data_ptr(), Gpu(bags_.device).stream);
+      return counts;
+    }
+#endif
+    for (size_t i = 0; i < counts.size(); ++i) counts[i] = sorted_[i]->unique_before[sorted_[i]->threads];
+    return counts;
+  }
+
+  void reduce(const std::vector<RowTarget>& targets) {
+#ifdef SEQKERNELS_BAGS_ON_GPU
+    if (on_gpu(bags_.device)) {
+      launch_bag_reduce(all(), tables_[0].by_frequency, targets.data(), scratch_.mutable_data_ptr(),
+                        Gpu(bags_.device).stream);
+      return;
+    }
+#endif
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const bool nothing = tables_[i].table.D == 0 && targets[i].rows == nullptr;  // rows have numbers, if no columns
+      if (!nothing && tables_[i].table.E > 0) kernels().reduce(tables_[i], *sorted_[i], targets[i]);
+    }
+  }
+
+ private:
+  const Bags& bags_;
+  const std::vector<BagBackward>& tables_;
+  std::vector<std::unique_ptr<RowSort>> sorted_;
+#ifdef SEQKERNELS_BAGS_ON_GPU
+  std::vector<BagTable> gpu_tables_;
+  Tensor scratch_;
+  BagForward all() const { return {bags_.shape, gpu_tables_.data(), int64_t(gpu_tables_.size())}; }
+#endif
 };
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -302,7 +428,7 @@ Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
     *arg = bags.positions(t.bags, t.D);
     if (bags.shape.extreme()) t.arg = static_cast<int32_t*>(arg->mutable_data_ptr());
   }
-  if (t.D > 0) bags.run(&t, 1, t.E);
+  if (t.D > 0) run_forward(bags, &t, 1, t.E);
   return out;
 }
 
@@ -313,22 +439,23 @@ Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
   Given { indices, offsets, weights, mode, padding, include_last_offset, mean_by }
 
 Tensor infer(const Tensor& weight, SEQKERNELS_BAGS) {
-  const Bags bags("embedding_bag", SEQKERNELS_GIVEN, dtype_of("embedding_bag", "weight", weight));
+  const Bags bags("embedding_bag", SEQKERNELS_GIVEN, dtype_of("embedding_bag", "weight", weight), weight);
   return forward_into(bags, bags.of(weight), nullptr);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& weight, SEQKERNELS_BAGS) {
-  const Bags bags("embedding_bag_forward", SEQKERNELS_GIVEN, dtype_of("embedding_bag_forward", "weight", weight));
+  const Bags bags("embedding_bag_forward", SEQKERNELS_GIVEN, dtype_of("embedding_bag_forward", "weight", weight),
+                  weight);
   Tensor arg;
   Tensor out = forward_into(bags, bags.of(weight), &arg);
   return {out, arg};
 }
 
 Tensor infer_bytes(const Tensor& packed, SEQKERNELS_BAGS) {
-  Bags bags("embedding_bag_bytes", SEQKERNELS_GIVEN, DType::kFloat32);
+  Bags bags("embedding_bag_bytes", SEQKERNELS_GIVEN, DType::kFloat32, packed);
   bags.shape.byte_rows = true;
   BagTable t = bags.all;
-  bags.check_on_cpu("packed", packed);
+  bags.check_device("packed", packed);
   check_dtype(bags.op, "packed", packed, ScalarType::Byte);
   if (packed.dim() != 2 || packed.size(1) < 9) {
     fail(bags.op, ": packed must have shape [E, D + 8], got ", show(shape_of(packed)));
@@ -344,7 +471,6 @@ Tensor infer_bytes(const Tensor& packed, SEQKERNELS_BAGS) {
 Tensor pack_bytes(const Tensor& weight) {
   const char* op = "embedding_bag_pack_bytes";
   const DType dtype = dtype_of(op, "weight", weight);
-  check_cpu(op, "weight", weight);
   if (weight.dim() != 2 || weight.size(1) < 1) {
     fail(op, ": weight must have shape [E, D], D at least 1, got ", show(shape_of(weight)));
   }
@@ -354,22 +480,29 @@ Tensor pack_bytes(const Tensor& weight) {
   t.D = weight.size(1);
   t.row_stride = weight.stride(0);
   t.column_stride = weight.stride(1);
-  Tensor packed = make(ScalarType::Byte, t.E, t.D + 8);
-  kernels().pack_bytes(t, dtype, static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  Tensor packed = make(weight, ScalarType::Byte, t.E, t.D + 8);
+  uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
+#ifdef SEQKERNELS_BAGS_ON_GPU
+  if (on_gpu(weight)) {
+    launch_bag_pack_bytes(t, dtype, bytes, Gpu(weight).stream);
+    return packed;
+  }
+#endif
+  kernels().pack_bytes(t, dtype, bytes);
   return packed;
 }
 
 Tensor forward_collection(const char* op, const Tensors& tables, const Integers& features, const Given& given,
                           Tensor* arg) {
   if (tables.empty()) fail(op, ": weights must hold at least one table, got none");
-  const Bags bags(op, given, dtype_of(op, "weight", tables[0]));
+  const Bags bags(op, given, dtype_of(op, "weight", tables[0]), tables[0]);
   Collection all(bags, features, tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
     bags.set_table(all.tables[i], tables[i]);
     all.place(i);
   }
   const int64_t batch = all.batch, width = all.width;
-  Tensor out = make(type_of(bags.shape.dtype), batch, width);
+  Tensor out = make(tables[0], type_of(bags.shape.dtype), batch, width);
   if (arg != nullptr) *arg = bags.positions(batch, width);
   const int64_t size = bytes_of(bags.shape.dtype);
   for (size_t i = 0; i < tables.size(); ++i) {
@@ -378,7 +511,7 @@ Tensor forward_collection(const char* op, const Tensors& tables, const Integers&
     t.out_stride = t.arg_stride = width;
     if (arg != nullptr && bags.shape.extreme()) t.arg = static_cast<int32_t*>(arg->mutable_data_ptr()) + all.columns[i];
   }
-  if (width > 0) bags.run(all.tables.data(), int64_t(tables.size()), all.most_rows);
+  if (width > 0) run_forward(bags, all.tables.data(), int64_t(tables.size()), all.most_rows);
   return out;
 }
 
@@ -393,35 +526,37 @@ std::tuple<Tensor, Tensor> forward_all(const Tensors& tables, const Integers& fe
 
 // ---- backward by rows -----------------------------------------------------------------------------------------------
 
-void sort_rows(const Bags& bags, const BagBackward& args, RowSort& sorted) {
-  bags.raise(kernels().sort(args, sorted), args.table.E);
+// A new gradient, whose pages will be written once.
+Tensor make_gradient(const Bags& bags, int64_t rows, int64_t D) {
+  Tensor t = make(bags.device, type_of(bags.shape.dtype), rows, D);
+  if (t.is_cpu()) advise_large_pages(t.mutable_data_ptr(), size_t(rows * D * bytes_of(bags.shape.dtype)));
+  return t;
 }
 
-Tensor dense_gradient(const Bags& bags, BagBackward args) {
-  const BagTable& t = args.table;
-  args.dense = true;
-  RowSort sorted;
-  if (!args.scatters()) sort_rows(bags, args, sorted);
-  Tensor dense = make(type_of(bags.shape.dtype), t.E, t.D);
-  RowTarget to{};
-  to.dense = dense.mutable_data_ptr();
-  if (t.D == 0 || t.E == 0) return dense;
-  advise_large_pages(to.dense, size_t(t.E * t.D * bytes_of(bags.shape.dtype)));
-  bags.raise(kernels().reduce(args, sorted, to), t.E);
+Tensors dense_gradients(const Bags& bags, const std::vector<BagBackward>& tables) {
+  RowPass pass(bags, tables);
+  Tensors dense;
+  std::vector<RowTarget> targets(tables.size());
+  for (size_t i = 0; i < tables.size(); ++i) {
+    dense.push_back(make_gradient(bags, tables[i].table.E, tables[i].table.D));
+    targets[i].dense = dense[i].mutable_data_ptr();
+  }
+  pass.reduce(targets);
   return dense;
 }
 
-std::pair<Tensor, Tensor> sparse_gradient(const Bags& bags, const BagBackward& args) {
-  RowSort sorted;
-  sort_rows(bags, args, sorted);
-  const int64_t unique = sorted.unique_before[sorted.threads];
-  Tensor rows = make(ScalarType::Long, unique), values = make(type_of(bags.shape.dtype), unique, args.table.D);
-  RowTarget to{};
-  to.rows = static_cast<int64_t*>(rows.mutable_data_ptr());
-  to.values = values.mutable_data_ptr();
-  if (args.table.D == 0) return {rows, values};
-  advise_large_pages(to.values, size_t(unique * args.table.D * bytes_of(bags.shape.dtype)));
-  bags.raise(kernels().reduce(args, sorted, to), args.table.E);
+std::tuple<Tensors, Tensors> sparse_gradients(const Bags& bags, const std::vector<BagBackward>& tables) {
+  RowPass pass(bags, tables);
+  Tensors rows, values;
+  const std::vector<int64_t> unique = pass.unique();
+  std::vector<RowTarget> targets(tables.size());
+  for (size_t i = 0; i < tables.size(); ++i) {
+    rows.push_back(make(bags.device, ScalarType::Long, unique[i]));
+    values.push_back(make_gradient(bags, unique[i], tables[i].table.D));
+    targets[i].rows = static_cast<int64_t*>(rows[i].mutable_data_ptr());
+    targets[i].values = values[i].mutable_data_ptr();
+  }
+  pass.reduce(targets);
   return {rows, values};
 }
 
@@ -456,7 +591,7 @@ struct Step {
   static void* state(const Bags& bags, const char* name, Maybe given, bool wanted, const Shape& shape) {
     if (!wanted) return nullptr;
     if (!given) fail(bags.op, ": ", name, " must be given for this optimizer, got None");
-    bags.check_on_cpu(name, *given);
+    bags.check_device(name, *given);
     check_dtype(bags.op, name, *given, compute_type_of(bags.shape.dtype));
     check_shape(bags.op, name, *given, shape);
     if (!given->is_contiguous()) fail(bags.op, ": ", name, " must be contiguous");
@@ -464,12 +599,11 @@ struct Step {
   }
 };
 
-void update(const Bags& bags, const BagBackward& args, const Step& step) {
-  RowSort sorted;
-  sort_rows(bags, args, sorted);
-  RowTarget to{};
-  to.step = &step.step;
-  if (args.table.D > 0) bags.raise(kernels().reduce(args, sorted, to), args.table.E);
+void update(const Bags& bags, const std::vector<BagBackward>& tables, const std::vector<Step>& steps) {
+  RowPass pass(bags, tables);
+  std::vector<RowTarget> targets(tables.size());
+  for (size_t i = 0; i < tables.size(); ++i) targets[i].step = &steps[i].step;
+  pass.reduce(targets);
 }
 
 // One table's backward.
@@ -478,9 +612,9 @@ struct One {
   const Upstream up;
   BagBackward args;
   One(const char* op, const Tensor& grad, const Tensor& arg, const Given& given, bool by_frequency)
-      : bags(op, given, dtype_of(op, "grad", grad)),
+      : bags(op, given, dtype_of(op, "grad", grad), grad),
         up(bags, grad, arg, bags.B, grad.dim() == 2 ? grad.size(1) : -1),
-        args{bags.shape, bags.all, by_frequency, false} {
+        args{bags.shape, bags.all, by_frequency} {
     up.set(bags, args.table, 0);
   }
   BagBackward& with_rows(int64_t E) {
@@ -499,25 +633,38 @@ struct One {
 
 Tensor backward(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAGS, bool by_frequency) {
   One one("embedding_bag_backward", grad, arg, SEQKERNELS_GIVEN, by_frequency);
-  return dense_gradient(one.bags, one.with_rows(E));
+  return dense_gradients(one.bags, {one.with_rows(E)})[0];
 }
 std::tuple<Tensor, Tensor> backward_sparse(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAGS,
                                            bool by_frequency) {
   One one("embedding_bag_backward_sparse", grad, arg, SEQKERNELS_GIVEN, by_frequency);
-  return sparse_gradient(one.bags, one.with_rows(E));
+  const auto [rows, values] = sparse_gradients(one.bags, {one.with_rows(E)});
+  return {rows[0], values[0]};
 }
 void update_one(const Tensor& weight, Maybe state1, Maybe state2, int64_t optimizer, const std::vector<double>& numbers,
                 const Tensor& grad, const Tensor& arg, SEQKERNELS_BAGS, bool by_frequency) {
   One one("embedding_bag_update_", grad, arg, SEQKERNELS_GIVEN, by_frequency);
   const BagBackward& args = one.with_table(weight);
-  update(one.bags, args, Step(one.bags, optimizer, numbers, state1, state2, args.table));
+  update(one.bags, {args}, {Step(one.bags, optimizer, numbers, state1, state2, args.table)});
 }
 
 Tensor weight_gradient(const Bags& bags, const std::vector<BagBackward>& tables) {
   if (!bags.weights.defined()) fail(bags.op, ": per_sample_weights must be given, got None");
-  const bool flat = bags.indices.dim() == 1;
-  Tensor dweights = flat ? make(bags.weights.scalar_type(), bags.all.N)
-                         : make(bags.weights.scalar_type(), bags.indices.size(0), bags.indices.size(1));
+  const ScalarType type = bags.weights.scalar_type();
+  Tensor dweights = bags.indices.dim() == 1 ? make(bags.device, type, bags.all.N)
+                                            : make(bags.device, type, bags.indices.size(0), bags.indices.size(1));
+#ifdef SEQKERNELS_BAGS_ON_GPU
+  if (on_gpu(bags.device)) {
+    std::vector<BagTable> every;
+    for (const BagBackward& args : tables) every.push_back(args.table);
+    const BagForward all{bags.shape, every.data(), int64_t(every.size())};
+    Gpu gpu(bags.device);
+    Tensor scratch = gpu.scratch(bag_weights_scratch_bytes(all));
+    launch_bag_weights(all, dweights.mutable_data_ptr(), gpu.fault(), scratch.mutable_data_ptr(), gpu.stream);
+    gpu.raise(bags, all);
+    return dweights;
+  }
+#endif
   for (const BagBackward& args : tables) {
     bags.raise(kernels().weights(args, dweights.mutable_data_ptr()), args.table.E);
   }
@@ -532,9 +679,23 @@ void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double
   const char* op = "embedding_bag_renorm_";
   const std::optional<Tensor> none;
   const Tensor flat = indices.dim() == 2 ? indices : torch::stable::reshape(indices, {1, indices.numel()});
-  const Bags bags(op, Given{flat, none, none, 0, -1, false, 0}, dtype_of(op, "weight", weight));
-  const BagBackward args{bags.shape, bags.of(weight), false, false};
+  const Bags bags(op, Given{flat, none, none, 0, -1, false, 0}, dtype_of(op, "weight", weight), weight);
+  const BagBackward args{bags.shape, bags.of(weight), false};
   bags.check_own_rows(args.table);
+#ifdef SEQKERNELS_BAGS_ON_GPU
+  if (on_gpu(weight)) {
+    BagTable t = args.table;
+    t.bags = t.batch = 1;
+    t.length = t.N;
+    const BagForward all{bags.shape, &t, 1};
+    Gpu gpu(weight);
+    Tensor scratch = gpu.scratch(bag_renorm_scratch_bytes(all));
+    launch_bag_sort(all, gpu.fault(), scratch.mutable_data_ptr(), gpu.stream);
+    gpu.raise(bags, all);
+    launch_bag_renorm(all, max_norm, norm_type, scratch.mutable_data_ptr(), gpu.stream);
+    return;
+  }
+#endif
   bags.raise(kernels().renorm(args, max_norm, norm_type), args.table.E);
 }
 
@@ -545,10 +706,15 @@ struct Every {
   Collection all;
   std::optional<Upstream> up;
   Every(const char* op, const Tensor& grad, const Integers& features, const Given& given, size_t count)
-      : bags(op, given, dtype_of(op, "grad", grad)), all(bags, features, count) {}
+      : bags(op, given, dtype_of(op, "grad", grad), grad), all(bags, features, count) {}
   void set(const Tensor& grad, const Tensor& arg) { up.emplace(bags, grad, arg, all.batch, all.width); }
+  std::vector<BagBackward> with(bool by_frequency) const {
+    std::vector<BagBackward> tables;
+    for (size_t i = 0; i < all.tables.size(); ++i) tables.push_back(of(i, by_frequency));
+    return tables;
+  }
   BagBackward of(size_t i, bool by_frequency) const {
-    BagBackward args{bags.shape, all.tables[i], by_frequency, false};
+    BagBackward args{bags.shape, all.tables[i], by_frequency};
     up->set(bags, args.table, all.columns[i]);
     return args;
   }
@@ -582,29 +748,19 @@ Every every_with_tables(const char* op, const Tensor& grad, const Tensor& arg, c
 Tensors backward_all(const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
                      const Integers& features, SEQKERNELS_BAGS, bool by_frequency) {
   const Every every = every_with_rows("embedding_bags_backward", grad, arg, E, D, features, SEQKERNELS_GIVEN);
-  Tensors gradients;
-  for (size_t i = 0; i < E.size(); ++i) gradients.push_back(dense_gradient(every.bags, every.of(i, by_frequency)));
-  return gradients;
+  return dense_gradients(every.bags, every.with(by_frequency));
 }
 std::tuple<Tensors, Tensors> backward_sparse_all(const Tensor& grad, const Tensor& arg, const Integers& E,
                                                  const Integers& D, const Integers& features, SEQKERNELS_BAGS,
                                                  bool by_frequency) {
   const Every every = every_with_rows("embedding_bags_backward_sparse", grad, arg, E, D, features, SEQKERNELS_GIVEN);
-  Tensors rows, values;
-  for (size_t i = 0; i < E.size(); ++i) {
-    auto [r, v] = sparse_gradient(every.bags, every.of(i, by_frequency));
-    rows.push_back(r);
-    values.push_back(v);
-  }
-  return {rows, values};
+  return sparse_gradients(every.bags, every.with(by_frequency));
 }
 Tensor backward_weights_all(const Tensor& grad, const Tensor& arg, const Tensors& tables, const Integers& features,
                             SEQKERNELS_BAGS) {
   const Every every =
       every_with_tables("embedding_bags_backward_weights", grad, arg, tables, features, SEQKERNELS_GIVEN);
-  std::vector<BagBackward> each;
-  for (size_t i = 0; i < tables.size(); ++i) each.push_back(every.of(i, false));
-  return weight_gradient(every.bags, each);
+  return weight_gradient(every.bags, every.with(false));
 }
 void update_all(const Tensors& tables, const Tensors& state1, const Tensors& state2, int64_t optimizer,
                 const std::vector<double>& numbers, const Tensor& grad, const Tensor& arg, const Integers& features,
@@ -617,12 +773,10 @@ void update_all(const Tensors& tables, const Tensors& state1, const Tensors& sta
   for (size_t i = 0; i < tables.size(); ++i) {
     steps.emplace_back(every.bags, optimizer, numbers, state_of(state1, i), state_of(state2, i), every.all.tables[i]);
   }
-  for (size_t i = 0; i < tables.size(); ++i) update(every.bags, every.of(i, by_frequency), steps[i]);
+  update(every.bags, every.with(by_frequency), steps);
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("embedding_bag", TORCH_BOX(&infer));
   m.impl("embedding_bag_forward", TORCH_BOX(&forward));
   m.impl("embedding_bag_backward", TORCH_BOX(&backward));
@@ -639,5 +793,12 @@ STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
   m.impl("embedding_bags_backward_weights", TORCH_BOX(&backward_weights_all));
   m.impl("embedding_bags_update_", TORCH_BOX(&update_all));
 }
+
+}  // namespace
+
+SEQKERNELS_OPS_ON(CPU, m) { implement(m); }
+#ifdef SEQKERNELS_HAVE_CUDA
+SEQKERNELS_OPS_ON(CUDA, m) { implement(m); }
+#endif
 
 }  // namespace seqkernels

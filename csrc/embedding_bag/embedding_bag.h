@@ -64,12 +64,6 @@ struct BagBackward {
   BagShape shape;
   BagTable table;
   bool by_frequency;  // a row's gradient is divided by how often it occurs
-  bool dense;         // rows that do not occur are work as well: for the cut among threads
-
-  // Whether columns are won and gradients need neither rounding nor a count: then each goes straight to its row.
-  bool scatters() const {
-    return shape.extreme() && !by_frequency && (shape.dtype == DType::kFloat32 || shape.dtype == DType::kFloat64);
-  }
 };
 
 enum class RowOptimizer : int { kSGD, kAdagrad, kRowwiseAdagrad, kAdam };  // as ops take it
@@ -101,8 +95,7 @@ struct BagKernels {
   BagFault (*forward)(const BagForward&);
   BagFault (*weights)(const BagBackward&, void* dweights);  // [N]
   BagFault (*sort)(const BagBackward&, RowSort&);
-  // Where a dense gradient scatters, nothing need be sorted.
-  BagFault (*reduce)(const BagBackward&, const RowSort&, const RowTarget&);
+  void (*reduce)(const BagBackward&, const RowSort&, const RowTarget&);
   BagFault (*renorm)(const BagBackward&, double max_norm, double norm_type);
   void (*pack_bytes)(const BagTable&, DType dtype, uint8_t* packed);  // [E, D + 8]
 };

@@ -51,51 +51,39 @@ SEQKERNELS_INLINE Native<Compute<S>> vector_of(const Row<S>& row, int v, int64_t
   return row(v * kLanes<Compute<S>>);
 }
 
-// Rows of even and of odd place are summed apart, so that an addition need not wait for the one before it. Sums start
-// from -0, to which any first row adds as itself.
-template <class T, int kWidth>
-struct Sums {
-  static constexpr int kChains = kWidth <= 4 ? 2 : 1;
-  Native<T> chains[kChains][kWidth];
-
-  SEQKERNELS_INLINE Sums() {
-#pragma GCC unroll 16
-    for (int v = 0; v < kChains * kWidth; ++v) chains[v / kWidth][v % kWidth] = broadcast(T(-0.0));
-  }
-  // Calls add(i, chain) for each row.
-  template <class F>
-  SEQKERNELS_INLINE void over(int64_t n, F&& add) {
-    int64_t i = 0;
-    for (; i + 2 <= n; i += 2) {
-      add(i, chains[0]);
-      add(i + 1, chains[kChains - 1]);
-    }
-    if (i < n) add(i, chains[0]);
-  }
-  SEQKERNELS_INLINE void total(Native<T> (&sums)[kWidth]) const {
-#pragma GCC unroll 8
-    for (int v = 0; v < kWidth; ++v) sums[v] = kChains == 2 ? chains[0][v] + chains[kChains - 1][v] : chains[0][v];
-  }
-};
-
+// Rows are summed kFold at a time and the sums then added up, so that the error of a long bag grows as that of two
+// short ones. Sums start from -0, to which any first row adds as itself.
 template <bool kWeighted, bool kPartial, class S, int kWidth>
-SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&total)[kWidth]) {
+SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
+  constexpr int kFold = 64;
   Fetch<S, kWidth> fetch(b);
-  Sums<T, kWidth> sums;
-  sums.over(b.n, [&](int64_t i, Native<T>(&to)[kWidth]) __attribute__((always_inline)) {
+  Native<T> total[kWidth];
+#pragma GCC unroll 8
+  for (int v = 0; v < kWidth; ++v) sums[v] = total[v] = broadcast(T(-0.0));
+  int since = 0;
+  for (int64_t i = 0; i < b.n; ++i) {
     b.prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
     const int64_t place = b.places[i];
-    if (place < 0) return;
+    if (place < 0) continue;
     const Row<S> row = fetch(place);
     const Native<T> w = broadcast(kWeighted ? b.weights[i] : T(1));
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) {
       const Native<T> x = vector_of<S, kPartial>(row, v, b.lanes);
-      to[v] = kWeighted ? fma(w, x, to[v]) : to[v] + x;
+      sums[v] = kWeighted ? fma(w, x, sums[v]) : sums[v] + x;
     }
-  });
-  sums.total(total);
+    if (++since == kFold) {
+      since = 0;
+#pragma GCC unroll 8
+      for (int v = 0; v < kWidth; ++v) {
+        total[v] += sums[v];
+        sums[v] = broadcast(T(-0.0));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kWidth; ++v) sums[v] += total[v];
 }
 
 // `first`: the position in its bag of the unit's first row. A minimum is the maximum of what is negated.
@@ -250,9 +238,11 @@ struct Forward {
       if constexpr (kExtreme) {
         typename Vec<T>::NativeInt won[kWidth];
         compare_rows<kWeighted, kPartial>(block, mode == BagMode::kMin, first, values, won);
+        if (at != nullptr) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kWidth && at != nullptr; ++v) {
-          store_positions<T>(at + block.column + v * kLanes<T>, won[v], kPartial ? block.lanes : kLanes<T>);
+          for (int v = 0; v < kWidth; ++v) {
+            store_positions<T>(at + block.column + v * kLanes<T>, won[v], kPartial ? block.lanes : kLanes<T>);
+          }
         }
         write<kPartial>(block, out, values);
       } else {
@@ -456,9 +446,12 @@ struct WeightGradient {
     }
     for (int v = 0; d < t.D; d += kWide, ++v) add(sums[v], d, min(kWide, t.D - d));
     const Native<T> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    T sum = 0;
-    for (int lane = 0; lane < kWide; ++lane) sum += all[lane];
-    return sum;
+    T lanes[kWide];
+    store(lanes, all);
+    for (int64_t half = kWide / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
   }
 
   void finish(int64_t low, int64_t high, BagFault& fault) const {

@@ -235,6 +235,8 @@ struct ExtremeRows : RowReduction<S, kWide> {
   };
   T sign;
 
+  static constexpr int blocks(bool many) { return Base::blocks(many) > 4 - many ? 4 - many : Base::blocks(many); }
+
   template <class Args>
   SK_DEVICE ExtremeRows(const Args& a, const PlacedTable& placed)
       : Base(a, placed), sign(a.mode == BagMode::kMin ? T(-1) : T(1)) {}
@@ -477,7 +479,7 @@ struct WeightArgs {
 constexpr int kDots = 4;  // and as many rows of gradients: eight on their way
 
 template <class S, bool kWide>
-SK_KERNEL(kWalkThreads, 3)
+SK_KERNEL(kWalkThreads, sizeof(S) == 8 && !kWide ? 2 : 3)
 bag_dots_kernel(const SK_GRID_CONSTANT WeightArgs a) {
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
@@ -684,12 +686,13 @@ int64_t bags_per_unit(const Bounds& bounds, int64_t lanes) {
   return bags;
 }
 
-template <class T>
 std::vector<PlacedTable> placed(const BagForward& bags, int64_t per_unit) {
   std::vector<PlacedTable> tables(bags.count);
   PlacedTable before{};
   for (int64_t i = 0; i < bags.count; ++i) {
     const BagTable& t = bags.tables[i];
+    if (t.E >= 0xffffffff)
+      throw std::runtime_error("embedding_bag: a table must have fewer than 2^32 - 1 rows on CUDA");
     tables[i] = before;
     tables[i].t = t;
     before.bags_before += t.bags;
@@ -853,7 +856,7 @@ void forward_of(const BagForward& bags, const ManyTables& many, BagFaultWord* fa
   using T = typename Element<S>::T;
   auto args = forward_args<Tables, T>(bags, fault);
   args.bags_per_unit = bags_per_unit(args.bounds, group_of<C>(bags) * tiles_of<C>(bags));
-  const std::vector<PlacedTable> tables = placed<T>(bags, args.bags_per_unit);
+  const std::vector<PlacedTable> tables = placed(bags, args.bags_per_unit);
   for (const PlacedTable& table : tables) args.ranges += ceil_div(table.t.bags, args.bags_per_unit);
   if constexpr (std::is_same<Tables, OneTable>::value) {
     args.tables.only = tables[0];
@@ -906,7 +909,7 @@ void launch_bag_weights(const BagForward& bags, void* dweights, BagFaultWord* fa
                                                                                 : 2;
     return fill_bytes(dweights, 0, t.N * size, stream);
   }
-  std::vector<PlacedTable> tables = placed<float>(bags, 1);
+  std::vector<PlacedTable> tables = placed(bags, 1);
   args.tables = place_tables(tables.data(), bags.count, m.tables, stream);
   args.faults.word = fault;
   args.extreme = shape.extreme();
@@ -930,7 +933,8 @@ void launch_bag_weights(const BagForward& bags, void* dweights, BagFaultWord* fa
     using S = decltype(storage);
     if constexpr (!std::is_same<S, Byte>::value) {
       args.group = group_of<Columns<S, wide.value>>(bags);
-      launch(bag_dots_kernel<S, wide.value>, blocks_of(ceil_div(args.N, kDots) * args.group, stream, 1, kWalkThreads), args);
+      launch(bag_dots_kernel<S, wide.value>, blocks_of(ceil_div(args.N, kDots) * args.group, stream, 1, kWalkThreads),
+             args);
     }
   });
   if (!centers) return;

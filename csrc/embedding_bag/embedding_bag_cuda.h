@@ -40,8 +40,8 @@ void count_bag_rows(const BagForward& bags, int64_t* counts, void* scratch, void
 void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarget* targets, void* scratch,
                        void* stream);
 
-// Rows that occur and whose norm is above max_norm are scaled down to it: of one table, which is written, and after a sort
-// in the mode of sums.
+// Rows that occur and whose norm is above max_norm are scaled down to it: of one table, which is written, and after a
+// sort in the mode of sums.
 int64_t bag_renorm_scratch_bytes(const BagForward& bags);
 void launch_bag_renorm(const BagForward& bags, double max_norm, double norm_type, void* scratch, void* stream);
 

@@ -105,7 +105,7 @@ struct Sorter {
     const int64_t pair_bytes = rounded_up(n * sizeof(Pair<U>)), counter_bytes = rounded_up(threads * 8 << bits);
     const int64_t bag_bytes = positions ? rounded_up(n * sizeof(U)) : 0,
                   scale_bytes = mean ? rounded_up(t.bags * sizeof(T)) : 0;
-    const int64_t cut_bytes = rounded_up(3 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
+    const int64_t cut_bytes = rounded_up(2 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
     out.memory = new Memory(2 * pair_bytes + counter_bytes + bag_bytes + scale_bytes + cut_bytes + partial_bytes);
     char* p = out.memory->get();
     const auto take = [&](int64_t bytes) {
@@ -117,8 +117,7 @@ struct Sorter {
     counters = reinterpret_cast<int64_t*>(take(counter_bytes));
     bag_of = positions ? reinterpret_cast<U*>(take(bag_bytes)) - first : nullptr;
     scale = mean ? reinterpret_cast<T*>(take(scale_bytes)) : nullptr;
-    out.rows = reinterpret_cast<int64_t*>(take(cut_bytes));
-    out.begins = out.rows + threads + 1;
+    out.begins = reinterpret_cast<int64_t*>(take(cut_bytes));
     out.unique_before = out.begins + threads + 1;
     out.partials = take(partial_bytes);
     out.threads = threads;
@@ -243,23 +242,11 @@ struct Sorter {
     return low;
   }
 
-  // Cuts rows among threads: a pair is as much work as a few rows that do not occur.
+  // Cuts the pairs among threads, between rows.
   void cut(const Pair<U>* sorted, int64_t n) const {
-    constexpr int64_t kPair = 4;
-    const int64_t empty = args.dense ? 1 : 0, total = n * kPair + t.E * empty;
     for (int64_t thread = 0; thread <= threads; ++thread) {
-      const int64_t wanted = part(total, threads, thread);
-      int64_t low = 0, high = thread == 0 ? 0 : t.E;
-      while (low < high && thread < threads) {
-        const int64_t middle = low + (high - low) / 2;
-        if (first_at_least(sorted, n, middle) * kPair + middle * empty < wanted) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      out.rows[thread] = high;
-      out.begins[thread] = first_at_least(sorted, n, high);
+      const int64_t begin = part(n, threads, thread);
+      out.begins[thread] = begin < n ? first_at_least(sorted, n, sorted[begin].row) : n;
     }
     on_threads(threads, [&](int64_t thread) {
       int64_t count = 0;
@@ -318,7 +305,7 @@ struct Additions {
   const RowSort& sort;
   int64_t begin = 0, end = 0;  // pairs that are here
   int64_t grads[kRowChunk + kNear];
-  int64_t argument_rows[kRowChunk];
+  int64_t argument_rows[kRowChunk + kNear];
   T coefficients[kRowChunk];
   int32_t where[kRowChunk];
 
@@ -340,15 +327,14 @@ struct Additions {
     for (int64_t i = begin; i < min(sort.n, end + kNear); ++i) {
       const int64_t what = pairs[i].what, bag = bag_of == nullptr ? what : bag_of[what];
       grads[i - begin] = row_of(t, bag, t.out_stride);
+      if (t.arg != nullptr) argument_rows[i - begin] = row_of(t, bag, t.arg_stride);
       if (i >= end) continue;
       T coefficient = scale == nullptr ? T(1) : scale[bag];
       if (t.weights != nullptr) coefficient *= weight_at<S>(args, what);
       coefficients[i - begin] = coefficient;
-      if (t.arg != nullptr) {
-        argument_rows[i - begin] = row_of(t, bag, t.arg_stride);
-        where[i - begin] = int32_t(what - bounds.begin(bag));
-      }
+      if (t.arg != nullptr) where[i - begin] = int32_t(what - bounds.begin(bag));
     }
+    for (int64_t i = min(sort.n, end + kNear); i < end + kNear; ++i) argument_rows[i - begin] = 0;
     for (int64_t i = min(sort.n, end + kNear); i < end + kNear; ++i) grads[i - begin] = 0;
   }
 };
@@ -371,6 +357,7 @@ struct Reducer {
                                                                     : Adds::kPlain;
 
   void run() const {
+    if (to.dense != nullptr) on_threads(sort.threads, [&](int64_t thread) { clear(thread); });
     if (sort.any_often) on_threads(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
     on_threads(sort.threads, [&](int64_t thread) { sum_rows(thread); });
   }
@@ -408,16 +395,15 @@ struct Reducer {
     }
   }
 
-  // The rows of this thread, and zeros between them.
+  // The rows of this thread.
   void sum_rows(int64_t thread) const {
     Additions<S, U> additions(args, sort);
     Memory memory(sizeof(T) * t.D);
     T* const sums = reinterpret_cast<T*>(memory.get());
-    int64_t next = sort.rows[thread], ordinal = sort.unique_before[thread];
+    int64_t ordinal = sort.unique_before[thread];
     const int64_t stop = sort.begins[thread + 1];
     for (int64_t begin = sort.begins[thread]; begin < stop; ++ordinal) {
       const int64_t row = pairs[begin].row, end = end_of(begin);
-      if (to.dense != nullptr) clear(next, row);
       ask_for_row(min(begin + kRowsAhead, sort.n - 1));
       if (end - begin > kRowChunk) {
         merge_chunks(begin, end, sums);
@@ -436,9 +422,7 @@ struct Reducer {
         }
       }
       begin = end;
-      next = row + 1;
     }
-    if (to.dense != nullptr) clear(next, sort.rows[thread + 1]);
   }
 
   // What will be written some rows from here.
@@ -456,16 +440,9 @@ struct Reducer {
     }
   }
 
-  SEQKERNELS_INLINE void clear(int64_t row, int64_t stop) const {
-    if (row >= stop) return;
-    char* p = static_cast<char*>(to.dense) + row * t.D * int64_t(sizeof(S));
-    int64_t bytes = (stop - row) * t.D * int64_t(sizeof(S));
-    if (bytes <= 2048) {  // a call would cost as much
-      for (; bytes >= kVectorBytes; bytes -= kVectorBytes, p += kVectorBytes) {
-        store(reinterpret_cast<float*>(p), Native<float>{});
-      }
-    }
-    memset(p, 0, bytes);
+  void clear(int64_t thread) const {
+    const int64_t from = part(t.E, sort.threads, thread) * t.D, to_ = part(t.E, sort.threads, thread + 1) * t.D;
+    memset(static_cast<void*>(static_cast<S*>(to.dense) + from), 0, sizeof(S) * (to_ - from));
   }
 
   SEQKERNELS_INLINE S* target(int64_t row, int64_t ordinal) const {
@@ -518,6 +495,11 @@ struct Reducer {
       const char* near = reinterpret_cast<const char*>(grads + a.grads[i + Additions<S, U>::kNear]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(near + b, 0, 3);
+      if constexpr (kAdds == Adds::kWon) {
+        const char* won = reinterpret_cast<const char*>(t.arg + a.argument_rows[i + Additions<S, U>::kNear] + column);
+#pragma GCC unroll 16
+        for (int b = 0; b < kWidth * kLanes<T> * 4; b += 64) __builtin_prefetch(won + b, 0, 3);
+      }
       const S* grad = grads + a.grads[i];
       const Native<T> coefficient = broadcast(a.coefficients[i]);
 #pragma GCC unroll 8
@@ -634,92 +616,6 @@ struct Reducer {
   }
 };
 
-// ---- columns that were won, straight to the rows that won them
-// -------------------------------------------------------
-
-// A bag has D winners and many more rows: each gradient is added where it belongs. Every thread has columns of its own
-// and passes over all bags, so that rows are summed in the order of bags.
-template <class T, class U>
-struct Scatter {
-  const BagBackward& args;
-  const RowSort& sort;
-  const RowTarget& to;
-  const BagTable& t = args.table;
-  const Bounds bounds{t, args.shape.wide_offsets};
-  T* const values = static_cast<T*>(to.dense != nullptr ? to.dense : to.values);
-  U* place_of = nullptr;  // [N] ordinals of rows; a dense gradient is placed by indices
-
-  BagFault run() {
-    int64_t longest = 0;
-    const BagFault fault = check_offsets(t, args.shape.wide_offsets, longest);
-    if (fault.what != BagFault::kNone) return fault;
-    const int64_t rows = to.dense != nullptr ? t.E : sort.unique_before[sort.threads];
-    Memory memory(to.dense != nullptr ? 0 : sizeof(U) * t.N);
-    if (to.dense == nullptr) {
-      place_of = reinterpret_cast<U*>(memory.get());
-      on_threads(sort.threads, [&](int64_t thread) { set_places(thread); });
-    }
-    const int64_t threads = threads_for(rows * t.D * int64_t(sizeof(T)));
-    on_threads(threads, [&](int64_t thread) {
-      const int64_t low = part(rows, threads, thread), high = part(rows, threads, thread + 1);
-      memset(static_cast<void*>(values + low * t.D), 0, sizeof(T) * t.D * (high - low));
-    });
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t lines = (t.D + kLine - 1) / kLine;
-    const int64_t slices = min(lines, threads_for(bounds.work() * t.D * int64_t(sizeof(T))));
-    Faults faults;
-    on_threads(slices, [&](int64_t slice) {
-      const int64_t low = part(lines, slices, slice) * kLine, high = min(t.D, part(lines, slices, slice + 1) * kLine);
-      BagFault found{};
-      if (args.shape.wide_indices) {
-        add_columns<int64_t>(low, high, found);
-      } else {
-        add_columns<int32_t>(low, high, found);
-      }
-      faults.add(found);
-    });
-    return faults.first();
-  }
-
-  void set_places(int64_t thread) const {
-    const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
-    int64_t ordinal = sort.unique_before[thread] - 1;
-    for (int64_t i = sort.begins[thread]; i < sort.begins[thread + 1]; ++i) {
-      if (i == sort.begins[thread] || pairs[i].row != pairs[i - 1].row) to.rows[++ordinal] = pairs[i].row;
-      place_of[pairs[i].what] = U(ordinal);
-    }
-  }
-
-  template <class I>
-  void add_columns(int64_t low, int64_t high, BagFault& fault) const {
-    const I* indices = static_cast<const I*>(t.indices);
-    const auto row_at = [&](int64_t position) __attribute__((always_inline)) {
-      return place_of != nullptr ? int64_t(place_of[position]) : int64_t(indices[position]);
-    };
-    const int64_t rows = to.dense != nullptr ? t.E : sort.unique_before[sort.threads];
-    const int64_t last = bounds.begin(t.bags);
-    for (int64_t bag = 0; bag < t.bags; ++bag) {
-      const int64_t begin = bounds.begin(bag), n = bounds.begin(bag + 1) - begin;
-      for (int64_t i = begin + n; i < min(last, begin + 2 * n); ++i) {
-        const char* ahead = reinterpret_cast<const char*>(values + row_at(i) * t.D + low);
-        for (int64_t b = 0; b < (high - low) * int64_t(sizeof(T)); b += 64) __builtin_prefetch(ahead + b, 1, 3);
-      }
-      const T* grad = static_cast<const T*>(t.out) + row_of(t, bag, t.out_stride);
-      const int32_t* won = t.arg + row_of(t, bag, t.arg_stride);
-      for (int64_t d = low; d < high; ++d) {
-        const int64_t which = won[d];
-        if (uint64_t(which) >= uint64_t(n)) continue;  // the bag is empty
-        const int64_t row = row_at(begin + which);
-        if (uint64_t(row) >= uint64_t(rows)) {
-          note(fault, BagFault::kIndex, begin + which, row);
-          continue;
-        }
-        values[row * t.D + d] += t.weights == nullptr ? grad[d] : grad[d] * weight_at<T>(args, begin + which);
-      }
-    }
-  }
-};
-
 template <class F>
 void reducer_of(const BagBackward& args, const RowSort& sort, const RowTarget& to, F&& f) {
   dispatch(args.shape.dtype, [&](auto storage) {
@@ -740,17 +636,8 @@ BagFault bag_sort(const BagBackward& args, RowSort& out) {
   return dispatch(args.shape.dtype, [&](auto storage) { return sort_of<decltype(storage)>(args, out); });
 }
 
-BagFault bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to) {
-  if (args.scatters() && to.step == nullptr) {
-    const auto scatter = [&](auto value, auto integer) {
-      return Scatter<decltype(value), decltype(integer)>{args, sort, to}.run();
-    };
-    if (args.shape.dtype == DType::kFloat64)
-      return sort.wide ? scatter(double{}, uint64_t{}) : scatter(double{}, uint32_t{});
-    return sort.wide ? scatter(float{}, uint64_t{}) : scatter(float{}, uint32_t{});
-  }
+void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to) {
   reducer_of(args, sort, to, [](auto& reducer) { reducer.run(); });
-  return {};
 }
 
 BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type) {

@@ -1,8 +1,8 @@
 // Backward of EmbeddingBag by rows on CUDA: the positions of a call are sorted by row, so that where a row occurs lies
 // side by side; then every group of lanes sums kPerGroup successive places, however often a row occurs. A row that lies
-// within them goes where it is wanted at once. What reaches over an edge becomes partial results, and these are merged in
-// order by a second launch: the same bits in every run, no atomics, and a row that occurs in half of all places costs
-// what others cost. All tables of a collection are sorted and summed together, their rows counted through.
+// within them goes where it is wanted at once. What reaches over an edge becomes partial results, and these are merged
+// in order by a second launch: the same bits in every run, no atomics, and a row that occurs in half of all places
+// costs what others cost. All tables of a collection are sorted and summed together, their rows counted through.
 #include <vector>
 
 #include "embedding_bag/bags_cuda.cuh"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kPerGroup = 32;  // a warp counts the rows that begin among them with one vote
 static_assert(kPerGroup == kWarp, "bag_heads_kernel gives a warp what a group has");
-constexpr int kKeys = 8;       // positions of a thread that makes keys
+constexpr int kKeys = 8;  // positions of a thread that makes keys
 
 // ---- keys ------------------------------------------------------------------------------------------------------
 
@@ -31,8 +31,8 @@ struct KeyArgs {
   uint32_t* bag_of;  // [N]
 };
 
-// A block has kThreads * kKeys successive positions: it looks for the first and the last of their bags, and every thread
-// only between these.
+// A block has kThreads * kKeys successive positions: it looks for the first and the last of their bags, and every
+// thread only between these.
 SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
   SK_SHARED(int64_t, ends, 2);
   const Bounds& bounds = a.bounds;
@@ -191,7 +191,7 @@ struct StoreRow {
                                const RowSum<T, C::kCount>& sum) {
     const RowTarget& to = table.target;
     const int64_t row = sum.key - table.rows_before, D = table.t.D;
-    if (to.dense != nullptr) {
+    if (to.rows == nullptr) {
       return store_row(columns, global<S>(to.dense, table.t.E * D) + row * D, sum.values, kWide);
     }
     const int64_t at = sum.ordinal - table.values_before;
@@ -209,6 +209,7 @@ struct StepRow {
   static SK_DEVICE void finish(const RowsArgs<T>& a, const PlacedTable& table, const C& columns,
                                const RowSum<T, C::kCount>& sum) {
     const BagTable& t = table.t;
+    if (t.D == 0) return;
     const int64_t row = sum.key - table.rows_before;
     const auto& g = sum.values;
     const RowStep& step = a.step;
@@ -239,7 +240,8 @@ struct StepRow {
       factor = -lr / (sqrt(state) + eps);
     }
     if (!columns.any()) return;
-    const auto weights = global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1);
+    const auto weights =
+        global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1);
     const auto state1 = global<T>(table.state1, table.state1 == nullptr ? 0 : t.E * t.D) + row * t.D;
     const auto state2 = global<T>(table.state2, table.state2 == nullptr ? 0 : t.E * t.D) + row * t.D;
     const auto w = weights + row * t.row_stride;
@@ -348,7 +350,9 @@ SK_DEVICE void divide_by_count(const RowsArgs<T>& a, RowSum<T, kCount>& sum) {
 
 // kWon: a row has the gradient of those columns that its position won.
 template <class S, bool kWide, bool kWon, template <class, bool> class Target>
-SK_KERNEL(kWalkThreads, kWide && sizeof(S) == 4 ? 4 : !kWide && sizeof(S) == 8 ? 2 : 3)  // what registers allow
+SK_KERNEL(kWalkThreads, kWide && sizeof(S) == 4    ? 4
+                        : !kWide && sizeof(S) == 8 ? 2
+                                                   : 3)  // what registers allow
 bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
@@ -500,19 +504,22 @@ struct LongRows {
 };
 
 template <class S, template <class, bool> class Target>
-SK_KERNEL(kThreads) bag_merge_rows_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
+SK_KERNEL(kThreads)
+bag_merge_rows_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   merge_chains<RowPartials<S, false>>(LongRows<S, Target>{a}, a.groups, a.group);
 }
 
 // The states of a row-wise step on rows that several groups share: a thread has a place where a row begins.
 template <class T>
-SK_KERNEL(kThreads) bag_rowwise_kernel(const SK_GRID_CONSTANT RowsArgs<T> a, int64_t tile) {
+SK_KERNEL(kThreads)
+bag_rowwise_kernel(const SK_GRID_CONSTANT RowsArgs<T> a, int64_t tile) {
   const int64_t i = grid_thread_index();
   if (i >= a.sorted.N || !a.sorted.begins(i)) return;
   const uint32_t key = a.sorted.keys()[i];
   const PlacedTable table = a.tables.of_row(key);
+  if (table.t.D == 0) return;
   const int64_t tiles = ceil_div(table.t.D, tile);
-  const auto squares = global<T>(a.squares, max(1, tiles) * a.sorted.N);
+  const auto squares = global<T>(a.squares, tiles * a.sorted.N);
   T sum = 0;
   for (int64_t j = 0; j < tiles; ++j) sum += squares[j * a.sorted.N + i];
   const auto states = global<T>(table.state1, table.t.E);
@@ -533,15 +540,16 @@ struct RenormArgs {
 
 // A group has a place; where a row begins it looks after the row.
 template <class S>
-SK_KERNEL(kThreads) bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
+SK_KERNEL(kThreads)
+bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
   using T = typename Element<S>::T;
   const BagTable& t = a.t;
   const int64_t i = grid_thread_index() / a.group;
   if (i >= a.sorted.N || !a.sorted.begins(i)) return;
   const int64_t row = a.sorted.keys()[i];
   const int lane = thread_index() % a.group;
-  const auto w =
-      global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1) + row * t.row_stride;
+  const auto w = global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1) +
+                 row * t.row_stride;
   const bool largest = a.p > 0 && a.p * 2 == a.p, least = a.p < 0 && a.p * 2 == a.p;  // infinite
   double sum = least ? 1.0 / 0.0 : 0.0;
   for (int64_t d = lane; d < t.D; d += a.group) {
@@ -589,12 +597,12 @@ struct RowsMemory {
   uint32_t* bag_of;
   SortMemory sort;
   int64_t groups, width, tiles;
-  char* scales;         // [bags]
-  char* tallies;        // scratch of those
-  uint32_t* ordinals;   // [groups + 1]
+  char* scales;            // [bags]
+  char* tallies;           // scratch of those
+  uint32_t* ordinals;      // [groups + 1]
   int64_t* values_before;  // [tables + 1]
-  char* partials;       // [2 groups, width]
-  char* squares;        // [tiles, N]
+  char* partials;          // [2 groups, width]
+  char* squares;           // [tiles, N]
 
   RowsMemory(const BagForward& bags, Scratch& scratch, bool sums)
       : tables(scratch.take<PlacedTable>(bags.count)),
@@ -666,7 +674,8 @@ template <class S, bool kWide, template <class, bool> class Target, class T>
 void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
   using C = Columns<S, kWide>;
   using Merging = Columns<S, false>;
-  const auto sums = bags.shape.extreme() ? bag_reduce_kernel<S, kWide, true, Target> : bag_reduce_kernel<S, kWide, false, Target>;
+  const auto sums =
+      bags.shape.extreme() ? bag_reduce_kernel<S, kWide, true, Target> : bag_reduce_kernel<S, kWide, false, Target>;
   args.group = group_of<C>(bags);
   launch(sums, blocks_of(args.groups * args.group, stream, tiles_of<C>(bags), kWalkThreads), args);
   args.group = group_of<Merging>(bags);
@@ -677,7 +686,8 @@ template <class S, bool kWide, class T>
 void reduce_rows(const BagForward& bags, const RowTarget* targets, RowsArgs<T>& args, void* stream) {
   if (targets[0].step == nullptr) return launch_sums<S, kWide, StoreRow>(bags, args, stream);
   constexpr int64_t kTile = Columns<S, false>::kTile;
-  if (args.step.optimizer != RowOptimizer::kRowwiseAdagrad || most_columns(bags) <= min(kTile, Columns<S, kWide>::kTile)) {
+  if (args.step.optimizer != RowOptimizer::kRowwiseAdagrad ||
+      most_columns(bags) <= min(kTile, Columns<S, kWide>::kTile)) {
     return launch_sums<S, kWide, StepRow>(bags, args, stream);
   }
   // Both launches of the first phase must cut rows into the same columns.
@@ -741,7 +751,8 @@ void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarge
     tables[i].state1 = targets[i].step->state1;
     tables[i].state2 = targets[i].step->state2;
   }
-  const bool values = targets[0].rows != nullptr || targets[0].values != nullptr;
+  bool values = false;  // a table of which no row occurs may come without memory for them
+  for (int64_t i = 0; i < bags.count; ++i) values |= targets[i].rows != nullptr;
   const ManyTables placed =
       place_tables(tables.data(), bags.count, m.tables, stream, values ? m.values_before : nullptr);
   const BagTable& t = bags.tables[0];

@@ -1,8 +1,8 @@
 // A stable sort of 32-bit keys with what belongs to them, by digits from the lowest up, only as many as keys have.
 //
-// A pass counts the digits of every tile, sums the counts of each digit over the tiles in front, and moves the tiles. In
-// a tile a warp has successive elements, 32 at a time: lanes of one digit find each other by a vote, so that equal keys
-// keep their order.
+// A pass counts the digits of every tile, sums the counts of each digit over the tiles in front, and moves the tiles.
+// In a tile a warp has successive elements, 32 at a time: lanes of one digit find each other by a vote, so that equal
+// keys keep their order.
 #pragma once
 
 #include "embedding_bag/bags_cuda.cuh"
@@ -11,7 +11,7 @@ namespace seqkernels::bags_cuda {
 
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kItems = 16;                        // of a thread
+constexpr int kItems = 16;  // of a thread
 constexpr int64_t kTileItems = kThreads * kItems;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kDigits == kThreads, "a thread looks after a digit");
@@ -88,7 +88,7 @@ SK_KERNEL(kThreads) sort_scan_kernel(const SK_GRID_CONSTANT SortPass a) {
 
 SK_KERNEL(kThreads) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   SK_SHARED(uint32_t, sums, kWarps);
-  SK_SHARED(uint32_t, places, kWarps * kDigits);  // first how many elements a warp has of each digit, then where they go
+  SK_SHARED(uint32_t, places, kWarps* kDigits);  // first how many elements a warp has of each digit, then where they go
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
   SK_UNROLL
   for (int w = 0; w < kWarps; ++w) places[w * kDigits + thread] = 0;
@@ -115,7 +115,8 @@ SK_KERNEL(kThreads) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   }
   block_sync();
 
-  const uint32_t all = thread < 1 << a.bits ? load<Cache::kDefault>(global<const uint32_t>(a.totals, kDigits), thread) : 0u;
+  const uint32_t all =
+      thread < 1 << a.bits ? load<Cache::kDefault>(global<const uint32_t>(a.totals, kDigits), thread) : 0u;
   uint32_t total;
   uint32_t place = block_scan(all, total, sums);
   if (thread < 1 << a.bits) {
@@ -172,8 +173,11 @@ inline void launch_sort(const SortMemory& m, void* stream) {
   if (m.n == 0) return;
   for (int pass = 0; pass < m.passes; ++pass) {
     const int from = pass % 2, to = 1 - from;
-    const SortPass args{m.keys[from], pass == 0 ? nullptr : m.values[from], m.keys[to], m.values[to], m.counts, m.totals,
-                        m.n,          m.tiles,  pass * m.bits,  m.bits};
+    const SortPass args{m.keys[from],  pass == 0 ? nullptr : m.values[from],
+                        m.keys[to],    m.values[to],
+                        m.counts,      m.totals,
+                        m.n,           m.tiles,
+                        pass * m.bits, m.bits};
     LaunchConfig config = blocks_of(m.tiles * kThreads, stream);
     launch(sort_count_kernel, config, args);
     config.grid = {int64_t{1} << m.bits};

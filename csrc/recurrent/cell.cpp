@@ -2,7 +2,6 @@
 //
 // At B = 1 and H = 32 a step computes for a microsecond, so that what an op call costs is what a step costs: no lists,
 // no options, no tensor that only a sequence has. x is [B, D], states are [B, H]; or [D] and [H], one sequence.
-#include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <cstring>
@@ -14,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/registration.h"
 #include "recurrent/ops.h"
 
 namespace seqkernels {
@@ -229,7 +229,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+SEQKERNELS_OPS_ON(CPU, m) {
   implement<CellKind::kLSTM>(m);
   implement<CellKind::kGRU>(m);
   implement<CellKind::kRNNTanh>(m);

@@ -28,7 +28,10 @@ constexpr int kClusterBlocks = 16;
 // Pieces of the weights that a lane keeps in registers, up to 128 of them: whole blocks of K of so many gates. More
 // would spill.
 template <class S, int kGates>
-constexpr int kHeldPieces = (sizeof(S) == 2 ? 32 : 28) / kGates * kGates;
+constexpr int kHeldPieces = (sizeof(S) == 4 ? 28
+                             : kGates == 1  ? 30
+                                            : 32) /
+                            kGates * kGates;
 constexpr int kRing = 3;  // steps of pre-activations under way
 
 struct ClusterArgs {

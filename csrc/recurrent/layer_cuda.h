@@ -60,7 +60,7 @@ std::vector<int64_t> offsets_of(const Walk& walk, bool packed);
 // The cluster tier, in recurrent_cluster_cuda.cu. Appends to reasons where it does not take the layer.
 enum class PassKind { kForward, kBackward };
 CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
-                            bool recompute, const DeviceLimits& device);
+                            bool recompute, const CudaDevice& device);
 void forward_by_clusters(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
                          void* workspace, void* stream);
 void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,

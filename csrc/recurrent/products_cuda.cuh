@@ -189,24 +189,48 @@ SK_DEVICE Line<S> line_of(const Matrix& m, int64_t line) {
 }
 // A piece of a line, zeros from `end` on.
 template <class S>
-SK_DEVICE Piece<S> piece_of(const Matrix& m, int64_t line, int64_t lines, int64_t i, int64_t end, bool tf32) {
-  Piece<S> piece{};
-  if (line >= lines || i >= end) return piece;
+SK_DEVICE Words piece_of(const Matrix& m, int64_t line, int64_t lines, int64_t i, int64_t end, bool tf32) {
+  Words words{};
+  if (line >= lines || i >= end) return words;
   const Line<S> from = line_of<S>(m, line);
-  if (!from.there) return piece;
+  if (!from.there) return words;
   if (m.aligned && i + kPiece<S> <= end) {
-    piece = load_vec<kPiece<S>, Cache::kReadOnly>(from.at, from.start + i);
+    words = bit_cast<Words>(load_vec<kPiece<S>, Cache::kReadOnly>(from.at, from.start + i));
   } else {
+    Piece<S> piece{};
     SK_UNROLL
     for (int e = 0; e < kPiece<S>; ++e) {
       if (i + e < end) piece[e] = load<Cache::kReadOnly>(from.at, from.start + i + e);
     }
+    words = bit_cast<Words>(piece);
   }
   if (tf32) {
     SK_UNROLL
-    for (int e = 0; e < kPiece<S>; ++e) piece[e] = operand(piece[e], tf32);
+    for (int w = 0; w < 4; ++w) words[w] = to_tf32(bit_cast<float>(words[w]));
   }
-  return piece;
+  return words;
+}
+
+// Element `row` of each of the pieces, as one piece: a column of a square patch.
+template <class S>
+SK_DEVICE Words column_of(const Words* pieces, int row) {
+  Words column{};
+  SK_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(S) == 2) {
+      const int shift = row % 2 * 16;
+      column[w] = (pieces[2 * w][row / 2] >> shift & 0xffffu) | (pieces[2 * w + 1][row / 2] >> shift) << 16;
+    } else if constexpr (sizeof(S) == 4) {
+      column[w] = pieces[w][row];
+    } else {
+      column[w] = pieces[w / 2][2 * row + w % 2];
+    }
+  }
+  return column;
+}
+template <class S>
+SK_DEVICE void store_words(Shared<S> to, int64_t i, const Words& words) {
+  store_vec(to, i, bit_cast<Piece<S>>(words));
 }
 
 // Brings tiles of one operand, kProductTile rows and kProductBlocks blocks, by way of registers to shared memory.
@@ -217,7 +241,7 @@ struct Porter {
   static constexpr int kPieces = kProductTile * kDepth / kP / kProductThreads;  // a thread's
   static constexpr int kPatches = (kProductTile * kDepth / (kP * kP) + kProductThreads - 1) / kProductThreads;
   static constexpr int kHeld = kPieces > kPatches* kP ? kPieces : kPatches * kP;
-  Piece<S> held[kHeld];
+  Words held[kHeld];
 
   static SK_DEVICE int64_t place(int row, int piece) {  // of K
     const int block = piece / 4, quarter = piece % 4;
@@ -254,7 +278,7 @@ struct Porter {
       SK_UNROLL
       for (int i = 0; i < kPieces; ++i) {
         const int s = thread_index() + i * kProductThreads;
-        store_vec(to, place(s / (4 * kProductBlocks), s % (4 * kProductBlocks)), held[i]);
+        store_words(to, place(s / (4 * kProductBlocks), s % (4 * kProductBlocks)), held[i]);
       }
     } else {
       SK_UNROLL
@@ -263,10 +287,7 @@ struct Porter {
         if (s >= kPatchCount) continue;
         SK_UNROLL
         for (int row = 0; row < kP; ++row) {
-          Piece<S> turned;
-          SK_UNROLL
-          for (int e = 0; e < kP; ++e) turned[e] = held[i * kP + e][row];
-          store_vec(to, place(s % kAcross * kP + row, s / kAcross), turned);
+          store_words(to, place(s % kAcross * kP + row, s / kAcross), column_of<S>(held + i * kP, row));
         }
       }
     }
@@ -276,8 +297,8 @@ struct Porter {
 template <class S>
 constexpr int kProductShared = kProductTile * kProductBlocks * kBlockK<S>;  // elements of one operand's tile
 
-// Grid: columns x rows x splits of C. Four warps share a tile, 32 by 32 each; while one tile of operands is multiplied
-// the next is on its way to registers.
+// Grid: tiles of C, along a row first, x splits of K. Four warps share a tile, 32 by 32 each; while one tile of
+// operands is multiplied the next is on its way to registers.
 template <Arithmetic kHow, class S>
 SK_KERNEL(kProductThreads, 2)
 product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
@@ -286,8 +307,9 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
   constexpr bool kTf32 = kHow == Arithmetic::kMatrix && sizeof(S) == 4;
   SharedArena arena;
   const Shared<S> left = arena.array<S>(2 * kProductShared<S>), right = arena.array<S>(2 * kProductShared<S>);
-  const int64_t column0 = block_index() * kProductTile, row0 = block_index_y() * kProductTile;
-  const int64_t split = block_index_z(), first = split * args.chunk;
+  const int64_t across = (args.N + kProductTile - 1) / kProductTile;
+  const int64_t column0 = block_index() % across * kProductTile, row0 = block_index() / across * kProductTile;
+  const int64_t split = block_index_y(), first = split * args.chunk;
   const int64_t end = first + args.chunk < args.K ? first + args.chunk : args.K;
   const int64_t steps = end > first ? (end - first + kDepth - 1) / kDepth : 0, all_steps = steps * args.parts;
   const int warp = warp_index(), warp_row = warp / 2, warp_column = warp % 2;

@@ -1,5 +1,4 @@
 // Recurrent layers: checks, allocation, launch. Each cell has three ops: inference, forward that saves, backward.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
@@ -12,6 +11,7 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/registration.h"
 #include "recurrent/ops.h"
 
 namespace seqkernels {
@@ -585,6 +585,6 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
+SEQKERNELS_OPS_ON(CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
 
 }  // namespace seqkernels

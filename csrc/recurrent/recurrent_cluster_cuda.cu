@@ -62,8 +62,10 @@ struct ClusterShape {
     config.cluster = cluster;
     config.stream = stream;
     SharedBytes bytes;
-    const int64_t of_gates = pass == PassKind::kForward ? gates : 1,
-                  held = (element == 2 ? 32 : 28) / of_gates * of_gates;
+    const int64_t of_gates = pass == PassKind::kForward ? gates : 1, held = (element == 4    ? 28
+                                                                             : of_gates == 1 ? 30
+                                                                                             : 32) /
+                                                                            of_gates * of_gates;
     const int64_t slots = pass == PassKind::kForward ? blocks : gates * blocks;
     bytes.array<char>(2 * slots * 1024, 128);
     bytes.array<char>(warps * std::max<int64_t>(gates * blocks - held, 0) * 512, 128);
@@ -109,14 +111,14 @@ int64_t resident(CellKind kind, DType dtype, PassKind pass, const LaunchConfig& 
 }  // namespace
 
 CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
-                            bool recompute, const DeviceLimits& device) {
+                            bool recompute, const CudaDevice& device) {
   CudaPlan::Pass plan{CudaTier::kNone, 1, 0, 0, {}};
   const auto why_not = [&](const std::string& why) { plan.reasons.push_back("cluster: " + why); };
   const Options& o = args.options;
   const bool none = o.zoneout_h == nullptr && o.zoneout_c == nullptr && o.candidate == nullptr &&
                     o.variational == nullptr && o.zoneout_h_rate == 0 && o.zoneout_c_rate == 0 && o.cell_clip > 1e300 &&
                     o.gate_clip > 1e300 && args.weights[0].peephole == nullptr;
-  if (!device.clusters()) {
+  if (device.major < 9) {
     why_not("compute capability must be 9.0 or more, got " + std::to_string(device.major) + "." +
             std::to_string(device.minor));
   }
@@ -130,6 +132,7 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
   if (args.H % kUnits != 0) why_not("H must be a multiple of 8, got " + std::to_string(args.H));
   if (pass == PassKind::kBackward && recompute && args.saved_width > 0) why_not("what backward needs was not saved");
   if (args.walk.N == 0) why_not("there are no steps");
+  if (args.walk.T == 1) why_not("there is but one step");
   if (!plan.reasons.empty()) return plan;
 
   const ClusterShape s(kind, args);

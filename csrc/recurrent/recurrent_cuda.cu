@@ -211,6 +211,8 @@ void with_cell(CellKind kind, F&& f) {
   }
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 int64_t piece_of(DType dtype) { return 16 / element_size(dtype); }
 
 Matrix plain_matrix(const void* at, int64_t lines, int64_t width, int64_t ld, bool k_in_line, DType dtype) {
@@ -228,7 +230,7 @@ void run_product(DType dtype, bool tf32, const ProductArgs& args, void* stream) 
   dispatch(dtype, [&](auto storage) {
     using S = decltype(storage);
     LaunchConfig config;
-    config.grid = {(args.N + kProductTile - 1) / kProductTile, (args.M + kProductTile - 1) / kProductTile, args.splits};
+    config.grid = {ceil_div(args.N, kProductTile) * ceil_div(args.M, kProductTile), args.splits};
     config.block = kProductThreads;
     config.stream = stream;
     SharedBytes bytes;
@@ -248,8 +250,6 @@ void run_product(DType dtype, bool tf32, const ProductArgs& args, void* stream) 
     }
   });
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How K is cut so that a product fills a GPU: a function of the shape alone, so that sums are the same on any.
 int64_t splits_of(int64_t M, int64_t N, int64_t K) {
@@ -932,6 +932,11 @@ std::atomic<bool> tf32_allowed{false};
 bool allows_tf32() { return tf32_allowed; }
 bool set_allows_tf32(bool allow) { return tf32_allowed.exchange(allow); }
 
+CudaDevice current_cuda_device() {
+  const DeviceLimits limits = device_limits();
+  return {limits.major, limits.minor, limits.multiprocessors, limits.shared_bytes};
+}
+
 const char* cuda_tier_name(CudaTier tier) {
   switch (tier) {
     case CudaTier::kCluster:
@@ -944,7 +949,7 @@ const char* cuda_tier_name(CudaTier tier) {
 }
 
 CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
-                             const DeviceLimits& device) {
+                             const CudaDevice& device) {
   using namespace cuda;
   std::vector<std::string> missing;
   const auto why_not = [&](const std::string& why) { missing.push_back("steps: " + why); };

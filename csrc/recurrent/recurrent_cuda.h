@@ -13,14 +13,19 @@
 
 namespace seqkernels {
 
-struct DeviceLimits;
-
 struct CudaLayout {
   const int64_t* lengths;  // [B] on the device: real steps of a padded batch, in any order, zeros too; or null
   bool packed;
   int64_t x_step, x_across;  // row (t, b) of x begins at t * x_step + b * x_across; packed row n at n * x_step
   bool tf32;                 // products of float32 may be made of TF32
 };
+
+struct CudaDevice {
+  int major, minor;  // compute capability
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may have
+};
+CudaDevice current_cuda_device();
 
 enum class CudaTier {
   kNone,
@@ -46,7 +51,7 @@ struct CudaPlan {
 // Reads kind, dtype, walk, directions, heads, D, H, P, weights (present or not) and options; recompute: backward will
 // be given no `saved`.
 CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
-                             const DeviceLimits& device);
+                             const CudaDevice& device);
 
 // Nothing waits for the device, and nothing is allocated: both may be captured in a graph. Rows of y, cells and saved
 // that no sequence has become zeros. Workspace: as many bytes as the plan says, at a multiple of 256.

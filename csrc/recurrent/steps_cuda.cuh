@@ -315,17 +315,6 @@ forward_step_kernel(const SK_GRID_CONSTANT ForwardStepArgs args, int row_tiles) 
   const int tiles = needed < row_tiles ? static_cast<int>(needed) : row_tiles, rows = tiles * kTileRows;
   SharedArena arena;
   const Shared<T> sums = arena.array<T>(kStepWarps * row_tiles * kTileRows * kN * kUnits);
-  // What the cell reads comes nearer while the product is made.
-  if (const int i = thread_index(); i < rows * kUnits && i / kUnits < count && i % kUnits == 0) {
-    const Global<const T> from_x =
-        global<const T>(args.from_x, layer.directions * args.from_x_rows * Cell::kGates * layer.H);
-    const int64_t visited = args.visit.first[d] + sequence0 + i / kUnits - args.from_x_first[d];
-    SK_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      const int gate = (kSecond ? Cell::kFirst : 0) + n;
-      prefetch_l2(from_x, ((d * args.from_x_rows + visited) * Cell::kGates + gate) * layer.H + block_index() * kUnits);
-    }
-  }
   make_product<S, kN>(layer, args.product, sequence0 / kTileRows, tiles, sums);
   block_sync();
   const Partial<T, kN> partial{sums, rows};

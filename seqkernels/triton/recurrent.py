@@ -1523,13 +1523,16 @@ def rnn_cell_backward_kernel(
 # ---- launching
 
 
+MOST_REGISTERS = 255  # of a thread; said aloud, else ptxas spills some to let more programs in
+
+
 class Config(NamedTuple):
     """How a recurrence kernel is launched."""
 
     BB: int  # sequences of a program
     BH: int  # units, a power of two
     num_warps: int
-    maxnreg: int = 255  # said aloud, else ptxas spills some to let a second program in
+    maxnreg: int = MOST_REGISTERS
 
 
 LARGEST = 128  # units of a recurrence kernel
@@ -1554,7 +1557,7 @@ def needed(kind_name: str, dtype: torch.dtype, BH: int) -> int:
     """Bytes of shared memory, or somewhat more: W_hh, of float32 as what tf32 keeps of it and the rest, and tiles of h
     and of gates on their way into products."""
     parts, gates = 2 if dtype == torch.float32 else 1, GATES[kind_name]
-    return (gates * BH * parts + SMALLEST * (gates + 1)) * BH * dtype.itemsize
+    return (gates * BH * parts + SMALLEST * (gates + 1)) * BH * dtype.itemsize + (4 << 10)
 
 
 @functools.cache
@@ -1772,6 +1775,7 @@ class _Call:
             OPTIONS=self.options,
             BU=BU,
             num_warps=1,
+            maxnreg=MOST_REGISTERS,
             **{f"p_{name}": self.masks[masks[name]] for name in options},
         )
 
