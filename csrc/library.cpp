@@ -2,10 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/registration.h"
 #include "recurrent/recurrent.h"
+#if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
+#define SEQKERNELS_CUDA_KERNELS
+#include "recurrent/recurrent_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -139,6 +145,48 @@ int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
   throw py::value_error("recurrent_saved: kind must be a recurrent op, got " + name);
 }
 
+#ifdef SEQKERNELS_CUDA_KERNELS
+// Which CUDA kernels run a layer on a device: this one, or one of that compute capability.
+py::dict explain_recurrent_cuda(const std::string& kind, const std::string& dtype, int64_t T, int64_t B, int64_t D,
+                                int64_t H, int64_t directions, bool options, bool tf32, int major, int multiprocessors,
+                                int64_t shared_bytes) {
+  CellKind of = CellKind::kLSTM;
+  for (const CellKind each : kCellKinds) {
+    if (kind == shape_of(each).name) of = each;
+  }
+  RecurrentArgs args{};
+  args.dtype = dtype == "float64"    ? DType::kFloat64
+               : dtype == "bfloat16" ? DType::kBFloat16
+               : dtype == "float16"  ? DType::kFloat16
+                                     : DType::kFloat32;
+  args.walk.T = T;
+  args.walk.B = B;
+  args.walk.N = T * B;
+  args.directions = directions;
+  args.heads = 1;
+  args.D = D;
+  args.H = args.P = H;
+  args.options.cell_clip = args.options.gate_clip = std::numeric_limits<double>::infinity();
+  args.options.zoneout_h_rate = options ? 0.1 : 0;
+  args.saved_width = saved_width(of, H, options);
+  const CudaPlan plan =
+      plan_recurrent_cuda(of, args, {nullptr, false, 0, 0, tf32}, false, {major, 0, multiprocessors, shared_bytes});
+  py::dict result;
+  const auto show = [&](const char* name, const CudaPlan::Pass& pass) {
+    py::dict one;
+    one["tier"] = cuda_tier_name(pass.tier);
+    one["cluster"] = pass.cluster;
+    one["block"] = pass.block;
+    one["workspace"] = pass.workspace;
+    one["reasons"] = pass.reasons;
+    result[name] = one;
+  };
+  show("forward", plan.forward);
+  show("backward", plan.backward);
+  return result;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
@@ -148,4 +196,11 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
         py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("heads") = 1, py::arg("float64"));
   m.def("recurrent_saved", &recurrent_saved, py::arg("kind"), py::arg("H"), py::arg("options"));
   m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
+#ifdef SEQKERNELS_CUDA_KERNELS
+  m.def("set_tf32", &set_allows_tf32, py::arg("allow"));
+  m.def("explain_recurrent_cuda", &explain_recurrent_cuda, py::arg("kind"), py::arg("dtype"), py::arg("T"),
+        py::arg("B"), py::arg("D"), py::arg("H"), py::arg("directions") = 1, py::arg("options") = false,
+        py::arg("tf32") = false, py::arg("major") = 9, py::arg("multiprocessors") = 132,
+        py::arg("shared_bytes") = 227 << 10);
+#endif
 }

@@ -90,10 +90,17 @@ inline void check_dtype(const std::string& op, const std::string& name, const Te
 inline void check_shape(const std::string& op, const std::string& name, const Tensor& t, const Shape& wanted) {
   if (shape_of(t) != wanted) fail(op, ": ", name, " must have shape ", show(wanted), ", got ", show(shape_of(t)));
 }
-// The tensor as a kernel reads it: on the CPU, of that dtype and shape, contiguous (copied if it is not).
+// On the device of `like`.
+inline void check_device(const std::string& op, const std::string& name, const Tensor& t, const Tensor& like) {
+  if (t.is_cpu() != like.is_cpu() || (!t.is_cpu() && t.get_device_index() != like.get_device_index())) {
+    if (like.is_cpu()) check_cpu(op, name, t);
+    fail(op, ": ", name, " must be on the device of the other tensors, got a tensor on another");
+  }
+}
+// The tensor as a kernel reads it: on the device of `like`, of that dtype and shape, contiguous (copied if it is not).
 inline Tensor checked(const std::string& op, const std::string& name, const Tensor& t, ScalarType dtype,
-                      const Shape& shape) {
-  check_cpu(op, name, t);
+                      const Shape& shape, const Tensor& like) {
+  check_device(op, name, t, like);
   check_dtype(op, name, t, dtype);
   check_shape(op, name, t, shape);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

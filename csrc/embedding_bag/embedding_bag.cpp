@@ -175,11 +175,7 @@ struct Bags {
     }
   }
 
-  void check_device(const char* name, const Tensor& t) const {
-    if (t.is_cpu() != device.is_cpu() || (!t.is_cpu() && t.get_device() != device.get_device())) {
-      fail(op, ": ", name, " must be on one device with the table or the gradient, got a tensor on another");
-    }
-  }
+  void check_device(const char* name, const Tensor& t) const { seqkernels::check_device(op, name, t, device); }
   bool is_wide(const char* name, const Tensor& t) const {
     check_device(name, t);
     const ScalarType type = t.scalar_type();
@@ -250,7 +246,7 @@ struct Upstream {
     }
     check_dtype(bags.op, "grad", grad, type_of(bags.shape.dtype));
     if (D > 1 && grad.stride(1) != 1) grad = torch::stable::contiguous(grad);
-    if (bags.shape.extreme()) arg = checked(bags.op, "arg", arg, ScalarType::Int, {batch, D});
+    if (bags.shape.extreme()) arg = checked(bags.op, "arg", arg, ScalarType::Int, {batch, D}, bags.device);
   }
   // For kernels of a table whose columns begin there.
   void set(const Bags& bags, BagTable& t, int64_t column) const {
@@ -329,8 +325,8 @@ struct Gpu {
   void* stream = nullptr;
   // Kernels skip what is out of range. With this in the environment it raises, for which every call waits.
   const bool checked = std::getenv("SEQKERNELS_CHECKED") != nullptr;
-  explicit Gpu(const Tensor& t) : like(t), guard(t.get_device()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  explicit Gpu(const Tensor& t) : like(t), guard(t.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
 #endif
 
@@ -372,7 +368,8 @@ class RowPass {
       Gpu gpu(bags.device);
       scratch_ = gpu.scratch(bag_rows_scratch_bytes(all()));
       launch_bag_sort(all(), gpu.fault(), scratch_.mutable_data_ptr(), gpu.stream);
-      return gpu.raise(bags, all());
+      gpu.raise(bags, all());
+      return;
     }
 #endif
     for (const BagBackward& args : tables) {

@@ -49,6 +49,8 @@ struct Step {
   int64_t few[2][kFew];
   std::vector<int64_t> many[2];
   int64_t batch_sizes[1], offsets[2];
+  CudaLayout layout{};
+  const Tensor* on_cuda = nullptr;  // x, where the CUDA launchers run the step
 
   [[noreturn]] void wrong(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
     const Shape wanted = rows < 0 ? Shape{columns} : Shape{rows, columns};
@@ -93,7 +95,8 @@ struct Step {
     batched = dim == 2;
     if (dim != 1 && dim != 2) fail(kind, suffix, ": x must have shape [B, D] or [D], got ", show(shape_of(x)));
     args.dtype = dtype_of(std::string(kind) + suffix, "x", x);
-    if (!x.is_cpu()) check_cpu(std::string(kind) + suffix, "x", x);
+    const bool cuda = runs_on_cuda(x);
+    if (!cuda && !x.is_cpu()) check_cpu(std::string(kind) + suffix, "x", x);
     if (w_hh.dim() != 2 || w_hh.size(1) < 1) {
       fail(kind, suffix, ": weight_hh must have shape [", cell.gates, "H, H], got ", show(shape_of(w_hh)));
     }
@@ -123,6 +126,13 @@ struct Step {
     args.saved_rows = B;
     args.saved_width = saved_width(of, H, false);
 
+    if (cuda) {
+      args.walk = {B > 0, B, B, nullptr, nullptr, nullptr, nullptr, nullptr};
+      layout.x_across = batched ? dense->stride(0) : 0;
+      layout.tf32 = allows_tf32();
+      on_cuda = dense;
+      return;
+    }
     int64_t *identity = few[0], *x_offsets = few[1];
     if (B > kFew) {
       for (auto& v : many) v.resize(B);
@@ -142,6 +152,15 @@ struct Step {
   }
 
   int64_t rows() const { return batched ? B : -1; }
+
+  void run(CellKind of, const ForwardArgs& args) const {
+    if (on_cuda != nullptr) return run_on_cuda(std::string(kind) + suffix, of, args, layout, *on_cuda);
+    kernels(of, kPlain).forward(args);
+  }
+  void run(CellKind of, const BackwardArgs& args) const {
+    if (on_cuda != nullptr) return run_on_cuda(std::string(kind) + suffix, of, args, layout, *on_cuda);
+    kernels(of, kPlain).backward(args);
+  }
 };
 
 template <CellKind kKind, class States>
@@ -160,7 +179,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     States states{Repeat<Tensor, I>(make(step.dtype, step.rows(), step.H))...};
     args.y = std::get<0>(states).mutable_data_ptr();
     if constexpr (kStates > 1) args.cells = std::get<1>(states).mutable_data_ptr();
-    kernels(kKind, kPlain).forward(args);
+    step.run(kKind, args);
     return states;
   }
 
@@ -172,7 +191,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     args.y = std::get<0>(kept).mutable_data_ptr();
     if constexpr (kStates > 1) args.cells = std::get<1>(kept).mutable_data_ptr();
     args.saved = std::get<kStates>(kept).mutable_data_ptr();
-    kernels(kKind, kPlain).forward(args);
+    step.run(kKind, args);
     return kept;
   }
 
@@ -208,10 +227,10 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     Tensor db_ih = give(need_dw && b_ih, -1, G, dw.b_ih);
     if constexpr (kKind == CellKind::kGRU) {
       Tensor db_hh = give(need_dw && b_hh, -1, G, dw.b_hh);
-      kernels(kKind, kPlain).backward(args);
+      step.run(kKind, args);
       return std::make_tuple(dx, ds[I]..., dw_ih, dw_hh, db_ih, db_hh);
     } else {
-      kernels(kKind, kPlain).backward(args);
+      step.run(kKind, args);
       return std::make_tuple(dx, ds[I]..., dw_ih, dw_hh, db_ih);
     }
   }

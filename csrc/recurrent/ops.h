@@ -2,13 +2,23 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
+#include "common/check.h"
 #include "recurrent/recurrent.h"
+#include "recurrent/recurrent_cuda.h"
 
 namespace seqkernels {
 
 // The kernels of the instruction set in use. Defined in recurrent.cpp.
 RecurrentKernels kernels(CellKind kind, bool options);
+
+// Whether the CUDA launchers run what x is given to, and that.
+bool runs_on_cuda(const Tensor& x);
+void run_on_cuda(const std::string& op, CellKind kind, const ForwardArgs& args, const CudaLayout& layout,
+                 const Tensor& like);
+void run_on_cuda(const std::string& op, CellKind kind, const BackwardArgs& args, const CudaLayout& layout,
+                 const Tensor& like);
 
 // T, as often as a pack has indices.
 template <class T, size_t>

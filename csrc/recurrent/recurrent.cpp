@@ -13,9 +13,15 @@
 #include "common/parallel.h"
 #include "common/registration.h"
 #include "recurrent/ops.h"
+#ifdef SEQKERNELS_HAVE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 namespace seqkernels {
 
+#if defined(SEQKERNELS_EMULATE_CUDA)  // the CPU kernels are no part of the test module
+RecurrentKernels kernels(CellKind, bool) { return {}; }
+#else
 RecurrentKernels kernels(CellKind kind, bool options) {
   switch (current_isa()) {
 #ifdef SEQKERNELS_HAVE_AVX512
@@ -30,6 +36,52 @@ RecurrentKernels kernels(CellKind kind, bool options) {
       return portable::recurrent_kernels(kind, options);
   }
 }
+#endif
+
+#if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
+bool runs_on_cuda([[maybe_unused]] const Tensor& x) {
+#if defined(SEQKERNELS_EMULATE_CUDA)
+  return true;  // CPU tensors too: the kernels are emulated
+#else
+  return x.is_cuda();
+#endif
+}
+
+namespace {
+template <class Args, class Launch>
+void run_on_cuda(const std::string& op, CellKind kind, const Args& args, const CudaLayout& layout, const Tensor& like,
+                 bool recompute, const CudaPlan::Pass CudaPlan::* pass, Launch launch) {
+  const CudaPlan plan = plan_recurrent_cuda(kind, args, layout, recompute, current_cuda_device());
+  const CudaPlan::Pass& of = plan.*pass;
+  if (of.tier == CudaTier::kNone) {
+    std::string text;
+    for (const std::string& reason : of.reasons) text += (text.empty() ? "" : "; ") + reason;
+    fail(op, ": no CUDA kernel takes these inputs: ", text);
+  }
+  const Tensor workspace = torch::stable::new_empty(like, Shape{of.workspace}, ScalarType::Byte);
+  void* stream = nullptr;
+#if !defined(SEQKERNELS_EMULATE_CUDA)
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+#endif
+  launch(kind, args, layout, plan, workspace.mutable_data_ptr(), stream);
+}
+}  // namespace
+
+void run_on_cuda(const std::string& op, CellKind kind, const ForwardArgs& args, const CudaLayout& layout,
+                 const Tensor& like) {
+  run_on_cuda(op, kind, args, layout, like, false, &CudaPlan::forward, launch_recurrent_forward);
+}
+void run_on_cuda(const std::string& op, CellKind kind, const BackwardArgs& args, const CudaLayout& layout,
+                 const Tensor& like) {
+  run_on_cuda(op, kind, args, layout, like, args.saved == nullptr, &CudaPlan::backward, launch_recurrent_backward);
+}
+#else
+bool runs_on_cuda(const Tensor&) { return false; }
+bool allows_tf32() { return false; }
+void run_on_cuda(const std::string&, CellKind, const ForwardArgs&, const CudaLayout&, const Tensor&) {}
+void run_on_cuda(const std::string&, CellKind, const BackwardArgs&, const CudaLayout&, const Tensor&) {}
+#endif
 
 namespace {
 
@@ -67,8 +119,11 @@ struct LayerInputs {
   Tensor x;
   std::array<std::optional<Tensor>, kMaxStates> states0;
   std::vector<Tensor> weights, masks;
+  std::optional<Tensor> lengths;  // on the device
   std::vector<WeightSlot> slots;  // of one direction
   bool packed;
+  bool cuda;  // the CUDA launchers run it
+  CudaLayout layout{};
   std::vector<int64_t> batch_sizes, offsets, sequence, rows, x_offsets;
   std::vector<uint8_t> reset;
   Shape outer;  // [T, B] or [N]: the leading dimensions of x and y
@@ -78,7 +133,8 @@ struct LayerInputs {
     args.dtype = dtype_of(op, "x", x);
     args.directions = given.bidirectional ? 2 : 1;
     args.heads = given.variant.heads;
-    check_cpu(op, "x", x);
+    cuda = runs_on_cuda(x);
+    if (!cuda) check_cpu(op, "x", x);
     if (packed && given.lengths) fail(op, ": lengths must be absent where batch_sizes is given, got both");
     if (x.dim() != (packed ? 2 : 3)) {
       fail(op, ": x must have ", packed ? "2 dimensions [N, D]" : "3 dimensions [T, B, D]", ", got ",
@@ -92,13 +148,19 @@ struct LayerInputs {
     } else {
       take_padded(given.lengths, args.walk);
     }
+    if (cuda) {
+      layout.packed = packed;
+      layout.x_step = x.stride(0);
+      layout.x_across = packed ? 0 : x.stride(1);
+      layout.tf32 = allows_tf32();
+    }
     outer = shape_of(x);
     outer.pop_back();
     constexpr const char* kNames[] = {"h0", "c0", "s0"};
     const void** pointers[] = {&args.h0, &args.c0, &args.s0};
     for (int64_t i = 0; i < cell.states; ++i) {
       if (!*given.states0[i]) continue;
-      states0[i] = checked(op, kNames[i], **given.states0[i], x.scalar_type(), state_shape(args, i));
+      states0[i] = checked(op, kNames[i], **given.states0[i], x.scalar_type(), state_shape(args, i), x);
       *pointers[i] = states0[i]->const_data_ptr();
     }
     args.x = x.const_data_ptr();
@@ -109,7 +171,7 @@ struct LayerInputs {
     args.walk.x_offsets = x_offsets.data();
     take_options(given.variant, args);
     args.saved_width = saved_width(kind, args.H, args.options.any);
-    args.plan = plan_recurrent(args, cell.gates, thread_count());
+    if (!cuda) args.plan = plan_recurrent(args, cell.gates, thread_count());
   }
 
   // Of h (0), c (1) or s (2).
@@ -126,7 +188,8 @@ struct LayerInputs {
   Shape saved_shape(const RecurrentArgs& args) const { return {args.directions, saved_rows(), args.saved_width}; }
   int64_t saved_rows() const { return std::accumulate(outer.begin(), outer.end(), int64_t{1}, std::multiplies<>()); }
   // Rows of a padded batch that no sequence has must read as zero.
-  bool padding_exists(const Walk& walk) const { return !packed && walk.N < walk.T * walk.B; }
+  // The CUDA launchers do that themselves.
+  bool padding_exists(const Walk& walk) const { return !cuda && !packed && walk.N < walk.T * walk.B; }
 
  private:
   void take_weights(const std::vector<Tensor>& given, bool peephole, RecurrentArgs& args) {
@@ -193,7 +256,7 @@ struct LayerInputs {
     for (int64_t d = 0; d < args.directions; ++d) {
       args.weights[d] = {};
       for (const WeightSlot& slot : slots) {
-        weights.push_back(checked(op, slot.name, given[weights.size()], x.scalar_type(), slot.shape));
+        weights.push_back(checked(op, slot.name, given[weights.size()], x.scalar_type(), slot.shape, x));
         args.weights[d].*slot.value = weights.back().const_data_ptr();
       }
     }
@@ -235,10 +298,10 @@ struct LayerInputs {
       o.zoneout_c_rate = n[3];
       o.candidate_scale = 1 / (1 - n[4]);
     }
-    masks.reserve(4);
+    masks.reserve(6);
     const auto take = [&](const char* name, const std::optional<Tensor>& mask, ScalarType dtype, const Shape& shape) {
       if (!mask) return static_cast<const void*>(nullptr);
-      masks.push_back(checked(op, name, *mask, dtype, shape));
+      masks.push_back(checked(op, name, *mask, dtype, shape, x));
       return masks.back().const_data_ptr();
     };
     const Shape like_cells = output_shape(args, 1);
@@ -250,11 +313,16 @@ struct LayerInputs {
     o.candidate = bytes("candidate", variant.candidate);
     o.variational = take("variational", variant.variational, x.scalar_type(), state_shape(args, 0));
     if (variant.reset) {
-      const Tensor given = checked(op, "reset", *variant.reset, ScalarType::Bool, outer);
+      const Tensor given = checked(op, "reset", *variant.reset, ScalarType::Bool, outer, x);
       const uint8_t* from = static_cast<const uint8_t*>(given.const_data_ptr());
-      reset.resize(args.walk.N);
-      for (int64_t n = 0; n < args.walk.N; ++n) reset[n] = from[rows[n]];
-      o.reset = reset.data();
+      if (cuda) {
+        masks.push_back(given);
+        o.reset = from;
+      } else {
+        reset.resize(args.walk.N);
+        for (int64_t n = 0; n < args.walk.N; ++n) reset[n] = from[rows[n]];
+        o.reset = reset.data();
+      }
     }
     if (!cell.cell_options && (o.zoneout_c != nullptr || o.zoneout_c_rate > 0 || o.cell_clip < kInfinity)) {
       fail(op, ": cell_clip and zoneout_c must be absent for this cell");
@@ -300,12 +368,19 @@ struct LayerInputs {
   void take_padded(const std::optional<Tensor>& given, Walk& walk) {
     walk.T = x.size(0);
     walk.B = x.size(1);
+    if (cuda) {  // lengths stay where they are; outside [0, T] they count as the nearest within
+      walk.N = walk.T * walk.B;
+      if (!given) return;
+      lengths = checked(op, "lengths", *given, ScalarType::Long, {walk.B}, x);
+      layout.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
+      return;
+    }
     sequence.resize(walk.B);
     std::iota(sequence.begin(), sequence.end(), 0);
     if (!given) {
       batch_sizes.assign(walk.T, walk.B);
     } else {
-      const Tensor lengths = checked(op, "lengths", *given, ScalarType::Long, {walk.B});
+      const Tensor lengths = checked(op, "lengths", *given, ScalarType::Long, {walk.B}, x);
       const int64_t* length = static_cast<const int64_t*>(lengths.const_data_ptr());
       batch_sizes.assign(walk.T, 0);
       for (int64_t b = 0; b < walk.B; ++b) {
@@ -376,6 +451,11 @@ LayerOutputs forward_layer(CellKind kind, Keep keep, const Given& given) {
     if (in.padding_exists(args.walk)) zero_unused(out.tensors.back(), args);
     void** const every[] = {&args.cells, &args.inner};
     for (int64_t i = 1; i < in.cell.states; ++i) *every[i - 1] = make(in.output_shape(args, i), true);
+  }
+  if (in.cuda) {
+    args.saved_rows = args.walk.N;
+    run_on_cuda(op, kind, args, in.layout, in.x);
+    return out;
   }
   kernels(kind, args.options.any).forward(args);
   return out;
@@ -466,7 +546,7 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
   const ScalarType dtype = in.x.scalar_type();
   std::vector<Tensor> alive;
   const auto take = [&](const char* name, const Tensor& t, const Shape& shape) {
-    alive.push_back(checked(op, name, t, dtype, shape));
+    alive.push_back(checked(op, name, t, dtype, shape, in.x));
     return alive.back().const_data_ptr();
   };
   const auto maybe = [&](const char* name, const std::optional<Tensor>* t, const Shape& shape) -> const void* {
@@ -484,7 +564,9 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
   args.saved_rows = in.saved_rows();
   const char* saved_name = kind == CellKind::kLSTM ? "gates" : "saved";
   const bool again = kept[1]->dim() == 3 && kept[1]->size(2) == 0 && args.saved_width > 0;
-  if (again) {
+  if (again && in.cuda) {
+    args.saved = nullptr;  // made again by the launcher
+  } else if (again) {
     alive.push_back(empty_like_dtype(in.x, in.saved_shape(args)));
     recompute(in, args, static_cast<char*>(alive.back().mutable_data_ptr()));
     args.saved = alive.back().const_data_ptr();
@@ -513,6 +595,10 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
         args.dw[d].*slot.gradient = out.dw.back().mutable_data_ptr();
       }
     }
+  }
+  if (in.cuda) {
+    run_on_cuda(op, kind, args, in.layout, in.x);
+    return out;
   }
   kernels(kind, args.options.any).backward(args);
   return out;
@@ -586,5 +672,8 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<
 }  // namespace
 
 SEQKERNELS_OPS_ON(CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
+#if defined(SEQKERNELS_HAVE_CUDA)
+SEQKERNELS_OPS_ON(CUDA, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
+#endif
 
 }  // namespace seqkernels
