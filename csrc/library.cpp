@@ -146,7 +146,7 @@ int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
 }
 
 #ifdef SEQKERNELS_CUDA_KERNELS
-// Which CUDA kernels run a layer on a device: this one, or one of that compute capability.
+// Which CUDA kernels run a layer on a device of that compute capability; 0: on the current one.
 py::dict explain_recurrent_cuda(const std::string& kind, const std::string& dtype, int64_t T, int64_t B, int64_t D,
                                 int64_t H, int64_t directions, bool options, bool tf32, int major, int multiprocessors,
                                 int64_t shared_bytes) {
@@ -169,8 +169,8 @@ py::dict explain_recurrent_cuda(const std::string& kind, const std::string& dtyp
   args.options.cell_clip = args.options.gate_clip = std::numeric_limits<double>::infinity();
   args.options.zoneout_h_rate = options ? 0.1 : 0;
   args.saved_width = saved_width(of, H, options);
-  const CudaPlan plan =
-      plan_recurrent_cuda(of, args, {nullptr, false, 0, 0, tf32}, false, {major, 0, multiprocessors, shared_bytes});
+  const CudaDevice device = major == 0 ? current_cuda_device() : CudaDevice{major, 0, multiprocessors, shared_bytes};
+  const CudaPlan plan = plan_recurrent_cuda(of, args, {nullptr, false, 0, 0, tf32}, false, device);
   py::dict result;
   const auto show = [&](const char* name, const CudaPlan::Pass& pass) {
     py::dict one;

@@ -4,5 +4,21 @@ def build_info() -> dict[str, Any]: ...
 def explain_recurrent(
     *, gates: int, T: int, B: int, N: int, D: int, H: int, P: int, directions: int, heads: int = 1, float64: bool
 ) -> dict[str, Any]: ...
+def explain_recurrent_cuda(  # where CUDA kernels are built
+    *,
+    kind: str,
+    dtype: str,
+    T: int,
+    B: int,
+    D: int,
+    H: int,
+    directions: int = 1,
+    options: bool = False,
+    tf32: bool = False,
+    major: int = 9,  # compute capability; 0: of the current device
+    multiprocessors: int = 132,
+    shared_bytes: int = ...,
+) -> dict[str, Any]: ...
+def set_tf32(allow: bool) -> bool: ...
 def recurrent_saved(kind: str, H: int, options: bool) -> int: ...
 def set_isa(name: str) -> str: ...

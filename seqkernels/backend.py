@@ -23,16 +23,33 @@ def unsupported_on_cpu(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
+def unsupported_on_cuda(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons why the CUDA kernels cannot. Which layers they take they say when they are called."""
+    reasons = []
+    if not _CUDA_BUILT:
+        reasons.append("this build has none: they are built where torch has CUDA and nvcc is found")
+    if device.type != "cuda":
+        reasons.append(f"the tensors are on {device}")
+    if dtype not in CPU_DTYPES:
+        reasons.append(f"dtype {dtype} is none of {', '.join(str(d) for d in CPU_DTYPES)}")
+    return reasons
+
+
+_CUDA_BUILT: bool = _C.build_info()["cuda"]
+_BY_HAND = "never chosen: call seqkernels.triton"
+
+
 def require(op: str, input: Tensor, what: str = "an input") -> None:
     """Raises NotImplementedError with every backend's reasons where none can run op on this input, or what it is."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
-    if input.device.type == "cpu" and input.dtype in CPU_DTYPES:
+    kind = input.device.type
+    if (kind == "cpu" or (kind == "cuda" and _CUDA_BUILT)) and input.dtype in CPU_DTYPES:
         return
-    reasons = unsupported_on_cpu(input.device, input.dtype)
+    cpu, cuda = (f(input.device, input.dtype) for f in (unsupported_on_cpu, unsupported_on_cuda))
     raise NotImplementedError(
         f"{op}: no backend takes {what} of shape {list(input.shape)}, {input.dtype}, on {input.device}. "
-        f"cpu: {'; '.join(reasons)}. cuda, triton: not written yet."
+        f"cpu: {'; '.join(cpu)}. cuda: {'; '.join(cuda)}. triton: {_BY_HAND}."
     )
 
 
@@ -47,9 +64,9 @@ def explain(op: str, **sizes: Any) -> dict[str, Any]:
         E, D, N, B (embedding_bag): table rows, columns, indices, bags. mode="sum".
         dtype=torch.float32, device="cpu".
     Returns:
-        kernel, isa; threads: those that run. For layers as row_groups (sets of sequences that never meet) x unit_groups
-        (shares of the hidden units, which meet at a barrier once a step) x directions. unsupported: why other backends
-        do not run.
+        kernel: cpu or cuda. unsupported: why other backends do not run. Of the CPU's: isa; threads: those that run. For
+        layers as row_groups (sets of sequences that never meet) x unit_groups (shares of the hidden units, which meet
+        at a barrier once a step) x directions. For layers on CUDA: which kernels run forward and backward.
     Raises:
         ValueError: no such op. TypeError: a size is absent. NotImplementedError: no backend takes such inputs.
     """
@@ -61,8 +78,10 @@ def explain(op: str, **sizes: Any) -> dict[str, Any]:
         plan = _explain_recurrent(op, len(KINDS[op].gates), **sizes)
     else:
         raise ValueError(f"explain: op must be one of {', '.join(KINDS)}, embedding_bag, got {op!r}")
-    unsupported = {"cuda": ["not written yet"], "triton": ["not written yet"]}
-    return {"op": op, "kernel": "cpu", **plan, "unsupported": unsupported}
+    asked = torch.device(sizes.get("device", "cpu")), sizes.get("dtype", torch.float32)
+    unsupported = {"cpu": unsupported_on_cpu(*asked), "cuda": unsupported_on_cuda(*asked), "triton": [_BY_HAND]}
+    kernel = asked[0].type
+    return {"op": op, "kernel": kernel, **plan, "unsupported": {k: v for k, v in unsupported.items() if k != kernel}}
 
 
 def _explain_recurrent(
@@ -81,6 +100,9 @@ def _explain_recurrent(
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     require(op, torch.empty(0, dtype=dtype, device=device))
+    if torch.device(device).type == "cuda":
+        wanted: dict[str, Any] = dict(kind=op, dtype=str(dtype).removeprefix("torch."), T=T, B=B, D=D, H=H)
+        return _C.explain_recurrent_cuda(**wanted, directions=1 + bidirectional, major=0)
     tokens = T * B if lengths is None else sum(lengths)
     sizes = {"T": T, "B": B, "N": tokens, "D": D, "H": H, "P": proj_size or H, "directions": 1 + bidirectional}
     return _C.explain_recurrent(gates=gates, **sizes, heads=num_heads, float64=dtype == torch.float64)
@@ -100,6 +122,8 @@ def _explain_embedding_bag(
     if mode not in ("sum", "mean", "max", "min"):
         raise ValueError(f"explain: mode must be one of sum, mean, max or min, got {mode!r}")
     require("embedding_bag", torch.empty(0, dtype=dtype, device=device), "a table")
+    if torch.device(device).type == "cuda":
+        return {}
     worth_a_thread = 64 << 10  # bytes of rows
     size = (N + B) * D * dtype.itemsize
     threads = 1 if size < 2 * worth_a_thread else min(torch.get_num_threads(), size // worth_a_thread)

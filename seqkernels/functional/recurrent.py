@@ -200,7 +200,7 @@ def stack(
         x, *weights = (_autocast(t, dtype) for t in (x, *weights))
         hx = None if hx is None else [_autocast(s, dtype) for s in hx]
     if lengths is not None:
-        lengths = _check_lengths(kind, lengths, x.shape[0], x.shape[1])
+        lengths = _check_lengths(kind, lengths, x)
     plain = options.plain and reset is None
     none = (None,) * len(kind.states)
     if num_layers == 1 and plain:
@@ -340,7 +340,8 @@ def _check_weights(
     return P, H
 
 
-def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
+def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+    T, B = x.shape[:2]
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths)
@@ -350,7 +351,9 @@ def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], T: int, B: int) 
         raise TypeError(f"{kind.name}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"{kind.name}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
-    lengths = lengths.to("cpu", torch.int64)
+    lengths = lengths.to(x.device if x.is_cuda else "cpu", torch.int64)
+    if x.is_cuda:  # nobody waits for the device: kernels take what lies outside [0, T] as the nearest within
+        return lengths
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
     if B and not traced:  # else the op looks at its values
         low, high = int(lengths.min()), int(lengths.max())

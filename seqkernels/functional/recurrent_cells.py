@@ -103,7 +103,7 @@ def pair(who: str, hx: Any) -> tuple[Tensor, ...]:
 
 def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights) -> Any:
     """The new states of a plain cell; a tuple if they are two."""
-    if _compiling() or _transforms() or forward_ad._current_level >= 0:
+    if _compiling() or _transforms() or forward_ad._current_level >= 0 or (isinstance(input, Tensor) and input.is_cuda):
         return as_layer(who, cell.kind, input, states0, weights)
     try:
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):

@@ -16,7 +16,7 @@ def load(name: str) -> ctypes.CDLL:
     """A module of this folder, `_selftest` or `_emulated`. Each holds an emulation of its own."""
     found = sorted(FOLDER.glob(f"{name}*.so"))
     if not found:
-        raise FileNotFoundError(f"tests/cuda_on_cpu/{name}*.so is not built: make {FOLDER.parent.name}")
+        raise FileNotFoundError(f"tests/cuda_on_cpu/{name}*.so is not built: make test builds it")
     library = ctypes.CDLL(str(found[0]))
     library.seqkernels_emulation_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     library.seqkernels_emulation_set.restype = ctypes.c_int64
