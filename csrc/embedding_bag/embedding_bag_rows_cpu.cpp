@@ -154,7 +154,7 @@ struct Sorter {
       starts();
       on_threads(threads, [&](int64_t thread) {
         int64_t* mine = counters + (thread << bits);
-        for (int64_t i = part(n, threads, thread); i < part(n, threads, thread + 1); ++i) {
+        for (int64_t i = part(n, threads, thread), end = part(n, threads, thread + 1); i < end; ++i) {
           to[mine[digit(from[i].row, shift)]++] = from[i];
         }
       });
@@ -181,7 +181,7 @@ struct Sorter {
     const I* indices = static_cast<const I*>(t.indices);
     int64_t* mine = cleared(thread);
     BagFault fault{};
-    for (int64_t i = share(thread); i < share(thread + 1); ++i) {
+    for (int64_t i = share(thread), end = share(thread + 1); i < end; ++i) {
       const int64_t index = indices[i];
       if (uint64_t(index) >= uint64_t(t.E)) {
         note(fault, BagFault::kIndex, i, index);
@@ -264,7 +264,8 @@ struct Sorter {
   }
 
   void set_scales(int64_t thread) const {
-    for (int64_t bag = part(t.bags, threads, thread); bag < part(t.bags, threads, thread + 1); ++bag) {
+    for (int64_t bag = part(t.bags, threads, thread), last_bag = part(t.bags, threads, thread + 1); bag < last_bag;
+         ++bag) {
       const int64_t begin = bounds.begin(bag), end = bounds.begin(bag + 1);
       const bool weighted = t.weights != nullptr && args.shape.mean_by == MeanBy::kWeight;
       if (!weighted && t.padding < 0) {
@@ -654,7 +655,7 @@ void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed) {
     using S = decltype(storage);
     const int64_t threads = threads_for(t.E * t.D * int64_t(sizeof(S)));
     on_threads(threads, [&](int64_t thread) {
-      for (int64_t row = part(t.E, threads, thread); row < part(t.E, threads, thread + 1); ++row) {
+      for (int64_t row = part(t.E, threads, thread), last = part(t.E, threads, thread + 1); row < last; ++row) {
         const S* from = static_cast<const S*>(t.table) + row * t.row_stride;
         uint8_t* to = packed + row * (t.D + 8);
         const auto value = [&](int64_t d) { return float(value_of(from + d * t.column_stride)); };
