@@ -172,7 +172,7 @@ def backward(
     """The gradient of the table, or of the weights where the table has none; `whole`: forward and backward."""
     following, output, lookup = lookups.rotation(), torch.empty(0), lookups.sets[0]
     with torch.no_grad():
-        upstream = torch.randn(call(table, lookup).shape, generator=torch.Generator().manual_seed(2))
+        upstream = torch.randn(call(table, lookup).shape, generator=torch.Generator().manual_seed(2)).to(table.device)
 
     def before() -> None:
         nonlocal output, lookup
@@ -216,7 +216,7 @@ def optimising(
     with torch.no_grad():
         shape = call(lookups.sets[0]).shape
     # Eighths: their sums are exact in any order, so that dividing by a root of squares does not enlarge rounding.
-    upstream = torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(3)) / 8
+    upstream = (torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(3)) / 8).to(tables[0].device)
 
     def look_up(lookup: Lookup) -> None:
         nonlocal output
@@ -303,7 +303,7 @@ class RowwiseAdagrad:
     """One number of state per row, on torch's sparse gradient: what one writes without a fused optimiser."""
 
     def __init__(self, tables: list[Tensor]) -> None:
-        self.tables, self.states = tables, [torch.zeros(len(table)) for table in tables]
+        self.tables, self.states = tables, [table.new_zeros(len(table)) for table in tables]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -739,3 +739,106 @@ def test_collection_training(bench: Any, B: int) -> None:
     work = sum(forward_bytes(s) + gradient_bytes(s, r, 2) for s, r in zip(shapes, rows))
     group = "EmbeddingBagCollection training with SGD, sum"
     bench.time(group, label, contenders, bars={}, work=work, work_unit="byte")
+
+
+# --- rows: on a GPU ---
+# Tables that its second-level cache cannot hold, unless the row says so.
+
+ON_CUDA = [
+    Shape(10_000_000, 32, 65_536, 20),
+    Shape(10_000_000, 64, 65_536, 20),
+    Shape(10_000_000, 128, 65_536, 20),
+    Shape(4_000_000, 256, 65_536, 20),
+    Shape(10_000_000, 128, 262_144, 3),
+]
+ON_CUDA_SETS = 4  # of indices
+COPY_BAR, UPDATE_BAR, ON_CUDA_BAR = 0.8, 0.5, 1.5
+COPY = "copy of as many bytes"
+
+
+@functools.lru_cache(maxsize=1)
+def table_on_cuda(E: int, D: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(E, D, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(1))
+
+
+def drawn_on_cuda(shape: Shape, *, zipf: bool = False, weights: bool = False) -> Lookups:
+    generator = torch.Generator("cuda").manual_seed(0)
+    bounds = torch.arange(shape.B + 1, device="cuda") * shape.L
+    sets = []
+    for _ in range(ON_CUDA_SETS):
+        indices = torch.randint(shape.E, (shape.N,), generator=generator, device="cuda")
+        if zipf:
+            draw = torch.rand(shape.N, generator=generator, device="cuda", dtype=torch.float64)
+            indices = (torch.exp(draw * math.log(shape.E + 1)).long() - 1).clamp_(0, shape.E - 1)
+        w = torch.rand(shape.N, generator=generator, device="cuda") + 0.5 if weights else None
+        sets.append(Lookup(indices, bounds[:-1].clone(), bounds, w))
+    return Lookups(sets)
+
+
+def copying(work: float) -> Contender:
+    """A copy that reads and writes `work` bytes together: what a share of the copy bandwidth is a share of."""
+    source = torch.empty(int(work / 2), device="cuda", dtype=torch.uint8).random_(0, 256)
+    target = torch.empty_like(source)
+    return Contender(COPY, lambda: target.copy_(source), on_cuda=True)
+
+
+def time_on_cuda(
+    bench: Any, group: str, label: str, contenders: list[Contender], work: float, share: float | None, **more: Any
+) -> None:
+    """Against torch, and against a copy of as many bytes as there must be read and written."""
+    for contender in contenders:
+        contender.on_cuda = True
+    bars = {"torch": Bar(at_least=ON_CUDA_BAR), COPY: Bar(at_least=share)}
+    parity = [(contenders[1], contenders[0])]
+    contenders = [*contenders, copying(work)]
+    bench.time(group, label, contenders, bars=bars, work=work, work_unit="byte", parity=parity, **more)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "mode"), [*((shape, "sum") for shape in ON_CUDA), (ON_CUDA[2], "max")], ids=shape_id)
+def test_forward_on_cuda(bench: Any, shape: Shape, mode: str, dtype: torch.dtype) -> None:
+    table, lookups = table_on_cuda(shape.E, shape.D, dtype), drawn_on_cuda(shape)
+    contenders = [forward(name, bag(f, mode), table, lookups) for name, f in (("ours", OURS), ("torch", TORCH))]
+    name, element = str(dtype).removeprefix("torch."), dtype.itemsize
+    wide = shape.D * element >= 128  # bytes of a row, from which on the bar holds
+    group = f"EmbeddingBag forward, {name}, on CUDA"
+    tolerance = TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE
+    work = forward_bytes(shape, element)
+    time_on_cuda(bench, group, f"{mode}, {shape}", contenders, work, COPY_BAR if wide else None, tolerance=tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("zipf", [False, True], ids=["uniform", "zipf"])
+def test_dense_backward_on_cuda(bench: Any, zipf: bool, weighted: bool) -> None:
+    shape = Shape(1_000_000, 128, 65_536, 20)
+    table = table_on_cuda(shape.E, shape.D, torch.float32).detach().requires_grad_()
+    lookups = drawn_on_cuda(shape, zipf=zipf, weights=weighted)
+    contenders = [backward(n, bag(f, "sum"), table, lookups) for n, f in (("ours", OURS), ("torch", TORCH))]
+    group = f"EmbeddingBag backward, dense gradient, {'Zipf' if zipf else 'uniform'} indices, on CUDA"
+    label = f"sum{', weights' if weighted else ''}, {shape}"
+    time_on_cuda(bench, group, label, contenders, gradient_bytes(shape, shape.E), None, tolerance=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("zipf", [False, True], ids=["uniform", "zipf"])
+@pytest.mark.parametrize("optimizer", [SGD, OPTIMIZERS[2]], ids=str)
+def test_fused_on_cuda(bench: Any, optimizer: Optimizer, zipf: bool) -> None:
+    """Backward and the optimiser's step, from sorting the indices on."""
+    shape = Shape(4_000_000, 128, 65_536, 20)
+    table, lookups = table_on_cuda(shape.E, shape.D, torch.float32), drawn_on_cuda(shape, zipf=zipf)
+    module = seqkernels.nn.EmbeddingBag.from_pretrained(
+        table.clone(), freeze=False, mode="sum", fused_optimizer=optimizer.ours()
+    )
+    weight, call = table.clone().requires_grad_(), bag(TORCH, "sum", sparse=True)
+    step = optimizer.torch([weight]).step
+    contenders = [
+        optimising(
+            "ours, fused", lambda x: module(x.indices, x.offsets), [module.weight], lookups, None, whole=False
+        ),
+        optimising("torch", lambda x: call(weight, x), [weight], lookups, step, whole=False),
+    ]
+    work = gradient_bytes(shape, rows_that_occur(lookups), 2)
+    group = f"EmbeddingBag backward and {optimizer}, {'Zipf' if zipf else 'uniform'} indices, on CUDA"
+    time_on_cuda(bench, group, f"sum, {shape}", contenders, work, UPDATE_BAR, tolerance=1e-4)

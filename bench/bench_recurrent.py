@@ -760,3 +760,146 @@ def test_memory_efficient_saved(bench: Any) -> None:
         EFFICIENT_LABEL,
         {which: (functools.partial(layer, x), [x, *layer.parameters()]) for which, layer in layers.items()},
     )
+
+
+# --- rows: on a GPU ---
+# The peer is cuDNN, through torch.nn on the same dtype; where a row says float16, on that. "step" is a training step.
+
+HALF = torch.bfloat16
+HALF_TOLERANCE = 5e-2  # both round states and gradients of gates to 8 bits, at T steps
+LONG, PACKED = Shape(1024, 16, 768, 768), "packed"
+LONG_BAR, EACH_BAR, MEAN_BAR, FILL_BAR = 1.3, 1.0, 2.0, 1.6
+ON_CUDA = {
+    "GRU": (GRU, {}),
+    "LSTM, bidirectional": (LSTM, {"bidirectional": True}),
+    "LSTM, 2 layers": (LSTM, {"num_layers": 2}),
+    "LSTM, packed": (LSTM, {}),
+    "GRU, packed": (GRU, {}),
+}
+ON_CUDA_SIZES = [(B, H) for H in (128, 256, 512, 1024) for B in (1, 16, 64)]
+
+
+def layers_on_cuda(
+    shape: Shape, kind: Kind, *, ours: torch.dtype, theirs: torch.dtype, **options: Any
+) -> tuple[nn.Module, nn.Module]:
+    """(ours, torch's) with the same weights, each in its dtype."""
+    torch.manual_seed(1)
+    peer = getattr(nn, kind.name)(shape.I, shape.H, **options)
+    mine = getattr(seqkernels.nn, kind.name)(shape.I, shape.H, **options)
+    mine.load_state_dict(peer.state_dict())
+    return mine.to("cuda", ours), peer.to("cuda", theirs)
+
+
+def on_cuda(name: str, layer: nn.Module, shape: Shape, lengths: list[int] | None, *, step: bool) -> Contender:
+    """Inference or a training step of a layer, dense or packed."""
+    generator = torch.Generator().manual_seed(2)
+    weight = next(layer.parameters())
+    x = torch.randn(shape.T, shape.B, shape.I, generator=generator).to("cuda", weight.dtype)
+    packed = None if lengths is None else pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    data = (x if packed is None else packed.data).requires_grad_(step)
+
+    def forward() -> tuple[Tensor, Any]:
+        if packed is None:
+            return layer(data)
+        output, state = layer(PackedSequence(data, *packed[1:]))
+        return output.data, state
+
+    with torch.no_grad():
+        upstream = torch.randn(forward()[0].shape, generator=generator).to("cuda", weight.dtype)
+    wanted = [data, *layer.parameters()]
+
+    def inference() -> None:
+        with torch.no_grad():
+            forward()
+
+    def training() -> None:
+        output, _ = forward()
+        torch.autograd.grad(output, wanted, upstream)
+
+    def result() -> Results:
+        output, states = forward()
+        found = {"output": output} | named_states(states)
+        if step:
+            names = ["dx", *(f"d{key}" for key, _ in layer.named_parameters())]
+            found |= dict(zip(names, torch.autograd.grad(output, wanted, upstream)))
+        return {key: value.detach().double() for key, value in found.items()}
+
+    return Contender(name, training if step else inference, result, on_cuda=True)
+
+
+STEPS = pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
+
+
+@pytest.mark.cuda
+@STEPS
+def test_long_on_cuda(bench: Any, step: bool) -> None:
+    """cuDNN has a persistent kernel of float16 for this shape."""
+    ours, half = layers_on_cuda(LONG, LSTM, ours=HALF, theirs=torch.float16)
+    _, same = layers_on_cuda(LONG, LSTM, ours=HALF, theirs=HALF)
+    contenders = [
+        on_cuda("ours", ours, LONG, None, step=step),
+        on_cuda("cuDNN, float16", half, LONG, None, step=step),
+        on_cuda("cuDNN, bfloat16", same, LONG, None, step=step),
+    ]
+    work = (TRAINING if step else 1) * flop(LONG.T * LONG.B, ours)
+    group = f"LSTM bfloat16, {'training step' if step else 'forward'}, on CUDA"
+    bars = {"cuDNN, float16": LONG_BAR}
+    bench.time(group, str(LONG), contenders, bars=bars, work=work, tolerance=HALF_TOLERANCE)
+
+
+@pytest.mark.cuda
+@STEPS
+@pytest.mark.parametrize(("B", "H"), ON_CUDA_SIZES)
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> None:
+    kind, options = ON_CUDA[name]
+    shape = Shape(256, B, H, H)
+    ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF, **options)
+    lengths = drawn_lengths(shape) if PACKED in name else None
+    contenders = [on_cuda(who, m, shape, lengths, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    tokens = shape.T * shape.B if lengths is None else sum(lengths)
+    work = (TRAINING if step else 1) * flop(tokens, ours)
+    bars = {"cuDNN": Bar(at_least=EACH_BAR, mean_at_least=MEAN_BAR, mean_rows=len(ON_CUDA) * len(ON_CUDA_SIZES))}
+    group = f"bfloat16, {'training step' if step else 'forward'}, on CUDA"
+    bench.time(group, f"{name}, {shape}", contenders, bars=bars, work=work, tolerance=HALF_TOLERANCE)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("B", [1, 16, 32])
+@pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
+def test_steps_on_cuda(bench: Any, kind: Kind, B: int) -> None:
+    """1024 steps, so 1.024 ms is 1 µs a step, the product with x included."""
+    shape = Shape(1024, B, 256, 256)
+    ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
+    contenders = [on_cuda(who, m, shape, None, step=False) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    group = "bfloat16, forward of 1024 steps, on CUDA"
+    work = flop(shape.T * shape.B, ours)
+    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+
+
+@pytest.mark.cuda
+@STEPS
+@pytest.mark.parametrize(("B", "H"), [(16, 256), (64, 512)])
+def test_half_fill_on_cuda(bench: Any, B: int, H: int, step: bool) -> None:
+    """Packed rows of sequences between no and all steps, against the same padded: half of it is padding."""
+    shape = Shape(512, B, H, H)
+    ours, _ = layers_on_cuda(shape, LSTM, ours=HALF, theirs=HALF)
+    lengths = [max(1, round(shape.T * (b + 0.5) / B)) for b in range(B)]
+    packed = on_cuda("ours, packed", ours, shape, lengths, step=step)
+    padded = on_cuda("ours, padded", ours, shape, None, step=step)
+    group = f"LSTM bfloat16 at half fill, {'training step' if step else 'forward'}, on CUDA"
+    work = (TRAINING if step else 1) * flop(sum(lengths), ours)
+    bench.time(group, str(shape), [packed, padded], bars={"ours, padded": FILL_BAR}, work=work, parity=[])
+
+
+@pytest.mark.cuda
+@STEPS
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
+    """Both under torch.backends.cudnn's setting, which allows TF32 unless told otherwise."""
+    shape = Shape(256, 16, 256, 256)
+    ours, theirs = layers_on_cuda(shape, kind, ours=torch.float32, theirs=torch.float32)
+    contenders = [on_cuda(who, m, shape, None, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
+    group = f"float32 (TF32), {'training step' if step else 'forward'}, on CUDA"
+    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)

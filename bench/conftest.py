@@ -30,6 +30,7 @@ Bars = Mapping[str, Bar | float]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("seqkernels bench")
     group.addoption("--threads", type=int, default=2, help="threads for ours and every peer (default 2)")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="which rows: those marked cuda, or not")
     group.addoption("--budget", type=float, default=8.0, metavar="S", help="timing per row (default 8)")
     group.addoption("--quick", action="store_true", help="1 second per row, slow rows left out; not for quoting")
     group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="wait up to so long for a quiet machine")
@@ -48,7 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("threads"))
 
 
-def _device() -> str:
+def _device(config: pytest.Config) -> str:
+    if config.getoption("device") == "cuda":
+        return torch.cuda.get_device_name()
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -63,6 +66,8 @@ def _versions() -> dict[str, str]:
     for peer in ("onnxruntime", "fbgemm-gpu-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[peer] = importlib.metadata.version(peer)
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        versions |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     versions["torch ISA"] = torch.backends.cpu.get_cpu_capability()
     build = seqkernels.build_info()
     versions |= {"seqkernels": build["version"], "seqkernels ISA": build["isa"], "compiler": build["compiler"]}
@@ -87,10 +92,10 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
         _say(config, warning, red=True, bold=True)
     run = Run(
         date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        device=_device(),
+        device=_device(config),
         threads=config.getoption("threads"),
         versions=_versions(),
-        roofs={unit: best() for unit, best in harness.ROOFS.items()},
+        roofs={unit: best() for unit, best in harness.ROOFS[config.getoption("device")].items()},
         other_load=load,
         quick=config.getoption("quick"),
     )
@@ -204,6 +209,10 @@ def bench(benchmark: Any, bench_run: Run, request: pytest.FixtureRequest) -> Ben
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("device") == "cuda"
+    left_out = [item for item in items if bool(item.get_closest_marker("cuda")) != wanted]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     if config.getoption("quick"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -215,7 +224,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if run is None or not run.rows:
         return
     for unit in {row.work_unit for row in run.rows}:
-        again = harness.ROOFS[unit]()
+        again = harness.ROOFS[session.config.getoption("device")][unit]()
         if again.rate > run.roofs[unit].rate:
             run.roofs[unit] = again
     if session.config.getoption("strict_bars") and report.missed_bars(run) and session.exitstatus == pytest.ExitCode.OK:

@@ -36,7 +36,8 @@ class Contender:
     `step` is what is timed, and makes `calls` calls; `before` runs ahead of every step, outside the timing.
     `result` makes one step and returns what parity compares.
     A contender that cannot take the row says why in `refused`: it is listed, not timed.
-    `work` is that of one call, where it is not the row's.
+    `work` is that of one call, where it is not the row's. `on_cuda`: the steps are work of the current CUDA device,
+    which is timed by its events.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Contender:
     refused: str = ""
     calls: int = 1
     work: float = 0.0
+    on_cuda: bool = False
 
 
 def compiled(name: str, function: Callable, make: Callable[[Callable], Contender], **options: object) -> Contender:
@@ -128,6 +130,8 @@ def settle(limit_s: float = 0.25) -> None:
 
 def sample(contender: Contender, number: int, warm: bool) -> float:
     """Seconds per call over `number` steps, after steps that are not timed if `warm`."""
+    if contender.on_cuda:
+        return sample_on_cuda(contender, number, warm)
     before, step, clock = contender.before, contender.step, time.perf_counter
     settle()
     ready = clock() + WARM_S
@@ -150,6 +154,36 @@ def sample(contender: Contender, number: int, warm: bool) -> float:
     return total / (number * contender.calls)
 
 
+def sample_on_cuda(contender: Contender, number: int, warm: bool) -> float:
+    """The same by events of the device, which never waits for the host but where a step itself is shorter than its
+    launches. What `before` does is outside the timing here as well.
+    """
+    before, step = contender.before, contender.step
+    ready = time.perf_counter() + WARM_ON_CUDA_S
+    while warm:
+        if before is not None:
+            before()
+        step()
+        torch.cuda.synchronize()
+        warm = time.perf_counter() < ready
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 if before is None else 2 * number)]
+    if before is None:
+        marks[0].record()
+    for i in range(number):
+        if before is not None:
+            before()
+            marks[2 * i].record()
+        step()
+        if before is not None:
+            marks[2 * i + 1].record()
+    if before is None:
+        marks[1].record()
+    torch.cuda.synchronize()
+    milliseconds = sum(start.elapsed_time(end) for start, end in zip(marks[::2], marks[1::2]))
+    return milliseconds / 1000 / (number * contender.calls)
+
+
 @dataclass
 class Plan:
     """How a row is measured: steps per sample for each contender, and rounds."""
@@ -162,6 +196,7 @@ class Plan:
 MIN_SAMPLE_S = 0.02  # a sample is at least this long, so that the clock and one interrupt do not count
 WARM_BELOW_S = 0.1  # shorter steps feel the caches that the contender before left
 WARM_S = 0.05  # and on a virtual machine two idle processors may share a core for tens of milliseconds after they wake
+WARM_ON_CUDA_S = 0.01
 SLOW_S = 1.0  # a step this long needs no second look before it is timed
 MIN_ROUNDS, MAX_ROUNDS = 3, 51
 
@@ -321,7 +356,32 @@ def best_copy(seconds_each: float = 0.4) -> Roof:
     return best
 
 
-ROOFS: dict[str, Callable[[], Roof]] = {"flop": best_matmul, "byte": best_copy}  # by the unit of a row's work
+def best_on_cuda(name: str, work: float, step: Callable[[], object], limit_s: float = 0.3) -> Roof:
+    contender, fastest, end = Contender(name, step, on_cuda=True), math.inf, time.perf_counter() + limit_s
+    while time.perf_counter() < end:
+        fastest = min(fastest, sample_on_cuda(contender, 1, warm=fastest == math.inf))
+    return Roof(work / fastest, f"{name}, best of the run")
+
+
+def best_matmul_on_cuda() -> Roof:
+    """On random numbers: zeros are faster."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return best_on_cuda(f"torch.mm {size}x{size}x{size}, bfloat16", 2.0 * size**3, lambda: torch.mm(a, b))
+
+
+def best_copy_on_cuda() -> Roof:
+    size = 2**32
+    source, target = (torch.empty(size, device="cuda", dtype=torch.uint8) for _ in range(2))
+    source.random_(0, 256)
+    return best_on_cuda("copy of 4096 MiB", 2.0 * size, lambda: target.copy_(source))
+
+
+Roofs = dict[str, Callable[[], Roof]]
+ROOFS: dict[str, Roofs] = {  # by device, and by the unit of a row's work
+    "cpu": {"flop": best_matmul, "byte": best_copy},
+    "cuda": {"flop": best_matmul_on_cuda, "byte": best_copy_on_cuda},
+}
 
 
 # --- peak memory ---

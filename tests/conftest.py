@@ -21,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and seqkernels.build_info()["cuda"]:
+        return
+    needless = [item for item in items if item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=needless)
+    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+
+
 def fill_memory(nan: bool) -> None:
     """With NaN, reading what was never written shows. It reaches what C++ allocates through torch as well."""
     torch.use_deterministic_algorithms(nan)

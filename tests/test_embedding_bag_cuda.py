@@ -1,4 +1,5 @@
-"""CUDA kernels of embedding bags, run on the CPU: each thread of a block a fibre, memory and barriers checked.
+"""CUDA kernels of embedding bags, run on the CPU: each thread of a block a fibre, memory and barriers checked; and on a
+GPU where there is one.
 
 The ops of torch.ops.seqkernels_emulated are those of torch.ops.seqkernels, made by the CUDA launchers. They take the
 place of the CPU's here, so that the public functions run on them.
@@ -31,6 +32,7 @@ from cases import (
     make_bag_inputs,
     run_bag,
 )
+from on_cuda import ONLY_EMULATED, PLACES, OnCuda
 from torch import Tensor
 
 from seqkernels import functional, reference
@@ -69,10 +71,16 @@ def emulated_ops() -> _embedding_bag_ops.Ops:
     return _embedding_bag_ops.Ops("seqkernels_emulated")
 
 
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> str:
+    """Where the ops of a test run."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def ops(monkeypatch: pytest.MonkeyPatch) -> _embedding_bag_ops.Ops:
-    """The emulated ops, which the public functions use as well."""
-    found = emulated_ops()
+def ops(place: str, monkeypatch: pytest.MonkeyPatch) -> _embedding_bag_ops.Ops | OnCuda:
+    """The emulated ops, or those of a device; the public functions use them as well."""
+    found = OnCuda() if place == "cuda" else emulated_ops()
     monkeypatch.setattr(_embedding_bag_ops, "ops", found)
     return found
 
@@ -191,6 +199,7 @@ def test_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sum", "max"])
+@ONLY_EMULATED
 def test_the_same_bits_however_bags_are_dealt_out(mode: str, ops: _embedding_bag_ops.Ops) -> None:
     """Few multiprocessors: several short bags a group. Many: one."""
     case = BagCase(
@@ -208,6 +217,7 @@ def test_the_same_bits_however_bags_are_dealt_out(mode: str, ops: _embedding_bag
 
 @pytest.mark.parametrize("order", [{}, {"backward": 1}, {"seed": 5}], ids=["forward", "backward", "random"])
 @pytest.mark.parametrize("mode", ["mean", "max"])
+@ONLY_EMULATED
 def test_nothing_races_and_order_does_not_matter(order: dict[str, int], mode: str) -> None:
     case = BagCase(
         E=40, D=20, lengths=(300, 2, 0, *bag_lengths(30, 20), 2200), rows="few", weights="same", why="all kinds"

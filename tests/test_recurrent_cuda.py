@@ -1,4 +1,5 @@
-"""CUDA kernels of recurrent layers, run on the CPU: each thread of a block a fibre, memory and barriers checked.
+"""CUDA kernels of recurrent layers, run on the CPU: each thread of a block a fibre, memory and barriers checked; and on
+a GPU where there is one.
 
 The ops of torch.ops.seqkernels_emulated are those of torch.ops.seqkernels, made by the CUDA launchers.
 """
@@ -10,6 +11,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +19,10 @@ import cuda_on_cpu
 import pytest
 import torch
 from cases import TOLERANCE, ragged
+from on_cuda import ONLY_EMULATED, PLACES, OnCuda
 from torch import Tensor
 
+import seqkernels
 from seqkernels import reference
 
 
@@ -36,7 +40,19 @@ def module() -> Any:
     return found
 
 
-def emulated() -> Any:
+@pytest.fixture(autouse=True, params=PLACES)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the ops of a test run."""
+    monkeypatch.setattr(sys.modules[__name__], "PLACE", request.param)
+    return request.param
+
+
+PLACE = "emulated"
+
+
+def ops() -> Any:
+    if PLACE == "cuda":
+        return OnCuda()
     module()
     return torch.ops.seqkernels_emulated
 
@@ -156,7 +172,7 @@ def inputs_of(layer: Layer) -> Inputs:
 
 
 def forward(layer: Layer, of: Inputs, **more: Any) -> tuple[Tensor, ...]:
-    return getattr(emulated(), layer.kind + "_forward")(*of.flat(layer.bidirectional), **of.extras, **more)
+    return getattr(ops(), layer.kind + "_forward")(*of.flat(layer.bidirectional), **of.extras, **more)
 
 
 def backward(
@@ -166,7 +182,7 @@ def backward(
     states = len(of.states)
     memories = kept[2 + states :]
     extras = dict(of.extras, **dict(zip(("dcells",), upstream[1 + states :])))
-    dx, *rest = getattr(emulated(), layer.kind + "_backward")(
+    dx, *rest = getattr(ops(), layer.kind + "_backward")(
         *upstream[: 1 + states],
         *of.flat(layer.bidirectional),
         kept[0],
@@ -216,7 +232,7 @@ def check_layer(layer: Layer, tolerance: float | None = None, recompute: bool = 
     names = [*["y", "h_n", "c_n"][:last], "cells"]
     for name, found, wanted in zip(names, (*kept[:last], *kept[last + 1 :]), outputs):
         check(found, wanted, layer.dtype, name, tolerance)
-    inferred = getattr(emulated(), layer.kind)(*of.flat(layer.bidirectional), **of.extras)
+    inferred = getattr(ops(), layer.kind)(*of.flat(layer.bidirectional), **of.extras)
     for name, found, wanted in zip(names, inferred, kept):
         assert torch.equal(found, wanted), f"{name} of inference"
     found_gradients = [g for g in backward(layer, of, kept, upstream) if g is not None and g.shape != (0,)]
@@ -300,6 +316,7 @@ def test_clusters(layer: Layer, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
+@ONLY_EMULATED
 def test_large_clusters(kind: str) -> None:
     """On a device of more multiprocessors a layer is cut in more blocks."""
     layer = Layer(kind=kind, B=2, T=3, D=4, H=136, form="lengths", bidirectional=True, dtype=torch.bfloat16)
@@ -309,6 +326,7 @@ def test_large_clusters(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
+@ONLY_EMULATED
 def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
     """Two slots of what blocks push to each other suffice, whoever comes first."""
     layer = Layer(kind=kind, B=2, T=7, D=4, H=40, form="lengths", bidirectional=True, dtype=torch.float16)
@@ -317,6 +335,7 @@ def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("layer", [Layer(kind="gru_before", T=3), Layer(form="packed", T=3, B=18)], ids=str)
+@ONLY_EMULATED
 def test_steps_without_races(layer: Layer) -> None:
     with machine(races=1, unwritten=1):
         check_layer(dataclasses.replace(layer, bidirectional=True))
@@ -335,13 +354,14 @@ def test_steps_without_races(layer: Layer) -> None:
 )
 def test_tf32(layer: Layer) -> None:
     """float32 on the matrix units: products of 11 significant bits, everything else as before."""
-    before = module().set_tf32(True)
+    built = seqkernels._C if PLACE == "cuda" else module()
+    before = built.set_tf32(True)
     try:
         check_layer(layer, tolerance=4e-3)
         with pytest.raises(AssertionError, match="off by"):
             check_layer(layer, tolerance=1e-6)
     finally:
-        module().set_tf32(before)
+        built.set_tf32(before)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +382,7 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("steps", 1), ("steps", 1), "the cell must be"),
     ],
 )
+@ONLY_EMULATED
 def test_plan(asked: dict[str, Any], forward: Any, backward: Any, reason: str | None) -> None:
     """Which kernels run, and why the others do not."""
     with machine(multiprocessors=132):
@@ -376,7 +397,7 @@ def test_errors() -> None:
     of = inputs_of(Layer(H=8))
     weights = [of.weights[0], of.weights[1][:, :4].contiguous(), *of.weights[2:]]
     with pytest.raises(RuntimeError, match="heads must be 1, got 2"):
-        emulated().lstm(of.x, *of.states, weights, None, None, False, heads=2)
+        ops().lstm(of.x, *of.states, weights, None, None, False, heads=2)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
@@ -445,14 +466,14 @@ def test_cells(kind: str, dtype: torch.dtype) -> None:
     outputs, upstream, gradients = expected(layer, of)
     states = len(of.states)
     x, states0 = of.x[0], [s[0] for s in of.states if s is not None]
-    *found, saved = getattr(emulated(), kind + "_cell_forward")(x, *states0, *of.weights)
-    inferred = getattr(emulated(), kind + "_cell")(x, *states0, *of.weights)
+    *found, saved = getattr(ops(), kind + "_cell_forward")(x, *states0, *of.weights)
+    inferred = getattr(ops(), kind + "_cell")(x, *states0, *of.weights)
     for name, now, again, wanted in zip(("h", "c"), found, [inferred] if states == 1 else inferred, outputs[1:]):
         check(now, wanted[0], dtype, name, TOLERANCE[dtype])
         assert torch.equal(now, again)
     # In a layer of one step y is h as well, and cells is c.
     into = [upstream[i][0] + upstream[i + 1][0] for i in range(0, 2 * states, 2)]
-    dx, *rest = getattr(emulated(), kind + "_cell_backward")(
+    dx, *rest = getattr(ops(), kind + "_cell_backward")(
         *into, x, *states0, *of.weights, *found, saved, True, True, True
     )
     wanted_dx, *wanted = gradients

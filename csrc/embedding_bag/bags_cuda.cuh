@@ -451,7 +451,7 @@ struct TablePack {
 };
 static_assert(sizeof(TablePack) <= 4096, "what every device takes as parameters");
 
-SK_KERNEL(32) bag_tables_kernel(const SK_GRID_CONSTANT TablePack pack) {
+static SK_KERNEL(32) bag_tables_kernel(const SK_GRID_CONSTANT TablePack pack) {
   const auto to = global<PlacedTable>(pack.to, pack.from + pack.count);
   const int i = thread_index();
   if (i >= pack.count) return;

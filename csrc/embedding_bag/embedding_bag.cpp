@@ -14,13 +14,11 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/registration.h"
+#include "common/stream.h"
 #include "embedding_bag/rows_sort.h"
 #if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_BAGS_ON_GPU
 #include "embedding_bag/embedding_bag_cuda.h"
-#endif
-#ifdef SEQKERNELS_HAVE_CUDA
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace seqkernels {
@@ -90,7 +88,7 @@ Tensor make(const Tensor& like, ScalarType type, int64_t n, int64_t m = -1) {
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(m < 0 ? 1 : 2, sizes, strides, code_of(type), device, index, &handle));
   return Tensor(handle);
 }
@@ -313,22 +311,16 @@ bool on_gpu(const Tensor& t) { return !t.is_cpu(); }
 #endif
 
 // The device and the stream of a tensor for as long as this lives, and what launchers want beside arguments.
-struct Gpu {
+struct Gpu : OnDevice {
   const Tensor& like;
   std::optional<Tensor> word;
-#ifdef SEQKERNELS_EMULATE_CUDA
-  void* const stream = nullptr;
-  const bool checked = true;
-  explicit Gpu(const Tensor& t) : like(t) {}
-#else
-  const torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
   // Kernels skip what is out of range. With this in the environment it raises, for which every call waits.
+#ifdef SEQKERNELS_EMULATE_CUDA
+  const bool checked = true;
+#else
   const bool checked = std::getenv("SEQKERNELS_CHECKED") != nullptr;
-  explicit Gpu(const Tensor& t) : like(t), guard(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  }
 #endif
+  explicit Gpu(const Tensor& t) : OnDevice(t), like(t) {}
 
   Tensor scratch(int64_t bytes) const { return make(like, ScalarType::Byte, bytes); }
   BagFaultWord* fault() {

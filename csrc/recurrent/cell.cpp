@@ -30,7 +30,7 @@ Tensor make(int32_t dtype, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   const int skip = rows < 0;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2 - skip, sizes + skip, strides + skip, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2 - skip, sizes + skip, strides + skip, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

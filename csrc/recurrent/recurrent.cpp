@@ -12,10 +12,8 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/registration.h"
+#include "common/stream.h"
 #include "recurrent/ops.h"
-#ifdef SEQKERNELS_HAVE_CUDA
-#include <torch/csrc/stable/accelerator.h>
-#endif
 
 namespace seqkernels {
 
@@ -51,6 +49,7 @@ namespace {
 template <class Args, class Launch>
 void run_on_cuda(const std::string& op, CellKind kind, const Args& args, const CudaLayout& layout, const Tensor& like,
                  bool recompute, const CudaPlan::Pass CudaPlan::* pass, Launch launch) {
+  const OnDevice device(like);
   const CudaPlan plan = plan_recurrent_cuda(kind, args, layout, recompute, current_cuda_device());
   const CudaPlan::Pass& of = plan.*pass;
   if (of.tier == CudaTier::kNone) {
@@ -59,12 +58,7 @@ void run_on_cuda(const std::string& op, CellKind kind, const Args& args, const C
     fail(op, ": no CUDA kernel takes these inputs: ", text);
   }
   const Tensor workspace = torch::stable::new_empty(like, Shape{of.workspace}, ScalarType::Byte);
-  void* stream = nullptr;
-#if !defined(SEQKERNELS_EMULATE_CUDA)
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-#endif
-  launch(kind, args, layout, plan, workspace.mutable_data_ptr(), stream);
+  launch(kind, args, layout, plan, workspace.mutable_data_ptr(), device.stream);
 }
 }  // namespace
 

@@ -137,6 +137,16 @@ NO_EXTRAS = Extras()
 
 # ---- one layer
 
+_SET_TF32 = getattr(_C, "set_tf32", None)  # of a build with CUDA kernels
+
+
+def follow_precision(x: Tensor, of: Any) -> None:
+    """float32 products on CUDA are made of TF32 where torch makes its own so: `of` is what says that in torch.backends.
+    A compiled graph keeps what was last followed.
+    """
+    if _SET_TF32 is not None and x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        _SET_TF32(of.fp32_precision == "tf32")
+
 
 def layer(
     kind: Kind,
@@ -154,6 +164,7 @@ def layer(
 
     Saves what backward needs only where a gradient can be asked for; with `recompute` no gates.
     """
+    follow_precision(x, torch.backends.cudnn.rnn)
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     recorded = torch.is_grad_enabled() and (
@@ -229,6 +240,7 @@ class Call(NamedTuple):
         """Gradients of `differentiable`. Upstream are those of y, the last states, every c and s."""
         if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any
             return self.backward_by_definition(kind, upstream, needs)
+        follow_precision(self.x, torch.backends.cudnn.rnn)
         states = len(kind.states)
         last: tuple[Any, ...] = self.extras or ()
         if any(g is not None for g in upstream[1 + states :]):
