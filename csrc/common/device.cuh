@@ -458,14 +458,19 @@ template <int kBytes, class T, class U>
 SK_DEVICE void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
   static_assert(std::is_same<T, std::remove_const_t<U>>::value, "a copy keeps the type");
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
-  const int bytes = valid ? kBytes : 0;
+  // The operand that lets the source be ignored costs a predicate, a variable size four instructions.
+  const int ignored = !valid;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from.get()), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\ncp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;\n}" ::"r"(
+            to.address()),
+        "l"(from.get()), "r"(ignored)
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(from.get()), "n"(kBytes),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\ncp.async.ca.shared.global [%0], [%1], %2, p;\n}" ::"r"(to.address()),
+        "l"(from.get()), "n"(kBytes), "r"(ignored)
+        : "memory");
   }
 }
 // The same of the first `count` elements, zeros behind them.
@@ -475,8 +480,7 @@ SK_DEVICE void copy_async_part(Shared<T> to, Global<U> from, int count) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
   const int bytes = count * static_cast<int>(sizeof(T));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from.get()),
-                 "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from.get()), "r"(bytes)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(from.get()), "n"(kBytes),

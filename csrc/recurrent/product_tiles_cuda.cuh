@@ -19,31 +19,38 @@ namespace seqkernels::cuda {
 constexpr int kStageBytes = 128;  // of K
 template <class S>
 constexpr int kDepth = kStageBytes / static_cast<int>(sizeof(S));
-constexpr int64_t kFromInitial = int64_t{1} << 62;  // in a line's start: it is one of the initial states
-constexpr int64_t kNoLine = -1;
+
+// Lines that start at multiples of 16 bytes and are whole pieces long, or any: those need registers that large tiles do
+// not have.
+enum class Lines { kWhole, kAny };
 
 // kM x kN of C by kWarpsM x kWarpsN warps.
-template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_, int kResident_>
+template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_, int kResident_, Lines kLines_ = Lines::kWhole>
 struct Tile {
+  static constexpr Lines kLines = kLines_;
   static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kStages = kStages_, kResident = kResident_;  // blocks on a multiprocessor
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
 };
 
+// Null: zeros.
 template <class S>
-SK_DEVICE int64_t start_of(const Matrix& m, int64_t line, int64_t lines) {
-  if (line >= lines) return kNoLine;
-  if (m.links == nullptr) return m.period == 0 ? line * m.ld : line / m.period * m.ld + line % m.period * m.across;
-  const int64_t prev = load<Cache::kReadOnly>(
-      global<const int64_t>(m.links, m.links_count * static_cast<int64_t>(sizeof(Link) / sizeof(int64_t))),
-      line * static_cast<int64_t>(sizeof(Link) / sizeof(int64_t)));
-  if (prev < 0 || starts_anew(prev)) return kNoLine;
-  if (prev < m.link_rows) return prev * m.ld;
-  return m.initial == nullptr ? kNoLine : (prev - m.link_rows) * m.initial_ld | kFromInitial;
+SK_DEVICE Global<const S> line_of(const Matrix& m, int64_t line, int64_t lines) {
+  if (line >= lines) return Global<const S>();
+  const Global<const S> ordinary = global<const S>(m.at, m.count);
+  if (m.links == nullptr) {
+    return ordinary + (m.period == 0 ? line * m.ld : line / m.period * m.ld + line % m.period * m.across);
+  }
+  constexpr int64_t kWords = sizeof(Link) / sizeof(int64_t);
+  const int64_t prev = load<Cache::kReadOnly>(global<const int64_t>(m.links, m.links_count * kWords), line * kWords);
+  if (prev < 0 || starts_anew(prev)) return Global<const S>();
+  if (prev < m.link_rows) return ordinary + prev * m.ld;
+  if (m.initial == nullptr) return Global<const S>();
+  return global<const S>(m.initial, m.initial_count) + (prev - m.link_rows) * m.initial_ld;
 }
 
-SK_DEVICE int clamped(int64_t x, int most) { return x < 0 ? 0 : x > most ? most : static_cast<int>(x); }
+SK_DEVICE int clamped(int x, int most) { return x < 0 ? 0 : x > most ? most : x; }
 
 // What is xored to the number of a piece in its line. Fragments of TF32 whose K runs across lines are gathered word by
 // word, four lines at a time; fused multiply-adds read one line at a time.
@@ -80,63 +87,57 @@ struct Loader {
   static constexpr int kCount = kLines / kStride;  // pieces of a thread
   static_assert(kCount * kStride == kLines, "whole lines");
   static_assert(turn<kHow, S, kInLine>(kStride) == 0, "a thread's lines turn alike");
-  // Starts of lines: of all rows, for both parts, or of two stages of K.
-  static SK_HOST_DEVICE int64_t starts(int parts) { return kInLine ? parts * kWide : 2 * kDepth<S>; }
+  // Lines that are kept: of all rows, for both parts, or of two stages of K.
+  static SK_HOST_DEVICE int64_t lines(int parts) { return kInLine ? parts * kWide : 2 * kDepth<S>; }
 
   int line, piece, to;
-  SK_DEVICE Loader() {
+  int along, there;  // in a line: where this thread's piece begins, and how much of it there is
+  SK_DEVICE Loader(int64_t place0, int64_t places) {
     line = thread_index() / kAcross;
     piece = thread_index() % kAcross * kP;
     to = line * kPitch + (thread_index() % kAcross ^ turn<kHow, S, kInLine>(line)) * kP;
+    along = static_cast<int>(place0) + piece;
+    there = clamped(static_cast<int>(places) - along, kP);
+  }
+  // To the stage whose K goes from k to at most end.
+  SK_DEVICE void at(int k, int end) {
+    if (!kInLine) return;
+    along = k + piece;
+    there = clamped(end - along, kP);
   }
 
-  // The stage whose K goes from k to at most end. starts: of its lines.
-  template <class F>
-  SK_DEVICE void each(int first, int upto, const Matrix& m, int64_t place0, int64_t places, int64_t k, int64_t end,
-                      Shared<const int64_t> starts, Shared<S> stage, F&& copy) const {
-    const Global<const S> ordinary = global<const S>(m.at, m.count);
-    const Global<const S> initial = global<const S>(m.initial, m.initial == nullptr ? 0 : m.initial_count);
-    const int64_t along = (kInLine ? k : place0) + piece;
-    const int there = clamped((kInLine ? end : places) - along, kP);
+  // Pieces [first, upto) of this thread, of lines that start at multiples of 16 bytes and are whole pieces long.
+  SK_DEVICE void fetch(int first, int upto, Shared<const Global<const S>> lines, Shared<S> stage) const {
+    Global<const S> from[kCount];
+    SK_UNROLL
+    for (int i = first; i < upto; ++i) from[i] = lines[line + i * kStride];
     SK_UNROLL
     for (int i = first; i < upto; ++i) {
-      const int64_t start = starts[line + i * kStride];
-      const int count = start < 0 ? 0 : there;
-      const Global<const S> base = start >= kFromInitial ? initial : ordinary;
-      const int64_t offset = count == 0 ? 0 : (start & ~kFromInitial) + along;
-      copy(stage + (to + i * kStride * kPitch), base + offset, count);
+      copy_async<16>(stage + (to + i * kStride * kPitch), from[i] + along, from[i] && there > 0);
     }
   }
-  SK_DEVICE void fetch(int first, int upto, const Matrix& m, int64_t place0, int64_t places, int64_t k, int64_t end,
-                       Shared<const int64_t> starts, Shared<S> stage) const {
-    each(first, upto, m, place0, places, k, end, starts, stage,
-         [](Shared<S> into, Global<const S> from, int count) { copy_async_part<16>(into, from, count); });
-  }
-  // Lines that start anywhere.
-  SK_DEVICE void fetch_unaligned(const Matrix& m, int64_t place0, int64_t places, int64_t k, int64_t end,
-                                 Shared<const int64_t> starts, Shared<S> stage) const {
+  // Of other lines, that start at multiples of start_bytes.
+  SK_DEVICE void fetch_any(int64_t start_bytes, Shared<const Global<const S>> lines, Shared<S> stage) const {
     constexpr int kWord = sizeof(S) > 4 ? static_cast<int>(sizeof(S)) : 4;
     constexpr int kPer = kWord / static_cast<int>(sizeof(S));
-    const bool by_words = m.start_bytes % kWord == 0;
+    const bool by_words = start_bytes % kWord == 0;
     SK_NO_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      each(0, 1, m, place0, places, k, end, starts + i * kStride, stage + i * kStride * kPitch,
-           [&](Shared<S> into, Global<const S> from, int count) {
-             if (by_words) {
-               SK_UNROLL
-               for (int e = 0; e < kP; e += kPer) {
-                 const int of_word = clamped(count - e, kPer);
-                 copy_async_part<kWord>(into + e, from + (of_word == 0 ? 0 : e), of_word);
-               }
-             } else {
-               Piece<S> found{};
-               SK_UNROLL
-               for (int e = 0; e < kP; ++e) {
-                 if (e < count) found[e] = load<Cache::kReadOnly>(from, e);
-               }
-               store_vec(into, 0, found);
-             }
-           });
+      const Global<const S> from = lines[line + i * kStride];
+      const Shared<S> into = stage + (to + i * kStride * kPitch);
+      const int count = from ? there : 0;
+      if (by_words) {
+        SK_UNROLL
+        for (int e = 0; e < kP; e += kPer)
+          copy_async_part<kWord>(into + e, from + (along + e), clamped(count - e, kPer));
+      } else {
+        Piece<S> found{};
+        SK_UNROLL
+        for (int e = 0; e < kP; ++e) {
+          if (e < count) found[e] = load<Cache::kReadOnly>(from, along + e);
+        }
+        store_vec(into, 0, found);
+      }
     }
   }
 };
@@ -153,61 +154,73 @@ struct ByMatrixUnits {
   static constexpr int kM = Shape::kWarpM / 16, kN = Shape::kWarpN / 8;
   static constexpr int kP = kPiece<S>;
   static_assert(kN % 2 == 0, "strips of B come in pairs");
+  static constexpr bool kWordsA = !kLineA && sizeof(S) == 4, kWordsB = !kLineB && sizeof(S) == 4;  // no load_matrices
+  static constexpr int kSizeA = Shape::kM * kDepth<S>, kSizeB = Shape::kN * kDepth<S>;             // of a stage
   float sum[kM][kN][4];
   uint32_t a[2][kM][4], b[2][kN][2];
   int row0, column0;
+  int lane_a, lane_b;  // where this lane's part of the first fragments is kept
 
   SK_DEVICE ByMatrixUnits()
       : sum{},
         row0(warp_index() / Shape::kWarpsN * Shape::kWarpM),
-        column0(warp_index() % Shape::kWarpsN * Shape::kWarpN) {}
+        column0(warp_index() % Shape::kWarpsN * Shape::kWarpN) {
+    const int lane = lane_index(), low = lane / 8 % 2 * 8, high = lane / 16;
+    lane_a = kLineA ? kept_at<kHow, S, Shape::kM, kLineA>(row0 + low + lane % 8, high * kP)
+                    : kept_at<kHow, S, Shape::kM, kLineA>(row0 + low, high * 8 + lane % 8);
+    lane_b = kLineB ? kept_at<kHow, S, Shape::kN, kLineB>(column0 + high * 8 + lane % 8, low / 8 * kP)
+                    : kept_at<kHow, S, Shape::kN, kLineB>(column0 + high * 8, low + lane % 8);
+  }
 
   static SK_DEVICE void rounded(uint32_t& word) {
     if constexpr (sizeof(S) == 4) word = to_tf32(bit_cast<float>(word));
   }
+  // From the place of a fragment to that `places` rows or columns, a multiple of 16, and `slices` on, in stages that
+  // begin at multiples of 128 bytes: bits that the turn of lines leaves alone are added, the others xored.
+  template <int kWide, bool kInLine>
+  static SK_DEVICE int moved(int at, int places, int slices) {
+    if constexpr (kInLine) return (at ^ (slices * kSlice)) + places * kDepth<S>;
+    return (at ^ (places % 64)) + places / 64 * 64 + slices * kSlice * kWide;
+  }
 
-  SK_DEVICE void load(int buffer, int slice, Shared<const S> left, Shared<const S> right) {
-    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  SK_DEVICE void load(int buffer, int slice, int slot, Shared<const S> left, Shared<const S> right) {
     SK_UNROLL
     for (int m = 0; m < kM; ++m) {
-      const int row = row0 + m * 16;
-      if constexpr (kLineA || sizeof(S) == 2) {
-        const int at = kLineA ? kept_at<kHow, S, Shape::kM, kLineA>(row + lane % 16, slice * kSlice + lane / 16 * kP)
-                              : kept_at<kHow, S, Shape::kM, kLineA>(row + lane / 8 % 2 * 8,
-                                                                    slice * kSlice + lane / 16 * 8 + lane % 8);
-        load_matrices<4, !kLineA>(a[buffer][m], (left + at).template as<const BFloat16>());
-      } else {
+      if constexpr (kWordsA) {
         SK_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const S word = left[kept_at<kHow, S, Shape::kM, kLineA>(row + i % 2 * 8 + g, slice * kSlice + i / 2 * 4 + t)];
+          const int row = row0 + m * 16 + i % 2 * 8 + lane_index() / 4,
+                    k = slice * kSlice + i / 2 * 4 + lane_index() % 4;
+          const S word = left[slot * kSizeA + kept_at<kHow, S, Shape::kM, kLineA>(row, k)];
           a[buffer][m][i] = bit_cast<uint32_t>(word);
         }
+      } else {
+        const int at = moved<Shape::kM, kLineA>(slot * kSizeA + lane_a, m * 16, slice);
+        load_matrices<4, !kLineA>(a[buffer][m], (left + at).template as<const BFloat16>());
       }
       SK_UNROLL
       for (int i = 0; i < 4; ++i) rounded(a[buffer][m][i]);
     }
     SK_UNROLL
     for (int n = 0; n < kN; n += 2) {
-      const int column = column0 + n * 8;
-      if constexpr (kLineB || sizeof(S) == 2) {
-        const int at = kLineB ? kept_at<kHow, S, Shape::kN, kLineB>(column + lane / 16 * 8 + lane % 8,
-                                                                    slice * kSlice + lane / 8 % 2 * kP)
-                              : kept_at<kHow, S, Shape::kN, kLineB>(column + lane / 16 * 8,
-                                                                    slice * kSlice + lane / 8 % 2 * 8 + lane % 8);
-        uint32_t words[4];
-        load_matrices<4, !kLineB>(words, (right + at).template as<const BFloat16>());
-        SK_UNROLL
-        for (int i = 0; i < 4; ++i) b[buffer][n + i / 2][i % 2] = words[i];
-      } else {
+      uint32_t words[4];
+      if constexpr (kWordsB) {
         SK_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const S word =
-              right[kept_at<kHow, S, Shape::kN, kLineB>(column + i / 2 * 8 + g, slice * kSlice + i % 2 * 4 + t)];
-          b[buffer][n + i / 2][i % 2] = bit_cast<uint32_t>(word);
+          const int column = column0 + n * 8 + i / 2 * 8 + lane_index() / 4;
+          const int k = slice * kSlice + i % 2 * 4 + lane_index() % 4;
+          const S word = right[slot * kSizeB + kept_at<kHow, S, Shape::kN, kLineB>(column, k)];
+          words[i] = bit_cast<uint32_t>(word);
         }
+      } else {
+        const int at = moved<Shape::kN, kLineB>(slot * kSizeB + lane_b, n * 8, slice);
+        load_matrices<4, !kLineB>(words, (right + at).template as<const BFloat16>());
       }
       SK_UNROLL
-      for (int i = 0; i < 4; ++i) rounded(b[buffer][n + i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i) {
+        rounded(words[i]);
+        b[buffer][n + i / 2][i % 2] = words[i];
+      }
     }
   }
 
@@ -235,7 +248,7 @@ struct ByMatrixUnits {
       const float bias0 = bias(column + 2 * t), bias1 = bias(column + 2 * t + 1);
       SK_UNROLL
       for (int m = 0; m < kM; ++m) {
-        float(&of)[4] = sum[m][n];
+        float (&of)[4] = sum[m][n];
         of[0] += bias0;
         of[1] += bias1;
         of[2] += bias0;
@@ -282,8 +295,7 @@ struct ByMultiplyAdd {
       SK_UNROLL
       for (int e = 0; e < (kInLine ? 1 : kP); ++e) {
         const Piece<S> piece = load_vec<kP>(
-            stage,
-            kept_at<kHow, S, kWide, kInLine>(place0 + place<kInLine>(i, thread, threads), slice * kP + e));
+            stage, kept_at<kHow, S, kWide, kInLine>(place0 + place<kInLine>(i, thread, threads), slice * kP + e));
         SK_UNROLL
         for (int j = 0; j < kP; ++j) {
           if constexpr (kInLine) {
@@ -337,87 +349,87 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
   SharedArena arena;
   const Shared<S> left = arena.array<S>(kStages * LoadA::kElements, 128);
   const Shared<S> right = arena.array<S>(kStages * LoadB::kElements, 128);
-  const Shared<int64_t> starts_a = arena.array<int64_t>(LoadA::starts(args.parts));
-  const Shared<int64_t> starts_b = arena.array<int64_t>(LoadB::starts(args.parts));
+  using Row = Global<const S>;
+  const Shared<Row> lines_a = arena.array<Row>(LoadA::lines(args.parts));
+  const Shared<Row> lines_b = arena.array<Row>(LoadB::lines(args.parts));
 
   const int64_t across = (args.N + Shape::kN - 1) / Shape::kN;
   const int64_t column0 = block_index() % across * Shape::kN, row0 = block_index() / across * Shape::kM;
   const int64_t split = block_index_y(), first = split * args.chunk;
   const int64_t end = first + args.chunk < args.K ? first + args.chunk : args.K;
   const int steps = end > first ? static_cast<int>((end - first + kK - 1) / kK) : 0, all_steps = steps * args.parts;
-  const bool aligned = args.a[0].start_bytes % 16 == 0 && args.b[0].start_bytes % 16 == 0 &&
-                       (args.parts == 1 || (args.a[1].start_bytes % 16 == 0 && args.b[1].start_bytes % 16 == 0));
-
   if constexpr (kLineA) {
     for (int i = thread_index(); i < args.parts * Shape::kM; i += Shape::kThreads) {
-      starts_a[i] = start_of<S>(args.a[i / Shape::kM], row0 + i % Shape::kM, args.M);
+      lines_a[i] = line_of<S>(args.a[i / Shape::kM], row0 + i % Shape::kM, args.M);
     }
   }
   if constexpr (kLineB) {
     for (int i = thread_index(); i < args.parts * Shape::kN; i += Shape::kThreads) {
-      starts_b[i] = start_of<S>(args.b[i / Shape::kN], column0 + i % Shape::kN, args.N);
+      lines_b[i] = line_of<S>(args.b[i / Shape::kN], column0 + i % Shape::kN, args.N);
     }
   }
-  // Where K runs across lines, each thread of the first ones has one line of a stage.
-  const auto start_of_k = [&](int step) {
+  // Where K runs across lines, each of the first threads looks up one line of a stage.
+  const auto line_of_k = [&](int step) {
     const int part = step >= steps, i = thread_index();
-    if (step >= all_steps || i >= 2 * kK) return kNoLine;
+    if (step >= all_steps || i >= 2 * kK) return Row();
     const int64_t k = first + static_cast<int64_t>(step - part * steps) * kK + i % kK;
-    if (i < kK) return kLineA ? kNoLine : start_of<S>(args.a[part], k, end);
-    return kLineB ? kNoLine : start_of<S>(args.b[part], k, end);
+    if (i < kK) return kLineA ? Row() : line_of<S>(args.a[part], k, end);
+    return kLineB ? Row() : line_of<S>(args.b[part], k, end);
   };
-  const auto keep_start = [&](int step, int64_t start) {
+  const auto keep_line = [&](int step, Row line) {
     const int i = thread_index();
-    if (!kLineA && i < kK) starts_a[step % 2 * kK + i] = start;
-    if (!kLineB && i >= kK && i < 2 * kK) starts_b[step % 2 * kK + i - kK] = start;
+    if (!kLineA && i < kK) lines_a[step % 2 * kK + i] = line;
+    if (!kLineB && i >= kK && i < 2 * kK) lines_b[step % 2 * kK + i - kK] = line;
   };
 
-  const LoadA load_a;
-  const LoadB load_b;
-  // A quarter of a stage's copies, or all of them.
-  constexpr int kFetches = Work::kAhead ? Work::kSlices - 1 : 1;
-  const auto fetch = [&](int step, int slot, int part_of_fetch) {
+  LoadA load_a(row0, args.M);
+  LoadB load_b(column0, args.N);
+  Shared<const Row> from_a, from_b;
+  // Copies of a stage: a share of them, or of any lines all with the first share.
+  constexpr int kShares = Work::kAhead ? Work::kSlices - 1 : 1;
+  const auto fetch = [&](int step, int slot, int share) {
     if (step >= all_steps) return;
-    const int part = step >= steps;
-    const int64_t k = first + static_cast<int64_t>(step - part * steps) * kK;
+    if (share == 0) {
+      const int part = step >= steps, k = static_cast<int>(first) + (step - part * steps) * kK;
+      load_a.at(k, static_cast<int>(end));
+      load_b.at(k, static_cast<int>(end));
+      from_a = lines_a + (kLineA ? part * Shape::kM : step % 2 * kK);
+      from_b = lines_b + (kLineB ? part * Shape::kN : step % 2 * kK);
+    }
     const Shared<S> to_a = left + slot * LoadA::kElements, to_b = right + slot * LoadB::kElements;
-    const Shared<const int64_t> from_a = starts_a + (kLineA ? part * Shape::kM : step % 2 * kK);
-    const Shared<const int64_t> from_b = starts_b + (kLineB ? part * Shape::kN : step % 2 * kK);
-    if (aligned) {
-      load_a.fetch(LoadA::kCount * part_of_fetch / kFetches, LoadA::kCount * (part_of_fetch + 1) / kFetches,
-                   args.a[part], row0, args.M, k, end, from_a, to_a);
-      load_b.fetch(LoadB::kCount * part_of_fetch / kFetches, LoadB::kCount * (part_of_fetch + 1) / kFetches,
-                   args.b[part], column0, args.N, k, end, from_b, to_b);
-    } else if (part_of_fetch == 0) {
-      load_a.fetch_unaligned(args.a[part], row0, args.M, k, end, from_a, to_a);
-      load_b.fetch_unaligned(args.b[part], column0, args.N, k, end, from_b, to_b);
+    if (Shape::kLines == Lines::kWhole || args.whole_pieces) {
+      load_a.fetch(LoadA::kCount * share / kShares, LoadA::kCount * (share + 1) / kShares, from_a, to_a);
+      load_b.fetch(LoadB::kCount * share / kShares, LoadB::kCount * (share + 1) / kShares, from_b, to_b);
+    } else if (share == 0) {
+      load_a.fetch_any(args.start_bytes, from_a, to_a);
+      load_b.fetch_any(args.start_bytes, from_b, to_b);
     }
   };
 
   Work work;
   SK_NO_UNROLL
   for (int step = 0; step < kStages - 1; ++step) {
-    keep_start(step, start_of_k(step));
+    keep_line(step, line_of_k(step));
     block_sync();
     SK_UNROLL
-    for (int i = 0; i < kFetches; ++i) fetch(step, step, i);
+    for (int share = 0; share < kShares; ++share) fetch(step, step, share);
     copy_async_commit();
   }
-  keep_start(kStages - 1, start_of_k(kStages - 1));
+  keep_line(kStages - 1, line_of_k(kStages - 1));
   copy_async_wait<kStages - 2>();
   block_sync();
 
   // A step's fetches fill the slot that the step before has left.
   int slot = 0, filled = kStages - 1;
   if constexpr (Work::kAhead) {
-    if (all_steps > 0) work.load(0, 0, left, right);
+    if (all_steps > 0) work.load(0, 0, 0, left, right);
   }
   SK_NO_UNROLL
   for (int step = 0; step < all_steps; ++step) {
-    const int64_t start = start_of_k(step + kStages);
+    const Row line = line_of_k(step + kStages);
     const int next = slot + 1 == kStages ? 0 : slot + 1;
     const auto next_stage = [&] {
-      keep_start(step + kStages, start);
+      keep_line(step + kStages, line);
       copy_async_wait<kStages - 2>();
       block_sync();
     };
@@ -427,10 +439,8 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
       for (int slice = 0; slice < Work::kSlices; ++slice) {
         const bool last = slice == Work::kSlices - 1;
         if (last) next_stage();
-        const int from = last ? next : slot;
         if (!last || step + 1 < all_steps) {
-          work.load((slice + 1) % 2, last ? 0 : slice + 1, left + from * LoadA::kElements,
-                    right + from * LoadB::kElements);
+          work.load((slice + 1) % 2, last ? 0 : slice + 1, last ? next : slot, left, right);
         }
         if (!last) fetch(step + kStages - 1, filled, slice);
         if (slice == Work::kSlices - 2) copy_async_commit();
@@ -467,7 +477,7 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
     constexpr int kCount = sizeof(values) / sizeof(T);
     if (row0 + row >= args.M) return;
     const int64_t at = (split * args.M + row0 + row) * args.ldc + column0 + column;
-    const int there = clamped(args.N - column0 - column, kCount);
+    const int there = clamped(static_cast<int>(args.N - column0) - column, kCount);
     if (args.narrow) {
       Vec<S, kCount> narrowed;
       SK_UNROLL
@@ -502,8 +512,8 @@ void launch_tiles(const ProductArgs& args, void* stream) {
   SharedBytes bytes;
   bytes.array<S>(Shape::kStages * LoadA::kElements, 128);
   bytes.array<S>(Shape::kStages * LoadB::kElements, 128);
-  bytes.array<int64_t>(LoadA::starts(args.parts));
-  bytes.array<int64_t>(LoadB::starts(args.parts));
+  bytes.array<Global<const S>>(LoadA::lines(args.parts));
+  bytes.array<Global<const S>>(LoadB::lines(args.parts));
   LaunchConfig config;
   config.grid = {(args.N + Shape::kN - 1) / Shape::kN * ((args.M + Shape::kM - 1) / Shape::kM), args.splits};
   config.block = Shape::kThreads;

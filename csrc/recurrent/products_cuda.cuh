@@ -147,8 +147,7 @@ struct Matrix {
   int64_t links_count;
   const void* initial;  // null: zeros
   int64_t initial_count, initial_ld;
-  bool k_in_line;       // K runs along a line
-  int64_t start_bytes;  // every line starts at a multiple of these; run_product finds out
+  bool k_in_line;  // K runs along a line
 };
 
 struct ProductArgs {
@@ -159,7 +158,10 @@ struct ProductArgs {
   void* c;              // [M, ldc] of the compute type or, `narrow`, of the storage type
   int64_t ldc;
   bool narrow;
-  bool vectors_c;  // four elements of C at a time may be written; run_product finds out
+  // Found out by run_product:
+  int start_bytes;    // every line starts at a multiple of these, 16 at most
+  bool whole_pieces;  // 16, and every line is a multiple of them long
+  bool vectors_c;     // four elements of C at a time may be written
   int64_t splits;  // K is cut in so many parts of `chunk`, each with a C of its own: c[split][M][ldc]
   int64_t chunk;   // a multiple of 64 where there is more than one
 };

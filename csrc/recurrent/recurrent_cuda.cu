@@ -12,8 +12,7 @@ namespace seqkernels {
 namespace cuda {
 namespace {
 
-constexpr int64_t kFromXBytes = 32 << 20;      // pre-activations made at a time: they stay in the second-level cache
-constexpr int64_t kProductBlocksWanted = 256;  // blocks of a product, below which K is cut
+constexpr int64_t kFromXBytes = 32 << 20;  // pre-activations made at a time: they stay in the second-level cache
 
 // ---- small kernels around the time loop
 // ------------------------------------------------------------------------------
@@ -222,15 +221,6 @@ Matrix plain_matrix(const void* at, int64_t lines, int64_t width, int64_t ld, bo
   return m;
 }
 
-// How K is cut so that a product fills a GPU: a function of the shape alone, so that sums are the same on any.
-int64_t splits_of(int64_t M, int64_t N, int64_t K) {
-  const int64_t tiles = std::max<int64_t>(ceil_div(M, kSplitTile) * ceil_div(N, kSplitTile), 1);
-  return std::max<int64_t>(1, std::min({ceil_div(kProductBlocksWanted, tiles), K / 512, int64_t{64}}));
-}
-int64_t partial_elements(int64_t M, int64_t N, int64_t K) {
-  const int64_t splits = splits_of(M, N, K);
-  return splits == 1 ? 0 : splits * M * N;
-}
 constexpr int64_t kRowsOfChunk = 512;  // of a sum of columns
 int64_t row_chunks(int64_t rows) { return std::max<int64_t>(1, std::min<int64_t>(ceil_div(rows, kRowsOfChunk), 256)); }
 
@@ -257,7 +247,7 @@ void run_long_product(DType dtype, bool tf32, const Matrix& a, const Matrix& b, 
   args.a[0] = a;
   args.b[0] = b;
   args.ldc = N;
-  args.splits = splits_of(M, N, K);
+  args.splits = product_splits(M, N, K);
   args.chunk = ceil_div(ceil_div(K, args.splits), 64) * 64;
   args.narrow = args.splits == 1;
   args.c = args.narrow ? c : partial;
@@ -535,9 +525,9 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
 int64_t partial_bytes(const RecurrentArgs& args, int64_t gates, bool stages, int64_t first_gates) {
   const int64_t G = gates * args.H, rows = args.walk.N;
   int64_t most = row_chunks(rows) * G;
-  most = std::max(most, partial_elements(G, args.D, rows));
-  most = std::max(most, partial_elements(stages ? first_gates * args.H : G, args.H, rows));
-  if (stages) most = std::max(most, partial_elements(G - first_gates * args.H, args.H, rows));
+  most = std::max(most, partial_of_product(G, args.D, rows));
+  most = std::max(most, partial_of_product(stages ? first_gates * args.H : G, args.H, rows));
+  if (stages) most = std::max(most, partial_of_product(G - first_gates * args.H, args.H, rows));
   return most * (args.dtype == DType::kFloat64 ? 8 : 4);
 }
 
