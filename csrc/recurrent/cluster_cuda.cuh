@@ -33,6 +33,7 @@ constexpr int kClusterRows = 8;   // of a tile, at most
 constexpr int kGroupUnits = 16;   // of four warps
 constexpr int kGroupWarps = 4;    // which share K
 constexpr int kGroupThreads = kGroupWarps * kWarp;
+constexpr int kSums = kGroupUnits * kClusterRows;  // of a warp and a tile: [2 strips, 8 rows, 8 units]
 constexpr int kFewGroups = 2, kManyGroups = 3;  // of a block: kernels come for up to two groups and for three
 constexpr int kRing = 3;                        // steps of pre-activations under way
 
@@ -71,22 +72,24 @@ SK_HOST_DEVICE int column_size(int rows) {
   return (rows * 16 + (rows >= 4 ? 32 : 0)) / static_cast<int>(sizeof(S));
 }
 
-// Shared memory of a block, for both passes: `gates` of those pushed, `tiles` of 16 units that a group sums.
-template <class S, class Arena>
+// Shared memory of a block, for both passes: `pushed` gates, `tiles` of 16 units that a group sums. What every step
+// addresses has strides that are known at compile time, those of kGroups groups and of eight rows.
+template <class S, int kGroups, class Arena>
 struct ClusterMemory {
+  static constexpr int kThreads = kGroups * kGroupThreads;
   Shared<S> slots;        // [2, blocks of K, 4] columns
   Shared<S> weights;      // [warps, rest blocks, tiles, 2, 32] pieces
-  Shared<float> ring;     // [kRing, ring_gates, threads]
-  Shared<float> partial;  // [groups, kGroupWarps, tiles, 2, rows, kUnits]
-  Shared<S> stage;        // [warps, gates, 4 rows, kUnits], rows of a column together
+  Shared<float> ring;     // [kRing, ring_gates, kThreads]
+  Shared<float> partial;  // [groups, kGroupWarps, tiles, kSums]
+  Shared<S> stage;        // [warps, pushed, 4 rows, kUnits], rows of a column together
   Shared<MBarrier> full;  // [2]
-  SK_HOST_DEVICE ClusterMemory(Arena& arena, int64_t groups, int64_t rows, int64_t blocks, int64_t rest, int64_t tiles,
-                               int64_t gates, int64_t ring_gates)
+  SK_HOST_DEVICE ClusterMemory(Arena& arena, int64_t rows, int64_t blocks, int64_t rest, int64_t tiles, int64_t pushed,
+                               int64_t ring_gates)
       : slots(arena.template array<S>(2 * blocks * 4 * column_size<S>(static_cast<int>(rows)), 128)),
-        weights(arena.template array<S>(groups * kGroupWarps * rest * tiles * 2 * kBlockSize<S>, 128)),
-        ring(arena.template array<float>(kRing * ring_gates * groups * kGroupThreads)),
-        partial(arena.template array<float>(groups * kGroupWarps * tiles * 2 * rows * kUnits)),
-        stage(arena.template array<S>(groups * kGroupWarps * gates * 4 * kUnits)),
+        weights(arena.template array<S>(kGroups * kGroupWarps * (rest > 0 ? rest : 0) * tiles * 2 * kBlockSize<S>, 128)),
+        ring(arena.template array<float>(kRing * ring_gates * kThreads)),
+        partial(arena.template array<float>(kGroups * kGroupWarps * tiles * kSums)),
+        stage(arena.template array<S>(kGroups * kGroupWarps * pushed * 4 * kUnits)),
         full(arena.template array<MBarrier>(2, 8)) {}
 };
 
@@ -145,6 +148,7 @@ struct Factors {
   Words held[kHeld][kTiles][2];
   Shared<S> rest;
   int first, count;  // blocks
+  int mine, step;    // where in a slot this lane reads its first block, and from a block to the next
 
   // Piece `piece(tile, block)` of a strip.
   template <class PieceOf>
@@ -153,6 +157,8 @@ struct Factors {
     first = post.part * most;
     count = blocks - first < most ? blocks - first : most;
     if (count < 0 || post.idle) count = 0;
+    step = 4 * column_size<S>(post.rows);
+    mine = first * step + post.t * column_size<S>(post.rows) + (post.g & (post.rows - 1)) * kPiece<S>;
     rest = of_warps + static_cast<int64_t>(warp_index()) * (most > kHeld ? most - kHeld : 0) * kTiles * 2 * kBlockSize<S>;
     const int64_t size = static_cast<int64_t>(args.layer.directions) * post.strips * pieces * kBlockSize<S>;
     const Global<const S> from = global<const S>(args.weights, size);
@@ -185,13 +191,12 @@ struct Factors {
 
   // sum[tile]: units g and g + 8 of the group, rows 2t and 2t + 1 of the tile. Rows that the tile has not repeat others.
   SK_DEVICE void times(const Post<S>& post, Shared<S> slot, float (&sum)[kTiles][4]) const {
-    const int column = column_size<S>(post.rows);
-    const Shared<S> mine = slot + (first * 4 + post.t) * column + (post.g & (post.rows - 1)) * kPiece<S>;
+    const Shared<S> from = slot + mine;
     float chains[kTiles][kChains][4] = {};
     SK_UNROLL
     for (int block = 0; block < kHeld; ++block) {
       if (block >= count) continue;
-      const Words right = load_words<S>(mine, block * 4 * column);
+      const Words right = load_words<S>(from, block * step);
       SK_UNROLL
       for (int half = 0; half < 2; ++half) {
         SK_UNROLL
@@ -206,7 +211,7 @@ struct Factors {
       SK_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (block + i >= count) continue;
-        const Words right = load_words<S>(mine, (block + i) * 4 * column);
+        const Words right = load_words<S>(from, (block + i) * step);
         SK_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
           const Words low = load_words<S>(rest, place(block + i, tile, 0) + post.lane * kPiece<S>);
@@ -236,63 +241,91 @@ struct Factors {
   }
 };
 
-// The sums of a group's warps meet: each lane gets those of its unit and row.
+// Where the sums of a group's warps meet: each lane gets those of its unit and row.
 template <class S, int kTiles>
-SK_DEVICE void meet(const Post<S>& post, Shared<float> partial, const float (&sum)[kTiles][4], float (&total)[kTiles]) {
-  const int of_tile = 2 * post.rows * kUnits;
-  const Shared<float> of_group = partial + post.group * kGroupWarps * kTiles * of_tile;
-  SK_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
+struct Meeting {
+  Shared<float> mine, others;  // where this lane writes its first sum, and reads its first
+
+  SK_DEVICE Meeting(const Post<S>& post, Shared<float> partial) {
+    const Shared<float> of_group = partial + post.group * kGroupWarps * kTiles * kSums;
+    mine = of_group + post.part * kTiles * kSums + 2 * post.t * kUnits + post.g;
+    others = of_group + (post.strip * kClusterRows + post.row) * kUnits + post.lane % kUnits;
+  }
+  SK_DEVICE void operator()(const Post<S>& post, const float (&sum)[kTiles][4], float (&total)[kTiles]) const {
     SK_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int row = 2 * post.t + i;
-      if (row >= post.rows) continue;
-      const int at = (post.part * kTiles + tile) * of_tile + row * kUnits + post.g;
-      of_group[at] = sum[tile][i];
-      of_group[at + post.rows * kUnits] = sum[tile][2 + i];
+      if (2 * post.t + i >= post.rows) continue;
+      SK_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        mine[tile * kSums + i * kUnits] = sum[tile][i];
+        mine[tile * kSums + i * kUnits + kSums / 2] = sum[tile][2 + i];
+      }
     }
-  }
-  named_sync(1 + post.group, kGroupThreads);
-  SK_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
-    total[tile] = 0.0f;
-    if (!post.alive) continue;
+    named_sync(1 + post.group, kGroupThreads);
     SK_UNROLL
-    for (int part = 0; part < kGroupWarps; ++part) {
-      const float value = of_group[(part * kTiles + tile) * of_tile + (post.strip * post.rows + post.row) * kUnits +
-                                   post.lane % kUnits];
-      total[tile] = part == 0 ? value : total[tile] + value;
+    for (int tile = 0; tile < kTiles; ++tile) total[tile] = 0.0f;
+    if (!post.alive) return;
+    SK_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      SK_UNROLL
+      for (int part = 0; part < kGroupWarps; ++part) {
+        const float value = others[(part * kTiles + tile) * kSums];
+        total[tile] = part == 0 ? value : total[tile] + value;
+      }
     }
   }
-}
+};
 
-// Pushes a warp's values, one of each lane and gate, to all blocks of the cluster. of_gate: columns from a gate to the
-// next.
+// Pushes a warp's values, one of each lane and gate, to all blocks of the cluster: rows first, so that what goes to one
+// block lies side by side.
 template <class S, int kGates>
-SK_DEVICE void push(const Post<S>& post, Shared<S> stages, Shared<S> slot, int of_gate, const S (&values)[kGates],
-                    Shared<MBarrier> full, int which) {
-  constexpr int kColumns = kUnits / kPiece<S>;  // of a strip
-  const int first = post.part % 2 * 4, rows = post.rows - first < 4 ? post.rows - first : 4;
-  if (rows <= 0 || !post.has_unit) return;  // the whole warp
-  const Shared<S> stage = stages + warp_index() * kGates * 4 * kUnits;
-  const int in_strip = post.lane % kUnits;
-  SK_UNROLL
-  for (int gate = 0; gate < kGates; ++gate) {
-    stage[((gate * kColumns + in_strip / kPiece<S>)*4 + post.lane / kUnits) * kPiece<S> + in_strip % kPiece<S>] =
-        values[gate];
+struct Pusher {
+  static constexpr int kColumns = kUnits / kPiece<S>;  // of a strip
+  static constexpr int kPasses = 2;                    // a pass serves 8 blocks or more
+  Remote<S> to[kPasses];
+  Remote<MBarrier> full[kPasses];
+  bool serves[kPasses];
+  Shared<S> in, out;  // of the stage
+  int column, of_gate;
+  bool silent;  // the whole warp
+
+  // of_gate: columns from a gate to the next.
+  SK_DEVICE Pusher(const Post<S>& post, Shared<S> stages, Shared<S> slots, Shared<MBarrier> barriers, int columns) {
+    const int first = post.part % 2 * 4, rows = post.rows - first < 4 ? post.rows - first : 4;
+    silent = rows <= 0 || !post.has_unit;
+    column = column_size<S>(post.rows);
+    of_gate = columns * column;
+    const int row_bits = rows / 2, row = post.lane & (rows - 1), in_strip = post.lane % kUnits;  // rows: a power of 2
+    const Shared<S> stage = stages + warp_index() * kGates * 4 * kUnits;
+    in = stage + (in_strip / kPiece<S> * 4 + post.lane / kUnits) * kPiece<S> + in_strip % kPiece<S>;
+    out = stage + row * kPiece<S>;
+    SK_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int peer = silent ? 0 : (post.lane >> row_bits) + pass * (kWarp >> row_bits);
+      serves[pass] = !silent && peer < post.blocks_of_cluster;
+      const int rank = serves[pass] ? peer : 0;
+      to[pass] = remote(slots, rank) + ((2 * post.pair + post.strip) * kColumns * column + (first + row) * kPiece<S>);
+      full[pass] = remote(barriers, rank);
+    }
   }
-  warp_sync();  // and a lane's push stands for what the whole warp has read
-  const int column = column_size<S>(post.rows), strip = 2 * post.pair + post.strip;
-  const int row_bits = rows / 2, peer_bits = 31 - leading_zeros(post.blocks_of_cluster);  // of powers of two
-  const int items = kGates * kColumns << (row_bits + peer_bits);
-  for (int i = post.lane; i < items; i += kWarp) {  // rows first: what goes to one block lies side by side
-    const int row = i & (rows - 1), rest = i >> row_bits;
-    const int peer = rest & (post.blocks_of_cluster - 1), of = rest >> peer_bits;
-    const int gate = of / kColumns, c = of % kColumns;
-    store_async(remote(slot, peer), (gate * of_gate + strip * kColumns + c) * column + (first + row) * kPiece<S>,
-                load_vec<kPiece<S>>(stage, (of * 4 + row) * kPiece<S>), remote(full, peer) + which);
+  SK_DEVICE void operator()(int slot_start, int slot, const S (&values)[kGates]) const {
+    if (silent) return;
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) in[gate * 4 * kUnits] = values[gate];
+    warp_sync();  // and a lane's push stands for what the whole warp has read
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      SK_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        const Piece<S> piece = load_vec<kPiece<S>>(out, (gate * kColumns + c) * 4 * kPiece<S>);
+        SK_UNROLL
+        for (int pass = 0; pass < kPasses; ++pass) {
+          if (serves[pass]) store_async(to[pass], slot_start + gate * of_gate + c * column, piece, full[pass] + slot);
+        }
+      }
+    }
   }
-}
+};
 
 // The extra arguments of a cell, all of them off.
 template <class T>
@@ -325,8 +358,8 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
     const Post<S> post(args);
     const int d = post.direction, threads = block_threads(), column = column_size<S>(post.rows);
     SharedArena arena;
-    const ClusterMemory<S, SharedArena> memory(arena, threads / kGroupThreads, post.rows, blocks,
-                                               most > kHeld ? most - kHeld : 0, kGates, 1, kGates);
+    using Memory = ClusterMemory<S, kGroups, SharedArena>;
+    const Memory memory(arena, post.rows, blocks, most - kHeld, kGates, 1, kGates);
     const int slot_size = blocks * 4 * column;
     const int bytes = static_cast<int>(H * post.rows * sizeof(S));
 
@@ -371,13 +404,17 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
       const Link of = links[link & ~kCut];
       return of.next;
     };
-    const auto ring_at = [&](int stage, int gate) { return (stage * kGates + gate) * threads + thread_index(); };
-    const auto fetch = [&](int stage, int64_t link) {
+    // What a step addresses begins where this lane's unit does.
+    constexpr int kStage = kGates * Memory::kThreads;
+    const Shared<float> ring = memory.ring + thread_index();
+    const Global<const float> x_of = from_x + (d * layer.rows * kGates * H + post.unit);
+    const int64_t of_outputs = d * H + post.unit, output_step = layer.directions * H;
+    const auto fetch = [&](int at_stage, int64_t link) {
       if (link >= 0) {
+        const Global<const float> of_row = x_of + (link & ~kCut) * (kGates * H);
         SK_UNROLL
         for (int gate = 0; gate < kGates; ++gate) {
-          copy_async<4>(memory.ring + ring_at(stage, gate),
-                        from_x + ((d * layer.rows + (link & ~kCut)) * kGates + gate) * H + post.unit);
+          copy_async<4>(ring + (at_stage + gate * Memory::kThreads), of_row + gate * H);
         }
       }
       copy_async_commit();
@@ -385,7 +422,7 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
     SK_UNROLL
     for (int i = 1; i < kRing; ++i) at[i] = follow(at[i - 1]);
     SK_UNROLL
-    for (int i = 0; i < kRing - 1; ++i) fetch(i, at[i]);
+    for (int i = 0; i < kRing - 1; ++i) fetch(i * kStage, at[i]);
     float bias[kGates] = {};
     if (Cell::kSeparate && layer.bias_h[d] != nullptr && post.has_unit) {
       SK_UNROLL
@@ -393,21 +430,23 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
         bias[gate] = value_at<S>(layer.bias_h[d], gate * H + post.unit, kGates * H);
       }
     }
+    const Meeting<S, kGates> meet(post, memory.partial);
+    const Pusher<S, 1> push(post, memory.stage, memory.slots, memory.full, 0);
     cluster_sync();
 
     const Extra<float> e = no_extra<float>();
-    int stage = 0;
+    int stage = 0;  // of the ring, where it begins
     for (int64_t s = 0; s < steps; ++s) {
-      const int slot = static_cast<int>(s % 2);
-      fetch((stage + kRing - 1) % kRing, at[kRing - 1]);
+      const int slot = static_cast<int>(s) & 1;
+      fetch(stage == 0 ? (kRing - 1) * kStage : stage - kStage, at[kRing - 1]);
       const int64_t ahead = follow(at[kRing - 1]);
       if (s > 0) {
-        mbarrier_wait(memory.full, slot, static_cast<int>((s - 1) / 2 % 2));
+        mbarrier_wait(memory.full, slot, (static_cast<int>(s) - 1) >> 1 & 1);
         if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
       }
       float sum[kGates][4], product[kGates];
       factors.times(post, memory.slots + slot * slot_size, sum);
-      if (!post.idle) meet(post, memory.partial, sum, product);
+      if (!post.idle) meet(post, sum, product);
       copy_async_wait<kRing - 1>();  // of this step
 
       float saved[Cell::kSaved];
@@ -417,7 +456,7 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
         float of_x[kGates], of_h[kGates];
         SK_UNROLL
         for (int gate = 0; gate < kGates; ++gate) {
-          const float x = memory.ring[ring_at(stage, gate)];
+          const float x = ring[stage + gate * Memory::kThreads];
           of_x[gate] = x;
           of_h[gate] = (anew ? 0.0f : product[gate]) + bias[gate];
         }
@@ -427,22 +466,20 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
       const S now = narrow<S>(h);
       if (s + 1 < steps) {
         const S values[1] = {operand(now, true)};
-        push(post, memory.stage, memory.slots + (1 - slot) * slot_size, 0, values, memory.full, 1 - slot);
+        push((1 - slot) * slot_size, 1 - slot, values);
       }
 
       if (link >= 0) {
-        const int64_t row = link & ~kCut, out = (row * layer.directions + d) * H + post.unit;
+        const int64_t row = link & ~kCut, out = row * output_step + of_outputs;
         global<S>(layer.y, layer.outputs())[out] = now;
         if (kHasC && layer.cells != nullptr) {
           store<Cache::kStreaming>(global<S>(layer.cells, layer.outputs()), out, narrow<S>(c));
         }
         if (layer.saved != nullptr && layer.saved_width > 0) {
-          const Global<S> to = global<S>(layer.saved, layer.directions * layer.rows * layer.saved_width);
+          const Global<S> to = global<S>(layer.saved, layer.directions * layer.rows * layer.saved_width) +
+                               ((d * layer.rows + row) * layer.saved_width + post.unit);
           SK_UNROLL
-          for (int k = 0; k < Cell::kSaved; ++k) {
-            store<Cache::kStreaming>(to, (d * layer.rows + row) * layer.saved_width + k * H + post.unit,
-                                     narrow<S>(saved[k]));
-          }
+          for (int k = 0; k < Cell::kSaved; ++k) store<Cache::kStreaming>(to, k * H, narrow<S>(saved[k]));
         }
         if (at[1] == kNobody && args.h_n != nullptr) {
           global<S>(args.h_n, layer.states())[state()] = now;
@@ -452,7 +489,7 @@ cluster_forward_kernel(const SK_GRID_CONSTANT ClusterForwardArgs args) {
       SK_UNROLL
       for (int i = 0; i + 1 < kRing; ++i) at[i] = at[i + 1];
       at[kRing - 1] = ahead;
-      stage = (stage + 1) % kRing;
+      stage = stage == (kRing - 1) * kStage ? 0 : stage + kStage;
     }
     copy_async_wait<0>();
     cluster_sync();  // nobody leaves while others push to it
@@ -478,8 +515,7 @@ cluster_backward_kernel(const SK_GRID_CONSTANT ClusterBackwardArgs args) {
     const Post<S> post(args);
     const int d = post.direction, threads = block_threads(), column = column_size<S>(post.rows);
     SharedArena arena;
-    const ClusterMemory<S, SharedArena> memory(arena, threads / kGroupThreads, post.rows, blocks,
-                                               most > kHeld ? most - kHeld : 0, 1, kGates, 0);
+    const ClusterMemory<S, kGroups, SharedArena> memory(arena, post.rows, blocks, most - kHeld, 1, kGates, 0);
     const int slot_size = blocks * 4 * column;
     const int bytes = static_cast<int>(H * post.rows * kGates * sizeof(S));
 
@@ -514,17 +550,20 @@ cluster_backward_kernel(const SK_GRID_CONSTANT ClusterBackwardArgs args) {
       direct = value_at<S>(args.dh_n, state(), layer.states());
       if (kHasC) dc = value_at<S>(args.dc_n, state(), layer.states());
     }
+    const Meeting<S, 1> meet(post, memory.partial);
+    const Pusher<S, kGates> push(post, memory.stage, memory.slots, memory.full, of_gate * 4);
+    const int64_t of_outputs = d * H + post.unit, output_step = layer.directions * H;
     cluster_sync();
 
     const Extra<float> e = no_extra<float>();
     for (int64_t s = 0; s <= steps; ++s) {
-      const int slot = static_cast<int>(s % 2);
+      const int slot = static_cast<int>(s) & 1;
       // What this step reads is on its way while the product is made.
       float saved[Cell::kSaved] = {}, dy = 0.0f, dcells = 0.0f, c = 0.0f, c_prev = 0.0f, h_prev = 0.0f;
       int64_t ahead = kNobody;
       if (at >= 0 && at < layer.rows) {
-        const int64_t out = (at * layer.directions + d) * H + post.unit;
-        const int64_t prev = before & ~kCut, prev_out = (prev * layer.directions + d) * H + post.unit;
+        const int64_t out = at * output_step + of_outputs, prev = before & ~kCut;
+        const int64_t prev_out = prev * output_step + of_outputs;
         const bool anew = starts_anew(before), initial = prev >= layer.rows;
         const auto previous = [&](const void* every, const void* start) {
           if (anew) return 0.0f;
@@ -558,12 +597,12 @@ cluster_backward_kernel(const SK_GRID_CONSTANT ClusterBackwardArgs args) {
       }
       float product = 0.0f;
       if (s > 0) {
-        mbarrier_wait(memory.full, slot, static_cast<int>((s - 1) / 2 % 2));
+        mbarrier_wait(memory.full, slot, (static_cast<int>(s) - 1) >> 1 & 1);
         if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
         float sum[1][4], total[1];
         factors.times(post, memory.slots + slot * slot_size, sum);
         if (!post.idle) {
-          meet(post, memory.partial, sum, total);
+          meet(post, sum, total);
           product = total[0];
         }
       }
@@ -588,16 +627,16 @@ cluster_backward_kernel(const SK_GRID_CONSTANT ClusterBackwardArgs args) {
         S values[kGates];
         SK_UNROLL
         for (int gate = 0; gate < kGates; ++gate) values[gate] = operand(narrow<S>(by_h[gate]), true);
-        push(post, memory.stage, memory.slots + (1 - slot) * slot_size, of_gate * 4, values, memory.full, 1 - slot);
+        push((1 - slot) * slot_size, 1 - slot, values);
       }
 
       if (at >= 0 && at < layer.rows) {
         const int64_t size = layer.directions * layer.rows * kGates * H;
+        const int64_t to = (d * layer.rows + at) * (kGates * H) + post.unit;
         SK_UNROLL
         for (int gate = 0; gate < kGates; ++gate) {
-          const int64_t to = ((d * layer.rows + at) * kGates + gate) * H + post.unit;
-          global<S>(args.dgates_x, size)[to] = narrow<S>(by_x[gate]);
-          if (Cell::kSeparate) global<S>(args.dgates_h, size)[to] = narrow<S>(by_h[gate]);
+          global<S>(args.dgates_x, size)[to + gate * H] = narrow<S>(by_x[gate]);
+          if (Cell::kSeparate) global<S>(args.dgates_h, size)[to + gate * H] = narrow<S>(by_h[gate]);
         }
         cut = starts_anew(before);
         at = before & ~kCut;

@@ -60,6 +60,7 @@ struct ClusterShape {
     groups = (pairs + cluster - 1) / cluster;
   }
   int64_t weights_bytes() const { return directions * strips * gates * blocks * 512; }
+  int kernel_groups() const { return groups > kFewGroups ? kManyGroups : kFewGroups; }
   int64_t tiles(int64_t rows) const { return (B + rows - 1) / rows; }
   LaunchConfig config(PassKind pass, int64_t rows, void* stream) const {
     LaunchConfig config;
@@ -71,12 +72,18 @@ struct ClusterShape {
       using S = decltype(storage);
       const bool forward = pass == PassKind::kForward;
       const int64_t summed = forward ? gates : 1, pushed = forward ? 1 : gates, of_k = pushed * blocks;
-      const int64_t rest =
-          blocks_of_warp(of_k) - kept_blocks<S>(static_cast<int>(groups), static_cast<int>(summed));
+      const int64_t rest = blocks_of_warp(of_k) - kept_blocks<S>(kernel_groups(), static_cast<int>(summed));
       SharedBytes bytes;
-      const ClusterMemory<S, SharedBytes> memory(bytes, groups, rows, of_k, std::max<int64_t>(rest, 0), summed, pushed,
-                                                 forward ? gates : 0);
-      static_cast<void>(memory);
+      const auto lay_out = [&](auto of_kernel) {
+        const ClusterMemory<S, decltype(of_kernel)::value, SharedBytes> memory(bytes, rows, of_k, rest, summed, pushed,
+                                                                               forward ? gates : 0);
+        static_cast<void>(memory);
+      };
+      if (kernel_groups() == kFewGroups) {
+        lay_out(std::integral_constant<int, kFewGroups>{});
+      } else {
+        lay_out(std::integral_constant<int, kManyGroups>{});
+      }
       config.shared_bytes = bytes.bytes();
     });
     return config;
