@@ -468,6 +468,22 @@ SK_DEVICE void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
                  : "memory");
   }
 }
+// The same of the first `count` elements, zeros behind them.
+template <int kBytes, class T, class U>
+SK_DEVICE void copy_async_part(Shared<T> to, Global<U> from, int count) {
+  static_assert(std::is_same<T, std::remove_const_t<U>>::value, "a copy keeps the type");
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
+  const int bytes = count * static_cast<int>(sizeof(T));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from.get()),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(from.get()), "n"(kBytes),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
 SK_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's groups are under way; others see the data after a barrier.
 template <int kPending>

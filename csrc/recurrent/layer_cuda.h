@@ -48,6 +48,7 @@ void run_clear(const RecurrentArgs& args, const CudaLayout& layout, const Link* 
                void* stream);
 void run_empty(const LayerArgs& layer, DType dtype, const void* from_h, const void* from_c, void* to_h, void* to_c,
                void* stream);
+void run_product(DType dtype, bool tf32, ProductArgs args, void* stream);
 Matrix input_matrix(const RecurrentArgs& args, const CudaLayout& layout, bool k_in_line);
 void run_from_x(const RecurrentArgs& args, const CudaLayout& layout, int64_t gates, bool separate, int direction,
                 int64_t first, int64_t rows, void* to, void* stream);

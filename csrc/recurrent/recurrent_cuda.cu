@@ -213,47 +213,18 @@ void with_cell(CellKind kind, F&& f) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t piece_of(DType dtype) { return 16 / element_size(dtype); }
-
-Matrix plain_matrix(const void* at, int64_t lines, int64_t width, int64_t ld, bool k_in_line, DType dtype) {
+Matrix plain_matrix(const void* at, int64_t lines, int64_t width, int64_t ld, bool k_in_line) {
   Matrix m{};
   m.at = at;
   m.count = lines > 0 ? (lines - 1) * ld + width : 0;
   m.ld = ld;
   m.k_in_line = k_in_line;
-  m.aligned = reinterpret_cast<uintptr_t>(at) % 16 == 0 && ld % piece_of(dtype) == 0;
   return m;
-}
-
-void run_product(DType dtype, bool tf32, const ProductArgs& args, void* stream) {
-  if (args.M == 0 || args.N == 0) return;
-  dispatch(dtype, [&](auto storage) {
-    using S = decltype(storage);
-    LaunchConfig config;
-    config.grid = {ceil_div(args.N, kProductTile) * ceil_div(args.M, kProductTile), args.splits};
-    config.block = kProductThreads;
-    config.stream = stream;
-    SharedBytes bytes;
-    bytes.array<S>(2 * kProductShared<S>);
-    bytes.array<S>(2 * kProductShared<S>);
-    config.shared_bytes = bytes.bytes();
-    if constexpr (sizeof(S) == 2) {
-      launch(product_kernel<Arithmetic::kMatrix, S>, config, args);
-    } else if constexpr (sizeof(S) == 4) {
-      if (tf32) {
-        launch(product_kernel<Arithmetic::kMatrix, S>, config, args);
-      } else {
-        launch(product_kernel<Arithmetic::kExact, S>, config, args);
-      }
-    } else {
-      launch(product_kernel<Arithmetic::kExact, S>, config, args);
-    }
-  });
 }
 
 // How K is cut so that a product fills a GPU: a function of the shape alone, so that sums are the same on any.
 int64_t splits_of(int64_t M, int64_t N, int64_t K) {
-  const int64_t tiles = std::max<int64_t>(ceil_div(M, kProductTile) * ceil_div(N, kProductTile), 1);
+  const int64_t tiles = std::max<int64_t>(ceil_div(M, kSplitTile) * ceil_div(N, kSplitTile), 1);
   return std::max<int64_t>(1, std::min({ceil_div(kProductBlocksWanted, tiles), K / 512, int64_t{64}}));
 }
 int64_t partial_elements(int64_t M, int64_t N, int64_t K) {
@@ -449,8 +420,7 @@ void run_from_x(const RecurrentArgs& args, const CudaLayout& layout, int64_t gat
   const int64_t skip = layout.packed ? first * layout.x_step : first / walk.B * layout.x_step;
   of.a[0].at = static_cast<const char*>(args.x) + skip * bytes;
   of.a[0].count -= skip;
-  of.a[0].aligned = of.a[0].aligned && skip * bytes % 16 == 0;
-  of.b[0] = plain_matrix(w.w_ih, of.N, args.D, args.D, true, args.dtype);
+  of.b[0] = plain_matrix(w.w_ih, of.N, args.D, args.D, true);
   of.bias[0] = w.b_ih;
   of.bias[1] = separate ? nullptr : w.b_hh;
   of.c = to;
@@ -462,14 +432,13 @@ void run_from_x(const RecurrentArgs& args, const CudaLayout& layout, int64_t gat
 
 Matrix input_matrix(const RecurrentArgs& args, const CudaLayout& layout, bool k_in_line) {
   const Walk& walk = args.walk;
-  Matrix m = plain_matrix(args.x, 0, args.D, layout.x_step, k_in_line, args.dtype);
+  Matrix m = plain_matrix(args.x, 0, args.D, layout.x_step, k_in_line);
   if (layout.packed) {
     m.count = walk.N > 0 ? (walk.N - 1) * layout.x_step + args.D : 0;
   } else {
     m.period = walk.B;
     m.across = layout.x_across;
     m.count = walk.N > 0 ? (walk.T - 1) * layout.x_step + (walk.B - 1) * layout.x_across + args.D : 0;
-    m.aligned = m.aligned && layout.x_across % piece_of(args.dtype) == 0;
   }
   return m;
 }
@@ -501,8 +470,8 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
     product.K = G;
     product.parts = static_cast<int>(args.directions);
     for (int d = 0; d < args.directions; ++d) {
-      product.a[d] = plain_matrix(at(of.dgates_x, d * rows * G), rows, G, G, true, args.dtype);
-      product.b[d] = plain_matrix(args.weights[d].w_ih, G, args.D, args.D, false, args.dtype);
+      product.a[d] = plain_matrix(at(of.dgates_x, d * rows * G), rows, G, G, true);
+      product.b[d] = plain_matrix(args.weights[d].w_ih, G, args.D, args.D, false);
     }
     product.c = args.dx;
     product.ldc = args.D;
@@ -521,12 +490,12 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
   for (int d = 0; d < args.directions; ++d) {
     const WeightGradients& dw = args.dw[d];
     const void *by_x = at(of.dgates_x, d * rows * G), *by_h = at(of.dgates_h, d * rows * G);
-    const Matrix left_x = plain_matrix(by_x, rows, G, G, false, args.dtype);
+    const Matrix left_x = plain_matrix(by_x, rows, G, G, false);
     run_long_product(args.dtype, layout.tf32, left_x, input_matrix(args, layout, false), G, args.D, rows, dw.w_ih,
                      of.partial, stream);
-    Matrix h = plain_matrix(at(args.y, d * args.H), rows, args.H, args.directions * args.H, false, args.dtype);
+    Matrix h = plain_matrix(at(args.y, d * args.H), rows, args.H, args.directions * args.H, false);
     if (layer.variational != nullptr) {
-      h = plain_matrix(at(of.fed, d * rows * args.H), rows, args.H, args.H, false, args.dtype);
+      h = plain_matrix(at(of.fed, d * rows * args.H), rows, args.H, args.H, false);
     } else {
       h.links = layer.links + d * (rows + layer.B);
       h.links_count = rows + layer.B;
@@ -535,18 +504,17 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
         h.initial = at(args.h0, d * layer.B * args.H);
         h.initial_count = layer.B * args.H;
         h.initial_ld = args.H;
-        h.aligned = h.aligned && reinterpret_cast<uintptr_t>(h.initial) % 16 == 0 && args.H % piece_of(args.dtype) == 0;
       }
     }
     const int64_t first = of.q == nullptr ? G : of.first_gates * args.H;  // rows of W_hh whose product is with h
     const auto rows_of_w_hh = [&](int64_t from, int64_t upto, const Matrix& right) {
-      Matrix left = plain_matrix(at(by_h, from), rows, G - from, G, false, args.dtype);
+      Matrix left = plain_matrix(at(by_h, from), rows, G - from, G, false);
       run_long_product(args.dtype, layout.tf32, left, right, upto - from, args.H, rows, to(dw.w_hh, from * args.H),
                        of.partial, stream);
     };
     rows_of_w_hh(0, first, h);
     if (of.q != nullptr) {
-      rows_of_w_hh(first, G, plain_matrix(at(of.q, d * rows * args.H), rows, args.H, args.H, false, args.dtype));
+      rows_of_w_hh(first, G, plain_matrix(at(of.q, d * rows * args.H), rows, args.H, args.H, false));
     }
     if (dw.b_ih != nullptr) {
       if (separate) {
@@ -774,7 +742,7 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
       of.K = s.H;
       of.parts = 1;
       of.a[0] = left;
-      of.b[0] = plain_matrix(offset(args.weights[d].w_hh, gate * s.H * s.H * bytes), of.N, s.H, s.H, true, args.dtype);
+      of.b[0] = plain_matrix(offset(args.weights[d].w_hh, gate * s.H * s.H * bytes), of.N, s.H, s.H, true);
       of.c = static_cast<char*>(at.from_h) + d * at.again_rows * of.N * s.wide;
       of.ldc = of.N;
       of.splits = 1;
@@ -786,9 +754,9 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
       step.visit.count[d] = count;
       void* to = static_cast<char*>(at.from_x) + d * at.again_rows * s.gates * s.H * s.wide;
       run_from_x(args, layout, s.gates, s.separate, d, first, count, to, stream);
-      Matrix h = plain_matrix(offset(args.y, d * s.H * bytes), s.rows, s.H, s.directions * s.H, true, args.dtype);
+      Matrix h = plain_matrix(offset(args.y, d * s.H * bytes), s.rows, s.H, s.directions * s.H, true);
       if (layer.variational != nullptr) {
-        h = plain_matrix(offset(at.fed, (d * s.rows + first) * s.H * bytes), count, s.H, s.H, true, args.dtype);
+        h = plain_matrix(offset(at.fed, (d * s.rows + first) * s.H * bytes), count, s.H, s.H, true);
       } else {
         h.links = at.links + d * (s.rows + s.B) + first;
         h.links_count = s.rows + s.B - first;
@@ -797,7 +765,6 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
           h.initial = offset(args.h0, d * s.B * s.H * bytes);
           h.initial_count = s.B * s.H;
           h.initial_ld = s.H;
-          h.aligned = h.aligned && reinterpret_cast<uintptr_t>(h.initial) % 16 == 0 && s.H % piece_of(args.dtype) == 0;
         }
       }
       product_h(d, 0, s.first, h);
@@ -812,7 +779,7 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
         if constexpr (Cell::kFirst < Cell::kGates) {
           for (int d = 0; d < s.directions; ++d) {
             product_h(d, Cell::kFirst, Cell::kGates - Cell::kFirst,
-                      plain_matrix(offset(step.q, d * at.again_rows * s.H * bytes), count, s.H, s.H, true, args.dtype));
+                      plain_matrix(offset(step.q, d * at.again_rows * s.H * bytes), count, s.H, s.H, true));
           }
           launch(forward_rows_kernel<Cell, true>, config, step);
         }

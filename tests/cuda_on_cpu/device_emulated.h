@@ -375,7 +375,24 @@ SK_ALWAYS void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
   const char* source = valid ? reinterpret_cast<const char*>(from.at(0, n, from.kName)) : nullptr;
   noted(target, kBytes, Access::kWrite);
   if (valid) noted(source, kBytes, Access::kRead);
-  emulation::copy_async(target, source, kBytes, valid);
+  emulation::copy_async(target, source, kBytes, valid ? kBytes : 0);
+}
+template <int kBytes, class T, class U>
+SK_ALWAYS void copy_async_part(Shared<T> to, Global<U> from, int count) {
+  static_assert(std::is_same<T, std::remove_const_t<U>>::value, "a copy keeps the type");
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
+  constexpr int n = kBytes / sizeof(T);
+  if (count < 0 || count > n) emulation::out_of_bounds("a part of a copy", 0, count, n, sizeof(T));
+  char* target = reinterpret_cast<char*>(to.at(0, n, to.kName));
+  noted(target, kBytes, Access::kWrite);
+  const char* source = nullptr;
+  if (count > 0) {
+    from.at(count - 1, 1, from.kName);
+    source = reinterpret_cast<const char*>(from.at(0, 1, from.kName));
+    if (reinterpret_cast<uintptr_t>(source) % kBytes != 0) emulation::misaligned(from.kName, source, kBytes);
+    noted(source, count * static_cast<int>(sizeof(T)), Access::kRead);
+  }
+  emulation::copy_async(target, source, kBytes, count * static_cast<int>(sizeof(T)));
 }
 SK_ALWAYS void copy_async_commit() { emulation::copy_async_commit(); }
 template <int kPending>

@@ -861,9 +861,9 @@ void collective(const char* kind, uint32_t mask, void* operand, Perform perform)
 // ---------------------------------------------------------------------------------------------
 
 // The bytes are taken at once but put down only by the wait; until then the target holds NaN.
-void copy_async(char* to, const char* from, int bytes, bool valid) {
+void copy_async(char* to, const char* from, int bytes, int valid_bytes) {
   Copy copy{to, {}, bytes, self().copy_group};
-  if (valid) memcpy(copy.value.data(), from, bytes);
+  if (valid_bytes > 0) memcpy(copy.value.data(), from, valid_bytes);
   memset(to, 0xff, bytes);
   self().copies.push_back(copy);
 }

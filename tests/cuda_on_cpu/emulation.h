@@ -103,7 +103,7 @@ struct Matrices {
 void perform_load_matrices(void** operands);
 
 // ---- asynchronous copies ----
-SK_ENTRY void copy_async(char* to, const char* from, int bytes, bool valid);
+SK_ENTRY void copy_async(char* to, const char* from, int bytes, int valid_bytes);
 SK_ENTRY void copy_async_commit();
 SK_ENTRY void copy_async_wait(int pending);
 

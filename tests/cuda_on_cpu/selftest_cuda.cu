@@ -319,6 +319,21 @@ SK_KERNEL(32) small_copies_kernel(const SK_GRID_CONSTANT Arrays args) {
   for (int j = i; j < 128; j += 32) out[j] = tile[j];
 }
 
+// Copies of the first `lane % 9` elements of pieces of 16 bytes, and of 0 to 2 elements of 4 bytes.
+SK_KERNEL(32) part_copies_kernel(const SK_GRID_CONSTANT Arrays args) {
+  const auto in = array<const BFloat16>(args, 0);  // [320]
+  const auto out = array<BFloat16>(args, 1);       // [320]
+  SharedArena arena;
+  const auto tile = arena.array<BFloat16>(320);
+  const int i = lane_index();
+  copy_async_part<16>(tile + 8 * i, in + 8 * i, i % 9 + (args.variant == 1 && i == 31 ? 8 : 0));
+  copy_async_part<4>(tile + 256 + 2 * i, in + 256 + 2 * i, i % 3);
+  copy_async_commit();
+  copy_async_wait<0>();
+  block_sync();
+  for (int j = i; j < 320; j += 32) out[j] = tile[j];
+}
+
 // ---- clusters
 // --------------------------------------------------------------------------------------------------------
 
