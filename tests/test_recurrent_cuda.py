@@ -298,10 +298,11 @@ def test_options(kind: str, options: tuple[str, ...]) -> None:
 CLUSTERS = [
     *(Layer(kind=kind, form=form, H=24, T=5, bidirectional=True) for kind, form in itertools.product(PLAIN, FORMS)),
     Layer(B=1, T=2, D=1, H=8, why="one strip"),
-    Layer(B=2, T=3, H=72, why="two warps of a block, one without units, part of a block of K"),
+    Layer(B=2, T=3, H=72, why="two groups of a block, one without units; half a group; part of a block of K"),
     Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="from nothing"),
-    Layer(B=17, T=4, H=16, form="lengths", kind="gru", why="two tiles of sequences"),
-    Layer(B=18, T=4, H=16, form="packed", kind="rnn_tanh", why="two tiles of sequences"),
+    Layer(B=17, T=4, H=16, form="lengths", kind="gru", why="tiles of several sequences"),
+    Layer(B=18, T=4, H=16, form="packed", kind="rnn_tanh", why="tiles of several sequences"),
+    Layer(B=70, T=3, H=16, form="packed", why="tiles of eight sequences"),
     *(
         Layer(kind=kind, form=form, H=16, T=6, bidirectional=True, options=("reset",))
         for kind, form in (("lstm", "lengths"), ("gru", "packed"), ("rnn_relu", "dense"), ("lstm", "packed"))
@@ -367,12 +368,14 @@ def test_tf32(layer: Layer) -> None:
 @pytest.mark.parametrize(
     ("asked", "forward", "backward", "reason"),
     [
-        (dict(dtype="bfloat16", B=16, T=1024, D=256, H=256), ("cluster", 16), ("cluster", 16), None),
+        (dict(dtype="bfloat16", B=16, T=1024, D=256, H=256), ("cluster", 8), ("cluster", 8), None),
         (dict(dtype="bfloat16", B=64, T=100, D=256, H=512), ("cluster", 16), ("cluster", 16), None),
-        (dict(dtype="bfloat16", B=16, T=100, D=256, H=768), ("steps", 1), ("steps", 1), "do not fit"),
-        (dict(dtype="float16", B=2048, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "run at once"),
+        (dict(dtype="bfloat16", B=16, T=100, D=256, H=768), ("cluster", 16), ("cluster", 16), None),
+        (dict(dtype="bfloat16", B=16, T=100, D=256, H=1024), ("steps", 1), ("steps", 1), "at most 768"),
+        (dict(dtype="float32", B=16, T=8, D=64, H=768, tf32=True), ("steps", 1), ("steps", 1), "do not fit"),
+        (dict(dtype="float16", B=65536, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "run at once"),
         (dict(dtype="float32", B=16, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "float16 or TF32"),
-        (dict(dtype="float32", B=16, T=8, D=64, H=256, tf32=True), ("cluster", 16), ("cluster", 16), None),
+        (dict(dtype="float32", B=16, T=8, D=64, H=256, tf32=True), ("cluster", 8), ("cluster", 8), None),
         (dict(dtype="float16", B=16, T=8, D=64, H=100), ("steps", 1), ("steps", 1), "multiple of 8"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, options=True), ("steps", 1), ("steps", 1), "options"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("steps", 1), ("steps", 1), "compute capability"),

@@ -237,7 +237,7 @@ class SharedArena {
 class SharedBytes {
  public:
   template <class T>
-  Shared<T> array(int64_t count, int align = 16) {
+  SK_HOST_DEVICE Shared<T> array(int64_t count, int align = 16) {
     bytes_ = (bytes_ + align - 1) / align * align + count * static_cast<int64_t>(sizeof(T));
     return Shared<T>();
   }
@@ -606,7 +606,7 @@ SK_DEVICE void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
 SK_DEVICE bool mbarrier_test(Shared<MBarrier> b, int64_t i, int parity) {
   uint32_t over = 0;
   SK_SM90(
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                    "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"((b + i).address()),
                    "r"(parity) : "memory"));
   return over != 0;

@@ -42,7 +42,7 @@ bool set_allows_tf32(bool allow);
 struct CudaPlan {
   struct Pass {
     CudaTier tier;
-    int cluster, block;                // blocks of a cluster, threads of a block
+    int cluster, rows, block;          // blocks and sequences of a cluster, threads of a block
     int64_t workspace;                 // bytes
     std::vector<std::string> reasons;  // "<tier>: <why not>"
   } forward, backward;
