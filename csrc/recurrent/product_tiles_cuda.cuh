@@ -166,67 +166,71 @@ struct ByMatrixUnits {
         row0(warp_index() / Shape::kWarpsN * Shape::kWarpM),
         column0(warp_index() % Shape::kWarpsN * Shape::kWarpN) {
     const int lane = lane_index(), low = lane / 8 % 2 * 8, high = lane / 16;
-    lane_a = kLineA ? kept_at<kHow, S, Shape::kM, kLineA>(row0 + low + lane % 8, high * kP)
-                    : kept_at<kHow, S, Shape::kM, kLineA>(row0 + low, high * 8 + lane % 8);
-    lane_b = kLineB ? kept_at<kHow, S, Shape::kN, kLineB>(column0 + high * 8 + lane % 8, low / 8 * kP)
-                    : kept_at<kHow, S, Shape::kN, kLineB>(column0 + high * 8, low + lane % 8);
+    lane_a = kept_at<kHow, S, Shape::kM, kLineA>(row0 + (kWordsA ? lane / 4 : low + (kLineA ? lane % 8 : 0)),
+                                                 kWordsA  ? lane % 4
+                                                 : kLineA ? high * kP
+                                                          : high * 8 + lane % 8);
+    lane_b = kept_at<kHow, S, Shape::kN, kLineB>(column0 + (kWordsB ? lane / 4 : high * 8 + (kLineB ? lane % 8 : 0)),
+                                                 kWordsB  ? lane % 4
+                                                 : kLineB ? low / 8 * kP
+                                                          : low + lane % 8);
   }
 
   static SK_DEVICE void rounded(uint32_t& word) {
     if constexpr (sizeof(S) == 4) word = to_tf32(bit_cast<float>(word));
   }
-  // From the place of a fragment to that `places` rows or columns, a multiple of 16, and `slices` on, in stages that
-  // begin at multiples of 128 bytes: bits that the turn of lines leaves alone are added, the others xored.
+  // From where a lane reads to `places` rows or columns, a multiple of 8, and `k` on, in stages that begin at multiples
+  // of 128 bytes: what lies beyond the reach of a line's turn is added, the rest xored.
   template <int kWide, bool kInLine>
-  static SK_DEVICE int moved(int at, int places, int slices) {
-    if constexpr (kInLine) return (at ^ (slices * kSlice)) + places * kDepth<S>;
-    return (at ^ (places % 64)) + places / 64 * 64 + slices * kSlice * kWide;
+  static SK_DEVICE int moved(int at, int places, int k) {
+    if constexpr (kInLine) return (at ^ k) + places * kDepth<S>;
+    return (at ^ (places % (8 * kP))) + places / (8 * kP) * (8 * kP) + k * kWide;
   }
 
   SK_DEVICE void load(int buffer, int slice, int slot, Shared<const S> left, Shared<const S> right) {
     SK_UNROLL
     for (int m = 0; m < kM; ++m) {
+      const int from = slot * kSizeA + lane_a, k = slice * kSlice;
       if constexpr (kWordsA) {
         SK_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = row0 + m * 16 + i % 2 * 8 + lane_index() / 4,
-                    k = slice * kSlice + i / 2 * 4 + lane_index() % 4;
-          const S word = left[slot * kSizeA + kept_at<kHow, S, Shape::kM, kLineA>(row, k)];
+          const S word = left[moved<Shape::kM, kLineA>(from, m * 16 + i % 2 * 8, k + i / 2 * 4)];
           a[buffer][m][i] = bit_cast<uint32_t>(word);
         }
       } else {
-        const int at = moved<Shape::kM, kLineA>(slot * kSizeA + lane_a, m * 16, slice);
-        load_matrices<4, !kLineA>(a[buffer][m], (left + at).template as<const BFloat16>());
+        load_matrices<4, !kLineA>(a[buffer][m],
+                                  (left + moved<Shape::kM, kLineA>(from, m * 16, k)).template as<const BFloat16>());
       }
-      SK_UNROLL
-      for (int i = 0; i < 4; ++i) rounded(a[buffer][m][i]);
     }
     SK_UNROLL
     for (int n = 0; n < kN; n += 2) {
       uint32_t words[4];
+      const int from = slot * kSizeB + lane_b, k = slice * kSlice;
       if constexpr (kWordsB) {
         SK_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int column = column0 + n * 8 + i / 2 * 8 + lane_index() / 4;
-          const int k = slice * kSlice + i % 2 * 4 + lane_index() % 4;
-          const S word = right[slot * kSizeB + kept_at<kHow, S, Shape::kN, kLineB>(column, k)];
+          const S word = right[moved<Shape::kN, kLineB>(from, n * 8 + i / 2 * 8, k + i % 2 * 4)];
           words[i] = bit_cast<uint32_t>(word);
         }
       } else {
-        const int at = moved<Shape::kN, kLineB>(slot * kSizeB + lane_b, n * 8, slice);
-        load_matrices<4, !kLineB>(words, (right + at).template as<const BFloat16>());
+        load_matrices<4, !kLineB>(words,
+                                  (right + moved<Shape::kN, kLineB>(from, n * 8, k)).template as<const BFloat16>());
       }
       SK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        rounded(words[i]);
-        b[buffer][n + i / 2][i % 2] = words[i];
-      }
+      for (int i = 0; i < 4; ++i) b[buffer][n + i / 2][i % 2] = words[i];
     }
   }
 
   SK_DEVICE void multiply(int buffer) {
     SK_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      SK_UNROLL
+      for (int i = 0; i < 2; ++i) rounded(b[buffer][n][i]);
+    }
+    SK_UNROLL
     for (int m = 0; m < kM; ++m) {
+      SK_UNROLL
+      for (int i = 0; i < 4; ++i) rounded(a[buffer][m][i]);
       SK_UNROLL
       for (int n = 0; n < kN; ++n) {
         if constexpr (sizeof(S) == 2) {
@@ -238,26 +242,56 @@ struct ByMatrixUnits {
     }
   }
 
-  // to(row, column, four consecutive elements): lanes trade halves, so that each has four of one row.
-  template <class Bias, class To>
-  SK_DEVICE void give(Bias&& bias, To&& to) {
-    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  SK_DEVICE void add(Shared<const float> bias) {
     SK_UNROLL
     for (int n = 0; n < kN; ++n) {
-      const int column = column0 + n * 8;
-      const float bias0 = bias(column + 2 * t), bias1 = bias(column + 2 * t + 1);
+      const Vec<float, 2> two = load_vec<2>(bias, column0 + n * 8 + lane_index() % 4 * 2);
       SK_UNROLL
       for (int m = 0; m < kM; ++m) {
-        float (&of)[4] = sum[m][n];
-        of[0] += bias0;
-        of[1] += bias1;
-        of[2] += bias0;
-        of[3] += bias1;
-        const bool odd = t % 2 != 0;
-        const float other0 = shuffle_xor(odd ? of[0] : of[2], 1), other1 = shuffle_xor(odd ? of[1] : of[3], 1);
-        const Vec<float, 4> four =
-            odd ? Vec<float, 4>{{other0, other1, of[2], of[3]}} : Vec<float, 4>{{of[0], of[1], other0, other1}};
-        to(row0 + m * 16 + g + (odd ? 8 : 0), column + t / 2 * 4, four);
+        SK_UNROLL
+        for (int i = 0; i < 4; ++i) sum[m][n][i] += two[i % 2];
+      }
+    }
+  }
+
+  // Four consecutive elements of a row: lanes trade halves.
+  template <class Out>
+  SK_DEVICE Vec<Out, 4> four(int m, int n) const {
+    const float (&of)[4] = sum[m][n];
+    const bool odd = lane_index() % 2 != 0;
+    if constexpr (sizeof(Out) == 2) {
+      const uint32_t upper = pack_pair<Out>(of[0], of[1]), lower = pack_pair<Out>(of[2], of[3]);
+      const uint32_t other = shuffle_xor(odd ? upper : lower, 1);
+      return bit_cast<Vec<Out, 4>>(odd ? Vec<uint32_t, 2>{{other, lower}} : Vec<uint32_t, 2>{{upper, other}});
+    } else {
+      const float other0 = shuffle_xor(odd ? of[0] : of[2], 1), other1 = shuffle_xor(odd ? of[1] : of[3], 1);
+      return odd ? Vec<float, 4>{{other0, other1, of[2], of[3]}} : Vec<float, 4>{{of[0], of[1], other0, other1}};
+    }
+  }
+  // To a C of which `rows` and `columns` are there, none of them beyond the tile; whole: all of the tile, in vectors.
+  template <class Out>
+  SK_DEVICE void give(Global<Out> c, int64_t ldc, int rows, int columns, bool whole) const {
+    const int row = row0 + lane_index() / 4 + lane_index() % 2 * 8, column = column0 + lane_index() % 4 / 2 * 4;
+    if (whole) {
+      const Global<Out> mine = c + (row * ldc + column);
+      SK_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        const Global<Out> of_row = mine + m * 16 * ldc;
+        SK_UNROLL
+        for (int n = 0; n < kN; ++n) store_vec(of_row, n * 8, four<Out>(m, n));
+      }
+      return;
+    }
+    SK_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      SK_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        const Vec<Out, 4> values = four<Out>(m, n);
+        SK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int64_t at = (row + m * 16) * ldc + column + n * 8 + i;
+          if (row + m * 16 < rows && column + n * 8 + i < columns) c[at] = values[i];
+        }
       }
     }
   }
@@ -322,15 +356,24 @@ struct ByMultiplyAdd {
     }
   }
 
-  template <class Bias, class To>
-  SK_DEVICE void give(Bias&& bias, To&& to) {
+  SK_DEVICE void add(Shared<const T> bias) {
     SK_UNROLL
     for (int n = 0; n < kN; ++n) {
-      const int column = column0 + place<kLineB>(n, lane_index() % 4, 4);
-      const T of_column = bias(column);
+      const T of_column = bias[column0 + place<kLineB>(n, lane_index() % 4, 4)];
       SK_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        to(row0 + place<kLineA>(m, lane_index() / 4, 8), column, Vec<T, 1>{{sum[m][n] + of_column}});
+      for (int m = 0; m < kM; ++m) sum[m][n] += of_column;
+    }
+  }
+  template <class Out>
+  SK_DEVICE void give(Global<Out> c, int64_t ldc, int rows, int columns, bool whole) const {
+    SK_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      const int row = row0 + place<kLineA>(m, lane_index() / 4, 8);
+      const Global<Out> of_row = c + row * ldc;
+      SK_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        const int column = column0 + place<kLineB>(n, lane_index() % 4, 4);
+        if (whole || (row < rows && column < columns)) of_row[column] = narrow<Out>(sum[m][n]);
       }
     }
   }
@@ -352,6 +395,8 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
   using Row = Global<const S>;
   const Shared<Row> lines_a = arena.array<Row>(LoadA::lines(args.parts));
   const Shared<Row> lines_b = arena.array<Row>(LoadB::lines(args.parts));
+  const bool has_bias = args.bias[0] != nullptr || args.bias[1] != nullptr;
+  const Shared<T> bias = arena.array<T>(has_bias ? Shape::kN : 0);
 
   const int64_t across = (args.N + Shape::kN - 1) / Shape::kN;
   const int64_t column0 = block_index() % across * Shape::kN, row0 = block_index() / across * Shape::kM;
@@ -366,6 +411,18 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
   if constexpr (kLineB) {
     for (int i = thread_index(); i < args.parts * Shape::kN; i += Shape::kThreads) {
       lines_b[i] = line_of<S>(args.b[i / Shape::kN], column0 + i % Shape::kN, args.N);
+    }
+  }
+  if (has_bias) {
+    for (int i = thread_index(); i < Shape::kN; i += Shape::kThreads) {
+      T value = T(0);
+      SK_UNROLL
+      for (int b = 0; b < 2; ++b) {
+        if (args.bias[b] != nullptr && column0 + i < args.N) {
+          value += widen(load<Cache::kReadOnly>(global<const S>(args.bias[b], args.N), column0 + i));
+        }
+      }
+      bias[i] = value;
     }
   }
   // Where K runs across lines, each of the first threads looks up one line of a stage.
@@ -460,45 +517,16 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
   }
   copy_async_wait<0>();
 
-  const int64_t size = args.splits * args.M * args.ldc;
-  const Global<S> narrow_c = global<S>(args.narrow ? args.c : nullptr, args.narrow ? size : 0);
-  const Global<T> wide_c = global<T>(args.narrow ? nullptr : args.c, args.narrow ? 0 : size);
-  const auto bias = [&](int column) {
-    T value = T(0);
-    SK_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (args.bias[i] != nullptr && column0 + column < args.N) {
-        value += widen(load<Cache::kReadOnly>(global<const S>(args.bias[i], args.N), column0 + column));
-      }
-    }
-    return value;
-  };
-  work.give(bias, [&](int row, int column, const auto& values) {
-    constexpr int kCount = sizeof(values) / sizeof(T);
-    if (row0 + row >= args.M) return;
-    const int64_t at = (split * args.M + row0 + row) * args.ldc + column0 + column;
-    const int there = clamped(static_cast<int>(args.N - column0) - column, kCount);
-    if (args.narrow) {
-      Vec<S, kCount> narrowed;
-      SK_UNROLL
-      for (int i = 0; i < kCount; ++i) narrowed[i] = narrow<S>(values[i]);
-      if (there == kCount && args.vectors_c) {
-        store_vec(narrow_c, at, narrowed);
-      } else {
-        SK_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-          if (i < there) narrow_c[at + i] = narrowed[i];
-        }
-      }
-    } else if (there == kCount && args.vectors_c) {
-      store_vec(wide_c, at, values);
-    } else {
-      SK_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        if (i < there) wide_c[at + i] = values[i];
-      }
-    }
-  });
+  if (has_bias) work.add(bias);
+  const int64_t size = args.splits * args.M * args.ldc, start = (split * args.M + row0) * args.ldc + column0;
+  const int rows = args.M - row0 < Shape::kM ? static_cast<int>(args.M - row0) : Shape::kM;
+  const int columns = args.N - column0 < Shape::kN ? static_cast<int>(args.N - column0) : Shape::kN;
+  const bool whole = args.vectors_c && rows == Shape::kM && columns == Shape::kN;
+  if (args.narrow) {
+    work.give(global<S>(args.c, size) + start, args.ldc, rows, columns, whole);
+  } else {
+    work.give(global<T>(args.c, size) + start, args.ldc, rows, columns, whole);
+  }
 }
 
 // ---- host
@@ -514,6 +542,7 @@ void launch_tiles(const ProductArgs& args, void* stream) {
   bytes.array<S>(Shape::kStages * LoadB::kElements, 128);
   bytes.array<Global<const S>>(LoadA::lines(args.parts));
   bytes.array<Global<const S>>(LoadB::lines(args.parts));
+  bytes.array<Compute<S>>(args.bias[0] != nullptr || args.bias[1] != nullptr ? Shape::kN : 0);
   LaunchConfig config;
   config.grid = {(args.N + Shape::kN - 1) / Shape::kN * ((args.M + Shape::kM - 1) / Shape::kM), args.splits};
   config.block = Shape::kThreads;

@@ -41,12 +41,12 @@ void choose_tile(const ProductArgs& args, void* stream) {
 
 }  // namespace
 
-// The cheapest by a rough account of a GPU with 132 multiprocessors, in microseconds. It is a function of the shape alone,
-// so that sums are the same on any.
+// The cheapest by a rough account of a GPU with 132 multiprocessors, in microseconds. It is a function of the shape
+// alone, so that sums are the same on any.
 int64_t product_splits(int64_t M, int64_t N, int64_t K) {
-  constexpr int64_t kBlocks = 132, kMostSplits = 64, kLeastK = 256;
-  constexpr double kStage = 0.62, kStagesAround = 6;  // 64 of K; what filling the pipeline and writing C cost
-  constexpr double kElement = 8 / 3e6;                // of a partial sum, written and read
+  constexpr int64_t kBlocks = 2 * 132, kMostSplits = 64, kLeastK = 256;
+  constexpr double kStage = 1.5, kStagesAround = 6;  // 64 of K; what filling the pipeline and writing C cost
+  constexpr double kElement = 8 / 3e6;               // of a partial sum, written and read
   const int64_t tiles = ceil_div(M, LargeTile::kM) * ceil_div(N, LargeTile::kN);
   int64_t best = 1;
   double least = 0;
