@@ -154,6 +154,14 @@ def test_asynchronous_copies(run) -> None:
     x, y = np.random.default_rng(0).random(96, np.float32), np.ones(128, np.float32)
     run("small_copies", x, y)
     np.testing.assert_array_equal(y, np.concatenate([x[:92], np.zeros(36)]))
+    bits, y = np.arange(1, 321, dtype=np.uint16), np.ones(320, np.uint16)
+    run("part_copies", bits, y)
+    lane = np.arange(32)[:, None]
+    whole = np.where(np.arange(8) < lane % 9, bits[:256].reshape(32, 8), 0)
+    small = np.where(np.arange(2) < lane % 3, bits[256:].reshape(32, 2), 0)
+    np.testing.assert_array_equal(y, np.concatenate([whole.ravel(), small.ravel()]))
+    with pytest.raises(RuntimeError, match="part of a copy"):
+        run("part_copies", bits, y, variant=1)
 
 
 def test_clusters_read_and_write_each_others_shared_memory(run) -> None:

@@ -460,6 +460,22 @@ def test_same_bits_every_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs) if a is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@ONLY_EMULATED
+def test_tiles_leave_no_trace(dtype: torch.dtype) -> None:
+    """Products by large tiles, which fill a small device, and by small ones; sums over so many rows are cut."""
+    layer = Layer(B=330, T=4, D=24, H=8, form="lengths", dtype=dtype)
+    of = inputs_of(layer)
+    runs = []
+    for multiprocessors in (1, 132):
+        with machine(major=8, multiprocessors=multiprocessors):
+            kept = forward(layer, of)
+            runs.append([*kept, *backward(layer, of, kept, [torch.ones_like(t) for t in kept[:3]])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs) if a is not None)
+    with machine(major=8, multiprocessors=1):
+        check_layer(layer)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("kind", PLAIN)
 def test_cells(kind: str, dtype: torch.dtype) -> None:

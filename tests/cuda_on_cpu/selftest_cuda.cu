@@ -657,6 +657,7 @@ const std::map<std::string, Entry>& entries() {
       {"blocks", {blocks_kernel, config({4}, 32)}},
       {"ring", {ring_kernel, config({1}, 32, 3 * 64 * 4)}},
       {"small_copies", {small_copies_kernel, config({1}, 32, 128 * 4)}},
+      {"part_copies", {part_copies_kernel, config({1}, 32, 320 * 2)}},
       {"neighbours", {neighbours_kernel, config({8}, 32, 32 * 4, 4)}},
       {"exchange", {exchange_kernel, config({8}, 32, 2 * 128 * 4 + 16, 4)}},
       {"pingpong", {pingpong_kernel, config({2}, 32, 64, 2)}},
