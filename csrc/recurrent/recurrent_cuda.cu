@@ -13,6 +13,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kFromXBytes = 32 << 20;      // pre-activations made at a time: they stay in the second-level cache
+constexpr int64_t kSplitTile = 64;             // of a product, by which it is cut
 constexpr int64_t kProductBlocksWanted = 256;  // blocks of a product, below which K is cut
 
 // ---- small kernels around the time loop
