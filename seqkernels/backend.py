@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,62 @@ def require(op: str, input: Tensor, what: str = "an input") -> None:
         f"{op}: no backend takes {what} of shape {list(input.shape)}, {input.dtype}, on {input.device}. "
         f"cpu: {'; '.join(cpu)}. cuda: {'; '.join(cuda)}. triton: {_BY_HAND}."
     )
+
+
+def unsupported_attention_on_triton(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons why the Triton kernels of attention cannot; an empty list: they can."""
+    reasons = []
+    if device.type != "cuda":
+        reasons.append(f"the tensors are on {device}")
+    elif importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if dtype not in CPU_DTYPES:
+        reasons.append(f"dtype {dtype} is none of {', '.join(str(d) for d in CPU_DTYPES)}")
+    return reasons
+
+
+def unsupported_attention_by_torch(extras: Sequence[str]) -> list[str]:
+    """Reasons why torch's own function cannot serve a call; extras: what the call asks for that it does not have."""
+    return [f"it has no {', no '.join(extras)}"] if extras else []
+
+
+def require_attention(op: str, query: Tensor) -> None:
+    """Raises NotImplementedError with every backend's reasons where none can run on such a query."""
+    kind = query.device.type
+    if kind in ("cpu", "cuda") and query.dtype in CPU_DTYPES:
+        return
+    cpu, triton = unsupported_on_cpu(query.device, query.dtype), unsupported_attention_on_triton
+    raise NotImplementedError(
+        f"{op}: no backend takes a query of shape {list(query.shape)}, {query.dtype}, on {query.device}. "
+        f"cpu: {'; '.join(cpu)}. triton: {'; '.join(triton(query.device, query.dtype))}. "
+        "torch: asked for by name only, but for dense half types on CUDA."
+    )
+
+
+def choose_attention(
+    op: str, backend: str | None, device: torch.device, dtype: torch.dtype, extras: Sequence[str], masked: bool
+) -> str:
+    """Which of cpu, triton and torch runs a call; backend: which one was asked for, or None.
+
+    masked: whether the call has a mask, dropout or Dv other than D. On CUDA torch's own kernels (cuDNN, flash) run what
+    is in half precision and has nothing of its own: no figure of ours says otherwise yet.
+    """
+    if backend is None:
+        if device.type != "cuda":
+            return "cpu"
+        half = dtype in (torch.float16, torch.bfloat16)
+        return "torch" if half and not masked and not extras else "triton"
+    found = {
+        "cpu": lambda: unsupported_on_cpu(device, dtype),
+        "triton": lambda: unsupported_attention_on_triton(device, dtype),
+        "torch": lambda: unsupported_attention_by_torch(extras),
+    }
+    if backend not in found:
+        raise ValueError(f"{op}: backend must be None, {', '.join(found)}, got {backend!r}")
+    reasons = found[backend]()
+    if reasons:
+        raise NotImplementedError(f"{op}: backend {backend} cannot run this call: {'; '.join(reasons)}")
+    return backend
 
 
 def explain(op: str, **sizes: Any) -> dict[str, Any]:
