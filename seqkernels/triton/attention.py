@@ -99,6 +99,17 @@ def _tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _hide(b_s, i_q, i_k, L_k, offset, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """-inf where a row does not see the key."""
+    m_seen = i_k < L_k
+    if RIGHT:
+        m_seen = m_seen & (i_k <= i_q + (offset + right))
+    if LEFT:
+        m_seen = m_seen & (i_k >= i_q + (offset - left))
+    return tl.where(m_seen, b_s, float("-inf"))
+
+
+@triton.jit
 def _score(
     b_s,  # q.k, [rows, keys] or [keys, rows]
     i_q,  # positions in their sequences, to broadcast with it
@@ -143,12 +154,7 @@ def _score(
             b_s += tl.maximum(b_m * _LOG2E, _LOWEST64 if b_s.dtype == tl.float64 else _LOWEST)
             b_s = tl.where(b_m == float("-inf"), float("-inf"), b_s)
     if EDGE:
-        m_seen = i_k < L_k
-        if RIGHT:
-            m_seen = m_seen & (i_k <= i_q + (offset + right))
-        if LEFT:
-            m_seen = m_seen & (i_k >= i_q + (offset - left))
-        b_s = tl.where(m_seen, b_s, float("-inf"))
+        b_s = _hide(b_s, i_q, i_k, L_k, offset, left, right, LEFT, RIGHT)
     return b_s, b_t
 
 
@@ -260,7 +266,7 @@ def _attend(
     ACC: tl.constexpr = b_acc.dtype
     PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
     EXACT: tl.constexpr = b_q.dtype.primitive_bitwidth >= 32
-    for first in range(begin, end, BN):
+    for first in tl.range(begin, end, BN, disable_licm=EDGE):
         b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
         if PLAIN:
@@ -416,7 +422,7 @@ def attention_forward_kernel(
             FEW: tl.constexpr = 16  # keys at a time: two results are held here
             for kind in range(0, 3):
                 b_part = tl.zeros([BM, BDV], ACC)
-                for first_k in range(begin, end, FEW):
+                for first_k in tl.range(begin, end, FEW, num_stages=1, disable_licm=True):
                     b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, FEW)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
                     i_k = first_k + tl.arange(0, FEW)
@@ -521,7 +527,7 @@ def _step_to_rows(
     ACC: tl.constexpr = b_dq.dtype
     PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
     EXACT: tl.constexpr = b_q.dtype.primitive_bitwidth >= 32
-    for first in range(begin, end, BN):
+    for first in tl.range(begin, end, BN, disable_licm=EDGE):
         i_k = first + tl.arange(0, BN)
         b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
@@ -731,6 +737,8 @@ def _step_to_keys(
     b_k,
     b_v,
     begin,
+    whole,
+    until,
     end,
     i_k,
     first_k,
@@ -764,7 +772,6 @@ def _step_to_keys(
     i_bh,
     threshold,
     rescale,
-    EDGE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     CAP: tl.constexpr,
@@ -779,7 +786,7 @@ def _step_to_keys(
     BN: tl.constexpr,
 ):
     ACC: tl.constexpr = b_dk.dtype
-    PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
+    EXTRA: tl.constexpr = CAP or ALIBI or p_mask is not None
     EXACT: tl.constexpr = b_k.dtype.primitive_bitwidth >= 32
     p_lse += o_row
     if p_dw is None:
@@ -789,21 +796,28 @@ def _step_to_keys(
         p_dw += o_dw
     if p_mask is not None:
         p_mask += o_mask
-    for first in range(begin, end, BM):
+    for first in tl.range(begin, end, BM, disable_licm=True):
         i_q = first + tl.arange(0, BM)
-        b_q = _tile(p_q, first, L_q, s_qt, s_qd, not EDGE, D, BD, BM)
+        b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=ACC)
         b_base = _log2_sum(p_lse, i_q, L_q, ACC)
-        if PLAIN:
-            b_t = b_s
-            b_p = tl.exp2(b_s * (scale * _LOG2E) - b_base[None, :])
-        else:
+        b_t = b_s
+        if EXTRA:
             b_s, b_t = _score(
                 b_s,
                 *(i_q[None, :], i_k[:, None], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-                *(slope, scale, cap, EDGE, LEFT, RIGHT, CAP, ALIBI, EXACT),
+                *(slope, scale, cap, False, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
-            b_p = tl.where(b_s == float("-inf"), 0.0, tl.exp2(b_s - b_base[None, :]))
+            b_s = b_s - b_base[None, :]
+        else:
+            b_s = b_s * (scale * _LOG2E) - b_base[None, :]
+        edge = (first < whole) | (first >= until)  # by blocks: inside, a row sees every key
+        if LEFT or RIGHT:
+            if edge:
+                b_s = _hide(b_s, i_q[None, :], i_k[:, None], L_k, offset, left, right, LEFT, RIGHT)
+        b_p = tl.exp2(b_s)
+        if EXTRA:
+            b_p = tl.where(b_s == float("-inf"), 0.0, b_p)
         if DROPOUT:
             m_kept = _kept(seed, i_q, first_k, i_bh, threshold, True, i_k.shape[0])
         if p_dw is not None:
@@ -813,7 +827,7 @@ def _step_to_keys(
                 b_dp = tl.where(m_kept, b_dp * rescale, 0.0)
             b_ds = b_p * b_dp
         else:
-            b_do = _tile(p_dout, first, L_q, s_ot, s_od, not EDGE, DV, BDV, BM)
+            b_do = _tile(p_dout, first, L_q, s_ot, s_od, False, DV, BDV, BM)
             b_w = tl.where(m_kept, b_p, 0.0) if DROPOUT else b_p
             b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION, out_dtype=ACC)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION, out_dtype=ACC)
@@ -821,8 +835,11 @@ def _step_to_keys(
                 b_dp = tl.where(m_kept, b_dp * rescale, 0.0)
             b_delta = tl.load(p_delta + i_q, mask=i_q < L_q, other=0.0)
             b_ds = b_p * (b_dp - b_delta[None, :])
-        if not PLAIN:
+        if EXTRA:
             b_ds = tl.where(b_s == float("-inf"), 0.0, b_ds)
+        elif LEFT or RIGHT:
+            if edge:
+                b_ds = tl.where(b_s == float("-inf"), 0.0, b_ds)
         if CAP:
             b_ds = b_ds * (1.0 - b_t * b_t)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=ACC)
@@ -885,6 +902,7 @@ def attention_backward_keys_kernel(
     lower,
     threshold,
     rescale,
+    GROUPED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     CAP: tl.constexpr,
@@ -937,7 +955,7 @@ def attention_backward_keys_kernel(
     b_dk = tl.zeros([BN, BD], ACC)
     b_dv = tl.zeros([BN, BDV], ACC)
     begin, whole, until, end = _seeing_rows(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
-    for i_g in range(0, G):
+    for i_g in range(0, G if GROUPED else 1):
         i_h = i_hk * G + i_g
         i_bh = i_b * H + i_h
         p_qh = p_q + i_h.to(tl.int64) * s_qh
@@ -946,23 +964,10 @@ def attention_backward_keys_kernel(
         o_mask = i_h.to(tl.int64) * s_mh
         o_row = (i_bq * H + i_h) * T_q + t_q
         slope = tl.load(p_slopes + i_b.to(tl.int64) * s_slope + i_h).to(ACC) if ALIBI else scale
-        if RIGHT:
-            b_dk, b_dv = _step_to_keys(
-                *(b_dk, b_dv, b_k, b_v, begin, whole, i_k, first, L_q, L_k, p_qh, p_dout, p_dw, p_lse, p_delta),
-                *(o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_ot, s_od, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-                *(slope, scale, cap, seed, i_bh, threshold, rescale, True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
-                *(D, DV, BD, BDV, BM, BN),
-            )
         b_dk, b_dv = _step_to_keys(
-            *(b_dk, b_dv, b_k, b_v, whole, until, i_k, first, L_q, L_k, p_qh, p_dout, p_dw, p_lse, p_delta),
+            *(b_dk, b_dv, b_k, b_v, begin, whole, until, end, i_k, first, L_q, L_k, p_qh, p_dout, p_dw, p_lse, p_delta),
             *(o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_ot, s_od, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-            *(slope, scale, cap, seed, i_bh, threshold, rescale, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
-            *(D, DV, BD, BDV, BM, BN),
-        )
-        b_dk, b_dv = _step_to_keys(
-            *(b_dk, b_dv, b_k, b_v, until, end, i_k, first, L_q, L_k, p_qh, p_dout, p_dw, p_lse, p_delta),
-            *(o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_ot, s_od, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-            *(slope, scale, cap, seed, i_bh, threshold, rescale, True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+            *(slope, scale, cap, seed, i_bh, threshold, rescale, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
             *(D, DV, BD, BDV, BM, BN),
         )
     m_row = i_k < rows
@@ -1243,7 +1248,7 @@ FORWARD, ROWS, KEYS, TILES = "forward", "rows", "keys", "tiles"
 CONFIGS = {
     (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
     (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 1)),
-    (KEYS, 2): (Config(64, 128, 8, 3), Config(64, 128, 8, 2), Config(32, 64, 8, 1)),
+    (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1)),
     (TILES, 2): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
     (FORWARD, 4): (Config(64, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1)),
     (ROWS, 4): (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
@@ -1330,7 +1335,9 @@ class _Call:
         self.max_q, self.max_k = self.T_q, self.T_k
         if cu_q is not None:
             self.B, self.max_q, self.max_k = cu_q.numel() - 1, max_q, max_k
-        self.mask = attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+        self.mask = (
+            attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+        )
         self.acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         right = window_right if window_right >= 0 else FAR
         right = min(right, 0 if causal else FAR)
@@ -1377,7 +1384,9 @@ class _Call:
 
     @staticmethod
     def strides(name: str, t: Tensor | None) -> dict[str, int]:
-        return dict(zip((f"s_{name}b", f"s_{name}h", f"s_{name}t", f"s_{name}d"), (0,) * 4 if t is None else t.stride()))
+        return dict(
+            zip((f"s_{name}b", f"s_{name}h", f"s_{name}t", f"s_{name}d"), (0,) * 4 if t is None else t.stride())
+        )
 
     @staticmethod
     def _mask_strides(mask: Tensor) -> dict[str, int]:
@@ -1440,7 +1449,13 @@ class _Call:
         return sums.sum(0).to(mask.dtype)
 
     def backward(
-        self, dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, lse: Tensor, dw: Tensor | None, need_dmask: bool
+        self,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        out: Tensor | None,
+        lse: Tensor,
+        dw: Tensor | None,
+        need_dmask: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
         """dq, dk, dv, dlse, dmask: of attention, dv from dout and dlse; of weights, dlse from dw."""
         q, k, v, mask = self.q, self.k, self.v, self.mask
@@ -1476,7 +1491,16 @@ class _Call:
         )
         chosen = self.choose(KEYS)
         blocks, programs = self.by_keys(chosen.BN)
-        self.launch(attention_backward_keys_kernel, chosen, programs, **common, p_dk=dk, p_dv=dv, blocks=blocks)
+        self.launch(
+            attention_backward_keys_kernel,
+            chosen,
+            programs,
+            **common,
+            p_dk=dk,
+            p_dv=dv,
+            blocks=blocks,
+            GROUPED=self.H > self.Hk,
+        )
         if need_dmask and not whole:
             dmask = self.mask_gradient(lse, delta, dout, dw)
         return dq.neg_() if self.turned else dq, dk, dv, dlse, dmask
