@@ -414,26 +414,3 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 for _name in NAMES:
     _library.impl(_name, _on_cuda(_name), "CUDA")
-
-# ---- until the C++ kernels are in: the definition
-
-
-def _cpu_backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, mask: Any, *rest: Any) -> Any:
-    *rest, seed, out, lse, need = rest
-    how, inputs = How(*rest[5:]), Inputs(mask, *rest[:5])
-    needs = (True, True, True, need)
-    *found, dmask = _by_definition(_of_attention(how, seed, inputs), (q, k, v, mask), (dout, dlse), needs)
-    return (*found, q.new_empty(0) if dmask is None else dmask)
-
-
-def _cpu_weights_backward(grad: Any, q: Any, k: Any, mask: Any, *rest: Any) -> Any:
-    *rest, seed, lse, need = rest
-    how, inputs = How(*rest[5:]), Inputs(mask, *rest[:5])
-    dq, dk, dmask, dlse = _by_definition(
-        _of_weights(how, seed, inputs), (q, k, mask, lse), (grad,), (True, True, need, True)
-    )
-    return dq, dk, dlse, q.new_empty(0) if dmask is None else dmask
-
-
-for _name, _function in zip(NAMES, (attention_definition, _cpu_backward, weights_definition, _cpu_weights_backward)):
-    _library.impl(_name, _function, "CPU")

@@ -1,0 +1,324 @@
+// What attention's kernels are made of: products of tiles in first-level cache, exp2, dropout's generator, packing.
+//
+// An element of a product is the same chain of fused multiply-adds whatever the height and width of the tile: a row gets
+// the same bits alone and beside others.
+#pragma once
+
+#include <cstdint>
+
+#include "common/gemm.h"
+#include "common/simd.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+constexpr int64_t kRows = 48;        // queries of a block
+constexpr int64_t kKeys = 64;        // keys of a block: one bit each of a word
+constexpr int64_t kChunkKeys = 512;  // keys whose softmax is one running one; chunks are merged in order
+constexpr int64_t kTerms = 128;      // of one chain
+
+template <class T>
+constexpr int64_t kStrip = 2 * kLanes<T>;  // columns of a product's tile
+// Rows of it: accumulators, an operand and a broadcast within 32 registers of AVX-512, else 16.
+constexpr int kHeight = kVectorBytes == 64 ? 12 : 6;
+
+// Columns of a row that is packed: whole strips, and no power of two from row to row, which would map to few cache sets.
+template <class T>
+inline int64_t leading(int64_t D) {
+  const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
+  return whole * int64_t(sizeof(T)) % 256 == 0 ? whole + 64 / int64_t(sizeof(T)) : whole;
+}
+
+// Working memory, in lines of 64 bytes.
+template <class T>
+inline T* take(T*& at, int64_t n) {
+  T* here = at;
+  at += round_up(n, 64 / int64_t(sizeof(T)));
+  return here;
+}
+
+template <class T>
+SEQKERNELS_INLINE T largest(T a, T b) {
+  return a > b ? a : b;
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+// Element (r, i) of the left operand: at r * lda + i, or at i * lda + r.
+enum class Left { kRows, kColumns };
+// What becomes of C: replaced by the product, added to, or multiplied by a factor of its row and added to.
+enum class Update { kReplace, kAdd, kScale };
+
+// The right operand's strip s is [k][ldb] at b + s * strip.
+template <class T>
+struct Right {
+  const T* b;
+  int64_t ldb, strip;
+};
+
+template <int kR, int kS, Left kLeft, class T>
+inline void tile_product(int64_t k, const T* a, int64_t lda, Right<T> right, T* c, int64_t ldc, Update update,
+                         const T* factor) {
+  using V = Native<T>;
+  V sum[kR][2 * kS] = {};
+  const T* b = right.b;
+  for (int64_t i = 0; i < k; ++i, b += right.ldb) {
+    V column[2 * kS];
+#pragma GCC unroll 8
+    for (int s = 0; s < 2 * kS; ++s) column[s] = load(b + s / 2 * right.strip + s % 2 * kLanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const V left = broadcast(kLeft == Left::kRows ? a[r * lda + i] : a[i * lda + r]);
+#pragma GCC unroll 8
+      for (int s = 0; s < 2 * kS; ++s) sum[r][s] = fma(left, column[s], sum[r][s]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < 2 * kS; ++s) {
+      T* to = c + r * ldc + s * kLanes<T>;
+      V v = sum[r][s];
+      if (update == Update::kAdd) v = load(to) + v;
+      if (update == Update::kScale) v = fma(load(to), broadcast(factor[r]), v);
+      store(to, v);
+    }
+  }
+}
+
+template <int kR, int kS, Left kLeft, class T>
+inline void tile_product_of(int64_t height, int64_t k, const T* a, int64_t lda, Right<T> right, T* c, int64_t ldc,
+                            Update update, const T* factor) {
+  if constexpr (kR > 1) {
+    if (height < kR) return tile_product_of<kR - 1, kS, kLeft>(height, k, a, lda, right, c, ldc, update, factor);
+  }
+  tile_product<kR, kS, kLeft>(k, a, lda, right, c, ldc, update, factor);
+}
+
+// C[rows, strips * kStrip] from A[rows, k] and B[k, ..], in chains of kTerms.
+template <Left kLeft = Left::kRows, class T>
+inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> right, int64_t strips, T* c, int64_t ldc,
+                    Update update, const T* factor = nullptr) {
+  const int64_t step = kLeft == Left::kRows ? lda : 1, along = kLeft == Left::kRows ? 1 : lda;
+  int64_t i = 0;
+  do {
+    const int64_t n = min(kTerms, k - i);
+    int64_t s = 0;
+    const T* left = a + i * along;
+    const auto at = [&](int64_t strip) {
+      return Right<T>{right.b + i * right.ldb + strip * right.strip, right.ldb, right.strip};
+    };
+    if (rows == 1) {  // one row has too few sums in flight: more strips at a time
+      for (; s + 4 <= strips; s += 4) {
+        tile_product<1, 4, kLeft>(n, left, lda, at(s), c + s * kStrip<T>, ldc, update, factor);
+      }
+    } else if (rows == 2) {
+      for (; s + 2 <= strips; s += 2) {
+        tile_product<2, 2, kLeft>(n, left, lda, at(s), c + s * kStrip<T>, ldc, update, factor);
+      }
+    }
+    for (; s < strips; ++s) {
+      int64_t left_over = rows, first = 0;
+      for (int64_t tiles = ceil_div(rows, kHeight); tiles > 0; --tiles) {
+        const int64_t height = ceil_div(left_over, tiles);
+        tile_product_of<kHeight, 1, kLeft>(height, n, left + first * step, lda, at(s),
+                                           c + first * ldc + s * kStrip<T>, ldc, update,
+                                           factor == nullptr ? nullptr : factor + first);
+        left_over -= height;
+        first += height;
+      }
+    }
+    update = Update::kAdd;
+    i += n;
+  } while (i < k);
+}
+
+// The same product where a row takes only the terms that its word of `seen` names: what a key must not reach, though it
+// be NaN, is left out, which is what adding 0 times a number comes to. kColumns: row r takes term i if bit r of seen[i].
+template <Left kLeft, class T>
+inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const uint64_t* seen, const T* b, int64_t ldb,
+                         int64_t width, T* c, int64_t ldc, Update update, const T* factor = nullptr) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < width; d += kLanes<T>) {
+      Native<T> sum = {};
+      for (int64_t i = 0; i < k; ++i) {
+        const bool takes = kLeft == Left::kRows ? seen[r] >> i & 1 : seen[i] >> r & 1;
+        if (!takes) continue;
+        sum = fma(broadcast(kLeft == Left::kRows ? a[r * lda + i] : a[i * lda + r]), load(b + i * ldb + d), sum);
+      }
+      T* to = c + r * ldc + d;
+      if (update == Update::kAdd) sum = load(to) + sum;
+      if (update == Update::kScale) sum = fma(load(to), broadcast(factor[r]), sum);
+      store(to, sum);
+    }
+  }
+}
+
+// ---- functions ------------------------------------------------------------------------------------------------------
+
+// 2^x, within a unit in the last place; 0 below the least normal number, infinity above the largest; NaN stays NaN.
+// 2^r = 1 + r p(r) for |r| <= 1/2: in float a minimax fit of p, in double Taylor's series.
+template <class T>
+SEQKERNELS_INLINE Native<T> exp2(Native<T> x) {
+  using V = Vec<T>;
+  using I = typename V::Int;
+  constexpr I kBias = (I(1) << (sizeof(T) * 8 - 2 - V::kMantissaBits)) - 1;
+  const Native<T> most = broadcast(T(kBias + 1)), least = broadcast(T(-kBias + 1));
+  x = x > most ? most : x;
+  const Native<T> shifted = x + V::kRound;
+  const Native<T> r = x - (shifted - V::kRound);
+  Native<T> p;
+  if constexpr (sizeof(T) == 4) {
+    constexpr T kFit[] = {T(0.00015353361959569156), T(0.0013398875016719103), T(0.00961843691766262),
+                          T(0.055503323674201965),   T(0.24022647738456726),   T(0.6931471824645996)};
+    p = broadcast(kFit[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < 6; ++i) p = fma(p, r, broadcast(kFit[i]));
+  } else {
+    constexpr double kLn2 = 0.693147180559945309417;
+    constexpr auto series = [] {
+      struct {
+        double of[14];
+      } s{};
+      double term = 1;
+      for (int n = 1; n <= 14; ++n) s.of[n - 1] = term = term * kLn2 / n;
+      return s;
+    }();
+    p = broadcast(T(series.of[12]));
+#pragma GCC unroll 16
+    for (int i = 11; i >= 0; --i) p = fma(p, r, broadcast(T(series.of[i])));
+  }
+  const auto exponent = ((typename V::NativeInt)shifted + kBias) << V::kMantissaBits;
+  const Native<T> y = fma(p, r, broadcast(T(1))) * (Native<T>)exponent;
+  return x < least ? Native<T>{} : y;
+}
+
+template <class T>
+SEQKERNELS_INLINE T sum_of(Native<T> v) {
+  T lanes[kLanes<T>], sum = 0;
+  store(lanes, v);
+  for (int i = 0; i < kLanes<T>; ++i) sum += lanes[i];
+  return sum;
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+typedef uint64_t Word64 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Word64Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+
+// The product of the low halves of each pair.
+SEQKERNELS_INLINE Word64 low_product(Word64 a, Word64 b) {
+#if defined(__AVX512F__)
+  return (Word64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // the plain one trips -Wuninitialized
+#elif defined(__AVX2__)
+  return (Word64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// The words of kKeys weights, of keys j0 .. of row i: Philox 4x32 with 7 rounds at (j / 4, i, head, 0), word j % 4. j0 is a
+// multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+inline void philox(uint64_t seed, int64_t head, int64_t i, int64_t j0, uint32_t* words) {
+  constexpr int kWide = kVectorBytes / 8;
+  constexpr int kBatches = kKeys / 4 / kWide < 2 ? 1 : 2;  // in flight together
+  const Word64 zero = {};
+  Word64 lanes, low, high;
+  for (int l = 0; l < kWide; ++l) {
+    lanes[l] = l;
+    low[l] = l % 2 * kWide + l / 2;
+    high[l] = l % 2 * kWide + l / 2 + kWide / 2;
+  }
+  const Word64 factor0 = zero + 0xD2511F53u, factor1 = zero + 0xCD9E8D57u;
+  for (int64_t j = 0; j < kKeys; j += 4 * kWide * kBatches) {
+    Word64 c0[kBatches], c1[kBatches], c2[kBatches], c3[kBatches];
+    for (int b = 0; b < kBatches; ++b) {
+      c0[b] = lanes + uint64_t((j0 + j) / 4 + b * kWide);
+      c1[b] = zero + uint64_t(uint32_t(i));
+      c2[b] = zero + uint64_t(uint32_t(head));
+      c3[b] = zero;
+    }
+    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+#pragma GCC unroll 7
+    for (int round = 0; round < 7; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+#pragma GCC unroll 2
+      for (int b = 0; b < kBatches; ++b) {
+        const Word64 p0 = low_product(c0[b], factor0), p1 = low_product(c2[b], factor1);
+        c0[b] = (p1 >> 32) ^ c1[b] ^ (zero + uint64_t(key0));
+        c2[b] = (p0 >> 32) ^ c3[b] ^ (zero + uint64_t(key1));
+        c1[b] = p1;
+        c3[b] = p0;
+      }
+    }
+    for (int b = 0; b < kBatches; ++b) {
+      const Word64 first = (c0[b] & 0xffffffff) | c1[b] << 32, second = (c2[b] & 0xffffffff) | c3[b] << 32;
+      uint32_t* to = words + j + b * 4 * kWide;
+      *reinterpret_cast<Word64Unaligned*>(to) = __builtin_shuffle(first, second, low);
+      *reinterpret_cast<Word64Unaligned*>(to + 2 * kWide) = __builtin_shuffle(first, second, high);
+    }
+  }
+}
+
+// Which of a vector's weights stay, as a mask of all ones or zeros: word >= threshold, both shifted to be signed.
+template <class T>
+SEQKERNELS_INLINE typename Vec<T>::NativeInt kept(const uint32_t* words, int64_t threshold) {
+  using I = typename Vec<T>::NativeInt;
+  constexpr int kWidth = kLanes<T>;
+  typedef uint32_t Words __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+  typedef uint32_t Aligned __attribute__((vector_size(4 * kWidth)));
+  const Aligned w = *reinterpret_cast<const Words*>(words);
+  if constexpr (sizeof(T) == 4) {
+    const I signed_words = (I)(w ^ 0x80000000u);
+    return threshold > 0xffffffff ? I{} : signed_words >= (I{} + int32_t(uint32_t(threshold) ^ 0x80000000u));
+  } else {
+    return __builtin_convertvector(w, I) >= (I{} + threshold);
+  }
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
+// rows [n, D] as [n][ld], zeros up to whole strips. Returns whether every number is finite.
+template <class S>
+inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, int64_t D, Compute<S>* to, int64_t ld) {
+  using T = Compute<S>;
+  constexpr int kWidth = kLanes<T>;
+  const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
+  Native<T> spoilt = {};
+  for (int64_t r = 0; r < n; ++r, x += stride, to += ld) {
+    int64_t d = 0;
+    if (stride_d == 1) {
+      for (; d + kWidth <= D; d += kWidth) {
+        const Native<T> v = load(x + d);
+        spoilt += v * T(0);
+        store(to + d, v);
+      }
+    }
+    for (; d < whole; d += kWidth) {
+      S lanes[kWidth] = {};
+      for (int64_t l = 0; l < kWidth && d + l < D; ++l) lanes[l] = x[(d + l) * stride_d];
+      const Native<T> v = load(lanes);
+      spoilt += v * T(0);
+      store(to + d, v);
+    }
+  }
+  return sum_of<T>(spoilt) == 0;
+}
+
+// rows [n, D] as strips of columns: [ceil(n / kStrip)][D][kStrip], zeros where there is no row.
+template <class S>
+inline void pack_strips(const S* x, int64_t stride, int64_t stride_d, int64_t n, int64_t D, Compute<S>* to) {
+  using T = Compute<S>;
+  if (stride_d == 1) {
+    const Operand<S, 2> operand{x, D, stride, Columns{n, 2}, Side::kRowsAreColumns};
+    return operand.pack_panels(0, ceil_div(n, kStrip<T>), to);
+  }
+  for (int64_t first = 0; first < n; first += kStrip<T>) {
+    for (int64_t d = 0; d < D; ++d, to += kStrip<T>) {
+      S lanes[kStrip<T>] = {};
+      for (int64_t l = 0; l < kStrip<T> && first + l < n; ++l) lanes[l] = x[(first + l) * stride + d * stride_d];
+      store(to, load(lanes));
+      store(to + kLanes<T>, load(lanes + kLanes<T>));
+    }
+  }
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA
