@@ -282,25 +282,29 @@ inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, i
   using T = Compute<S>;
   constexpr int kWidth = kLanes<T>;
   const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
-  Native<T> spoilt = {};
+  constexpr int kAtOnce = 4;  // sums in flight
+  Native<T> spoilt[kAtOnce] = {};
   for (int64_t r = 0; r < n; ++r, x += stride, to += ld) {
     int64_t d = 0;
     if (stride_d == 1) {
-      for (; d + kWidth <= D; d += kWidth) {
-        const Native<T> v = load(x + d);
-        spoilt += v * T(0);
-        store(to + d, v);
+      for (; d + kAtOnce * kWidth <= D; d += kAtOnce * kWidth) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; ++i) {
+          const Native<T> v = load(x + d + i * kWidth);
+          spoilt[i] = fma(v, Native<T>{}, spoilt[i]);
+          store(to + d + i * kWidth, v);
+        }
       }
     }
     for (; d < whole; d += kWidth) {
       S lanes[kWidth] = {};
       for (int64_t l = 0; l < kWidth && d + l < D; ++l) lanes[l] = x[(d + l) * stride_d];
       const Native<T> v = load(lanes);
-      spoilt += v * T(0);
+      spoilt[0] = fma(v, Native<T>{}, spoilt[0]);
       store(to + d, v);
     }
   }
-  return sum_of<T>(spoilt) == 0;
+  return sum_of<T>((spoilt[0] + spoilt[1]) + (spoilt[2] + spoilt[3])) == 0;
 }
 
 // rows [n, D] as strips of columns: [ceil(n / kStrip)][D][kStrip], zeros where there is no row.
