@@ -33,7 +33,6 @@ class Backward {
   using T = Compute<S>;
   using V = Native<T>;
   static constexpr int kWidth = kLanes<T>;
-  static constexpr int64_t kStripsOfKeys = kKeys / kStrip<T>;
 
   explicit Backward(const AttentionBackwardArgs& given)
       : args(given),
@@ -223,22 +222,24 @@ class Backward {
   // P of a block in s.p, 0 where a row does not see a key; seen: a bit for each key that it does, where it is wanted.
   void probabilities(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s,
                      uint64_t* seen = nullptr) const {
-    product(q.n, a.D, s.q, ldk, Right<T>{packed.key_strips + j0 * a.D, kStrip<T>, a.D * kStrip<T>}, kStripsOfKeys, s.p,
-            kKeys, Update::kReplace);
-    scores.finish(q, j0, min(kKeys, a.sequences[q.b].k_length - j0), some, s.p,
+    const Range columns = Scores<S>::columns(q, j0);
+    product_of_seen(q, j0, a.D, s.q, ldk, Right<T>{packed.key_strips + j0 * a.D, kStrip<T>, a.D * kStrip<T>}, s.p);
+    scores.finish(q, j0, min(kKeys, a.sequences[q.b].k_length - j0), some, columns, s.p,
                   a.softcap > 0 ? s.capped : nullptr);
-    if (seen != nullptr) Scores<S>::seen_words(q.n, s.p, seen);
+    if (seen != nullptr) Scores<S>::seen_words(q.n, columns, s.p, seen);
     const V nothing = broadcast(-std::numeric_limits<T>::infinity());
     const T scale = scores.left_scale();
     for (int64_t r = 0; r < q.n; ++r) {
       T* row = s.p + r * kKeys;
       const V by = broadcast(scale), less = broadcast(-s.lse[r]), log2e = broadcast(T(kLog2E));
+      for (int64_t j = 0; j < columns.lo; j += kWidth) store(row + j, V{});
+      for (int64_t j = columns.hi; j < kKeys; j += kWidth) store(row + j, V{});
       if (s.lse[r] == -std::numeric_limits<T>::infinity()) {
-        for (int64_t j = 0; j < kKeys; j += kWidth) store(row + j, V{});
+        for (int64_t j = columns.lo; j < columns.hi; j += kWidth) store(row + j, V{});
         continue;
       }
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < kKeys; j += kWidth) {
+      for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
         const V x = load(row + j);
         const V p = exp2<T>(fma(x, by, less) * log2e);
         store(row + j, x == nothing ? V{} : p);
@@ -274,8 +275,8 @@ class Backward {
         for (int64_t j = 0; j < kKeys; j += kWidth) store(s.ds + r * kKeys + j, load(lanes + j));
       }
     } else {
-      product(q.n, a.Dv, s.dout, ldv, Right<T>{packed.value_strips + j0 * a.Dv, kStrip<T>, a.Dv * kStrip<T>},
-              kStripsOfKeys, s.ds, kKeys, Update::kReplace);
+      product_of_seen(q, j0, a.Dv, s.dout, ldv,
+                      Right<T>{packed.value_strips + j0 * a.Dv, kStrip<T>, a.Dv * kStrip<T>}, s.ds);
     }
     for (int64_t r = 0; r < q.n; ++r) {
       T *p = s.p + r * kKeys, *ds = s.ds + r * kKeys;
@@ -317,8 +318,8 @@ class Backward {
         seen_product<Left::kRows>(q.n, n, s.ds, kKeys, seen, packed.keys + j0 * ldk, ldk, strips * kStrip<T>, s.dq, ldk,
                                   Update::kAdd);
       } else {
-        product(q.n, n, s.ds, kKeys, Right<T>{packed.keys + j0 * ldk, ldk, kStrip<T>}, strips, s.dq, ldk,
-                Update::kAdd);
+        product_with_seen<T>(q, j0, n, s.ds, Right<T>{packed.keys + j0 * ldk, ldk, kStrip<T>}, strips, s.dq, ldk,
+                             Update::kAdd, nullptr);
       }
     }
     if (wanted & kKeysAndValues) {
@@ -326,7 +327,7 @@ class Backward {
         if (careful_queries) {
           seen_product<Left::kColumns>(n, q.n, left, kKeys, seen, rows, ld, columns * kStrip<T>, to, ld, Update::kAdd);
         } else {
-          product<Left::kColumns>(n, q.n, left, kKeys, Right<T>{rows, ld, kStrip<T>}, columns, to, ld, Update::kAdd);
+          product_by_seen(q, j0, n, left, Right<T>{rows, ld, kStrip<T>}, columns, to, ld);
         }
       };
       to_keys(s.ds, s.q, ldk, strips, dk);

@@ -36,7 +36,6 @@ class Forward {
   using T = Compute<S>;
   using V = Native<T>;
   static constexpr int kWidth = kLanes<T>;
-  static constexpr int64_t kStripsOfKeys = kKeys / kStrip<T>;
 
   explicit Forward(const AttentionArgs& args)
       : a(args),
@@ -153,7 +152,10 @@ class Forward {
   }
 
   // The largest of each row of the tile and of what was the largest.
-  static void row_tops(int64_t n, const T* tile, const T* before, T* top) {
+  template <bool kWhole>
+  static void row_tops(int64_t n, Range columns, const T* tile, const T* before, T* top) {
+    const int64_t end = (kWhole ? kKeys : columns.hi) - (kWhole ? 0 : columns.lo);
+    if (!kWhole) tile += columns.lo;
     int64_t r = 0;
     for (; r + kWidth <= n; r += kWidth) {
       V most[kWidth];
@@ -161,7 +163,7 @@ class Forward {
         const T* row = tile + (r + l) * kKeys;
         V m = load(row);
 #pragma GCC unroll 16
-        for (int64_t j = kWidth; j < kKeys; j += kWidth) {
+        for (int64_t j = kWidth; j < end; j += kWidth) {
           const V x = load(row + j);
           m = x > m ? x : m;
         }
@@ -176,7 +178,7 @@ class Forward {
       const T* row = tile + r * kKeys;
       V m = load(row);
 #pragma GCC unroll 16
-      for (int64_t j = kWidth; j < kKeys; j += kWidth) {
+      for (int64_t j = kWidth; j < end; j += kWidth) {
         const V x = load(row + j);
         m = x > m ? x : m;
       }
@@ -198,28 +200,24 @@ class Forward {
     }
   }
 
-  void keys_block(const QueryBlock& q, int64_t j0, int64_t n, bool some, bool first, const T* keys, const T* values,
-                  bool finite, const Scratch& s) const {
+  // From scores to what multiplies values.
+  template <bool kWhole>
+  void softmax(const QueryBlock& q, int64_t j0, Range columns, bool first, const Scratch& s) const {
+    const int64_t begin = kWhole ? 0 : columns.lo, end = kWhole ? kKeys : columns.hi;
     const Running<T>& run = *s.chunk;
-    product(q.n, a.D, s.q, ldq, Right<T>{keys, kStrip<T>, a.D * kStrip<T>}, kStripsOfKeys, s.tile, kKeys,
-            Update::kReplace);
-    scores.finish(q, j0, n, some, s.tile, nullptr);
-    uint64_t seen[kRows];
-    const bool careful = !finite && (some || !q.sees_all(j0) || a.mask_kind == MaskKind::kFloat);
-    if (careful) Scores<S>::seen_words(q.n, s.tile, seen);
+    const T nothing = -std::numeric_limits<T>::infinity();
     alignas(64) T next[kRows];
     if (first) {
-      for (int64_t r = 0; r < kRows; ++r) run.top[r] = -std::numeric_limits<T>::infinity();
+      for (int64_t r = 0; r < kRows; ++r) run.top[r] = nothing;
     }
-    row_tops(q.n, s.tile, run.top, next);
+    row_tops<kWhole>(q.n, columns, s.tile, run.top, next);
     rescale(q.n, run.top, next, s.alpha);
-    const T nothing = -std::numeric_limits<T>::infinity();
     for (int64_t r = 0; r < q.n; ++r) {
       T* row = s.tile + r * kKeys;
       const V top = broadcast(run.top[r] == nothing ? T(0) : run.top[r]), by = broadcast(factor);
       V sum = {};
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < kKeys; j += kWidth) {
+      for (int64_t j = begin; j < end; j += kWidth) {
         const V e = exp2<T>((load(row + j) - top) * by);
         sum += e;
         store(row + j, e);
@@ -232,17 +230,33 @@ class Forward {
         uint32_t words[kKeys];
         dropout.draw(q, r, j0, words);
         T* row = s.tile + r * kKeys;
-        for (int64_t j = 0; j < kKeys; j += kWidth) {
+        for (int64_t j = begin; j < end; j += kWidth) {
           store(row + j, kept<T>(words + j, dropout.threshold) ? load(row + j) : V{});
         }
       }
+    }
+  }
+
+  void keys_block(const QueryBlock& q, int64_t j0, int64_t n, bool some, bool first, const T* keys, const T* values,
+                  bool finite, const Scratch& s) const {
+    const Running<T>& run = *s.chunk;
+    const Range columns = Scores<S>::columns(q, j0);
+    product_of_seen(q, j0, a.D, s.q, ldq, Right<T>{keys, kStrip<T>, a.D * kStrip<T>}, s.tile);
+    scores.finish(q, j0, n, some, columns, s.tile, nullptr);
+    uint64_t seen[kRows];
+    const bool careful = !finite && (some || !q.sees_all(j0) || a.mask_kind == MaskKind::kFloat);
+    if (careful) Scores<S>::seen_words(q.n, columns, s.tile, seen);
+    if (columns.hi - columns.lo == kKeys) {
+      softmax<true>(q, j0, columns, first, s);
+    } else {
+      softmax<false>(q, j0, columns, first, s);
     }
     const Update update = first ? Update::kReplace : Update::kScale;
     if (careful) {
       seen_product<Left::kRows>(q.n, n, s.tile, kKeys, seen, values, ldv, stripsv * kStrip<T>, run.values, ldv, update,
                                 s.alpha);
     } else {
-      product(q.n, n, s.tile, kKeys, Right<T>{values, ldv, kStrip<T>}, stripsv, run.values, ldv, update, s.alpha);
+      product_with_seen(q, j0, n, s.tile, Right<T>{values, ldv, kStrip<T>}, stripsv, run.values, ldv, update, s.alpha);
     }
   }
 

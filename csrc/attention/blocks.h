@@ -67,7 +67,77 @@ struct QueryBlock {
     if (every.lo >= every.hi) every = {0, 0};
   }
   bool sees_all(int64_t j0) const { return lo_all <= j0 && j0 + kKeys <= hi_all; }
+  // Of kKeys keys from j0, those between the first and the last that some row of [r0, r1) sees.
+  Range seen(int64_t r0, int64_t r1, int64_t j0) const {
+    Range all{kKeys, 0};
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t lo = keys[r].lo > j0 ? keys[r].lo - j0 : 0, hi = min(keys[r].hi - j0, kKeys);
+      if (lo >= hi) continue;
+      all.lo = min(all.lo, lo);
+      all.hi = hi > all.hi ? hi : all.hi;
+    }
+    return all.lo < all.hi ? all : Range{0, 0};
+  }
+  // The rows between the first and the last that see some key of [lo, hi).
+  Range seeing(int64_t lo, int64_t hi) const {
+    Range rows{n, 0};
+    for (int64_t r = 0; r < n; ++r) {
+      if (keys[r].lo >= hi || keys[r].hi <= lo) continue;
+      rows.lo = min(rows.lo, r);
+      rows.hi = r + 1;
+    }
+    return rows.lo < rows.hi ? rows : Range{0, 0};
+  }
 };
+constexpr int64_t kRowsTogether = 12;  // rows of a block on the border that share bounds: whole tiles of a product
+constexpr int64_t kKeysTogether = 16;  // and keys
+
+// C = A B for a tile of scores, [q.n][kKeys]: strips that no row of kRowsTogether sees are left as they were.
+template <class T>
+inline void product_of_seen(const QueryBlock& q, int64_t j0, int64_t k, const T* a, int64_t lda, Right<T> right, T* c) {
+  if (q.sees_all(j0)) {
+    return product(q.n, k, a, lda, right, kKeys / kStrip<T>, c, kKeys, Update::kReplace);
+  }
+  for (int64_t r = 0; r < q.n; r += kRowsTogether) {
+    const int64_t rows = min(kRowsTogether, q.n - r);
+    const Range seen = q.seen(r, r + rows, j0);
+    const int64_t first = seen.lo / kStrip<T>, end = ceil_div(seen.hi, kStrip<T>);
+    if (first < end) {
+      product(rows, k, a + r * lda, lda, Right<T>{right.b + first * right.strip, right.ldb, right.strip}, end - first,
+              c + r * kKeys + first * kStrip<T>, kKeys, Update::kReplace);
+    }
+  }
+}
+
+// C = A B for a tile [q.n][kKeys] of weights, of keys no row of kRowsTogether sees nothing comes.
+template <class T>
+inline void product_with_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
+                              T* c, int64_t ldc, Update update, const T* factor) {
+  if (q.sees_all(j0)) return product(q.n, n, tile, kKeys, right, strips, c, ldc, update, factor);
+  for (int64_t r = 0; r < q.n; r += kRowsTogether) {
+    const int64_t rows = min(kRowsTogether, q.n - r);
+    const Range seen = q.seen(r, r + rows, j0);
+    product(rows, seen.hi - seen.lo, tile + r * kKeys + seen.lo, kKeys,
+            Right<T>{right.b + seen.lo * right.ldb, right.ldb, right.strip}, strips, c + r * ldc, ldc, update,
+            factor == nullptr ? nullptr : factor + r);
+  }
+}
+
+// C += A^T B for a tile [q.n][kKeys] of weights, [n keys][..], without the rows that do not see any of kKeysTogether.
+template <class T>
+inline void product_by_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
+                            T* c, int64_t ldc) {
+  if (q.sees_all(j0)) return product<Left::kColumns>(n, q.n, tile, kKeys, right, strips, c, ldc, Update::kAdd);
+  for (int64_t j = 0; j < n; j += kKeysTogether) {
+    const int64_t keys = min(kKeysTogether, n - j);
+    const Range rows = q.seeing(j0 + j, j0 + j + keys);
+    if (rows.lo < rows.hi) {
+      product<Left::kColumns>(keys, rows.hi - rows.lo, tile + rows.lo * kKeys + j, kKeys,
+                              Right<T>{right.b + rows.lo * right.ldb, right.ldb, right.strip}, strips, c + j * ldc, ldc,
+                              Update::kAdd);
+    }
+  }
+}
 
 // The blocks of queries of one group of heads: heads side by side where a sequence has few queries.
 struct Blocks {
@@ -177,9 +247,16 @@ struct Scores {
     return Seen::kNone;
   }
 
+  // Of a tile, the columns that are worked on: whole strips.
+  static Range columns(const QueryBlock& q, int64_t j0) {
+    if (q.sees_all(j0)) return {0, kKeys};
+    const Range seen = q.seen(0, q.n, j0);
+    return {seen.lo / kStrip<T> * kStrip<T>, round_up(seen.hi, kStrip<T>)};
+  }
+
   // From products [q.n][kKeys] to scores, -inf where a row does not see a key. some: whether the mask is to be looked at.
   // capped: [q.n][kKeys] where tanh is kept, or null.
-  void finish(const QueryBlock& q, int64_t j0, int64_t n, bool some, T* tile, T* capped) const {
+  void finish(const QueryBlock& q, int64_t j0, int64_t n, bool some, Range columns, T* tile, T* capped) const {
     if (plain && !some && q.sees_all(j0)) return;
     const V nothing = broadcast(-std::numeric_limits<T>::infinity());
     I lane;
@@ -214,7 +291,7 @@ struct Scores {
       }
       const typename Vec<T>::Int lo = typename Vec<T>::Int(largest(q.keys[r].lo - j0, int64_t{0}));
       const typename Vec<T>::Int hi = typename Vec<T>::Int(min(largest(q.keys[r].hi - j0, int64_t{0}), kKeys));
-      for (int64_t j = 0; j < kKeys; j += kWidth) {
+      for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
         V x = load(tile + j);
         if (!plain) {
           x *= scale;
@@ -243,10 +320,10 @@ struct Scores {
   }
 
   // A bit for each key that a row sees, of scores that are finished.
-  static void seen_words(int64_t rows, const T* tile, uint64_t* words) {
+  static void seen_words(int64_t rows, Range columns, const T* tile, uint64_t* words) {
     for (int64_t r = 0; r < rows; ++r, tile += kKeys) {
       words[r] = 0;
-      for (int64_t j = 0; j < kKeys; ++j) {
+      for (int64_t j = columns.lo; j < columns.hi; ++j) {
         words[r] |= uint64_t(tile[j] != -std::numeric_limits<T>::infinity()) << j;
       }
     }

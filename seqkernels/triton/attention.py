@@ -112,6 +112,7 @@ def _hide(b_s, i_q, i_k, L_k, offset, left, right, LEFT: tl.constexpr, RIGHT: tl
 @triton.jit
 def _score(
     b_s,  # q.k, [rows, keys] or [keys, rows]
+    first,  # row
     i_q,  # positions in their sequences, to broadcast with it
     i_k,
     L_k,
@@ -143,9 +144,9 @@ def _score(
     if ALIBI:
         b_s -= (slope * _LOG2E) * tl.abs(i_q + offset - i_k).to(b_s.dtype)
     if p_mask is not None:
-        o_q = tl.minimum(i_q, T_mq - 1).to(tl.int64) * s_mq
-        o_k = tl.minimum(i_k, T_mk - 1).to(tl.int64) * s_mk
-        b_m = tl.load(p_mask + o_q + o_k)
+        o_q = tl.minimum(i_q, T_mq - 1) - first
+        o_k = tl.minimum(i_k, T_mk - 1)
+        b_m = tl.load(p_mask + tl.cast(first, tl.int64) * s_mq + (o_q * s_mq + o_k * s_mk))
         if p_mask.dtype.element_ty == tl.uint8:
             b_s = tl.where(b_m != 0, b_s, float("-inf"))
         else:
@@ -174,8 +175,10 @@ def _kept(seed, i_q, first_k, i_bh, threshold, TRANSPOSED: tl.constexpr, BN: tl.
     r13 = tl.join((r1 >= t).to(tl.int8), (r3 >= t).to(tl.int8))
     r = tl.join(r02, r13)  # [.., .., 2, 2]: word 2 x + y at [x, y]
     if TRANSPOSED:
-        return tl.reshape(tl.permute(r, (0, 2, 3, 1)), (BN, i_q.shape[0])) != 0
-    return tl.reshape(r, (i_q.shape[0], BN)) != 0
+        b_kept = tl.reshape(tl.permute(r, (0, 2, 3, 1)), (BN, i_q.shape[0]))
+    else:
+        b_kept = tl.reshape(r, (i_q.shape[0], BN))
+    return b_kept != 0
 
 
 @triton.jit
@@ -228,6 +231,7 @@ def _attend(
     b_q,
     begin,
     end,
+    first_q,
     i_q,
     L_k,
     p_k,
@@ -277,7 +281,7 @@ def _attend(
             i_k = first + tl.arange(0, BN)
             b_s, _ = _score(
                 b_s,
-                *(i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+                *(first_q, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, EDGE, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
             b_top = tl.maximum(b_max, tl.max(b_s, 1))
@@ -399,17 +403,55 @@ def attention_forward_kernel(
     begin, whole, until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
     if LEFT:
         b_acc, b_max, b_sum = _attend(
-            *(b_acc, b_max, b_sum, b_q, begin, whole, i_q, L_k, p_k, p_v, s_kt, s_kd, s_vt, s_vd, offset, left, right),
+            *(
+                b_acc,
+                b_max,
+                b_sum,
+                b_q,
+                begin,
+                whole,
+                first,
+                i_q,
+                L_k,
+                p_k,
+                p_v,
+                s_kt,
+                s_kd,
+                s_vt,
+                s_vd,
+                offset,
+                left,
+                right,
+            ),
             *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
             *(True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
         )
     b_acc, b_max, b_sum = _attend(
-        *(b_acc, b_max, b_sum, b_q, whole, until, i_q, L_k, p_k, p_v, s_kt, s_kd, s_vt, s_vd, offset, left, right),
+        *(
+            b_acc,
+            b_max,
+            b_sum,
+            b_q,
+            whole,
+            until,
+            first,
+            i_q,
+            L_k,
+            p_k,
+            p_v,
+            s_kt,
+            s_kd,
+            s_vt,
+            s_vd,
+            offset,
+            left,
+            right,
+        ),
         *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
         *(False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
     )
     b_acc, b_max, b_sum = _attend(
-        *(b_acc, b_max, b_sum, b_q, until, end, i_q, L_k, p_k, p_v, s_kt, s_kd, s_vt, s_vd, offset, left, right),
+        *(b_acc, b_max, b_sum, b_q, until, end, first, i_q, L_k, p_k, p_v, s_kt, s_kd, s_vt, s_vd, offset, left, right),
         *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
         *(True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
     )
@@ -428,7 +470,7 @@ def attention_forward_kernel(
                     i_k = first_k + tl.arange(0, FEW)
                     b_s, _ = _score(
                         b_s,
-                        *(i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+                        *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                         *(slope, scale, cap, True, LEFT, RIGHT, CAP, ALIBI, EXACT),
                     )
                     b_seen = tl.where(b_s == float("-inf"), 0.0, 1.0)
@@ -484,13 +526,14 @@ def _step_to_rows(
     b_delta,  # [BM]
     begin,
     end,
+    first_q,
     i_q,
     L_q,
     L_k,
     p_k,
     p_v,
-    p_dw,  # of this batch and head: gradient of the weights, or None
-    p_ds,  # of this batch and head: gradient of the mask, or None
+    p_dw,  # of these rows: gradient of the weights, or None
+    p_ds,  # of these rows: gradient of the mask, or None
     s_kt,
     s_kd,
     s_vt,
@@ -537,12 +580,12 @@ def _step_to_rows(
         else:
             b_s, b_t = _score(
                 b_s,
-                *(i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+                *(first_q, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, EDGE, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
             b_p = tl.exp2(b_s - b_base[:, None])
         if p_dw is not None:
-            o_w = i_q[:, None].to(tl.int64) * T_mk + i_k[None, :]
+            o_w = (i_q - first_q)[:, None] * T_mk + i_k[None, :]
             b_dp = tl.load(p_dw + o_w, mask=(i_q < L_q)[:, None] & (i_k < L_k)[None, :], other=0.0).to(ACC)
         else:
             b_v = _tile(p_v, first, L_k, s_vt, s_vd, not EDGE, DV, BDV, BN)
@@ -555,7 +598,7 @@ def _step_to_rows(
         if p_dw is not None:
             b_dlse -= tl.sum(b_ds, 1)
         if p_ds is not None:
-            o_w = i_q[:, None].to(tl.int64) * T_mk + i_k[None, :]
+            o_w = (i_q - first_q)[:, None] * T_mk + i_k[None, :]
             m_w = (i_q < L_q)[:, None] & (i_k < L_k)[None, :]
             tl.store(p_ds + o_w, b_ds.to(p_ds.dtype.element_ty), mask=m_w)
         if CAP:
@@ -660,7 +703,7 @@ def attention_backward_rows_kernel(
     i_hk = (i_h // G).to(tl.int64)
     p_q += i_bq * s_qb + i_h.to(tl.int64) * s_qh + t_q * s_qt
     p_k += i_bq * s_kb + i_hk * s_kh + t_k * s_kt
-    o_w = i_bh.to(tl.int64) * T_mq * T_mk
+    o_w = (i_bh.to(tl.int64) * T_mq + first) * T_mk
     if p_mask is not None:
         p_mask += i_b.to(tl.int64) * s_mb + i_h.to(tl.int64) * s_mh
     if p_ds is not None:
@@ -694,19 +737,19 @@ def attention_backward_rows_kernel(
     begin, whole, until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
     if LEFT:
         b_dq, b_dlse = _step_to_rows(
-            *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, begin, whole, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
+            *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, begin, whole, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
             *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
             *(seed, i_bh, threshold, rescale, True, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
             *(D, DV, BD, BDV, BN),
         )
     b_dq, b_dlse = _step_to_rows(
-        *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, whole, until, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
+        *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, whole, until, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
         *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
         *(seed, i_bh, threshold, rescale, False, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
         *(D, DV, BD, BDV, BN),
     )
     b_dq, b_dlse = _step_to_rows(
-        *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, until, end, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
+        *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, until, end, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
         *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
         *(seed, i_bh, threshold, rescale, True, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
         *(D, DV, BD, BDV, BN),
@@ -715,7 +758,20 @@ def attention_backward_rows_kernel(
         # As forward: what is no number may be a key that the row does not see.
         if tl.max(tl.max((b_dq != b_dq).to(tl.int32), 1), 0) != 0:
             b_dq, b_dlse = _step_to_rows(
-                *(tl.zeros([BM, BD], ACC), tl.zeros([BM], ACC), b_q, b_do, b_base, b_delta, begin, end, i_q, L_q, L_k),
+                *(
+                    tl.zeros([BM, BD], ACC),
+                    tl.zeros([BM], ACC),
+                    b_q,
+                    b_do,
+                    b_base,
+                    b_delta,
+                    begin,
+                    end,
+                    first,
+                    i_q,
+                    L_q,
+                    L_k,
+                ),
                 *(p_k, p_v, p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, seed, i_bh, threshold, rescale, True, True, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
                 *(PRECISION, D, DV, BD, BDV, BN),
@@ -805,7 +861,7 @@ def _step_to_keys(
         if EXTRA:
             b_s, b_t = _score(
                 b_s,
-                *(i_q[None, :], i_k[:, None], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+                *(first, i_q[None, :], i_k[:, None], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, False, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
             b_s = b_s - b_base[None, :]
@@ -821,8 +877,12 @@ def _step_to_keys(
         if DROPOUT:
             m_kept = _kept(seed, i_q, first_k, i_bh, threshold, True, i_k.shape[0])
         if p_dw is not None:
-            o_w = i_q[None, :].to(tl.int64) * T_mk + i_k[:, None]
-            b_dp = tl.load(p_dw + o_w, mask=(i_q < L_q)[None, :] & (i_k < L_k)[:, None], other=0.0).to(ACC)
+            o_w = (i_q - first)[None, :] * T_mk + i_k[:, None]
+            b_dp = tl.load(
+                p_dw + tl.cast(first, tl.int64) * T_mk + o_w,
+                mask=(i_q < L_q)[None, :] & (i_k < L_k)[:, None],
+                other=0.0,
+            ).to(ACC)
             if DROPOUT:
                 b_dp = tl.where(m_kept, b_dp * rescale, 0.0)
             b_ds = b_p * b_dp
@@ -1068,7 +1128,7 @@ def attention_weights_kernel(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
     b_s, _ = _score(
         b_s,
-        *(i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+        *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
         *(slope, scale, _real(cap, ACC), True, LEFT, RIGHT, CAP, ALIBI, EXACT),
     )
     b_base = _log2_sum(p_lse + (i_bq * H + i_h) * T_q + t_q, i_q, L_q, ACC)
@@ -1194,7 +1254,7 @@ def attention_mask_gradient_kernel(
             p_m = p_mask + i_b.to(tl.int64) * s_mb + i_h.to(tl.int64) * s_mh
             b_s, _ = _score(
                 b_s,
-                *(i_q[:, None], i_k[None, :], L_k, offset, left, right, p_m, s_mq, s_mk, T_mq, T_mk),
+                *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_m, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, True, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
             o_row = (i_bq * H + i_h) * T_q + t_q
