@@ -1304,38 +1304,78 @@ class Config(NamedTuple):
 
 FORWARD, ROWS, KEYS, TILES = "forward", "rows", "keys", "tiles"
 
-# By kernel and bytes of an element: for head sizes up to 64, 128 and 256.
+# By kernel and bytes of an element, for head sizes up to 64, 128, 256 and 512: what ptxas keeps in registers.
 CONFIGS = {
-    (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
-    (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 1)),
-    (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1)),
-    (TILES, 2): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
-    (FORWARD, 4): (Config(64, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1)),
-    (ROWS, 4): (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (KEYS, 4): (Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (TILES, 4): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (FORWARD, 8): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
-    (ROWS, 8): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
-    (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
-    (TILES, 8): (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 1)),
+    (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
+    (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
+    (TILES, 2): (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
+    (FORWARD, 4): (Config(64, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+    (ROWS, 4): (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+    (KEYS, 4): (Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+    (TILES, 4): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+    (FORWARD, 8): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
+    (ROWS, 8): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
+    (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
+    (TILES, 8): (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
 }
+# With a mask, dropout, a window, alibi or a softcap.
+ROOMY = {
+    (FORWARD, 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+    (ROWS, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
+    (KEYS, 2): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
+}
+LARGEST = {2: 512, 4: 512, 8: 256}  # head size, by bytes of an element
 
 
-def config(kernel: str, dtype: torch.dtype, D: int) -> Config:
-    return CONFIGS[kernel, dtype.itemsize][0 if D <= 64 else 1 if D <= 128 else 2]
+def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config) -> int:
+    """Bytes of shared memory: what a program holds, and the stages of what it reads past it."""
+    kept, read = (c.BN, c.BM) if kernel == KEYS else (c.BM, c.BN)
+    held = kept * (BD if kernel == FORWARD else BD + BDV)
+    spare = (8 if kernel == TILES else 16) << 10  # tiles on their way from one layout to another
+    return (held + c.num_stages * read * (BD + BDV)) * dtype.itemsize + spare
+
+
+@functools.cache
+def config(kernel: str, dtype: torch.dtype, D: int, Dv: int, roomy: bool = False, shared: int = 227 << 10) -> Config:
+    """The largest that so many bytes of shared memory hold."""
+    BD, BDV = padded(D), padded(Dv)
+    size = 0 if max(D, Dv) <= 64 else 1 if max(D, Dv) <= 128 else 2 if max(D, Dv) <= 256 else 3
+    table = ROOMY if roomy and size < 2 and (kernel, dtype.itemsize) in ROOMY else CONFIGS
+    chosen = table[kernel, dtype.itemsize][size]
+    while needed(kernel, dtype, BD, BDV, chosen) > shared:
+        BM, BN, warps, stages = chosen
+        if stages > 1:
+            chosen = Config(BM, BN, warps, stages - 1)
+        elif max(BM, BN) > 16:
+            chosen = Config(BM // 2, BN, warps, 1) if BM >= BN else Config(BM, BN // 2, warps, 1)
+        else:
+            break
+    return chosen
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def padded(D: int) -> int:
     return max(triton.next_power_of_2(D), 16)
 
 
-def unsupported(q: Tensor) -> list[str]:
+def unsupported(q: Tensor, v: Tensor | None = None) -> list[str]:
     """Reasons why these kernels cannot take such inputs; an empty list: they can."""
     reasons = []
     if q.device.type != "cuda" and not _interpreted():
         reasons.append(f"the query is on {q.device}")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {q.dtype} is none of {', '.join(str(d) for d in DTYPES)}")
+    else:
+        size = max(q.shape[-1], q.shape[-1] if v is None else v.shape[-1])
+        if size > LARGEST[q.dtype.itemsize]:
+            reasons.append(f"head size {size} is above {LARGEST[q.dtype.itemsize]}, the most for {q.dtype}")
     return reasons
 
 
@@ -1380,7 +1420,7 @@ class _Call:
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
-        if reasons := unsupported(q):
+        if reasons := unsupported(q, v):
             raise NotImplementedError(f"attention: the Triton kernels do not run: {'; '.join(reasons)}")
         self.turned = scale < 0  # the kernels expect the highest score where q.k is highest
         if self.turned:
@@ -1404,6 +1444,7 @@ class _Call:
         left = min(window_left, FAR) if window_left >= 0 else FAR
         tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         drop = dropout_p > 0
+        self.roomy = drop or left < FAR or softcap > 0 or not (attn_mask is None and alibi_slopes is None)
         self.arguments: dict[str, Any] = dict(
             p_q=self.q,
             p_k=self.k,
@@ -1457,7 +1498,7 @@ class _Call:
         return dict(p_v=v, DV=self.DV, BDV=padded(self.DV), **self.strides("v", v))
 
     def choose(self, kernel: str) -> Config:
-        return config(kernel, self.q.dtype, max(self.D, self.DV))
+        return config(kernel, self.q.dtype, self.D, self.DV, self.roomy, _shared_memory(self.q.device))
 
     def launch(self, kernel: Any, chosen: Config, programs: int, **arguments: Any) -> None:
         if programs:
