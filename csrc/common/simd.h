@@ -333,31 +333,25 @@ SEQKERNELS_INLINE void transpose(Native<float> (&r)[16]) {
 }
 #endif
 
-// r[i][j] becomes r[j][i], for any vector type: at each distance s the blocks off the diagonal change places. The distance is
-// a constant, and so the places are: found at run time, they would cost more than the exchange.
-template <int s, class V, int kWidth>
-SEQKERNELS_INLINE void exchange(V (&r)[kWidth]) {
-  typedef decltype(r[0] < r[0]) Mask;
-  Mask low = {}, high = {};
-#pragma GCC unroll 16
-  for (int l = 0; l < kWidth; ++l) {
-    low[l] = l & s ? kWidth + l - s : l;
-    high[l] = l & s ? kWidth + l : l + s;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) {
-    if (i & s) continue;
-    const V a = r[i], b = r[i + s];
-    r[i] = __builtin_shuffle(a, b, low);
-    r[i + s] = __builtin_shuffle(a, b, high);
-  }
-}
+// r[i][j] becomes r[j][i], for any vector type: at each distance the blocks off the diagonal change places.
 template <class V, int kWidth>
 SEQKERNELS_INLINE void transpose(V (&r)[kWidth]) {
-  if constexpr (kWidth > 1) exchange<1>(r);
-  if constexpr (kWidth > 2) exchange<2>(r);
-  if constexpr (kWidth > 4) exchange<4>(r);
-  if constexpr (kWidth > 8) exchange<8>(r);
+  typedef decltype(r[0] < r[0]) Mask;
+#pragma GCC unroll 4
+  for (int s = 1; s < kWidth; s *= 2) {
+    Mask low, high;
+    for (int l = 0; l < kWidth; ++l) {
+      low[l] = l & s ? kWidth + l - s : l;
+      high[l] = l & s ? kWidth + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & s) continue;
+      const V a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA
