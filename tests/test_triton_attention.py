@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 import re
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from triton_on_cpu import DEVICE, load
 
-from seqkernels.reference import attention as reference
-
 attention = load("attention")
+reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name
+# The interpreter computes in numpy, which speaks up where a number overflows or is none.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Sums of some hundred terms, under an exponential of scores up to 10, relative to the largest element.
@@ -268,3 +270,221 @@ def test_large(c: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("c", [c for c in LARGE if not c.packed], ids=str)
 def test_large_weights(c: Case):
     check_weights(c, torch.bfloat16)
+
+
+def with_nan_beyond(c: Case, forward: bool = True) -> tuple[Given, Given]:
+    """Inputs, and the same where keys and values that the last row alone sees, if any row does, hold NaN and Inf."""
+    given = make(c, torch.float32)
+    k, v = given.k.clone(), given.v.clone()
+    last = c.Tk - 1 if c.k_lengths is None else c.k_lengths[0] - 1
+    k[0, :, last], v[0, :, last] = math.nan, math.inf
+    if c.k_lengths is not None:
+        k[0, :, last + 1 :], v[0, :, last + 1 :] = math.nan, math.nan
+    return given, dataclasses.replace(given, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    "c",
+    [
+        Case("causal", B=1, Tq=40, Tk=40, causal=1),
+        Case("window", B=1, Tq=40, Tk=40, window_left=3, window_right=3),
+        Case("lengths, lower right", B=2, Tq=30, Tk=50, q_lengths=(30, 7), k_lengths=(34, 40), causal=2),
+        Case("causal with dropout", B=1, Tq=40, Tk=40, causal=1, dropout_p=0.2),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_stays_with_those_who_see_it(c: Case):
+    given, bad = with_nan_beyond(c)
+    blind = slice(0, 30 if c.Tq == 40 else 29)
+    results = []
+    for inputs in (given, bad):
+        arguments = (inputs.q, inputs.k, inputs.v)
+        out, lse = attention.attention_forward(*arguments, *inputs.rest())
+        dout = torch.ones_like(out)
+        dq, *_ = attention.attention_backward(dout, None, *arguments, *inputs.rest(), out, lse, False)
+        results.append((out, lse, dq))
+    for x, y in zip(*results):
+        torch.testing.assert_close(x[0, :, blind], y[0, :, blind])
+        assert y[0, :, blind].isfinite().all()
+        assert y[1:].isnan().sum() == 0
+    seeing = results[1][1][0, :, (c.q_lengths or (40,))[0] - 1]
+    assert seeing.isnan().all()
+
+
+def test_masked_keys_may_be_anything():
+    for kind in ("bool bhqk", "float bk"):
+        given = make(Case("masked", B=1, mask=kind), torch.float32)
+        given.mask[..., 5] = False if kind.startswith("bool") else -math.inf
+        given.mask[..., 0] = True if kind.startswith("bool") else 0.5
+        bad = dataclasses.replace(given, k=given.k.clone(), v=given.v.clone())
+        bad.k[:, :, 5], bad.v[:, :, 5] = math.inf, math.nan
+        results = []
+        for inputs in (given, bad):
+            arguments = (inputs.q, inputs.k, inputs.v)
+            out, lse = attention.attention_forward(*arguments, *inputs.rest())
+            dout = torch.ones_like(out)
+            found = attention.attention_backward(
+                dout, None, *arguments, *inputs.rest(), out, lse, kind.startswith("float")
+            )
+            results.append((out, lse, *found))
+        for x, y in zip(*results):
+            assert y.isfinite().all()
+            torch.testing.assert_close(x, y)
+
+
+def test_values_that_are_no_numbers():
+    """A row that sees them has what a sum would: infinities of one sign, or NaN."""
+    given = make(Case("values", B=1, Tq=8, Tk=8, causal=1), torch.float32)
+    v = given.v.clone()
+    v[0, 0, 1, 0], v[0, 0, 2, 1], v[0, 0, 3, 2] = math.inf, -math.inf, math.nan
+    v[0, 0, 4, 0] = -math.inf
+    out, _ = attention.attention_forward(given.q, given.k, v, *given.rest())
+    out = out[0, 0].cpu()
+    assert out[:1, 0].isfinite().all() and out[1:4, 0].eq(math.inf).all() and out[4:, 0].isnan().all()
+    assert out[:2, 1].isfinite().all() and out[2:, 1].eq(-math.inf).all()
+    assert out[:3, 2].isfinite().all() and out[3:, 2].isnan().all()
+    assert out[:, 3:].isfinite().all()
+
+
+def test_a_row_of_lowest_numbers_averages():
+    """As torch does with a mask of torch.finfo(dtype).min."""
+    given = make(Case("lowest", B=1, mask="float qk"), torch.float32)
+    lowest = torch.finfo(torch.float32).min
+    given.mask.fill_(0)
+    given.mask[0, 0, 3] = lowest
+    given.mask[0, 0, 4, 7:] = lowest
+    out, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
+    torch.testing.assert_close(out[0, 0, 3], given.v[0, 0].mean(0))
+    alone, _ = attention.attention_forward(given.q, given.k[:, :, :7], given.v[:, :, :7], None, *given.rest()[1:])
+    torch.testing.assert_close(out[0, 0, 4], alone[0, 0, 4])
+    found = attention.attention_backward(
+        torch.ones_like(out), None, given.q, given.k, given.v, *given.rest(), out, lse, True
+    )
+    assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("causal", [0, 2])
+def test_packed_is_padded_is_one_at_a_time(causal: int):
+    rows, keys, H = (20, 0, 33), (9, 4, 40), 2
+    packed = make(
+        Case("p", B=3, H=H, q_lengths=rows, k_lengths=keys, packed=True, causal=causal, dropout_p=0.2), torch.float32
+    )
+    dout = torch.randn_like(packed.q)
+    ends_q, ends_k = itertools.accumulate(rows), itertools.accumulate(keys)
+    places = [(slice(a - n, a), slice(b - m, b)) for a, b, n, m in zip(ends_q, ends_k, rows, keys)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        out, lse = attention.attention_forward(q, k, v, *rest)
+        found = attention.attention_backward(dout, None, q, k, v, *rest, out, lse, False)
+        return out, lse.unsqueeze(-1), *found[:3]
+
+    numbers = packed.rest()[8:]
+    got = run(packed.q, packed.k, packed.v, dout, *packed.rest())
+
+    def pad(x: Tensor, which: int) -> Tensor:
+        padded = torch.full((3, H, 45, 16), math.nan, device=DEVICE)  # never read
+        for s, place in enumerate(places):
+            part = x[0, :, place[which]]
+            padded[s, :, : part.shape[1]] = part
+        return padded
+
+    lengths = (torch.tensor(rows, device=DEVICE), torch.tensor(keys, device=DEVICE))
+    q, k, v = pad(packed.q, 0), pad(packed.k, 1), pad(packed.v, 1)
+    padded = run(q, k, v, pad(dout, 0), None, None, *lengths, None, None, 45, 45, *numbers)
+    for x, y, which in zip(got, padded, (0, 0, 0, 1, 1)):
+        for s, place in enumerate(places):
+            n = (rows, keys)[which][s]
+            assert torch.equal(x[0, :, place[which]], y[s, :, :n])
+            beyond = y[s, :, n:]
+            assert beyond.eq(-math.inf if x is got[1] else 0).all()
+
+    # The counter of dropout starts with the number of the sequence: alone, that of the first.
+    one = [t[:, :, p] for t, p in zip((packed.q, packed.k, packed.v, dout), (*places[0], places[0][1], places[0][0]))]
+    alone = run(*one, None, None, None, None, None, None, rows[0], keys[0], *numbers)
+    for x, y, which in zip(got, alone, (0, 0, 0, 1, 1)):
+        assert torch.equal(x[:, :, places[0][which]], y)
+
+
+def test_rows_of_no_sequence_are_zero():
+    given = make(Case("p", q_lengths=(20, 3), k_lengths=(9, 4), packed=True), torch.float32)
+    q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 70), value=math.nan) for t in (given.q, given.k, given.v))
+    out, lse = attention.attention_forward(q, k, v, *given.rest())
+    dq, dk, dv, _ = attention.attention_backward(torch.ones_like(out), None, q, k, v, *given.rest(), out, lse, False)
+    assert lse[:, :, 23:].eq(-math.inf).all()
+    assert all(x[:, :, n:].eq(0).all() for x, n in ((out, 23), (dq, 23), (dk, 13), (dv, 13)))
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.75])
+def test_dropout_is_that_of_the_reference(p: float):
+    c = Case("dropout", H=2, Tq=9, Tk=39, dropout_p=p)
+    given = make(c, torch.float32)
+    _, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
+    weights = attention.attention_weights(given.q, given.k, *given.rest(), lse)
+    keep = reference.dropout_keep(c.B, c.H, c.Tq, c.Tk, p, given.seed.cpu())
+    assert torch.equal((weights != 0).cpu(), keep)
+    # Forward, by rows and by keys: with values of 1 and one key at a time, what is kept is seen in every result.
+    out, lse = attention.attention_forward(given.q, given.k, torch.ones_like(given.v), *given.rest())
+    torch.testing.assert_close(out[..., 0], weights.sum(-1))
+    dv = attention.attention_backward(
+        torch.ones_like(out), None, given.q, given.k, torch.ones_like(given.v), *given.rest(), out, lse, False
+    )[2]
+    torch.testing.assert_close(dv[..., 0], weights.sum(-2))
+
+
+def test_the_same_every_time_and_in_any_batch():
+    c = Case("again", B=2, H=1, Tq=20, Tk=40, mask="float hq", causal=2)
+    given = make(c, torch.float32)
+    dout = torch.randn_like(given.q)
+    runs = []
+    for batch in (slice(0, 2), slice(0, 2), slice(1, 2)):
+        arguments = tuple(t[batch] for t in (given.q, given.k, given.v))
+        out, lse = attention.attention_forward(*arguments, *given.rest())
+        found = attention.attention_backward(dout[batch], None, *arguments, *given.rest(), out, lse, True)
+        runs.append((out, lse, *found))
+    assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1]))
+    assert all(torch.equal(x[1:], y) for x, y in zip(runs[0][:5], runs[2][:5]))
+
+
+def test_any_strides():
+    c = Case("strides", H=2, mask="float bhqk")
+    given = make(c, torch.float32)
+
+    def scattered(t: Tensor) -> Tensor:
+        """The same numbers, dimensions in another order and every second element of memory."""
+        memory = torch.full((t.shape[3], t.shape[2], t.shape[0], 2 * t.shape[1]), math.nan, device=t.device)
+        view = memory[..., ::2].permute(2, 3, 1, 0)
+        return view.copy_(t)
+
+    dout = torch.randn_like(given.q)
+    apart = dataclasses.replace(given, **{n: scattered(getattr(given, n)) for n in ("q", "k", "v", "mask")})
+    results = []
+    for inputs, gradient in ((given, dout), (apart, scattered(dout))):
+        arguments = (inputs.q, inputs.k, inputs.v)
+        out, lse = attention.attention_forward(*arguments, *inputs.rest())
+        results.append((out, *attention.attention_backward(gradient, None, *arguments, *inputs.rest(), out, lse, True)))
+    for x, y in zip(*results):
+        assert torch.equal(x, y) and y.is_contiguous()
+
+
+def test_unsupported():
+    given = make(Case("plain"), torch.float32)
+    for change, message in (
+        (dict(q=given.q.int()), "dtype torch.int32 is none of torch.bfloat16"),
+        (dict(q=given.q.new_empty(2, 1, 20, 513)), "head size 513 is above 512, the most for torch.float32"),
+    ):
+        bad = dataclasses.replace(given, **change)
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            attention.attention_forward(bad.q, bad.k, bad.v, *bad.rest())
+    assert attention.unsupported(given.q, given.v) == []
+
+
+def test_configurations_fit():
+    for shared, kernel, dtype in itertools.product((99, 163, 227), ("forward", "rows", "keys", "tiles"), DTYPES):
+        for D, Dv, roomy in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
+            if dtype == torch.float64 and max(D, Dv) == 256 and shared == 99:
+                continue  # too little for any
+            chosen = attention.config(kernel, dtype, D, Dv, roomy, shared << 10)
+            sizes = (dtype, attention.padded(D), attention.padded(Dv))
+            assert attention.needed(kernel, *sizes, chosen) <= shared << 10
+            assert min(chosen.BM, chosen.BN) >= 16

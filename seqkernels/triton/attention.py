@@ -11,6 +11,9 @@ twice, once by rows for dq and once by keys for dk and dv, and so needs no atomi
 Source: https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2307.08691
 """
 
+# ruff: noqa: SIM102
+# In a kernel the outer of two conditions is known when it is compiled, and the inner one is not.
+
 from __future__ import annotations
 
 import functools
@@ -462,7 +465,7 @@ def attention_forward_kernel(
         if tl.max(tl.max((b_acc != b_acc).to(tl.int32), 1), 0) != 0:
             b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
             FEW: tl.constexpr = 16  # keys at a time: two results are held here
-            for kind in range(0, 3):
+            for kind in range(3):
                 b_part = tl.zeros([BM, BDV], ACC)
                 for first_k in tl.range(begin, end, FEW, num_stages=1, disable_licm=True):
                     b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, FEW)
@@ -490,7 +493,7 @@ def attention_forward_kernel(
     b_out = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     b_lse = (b_max + tl.log2(b_sum)) * _LN2
     if p_mask is not None:  # a row whose scores are all the lowest number
-        LOWEST: tl.constexpr = _LOWEST64 if ACC == tl.float64 else _LOWEST
+        LOWEST: tl.constexpr = _LOWEST64 if tl.float64 == ACC else _LOWEST
         b_lse = tl.where((b_max < LOWEST / 2) & (b_max > float("-inf")), LOWEST, b_lse)
     m_real = i_q < L_q
     b_out = tl.where(m_real[:, None], b_out, 0.0)
@@ -510,7 +513,7 @@ def attention_forward_kernel(
 @triton.jit
 def _log2_sum(p_lse, i_t, L, ACC: tl.constexpr):
     """What p = exp2(score - it) needs, from row 0 of L: +inf, which makes p 0, where a row sees no key or is none."""
-    LOWEST: tl.constexpr = _LOWEST64 if ACC == tl.float64 else _LOWEST
+    LOWEST: tl.constexpr = _LOWEST64 if tl.float64 == ACC else _LOWEST
     b_lse = tl.load(p_lse + i_t, mask=i_t < L, other=float("-inf"))
     b_base = tl.where(b_lse < LOWEST / 2, LOWEST, b_lse * _LOG2E)
     return tl.where(b_lse == float("-inf"), float("inf"), b_base)
@@ -1015,7 +1018,7 @@ def attention_backward_keys_kernel(
     b_dk = tl.zeros([BN, BD], ACC)
     b_dv = tl.zeros([BN, BDV], ACC)
     begin, whole, until, end = _seeing_rows(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
-    for i_g in range(0, G if GROUPED else 1):
+    for i_g in range(G if GROUPED else 1):
         i_h = i_hk * G + i_g
         i_bh = i_b * H + i_h
         p_qh = p_q + i_h.to(tl.int64) * s_qh
@@ -1239,7 +1242,7 @@ def attention_mask_gradient_kernel(
         t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
         t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
         offset = (L_k - L_q) * lower
-        begin, whole, until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
+        begin, _, _, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
         if (first_k >= begin) & (first_k < end):
             i_bq = i_b.to(tl.int64) if p_cu_q is None else i_b.to(tl.int64) * 0
             i_hk = (i_h // G).to(tl.int64)
@@ -1306,14 +1309,14 @@ FORWARD, ROWS, KEYS, TILES = "forward", "rows", "keys", "tiles"
 
 # By kernel and bytes of an element, for head sizes up to 64, 128, 256 and 512: what ptxas keeps in registers.
 CONFIGS = {
-    (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 1)),
-    (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
+    (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+    (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
     (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
     (TILES, 2): (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
-    (FORWARD, 4): (Config(64, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
-    (ROWS, 4): (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
-    (KEYS, 4): (Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
-    (TILES, 4): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+    (FORWARD, 4): (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    (ROWS, 4): (Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    (KEYS, 4): (Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    (TILES, 4): (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     (FORWARD, 8): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
     (ROWS, 8): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
     (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
@@ -1356,9 +1359,10 @@ def config(kernel: str, dtype: torch.dtype, D: int, Dv: int, roomy: bool = False
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
     if device.type != "cuda":
         return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def padded(D: int) -> int:
@@ -1572,7 +1576,7 @@ class _Call:
         need_dmask = need_dmask and mask is not None and mask.dtype != torch.uint8
         whole = need_dmask and mask is not None and mask.shape == (self.B, self.H, self.max_q, self.max_k)
         dmask = q.new_empty(0)
-        if whole:
+        if whole and mask is not None:
             dmask = torch.zeros_like(mask, memory_format=torch.contiguous_format)
         common = dict(**self.strides("o", dout), p_dout=dout, p_lse=lse, p_delta=delta, p_dw=dw)
         if v is None:
@@ -1600,7 +1604,7 @@ class _Call:
             p_dk=dk,
             p_dv=dv,
             blocks=blocks,
-            GROUPED=self.H > self.Hk,
+            GROUPED=self.Hk != self.H,
         )
         if need_dmask and not whole:
             dmask = self.mask_gradient(lse, delta, dout, dw)
@@ -1764,7 +1768,7 @@ def attention_weights_backward(
     lse: Tensor,
     need_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the op seqkernels::attention_weights_backward returns: dq, dk, dlse, and dmask, empty where it is not needed."""
+    """What the op seqkernels::attention_weights_backward returns: dq, dk, dlse, and dmask, empty unless needed."""
     call = _Call(
         *(q, k, None, attn_mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k),
         *(scale, causal, window_left, window_right, softcap, dropout_p, seed),
