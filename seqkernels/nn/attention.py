@@ -156,7 +156,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             batch_size, capacity, self.num_heads, self.head_dim, device=of.device, dtype=dtype or of.dtype
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor | None,
@@ -355,7 +355,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         S = cache.longest
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
             attn_mask = None
-        mask, _ = _merged(who, None, attn_mask, *q.shape[:3], S, 3, q.dtype, False)
+        mask, _ = _merged(who, None, attn_mask, q.shape[0], q.shape[1], q.shape[2], S, 3, q.dtype, False)
         of: Any = cache.lengths if cache.ragged else None
         if new and lengths is not None and (is_causal or query is key):
             of = torch.as_tensor(lengths, device=q.device), cache.lengths
@@ -504,7 +504,7 @@ def of_nested(who: str, name: str, t: Tensor) -> tuple[Tensor, Tensor, Any, Call
     if t.layout == torch.jagged:
         if t._ragged_idx != 1 or t.lengths() is not None:  # type: ignore[attr-defined]
             raise ValueError(f"{who}: {name} must be jagged without holes of shape [B, j, E], got {list(t.shape)}")
-        offsets = t.offsets()
+        offsets = t.offsets()  # type: ignore[attr-defined]
         longest = t._get_max_seqlen()  # type: ignore[attr-defined]
         return t.values(), offsets, longest, lambda rows: torch.nested.nested_tensor_from_jagged(rows, offsets)
     # As torch.nn.TransformerEncoder makes them of padded batches.

@@ -74,9 +74,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def new_cache(self, batch_size: int, capacity: int, *, dtype: Any = None) -> KeyValueCache:
         """An empty cache for `capacity` steps."""
-        return self.self_attn.new_cache(batch_size, capacity, dtype=dtype)  # type: ignore[operator, no-any-return]
+        return self.self_attn.new_cache(batch_size, capacity, dtype=dtype)  # type: ignore[operator]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         src: Tensor,
         src_mask: Tensor | None = None,
@@ -163,7 +163,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             batch_size, memory_capacity, dtype=dtype
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tgt: Tensor,
         memory: Tensor | None,
