@@ -44,8 +44,8 @@ int32_t code_of(ScalarType type) {
   }
 }
 
-// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed. Half the time of new_empty, which looks its op up
-// by name.
+// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed. Half the time of new_empty, which looks its op
+// up by name.
 Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
   Shape strides(sizes.size());
   int64_t stride = 1;
@@ -185,8 +185,7 @@ struct Call {
     const std::vector<int64_t> cu = integers(name, *given, q);
     if (cu.empty() || cu[0] != 0 || cu.back() != N) {
       fail(op, ": ", name, " must begin with 0 and end with ", N, ", the number of rows, got ",
-           cu.empty() ? std::string("none")
-                      : "[" + std::to_string(cu[0]) + ", .., " + std::to_string(cu.back()) + "]");
+           cu.empty() ? std::string("none") : "[" + std::to_string(cu[0]) + ", .., " + std::to_string(cu.back()) + "]");
     }
     for (size_t i = 1; i < cu.size(); ++i) {
       if (cu[i] < cu[i - 1]) fail(op, ": ", name, " must not decrease, got ", cu[i - 1], " before ", cu[i]);
@@ -274,14 +273,14 @@ struct Call {
   }
 };
 
-#define SEQKERNELS_ATTENTION                                                                                       \
+#define SEQKERNELS_ATTENTION                                                                                        \
   Maybe mask, Maybe slopes, Maybe q_lengths, Maybe k_lengths, Maybe cu_q, Maybe cu_k, int64_t max_q, int64_t max_k, \
       double scale, int64_t causal, int64_t window_left, int64_t window_right, double softcap, double dropout_p,    \
       Maybe seed
-#define SEQKERNELS_ATTENTION_GIVEN                                                                                  \
-  Given {                                                                                                           \
+#define SEQKERNELS_ATTENTION_GIVEN                                                                                   \
+  Given {                                                                                                            \
     mask, slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k, scale, causal, window_left, window_right, softcap, \
-        dropout_p, seed                                                                                             \
+        dropout_p, seed                                                                                              \
   }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION) {

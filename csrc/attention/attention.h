@@ -1,7 +1,7 @@
 // Scaled-dot-product attention. The structs that operators fill and kernels read; free of torch.
 //
-// Dimensions: B sequences, Hq heads of queries, Hk of keys (head h reads keys h / (Hq / Hk)), Tq queries, Tk keys, D and
-// Dv columns.
+// Dimensions: B sequences, Hq heads of queries, Hk of keys (head h reads keys h / (Hq / Hk)), Tq queries, Tk keys, D
+// and Dv columns.
 #pragma once
 
 #include <cstdint>
@@ -54,8 +54,8 @@ struct AttentionBackwardArgs {
   AttentionTensor dweights;  // [B, Hq, Tq, Tk]
   const void* dlse;          // as lse, or null
   AttentionTensor dq, dk, dv;
-  void* dlse_out;    // as lse, where dweights is given
-  void* dmask;       // contiguous, of the mask's shape: [mask_shape]; or null
+  void* dlse_out;  // as lse, where dweights is given
+  void* dmask;     // contiguous, of the mask's shape: [mask_shape]; or null
   int64_t mask_shape[4];
 };
 

@@ -4,8 +4,8 @@
 //   dQ = scale dS K, dK = scale dS^T Q.   Dao et al., "FlashAttention", 2022, algorithm 4.
 //
 // Where there are groups of heads enough for the threads, a group is a task: one pass over its blocks finds everything.
-// Else two: over blocks of keys for dk and dv, and over blocks of queries for dq. Sums are taken in one order either way:
-// a key's over sequences, heads and queries as they stand, a query's over keys; so their bits are the same.
+// Else two: over blocks of keys for dk and dv, and over blocks of queries for dq. Sums are taken in one order either
+// way: a key's over sequences, heads and queries as they stand, a query's over keys; so their bits are the same.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -139,10 +139,10 @@ class Backward {
 
   static int64_t taken(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
   struct Scratch {
-    T *q, *dout, *dq;       // [kRows][ldk], [kRows][ldv], [kRows][ldk]
-    T *p, *ds, *capped;     // [kRows][kKeys]
-    T *lse, *delta;         // [kRows]; what dP is diminished by
-    T* dlse;                // [kRows]
+    T *q, *dout, *dq;    // [kRows][ldk], [kRows][ldv], [kRows][ldk]
+    T *p, *ds, *capped;  // [kRows][kKeys]
+    T *lse, *delta;      // [kRows]; what dP is diminished by
+    T* dlse;             // [kRows]
   };
   int64_t scratch_size() const {
     return 2 * taken(kRows * ldk) + taken(kRows * ldv) + 3 * taken(kRows * kKeys) + 3 * taken(kRows);
@@ -231,7 +231,7 @@ class Backward {
     const T scale = scores.left_scale();
     for (int64_t r = 0; r < q.n; ++r) {
       T* row = s.p + r * kKeys;
-      const V by = broadcast(scale), less = broadcast(-s.lse[r]), log2e = broadcast(T(kLog2E));
+      const V by = broadcast(scale), less = broadcast(-s.lse[r]);
       for (int64_t j = 0; j < columns.lo; j += kWidth) store(row + j, V{});
       for (int64_t j = columns.hi; j < kKeys; j += kWidth) store(row + j, V{});
       if (s.lse[r] == -std::numeric_limits<T>::infinity()) {
@@ -241,7 +241,7 @@ class Backward {
 #pragma GCC unroll 8
       for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
         const V x = load(row + j);
-        const V p = exp2<T>(fma(x, by, less) * log2e);
+        const V p = exp<T>(fma(x, by, less));
         store(row + j, x == nothing ? V{} : p);
       }
     }
@@ -258,7 +258,8 @@ class Backward {
   }
 
   // Queries against a block of keys. dk, dv: of the block, [kKeys][ldk], [kKeys][ldv], added to.
-  void keys_block(const Queries& q, int64_t j0, const Packed& packed, const Scratch& s, T* dk, T* dv, int wanted) const {
+  void keys_block(const Queries& q, int64_t j0, const Packed& packed, const Scratch& s, T* dk, T* dv,
+                  int wanted) const {
     const int64_t n = min(kKeys, a.sequences[q.b].k_length - j0);
     const Seen look = scores.look(q, j0, min(kKeys, q.every.hi - j0));
     if (look == Seen::kNone) return;
@@ -275,8 +276,8 @@ class Backward {
         for (int64_t j = 0; j < kKeys; j += kWidth) store(s.ds + r * kKeys + j, load(lanes + j));
       }
     } else {
-      product_of_seen(q, j0, a.Dv, s.dout, ldv,
-                      Right<T>{packed.value_strips + j0 * a.Dv, kStrip<T>, a.Dv * kStrip<T>}, s.ds);
+      product_of_seen(q, j0, a.Dv, s.dout, ldv, Right<T>{packed.value_strips + j0 * a.Dv, kStrip<T>, a.Dv * kStrip<T>},
+                      s.ds);
     }
     for (int64_t r = 0; r < q.n; ++r) {
       T *p = s.p + r * kKeys, *ds = s.ds + r * kKeys;
@@ -410,7 +411,8 @@ class Backward {
       most = largest(most, cost);
     }
     const double rounds = double(ceil_div(count, threads));
-    const double of_one = largest(largest(all / double(threads), most), all / double(largest(count, int64_t{1})) * rounds);
+    const double of_one =
+        largest(largest(all / double(threads), most), all / double(largest(count, int64_t{1})) * rounds);
     return of_one * 5 > all / double(threads) * 7;
   }
 
@@ -520,7 +522,8 @@ class Backward {
     for (int64_t i = 0; i < of_queries; ++i) {
       double cost = 0;
       for_queries.each(i / query_blocks, [&](int64_t b, int64_t) {
-        const Range range = keys_of(a, a.sequences[b], min(i % query_blocks * kRows + kRows, a.sequences[b].q_length) - 1);
+        const Range range =
+            keys_of(a, a.sequences[b], min(i % query_blocks * kRows + kRows, a.sequences[b].q_length) - 1);
         if (i % query_blocks < blocks_of(a.sequences[b])) cost += double(range.hi - range.lo + kRows);
       });
       queries.set(i, cost);

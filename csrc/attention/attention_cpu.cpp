@@ -1,8 +1,10 @@
-// Attention forward: softmax(Q K^T) V by blocks of queries and keys that stay in first-level cache, the softmax running.
-// Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
+// Attention forward: softmax(Q K^T) V by blocks of queries and keys that stay in first-level cache, the softmax
+// running. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+// 2022.
 //
-// Keys are taken in chunks of kChunkKeys, counted from a sequence's first key: within a chunk one running softmax, chunks
-// merged in order. So a chunk may be a task of its own (few queries, many keys), and a row has the same bits either way.
+// Keys are taken in chunks of kChunkKeys, counted from a sequence's first key: within a chunk one running softmax,
+// chunks merged in order. So a chunk may be a task of its own (few queries, many keys), and a row has the same bits
+// either way.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -44,7 +46,7 @@ class Forward {
         ldq(leading<T>(args.D)),
         ldv(leading<T>(args.Dv)),
         stripsv(ceil_div(largest(args.Dv, int64_t{1}), kStrip<T>)),
-        factor(T(double(scores.left_scale()) * kLog2E)) {}
+        factor(scores.left_scale()) {}
 
   void run() {
     const int64_t threads = thread_count(), groups = a.B * a.Hk;
@@ -80,7 +82,7 @@ class Forward {
   const Scores<S> scores;
   const Dropout dropout;
   const int64_t ldq, ldv, stripsv;
-  const T factor;  // of a difference of scores in a tile, in the exponent of 2
+  const T factor;  // of a difference of scores in a tile
 
   // ---- memory, in elements of T
 
@@ -169,7 +171,7 @@ class Forward {
         }
         most[l] = m;
       }
-      transpose(most);
+      turn(most);
       V m = load(before + r);
       for (int l = 0; l < kWidth; ++l) m = most[l] > m ? most[l] : m;
       store(top + r, m);
@@ -195,7 +197,7 @@ class Forward {
     for (int64_t r = 0; r < n; r += kWidth) {  // up to a vector more than there are rows
       const V after = load(next + r);
       const V safe = after == nothing ? V{} : after;
-      store(alpha + r, exp2<T>((load(top + r) - safe) * factor));
+      store(alpha + r, exp<T>((load(top + r) - safe) * factor));
       store(top + r, after);
     }
   }
@@ -218,7 +220,7 @@ class Forward {
       V sum = {};
 #pragma GCC unroll 8
       for (int64_t j = begin; j < end; j += kWidth) {
-        const V e = exp2<T>((load(row + j) - top) * by);
+        const V e = exp<T>((load(row + j) - top) * by);
         sum += e;
         store(row + j, e);
       }
@@ -237,8 +239,9 @@ class Forward {
     }
   }
 
+  // values: rows of ld elements.
   void keys_block(const QueryBlock& q, int64_t j0, int64_t n, bool some, bool first, const T* keys, const T* values,
-                  bool finite, const Scratch& s) const {
+                  int64_t ld, bool finite, const Scratch& s) const {
     const Running<T>& run = *s.chunk;
     const Range columns = Scores<S>::columns(q, j0);
     product_of_seen(q, j0, a.D, s.q, ldq, Right<T>{keys, kStrip<T>, a.D * kStrip<T>}, s.tile);
@@ -253,11 +256,17 @@ class Forward {
     }
     const Update update = first ? Update::kReplace : Update::kScale;
     if (careful) {
-      seen_product<Left::kRows>(q.n, n, s.tile, kKeys, seen, values, ldv, stripsv * kStrip<T>, run.values, ldv, update,
+      seen_product<Left::kRows>(q.n, n, s.tile, kKeys, seen, values, ld, stripsv * kStrip<T>, run.values, ldv, update,
                                 s.alpha);
     } else {
-      product_with_seen(q, j0, n, s.tile, Right<T>{values, ldv, kStrip<T>}, stripsv, run.values, ldv, update, s.alpha);
+      product_with_seen(q, j0, n, s.tile, Right<T>{values, ld, kStrip<T>}, stripsv, run.values, ldv, update, s.alpha);
     }
+  }
+
+  // Whether a few rows that see every key of a block may read values where they stand.
+  bool in_place(const QueryBlock& q, int64_t j0) const {
+    return sizeof(S) == sizeof(T) && q.n <= kHeight && q.sees_all(j0) && a.mask_kind != MaskKind::kFloat &&
+           a.v.d == 1 && a.Dv == stripsv * kStrip<T>;
   }
 
   // A chunk's keys; whether any was seen. packed: null where they are to be packed block by block.
@@ -268,16 +277,24 @@ class Forward {
     for (int64_t j0 = lo; j0 < hi; j0 += kKeys) {
       const Seen seen = scores.look(q, j0, min(kKeys, q.every.hi - j0));
       if (seen == Seen::kNone) continue;
-      Packed here = s.block;
-      here.from = j0;
+      const int64_t n = min(kKeys, end - j0);
+      const bool some = seen == Seen::kSome;
       if (packed != nullptr) {
-        here = *packed;
+        const int64_t at = j0 - packed->from;
+        keys_block(q, j0, n, some, first, packed->keys + at * a.D, packed->values + at * ldv, ldv,
+                   packed->finite[at / kKeys] != 0, s);
+      } else if (!some && in_place(q, j0)) {
+        const AttentionSequence& of = a.sequences[q.b];
+        pack_strips(row_of<S>(a.k, q.b, hk, of.k_begin + j0), a.k.t, a.k.d, n, a.D, s.block.keys);
+        if constexpr (sizeof(S) == sizeof(T)) {
+          keys_block(q, j0, n, some, first, s.block.keys, row_of<S>(a.v, q.b, hk, of.k_begin + j0), a.v.t, true, s);
+        }
       } else {
+        Packed here = s.block;
+        here.from = j0;
         pack_block(q.b, hk, j0, here);
+        keys_block(q, j0, n, some, first, here.keys, here.values, ldv, here.finite[0] != 0, s);
       }
-      const int64_t at = j0 - here.from;
-      keys_block(q, j0, min(kKeys, end - j0), seen == Seen::kSome, first, here.keys + at * a.D,
-                 here.values + at * ldv, here.finite[at / kKeys] != 0, s);
       first = false;
     }
     return !first;
@@ -400,7 +417,8 @@ class Forward {
       if (chunk < 0) return fill(b, hk);
       const Range keys = Blocks(a, b).keys(a);
       const int64_t lo = largest(keys.lo / kKeys * kKeys, chunk * kChunkKeys);
-      for (int64_t j0 = lo; j0 < min(keys.hi, (chunk + 1) * kChunkKeys); j0 += kKeys) pack_block(b, hk, j0, packed_of(g));
+      for (int64_t j0 = lo; j0 < min(keys.hi, (chunk + 1) * kChunkKeys); j0 += kKeys)
+        pack_block(b, hk, j0, packed_of(g));
     });
     // Attention.
     Task* const second = first + packing;

@@ -10,8 +10,6 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-constexpr double kLog2E = 1.44269504088896340736;
-
 template <class S>
 inline const S* row_of(const AttentionTensor& x, int64_t b, int64_t h, int64_t t) {
   return static_cast<const S*>(x.data) + b * x.b + h * x.h + t * x.t;
@@ -40,7 +38,7 @@ struct QueryBlock {
   int64_t n, b;
   int64_t head[kRows], i[kRows];
   Range keys[kRows];
-  Range every;            // all that some row sees
+  Range every;             // all that some row sees
   int64_t lo_all, hi_all;  // what every row sees, if lo_all < hi_all
 
   // Rows i0 .. of heads h0 ..
@@ -254,8 +252,8 @@ struct Scores {
     return {seen.lo / kStrip<T> * kStrip<T>, round_up(seen.hi, kStrip<T>)};
   }
 
-  // From products [q.n][kKeys] to scores, -inf where a row does not see a key. some: whether the mask is to be looked at.
-  // capped: [q.n][kKeys] where tanh is kept, or null.
+  // From products [q.n][kKeys] to scores, -inf where a row does not see a key. some: whether the mask is to be looked
+  // at. capped: [q.n][kKeys] where tanh is kept, or null.
   void finish(const QueryBlock& q, int64_t j0, int64_t n, bool some, Range columns, T* tile, T* capped) const {
     if (plain && !some && q.sees_all(j0)) return;
     const V nothing = broadcast(-std::numeric_limits<T>::infinity());
@@ -304,10 +302,14 @@ struct Scores {
             const V far = T(at - j) - __builtin_convertvector(lane, V);
             x -= slope * (far < T(0) ? -far : far);
           }
-          if (add != nullptr) x += load(add + j);
         }
         const I place = lane + typename Vec<T>::Int(j);
         I sees = (place >= lo) & (place < hi);
+        if (add != nullptr) {
+          const V m = load(add + j);
+          x += m;
+          sees &= m != nothing;  // and not by x: NaN - inf is NaN
+        }
         if (seen != nullptr) {
           typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
           Bytes bytes;

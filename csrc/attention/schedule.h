@@ -1,4 +1,5 @@
-// Tasks taken by threads one at a time, the longest first. What a task computes does not depend on who takes it, or when.
+// Tasks taken by threads one at a time, the longest first. What a task computes does not depend on who takes it, or
+// when.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
-// What attention's kernels are made of: products of tiles in first-level cache, exp2, dropout's generator, packing.
+// What attention's kernels are made of: products of tiles in first-level cache, exp, dropout's generator, packing.
 //
-// An element of a product is the same chain of fused multiply-adds whatever the height and width of the tile: a row gets
-// the same bits alone and beside others.
+// An element of a product is the same chain of fused multiply-adds whatever the height and width of the tile: a row
+// gets the same bits alone and beside others.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,8 @@ constexpr int64_t kStrip = 2 * kLanes<T>;  // columns of a product's tile
 // Rows of it: accumulators, an operand and a broadcast within 32 registers of AVX-512, else 16.
 constexpr int kHeight = kVectorBytes == 64 ? 12 : 6;
 
-// Columns of a row that is packed: whole strips, and no power of two from row to row, which would map to few cache sets.
+// Columns of a row that is packed: whole strips, and no power of two from row to row, which would map to few cache
+// sets.
 template <class T>
 inline int64_t leading(int64_t D) {
   const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
@@ -120,9 +121,8 @@ inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> r
       int64_t left_over = rows, first = 0;
       for (int64_t tiles = ceil_div(rows, kHeight); tiles > 0; --tiles) {
         const int64_t height = ceil_div(left_over, tiles);
-        tile_product_of<kHeight, 1, kLeft>(height, n, left + first * step, lda, at(s),
-                                           c + first * ldc + s * kStrip<T>, ldc, update,
-                                           factor == nullptr ? nullptr : factor + first);
+        tile_product_of<kHeight, 1, kLeft>(height, n, left + first * step, lda, at(s), c + first * ldc + s * kStrip<T>,
+                                           ldc, update, factor == nullptr ? nullptr : factor + first);
         left_over -= height;
         first += height;
       }
@@ -133,10 +133,11 @@ inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> r
 }
 
 // The same product where a row takes only the terms that its word of `seen` names: what a key must not reach, though it
-// be NaN, is left out, which is what adding 0 times a number comes to. kColumns: row r takes term i if bit r of seen[i].
+// be NaN, is left out, which is what adding 0 times a number comes to. kColumns: row r takes term i if bit r of
+// seen[i].
 template <Left kLeft, class T>
-inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const uint64_t* seen, const T* b, int64_t ldb,
-                         int64_t width, T* c, int64_t ldc, Update update, const T* factor = nullptr) {
+inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const uint64_t* seen, const T* b,
+                         int64_t ldb, int64_t width, T* c, int64_t ldc, Update update, const T* factor = nullptr) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t d = 0; d < width; d += kLanes<T>) {
       Native<T> sum = {};
@@ -155,32 +156,33 @@ inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const
 
 // ---- functions ------------------------------------------------------------------------------------------------------
 
-// 2^x, within a unit in the last place; 0 below the least normal number, infinity above the largest; NaN stays NaN.
-// 2^r = 1 + r p(r) for |r| <= 1/2: in float a minimax fit of p, in double Taylor's series.
+// e^x, within a unit in the last place; 0 below the least normal number, infinity from 2^127.5; NaN stays NaN.
+// x = n ln 2 + r, e^r = 1 + r p(r): in float p is a minimax fit, in double Taylor's series.
 template <class T>
-SEQKERNELS_INLINE Native<T> exp2(Native<T> x) {
+SEQKERNELS_INLINE Native<T> exp(Native<T> x) {
   using V = Vec<T>;
   using I = typename V::Int;
   constexpr I kBias = (I(1) << (sizeof(T) * 8 - 2 - V::kMantissaBits)) - 1;
-  const Native<T> most = broadcast(T(kBias + 1)), least = broadcast(T(-kBias + 1));
+  const Native<T> most = broadcast(T((kBias + 0.6) * 0.693147180559945309)), least = broadcast(V::kMinExp);
   x = x > most ? most : x;
-  const Native<T> shifted = x + V::kRound;
-  const Native<T> r = x - (shifted - V::kRound);
+  const Native<T> shifted = fma(x, broadcast(T(1.4426950408889634)), broadcast(V::kRound));
+  const Native<T> n = shifted - V::kRound;
+  Native<T> r = fma(n, broadcast(T(-V::kLn2Hi)), x);
+  r = fma(n, broadcast(T(-V::kLn2Lo)), r);
   Native<T> p;
   if constexpr (sizeof(T) == 4) {
-    constexpr T kFit[] = {T(0.00015353361959569156), T(0.0013398875016719103), T(0.00961843691766262),
-                          T(0.055503323674201965),   T(0.24022647738456726),   T(0.6931471824645996)};
+    constexpr T kFit[] = {T(0.001384364441037178), T(0.008374162949621677), T(0.04166800156235695),
+                          T(0.16666431725025177),  T(0.4999999403953552),   T(1)};
     p = broadcast(kFit[0]);
 #pragma GCC unroll 8
     for (int i = 1; i < 6; ++i) p = fma(p, r, broadcast(kFit[i]));
   } else {
-    constexpr double kLn2 = 0.693147180559945309417;
     constexpr auto series = [] {
       struct {
-        double of[14];
+        double of[13];
       } s{};
       double term = 1;
-      for (int n = 1; n <= 14; ++n) s.of[n - 1] = term = term * kLn2 / n;
+      for (int i = 1; i <= 13; ++i) s.of[i - 1] = term = term / i;
       return s;
     }();
     p = broadcast(T(series.of[12]));
@@ -216,8 +218,8 @@ SEQKERNELS_INLINE Word64 low_product(Word64 a, Word64 b) {
 #endif
 }
 
-// The words of kKeys weights, of keys j0 .. of row i: Philox 4x32 with 7 rounds at (j / 4, i, head, 0), word j % 4. j0 is a
-// multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+// The words of kKeys weights, of keys j0 .. of row i: Philox 4x32 with 7 rounds at (j / 4, i, head, 0), word j % 4. j0
+// is a multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 inline void philox(uint64_t seed, int64_t head, int64_t i, int64_t j0, uint32_t* words) {
   constexpr int kWide = kVectorBytes / 8;
   constexpr int kBatches = kKeys / 4 / kWide < 2 ? 1 : 2;  // in flight together
@@ -307,20 +309,63 @@ inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, i
   return sum_of<T>((spoilt[0] + spoilt[1]) + (spoilt[2] + spoilt[3])) == 0;
 }
 
+// At distance s, blocks off the diagonal change places. s is a constant, and so the places are: found at run time they
+// would cost more than the exchange.
+template <int s, class V, int kWidth>
+SEQKERNELS_INLINE void exchange(V (&r)[kWidth]) {
+  typedef decltype(r[0] < r[0]) Mask;
+  Mask low = {}, high = {};
+#pragma GCC unroll 16
+  for (int l = 0; l < kWidth; ++l) {
+    low[l] = l & s ? kWidth + l - s : l;
+    high[l] = l & s ? kWidth + l : l + s;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & s) continue;
+    const V a = r[i], b = r[i + s];
+    r[i] = __builtin_shuffle(a, b, low);
+    r[i + s] = __builtin_shuffle(a, b, high);
+  }
+}
+template <class V, int kWidth>
+SEQKERNELS_INLINE void turn(V (&r)[kWidth]) {  // r[i][j] becomes r[j][i]
+  if constexpr (kWidth == 16) {
+    transpose(r);
+  } else {
+    if constexpr (kWidth > 1) exchange<1>(r);
+    if constexpr (kWidth > 2) exchange<2>(r);
+    if constexpr (kWidth > 4) exchange<4>(r);
+  }
+}
+
 // rows [n, D] as strips of columns: [ceil(n / kStrip)][D][kStrip], zeros where there is no row.
 template <class S>
 inline void pack_strips(const S* x, int64_t stride, int64_t stride_d, int64_t n, int64_t D, Compute<S>* to) {
   using T = Compute<S>;
-  if (stride_d == 1) {
-    const Operand<S, 2> operand{x, D, stride, Columns{n, 2}, Side::kRowsAreColumns};
-    return operand.pack_panels(0, ceil_div(n, kStrip<T>), to);
-  }
-  for (int64_t first = 0; first < n; first += kStrip<T>) {
-    for (int64_t d = 0; d < D; ++d, to += kStrip<T>) {
-      S lanes[kStrip<T>] = {};
-      for (int64_t l = 0; l < kStrip<T> && first + l < n; ++l) lanes[l] = x[(first + l) * stride + d * stride_d];
-      store(to, load(lanes));
-      store(to + kLanes<T>, load(lanes + kLanes<T>));
+  constexpr int kWidth = kLanes<T>;
+  for (int64_t row = 0; row < round_up(n, kStrip<T>); row += kWidth) {
+    T* strip = to + row / kStrip<T> * D * kStrip<T> + row % kStrip<T>;
+    const int64_t rows = n - row;
+    for (int64_t d = 0; d < D; d += kWidth) {
+      const S* from = x + row * stride + d * stride_d;
+      const int64_t columns = min(kWidth, D - d);
+      Native<T> block[kWidth];
+      if (stride_d == 1 && columns == kWidth && rows >= kWidth) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) block[j] = load(from + j * stride);
+        turn(block);
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) store(strip + (d + j) * kStrip<T>, block[j]);
+        continue;
+      }
+      for (int j = 0; j < kWidth; ++j) {
+        S lanes[kWidth] = {};
+        for (int64_t l = 0; l < columns && j < rows; ++l) lanes[l] = from[j * stride + l * stride_d];
+        block[j] = load(lanes);
+      }
+      turn(block);
+      for (int64_t j = 0; j < columns; ++j) store(strip + (d + j) * kStrip<T>, block[j]);
     }
   }
 }

@@ -61,24 +61,21 @@ class How(NamedTuple):
     dropout_p: float = 0.0
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, how: How, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, how: How, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """out and lse, however it is traced, transformed or recorded."""
     mask = inputs.attn_mask
     if _transformed():
-        return _Attention.apply(how, seed, *inputs[1:], q, k, v, mask)  # type: ignore[no-any-return]
-    if not torch.compiler.is_compiling():
-        if not _recorded(q, k, v, mask):
-            with _below_autograd():
-                return ops.forward(q, k, v, *inputs, *how, seed)
+        return _Attention.apply(how, seed, *inputs[1:], q, k, v, mask)
+    if not torch.compiler.is_compiling() and not _recorded(q, k, v, mask):
+        with _below_autograd():
+            return ops.forward(q, k, v, *inputs, *how, seed)
     return ops.forward(q, k, v, *inputs, *how, seed)
 
 
 def weights_of(q: Tensor, k: Tensor, inputs: Inputs, how: How, seed: Tensor | None, lse: Tensor) -> Tensor:
     """[B, Hq, Tq, Tk], after dropout."""
     if _transformed():
-        return _Weights.apply(how, seed, *inputs[1:], q, k, inputs.attn_mask, lse)  # type: ignore[no-any-return]
+        return _Weights.apply(how, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
     return ops.weights(q, k, *inputs, *how, seed, lse)
 
 
@@ -185,15 +182,16 @@ def _replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> li
 
 def _of_attention(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return attention_definition(q, k, v, mask, *inputs[1:], *how, seed)
+        given: Any = (*inputs[1:], *how, seed)
+        return attention_definition(q, k, v, mask, *given)
 
     return attention
 
 
 def _of_weights(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
     def weights(q: Tensor, k: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
-        of_tensors: Any = inputs[1:]
-        return weights_definition(q, k, mask, *of_tensors, *how, seed, lse)
+        given: Any = (*inputs[1:], *how, seed, lse)
+        return weights_definition(q, k, mask, *given)
 
     return weights
 
@@ -393,7 +391,9 @@ def register(namespace: str) -> None:
     torch.library.register_autograd(
         f"{namespace}::attention_forward", _attention_backward, setup_context=_setup_attention
     )
-    torch.library.register_autograd(f"{namespace}::attention_weights", _backward_of_weights, setup_context=_setup_weights)
+    torch.library.register_autograd(
+        f"{namespace}::attention_weights", _backward_of_weights, setup_context=_setup_weights
+    )
 
 
 register("seqkernels")

@@ -249,7 +249,7 @@ def _window(who: str, window: int | tuple[int, int]) -> tuple[int, int]:
     pair = (window, window) if isinstance(window, int) else tuple(window)
     if len(pair) != 2 or any(not isinstance(w, int) or w < -1 for w in pair):
         raise ValueError(f"{who}: window must be one or two numbers of at least -1 (no bound), got {window}")
-    return pair  # type: ignore[return-value]
+    return pair[0], pair[1]
 
 
 def _four_dimensions(
@@ -280,7 +280,7 @@ def _four_dimensions(
         if len(lead) != 1:
             t = t.reshape(math.prod(lead), *t.shape[-3:]) if len(lead) else t.unsqueeze(0)
         flat.append(t)
-    q, k, v = _heads(who, *flat, enable_gqa)
+    q, k, v = _heads(who, flat[0], flat[1], flat[2], enable_gqa)
     return tuple(lead) if heads else (*lead, None), q, k, v
 
 
@@ -327,8 +327,10 @@ def _mask(
     headless = bool(lead) and lead[-1] is None
     lead = lead[:-1] if headless else lead
     full = (*lead, *last) if headless else (*lead, q.shape[1], *last)
-    if mask.dim() < 2 or mask.dim() > len(full) or any(
-        m != 1 and m != f for m, f in zip(reversed(mask.shape), reversed(full))
+    if (
+        mask.dim() < 2
+        or mask.dim() > len(full)
+        or any(m != 1 and m != f for m, f in zip(reversed(mask.shape), reversed(full)))
     ):
         raise ValueError(
             f"{who}: attn_mask must have at least 2 dimensions and broadcast to {list(full)}, got {list(mask.shape)}"
@@ -379,9 +381,7 @@ def _slopes(who: str, slopes: Tensor | None, q: Tensor, B: Any) -> Tensor | None
         raise ValueError(f"{who}: alibi_slopes must be on query's device {q.device}, got {slopes.device}")
     Hq = q.shape[1]
     if tuple(slopes.shape) not in ((Hq,), (B, Hq)):
-        raise ValueError(
-            f"{who}: alibi_slopes must have shape [Hq] or [B, Hq] = [{B}, {Hq}], got {list(slopes.shape)}"
-        )
+        raise ValueError(f"{who}: alibi_slopes must have shape [Hq] or [B, Hq] = [{B}, {Hq}], got {list(slopes.shape)}")
     if slopes.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(f"{who}: alibi_slopes must not require a gradient; attn_mask has one")
     return slopes
@@ -462,11 +462,14 @@ def _nested(
 ) -> Result:
     """Jagged tensors [B, H, j, D] or [B, j, D]: the rows of all sequences are one after another already."""
     rows, offsets, heads = [], [], []
-    for name, t in (("query", query), ("key", key), ("value", value)):
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        t: Any = given
         if not t.is_nested or t.layout != torch.jagged:
-            raise ValueError(f"{who}: query, key and value must all be jagged nested tensors where one is, but {name}")
-        ragged = t._ragged_idx  # type: ignore[attr-defined]
-        if t.dim() not in (3, 4) or ragged != t.dim() - 2 or t.lengths() is not None:
+            raise ValueError(
+                f"{who}: query, key and value must all be jagged nested tensors where one is, got {name} of layout "
+                f"{t.layout}"
+            )
+        if t.dim() not in (3, 4) or t._ragged_idx != t.dim() - 2 or t.lengths() is not None:
             raise ValueError(
                 f"{who}: {name} must be jagged without holes of shape [B, H, j, D] or [B, j, D], got {list(t.shape)}"
             )
@@ -475,20 +478,35 @@ def _nested(
         offsets.append(t.offsets())
         heads.append(t.dim() == 4)
     if len(set(heads)) != 1:
-        raise ValueError(f"{who}: query, key and value must have equally many dimensions where they are nested")
-    same = offsets[0] is offsets[1]
+        raise ValueError(
+            f"{who}: query, key and value must have equally many dimensions where they are nested, got "
+            f"{query.dim()}, {key.dim()} and {value.dim()}"
+        )
     if offsets[1] is not offsets[2] and not torch.equal(offsets[1], offsets[2]):
-        raise ValueError(f"{who}: key and value must have equal lengths where they are nested")
+        raise ValueError(f"{who}: value must have the lengths of key where they are nested, got others")
+    nested: Any = query
+    same = offsets[0] is offsets[1]
     out, lse = varlen_attention(
-        *rows, offsets[0], None if same else offsets[1],
-        query._get_max_seqlen() if same else None,  # type: ignore[attr-defined]
-        dropout_p=dropout_p, is_causal=is_causal, causal_alignment=causal_alignment, window=window, scale=scale,
-        softcap=softcap, alibi_slopes=alibi_slopes, enable_gqa=enable_gqa, return_lse=True, backend=backend,
-    )  # fmt: skip
-    ragged = query._ragged_idx  # type: ignore[attr-defined]
+        rows[0],
+        rows[1],
+        rows[2],
+        offsets[0],
+        None if same else offsets[1],
+        nested._get_max_seqlen() if same else None,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        enable_gqa=enable_gqa,
+        return_lse=True,
+        backend=backend,
+    )
     out = out.transpose(0, 1) if heads[0] else out.squeeze(1)
-    nest = torch.nested.nested_tensor_from_jagged
-    result = nest(out, offsets[0], jagged_dim=ragged)
+    nest: Any = torch.nested.nested_tensor_from_jagged
+    result = nest(out, offsets[0], jagged_dim=nested._ragged_idx)
     if not return_lse:
         return result
-    return result, nest(lse if heads[0] else lse.squeeze(0), offsets[0], jagged_dim=ragged)
+    return result, nest(lse if heads[0] else lse.squeeze(0), offsets[0], jagged_dim=nested._ragged_idx)

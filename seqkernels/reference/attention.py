@@ -171,7 +171,8 @@ def dropout_keep(B: int, H: int, Tq: int, Tk: int, p: float, seed: Tensor) -> Te
 
 def _keep(weights: Tensor, p: float, seed: Tensor) -> Tensor:
     """What weights are multiplied by: 0, or 1 / (1 - p)."""
-    keep = dropout_keep(*weights.shape, p, seed)
+    B, H, Tq, Tk = weights.shape
+    keep = dropout_keep(B, H, Tq, Tk, p, seed)
     return keep.to(weights.dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
@@ -197,9 +198,7 @@ def _scores(
     scores = scores.masked_fill(~finite, math.nan)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    seen, far = visible(
-        q.shape[2], k.shape[2], q_lengths, k_lengths, causal, window_left, window_right, q.device
-    )
+    seen, far = visible(q.shape[2], k.shape[2], q_lengths, k_lengths, causal, window_left, window_right, q.device)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.reshape(-1, q.shape[1], 1, 1).to(dtype) * far.abs()
     if attn_mask is not None:

@@ -1,0 +1,247 @@
+"""Attention against torch's scaled_dot_product_attention and flex_attention under torch.compile.
+
+The bars are the claims of the project; the table says PASS or MISS for each. A forward row runs without recording a
+gradient; "forward+backward" is both, with gradients of query, key and value and, where it has one, of the bias.
+
+Work is what is useful: 4 D operations for each pair of a query and a key that it sees (forward), 14 D with backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Contender, Results, compiled
+from torch import Tensor
+
+from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+
+TOLERANCE = 2e-5
+BFLOAT16_TOLERANCE = 2e-2
+FORWARD, BOTH = "forward", "forward+backward"
+passes = pytest.mark.parametrize("which", [FORWARD, BOTH])
+OURS, TORCH = scaled_dot_product_attention, F.scaled_dot_product_attention
+
+
+class Shape(NamedTuple):
+    B: int
+    H: int
+    L: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"B={self.B} H={self.H} L={self.L} D={self.D}"
+
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key."""
+        return self.B * self.H * self.L * self.L
+
+    @property
+    def causal_pairs(self) -> int:
+        return self.B * self.H * self.L * (self.L + 1) // 2
+
+
+MIDDLE, SHORT, LONG = Shape(4, 8, 512, 64), Shape(8, 8, 128, 64), Shape(2, 8, 2048, 64)
+
+
+def shape_id(value: object) -> str | None:
+    return f"B{value.B}-H{value.H}-L{value.L}-D{value.D}" if isinstance(value, Shape) else None
+
+
+def drawn(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = shape.B, shape.H, shape.L, shape.D
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def contender(name: str, function: Callable[..., Tensor], tensors: Sequence[Tensor], which: str) -> Contender:
+    """A function of tensors, all of which have a gradient."""
+    with torch.no_grad():
+        shape = function(*tensors).shape
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*tensors)
+
+    def both() -> tuple[Tensor, ...]:
+        out = function(*tensors)
+        return out.detach(), *torch.autograd.grad(out, tensors, upstream)
+
+    def result() -> Results:
+        found = (forward(),) if which == FORWARD else both()
+        return {f"{i}": t for i, t in enumerate(found)}
+
+    return Contender(name, forward if which == FORWARD else both, result)
+
+
+def row(
+    bench: Any,
+    group: str,
+    label: str,
+    which: str,
+    pairs: float,
+    D: int,
+    contenders: list[Contender],
+    bar: float | None,
+    **more: Any,
+) -> None:
+    bars = {} if bar is None else {contenders[1].name: bar}
+    work = (4.0 if which == FORWARD else 14.0) * D * pairs
+    more.setdefault("tolerance", TOLERANCE)
+    bench.time(f"Attention {which}, {group}", label, contenders, bars=bars, work=work, **more)
+
+
+def flex(shape: Shape, tensors: Sequence[Tensor], which: str, mask: Callable | None) -> Contender:
+    """Compiled flex_attention, whose backward pass is not there on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    name = "flex_attention, compiled"
+    if which == BOTH:
+        return Contender(name, refused="no backward pass on a CPU")
+    L = shape.L
+    block = None if mask is None else create_block_mask(mask, None, None, L, L, device="cpu")
+    plain = [t.detach() for t in tensors]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, block_mask=block)
+
+    return compiled(name, call, lambda function: contender(name, function, plain, which))
+
+
+# --- rows ---
+
+
+@passes
+@pytest.mark.parametrize(
+    ("shape", "bars"), [(MIDDLE, (1.7, 1.6)), (SHORT, (1.4, 1.3)), (LONG, (1.25, 1.3))], ids=shape_id
+)
+def test_causal(bench: Any, shape: Shape, bars: tuple[float, float], which: str) -> None:
+    tensors = drawn(shape)
+    contenders = [
+        contender("ours", lambda *t: OURS(*t, is_causal=True), tensors, which),
+        contender("torch", lambda *t: TORCH(*t, is_causal=True), tensors, which),
+        flex(shape, tensors, which, lambda b, h, i, j: i >= j),
+    ]
+    row(bench, "causal", str(shape), which, shape.causal_pairs, shape.D, contenders, bars[which == BOTH])
+
+
+@passes
+@pytest.mark.parametrize("shape", [MIDDLE, SHORT, LONG], ids=shape_id)
+def test_dense(bench: Any, shape: Shape, which: str) -> None:
+    tensors = drawn(shape)
+    contenders = [contender("ours", OURS, tensors, which), contender("torch", TORCH, tensors, which)]
+    contenders.append(flex(shape, tensors, which, None))
+    row(bench, "dense", str(shape), which, shape.pairs, shape.D, contenders, 1.0)
+
+
+@passes
+def test_key_lengths(bench: Any, which: str) -> None:
+    shape, lengths = MIDDLE, torch.tensor([512, 256, 128, 64])
+    tensors, mask = drawn(shape), (torch.arange(shape.L) < lengths[:, None])[:, None, None]
+    contenders = [
+        contender("ours", lambda *t: OURS(*t, lengths=lengths), tensors, which),
+        contender("torch, bool mask", lambda *t: TORCH(*t, attn_mask=mask), tensors, which),
+        contender("(ours, bool mask)", lambda *t: OURS(*t, attn_mask=mask), tensors, which),
+    ]
+    pairs = shape.H * shape.L * int(lengths.sum())
+    row(bench, "key lengths", f"512/256/128/64 of {shape}", which, pairs, shape.D, contenders, 2.0)
+
+
+@passes
+def test_dropout(bench: Any, which: str) -> None:
+    """What is dropped is not the same: parity is with our weights, times values."""
+    tensors = drawn(MIDDLE)
+    contenders = [
+        contender("ours", lambda *t: OURS(*t, dropout_p=0.1), tensors, which),
+        contender("torch", lambda *t: TORCH(*t, dropout_p=0.1), tensors, which),
+    ]
+
+    @torch.no_grad()
+    def dropped(weights: bool) -> Results:
+        torch.manual_seed(0)
+        if not weights:
+            return {"out": OURS(*tensors, dropout_p=0.1)}
+        return {"out": OURS(*tensors, dropout_p=0.1, return_weights=True)[1] @ tensors[2]}
+
+    contenders[0].result = lambda: dropped(False)
+    parity = [(Contender("weights", result=lambda: dropped(True)), contenders[0])]
+    row(bench, "dropout 0.1", str(MIDDLE), which, MIDDLE.pairs, MIDDLE.D, contenders, 4.0, parity=parity)
+
+
+@passes
+@pytest.mark.parametrize("batch", [1, MIDDLE.B])
+def test_bias(bench: Any, batch: int, which: str) -> None:
+    """A float mask with a gradient, of every sequence or of each."""
+    shape = MIDDLE
+    bias = torch.randn(batch, shape.H, shape.L, shape.L, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    tensors = [*drawn(shape), bias]
+    contenders = [
+        contender("ours", lambda q, k, v, m: OURS(q, k, v, attn_mask=m), tensors, which),
+        contender("torch", lambda q, k, v, m: TORCH(q, k, v, attn_mask=m), tensors, which),
+    ]
+    label = f"bias {'[1, H, L, L]' if batch == 1 else '[B, H, L, L]'}, {shape}"
+    row(bench, "bias with gradient", label, which, shape.pairs, shape.D, contenders, 2.0 if batch == 1 else None)
+
+
+@passes
+def test_window(bench: Any, which: str) -> None:
+    shape, window = LONG, 128
+    at = torch.arange(shape.L)
+    mask = (at[:, None] - at).abs() <= window
+    tensors = drawn(shape)
+    contenders = [
+        contender("ours", lambda *t: OURS(*t, window=window), tensors, which),
+        contender("torch, bool mask", lambda *t: TORCH(*t, attn_mask=mask), tensors, which),
+        flex(shape, tensors, which, lambda b, h, i, j: (i - j).abs() <= window),
+    ]
+    pairs = shape.B * shape.H * int(mask.sum())
+    row(bench, f"window {window}", str(shape), which, pairs, shape.D, contenders, (5.0, 4.0)[which == BOTH])
+
+
+@passes
+def test_varlen(bench: Any, which: str) -> None:
+    """Packed rows against padded ones with a mask."""
+    B, H, longest, D = 16, 8, 512, 64
+    lengths = torch.randint(32, longest + 1, (B,), generator=torch.Generator().manual_seed(3))
+    cu = F.pad(lengths.cumsum(0), (1, 0))
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(int(cu[-1]), H, D, generator=generator).requires_grad_() for _ in range(3)]
+    real = torch.arange(longest) < lengths[:, None]
+    mask = real[:, None, None]
+
+    def pad(t: Tensor) -> Tensor:
+        padded = t.new_zeros(B, longest, H, D)
+        padded[real] = t.detach()
+        return padded.transpose(1, 2).contiguous().requires_grad_()
+
+    padded = [pad(t) for t in rows]
+    ours = contender("ours", lambda *t: varlen_attention(*t, cu, max_seqlen_q=longest), rows, which)
+    torchs = contender("torch, padded, bool mask", lambda *t: TORCH(*t, attn_mask=mask), padded, which)
+    ours.result = lambda: {"out": varlen_attention(*rows, cu).detach()}
+    torchs.result = lambda: {"out": TORCH(*padded, attn_mask=mask).detach().transpose(1, 2)[real]}
+    pairs = H * int((lengths.double() ** 2).sum())
+    label = f"lengths uniform in 32..{longest}, B={B} H={H} D={D}"
+    row(bench, "packed", label, which, pairs, D, [ours, torchs], 2.0)
+
+
+@passes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half(bench: Any, dtype: torch.dtype, which: str) -> None:
+    tensors = drawn(MIDDLE, dtype)
+    contenders = [contender("ours", OURS, tensors, which), contender("torch", TORCH, tensors, which)]
+    label, group = f"{str(dtype).removeprefix('torch.')}, {MIDDLE}", "half types"
+    row(bench, group, label, which, MIDDLE.pairs, MIDDLE.D, contenders, None, tolerance=BFLOAT16_TOLERANCE)
+
+
+@pytest.mark.parametrize("keys", [512, 4096])
+def test_decoding(bench: Any, keys: int) -> None:
+    B, H, D = 4, 8, 64
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, n, D, generator=generator) for n in (1, keys, keys))
+    contenders = [contender("ours", OURS, (q, k, v), FORWARD), contender("torch", TORCH, (q, k, v), FORWARD)]
+    row(bench, "one query", f"B={B} H={H} Tk={keys} D={D}", FORWARD, B * H * keys, D, contenders, None)
