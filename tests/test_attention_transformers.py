@@ -121,7 +121,7 @@ def test_chunks_of_a_prompt():
         torch.testing.assert_close(rest[keep], whole[:, 5:][keep], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GptOss"])
 def test_packed_sequences(kind):
     """One row of several sequences, as the collator for flash attention lays them."""
     found = models(kind)
@@ -133,7 +133,7 @@ def test_packed_sequences(kind):
     with torch.no_grad():
         want = torch.cat([found[0](input_ids=p).logits[0] for p in parts])
         rows = torch.cat(parts, 1)
-        for more in (packed, dict()):
+        for more in (packed,) if kind == "GptOss" else (packed, dict()):  # whose eager way does not see sequences
             got = found[1](input_ids=rows, position_ids=positions, use_cache=False, **more).logits[0]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

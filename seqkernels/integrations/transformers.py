@@ -125,14 +125,10 @@ def attention_forward(
         causal = False
         if parts is not None and parts[2] == _version(mask) and mask.shape[2:] == (T, S):
             causal, lengths, _ = parts
-            aligned = "lower_right" if causal else aligned
-            if lengths is not None:
+            if lengths is not None and (not causal or T == S):
                 mask = None
-                # The positions of rows are those of the whole batch, whatever their lengths.
-                if causal:
-                    aligned = "upper_left" if T == S else aligned
-                    if aligned == "lower_right":
-                        mask, lengths = attention_mask, None
+            else:  # the last query is at the position of the last key, whatever their lengths
+                aligned, lengths = "lower_right", None
         elif mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
     if position_bias is not None:
