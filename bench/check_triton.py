@@ -47,6 +47,7 @@ class Job:
     shared: int | None = None  # bytes that the launcher expects it to need
     num_stages: int = 1
     even: tuple[str, ...] = ()  # further sizes that are multiples of 16
+    may_spill: bool = False
 
     def __str__(self) -> str:
         chosen = (f"{k}={v}" for k, v in self.constexprs.items() if v is not None)
@@ -229,9 +230,10 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             chosen.num_warps,
             None,
             types,
-            module.needed(kernel, dtype, BD, BD, chosen),
+            module.needed(kernel, dtype, BD, BD, chosen, roomy),
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
+            dtype.itemsize > 2,  # products that no tensor core makes go through registers
         )
 
 
@@ -279,7 +281,7 @@ def verdict(job: Job, used: Usage) -> str:
     """What is wrong, or nothing."""
     if used.error:
         return used.error
-    if used.stack:
+    if used.stack and not job.may_spill:
         return f"spills: {used.stack} bytes of stack"
     if used.shared > SHARED[job.arch]:
         return f"needs {used.shared} bytes of shared memory, there are {SHARED[job.arch]}"

@@ -486,5 +486,5 @@ def test_configurations_fit():
                 continue  # too little for any
             chosen = attention.config(kernel, dtype, D, Dv, roomy, shared << 10)
             sizes = (dtype, attention.padded(D), attention.padded(Dv))
-            assert attention.needed(kernel, *sizes, chosen) <= shared << 10
+            assert attention.needed(kernel, *sizes, chosen, roomy) <= shared << 10
             assert min(chosen.BM, chosen.BN) >= 16

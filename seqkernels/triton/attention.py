@@ -258,6 +258,7 @@ def _attend(
     i_bh,
     threshold,
     EDGE: tl.constexpr,
+    LEAN: tl.constexpr,  # on registers
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     CAP: tl.constexpr,
@@ -273,7 +274,7 @@ def _attend(
     ACC: tl.constexpr = b_acc.dtype
     PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
     EXACT: tl.constexpr = b_q.dtype.primitive_bitwidth >= 32
-    for first in tl.range(begin, end, BN, disable_licm=EDGE):
+    for first in tl.range(begin, end, BN, disable_licm=EDGE or LEAN):
         b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
         if PLAIN:
@@ -367,6 +368,7 @@ def attention_forward_kernel(
     ACC: tl.constexpr = tl.float64 if p_q.dtype.element_ty == tl.float64 else tl.float32
     ALIBI: tl.constexpr = p_slopes is not None
     DROPOUT: tl.constexpr = p_seed is not None
+    PACKED: tl.constexpr = p_cu_q is not None
     EXACT: tl.constexpr = p_q.dtype.element_ty.primitive_bitwidth >= 32
     i_block = tl.program_id(0) % blocks
     i_bh = tl.program_id(0) // blocks
@@ -374,18 +376,18 @@ def attention_forward_kernel(
     i_h = i_bh % H
     if RIGHT:
         i_block = blocks - 1 - i_block
-    if p_cu_q is not None:
+    if PACKED:
         if i_b == B:
             _clear_after(p_out, p_cu_q, B, T_q, i_h, i_block, blocks, 0.0, DV, BDV, BM)
             _clear_after(p_lse, p_cu_q, B, T_q, i_h, i_block, blocks, float("-inf"), 1, 1, BM)
             return
     t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
     t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
-    rows = L_q if p_cu_q is not None else T_q  # that there are to be written
+    rows = L_q if PACKED else T_q  # that there are to be written
     first = i_block * BM
     if first >= rows:
         return
-    i_bq = i_b.to(tl.int64) if p_cu_q is None else i_b.to(tl.int64) * 0
+    i_bq = i_b.to(tl.int64) * 0 if PACKED else i_b.to(tl.int64)
     i_hk = (i_h // G).to(tl.int64)
     p_q += i_bq * s_qb + i_h.to(tl.int64) * s_qh + t_q * s_qt
     p_k += i_bq * s_kb + i_hk * s_kh + t_k * s_kt
@@ -427,7 +429,7 @@ def attention_forward_kernel(
                 right,
             ),
             *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
-            *(True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
+            *(True, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
         )
     b_acc, b_max, b_sum = _attend(
         *(
@@ -451,12 +453,12 @@ def attention_forward_kernel(
             right,
         ),
         *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
-        *(False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
+        *(False, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
     )
     b_acc, b_max, b_sum = _attend(
         *(b_acc, b_max, b_sum, b_q, until, end, first, i_q, L_k, p_k, p_v, s_kt, s_kd, s_vt, s_vd, offset, left, right),
         *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
-        *(True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
+        *(True, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
     )
 
     if LEFT or RIGHT or p_mask is not None:
@@ -1331,12 +1333,13 @@ ROOMY = {
 LARGEST = {2: 512, 4: 512, 8: 256}  # head size, by bytes of an element
 
 
-def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config) -> int:
-    """Bytes of shared memory: what a program holds, and the stages of what it reads past it."""
+def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config, roomy: bool = False) -> int:
+    """Bytes of shared memory: what a program holds, the stages of what it reads past it, and tiles of scores on their
+    way from one layout to another."""
     kept, read = (c.BN, c.BM) if kernel == KEYS else (c.BM, c.BN)
     held = kept * (BD if kernel == FORWARD else BD + BDV)
-    spare = (8 if kernel == TILES else 16) << 10  # tiles on their way from one layout to another
-    return (held + c.num_stages * read * (BD + BDV)) * dtype.itemsize + spare
+    tiles = c.BM * c.BN * (3 * (kernel == KEYS) + roomy)
+    return (held + c.num_stages * read * (BD + BDV) + tiles) * dtype.itemsize
 
 
 @functools.cache
@@ -1346,7 +1349,7 @@ def config(kernel: str, dtype: torch.dtype, D: int, Dv: int, roomy: bool = False
     size = 0 if max(D, Dv) <= 64 else 1 if max(D, Dv) <= 128 else 2 if max(D, Dv) <= 256 else 3
     table = ROOMY if roomy and size < 2 and (kernel, dtype.itemsize) in ROOMY else CONFIGS
     chosen = table[kernel, dtype.itemsize][size]
-    while needed(kernel, dtype, BD, BDV, chosen) > shared:
+    while needed(kernel, dtype, BD, BDV, chosen, roomy) > shared:
         BM, BN, warps, stages = chosen
         if stages > 1:
             chosen = Config(BM, BN, warps, stages - 1)
