@@ -9,13 +9,18 @@ Work is what is useful: 4 D operations for each pair of a query and a key that i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import harness
 import pytest
+import report
 import torch
 import torch.nn.functional as F
 from harness import Contender, Results, compiled
+from report import Roof
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 
@@ -245,3 +250,156 @@ def test_decoding(bench: Any, keys: int) -> None:
     q, k, v = (torch.randn(B, H, n, D, generator=generator) for n in (1, keys, keys))
     contenders = [contender("ours", OURS, (q, k, v), FORWARD), contender("torch", TORCH, (q, k, v), FORWARD)]
     row(bench, "one query", f"B={B} H={H} Tk={keys} D={D}", FORWARD, B * H * keys, D, contenders, None)
+
+
+# ---- on a GPU
+
+GPU_PEERS = {
+    "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "torch flash": SDPBackend.FLASH_ATTENTION,
+    "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+GPU_CALLS = 10  # in a row, before the wait for the device: what a call costs the host is hidden
+GPU_UNIT = "flop of the GPU"
+
+
+def best_gpu_matmul(size: int = 8192, rounds: int = 10) -> Roof:
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        best = max(best, 2.0 * size**3 / (start.elapsed_time(end) / 1e3))
+    return Roof(best, f"bfloat16 {size}x{size}x{size} on {torch.cuda.get_device_name()}, best of the run")
+
+
+if torch.cuda.is_available():
+    harness.ROOFS[GPU_UNIT] = best_gpu_matmul
+report.WORK_RATES[GPU_UNIT] = "GFLOP/s"
+
+
+# 16k rows and 2048 columns in all, as in the charts of FlashAttention 3.
+GPU_SHAPES = [Shape(B, 2048 // D, L, D) for D in (64, 128) for B, L in ((32, 512), (8, 2048), (2, 8192))]
+
+
+@dataclass
+class Kind:
+    name: str
+    causal: bool = False
+    half: bool = False  # lengths up to L, half of it on average
+    bias: bool = False  # [1, H, L, L], with gradient
+    bar: float | None = None
+
+
+GPU_KINDS = [
+    Kind("dense", bar=0.7),
+    Kind("causal", causal=True, bar=0.7),
+    Kind("lengths at half fill", half=True, bar=1.3),
+    Kind("bias with gradient", bias=True, bar=2.0),
+]
+
+
+def lengths_at_half_fill(shape: Shape) -> Tensor:
+    return torch.linspace(shape.L / shape.B, shape.L * (1 - 1 / shape.B), shape.B).round().long().clamp(min=1)
+
+
+def gpu_flop(shape: Shape, kind: Kind, training: bool) -> float:
+    seen = float(shape.B * shape.L**2)
+    if kind.half:
+        seen = float((lengths_at_half_fill(shape) ** 2).sum())
+    return 4.0 * shape.H * shape.D * seen * (0.5 if kind.causal else 1.0) * (3.5 if training else 1.0)
+
+
+def gpu_contender(
+    name: str, call: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor, training: bool, real: Tensor | None
+) -> Contender:
+    """`real`: rows that count, [B, 1, L, 1]; what padding holds is nobody's business."""
+
+    def once() -> tuple[Tensor, ...]:
+        if not training:
+            with torch.no_grad():
+                return (call(*leaves),)
+        out = call(*leaves)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    def step() -> None:
+        for _ in range(GPU_CALLS):
+            once()
+        torch.cuda.synchronize()
+
+    def result() -> Results:
+        found = once()
+        if real is not None:
+            found = tuple(t.masked_fill(~real, 0) for t in found)
+        return dict(zip(("out", "dq", "dk", "dv", "dbias"), (t.float() for t in found)))
+
+    try:
+        result()
+    except (RuntimeError, NotImplementedError) as error:
+        return Contender(name, refused=str(error).strip().splitlines()[0])
+    return Contender(name, step, result, calls=GPU_CALLS)
+
+
+def torch_with(backend: SDPBackend, **options: Any) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        given = dict(options) if bias is None else dict(options, attn_mask=bias)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, **given)
+
+    return call
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore")  # torch says why a backend does not run as warnings
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("kind", GPU_KINDS, ids=lambda kind: kind.name.replace(" ", "-"))
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_on_a_gpu(bench: Any, shape: Shape, kind: Kind, training: bool) -> None:
+    if kind.bias and shape.L > 2048:
+        pytest.skip("a bias of gigabytes")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    leaves = [drawn(shape.B, shape.H, shape.L, shape.D) for _ in range(3)]
+    dout = drawn(shape.B, shape.H, shape.L, shape.D)
+    if kind.bias:
+        leaves.append(drawn(1, shape.H, shape.L, shape.L))
+    for leaf in leaves:
+        leaf.requires_grad_(training)
+    ours, theirs = dict(is_causal=kind.causal), dict(is_causal=kind.causal)
+    real = None
+    if kind.half:
+        lengths = lengths_at_half_fill(shape).cuda()
+        here = torch.arange(shape.L, device="cuda") < lengths[:, None]
+        ours["lengths"], theirs["attn_mask"] = (lengths, lengths), here[:, None, None, :]
+        real = here[:, None, :, None]
+        dout = dout.masked_fill(~real, 0)
+
+    def own(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, backend="triton", **ours)
+
+    contenders = [gpu_contender("ours", own, leaves, dout, training, real)]
+    for name, backend in GPU_PEERS.items():
+        contenders.append(gpu_contender(name, torch_with(backend, **theirs), leaves, dout, training, real))
+    assert not contenders[0].refused, contenders[0].refused
+    able = [c.name for c in contenders[1:] if not c.refused]
+    if not able:
+        contenders.append(
+            gpu_contender("torch math", torch_with(SDPBackend.MATH, **theirs), leaves, dout, training, real)
+        )
+        able = ["torch math"]
+    bench.time(
+        f"attention on a GPU, bfloat16, {'forward and backward' if training else 'forward'}: {kind.name}",
+        str(shape),
+        contenders,
+        bars={} if kind.bar is None or shape.D != 128 else dict.fromkeys(able, kind.bar),
+        work=gpu_flop(shape, kind, training),
+        work_unit=GPU_UNIT,
+        tolerance=4e-2,
+    )
