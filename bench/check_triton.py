@@ -45,6 +45,9 @@ class Job:
     maxnreg: int | None = None
     types: dict[str, str] = field(default_factory=dict)  # of parameters that are not pointers to dtype
     shared: int | None = None  # bytes that the launcher expects it to need
+    num_stages: int = 1
+    even: tuple[str, ...] = ()  # further sizes that are multiples of 16
+    may_spill: bool = False
 
     def __str__(self) -> str:
         chosen = (f"{k}={v}" for k, v in self.constexprs.items() if v is not None)
@@ -162,6 +165,78 @@ def cell_jobs(arch: int) -> Iterator[Job]:
         yield Job("recurrent", name, dtype, constexprs, arch, 1, module.MOST_REGISTERS, types)
 
 
+# What a call of attention may have besides q, k and v: pointers that are given, and constexprs.
+ATTENTION = {
+    "dense": ((), {}),
+    "causal": ((), dict(RIGHT=True)),
+    "lengths": (("p_q_lengths", "p_k_lengths"), {}),
+    "packed": (("p_cu_q", "p_cu_k"), dict(RIGHT=True, GROUPED=True)),
+    "mask": (("p_mask",), {}),
+    "mask gradient": (("p_mask", "p_ds"), {}),
+    "dropout": (("p_seed",), {}),
+    "window": ((), dict(RIGHT=True, LEFT=True)),
+    "softcap, alibi": (("p_slopes",), dict(RIGHT=True, CAP=True)),
+    "weights": (("p_dw",), dict(RIGHT=True)),
+}
+ATTENTION_TYPES = dict(p_q_lengths="*i64", p_k_lengths="*i64", p_cu_q="*i32", p_cu_k="*i32", p_seed="*i64")
+ATTENTION_TYPES |= dict(p_slopes="*fp32", scale="i64", cap="i64", rescale="i64")
+KERNELS = dict(
+    forward="attention_forward_kernel",
+    rows="attention_backward_rows_kernel",
+    keys="attention_backward_keys_kernel",
+    tiles="attention_mask_gradient_kernel",
+)
+
+
+def attention_jobs(arch: int) -> Iterator[Job]:
+    from seqkernels.triton import attention as module
+
+    plain = ("dense", "causal")
+    every = [
+        *((torch.bfloat16, D, name) for D in (64, 128) for name in ATTENTION),
+        *((torch.float16, D, name) for D in (64, 128) for name in plain),
+        *((torch.bfloat16, 256, name) for name in plain),
+        *((torch.float32, D, "causal") for D in (64, 128)),
+        *((torch.float64, D, "causal") for D in (64, 128)),
+    ]
+    for kernel, (dtype, D, name) in itertools.product(KERNELS, every):
+        given, flags = ATTENTION[name]
+        if (kernel == "tiles") != (name == "mask gradient") and not (kernel == "rows" and name == "mask gradient"):
+            continue
+        if name == "weights" and kernel == "forward":
+            continue
+        roomy = name not in ("dense", "causal", "lengths", "packed", "weights")
+        chosen = module.config(kernel, dtype, D, D, roomy, SHARED[arch])
+        BD = module.padded(D)
+        constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
+        constexprs |= dict(PRECISION="ieee", D=D, DV=D, BD=BD, BDV=BD, BM=chosen.BM, BN=chosen.BN)
+        constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_qd", "s_kd", "s_vd", "s_od"), 1))
+        names = getattr(module, KERNELS[kernel]).arg_names
+        optional = ("p_mask", "p_slopes", "p_q_lengths", "p_k_lengths", "p_cu_q", "p_cu_k", "p_seed", "p_dlse")
+        absent = {*optional, "p_dw", "p_ds"} - {*given}
+        if name == "weights":
+            absent |= {"p_v", "p_dout", "p_out", "p_delta", "p_dv"}
+            absent -= {"p_dlse"}
+        constexprs |= dict.fromkeys(absent)
+        constexprs = {key: value for key, value in constexprs.items() if key in names}
+        compute = "*fp64" if dtype == torch.float64 else "*fp32"
+        types = ATTENTION_TYPES | dict.fromkeys(("p_lse", "p_dlse", "p_delta", "p_dmask"), compute)
+        yield Job(
+            "attention",
+            KERNELS[kernel],
+            dtype,
+            constexprs,
+            arch,
+            chosen.num_warps,
+            None,
+            types,
+            module.needed(kernel, dtype, BD, BD, chosen, roomy),
+            chosen.num_stages,
+            tuple(n for n in names if n.startswith("s_")),
+            dtype.itemsize > 2,  # products that no tensor core makes go through registers
+        )
+
+
 # ---- compiling
 
 
@@ -181,7 +256,7 @@ def compile_one(job: Job) -> Usage:
         if name in constexprs:
             signature[name] = "constexpr"
     # As for tensors that torch has allocated and sizes that are multiples of 16.
-    even = [n.startswith("p_") or n in ("H", "D", "s_y", "s_row", "first") for n in kernel.arg_names]
+    even = [n.startswith("p_") or n in ("H", "D", "s_y", "s_row", "first", *job.even) for n in kernel.arg_names]
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if even[i] and n not in constexprs
     }
@@ -189,7 +264,7 @@ def compile_one(job: Job) -> Usage:
         built = triton.compile(
             ASTSource(kernel, signature, constexprs, attributes),
             target=GPUTarget("cuda", job.arch, 32),
-            options=dict(num_warps=job.num_warps, num_stages=1, maxnreg=job.maxnreg),
+            options=dict(num_warps=job.num_warps, num_stages=job.num_stages, maxnreg=job.maxnreg),
         )
     except Exception as error:
         return Usage(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
@@ -206,7 +281,7 @@ def verdict(job: Job, used: Usage) -> str:
     """What is wrong, or nothing."""
     if used.error:
         return used.error
-    if used.stack:
+    if used.stack and not job.may_spill:
         return f"spills: {used.stack} bytes of stack"
     if used.shared > SHARED[job.arch]:
         return f"needs {used.shared} bytes of shared memory, there are {SHARED[job.arch]}"
@@ -224,7 +299,12 @@ def main() -> int:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    every = (job for arch in options.archs for part in (bag_jobs, recurrence_jobs, cell_jobs) for job in part(arch))
+    every = (
+        job
+        for arch in options.archs
+        for part in (bag_jobs, recurrence_jobs, cell_jobs, attention_jobs)
+        for job in part(arch)
+    )
     jobs = [job for job in every if re.search(options.only, str(job))]
 
     rows, wrong = [], 0

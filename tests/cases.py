@@ -613,3 +613,216 @@ def assert_bag_near(got: dict[str, Tensor], want: dict[str, Tensor], inputs: Bag
                     f"{where}: {name} is {g.flatten()[worst]:.6g} at {worst}, where {w.flatten()[worst]:.6g} is right, "
                     f"{largest:.3g} the largest; {int((~right).sum())} of {w.numel()} are wrong"
                 )
+
+
+# ---- attention
+# Dimensions: B sequences, Hq heads of queries, Hk of keys, Tq queries, Tk keys, D and Dv columns.
+
+# Our RMS error against float64 over that of torch's function in the same dtype, results of several inputs together.
+ATTENTION_ERROR_RATIO = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+ATTENTION_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """One call: dense, or `packed`, of sequences of `q_lengths` and `k_lengths`. mask: bool or float; mask_of: which of
+    the dimensions b, h, i, j it has in full."""
+
+    why: str
+    B: int = 2
+    Hq: int = 2
+    Hk: int = 2
+    Tq: int = 7
+    Tk: int = 9
+    D: int = 8
+    Dv: int = 8
+    mask: str = ""
+    mask_of: str = "bhij"
+    q_lengths: tuple[int, ...] | None = None
+    k_lengths: tuple[int, ...] | None = None
+    packed: bool = False
+    causal: int = 0
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    slopes: str = ""  # of which dimensions: h or bh
+    dropout_p: float = 0.0
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        heads = f"H{self.Hq}" if self.Hq == self.Hk else f"H{self.Hq}over{self.Hk}"
+        flags = [f"{self.mask}{self.mask_of}"] * bool(self.mask) + ["lengths"] * (self.k_lengths is not None)
+        flags += ["packed"] * self.packed + ["causal", "lowerright"][self.causal - 1 : self.causal] * bool(self.causal)
+        flags += [f"window{self.window[0]}_{self.window[1]}"] * (self.window != (-1, -1))
+        flags += ["softcap"] * bool(self.softcap) + [f"alibi{self.slopes}"] * bool(self.slopes)
+        flags += ["dropout"] * bool(self.dropout_p)
+        return "-".join([f"B{self.B}", heads, f"Tq{self.Tq}", f"Tk{self.Tk}", f"D{self.D}", f"Dv{self.Dv}", *flags])
+
+
+ATTENTION_CASES = [
+    AttentionCase(why="smaller than any block"),
+    AttentionCase(Hq=4, Hk=2, Tq=70, Tk=100, D=17, Dv=33, why="a tail in every direction; grouped heads"),
+    AttentionCase(Hq=6, Hk=2, Tq=5, Tk=70, D=20, Dv=5, causal=2, why="heads side by side in a block, Tq < Tk"),
+    AttentionCase(B=1, Tq=130, Tk=130, D=64, Dv=64, causal=1, why="blocks above, on and below the diagonal"),
+    AttentionCase(Hk=1, Tq=100, Tk=130, D=16, Dv=16, causal=2, window=(20, -1), why="a band, aligned with the end"),
+    AttentionCase(Tq=100, Tk=30, causal=2, why="rows that see nothing stand first"),
+    AttentionCase(Tq=30, Tk=100, causal=1, why="keys that nobody sees"),
+    AttentionCase(B=1, Tq=60, Tk=700, window=(20, 600), why="a window over more than one chunk"),
+    AttentionCase(B=1, Tq=1, Tk=1200, D=16, Dv=16, Hq=4, Hk=2, why="decoding: three chunks of keys"),
+    AttentionCase(Tq=60, Tk=70, D=1, Dv=1, softcap=2.0, why="softcap; one column"),
+    AttentionCase(Tq=60, Tk=70, slopes="h", causal=1, why="ALiBi of heads, causal"),
+    AttentionCase(Tq=20, Tk=70, slopes="bh", causal=2, softcap=3.0, why="ALiBi of sequences, after softcap"),
+    AttentionCase(Tq=60, Tk=70, dropout_p=0.3, why="dropout"),
+    AttentionCase(B=1, Hq=4, Hk=2, Tq=3, Tk=600, dropout_p=0.5, causal=2, why="dropout over chunks and grouped heads"),
+    AttentionCase(Tq=60, Tk=70, mask="bool", mask_of="bij", why="a bool mask that heads share"),
+    AttentionCase(Tq=60, Tk=140, mask="bool", mask_of="bj", causal=1, why="key padding, causal"),
+    AttentionCase(Tq=60, Tk=70, mask="float", why="a float mask of every score, -inf among them"),
+    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="hij", softcap=3.0, why="a bias of every sequence"),
+    AttentionCase(Tq=60, Tk=70, Hq=4, mask="float", mask_of="ij", dropout_p=0.2, why="a bias of everything"),
+    AttentionCase(Tq=60, Tk=130, mask="float", mask_of="j", why="a bias of keys"),
+    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="hi", why="a bias of queries, which changes lse alone"),
+    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="", why="one number for all"),
+    AttentionCase(B=3, Tq=60, Tk=70, q_lengths=(60, 10, 0), k_lengths=(0, 65, 70), why="lengths, none among them"),
+    AttentionCase(B=3, Tq=60, Tk=70, k_lengths=(64, 1, 70), causal=2, mask="float", mask_of="bi", why="lengths too"),
+    AttentionCase(B=1, Tq=3, Tk=0, why="no keys"),
+    AttentionCase(B=1, Tq=0, Tk=5, why="no queries"),
+    AttentionCase(B=0, why="no sequences"),
+    AttentionCase(D=0, scale=1.0, why="no columns: every key alike"),
+    AttentionCase(Tq=60, Tk=70, D=200, Dv=3, scale=-0.1, why="two chains of terms; a negative scale"),
+    AttentionCase(B=4, q_lengths=(60, 0, 1, 49), k_lengths=(70, 3, 0, 64), packed=True, why="packed, lengths apart"),
+    AttentionCase(
+        B=3, Hq=4, q_lengths=(50, 3, 17), k_lengths=(50, 3, 17), packed=True, causal=1, dropout_p=0.1, slopes="bh",
+        why="packed, causal, dropped, ALiBi",
+    ),
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class AttentionInputs:
+    case: AttentionCase
+    tensors: dict[str, Tensor]  # q, k, v and, where it is a float one, mask: what has a gradient
+    more: tuple[Tensor | None, ...]  # slopes, lengths and bounds, as ops take them behind the mask
+    bool_mask: Tensor | None
+    how: tuple  # as ops take it, without the seed
+    dropout_seed: Tensor
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.tensors.get("mask", self.bool_mask)
+
+    def arguments(self) -> tuple:
+        """What ops take behind q, k and v."""
+        return self.mask, *self.more, *self.how, self.dropout_seed
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        return dataclasses.replace(self, tensors={n: t.detach().to(dtype) for n, t in self.tensors.items()})
+
+
+def make_attention_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> AttentionInputs:
+    """Rows behind the lengths hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    rows = (sum(case.q_lengths), sum(case.k_lengths)) if case.packed else (case.Tq, case.Tk)  # type: ignore[arg-type]
+    B = 1 if case.packed else case.B
+    q, k = normal(B, case.Hq, rows[0], case.D), normal(B, case.Hk, rows[1], case.D)
+    v = normal(B, case.Hk, rows[1], case.Dv)
+    lengths: list[Tensor | None] = [None, None, None, None]
+    longest = (0, 0)
+    for place, (given, kind) in enumerate(((case.q_lengths, torch.int64), (case.k_lengths, torch.int32))):
+        if given is None:
+            continue
+        if case.packed:
+            lengths[2 + place] = torch.tensor([sum(given[:i]) for i in range(case.B + 1)], dtype=kind)
+            continue
+        lengths[place] = torch.tensor(given, dtype=kind)
+        for b, n in enumerate(given):
+            for t in (q,) if place == 0 else (k, v):
+                t[b, :, n:] = math.nan
+    if case.packed:
+        longest = (max(case.q_lengths), max(case.k_lengths))  # type: ignore[arg-type]
+    slopes = None
+    if case.slopes:
+        shape = (case.Hq,) if case.slopes == "h" else (case.B, case.Hq)
+        slopes = torch.rand(shape, generator=generator)
+    tensors, bool_mask = {"q": q, "k": k, "v": v}, None
+    if case.mask:
+        full = dict(b=case.B, h=case.Hq, i=case.Tq, j=case.Tk)
+        shape = tuple(n if name in case.mask_of else 1 for name, n in full.items())
+        hidden = torch.rand(shape, generator=generator) < 0.3
+        if case.mask == "bool":
+            bool_mask = ~hidden
+        else:
+            tensors["mask"] = normal(*shape)
+            if set("ij") <= set(case.mask_of):
+                tensors["mask"] = tensors["mask"].masked_fill(hidden, -math.inf)
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    how = (*longest, scale, case.causal, *case.window, case.softcap, case.dropout_p)
+    return AttentionInputs(case, tensors, (slopes, *lengths), bool_mask, how, torch.tensor([-(2**61) - 12345 - seed]))
+
+
+def attention_upstream(results: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Random gradients, the same for every dtype but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+
+
+def attention_definition(inputs: AttentionInputs, weights: bool = True) -> dict[str, Tensor]:
+    """Results and gradients by the reference, in float64."""
+    case = inputs.case
+    wide = inputs.to(torch.float64)
+    for t in wide.tensors.values():
+        t.requires_grad_()
+    q, k, v = (wide.tensors[name] for name in "qkv")
+    results = list(reference.attention(q, k, v, *wide.arguments()))
+    if weights and not case.packed:
+        results.append(reference.attention_weights(q, k, *wide.arguments(), results[1]))
+    upstream = [g.to(torch.float64) for g in attention_upstream([*_as_given(results, inputs)])]
+    finite = [torch.where(r.isfinite(), r, 0) for r in results]
+    grads = torch.autograd.grad(finite, list(wide.tensors.values()), upstream)
+    return dict(zip(("out", "lse", "weights"), (r.detach() for r in results))) | {
+        f"d{name}": g for name, g in zip(wide.tensors, grads)
+    }
+
+
+def _as_given(results: Sequence[Tensor], inputs: AttentionInputs) -> list[Tensor]:
+    """Tensors of the dtypes that results have where inputs are as given: upstream gradients are rounded to those."""
+    dtype = inputs.tensors["q"].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return [r.detach().to(wide if place == 1 else dtype) for place, r in enumerate(results)]
+
+
+def run_attention(inputs: AttentionInputs, weights: bool = True) -> dict[str, Tensor]:
+    """Results and gradients by the ops, of every result together."""
+    ops = torch.ops.seqkernels
+    tensors = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
+    here = dataclasses.replace(inputs, tensors=tensors)
+    q, k, v = (tensors[name] for name in "qkv")
+    results = list(ops.attention_forward(q, k, v, *here.arguments()))
+    if weights and not inputs.case.packed:
+        results.append(ops.attention_weights(q, k, *here.arguments(), results[1]))
+    grads = torch.autograd.grad(results, list(tensors.values()), attention_upstream(results))
+    return dict(zip(("out", "lse", "weights"), (r.detach() for r in results))) | {
+        f"d{name}": g for name, g in zip(tensors, grads)
+    }
+
+
+def assert_attention_near(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Within ATTENTION_TOLERANCE of the largest value; infinities and zeros of rows that see nothing are exact."""
+    assert got.keys() == want.keys()
+    for name, w in want.items():
+        g = got[name]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert g.dtype == (wide if name == "lse" else dtype), f"{name} is {g.dtype}"
+        assert g.shape == w.shape, f"{name} has shape {tuple(g.shape)}, not {tuple(w.shape)}"
+        assert not g.isnan().any(), f"{name} has NaN"
+        finite = w.isfinite()
+        assert torch.equal(finite, g.isfinite()), f"{name} is finite elsewhere"
+        assert torch.equal(g[~finite].double(), w[~finite]), name
+        if finite.any():
+            error = (g.double() - w)[finite].abs().max().item()
+            scale = max(w[finite].abs().max().item(), 1e-2)
+            assert error <= ATTENTION_TOLERANCE[dtype] * scale, (
+                f"{name} is off by {error / scale:.3g} of its largest value"
+            )

@@ -1,5 +1,6 @@
 """Operators as functions."""
 
+from seqkernels.functional.attention import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional.embedding_bag import (
     embedding,
     embedding_bag,
@@ -26,4 +27,6 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "scaled_dot_product_attention",
+    "varlen_attention",
 ]

@@ -1,5 +1,6 @@
 """Operators as modules: those that take the place of torch.nn's, and others."""
 
+from seqkernels.nn.attention import KeyValueCache, MultiheadAttention
 from seqkernels.nn.embedding_bag import (
     Embedding,
     EmbeddingBag,
@@ -11,6 +12,7 @@ from seqkernels.nn.embedding_bag_sharded import RowShardedEmbeddingBag
 from seqkernels.nn.fused_optimizer import FusedAdagrad, FusedAdam, FusedRowwiseAdagrad, FusedSGD
 from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, NestedLSTM
 from seqkernels.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from seqkernels.nn.transformer import PositionalEncoding, TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GRU",
@@ -26,9 +28,14 @@ __all__ = [
     "FusedRowwiseAdagrad",
     "FusedSGD",
     "GRUCell",
+    "KeyValueCache",
     "LSTMCell",
+    "MultiheadAttention",
     "NestedLSTM",
+    "PositionalEncoding",
     "QuantizedEmbeddingBag",
     "RNNCell",
     "RowShardedEmbeddingBag",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

@@ -1,5 +1,6 @@
 """The definition of every operator, in plain torch: slow, readable, differentiable to any order."""
 
+from seqkernels.reference.attention import attention, attention_weights
 from seqkernels.reference.embedding_bag import (
     adagrad_step,
     adam_step,
@@ -16,6 +17,8 @@ from seqkernels.reference.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu
 __all__ = [
     "adagrad_step",
     "adam_step",
+    "attention",
+    "attention_weights",
     "embedding",
     "embedding_bag",
     "embedding_bag_winners",

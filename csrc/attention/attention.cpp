@@ -1,0 +1,369 @@
+// Attention: checks, allocation, launch. On a GPU the same ops are in Triton.
+#include "attention/attention.h"
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/isa.h"
+#include "common/registration.h"
+
+namespace seqkernels {
+
+namespace {
+
+using Maybe = const std::optional<Tensor>&;
+
+AttentionKernels kernels() {
+  switch (current_isa()) {
+#ifdef SEQKERNELS_HAVE_AVX512
+    case Isa::kAvx512:
+      return avx512::attention_kernels();
+#endif
+#ifdef SEQKERNELS_HAVE_AVX2
+    case Isa::kAvx2:
+      return avx2::attention_kernels();
+#endif
+    default:
+      return portable::attention_kernels();
+  }
+}
+
+int32_t code_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed. Half the time of new_empty, which looks its op
+// up by name.
+Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
+  Shape strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  if (transposed) {
+    strides[2] = sizes[1] * strides[2];
+    strides[1] = sizes[3] > 0 ? sizes[3] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         code_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+// As x [B, H, T, *] lies in memory, with D columns.
+Tensor like(const Tensor& x, int64_t D) {
+  return make(x.scalar_type(), {x.size(0), x.size(1), x.size(2), D}, x.stride(1) < x.stride(2));
+}
+void zero(const Tensor& t) { torch::stable::zero_(const_cast<Tensor&>(t)); }
+
+// What every op takes besides q, k and v.
+struct Given {
+  Maybe mask, slopes, q_lengths, k_lengths, cu_q, cu_k;
+  int64_t max_q, max_k;
+  double scale;
+  int64_t causal, window_left, window_right;
+  double softcap, dropout_p;
+  Maybe seed;
+};
+
+// An op's inputs, checked.
+struct Call {
+  const char* const op;
+  AttentionArgs args{};
+  std::vector<AttentionSequence> sequences;
+  std::vector<Tensor> held;  // what had to be copied
+
+  Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const Given& given) : op(op) {
+    AttentionArgs& a = args;
+    a.dtype = dtype_of(op, "q", q);
+    a.q = tensor("q", q, q);
+    a.k = tensor("k", k, q);
+    if (v != nullptr) a.v = tensor("v", *v, q);
+    const int64_t batch = q.size(0);
+    a.B = batch;
+    a.Hq = q.size(1);
+    a.Tq = q.size(2);
+    a.D = q.size(3);
+    a.Hk = k.size(1);
+    a.Tk = k.size(2);
+    a.Dv = v != nullptr ? v->size(3) : 0;
+    if (k.size(0) != batch || k.size(3) != a.D || a.Hk < 1 || a.Hq % a.Hk != 0) {
+      fail(op, ": k must have shape [B, Hk, Tk, D] = [", batch, ", a divisor of ", a.Hq, ", Tk, ", a.D, "], got ",
+           show(shape_of(k)));
+    }
+    if (v != nullptr && (v->size(0) != batch || v->size(1) != a.Hk || v->size(2) != a.Tk)) {
+      fail(op, ": v must have shape [B, Hk, Tk, Dv] = [", batch, ", ", a.Hk, ", ", a.Tk, ", Dv], got ",
+           show(shape_of(*v)));
+    }
+    if (given.causal < 0 || given.causal > 2) {
+      fail(op, ": causal must be 0 (none), 1 (upper left) or 2 (lower right), got ", given.causal);
+    }
+    if (!(given.softcap >= 0) || std::isinf(given.softcap)) {
+      fail(op, ": softcap must be finite and not negative, got ", given.softcap);
+    }
+    if (!(given.dropout_p >= 0 && given.dropout_p <= 1)) {
+      fail(op, ": dropout_p must be between 0 and 1, got ", given.dropout_p);
+    }
+    a.scale = given.scale;
+    a.softcap = given.softcap;
+    a.causal = Causal(given.causal);
+    constexpr int64_t kFar = int64_t{1} << 40;  // beyond any length
+    a.window_left = std::min(given.window_left, kFar);
+    a.window_right = std::min(given.window_right, kFar);
+    a.dropout_p = given.dropout_p;
+    if (a.dropout_p > 0) {
+      if (!given.seed) fail(op, ": seed must be given with dropout, got None");
+      const Tensor& seed = *given.seed;
+      check_device(op, "seed", seed, q);
+      check_dtype(op, "seed", seed, ScalarType::Long);
+      if (seed.numel() != 1) fail(op, ": seed must have one element, got ", show(shape_of(seed)));
+      a.seed = uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
+    }
+    set_sequences(q, given);
+    set_mask(q, given.mask);
+    if (given.slopes) {
+      Tensor slopes = *given.slopes;
+      check_device(op, "alibi_slopes", slopes, q);
+      check_dtype(op, "alibi_slopes", slopes, ScalarType::Float);
+      const Shape shape = shape_of(slopes);
+      if (shape != Shape{a.Hq} && shape != Shape{a.B, a.Hq}) {
+        fail(op, ": alibi_slopes must have shape [Hq] or [B, Hq] = [", a.B, ", ", a.Hq, "], got ", show(shape));
+      }
+      if (!slopes.is_contiguous()) slopes = torch::stable::contiguous(slopes);
+      held.push_back(slopes);
+      a.slopes = static_cast<const float*>(slopes.const_data_ptr());
+      a.slopes_b = shape.size() == 2 ? a.Hq : 0;
+    }
+  }
+
+  AttentionTensor tensor(const char* name, const Tensor& t, const Tensor& q) const {
+    check_device(op, name, t, q);
+    check_dtype(op, name, t, q.scalar_type());
+    if (t.dim() != 4) fail(op, ": ", name, " must have 4 dimensions, got ", show(shape_of(t)));
+    return view(t);
+  }
+  static AttentionTensor view(const Tensor& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  }
+  // A tensor of the shape that an output has.
+  AttentionTensor like_output(const char* name, const Tensor& t, const Tensor& q, const Shape& shape) const {
+    check_device(op, name, t, q);
+    check_dtype(op, name, t, q.scalar_type());
+    check_shape(op, name, t, shape);
+    return view(t);
+  }
+
+  std::vector<int64_t> integers(const char* name, const Tensor& t, const Tensor& q) const {
+    check_device(op, name, t, q);
+    const ScalarType type = t.scalar_type();
+    if (type != ScalarType::Int && type != ScalarType::Long) {
+      fail(op, ": ", name, " must be int32 or int64, got ", dtype_name(type));
+    }
+    if (t.dim() != 1) fail(op, ": ", name, " must have 1 dimension, got ", show(shape_of(t)));
+    std::vector<int64_t> values(size_t(t.size(0)));
+    const int64_t stride = t.stride(0);
+    for (int64_t i = 0; i < t.size(0); ++i) {
+      values[size_t(i)] = type == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[i * stride]
+                                                   : static_cast<const int32_t*>(t.const_data_ptr())[i * stride];
+    }
+    return values;
+  }
+  std::vector<int64_t> bounds(const char* name, Maybe given, const Tensor& q, int64_t N, int64_t longest,
+                              const char* longest_name) const {
+    const std::vector<int64_t> cu = integers(name, *given, q);
+    if (cu.empty() || cu[0] != 0 || cu.back() != N) {
+      fail(op, ": ", name, " must begin with 0 and end with ", N, ", the number of rows, got ",
+           cu.empty() ? std::string("none") : "[" + std::to_string(cu[0]) + ", .., " + std::to_string(cu.back()) + "]");
+    }
+    for (size_t i = 1; i < cu.size(); ++i) {
+      if (cu[i] < cu[i - 1]) fail(op, ": ", name, " must not decrease, got ", cu[i - 1], " before ", cu[i]);
+      if (cu[i] - cu[i - 1] > longest) {
+        fail(op, ": ", longest_name, " must be at least the longest sequence's length, ", cu[i] - cu[i - 1], ", got ",
+             longest);
+      }
+    }
+    return cu;
+  }
+  std::vector<int64_t> lengths(const char* name, Maybe given, const Tensor& q, int64_t T) const {
+    if (!given) return std::vector<int64_t>(size_t(args.B), T);
+    std::vector<int64_t> all = integers(name, *given, q);
+    if (int64_t(all.size()) != args.B) {
+      fail(op, ": ", name, " must have shape [B] = [", args.B, "], got ", show(shape_of(*given)));
+    }
+    for (const int64_t n : all) {
+      if (n < 0 || n > T) fail(op, ": ", name, " must be between 0 and ", T, ", got ", n);
+    }
+    return all;
+  }
+
+  void set_sequences(const Tensor& q, const Given& given) {
+    AttentionArgs& a = args;
+    if (given.cu_q || given.cu_k) {
+      if (!given.cu_q || !given.cu_k) fail(op, ": cu_q and cu_k must be given together");
+      if (given.q_lengths || given.k_lengths || given.mask) {
+        fail(op, ": q_lengths, k_lengths and attn_mask must be absent where rows are packed");
+      }
+      if (a.B != 1) fail(op, ": q must have shape [1, Hq, N, D] where rows are packed, got ", show(shape_of(q)));
+      const std::vector<int64_t> cu_q = bounds("cu_q", given.cu_q, q, a.Tq, given.max_q, "max_q"),
+                                 cu_k = bounds("cu_k", given.cu_k, q, a.Tk, given.max_k, "max_k");
+      if (cu_q.size() != cu_k.size()) {
+        fail(op, ": cu_k must have as many elements as cu_q, ", cu_q.size(), ", got ", cu_k.size());
+      }
+      a.packed = true;
+      a.B = int64_t(cu_q.size()) - 1;
+      for (AttentionTensor* t : {&a.q, &a.k, &a.v}) t->b = 0;
+      for (size_t i = 0; i + 1 < cu_q.size(); ++i) {
+        sequences.push_back({cu_q[i], cu_k[i], cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]});
+      }
+    } else {
+      const std::vector<int64_t> of_q = lengths("q_lengths", given.q_lengths, q, a.Tq),
+                                 of_k = lengths("k_lengths", given.k_lengths, q, a.Tk);
+      for (size_t i = 0; i < of_q.size(); ++i) sequences.push_back({0, 0, of_q[i], of_k[i]});
+    }
+    a.sequences = sequences.data();
+    a.lse_h = a.Tq;
+    a.lse_b = a.packed ? 0 : a.Hq * a.Tq;
+  }
+
+  void set_mask(const Tensor& q, Maybe given) {
+    if (!given) return;
+    const Tensor& mask = *given;
+    check_device(op, "attn_mask", mask, q);
+    const bool is_bool = mask.scalar_type() == ScalarType::Bool;
+    if (!is_bool) check_dtype(op, "attn_mask", mask, q.scalar_type());
+    const int64_t full[] = {args.B, args.Hq, args.Tq, args.Tk};
+    bool fits = mask.dim() == 4;
+    for (int64_t i = 0; fits && i < 4; ++i) fits = mask.size(i) == full[i] || mask.size(i) == 1;
+    if (!fits) {
+      fail(op, ": attn_mask must have shape [", args.B, " or 1, ", args.Hq, " or 1, ", args.Tq, " or 1, ", args.Tk,
+           " or 1], got ", show(shape_of(mask)));
+    }
+    args.mask_kind = is_bool ? MaskKind::kBool : MaskKind::kFloat;
+    args.mask = view(mask);
+    int64_t* const strides[] = {&args.mask.b, &args.mask.h, &args.mask.t, &args.mask.d};
+    for (int64_t i = 0; i < 4; ++i) {
+      if (mask.size(i) == 1 && full[i] != 1) *strides[i] = 0;
+    }
+  }
+
+  ScalarType wide() const { return args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+  Shape lse_shape(const Tensor& q) const { return {q.size(0), q.size(1), q.size(2)}; }
+  // lse or its gradient, as kernels read it.
+  const void* lse_like(const char* name, const Tensor& t, const Tensor& q) {
+    held.push_back(checked(op, name, t, wide(), lse_shape(q), q));
+    return held.back().const_data_ptr();
+  }
+  // The sequence's stride of an output, which packed rows do not have.
+  AttentionTensor output(const Tensor& t) const {
+    AttentionTensor v = view(t);
+    if (args.packed) v.b = 0;
+    return v;
+  }
+};
+
+#define SEQKERNELS_ATTENTION                                                                                        \
+  Maybe mask, Maybe slopes, Maybe q_lengths, Maybe k_lengths, Maybe cu_q, Maybe cu_k, int64_t max_q, int64_t max_k, \
+      double scale, int64_t causal, int64_t window_left, int64_t window_right, double softcap, double dropout_p,    \
+      Maybe seed
+#define SEQKERNELS_ATTENTION_GIVEN                                                                                   \
+  Given {                                                                                                            \
+    mask, slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k, scale, causal, window_left, window_right, softcap, \
+        dropout_p, seed                                                                                              \
+  }
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION) {
+  Call call("attention_forward", q, k, &v, SEQKERNELS_ATTENTION_GIVEN);
+  Tensor out = like(q, call.args.Dv), lse = make(call.wide(), call.lse_shape(q));
+  call.args.out = call.output(out);
+  call.args.lse = lse.mutable_data_ptr();
+  kernels().forward(call.args);
+  return {out, lse};
+}
+
+Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION, const Tensor& lse) {
+  Call call("attention_weights", q, k, nullptr, SEQKERNELS_ATTENTION_GIVEN);
+  if (call.args.packed) fail(call.op, ": cu_q and cu_k must be absent");
+  call.args.lse = const_cast<void*>(call.lse_like("lse", lse, q));
+  Tensor out = make(q.scalar_type(), {q.size(0), q.size(1), q.size(2), k.size(2)});
+  zero(out);
+  kernels().weights(call.args, out.mutable_data_ptr());
+  return out;
+}
+
+// The gradient of a mask, zeros where nobody writes; empty where it is not asked for.
+Tensor mask_gradient(const Call& call, AttentionBackwardArgs& args, const Tensor& q, Maybe mask, bool need) {
+  if (!need) return make(q.scalar_type(), {0});
+  if (!mask || call.args.mask_kind != MaskKind::kFloat) {
+    fail(call.op, ": need_dmask must be False where there is no float attn_mask, got True");
+  }
+  const Shape shape = shape_of(*mask);
+  Tensor dmask = make(q.scalar_type(), shape);
+  zero(dmask);
+  args.dmask = dmask.mutable_data_ptr();
+  for (size_t i = 0; i < 4; ++i) args.mask_shape[i] = shape[i];
+  return dmask;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Maybe dlse, const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, SEQKERNELS_ATTENTION, const Tensor& out,
+                                                    const Tensor& lse, bool need_dmask) {
+  Call call("attention_backward", q, k, &v, SEQKERNELS_ATTENTION_GIVEN);
+  const Shape shape{q.size(0), q.size(1), q.size(2), call.args.Dv};
+  AttentionBackwardArgs args{};
+  const auto packed = [&](AttentionTensor t) {
+    if (call.args.packed) t.b = 0;
+    return t;
+  };
+  call.args.out = packed(call.like_output("out", out, q, shape));
+  call.args.lse = const_cast<void*>(call.lse_like("lse", lse, q));
+  args.dout = packed(call.like_output("dout", dout, q, shape));
+  if (dlse) args.dlse = call.lse_like("dlse", *dlse, q);
+  Tensor dq = like(q, call.args.D), dk = like(k, call.args.D), dv = like(v, call.args.Dv);
+  args.dq = call.output(dq);
+  args.dk = call.output(dk);
+  args.dv = call.output(dv);
+  Tensor dmask = mask_gradient(call, args, q, mask, need_dmask);
+  args.forward = call.args;
+  kernels().backward(args);
+  return {dq, dk, dv, dmask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> weights_backward(const Tensor& dweights, const Tensor& q, const Tensor& k,
+                                                            SEQKERNELS_ATTENTION, const Tensor& lse, bool need_dmask) {
+  Call call("attention_weights_backward", q, k, nullptr, SEQKERNELS_ATTENTION_GIVEN);
+  if (call.args.packed) fail(call.op, ": cu_q and cu_k must be absent");
+  AttentionBackwardArgs args{};
+  call.args.lse = const_cast<void*>(call.lse_like("lse", lse, q));
+  args.dweights = call.like_output("dweights", dweights, q, {q.size(0), q.size(1), q.size(2), k.size(2)});
+  Tensor dq = like(q, call.args.D), dk = like(k, call.args.D), dlse = make(call.wide(), call.lse_shape(q));
+  args.dq = call.output(dq);
+  args.dk = call.output(dk);
+  args.dlse_out = dlse.mutable_data_ptr();
+  Tensor dmask = mask_gradient(call, args, q, mask, need_dmask);
+  args.forward = call.args;
+  kernels().backward(args);
+  return {dq, dk, dlse, dmask};
+}
+
+}  // namespace
+
+SEQKERNELS_OPS_ON(CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&forward));
+  m.impl("attention_backward", TORCH_BOX(&backward));
+  m.impl("attention_weights", TORCH_BOX(&weights));
+  m.impl("attention_weights_backward", TORCH_BOX(&weights_backward));
+}
+
+}  // namespace seqkernels

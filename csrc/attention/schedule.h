@@ -1,0 +1,63 @@
+// Tasks taken by threads one at a time, the longest first. What a task computes does not depend on who takes it, or
+// when.
+#pragma once
+
+#include <cstdint>
+
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// Numbers 0 .. n - 1 by falling cost.
+class Tasks {
+ public:
+  explicit Tasks(int64_t n)
+      : n_(n), memory_(size_t(n + 1) * sizeof(Task)), tasks_(reinterpret_cast<Task*>(memory_.get())) {}
+  void set(int64_t i, double cost) { tasks_[i] = {cost, i}; }
+  void sort() {
+    int64_t gap = 1;
+    while (gap < n_ / 9) gap = 3 * gap + 1;
+    for (; gap > 0; gap /= 3) {
+      for (int64_t i = gap; i < n_; ++i) {
+        const Task task = tasks_[i];
+        int64_t j = i;
+        for (; j >= gap && before(task, tasks_[j - gap]); j -= gap) tasks_[j] = tasks_[j - gap];
+        tasks_[j] = task;
+      }
+    }
+  }
+  int64_t at(int64_t place) const { return tasks_[place].number; }
+  double cost(int64_t place) const { return tasks_[place].cost; }
+  int64_t count() const { return n_; }
+
+ private:
+  struct Task {
+    double cost;
+    int64_t number;
+  };
+  static bool before(const Task& a, const Task& b) {
+    return a.cost > b.cost || (a.cost == b.cost && a.number < b.number);
+  }
+  int64_t n_;
+  Memory memory_;
+  Task* tasks_;
+};
+
+// Calls f(task, memory) for every task below n, with `size` elements of memory that are the calling thread's.
+template <class T, class F>
+inline void run_tasks(int64_t threads, int64_t n, int64_t size, F f) {
+  if (n == 0) return;
+  threads = threads < n ? threads : n;
+  const int64_t each = (size * int64_t(sizeof(T)) + 127) / 64 * 64;
+  const Memory memory(size_t(threads * each));
+  int64_t next = 0;
+  auto work = [&](int64_t piece, int64_t) {
+    T* mine = reinterpret_cast<T*>(memory.get() + piece * each);
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) f(task, mine);
+  };
+  parallel_pieces(threads, work);
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,416 @@
+"""The ops of attention: how they are reached, fakes, autograd, torch.func.
+
+Every op takes `How` and the tensors that `Inputs` lists. Backward is first order and needs out and lse; where it is to
+be differentiated again the gradient goes through the reference.
+
+Dimensions: B batch, Hq heads of queries, Hk of keys, Tq queries, Tk keys, D and Dv columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from seqkernels import _C  # noqa: F401  (importing it registers the ops)
+from seqkernels.functional._recurrent_ops import _vmap_rule
+from seqkernels.reference.attention import attention as attention_definition
+from seqkernels.reference.attention import attention_weights as weights_definition
+
+NAMES = ("attention_forward", "attention_backward", "attention_weights", "attention_weights_backward")
+
+
+class Ops:
+    """The ops of one namespace, by their `.default` overloads: half the cost of a call."""
+
+    def __init__(self, namespace: str) -> None:
+        for name in NAMES:
+            setattr(self, name.removeprefix("attention_"), getattr(getattr(torch.ops, namespace), name).default)
+
+    def __getattr__(self, name: str) -> Any:  # what __init__ sets
+        raise AttributeError(name)
+
+
+ops = Ops("seqkernels")
+
+
+class Inputs(NamedTuple):
+    """What an op is given besides q, k and v."""
+
+    attn_mask: Tensor | None = None  # [B | 1, Hq | 1, Tq | 1, Tk | 1]
+    alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq]
+    q_lengths: Tensor | None = None  # [B]
+    k_lengths: Tensor | None = None  # [B]
+    cu_q: Tensor | None = None  # [S + 1]
+    cu_k: Tensor | None = None  # [S + 1]
+
+
+class How(NamedTuple):
+    """What is no tensor, but for the seed."""
+
+    max_q: int = 0
+    max_k: int = 0
+    scale: float = 1.0
+    causal: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, how: How, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out and lse, however it is traced, transformed or recorded."""
+    mask = inputs.attn_mask
+    if _transformed():
+        return _Attention.apply(how, seed, *inputs[1:], q, k, v, mask)
+    if not torch.compiler.is_compiling() and not _recorded(q, k, v, mask):
+        with _below_autograd():
+            return ops.forward(q, k, v, *inputs, *how, seed)
+    return ops.forward(q, k, v, *inputs, *how, seed)
+
+
+def weights_of(q: Tensor, k: Tensor, inputs: Inputs, how: How, seed: Tensor | None, lse: Tensor) -> Tensor:
+    """[B, Hq, Tq, Tk], after dropout."""
+    if _transformed():
+        return _Weights.apply(how, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
+    return ops.weights(q, k, *inputs, *how, seed, lse)
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work. A compiler traces both through the ops."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+# ---- gradients, by the kernels and by the definition
+
+
+def _needs_mask(mask: Tensor | None, needed: bool) -> bool:
+    return needed and mask is not None and mask.dtype != torch.bool
+
+
+def _backward(
+    how: How,
+    seed: Tensor | None,
+    inputs: Inputs,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, mask; needs: of which."""
+    out, lse = saved
+    dout, dlse = grads
+    if dout is None:
+        dout = out.new_zeros(()).expand(out.shape)
+    of_mask = _needs_mask(inputs.attn_mask, needs[3])
+    *found, dmask = ops.backward(dout, dlse, q, k, v, *inputs, *how, seed, out, lse, of_mask)
+    return *(g if need else None for g, need in zip(found, needs)), dmask if of_mask else None
+
+
+def _weights_backward(
+    how: How,
+    seed: Tensor | None,
+    inputs: Inputs,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, mask, lse."""
+    of_mask = _needs_mask(inputs.attn_mask, needs[2])
+    dq, dk, dlse, dmask = ops.weights_backward(grad, q, k, *inputs, *how, seed, lse, of_mask)
+    return tuple(g if need else None for g, need in zip((dq, dk, dmask if of_mask else None, dlse), needs))
+
+
+def _by_definition(
+    function: Callable[..., Any],
+    primals: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the primals that need one, differentiable. A grad that is None is of zeros."""
+    wanted = [i for i, need in enumerate(needs) if need and primals[i] is not None]
+
+    def of_wanted(*moving: Tensor) -> Any:
+        return function(*_replaced(primals, wanted, moving))
+
+    outputs, pull, *_ = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
+    given: Any
+    if isinstance(outputs, tuple):
+        given = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads))
+    else:
+        given = grads[0]
+    return tuple(_replaced([None] * len(needs), wanted, pull(given)))
+
+
+def _push(function: Callable[..., Any], primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Any:
+    """The tangents of the outputs: a vector-Jacobian product is linear in its vector, and its transpose is this."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def of_moving(*values: Tensor) -> Any:
+        return function(*_replaced(primals, moving, values))
+
+    outputs, pull, *_ = torch.func.vjp(of_moving, *(primals[i] for i in moving))
+    several = isinstance(outputs, tuple)
+    zeros = tuple(torch.zeros_like(o) for o in outputs) if several else (torch.zeros_like(outputs),)
+    _, push, *_ = torch.func.vjp(lambda *vectors: pull(vectors if several else vectors[0]), *zeros)
+    pushed = push(tuple(tangents[i] for i in moving))
+    return pushed if several else pushed[0]
+
+
+def _replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
+    values = list(values)
+    for i, value in zip(at, by):
+        values[i] = value
+    return values
+
+
+def _of_attention(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        given: Any = (*inputs[1:], *how, seed)
+        return attention_definition(q, k, v, mask, *given)
+
+    return attention
+
+
+def _of_weights(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
+    def weights(q: Tensor, k: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
+        given: Any = (*inputs[1:], *how, seed, lse)
+        return weights_definition(q, k, mask, *given)
+
+    return weights
+
+
+FIRST = 7  # of the arguments below that have a gradient
+
+
+class _Attention(torch.autograd.Function):
+    """Attention under torch.func's transforms and forward-mode AD, which the op's own formula does not serve."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        how: How,
+        seed: Tensor | None,
+        alibi_slopes: Tensor | None,
+        q_lengths: Tensor | None,
+        k_lengths: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.forward(q, k, v, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *how, seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        how, *tensors = inputs
+        ctx.how = how
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        seed, *rest, q, k, v, mask, out, lse = ctx.saved_tensors
+        needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
+        if grads[0] is None and grads[1] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            found = _by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, mask), grads, needs)
+        else:
+            found = _backward(ctx.how, seed, inputs, q, k, v, (out, lse), grads, needs)
+        return *[None] * FIRST, *found
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        seed, *rest, q, k, v, mask = ctx.saved_tensors
+        return _push(_of_attention(ctx.how, seed, Inputs(mask, *rest)), (q, k, v, mask), tangents[FIRST:])
+
+
+class _Weights(torch.autograd.Function):
+    """attention_weights, likewise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        how: How,
+        seed: Tensor | None,
+        alibi_slopes: Tensor | None,
+        q_lengths: Tensor | None,
+        k_lengths: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        lse: Tensor,
+    ) -> Tensor:
+        return ops.weights(q, k, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *how, seed, lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        how, *tensors = inputs
+        ctx.how = how
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        seed, *rest, q, k, mask, lse = ctx.saved_tensors
+        needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
+        if torch.is_grad_enabled():
+            found = _by_definition(_of_weights(ctx.how, seed, inputs), (q, k, mask, lse), (grad,), needs)
+        else:
+            found = _weights_backward(ctx.how, seed, inputs, q, k, lse, grad, needs)
+        return *[None] * FIRST, *found
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        seed, *rest, q, k, mask, lse = ctx.saved_tensors
+        return _push(_of_weights(ctx.how, seed, Inputs(mask, *rest)), (q, k, mask, lse), tangents[FIRST:])
+
+
+# ---- the ops' fakes, autograd and vmap
+
+
+def layout_like(x: Tensor, D: Any) -> Tensor:
+    """New [B, H, T, D], in memory [B, T, H, D] where x [B, H, T, *] lies so."""
+    B, H, T, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty(B, H, T, D)
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t is not None and t.dim() != 4:
+            raise ValueError(f"attention: {name} must have 4 dimensions, got {list(t.shape)}")
+    for t in (k, v, *rest[: len(Inputs._fields)]):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"attention: all tensors must be on one device, got {q.device} and {t.device}")
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, *rest)
+    return layout_like(q, v.shape[3]), _lse_like(q)
+
+
+def _dmask_fake(q: Tensor, mask: Tensor | None, needed: bool) -> Tensor:
+    return mask.new_empty(mask.shape) if needed and mask is not None else q.new_empty(0)
+
+
+def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return (*(layout_like(x, x.shape[3]) for x in (q, k, v)), _dmask_fake(q, rest[0], rest[-1]))
+
+
+def _weights_fake(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    _check(q, k, None, *rest)
+    return q.new_empty(*q.shape[:3], k.shape[2])
+
+
+def _weights_backward_fake(dweights: Tensor, q: Tensor, k: Tensor, *rest: Any) -> Any:
+    return (*(layout_like(x, x.shape[3]) for x in (q, k)), _lse_like(q), _dmask_fake(q, rest[0], rest[-1]))
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "attention_forward": _forward_fake,
+    "attention_backward": _backward_fake,
+    "attention_weights": _weights_fake,
+    "attention_weights_backward": _weights_backward_fake,
+}
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *rest = inputs
+    *how, seed = rest[len(Inputs._fields) :]
+    ctx.how = How(*how)
+    ctx.save_for_backward(q, k, v, *rest[: len(Inputs._fields)], seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, *tensors, seed, out, lse = ctx.saved_tensors
+    needs, inputs = ctx.needs_input_grad[:4], Inputs(*tensors)
+    found: tuple[Tensor | None, ...] = (None,) * 4
+    if grads[0] is not None or grads[1] is not None:
+        if torch.is_grad_enabled():
+            found = _by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
+        else:
+            found = _backward(ctx.how, seed, inputs, q, k, v, (out, lse), grads, needs)
+    return *found, *[None] * (len(ctx.needs_input_grad) - 4)
+
+
+def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, *rest, lse = inputs
+    *how, seed = rest[len(Inputs._fields) :]
+    ctx.how = How(*how)
+    ctx.save_for_backward(q, k, *rest[: len(Inputs._fields)], seed, lse)
+
+
+def _backward_of_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, *tensors, seed, lse = ctx.saved_tensors
+    needs, inputs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[-1]), Inputs(*tensors)
+    if torch.is_grad_enabled():
+        found = _by_definition(_of_weights(ctx.how, seed, inputs), (q, k, inputs.attn_mask, lse), (grad,), needs)
+    else:
+        found = _weights_backward(ctx.how, seed, inputs, q, k, lse, grad, needs)
+    return *found[:3], *[None] * (len(ctx.needs_input_grad) - 4), found[3]
+
+
+def register(namespace: str) -> None:
+    """Fakes, autograd and vmap rules of a namespace's ops."""
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}")(fake)
+        op = getattr(getattr(torch.ops, namespace), name).default
+        torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(op))
+    torch.library.register_autograd(
+        f"{namespace}::attention_forward", _attention_backward, setup_context=_setup_attention
+    )
+    torch.library.register_autograd(
+        f"{namespace}::attention_weights", _backward_of_weights, setup_context=_setup_weights
+    )
+
+
+register("seqkernels")
+
+# ---- tensors on CUDA: Triton, imported at the first call
+
+_library = torch.library.Library("seqkernels", "IMPL")
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from seqkernels.triton import attention
+
+        return getattr(attention, name)(*args)
+
+    return run
+
+
+for _name in NAMES:
+    _library.impl(_name, _on_cuda(_name), "CUDA")

@@ -1,0 +1,512 @@
+"""Scaled-dot-product attention as functions: checks, and the way to the ops.
+
+Where these differ from torch.nn.functional's, on purpose:
+- A NaN in a key or value that a row may not see does not reach the row, nor its gradients.
+- is_causal and attn_mask go together; causality and windows can be aligned with the last key (causal_alignment).
+- There are gradients of any order, forward-mode ones, and torch.func's transforms; gradients of a float mask, of the
+  logarithm of the denominator, of the weights.
+- Dropout draws one number from torch's generator and counts from there: its mask is not that of torch's function, and
+  the same for any number of threads, on any device and in backward.
+- A wrong dtype is a TypeError, a wrong shape a ValueError, where torch has a RuntimeError.
+
+Dimensions: B batch, Hq heads of queries, Hk of keys (head h reads keys h // (Hq / Hk)), Tq queries, Tk keys, D and Dv
+columns; Nq and Nk rows of all sequences one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqkernels import backend as backends
+from seqkernels.functional._attention_ops import How, Inputs, attend, weights_of
+
+__all__ = ["scaled_dot_product_attention", "varlen_attention"]
+
+ALIGNMENTS = {"upper_left": 1, "lower_right": 2}
+Result = Any  # the output, or a tuple of it and what was asked for besides
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    lengths: Tensor | Sequence[int] | tuple[Any, Any] | None = None,
+    causal_alignment: str = "upper_left",
+    window: int | tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    backend: str | None = None,
+) -> Result:
+    """softmax(query key^T * scale) value; what a row may not see is skipped, and costs nothing.
+
+    Args:
+        query: [B, Hq, Tq, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes. Or [Tq, D],
+            [B, Tq, D], or more dimensions in front, which broadcast; or a jagged torch.nested tensor [B, Hq, j, D] or
+            [B, j, D].
+        key: [B, Hk, Tk, D], value: [B, Hk, Tk, Dv], likewise. Hk is Hq or 1, or divides it with enable_gqa.
+        attn_mask: bool (True: may be seen) or of query's dtype (added to the scores; gradient: yes), of at least 2
+            dimensions, broadcast to [B, Hq, Tq, Tk].
+        dropout_p: weights are dropped with this probability and the others divided by 1 - dropout_p.
+        is_causal: a row sees keys up to its own position, also beside attn_mask.
+        scale: 1 / sqrt(D) if None.
+        enable_gqa: whether head h reads keys and values h // (Hq / Hk).
+        lengths: [B] how many keys of each sequence exist; or a pair (of queries, of keys), either of them None. Rows
+            behind are not read; the output there is 0. int32 or int64, on query's device, or a sequence of int.
+        causal_alignment: upper_left: row i is at position i; lower_right: at i + keys - queries (lengths counted).
+        window: a row at position p sees keys p - left .. p + right: (left, right), -1: no bound; one number is both.
+        softcap: scores become softcap * tanh(score / softcap) before masks are added; 0: they do not.
+        alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |position - j| is added to the scores. Gradient: no.
+        return_lse, return_weights: returned as well.
+        backend: cpu, triton or torch (torch's own function, where it can serve the call); None: as explain says.
+    Returns:
+        out: [B, Hq, Tq, Dv], dtype of query, computed in float32 or wider; 0 where a row sees no key. Jagged if query
+        is. With return_lse also [B, Hq, Tq], float32 or wider, the logarithm of the denominator before dropout, -inf
+        where a row sees no key; with return_weights also [B, Hq, Tq, Tk], after dropout. Gradient of each: yes.
+    Raises:
+        ValueError: a shape, a length or a value does not fit. TypeError: a dtype does not fit.
+        RuntimeError: lengths are out of range.
+        NotImplementedError: no backend takes these inputs; the message lists why.
+    Equivalent to: torch.nn.functional.scaled_dot_product_attention, but for what the module's text lists.
+    Deterministic: yes; the same bits for any number of threads, and a row alone or in a batch.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html;
+        Dao et al., FlashAttention, arXiv 2205.14135 and 2307.08691; Press et al., ALiBi, arXiv 2108.12409.
+    """
+    who = "scaled_dot_product_attention"
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+    if query.is_nested or key.is_nested or value.is_nested:
+        if attn_mask is not None or lengths is not None or return_weights:
+            raise ValueError(
+                f"{who}: attn_mask, lengths and return_weights must be absent where query, key and value are nested"
+            )
+        return _nested(
+            who, query, key, value, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
+            alibi_slopes, return_lse, backend,
+        )  # fmt: skip
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    _check_tensors(who, query, key, value)
+    how = _how(who, query, scale, is_causal, causal_alignment, window, softcap, dropout_p)
+
+    lead, q, k, v = _four_dimensions(who, query, key, value, enable_gqa)
+    B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
+    mask = _mask(who, attn_mask, query, lead, (Tq, Tk), q)
+    q_lengths, k_lengths = _lengths(who, lengths, B, query.device)
+    slopes = _slopes(who, alibi_slopes, q, B)
+    inputs = Inputs(mask, slopes, q_lengths, k_lengths)
+    chosen = _choose(who, backend, query, inputs, how, return_lse or return_weights, key, value)
+    if chosen == "torch":
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    seed = _seed(dropout_p, query.device)
+    out, lse = attend(q, k, v, inputs, how, seed)
+    results = [_restored(out, lead, q)]
+    if return_lse:
+        results.append(_restored(lse, lead, q))
+    if return_weights:
+        results.append(_restored(weights_of(q, k, inputs, how, seed, lse), lead, q))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    causal_alignment: str = "upper_left",
+    window: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Result:
+    """scaled_dot_product_attention of sequences of any lengths, one after another, without padding.
+
+    Args:
+        query: [Nq, Hq, D]. key: [Nk, Hk, D]. value: [Nk, Hk, Dv]. As in scaled_dot_product_attention.
+        cu_seqlens_q: [S + 1] int32 or int64, where each sequence begins among the queries: the first 0, none below the
+            one before, the last Nq.
+        cu_seqlens_k: [S + 1] likewise among the keys; cu_seqlens_q if None.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. If None they are looked up, which on a
+            GPU waits for it; a compiler takes Nq and Nk.
+        alibi_slopes: [Hq] or [S, Hq].
+        Others as in scaled_dot_product_attention.
+    Returns:
+        out: [Nq, Hq, Dv]; with return_lse also [Hq, Nq].
+    Raises: as scaled_dot_product_attention.
+    Equivalent to: scaled_dot_product_attention of each sequence, bit for bit on a CPU.
+    Deterministic: yes; the same bits for any number of threads.
+    """
+    who = "varlen_attention"
+    for name, t in (("query", query), ("key", key), ("value", value), ("cu_seqlens_q", cu_seqlens_q)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+    query, key, value, _ = _autocast(query, key, value, None)
+    _check_tensors(who, query, key, value)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() != 3:
+            raise ValueError(f"{who}: {name} must have 3 dimensions, got {list(t.shape)}")
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{who}: key must have as many rows as query where cu_seqlens_k is absent, {query.shape[0]}, got "
+                f"{key.shape[0]}"
+            )
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_integers(who, name, t, query.device)
+        if t.dim() != 1 or t.shape[0] < 1:
+            raise ValueError(f"{who}: {name} must have shape [S + 1], got {list(t.shape)}")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"{who}: cu_seqlens_k must have the shape of cu_seqlens_q, {list(cu_seqlens_q.shape)}, got "
+            f"{list(cu_seqlens_k.shape)}"
+        )
+    max_q = _longest(who, "max_seqlen_q", max_seqlen_q, cu_seqlens_q, query.shape[0])
+    if max_seqlen_k is None and cu_seqlens_k is cu_seqlens_q:
+        max_k = max_q
+    else:
+        max_k = _longest(who, "max_seqlen_k", max_seqlen_k, cu_seqlens_k, key.shape[0])
+    how = _how(who, query, scale, is_causal, causal_alignment, window, softcap, dropout_p, max_q, max_k)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    q, k, v = _heads(who, q, k, v, enable_gqa)
+    slopes = _slopes(who, alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
+    inputs = Inputs(None, slopes, None, None, cu_seqlens_q, cu_seqlens_k)
+    _choose(who, backend, query, inputs, how, return_lse, key, value)
+    out, lse = attend(q, k, v, inputs, how, _seed(dropout_p, query.device))
+    out = out.squeeze(0).transpose(0, 1)
+    return (out, lse.squeeze(0)) if return_lse else out
+
+
+# ---- checks
+
+
+def _check_tensors(who: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    backends.require_attention(who, query)
+    for name, t in (("key", key), ("value", value)):
+        if t.dtype != query.dtype:
+            raise TypeError(f"{who}: {name} must be of query's dtype {query.dtype}, got {t.dtype}")
+        if t.device != query.device:
+            raise ValueError(f"{who}: {name} must be on query's device {query.device}, got {t.device}")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 2:
+            raise ValueError(f"{who}: {name} must have at least 2 dimensions, got {list(t.shape)}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{who}: key must have as many columns as query, {query.shape[-1]}, got {key.shape[-1]}")
+
+
+def _how(
+    who: str,
+    query: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    causal_alignment: str,
+    window: int | tuple[int, int] | None,
+    softcap: float,
+    dropout_p: float,
+    max_q: Any = 0,
+    max_k: Any = 0,
+) -> How:
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"{who}: causal_alignment must be upper_left or lower_right, got {causal_alignment!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{who}: dropout_p must be between 0 and 1, got {dropout_p}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{who}: softcap must be finite and not negative, got {softcap}")
+    left, right = (-1, -1) if window is None else _window(who, window)
+    if scale is None:
+        D = query.shape[-1]
+        scale = 1 / math.sqrt(D) if D > 0 else 1.0
+    causal = ALIGNMENTS[causal_alignment] if is_causal or causal_alignment != "upper_left" else 0
+    if causal and not is_causal:
+        raise ValueError(f"{who}: causal_alignment must be upper_left where is_causal is False, got {causal_alignment}")
+    return How(max_q, max_k, float(scale), causal, left, right, float(softcap), float(dropout_p))
+
+
+def _window(who: str, window: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (window, window) if isinstance(window, int) else tuple(window)
+    if len(pair) != 2 or any(not isinstance(w, int) or w < -1 for w in pair):
+        raise ValueError(f"{who}: window must be one or two numbers of at least -1 (no bound), got {window}")
+    return pair[0], pair[1]
+
+
+def _four_dimensions(
+    who: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[Any, ...], Tensor, Tensor, Tensor]:
+    """What stands in front of [Hq, Tq, D] or, where there are fewer dimensions, of [Tq, D]; and q, k, v in 4."""
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"{who}: value must have as many rows as key, {key.shape[-2]}, got {value.shape[-2]}")
+    dims = max(t.dim() for t in (query, key, value))
+    heads = 1 if dims > 3 or enable_gqa else 0  # [B, T, D]: of one head each, but for grouped heads
+    of = [t.shape[: max(t.dim() - 2 - heads, 0)] for t in (query, key, value)]
+    try:
+        lead = torch.broadcast_shapes(*of)
+    except RuntimeError:
+        raise ValueError(
+            f"{who}: batch dimensions of query, key and value must be equal or 1, got {list(query.shape)}, "
+            f"{list(key.shape)} and {list(value.shape)}"
+        ) from None
+    flat = []
+    for t in (query, key, value):
+        if t.dim() - 2 < heads:
+            t = t.unsqueeze(-3)
+        inner = t.shape[t.dim() - 2 - heads :]
+        if t.shape[: t.dim() - 2 - heads] != lead:
+            t = t.expand(*lead, *inner)
+        if not heads:
+            t = t.unsqueeze(-3)
+        if len(lead) != 1:
+            t = t.reshape(math.prod(lead), *t.shape[-3:]) if len(lead) else t.unsqueeze(0)
+        flat.append(t)
+    q, k, v = _heads(who, flat[0], flat[1], flat[2], enable_gqa)
+    return tuple(lead) if heads else (*lead, None), q, k, v
+
+
+def _heads(who: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of one head for every head of queries, or, with enable_gqa, of as many as divide those."""
+    Hq, Hk, Hv = q.shape[1], k.shape[1], v.shape[1]
+    if Hk != Hv:
+        if Hk == 1:
+            k, Hk = k.expand(-1, Hv, -1, -1), Hv
+        elif Hv == 1:
+            v = v.expand(-1, Hk, -1, -1)
+        else:
+            raise ValueError(f"{who}: value must have as many heads as key, {Hk}, got {Hv}")
+    if Hq == Hk or Hk == 1:
+        return q, k, v
+    if Hq == 1:
+        return q.expand(-1, Hk, -1, -1), k, v
+    if not enable_gqa:
+        raise ValueError(f"{who}: key must have as many heads as query, {Hq}, or enable_gqa must be set, got {Hk}")
+    if Hq % Hk:
+        raise ValueError(f"{who}: query's heads must be a multiple of key's with enable_gqa, got {Hq} and {Hk}")
+    return q, k, v
+
+
+def _restored(t: Tensor, lead: tuple[Any, ...], q: Tensor) -> Tensor:
+    """A result [B, Hq, ..] with the dimensions of the query."""
+    if lead and lead[-1] is None:
+        t, lead = t.squeeze(1), lead[:-1]
+    return t if len(lead) == 1 else t.reshape(*lead, *t.shape[1:])
+
+
+def _mask(
+    who: str, mask: Tensor | None, query: Tensor, lead: tuple[Any, ...], last: tuple[Any, Any], q: Tensor
+) -> Tensor | None:
+    """[B | 1, Hq | 1, Tq | 1, Tk | 1]."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{who}: attn_mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, query.dtype):
+        raise TypeError(f"{who}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"{who}: attn_mask must be on query's device {query.device}, got {mask.device}")
+    headless = bool(lead) and lead[-1] is None
+    lead = lead[:-1] if headless else lead
+    full = (*lead, *last) if headless else (*lead, q.shape[1], *last)
+    if (
+        mask.dim() < 2
+        or mask.dim() > len(full)
+        or any(m != 1 and m != f for m, f in zip(reversed(mask.shape), reversed(full)))
+    ):
+        raise ValueError(
+            f"{who}: attn_mask must have at least 2 dimensions and broadcast to {list(full)}, got {list(mask.shape)}"
+        )
+    mask = mask[(None,) * (len(full) - mask.dim())]
+    if headless:
+        mask = mask.unsqueeze(-3)
+    if len(lead) == 1:
+        return mask
+    if all(n == 1 for n in mask.shape[: len(lead)]):
+        return mask.reshape(1, *mask.shape[len(lead) :])
+    return mask.expand(*lead, *mask.shape[len(lead) :]).reshape(q.shape[0], *mask.shape[len(lead) :])
+
+
+def _check_integers(who: str, name: str, t: Any, device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{who}: {name} must be int32 or int64, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{who}: {name} must be on query's device {device}, got {t.device}")
+
+
+def _lengths(who: str, lengths: Any, B: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    if lengths is None:
+        return None, None
+    pair = lengths if isinstance(lengths, tuple) and len(lengths) == 2 and not isinstance(lengths[1], int) else None
+    found: list[Tensor | None] = []
+    for given in pair if pair is not None else (None, lengths):
+        if given is not None and not isinstance(given, Tensor):
+            given = torch.tensor(list(given), dtype=torch.int64, device=device)
+        if given is not None:
+            _check_integers(who, "lengths", given, device)
+            if given.dim() != 1 or given.shape[0] != B:
+                raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(given.shape)}")
+        found.append(given)
+    return found[0], found[1]
+
+
+def _slopes(who: str, slopes: Tensor | None, q: Tensor, B: Any) -> Tensor | None:
+    if slopes is None:
+        return None
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"{who}: alibi_slopes must be a tensor, got {type(slopes).__name__}")
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"{who}: alibi_slopes must be float32, got {slopes.dtype}")
+    if slopes.device != q.device:
+        raise ValueError(f"{who}: alibi_slopes must be on query's device {q.device}, got {slopes.device}")
+    Hq = q.shape[1]
+    if tuple(slopes.shape) not in ((Hq,), (B, Hq)):
+        raise ValueError(f"{who}: alibi_slopes must have shape [Hq] or [B, Hq] = [{B}, {Hq}], got {list(slopes.shape)}")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{who}: alibi_slopes must not require a gradient; attn_mask has one")
+    return slopes
+
+
+def _longest(who: str, name: str, longest: int | None, cu: Tensor, N: Any) -> Any:
+    if longest is not None:
+        if longest < 0:
+            raise ValueError(f"{who}: {name} must not be negative, got {longest}")
+        return longest
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return N
+    return int(cu.diff().max()) if cu.shape[0] > 1 else 0
+
+
+def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    if dropout_p == 0:
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value, mask
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind else t
+
+    return cast(query), cast(key), cast(value), None if mask is None else cast(mask)
+
+
+# ---- backends
+
+
+def _choose(
+    who: str, backend: str | None, query: Tensor, inputs: Inputs, how: How, more: bool, key: Tensor, value: Tensor
+) -> str:
+    """cpu, triton or torch."""
+    extras = [
+        name
+        for name, given in (
+            ("packed rows", inputs.cu_q is not None),
+            ("lengths", inputs.q_lengths is not None or inputs.k_lengths is not None),
+            ("causal_alignment lower_right", how.causal == 2),
+            ("a window", how.window_left >= 0 or how.window_right >= 0),
+            ("softcap", how.softcap > 0),
+            ("alibi_slopes", inputs.alibi_slopes is not None),
+            ("return_lse or return_weights", more),
+        )
+        if given
+    ]
+    masked = inputs.attn_mask is not None or how.dropout_p > 0 or key.shape[-1] != value.shape[-1]
+    return backends.choose_attention(who, backend, query.device, query.dtype, extras, masked)
+
+
+# ---- nested tensors
+
+
+def _nested(
+    who: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    causal_alignment: str,
+    window: int | tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Result:
+    """Jagged tensors [B, H, j, D] or [B, j, D]: the rows of all sequences are one after another already."""
+    rows, offsets, heads = [], [], []
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        t: Any = given
+        if not t.is_nested or t.layout != torch.jagged:
+            raise ValueError(
+                f"{who}: query, key and value must all be jagged nested tensors where one is, got {name} of layout "
+                f"{t.layout}"
+            )
+        if t.dim() not in (3, 4) or t._ragged_idx != t.dim() - 2 or t.lengths() is not None:
+            raise ValueError(
+                f"{who}: {name} must be jagged without holes of shape [B, H, j, D] or [B, j, D], got {list(t.shape)}"
+            )
+        values = t.values()
+        rows.append(values.unsqueeze(1) if t.dim() == 3 else values.transpose(0, 1))
+        offsets.append(t.offsets())
+        heads.append(t.dim() == 4)
+    if len(set(heads)) != 1:
+        raise ValueError(
+            f"{who}: query, key and value must have equally many dimensions where they are nested, got "
+            f"{query.dim()}, {key.dim()} and {value.dim()}"
+        )
+    if offsets[1] is not offsets[2] and not torch.equal(offsets[1], offsets[2]):
+        raise ValueError(f"{who}: value must have the lengths of key where they are nested, got others")
+    nested: Any = query
+    same = offsets[0] is offsets[1]
+    out, lse = varlen_attention(
+        rows[0],
+        rows[1],
+        rows[2],
+        offsets[0],
+        None if same else offsets[1],
+        nested._get_max_seqlen() if same else None,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        enable_gqa=enable_gqa,
+        return_lse=True,
+        backend=backend,
+    )
+    out = out.transpose(0, 1) if heads[0] else out.squeeze(1)
+    nest: Any = torch.nested.nested_tensor_from_jagged
+    result = nest(out, offsets[0], jagged_dim=nested._ragged_idx)
+    if not return_lse:
+        return result
+    return result, nest(lse if heads[0] else lse.squeeze(0), offsets[0], jagged_dim=nested._ragged_idx)

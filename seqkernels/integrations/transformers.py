@@ -1,0 +1,167 @@
+"""Attention of Hugging Face Transformers' models: after importing this, attn_implementation="seqkernels".
+
+    import seqkernels.integrations.transformers
+    model = AutoModel.from_pretrained(name, attn_implementation="seqkernels")
+
+It is "eager" with these differences: a row that may see nothing, such as a padded one, gives zeros; dropout draws other
+numbers; attention is returned only where the call itself says output_attentions=True, not by the config, which
+Transformers keeps for "eager".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+
+__all__ = ["attention_forward", "attention_mask"]
+
+NAME = "seqkernels"
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """bool [B, 1, q_length, kv_length], or None where is_causal says as much.
+
+    It carries what it consists of, if that is causality and lengths, so that the kernels skip what it hides.
+    """
+    mask: Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs
+    )
+    causal = mask_function is causal_mask_function
+    if (
+        mask is None
+        or torch.compiler.is_compiling()
+        or kwargs.get("use_vmap")
+        or not (causal or mask_function is bidirectional_mask_function)
+        or (causal and (not isinstance(q_offset, int) or kv_offset != 0 or q_offset + q_length != kv_length))
+    ):
+        return mask
+    lengths = None
+    if attention_mask is not None:
+        if attention_mask.shape != (batch_size, kv_length) or kv_offset != 0:
+            return mask
+        lengths = attention_mask.sum(1)
+        if not torch.equal(attention_mask.bool(), torch.arange(kv_length, device=mask.device) < lengths.unsqueeze(1)):
+            lengths = None
+    if lengths is not None or causal:
+        mask.seqkernels_parts = causal, lengths, _version(mask)  # type: ignore[attr-defined]
+    return mask
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: Any = None,
+    max_length_k: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What Transformers calls: query [B, Hq, Tq, D], key [B, Hk, Tk, D], value [B, Hk, Tk, Dv], a mask [B, 1 | Hq, Tq,
+    Tk], bool (True: seen) or added, a bias [1 | B, Hq, Tq, Tk] that is added, the logits of sinks s_aux [Hq] -> output
+    [B, Tq, Hq, Dv] and weights [B, Hq, Tq, Tk] or None.
+
+    cu_seq_lens_q and cu_seq_lens_k [S + 1], as Transformers' collators give them to flash attention: the one row of the
+    batch is several sequences; causality and sliding_window are then all that a row's sight is limited by.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    T, S = query.shape[2], key.shape[2]
+    if (
+        cu_seq_lens_q is not None
+        and cu_seq_lens_k is not None
+        and query.shape[0] == 1
+        and position_bias is None
+        and (causal or sliding_window is None)
+        and getattr(module.config, "attention_chunk_size", None) is None
+    ):
+        result = varlen_attention(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seq_lens_q, cu_seq_lens_k,
+            None if max_length_q is None else int(max_length_q), None if max_length_k is None else int(max_length_k),
+            dropout_p=dropout, is_causal=causal, causal_alignment="lower_right" if causal else "upper_left",
+            window=None if sliding_window is None else (sliding_window - 1, -1),
+            scale=scaling, softcap=softcap or 0.0, enable_gqa=True, return_lse=s_aux is not None,
+        )  # fmt: skip
+        if s_aux is not None:
+            out, lse = result
+            result = out * _share(lse, s_aux.view(-1, 1)).transpose(0, 1).unsqueeze(-1).to(out.dtype)
+        return result.unsqueeze(0), None
+
+    aligned, lengths, mask = "upper_left", None, attention_mask
+    if mask is None:
+        # A single query is the last; more are the first of as many keys (of a static cache not yet filled, say).
+        causal = causal and T > 1
+        if causal and S > T:
+            key, value, S = key[:, :, :T], value[:, :, :T], T
+            position_bias = None if position_bias is None else position_bias[..., :T]
+    else:
+        parts = getattr(mask, "seqkernels_parts", None)
+        causal = False
+        if parts is not None and parts[2] == _version(mask) and mask.shape[2:] == (T, S):
+            causal, lengths, _ = parts
+            if lengths is not None and (not causal or T == S):
+                mask = None
+            else:  # the last query is at the position of the last key, whatever their lengths
+                aligned, lengths = "lower_right", None
+        elif mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
+    if position_bias is not None:
+        bias = position_bias.to(query.dtype)
+        if mask is None:
+            mask = bias
+        elif mask.dtype == torch.bool:
+            mask = torch.where(mask, bias, -math.inf)
+        else:
+            mask = mask + bias
+    need_weights = bool(kwargs.get("output_attentions", False))
+    result = scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scaling, True, lengths=lengths, causal_alignment=aligned,
+        softcap=softcap or 0.0, return_lse=s_aux is not None, return_weights=need_weights,
+    )  # fmt: skip
+    out, *more = result if isinstance(result, tuple) else (result,)
+    weights = more[-1] if need_weights else None
+    if s_aux is not None:
+        share = _share(more[0], s_aux.view(1, -1, 1)).unsqueeze(-1)
+        out = out * share.to(out.dtype)
+        weights = None if weights is None else weights * share.to(weights.dtype)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _version(mask: Tensor) -> int:
+    """Whoever writes into the mask changes it; in inference mode nobody counts."""
+    return 0 if mask.is_inference() else mask._version
+
+
+def _share(lse: Tensor, sink: Tensor) -> Tensor:
+    """What is left for the keys beside a sink."""
+    return torch.sigmoid(lse - sink.to(lse.dtype))
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)

@@ -1,0 +1,520 @@
+"""MultiheadAttention in place of torch.nn's, with the same constructor, parameters and state_dict; a cache of keys and
+values for decoding.
+
+Where it differs from torch's, on purpose:
+- There is one way through it, whatever the mode: a query that sees no key gives zeros before the output projection, and
+  weights of zero, never NaN.
+- is_causal needs no attn_mask. Beside one of two dimensions that has no gradient it says, as in torch, that this is the
+  causal mask, which is then not read; beside any other mask it holds as well.
+- key_padding_mask and attn_mask may be of different types; masks have gradients.
+- A wrong shape is a ValueError, a wrong dtype a TypeError, where torch has an AssertionError or a RuntimeError.
+
+Dimensions: B batch, T queries, S keys, E embed_dim, H heads, D = E / H; Nq and Nk rows of all sequences one after
+another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+
+__all__ = ["KeyValueCache", "MultiheadAttention"]
+
+
+class KeyValueCache:
+    """Keys and values of the steps so far, in memory for `capacity` of them. Inference only.
+
+    Attributes:
+        keys: [B, H, capacity, D]. values: [B, H, capacity, Dv].
+        lengths: int64 [B], how many of each sequence there are.
+        longest: at least the largest length.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        capacity: int,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        sizes = batch_size, num_heads, capacity
+        self.keys = torch.zeros(*sizes, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*sizes, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        self.longest = 0
+        self.ragged = False  # whether lengths may differ
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, key: Tensor, value: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
+        """Adds key [B, H, T, D] and value [B, H, T, Dv] behind what is there.
+
+        lengths: [B] how many of the T steps each sequence has; all if None.
+        """
+        who, T = "KeyValueCache", key.shape[2] if key.dim() == 4 else -1
+        for name, t, of in (("key", key, self.keys), ("value", value, self.values)):
+            if t.dim() != 4 or (t.shape[0], t.shape[1], t.shape[3]) != (of.shape[0], of.shape[1], of.shape[3]):
+                B, H, _, D = of.shape
+                raise ValueError(f"{who}: {name} must have shape [{B}, {H}, T, {D}], got {list(t.shape)}")
+            if t.shape[2] != T:
+                raise ValueError(f"{who}: value must have as many steps as key, {T}, got {t.shape[2]}")
+            if t.dtype != of.dtype:
+                raise TypeError(f"{who}: {name} must be of the cache's dtype {of.dtype}, got {t.dtype}")
+            if t.device != of.device:
+                raise ValueError(f"{who}: {name} must be on the cache's device {of.device}, got {t.device}")
+            if torch.is_grad_enabled() and t.requires_grad:
+                raise RuntimeError(f"{who}: {name} must not require a gradient; decode under torch.no_grad()")
+        if self.longest + T > self.capacity:
+            raise ValueError(
+                f"{who}: steps must fit the capacity of {self.capacity}, got {T} behind {self.longest} that are there"
+            )
+        B = self.keys.shape[0]
+        if lengths is not None and not isinstance(lengths, Tensor):
+            lengths = torch.tensor(list(lengths), dtype=torch.int64, device=self.keys.device)
+        if lengths is not None:
+            if lengths.shape != (B,):
+                raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+            if lengths.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{who}: lengths must be int32 or int64, got {lengths.dtype}")
+            known = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B > 0
+            if known and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
+                raise ValueError(f"{who}: lengths must be between 0 and the {T} steps, got {lengths.tolist()}")
+        if self.ragged or lengths is not None:
+            # Steps that a sequence does not have are written too: behind its end, where the next ones go.
+            at = self.lengths.unsqueeze(1) + torch.arange(T, device=self.keys.device)  # [B, T]
+            of = torch.arange(B, device=self.keys.device).unsqueeze(1)
+            self.keys[of, :, at] = key.transpose(1, 2)
+            self.values[of, :, at] = value.transpose(1, 2)
+        else:
+            self.keys[:, :, self.longest : self.longest + T] = key
+            self.values[:, :, self.longest : self.longest + T] = value
+        self.lengths = self.lengths + (T if lengths is None else lengths)
+        self.ragged = self.ragged or lengths is not None
+        self.longest += T
+        if lengths is not None and known:
+            self.longest = int(self.lengths.max())
+
+    def reorder(self, index: Tensor) -> None:
+        """Sequence b continues what was sequence index[b], as a beam search needs it."""
+        self.keys, self.values = self.keys[index], self.values[index]
+        self.lengths = self.lengths[index]
+
+    def reset(self) -> None:
+        """Forgets all steps; the memory stays."""
+        self.lengths = torch.zeros_like(self.lengths)
+        self.longest, self.ragged = 0, False
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """Takes the place of torch.nn.MultiheadAttention: same constructor, parameters, initial values and state_dict.
+
+    Args: as torch.nn.MultiheadAttention: embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False,
+        add_zero_attn=False, kdim=None, vdim=None, batch_first=False, device=None, dtype=None.
+    Inputs:
+        query: [T, B, E], or [B, T, E] with batch_first, or [T, E]. key, value: [S, B, kdim | vdim] and so on. Or all
+            jagged torch.nested tensors [B, j, E].
+        key_padding_mask: [B, S] or [S], bool (True: not seen) or float (added to the scores).
+        need_weights: whether weights are returned; they are then written out.
+        attn_mask: [T, S] or [B * H, T, S], likewise.
+        average_attn_weights: whether weights are the mean over heads.
+        is_causal: a query sees keys up to its own position.
+    By keyword:
+        lengths: [B] how many keys of each sequence exist, or a pair (of queries, of keys): as in
+            seqkernels.functional.scaled_dot_product_attention. Nothing behind is computed.
+        cu_seqlens_q: int32 or int64 [S + 1], where each sequence begins: query is then rows [Nq, E], key and value
+            [Nk, kdim | vdim]. cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in seqkernels.functional.varlen_attention.
+        cache: a KeyValueCache (`new_cache` makes one) to which keys and values are added before queries look at all of
+            it; the last query is at the position of the last key; lengths: how many of the new steps each sequence
+            has, and of its queries where these are the same tensor or is_causal is set. key and value may be None:
+            nothing is added then.
+    Outputs:
+        as query, [..., E], and, with need_weights, [B, T, S] or [B, H, T, S] after dropout, otherwise None; always None
+        for rows of packed or nested sequences.
+    Raises: ValueError, TypeError; NotImplementedError for add_bias_kv and add_zero_attn of packed or cached sequences.
+    Deterministic: yes; the same bits for any number of threads.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html; Vaswani et al., "Attention
+        is all you need", arXiv 1706.03762.
+    """
+
+    def new_cache(self, batch_size: int, capacity: int, *, dtype: Any = None) -> KeyValueCache:
+        """An empty cache for `capacity` steps, of the parameters' dtype unless another is given."""
+        of = self.out_proj.weight
+        return KeyValueCache(
+            batch_size, capacity, self.num_heads, self.head_dim, device=of.device, dtype=dtype or of.dtype
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        lengths: Any = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        who = "MultiheadAttention"
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(t, Tensor) and not (t is None and cache is not None and name != "query"):
+                raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+        nested = query.is_nested
+        if nested or cu_seqlens_q is not None:
+            for name, given in (
+                ("key_padding_mask", key_padding_mask),
+                ("attn_mask", attn_mask),
+                ("lengths", lengths),
+                ("cache", cache),
+                ("cu_seqlens_q", cu_seqlens_q if nested else None),
+            ):
+                if given is not None:
+                    raise ValueError(f"{who}: {name} must be None for {'nested' if nested else 'packed'} sequences")
+            assert key is not None and value is not None
+            if nested:
+                return self._nested(query, key, value, is_causal), None
+            return self._packed(
+                query, key, value, is_causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+            ), None
+        for name, given in (
+            ("cu_seqlens_k", cu_seqlens_k),
+            ("max_seqlen_q", max_seqlen_q),
+            ("max_seqlen_k", max_seqlen_k),
+        ):
+            if given is not None:
+                raise ValueError(f"{who}: {name} must be None without cu_seqlens_q")
+        self._check(who, query, key, value, 2 if query.dim() == 2 else 3)
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is not None:
+            return self._cached(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, lengths,
+                cache, dropout_p,
+            )  # fmt: skip
+        assert key is not None and value is not None
+        q, k, v = (self._by_head(t) for t in self._project(query, key, value))
+        B, H, T, _ = q.shape
+        S = k.shape[2]
+        if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
+            _check_mask(who, "attn_mask", attn_mask, ([T, S],))
+            attn_mask = None
+        extra = (self.bias_k is not None) + bool(self.add_zero_attn)
+        mask, of_padding = _merged(who, key_padding_mask, attn_mask, B, H, T, S, query.dim(), q.dtype, extra == 0)
+        if of_padding is not None:
+            if lengths is None:
+                lengths = of_padding
+            else:
+                mask = _both(mask, _before(of_padding, S), q.dtype)
+        if extra:  # keys behind the last that every query sees
+            if lengths is not None or is_causal:
+                mask, lengths, is_causal = _written(who, mask, lengths, is_causal, B, T, S, q), None, False
+            k, v = self._with_extra(k, v)
+            mask = None if mask is None else F.pad(mask, (0, extra), value=1.0 if mask.dtype == torch.bool else 0.0)
+        result = scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal, lengths=lengths, return_weights=need_weights
+        )
+        return self._finish(result, need_weights, average_attn_weights, query.dim() == 3)
+
+    # ---- projections
+
+    def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
+        """[..., H, D] each, or of query alone where key is None; in one product where they are one tensor."""
+        E, H = self.embed_dim, self.num_heads
+        bias = self.in_proj_bias
+        weight: Tensor | None = self.in_proj_weight
+        if weight is not None and query is key and key is value:
+            return F.linear(query, weight, bias).unflatten(-1, (3, H, E // H)).unbind(-3)
+        of = (None,) * 3 if bias is None else bias.chunk(3)
+        if weight is not None:
+            weights: Sequence[Tensor] = weight.chunk(3)
+        else:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        q = F.linear(query, weights[0], of[0]).unflatten(-1, (H, E // H))
+        if key is None or value is None:
+            return (q,)
+        if weight is not None and key is value:
+            both = F.linear(key, weight[E:], None if bias is None else bias[E:])
+            return (q, *both.unflatten(-1, (2, H, E // H)).unbind(-3))
+        k, v = (F.linear(x, w, b).unflatten(-1, (H, E // H)) for x, w, b in zip((key, value), weights[1:], of[1:]))
+        return q, k, v
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[..., H, D] as [B, H, T, D]."""
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _with_extra(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """bias_k and bias_v, then zeros, behind the keys and values of every sequence."""
+        B, H, _, D = k.shape
+        more_k, more_v = [k], [v]
+        if self.bias_k is not None and self.bias_v is not None:
+            more_k.append(self.bias_k.view(1, H, 1, D).to(k.dtype).expand(B, -1, -1, -1))
+            more_v.append(self.bias_v.view(1, H, 1, D).to(v.dtype).expand(B, -1, -1, -1))
+        if self.add_zero_attn:
+            more_k.append(k.new_zeros(B, H, 1, D))
+            more_v.append(v.new_zeros(B, H, 1, D))
+        return torch.cat(more_k, 2), torch.cat(more_v, 2)
+
+    def _finish(self, result: Any, need_weights: bool, average: bool, batched: bool) -> tuple[Tensor, Tensor | None]:
+        out, weights = result if need_weights else (result, None)
+        if not batched:
+            out = out.squeeze(0).transpose(0, 1)
+        else:
+            out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
+        out = self.out_proj(out.flatten(-2))
+        if weights is not None:
+            weights = weights.mean(1) if average else weights
+            weights = weights if batched else weights.squeeze(0)
+        return out, weights
+
+    # ---- packed, nested and cached sequences
+
+    def _packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int | None,
+        max_seqlen_k: int | None,
+    ) -> Tensor:
+        """Rows [Nq, E]."""
+        who = "MultiheadAttention"
+        self._plain_keys(who, "packed")
+        self._check(who, query, key, value, 2)
+        q, k, v = self._project(query, key, value)
+        out = varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal,
+        )  # fmt: skip
+        return self.out_proj(out.flatten(-2))
+
+    def _nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        rows, cu_q, longest, restore = of_nested("MultiheadAttention", "query", query)
+        if key is query and value is query:
+            return restore(self._packed(rows, rows, rows, is_causal, cu_q, None, longest, None))
+        for name, t in (("key", key), ("value", value)):
+            if not t.is_nested:
+                raise ValueError(f"MultiheadAttention: {name} must be nested where query is")
+        k_rows, cu_k, longest_k, _ = of_nested("MultiheadAttention", "key", key)
+        v_rows = k_rows if value is key else of_nested("MultiheadAttention", "value", value)[0]
+        return restore(self._packed(rows, k_rows, v_rows, is_causal, cu_q, cu_k, longest, longest_k))
+
+    def _cached(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average: bool,
+        is_causal: bool,
+        lengths: Any,
+        cache: KeyValueCache,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        who = "MultiheadAttention"
+        self._plain_keys(who, "cached")
+        if query.dim() != 3:
+            raise ValueError(f"{who}: query must have 3 dimensions with cache, got {list(query.shape)}")
+        if key_padding_mask is not None:
+            raise ValueError(f"{who}: key_padding_mask must be None with cache; lengths says which steps exist")
+        if key is None and is_causal:
+            raise ValueError(f"{who}: is_causal must be False where nothing is added to the cache")
+        q, *new = (self._by_head(t) for t in self._project(query, key, value))
+        if q.shape[0] != cache.keys.shape[0]:
+            raise ValueError(
+                f"{who}: query must be of as many sequences as the cache, {cache.keys.shape[0]}, got {q.shape[0]}"
+            )
+        if new:
+            cache.append(new[0], new[1], lengths)
+        elif lengths is not None:
+            raise ValueError(f"{who}: lengths must be None where nothing is added to the cache")
+        S = cache.longest
+        if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
+            attn_mask = None
+        mask, _ = _merged(who, None, attn_mask, q.shape[0], q.shape[1], q.shape[2], S, 3, q.dtype, False)
+        of: Any = cache.lengths if cache.ragged else None
+        if new and lengths is not None and (is_causal or query is key):
+            of = torch.as_tensor(lengths, device=q.device), cache.lengths
+        result = scaled_dot_product_attention(
+            q, cache.keys[:, :, :S], cache.values[:, :, :S], mask, dropout_p, is_causal, lengths=of,
+            causal_alignment="lower_right" if is_causal else "upper_left", return_weights=need_weights,
+        )  # fmt: skip
+        return self._finish(result, need_weights, average, True)
+
+    # ---- checks
+
+    def _plain_keys(self, who: str, what: str) -> None:
+        if self.bias_k is not None or self.add_zero_attn:
+            raise NotImplementedError(f"{who}: add_bias_kv and add_zero_attn must be False for {what} sequences")
+
+    def _check(self, who: str, query: Tensor, key: Tensor | None, value: Tensor | None, dims: int) -> None:
+        if query.dim() != dims:
+            wanted = "2 or 3 dimensions" if dims == 3 else "2 dimensions with cu_seqlens_q"
+            raise ValueError(f"{who}: query must have {wanted}, got {list(query.shape)}")
+        if (key is None) != (value is None):
+            raise ValueError(f"{who}: key and value must both be None, or neither")
+        given = [("query", query, self.embed_dim)]
+        if key is not None and value is not None:
+            given += [("key", key, self.kdim), ("value", value, self.vdim)]
+        for name, t, size in given:
+            if t.dim() != dims:
+                raise ValueError(f"{who}: {name} must have as many dimensions as query, {dims}, got {list(t.shape)}")
+            if t.shape[-1] != size:
+                raise ValueError(f"{who}: {name} must have {size} columns, got {t.shape[-1]}")
+        if key is None or value is None:
+            return
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"{who}: value must have as many rows as key, {list(key.shape[:-1])}, got {list(value.shape[:-1])}"
+            )
+        of = 0 if self.batch_first else 1
+        if dims == 3 and key.shape[of] != query.shape[of]:
+            raise ValueError(
+                f"{who}: key must be of as many sequences as query, {query.shape[of]}, got {key.shape[of]} "
+                f"(batch_first is {self.batch_first})"
+            )
+
+
+# ---- masks
+
+
+def _check_mask(who: str, name: str, mask: Any, shapes: Sequence[list[Any]]) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{who}: {name} must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{who}: {name} must be bool or floating, got {mask.dtype}")
+    if list(mask.shape) not in list(shapes):
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{who}: {name} must have shape {wanted}, got {list(mask.shape)}")
+
+
+def _merged(
+    who: str,
+    padding: Tensor | None,
+    attn_mask: Tensor | None,
+    B: Any,
+    H: int,
+    T: Any,
+    S: Any,
+    dims: int,
+    dtype: torch.dtype,
+    as_lengths: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both masks as scaled_dot_product_attention takes them, and lengths [B] that stand for the padding, if they do."""
+    mask = lengths = None
+    if attn_mask is not None:
+        _check_mask(who, "attn_mask", attn_mask, ([T, S], [B * H, T, S]))
+        mask = attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
+        mask = mask.view(1, 1, T, S) if mask.dim() == 2 else mask.view(B, H, T, S)
+    if padding is not None:
+        _check_mask(who, "key_padding_mask", padding, ([B, S] if dims == 3 else [S],))
+        seen = padding.logical_not() if padding.dtype == torch.bool else padding.to(dtype)
+        seen = seen.view(B, S)
+        lengths = _lengths_of(seen) if as_lengths else None
+        if lengths is None:
+            mask = _both(mask, seen.view(B, 1, 1, S), dtype)
+    return mask, lengths
+
+
+def _lengths_of(seen: Tensor) -> Tensor | None:
+    """[B], if a mask [B, S] says no more than how long each sequence is. Where that can be looked up for nothing."""
+    if (
+        seen.device.type != "cpu"
+        or seen.requires_grad
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(seen) is not Tensor
+    ):
+        return None
+    if seen.dtype != torch.bool:
+        kept = seen == 0
+        if not torch.equal(kept, seen != -math.inf):
+            return None
+        seen = kept
+    lengths = seen.sum(1)
+    return lengths if torch.equal(seen, _before(lengths, seen.shape[1]).view(seen.shape)) else None
+
+
+def _before(lengths: Tensor, S: Any) -> Tensor:
+    """[B, 1, 1, S] which positions a length includes."""
+    return torch.arange(S, device=lengths.device) < lengths.view(-1, 1, 1, 1)
+
+
+def _both(mask: Tensor | None, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """What both let through, or the sum of what they add."""
+    if mask is None:
+        return other
+    if mask.dtype == torch.bool and other.dtype == torch.bool:
+        return mask & other
+    return _added(mask, dtype) + _added(other, dtype)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask.logical_not(), -math.inf)
+
+
+def _written(
+    who: str, mask: Tensor | None, lengths: Any, is_causal: bool, B: Any, T: Any, S: Any, q: Tensor
+) -> Tensor | None:
+    """lengths and causality as part of the mask."""
+    if lengths is not None:
+        if isinstance(lengths, tuple) and not isinstance(lengths[0], int):
+            raise NotImplementedError(f"{who}: lengths must be of keys alone with add_bias_kv or add_zero_attn")
+        mask = _both(mask, _before(torch.as_tensor(lengths, device=q.device), S), q.dtype)
+    if is_causal:
+        i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
+        mask = _both(mask, (j <= i.unsqueeze(1)).view(1, 1, T, S), q.dtype)
+    return mask
+
+
+# ---- nested tensors
+
+
+def of_nested(who: str, name: str, t: Tensor) -> tuple[Tensor, Tensor, Any, Callable[[Tensor], Tensor]]:
+    """Rows [N, E], where each sequence begins [B + 1], the longest, and what makes rows of that kind nested again."""
+    if t.dim() != 3:
+        raise ValueError(f"{who}: {name} must be nested of shape [B, j, E], got {t.dim()} dimensions")
+    if t.layout == torch.jagged:
+        if t._ragged_idx != 1 or t.lengths() is not None:  # type: ignore[attr-defined]
+            raise ValueError(f"{who}: {name} must be jagged without holes of shape [B, j, E], got {list(t.shape)}")
+        offsets = t.offsets()  # type: ignore[attr-defined]
+        longest = t._get_max_seqlen()  # type: ignore[attr-defined]
+        return t.values(), offsets, longest, lambda rows: torch.nested.nested_tensor_from_jagged(rows, offsets)
+    # As torch.nn.TransformerEncoder makes them of padded batches.
+    t = t.contiguous()
+    sizes = t._nested_tensor_size()
+    lengths, E = sizes[:, 0], int(sizes[0, 1]) if sizes.shape[0] else 0
+    cu = F.pad(lengths.cumsum(0), (1, 0)).to(t.device)
+
+    def restore(rows: Tensor) -> Tensor:
+        strides, at = t._nested_tensor_strides(), t._nested_tensor_storage_offsets()
+        return torch._nested_view_from_buffer(rows.contiguous().view(-1), sizes, strides, at)
+
+    return t.values().view(-1, E), cu, int(lengths.max()) if sizes.shape[0] else 0, restore

@@ -1,0 +1,232 @@
+"""Scaled-dot-product attention, defined in plain torch: every score is written out, and dropout counted out.
+
+Everything is a function of tensors and may be differentiated any number of times. Half types are computed in float32
+and rounded once, at the end. A key that a row may not see reaches nothing of that row, not even as a NaN.
+
+Dimensions: B batch, Hq heads of queries, Hk of keys (head h reads keys h // (Hq / Hk)), Tq queries, Tk keys, D and Dv
+columns; Nq and Nk rows of all sequences one after another.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NONE, UPPER_LEFT, LOWER_RIGHT = range(3)  # causal
+_WORD = 0xFFFFFFFF
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    scale: float = 1.0,
+    causal: int = NONE,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scores) v, and the logarithm of the softmax's denominator.
+
+    Args:
+        q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv].
+        attn_mask: bool (True: seen) or float (added to the scores) [B | 1, Hq | 1, Tq | 1, Tk | 1].
+        alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |i + offset - j| is added to the scores.
+        q_lengths, k_lengths: [B] rows that exist.
+        cu_q, cu_k: [S + 1] where each sequence begins among the rows of q [1, Hq, Nq, D] and k [1, Hk, Nk, D]; max_q,
+            max_k: at least the longest one's length.
+        causal: 0 none; 1 j <= i; 2 j <= i + offset, offset = keys - queries of that sequence, otherwise 0.
+        window_left, window_right: i + offset - window_left <= j <= i + offset + window_right, each unless negative.
+        softcap: scores become softcap * tanh(score / softcap) before anything is added, unless 0.
+        dropout_p, seed: weights are dropped as `dropout_keep` says.
+    Returns:
+        out: [B, Hq, Tq, Dv], dtype of q: 0 where a row sees no key.
+        lse: [B, Hq, Tq], float32 or wider, before dropout: -inf where a row sees no key.
+    """
+    if cu_q is not None:
+        assert cu_k is not None and attn_mask is None
+        N = q.shape[2]
+        q, k, v = _padded(q, cu_q, max_q), _padded(k, cu_k, max_k), _padded(v, cu_k, max_k)
+        q_lengths, k_lengths = cu_q.diff(), cu_k.diff()
+    scores, seen = _scores(
+        q, k, attn_mask, alibi_slopes, q_lengths, k_lengths, scale, causal, window_left, window_right, softcap
+    )
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), 0.0)
+    top = top.masked_fill(top == -math.inf, 0)
+    # Where nothing is seen: a denominator of 1 instead of a division by 0, whose derivative would be NaN.
+    exps = torch.exp(scores - top)
+    total = exps.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    weights = exps / total
+    lse = (total.log() + top).masked_fill(empty, -math.inf).squeeze(-1)
+    if dropout_p > 0:
+        assert seed is not None
+        weights = weights * _keep(weights, dropout_p, seed)
+    wide = _by_head(v, q.shape[1]).to(weights.dtype)
+    finite = torch.isfinite(wide)
+    out = weights @ wide.where(finite, 0)
+    out = out.masked_fill(seen.to(out.dtype) @ (~finite).to(out.dtype) > 0, math.nan).to(q.dtype)
+    if cu_q is not None:
+        return _packed(out, cu_q, N), _packed(lse.unsqueeze(-1), cu_q, N).squeeze(-1)
+    return out, lse
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    cu_q: None,
+    cu_k: None,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    lse: Tensor,
+) -> Tensor:
+    """[B, Hq, Tq, Tk], dtype of q: what multiplies v, after dropout, from the lse that `attention` gives."""
+    scores, _ = _scores(
+        q, k, attn_mask, alibi_slopes, q_lengths, k_lengths, scale, causal, window_left, window_right, softcap
+    )
+    lse = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
+    weights = torch.exp(scores - lse)
+    if dropout_p > 0:
+        assert seed is not None
+        weights = weights * _keep(weights, dropout_p, seed)
+    return weights.to(q.dtype)
+
+
+def visible(
+    Tq: int,
+    Tk: int,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """[B | 1, 1, Tq, Tk] which keys a row may see by its position, and how far each is: i + offset - j."""
+    i, j = torch.arange(Tq, device=device).view(1, 1, -1, 1), torch.arange(Tk, device=device).view(1, 1, 1, -1)
+    of_q = torch.full((1, 1, 1, 1), Tq, device=device) if q_lengths is None else q_lengths.long().view(-1, 1, 1, 1)
+    of_k = torch.full((1, 1, 1, 1), Tk, device=device) if k_lengths is None else k_lengths.long().view(-1, 1, 1, 1)
+    far = i - j + (of_k - of_q if causal == LOWER_RIGHT else torch.zeros_like(of_q))
+    seen = (i < of_q) & (j < of_k)
+    if causal != NONE:
+        seen = seen & (far >= 0)
+    if window_left >= 0:
+        seen = seen & (far <= window_left)
+    if window_right >= 0:
+        seen = seen & (far >= -window_right)
+    return seen, far
+
+
+def dropout_keep(B: int, H: int, Tq: int, Tk: int, p: float, seed: Tensor) -> Tensor:
+    """[B, H, Tq, Tk] which weights stay: word j % 4 of Philox 4x32 with 7 rounds at (j // 4, i, b * H + h, 0), by the
+    key (seed mod 2^32, seed / 2^32), is at least p * 2^32.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+
+    def product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:  # of two 32-bit numbers: its two words
+        low, high = x & 0xFFFF, x >> 16
+        return (factor * high + (factor * low >> 16)) >> 16 & _WORD, (factor * x) & _WORD
+
+    device = seed.device
+    seed = seed.reshape(())
+    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    c0 = torch.arange((Tk + 3) // 4, device=device)
+    c1 = torch.arange(Tq, device=device).view(-1, 1)
+    c2 = torch.arange(B * H, device=device).view(-1, 1, 1)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
+    c3 = torch.zeros_like(c0)
+    for _ in range(7):
+        high0, low0 = product(0xD2511F53, c0)
+        high1, low1 = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    words = torch.stack((c0, c1, c2, c3), -1).flatten(-2)[..., :Tk]
+    return (words >= round(p * 2**32)).view(B, H, Tq, Tk)
+
+
+def _keep(weights: Tensor, p: float, seed: Tensor) -> Tensor:
+    """What weights are multiplied by: 0, or 1 / (1 - p)."""
+    B, H, Tq, Tk = weights.shape
+    keep = dropout_keep(B, H, Tq, Tk, p, seed)
+    return keep.to(weights.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    scale: float,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """[B, Hq, Tq, Tk] scores, -inf where a key is not seen, and which are."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide_q, wide_k = q.to(dtype), _by_head(k, q.shape[1]).to(dtype)
+    finite_q, finite_k = torch.isfinite(wide_q), torch.isfinite(wide_k)
+    scores = wide_q.where(finite_q, 0) @ wide_k.where(finite_k, 0).transpose(-1, -2) * scale
+    finite = finite_q.all(-1).unsqueeze(-1) & finite_k.all(-1).unsqueeze(-2)
+    scores = scores.masked_fill(~finite, math.nan)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen, far = visible(q.shape[2], k.shape[2], q_lengths, k_lengths, causal, window_left, window_right, q.device)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.reshape(-1, q.shape[1], 1, 1).to(dtype) * far.abs()
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            seen = seen & attn_mask
+        else:
+            scores = scores + attn_mask.to(dtype)
+            seen = seen & (attn_mask != -math.inf)
+    seen = seen.expand(scores.shape)
+    return scores.masked_fill(~seen, -math.inf), seen
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, Hk, ..] as [B, Hq, ..]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _padded(x: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """[1, H, N, D] as [S, H, longest, D]; what is behind a sequence's end is some row of another."""
+    S, H, N = cu.shape[0] - 1, x.shape[1], x.shape[2]
+    if N == 0:
+        return x.new_zeros(S, H, longest, x.shape[3])
+    at = cu[:-1].long().unsqueeze(1) + torch.arange(longest, device=x.device)
+    return x[0][:, at.clamp(max=N - 1).reshape(-1)].unflatten(1, (S, longest)).transpose(0, 1)
+
+
+def _packed(x: Tensor, cu: Tensor, N: int) -> Tensor:
+    """The inverse: [1, H, N, D]."""
+    row = torch.arange(N, device=x.device)
+    of = torch.searchsorted(cu.long(), row, right=True) - 1
+    return x.transpose(0, 1)[:, of, row - cu.long()[of]].unsqueeze(0)

@@ -1,0 +1,490 @@
+"""Attention's Triton kernels against the reference in float64: interpreted, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_on_cpu import DEVICE, load
+
+attention = load("attention")
+reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name
+# The interpreter computes in numpy, which speaks up where a number overflows or is none.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Sums of some hundred terms, under an exponential of scores up to 10, relative to the largest element.
+SLACK = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    why: str
+    B: int = 2
+    H: int = 1
+    G: int = 1
+    Tq: int = 20
+    Tk: int = 40
+    D: int = 16
+    Dv: int = 16
+    q_lengths: tuple[int, ...] | None = None  # packed: of each sequence, B of them
+    k_lengths: tuple[int, ...] | None = None
+    packed: bool = False
+    mask: str = ""  # bool or float, then which of its dimensions are full: "float bhqk"
+    slopes: str = ""  # h or bh
+    scale: float = 0.3
+    causal: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        return re.sub(r"\W+", "-", self.why)
+
+
+CASES = [
+    Case("plain"),
+    Case("one row", Tq=1, Tk=5, D=8, Dv=8),
+    Case("a tail in every direction", Tq=67, Tk=35, D=20, Dv=9),
+    Case("several blocks of each", B=1, Tq=130, Tk=130),
+    Case("grouped heads", B=1, H=6, G=3),
+    Case("causal", B=1, Tq=100, Tk=100, causal=1),
+    Case("causal, fewer rows than keys", causal=1),
+    Case("causal, more rows than keys", Tq=72, Tk=33, causal=1),
+    Case("lower right, fewer rows", causal=2),
+    Case("lower right, more rows: some see nothing", B=1, Tq=90, Tk=40, causal=2),
+    Case("window", B=1, Tq=130, Tk=130, window_left=40, window_right=3),
+    Case("window on the left alone", B=1, Tq=90, Tk=110, window_left=10),
+    Case("causal window, lower right", B=1, Tq=80, Tk=120, causal=2, window_left=33),
+    Case("causal and a window on the right", B=1, Tq=70, Tk=70, causal=1, window_right=7, window_left=0),
+    Case("window that rows leave behind", B=1, Tq=90, Tk=20, window_left=3),
+    Case("lengths", B=4, q_lengths=(20, 0, 17, 3), k_lengths=(40, 5, 0, 33)),
+    Case("lengths, lower right, grouped", B=3, H=2, G=2, q_lengths=(20, 13, 8), k_lengths=(40, 5, 20), causal=2),
+    Case("lengths of keys", B=3, k_lengths=(40, 1, 32), D=32),
+    Case("packed", B=4, q_lengths=(3, 0, 66, 9), k_lengths=(5, 4, 36, 0), packed=True, D=24),
+    Case("packed, causal, grouped", B=3, H=2, G=2, q_lengths=(70, 1, 33), k_lengths=(70, 1, 33), packed=True, causal=1),
+    Case("packed, window", q_lengths=(9, 70), k_lengths=(40, 71), packed=True, causal=2, window_left=20),
+    Case("bool mask", mask="bool bhqk", H=2),
+    Case("bool mask of keys", mask="bool bk", B=3),
+    Case("float mask", mask="float bhqk", B=1, H=2, Tq=67),
+    Case("float mask of all samples", mask="float hqk", H=2),
+    Case("float mask of all heads", mask="float bqk", H=2),
+    Case("float mask of keys", mask="float bk", Tq=40),
+    Case("float mask of rows", mask="float hq", causal=1),
+    Case("float mask of one number", mask="float "),
+    Case("float mask, causal, lengths", mask="float qk", causal=1, k_lengths=(37, 9), Tq=39),
+    Case("softcap", softcap=0.7),
+    Case("softcap with a mask", softcap=5.0, mask="float qk", scale=3.0),
+    Case("alibi", slopes="h", H=2, causal=1),
+    Case("alibi of every sample", slopes="bh", causal=2, H=2, G=2),
+    Case("dropout", dropout_p=0.3),
+    Case("dropout of most", dropout_p=0.9, Tq=40, causal=1),
+    Case("dropout, packed, grouped", H=2, G=2, q_lengths=(30, 3), k_lengths=(20, 33), packed=True, dropout_p=0.2),
+    Case("dropout of all", dropout_p=1.0, Tq=3, Tk=7),
+    Case("all at once", mask="float hqk", H=2, G=2, slopes="h", softcap=2.0, dropout_p=0.25, causal=2, window_left=30),
+    Case("negative scale", scale=-0.4, causal=1),
+    Case("scale 0", scale=0.0, causal=1),
+    Case("no keys", Tk=0),
+    Case("no rows", Tq=0),
+    Case("wide values", B=1, Dv=70),
+    Case("wide keys", B=1, D=70),
+]
+SOME = [case for case in CASES if case.why in ("a tail in every direction", "packed, causal, grouped", "all at once")]
+# For a GPU alone: tiles of every size, and heads as wide as they come.
+LARGE = [
+    Case("blocks of D 64", H=4, Tq=300, Tk=500, D=64, Dv=64),
+    Case("causal, D 128", H=2, Tq=512, Tk=512, D=128, Dv=128, causal=1),
+    Case("causal, grouped, D 64", H=8, G=4, Tq=384, Tk=384, D=64, Dv=64, causal=1),
+    Case("lower right, D 128", H=2, Tq=130, Tk=700, D=128, Dv=128, causal=2),
+    Case("window, D 128", H=2, Tq=600, Tk=600, D=128, Dv=128, causal=1, window_left=100),
+    Case("lengths, D 64", B=3, H=2, Tq=400, Tk=400, D=64, Dv=64, q_lengths=(400, 77, 0), k_lengths=(400, 77, 5)),
+    Case("packed, D 128", B=3, H=4, G=2, D=128, Dv=128, q_lengths=(300, 1, 150), k_lengths=(300, 1, 150), packed=True),
+    Case("float mask, D 64", H=2, Tq=300, Tk=300, D=64, Dv=64, mask="float bhqk"),
+    Case("float mask of all samples, D 128", H=2, Tq=300, Tk=300, D=128, Dv=128, mask="float hqk", causal=1),
+    Case("float mask of keys, D 64", H=2, Tq=300, Tk=300, D=64, Dv=64, mask="float bk"),
+    Case("dropout, D 128", H=2, Tq=300, Tk=300, D=128, Dv=128, dropout_p=0.1, causal=1),
+    Case("dropout, D 64", H=2, Tq=300, Tk=300, D=64, Dv=64, dropout_p=0.1),
+    Case("alibi and softcap, D 128", H=2, Tq=300, Tk=300, D=128, Dv=128, slopes="h", softcap=3.0, causal=1),
+    Case("odd sizes", H=3, Tq=257, Tk=259, D=80, Dv=96, causal=1),
+    Case("D 256", H=2, Tq=200, Tk=300, D=256, Dv=256, causal=1, scale=0.06),
+    Case("different head sizes", H=2, Tq=200, Tk=300, D=192, Dv=128, scale=0.07),
+    Case("one row", H=8, G=8, Tq=1, Tk=1000, D=128, Dv=128),
+]
+
+
+@dataclasses.dataclass
+class Given:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    slopes: Tensor | None
+    q_lengths: Tensor | None
+    k_lengths: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    seed: Tensor | None
+    case: Case
+
+    def rest(self) -> tuple[Any, ...]:
+        """What the ops take after q, k and v."""
+        c = self.case
+        longest = (max(c.q_lengths or (0,)), max(c.k_lengths or (0,))) if c.packed else (c.Tq, c.Tk)
+        tensors = (self.mask, self.slopes, self.q_lengths, self.k_lengths, self.cu_q, self.cu_k)
+        numbers = (c.scale, c.causal, c.window_left, c.window_right, c.softcap, c.dropout_p)
+        return *tensors, *longest, *numbers, self.seed
+
+    def wide(self) -> Given:
+        """On the CPU, in float64; q, k, v and a float mask are leaves."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            t = getattr(self, field.name)
+            if isinstance(t, Tensor):
+                t = t.detach().cpu()
+                grad = t.is_floating_point() and field.name != "slopes"
+                changed[field.name] = t.double().requires_grad_() if grad else t
+        return dataclasses.replace(self, **changed)
+
+    def leaves(self) -> dict[str, Tensor]:
+        mask = {} if self.mask is None or self.mask.dtype == torch.bool else {"mask": self.mask}
+        return {"q": self.q, "k": self.k, "v": self.v} | mask
+
+
+def make(c: Case, dtype: torch.dtype) -> Given:
+    B, Tq, Tk = (1, sum(c.q_lengths), sum(c.k_lengths)) if c.packed else (c.B, c.Tq, c.Tk)
+    lengths = [None if n is None else torch.tensor(n) for n in (c.q_lengths, c.k_lengths)]
+    starts = [None, None]
+    if c.packed:
+        starts = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (c.q_lengths, c.k_lengths)]
+        lengths = [None, None]
+    mask = None
+    if c.mask:
+        kind, _, full = c.mask.partition(" ")
+        mask = torch.randn([n if name in full else 1 for name, n in zip("bhqk", (c.B, c.H, Tq, Tk))])
+        mask = mask > -0.3 if kind == "bool" else mask.where((mask > -1) | (mask.numel() == 1), -math.inf).to(dtype)
+    slopes = torch.rand((c.B, c.H) if "b" in c.slopes else (c.H,)) / 8 if c.slopes else None
+    given = Given(
+        *(torch.randn(B, *s).to(dtype) for s in ((c.H, Tq, c.D), (c.H // c.G, Tk, c.D), (c.H // c.G, Tk, c.Dv))),
+        mask,
+        slopes,
+        *lengths,
+        *starts,
+        torch.tensor([-0x1234_5678_9ABC_DEF1]) if c.dropout_p else None,
+        c,
+    )
+    tensors = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    return dataclasses.replace(given, **{n: t.to(DEVICE) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def near(got: Tensor, want: Tensor, dtype: torch.dtype, what: str) -> None:
+    got, want = got.cpu().double(), want.double()
+    largest = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
+    slack = SLACK[dtype]
+    torch.testing.assert_close(
+        got, want, rtol=slack, atol=slack * (largest + 0.01), equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def check(c: Case, dtype: torch.dtype) -> None:
+    given = make(c, dtype)
+    wide = given.wide()
+    leaves = wide.leaves()
+    want = reference.attention(*(wide.q, wide.k, wide.v), *wide.rest())
+    got = attention.attention_forward(*(given.q, given.k, given.v), *given.rest())
+    assert got[0].dtype == dtype and got[1].dtype == torch.promote_types(dtype, torch.float32)
+    near(got[0], want[0], dtype, "out")
+    near(got[1], want[1], dtype, "lse")
+
+    dout, dlse = torch.randn(want[0].shape).to(dtype), torch.randn(want[1].shape).to(got[1].dtype)
+    lse = want[1].where(want[1].isfinite(), 0)
+    loss = (want[0] * dout).sum() + (lse * dlse).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    found = attention.attention_backward(
+        *(dout.to(DEVICE), dlse.to(DEVICE), given.q, given.k, given.v), *given.rest(), *got, "mask" in leaves
+    )
+    for name, x, y in zip(("q", "k", "v", "mask"), found, gradients):
+        assert x.dtype == dtype
+        near(x, y, dtype, f"d{name}")
+    if "mask" not in leaves:
+        assert found[3].numel() == 0
+
+
+def check_weights(c: Case, dtype: torch.dtype) -> None:
+    given = make(c, dtype)
+    wide = given.wide()
+    leaves = {name: t for name, t in wide.leaves().items() if name != "v"}
+    lse = reference.attention(*(wide.q, wide.k, wide.v), *wide.rest())[1].detach().requires_grad_()
+    narrow = lse.detach().to(torch.promote_types(dtype, torch.float32)).to(DEVICE)
+    want = reference.attention_weights(wide.q, wide.k, *wide.rest(), lse)
+    got = attention.attention_weights(given.q, given.k, *given.rest(), narrow)
+    assert got.dtype == dtype
+    near(got, want, dtype, "weights")
+
+    dw = torch.randn(want.shape).to(dtype)
+    *gradients, dlse = torch.autograd.grad((want * dw).sum(), [*leaves.values(), lse], materialize_grads=True)
+    found = attention.attention_weights_backward(
+        dw.to(DEVICE), given.q, given.k, *given.rest(), narrow, "mask" in leaves
+    )
+    for name, x, y in zip(leaves, (found[0], found[1], found[3]), gradients):
+        near(x, y, dtype, f"d{name}")
+    near(found[2], dlse, dtype, "dlse")
+
+
+@pytest.mark.parametrize("c", CASES, ids=str)
+def test_cases(c: Case):
+    check(c, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32], ids=str)
+@pytest.mark.parametrize("c", SOME, ids=str)
+def test_dtypes(c: Case, dtype: torch.dtype):
+    check(c, dtype)
+
+
+WEIGHTS = ("lengths", "bool mask of keys", "float mask of all samples", "all at once", "grouped heads", "no keys")
+
+
+@pytest.mark.parametrize("c", [c for c in CASES if c.why in WEIGHTS], ids=str)
+def test_weights(c: Case):
+    check_weights(c, torch.float32)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
+@pytest.mark.parametrize("c", LARGE, ids=str)
+def test_large(c: Case, dtype: torch.dtype):
+    check(c, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+@pytest.mark.parametrize("c", [c for c in LARGE if not c.packed], ids=str)
+def test_large_weights(c: Case):
+    check_weights(c, torch.bfloat16)
+
+
+def with_nan_beyond(c: Case, forward: bool = True) -> tuple[Given, Given]:
+    """Inputs, and the same where keys and values that the last row alone sees, if any row does, hold NaN and Inf."""
+    given = make(c, torch.float32)
+    k, v = given.k.clone(), given.v.clone()
+    last = c.Tk - 1 if c.k_lengths is None else c.k_lengths[0] - 1
+    k[0, :, last], v[0, :, last] = math.nan, math.inf
+    if c.k_lengths is not None:
+        k[0, :, last + 1 :], v[0, :, last + 1 :] = math.nan, math.nan
+    return given, dataclasses.replace(given, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    "c",
+    [
+        Case("causal", B=1, Tq=40, Tk=40, causal=1),
+        Case("window", B=1, Tq=40, Tk=40, window_left=3, window_right=3),
+        Case("lengths, lower right", B=2, Tq=30, Tk=50, q_lengths=(30, 7), k_lengths=(34, 40), causal=2),
+        Case("causal with dropout", B=1, Tq=40, Tk=40, causal=1, dropout_p=0.2),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_stays_with_those_who_see_it(c: Case):
+    given, bad = with_nan_beyond(c)
+    blind = slice(0, 30 if c.Tq == 40 else 29)
+    results = []
+    for inputs in (given, bad):
+        arguments = (inputs.q, inputs.k, inputs.v)
+        out, lse = attention.attention_forward(*arguments, *inputs.rest())
+        dout = torch.ones_like(out)
+        dq, *_ = attention.attention_backward(dout, None, *arguments, *inputs.rest(), out, lse, False)
+        results.append((out, lse, dq))
+    for x, y in zip(*results):
+        torch.testing.assert_close(x[0, :, blind], y[0, :, blind])
+        assert y[0, :, blind].isfinite().all()
+        assert y[1:].isnan().sum() == 0
+    seeing = results[1][1][0, :, (c.q_lengths or (40,))[0] - 1]
+    assert seeing.isnan().all()
+
+
+def test_masked_keys_may_be_anything():
+    for kind in ("bool bhqk", "float bk"):
+        given = make(Case("masked", B=1, mask=kind), torch.float32)
+        given.mask[..., 5] = False if kind.startswith("bool") else -math.inf
+        given.mask[..., 0] = True if kind.startswith("bool") else 0.5
+        bad = dataclasses.replace(given, k=given.k.clone(), v=given.v.clone())
+        bad.k[:, :, 5], bad.v[:, :, 5] = math.inf, math.nan
+        results = []
+        for inputs in (given, bad):
+            arguments = (inputs.q, inputs.k, inputs.v)
+            out, lse = attention.attention_forward(*arguments, *inputs.rest())
+            dout = torch.ones_like(out)
+            found = attention.attention_backward(
+                dout, None, *arguments, *inputs.rest(), out, lse, kind.startswith("float")
+            )
+            results.append((out, lse, *found))
+        for x, y in zip(*results):
+            assert y.isfinite().all()
+            torch.testing.assert_close(x, y)
+
+
+def test_values_that_are_no_numbers():
+    """A row that sees them has what a sum would: infinities of one sign, or NaN."""
+    given = make(Case("values", B=1, Tq=8, Tk=8, causal=1), torch.float32)
+    v = given.v.clone()
+    v[0, 0, 1, 0], v[0, 0, 2, 1], v[0, 0, 3, 2] = math.inf, -math.inf, math.nan
+    v[0, 0, 4, 0] = -math.inf
+    out, _ = attention.attention_forward(given.q, given.k, v, *given.rest())
+    out = out[0, 0].cpu()
+    assert out[:1, 0].isfinite().all() and out[1:4, 0].eq(math.inf).all() and out[4:, 0].isnan().all()
+    assert out[:2, 1].isfinite().all() and out[2:, 1].eq(-math.inf).all()
+    assert out[:3, 2].isfinite().all() and out[3:, 2].isnan().all()
+    assert out[:, 3:].isfinite().all()
+
+
+def test_a_row_of_lowest_numbers_averages():
+    """As torch does with a mask of torch.finfo(dtype).min."""
+    given = make(Case("lowest", B=1, mask="float qk"), torch.float32)
+    lowest = torch.finfo(torch.float32).min
+    given.mask.fill_(0)
+    given.mask[0, 0, 3] = lowest
+    given.mask[0, 0, 4, 7:] = lowest
+    out, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
+    torch.testing.assert_close(out[0, 0, 3], given.v[0, 0].mean(0))
+    alone, _ = attention.attention_forward(given.q, given.k[:, :, :7], given.v[:, :, :7], None, *given.rest()[1:])
+    torch.testing.assert_close(out[0, 0, 4], alone[0, 0, 4])
+    found = attention.attention_backward(
+        torch.ones_like(out), None, given.q, given.k, given.v, *given.rest(), out, lse, True
+    )
+    assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("causal", [0, 2])
+def test_packed_is_padded_is_one_at_a_time(causal: int):
+    rows, keys, H = (20, 0, 33), (9, 4, 40), 2
+    packed = make(
+        Case("p", B=3, H=H, q_lengths=rows, k_lengths=keys, packed=True, causal=causal, dropout_p=0.2), torch.float32
+    )
+    dout = torch.randn_like(packed.q)
+    ends_q, ends_k = itertools.accumulate(rows), itertools.accumulate(keys)
+    places = [(slice(a - n, a), slice(b - m, b)) for a, b, n, m in zip(ends_q, ends_k, rows, keys)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        out, lse = attention.attention_forward(q, k, v, *rest)
+        found = attention.attention_backward(dout, None, q, k, v, *rest, out, lse, False)
+        return out, lse.unsqueeze(-1), *found[:3]
+
+    numbers = packed.rest()[8:]
+    got = run(packed.q, packed.k, packed.v, dout, *packed.rest())
+
+    def pad(x: Tensor, which: int) -> Tensor:
+        padded = torch.full((3, H, 45, 16), math.nan, device=DEVICE)  # never read
+        for s, place in enumerate(places):
+            part = x[0, :, place[which]]
+            padded[s, :, : part.shape[1]] = part
+        return padded
+
+    lengths = (torch.tensor(rows, device=DEVICE), torch.tensor(keys, device=DEVICE))
+    q, k, v = pad(packed.q, 0), pad(packed.k, 1), pad(packed.v, 1)
+    padded = run(q, k, v, pad(dout, 0), None, None, *lengths, None, None, 45, 45, *numbers)
+    for x, y, which in zip(got, padded, (0, 0, 0, 1, 1)):
+        for s, place in enumerate(places):
+            n = (rows, keys)[which][s]
+            assert torch.equal(x[0, :, place[which]], y[s, :, :n])
+            beyond = y[s, :, n:]
+            assert beyond.eq(-math.inf if x is got[1] else 0).all()
+
+    # The counter of dropout starts with the number of the sequence: alone, that of the first.
+    one = [t[:, :, p] for t, p in zip((packed.q, packed.k, packed.v, dout), (*places[0], places[0][1], places[0][0]))]
+    alone = run(*one, None, None, None, None, None, None, rows[0], keys[0], *numbers)
+    for x, y, which in zip(got, alone, (0, 0, 0, 1, 1)):
+        assert torch.equal(x[:, :, places[0][which]], y)
+
+
+def test_rows_of_no_sequence_are_zero():
+    given = make(Case("p", q_lengths=(20, 3), k_lengths=(9, 4), packed=True), torch.float32)
+    q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 70), value=math.nan) for t in (given.q, given.k, given.v))
+    out, lse = attention.attention_forward(q, k, v, *given.rest())
+    dq, dk, dv, _ = attention.attention_backward(torch.ones_like(out), None, q, k, v, *given.rest(), out, lse, False)
+    assert lse[:, :, 23:].eq(-math.inf).all()
+    assert all(x[:, :, n:].eq(0).all() for x, n in ((out, 23), (dq, 23), (dk, 13), (dv, 13)))
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.75])
+def test_dropout_is_that_of_the_reference(p: float):
+    c = Case("dropout", H=2, Tq=9, Tk=39, dropout_p=p)
+    given = make(c, torch.float32)
+    _, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
+    weights = attention.attention_weights(given.q, given.k, *given.rest(), lse)
+    keep = reference.dropout_keep(c.B, c.H, c.Tq, c.Tk, p, given.seed.cpu())
+    assert torch.equal((weights != 0).cpu(), keep)
+    # Forward, by rows and by keys: with values of 1 and one key at a time, what is kept is seen in every result.
+    out, lse = attention.attention_forward(given.q, given.k, torch.ones_like(given.v), *given.rest())
+    torch.testing.assert_close(out[..., 0], weights.sum(-1))
+    dv = attention.attention_backward(
+        torch.ones_like(out), None, given.q, given.k, torch.ones_like(given.v), *given.rest(), out, lse, False
+    )[2]
+    torch.testing.assert_close(dv[..., 0], weights.sum(-2))
+
+
+def test_the_same_every_time_and_in_any_batch():
+    c = Case("again", B=2, H=1, Tq=20, Tk=40, mask="float hq", causal=2)
+    given = make(c, torch.float32)
+    dout = torch.randn_like(given.q)
+    runs = []
+    for batch in (slice(0, 2), slice(0, 2), slice(1, 2)):
+        arguments = tuple(t[batch] for t in (given.q, given.k, given.v))
+        out, lse = attention.attention_forward(*arguments, *given.rest())
+        found = attention.attention_backward(dout[batch], None, *arguments, *given.rest(), out, lse, True)
+        runs.append((out, lse, *found))
+    assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1]))
+    assert all(torch.equal(x[1:], y) for x, y in zip(runs[0][:5], runs[2][:5]))
+
+
+def test_any_strides():
+    c = Case("strides", H=2, mask="float bhqk")
+    given = make(c, torch.float32)
+
+    def scattered(t: Tensor) -> Tensor:
+        """The same numbers, dimensions in another order and every second element of memory."""
+        memory = torch.full((t.shape[3], t.shape[2], t.shape[0], 2 * t.shape[1]), math.nan, device=t.device)
+        view = memory[..., ::2].permute(2, 3, 1, 0)
+        return view.copy_(t)
+
+    dout = torch.randn_like(given.q)
+    apart = dataclasses.replace(given, **{n: scattered(getattr(given, n)) for n in ("q", "k", "v", "mask")})
+    results = []
+    for inputs, gradient in ((given, dout), (apart, scattered(dout))):
+        arguments = (inputs.q, inputs.k, inputs.v)
+        out, lse = attention.attention_forward(*arguments, *inputs.rest())
+        results.append((out, *attention.attention_backward(gradient, None, *arguments, *inputs.rest(), out, lse, True)))
+    for x, y in zip(*results):
+        assert torch.equal(x, y) and y.is_contiguous()
+
+
+def test_unsupported():
+    given = make(Case("plain"), torch.float32)
+    for change, message in (
+        (dict(q=given.q.int()), "dtype torch.int32 is none of torch.bfloat16"),
+        (dict(q=given.q.new_empty(2, 1, 20, 513)), "head size 513 is above 512, the most for torch.float32"),
+    ):
+        bad = dataclasses.replace(given, **change)
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            attention.attention_forward(bad.q, bad.k, bad.v, *bad.rest())
+    assert attention.unsupported(given.q, given.v) == []
+
+
+def test_configurations_fit():
+    for shared, kernel, dtype in itertools.product((99, 163, 227), ("forward", "rows", "keys", "tiles"), DTYPES):
+        for D, Dv, roomy in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
+            if dtype == torch.float64 and max(D, Dv) == 256 and shared == 99:
+                continue  # too little for any
+            chosen = attention.config(kernel, dtype, D, Dv, roomy, shared << 10)
+            sizes = (dtype, attention.padded(D), attention.padded(Dv))
+            assert attention.needed(kernel, *sizes, chosen, roomy) <= shared << 10
+            assert min(chosen.BM, chosen.BN) >= 16
