@@ -172,11 +172,19 @@ def test_rows_that_see_nothing_are_zeros_and_have_no_gradient() -> None:
     assert all((g == 0).all() for g in grads)
 
 
-def test_a_row_of_the_lowest_number_is_uniform() -> None:
-    q, k, v = (t.detach() for t in qkv())
+def test_a_row_of_the_lowest_number_is_uniform(isa: str) -> None:
+    """And has the gradients of that, which lse alone does not tell: the number is all that it holds."""
+    tensors = [t.detach() for t in qkv()]
     mask = torch.zeros(6, 7)
     mask[2] = torch.finfo(torch.float32).min
-    torch.testing.assert_close(sdpa(q, k, v, attn_mask=mask)[:, :, 2], v.mean(2))
+    torch.testing.assert_close(sdpa(*tensors, attn_mask=mask)[:, :, 2], tensors[2].mean(2))
+    got = gradients(functools.partial(sdpa, attn_mask=mask), *tensors)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = gradients(functools.partial(F.scaled_dot_product_attention, attn_mask=mask), *tensors)
+    for key, w in want.items():
+        torch.testing.assert_close(got[key], w)
+    _, weights = sdpa(*tensors, attn_mask=mask, return_weights=True)
+    torch.testing.assert_close(weights[:, :, 2], torch.full((2, 2, 7), 1 / 7))
 
 
 def test_lengths_equal_masks() -> None:
