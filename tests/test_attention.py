@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -173,11 +172,19 @@ def test_rows_that_see_nothing_are_zeros_and_have_no_gradient() -> None:
     assert all((g == 0).all() for g in grads)
 
 
-def test_a_row_of_the_lowest_number_is_uniform() -> None:
-    q, k, v = (t.detach() for t in qkv())
+def test_a_row_of_the_lowest_number_is_uniform(isa: str) -> None:
+    """And has the gradients of that, which lse alone does not tell: the number is all that it holds."""
+    tensors = [t.detach() for t in qkv()]
     mask = torch.zeros(6, 7)
     mask[2] = torch.finfo(torch.float32).min
-    torch.testing.assert_close(sdpa(q, k, v, attn_mask=mask)[:, :, 2], v.mean(2))
+    torch.testing.assert_close(sdpa(*tensors, attn_mask=mask)[:, :, 2], tensors[2].mean(2))
+    got = gradients(functools.partial(sdpa, attn_mask=mask), *tensors)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = gradients(functools.partial(F.scaled_dot_product_attention, attn_mask=mask), *tensors)
+    for key, w in want.items():
+        torch.testing.assert_close(got[key], w)
+    _, weights = sdpa(*tensors, attn_mask=mask, return_weights=True)
+    torch.testing.assert_close(weights[:, :, 2], torch.full((2, 2, 7), 1 / 7))
 
 
 def test_lengths_equal_masks() -> None:
@@ -402,7 +409,7 @@ def test_dropout_follows_the_generator_and_its_probability() -> None:
 DERIVED: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal, lse, weights": dict(is_causal=True, return_lse=True, return_weights=True, softcap=2.0),
-    "lengths, window": dict(lengths=torch.tensor([3, 0]), window=(2, 1), return_lse=False),
+    "lengths, window": dict(lengths=([2], [3]), window=(2, 1), return_lse=True),
     "dropout": dict(dropout_p=0.3),
     "alibi": dict(alibi_slopes=torch.tensor([0.5, 0.2]), return_weights=True),
 }
@@ -410,8 +417,8 @@ DERIVED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_gradcheck_and_gradgradcheck(name: str) -> None:
-    tensors = qkv(Tq=3, Tk=4, D=2, dtype=torch.float64)
-    mask = R(2, 1, 3, 4, dtype=torch.float64).requires_grad_()
+    tensors = qkv(B=1, Tq=2, Tk=3, D=2, dtype=torch.float64)
+    mask = R(1, 1, 2, 3, dtype=torch.float64).requires_grad_()
 
     def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
         torch.manual_seed(0)
@@ -419,20 +426,20 @@ def test_gradcheck_and_gradgradcheck(name: str) -> None:
         results = results if isinstance(results, tuple) else (results,)
         return tuple(torch.where(r.isfinite(), r, 0) for r in results)
 
-    assert torch.autograd.gradcheck(function, (*tensors, mask), check_forward_ad=True, check_batched_grad=False)
-    assert torch.autograd.gradgradcheck(function, (*tensors, mask))
+    assert torch.autograd.gradcheck(function, (*tensors, mask), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (*tensors, mask), fast_mode=True)
 
 
 def test_varlen_gradcheck_and_gradgradcheck() -> None:
-    tensors = leaves((5, 2, 2), (6, 1, 2), (6, 1, 3), dtype=torch.float64)
-    bounds = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 1, 3, 6])
+    tensors = leaves((3, 2, 1), (4, 1, 1), (4, 1, 2), dtype=torch.float64)
+    bounds = torch.tensor([0, 2, 2, 3]), torch.tensor([0, 2, 3, 4])
 
     def function(*tensors: Tensor) -> Any:
         out, lse = varlen_attention(*tensors, *bounds, is_causal=True, enable_gqa=True, return_lse=True)
         return out, torch.where(lse.isfinite(), lse, 0)
 
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 def test_functional_transforms() -> None:
@@ -593,7 +600,7 @@ Q, K = R(2, 4, 6, 8), R(2, 2, 7, 8)
 
 
 def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"\w*attention\w*") -> str:
-    return rf"{op}: {argument} must {condition}, got {got}"
+    return rf"{op}: {argument} must {condition}.*, got {got}"
 
 
 GOOD: dict[str, Any] = dict(query=Q, key=K, value=K, enable_gqa=True)
@@ -742,12 +749,3 @@ def test_explain(isa: str) -> None:
     assert seqkernels.explain("attention", B=1, Hq=1, Tq=400, Tk=4096, D=64)["tasks"] == "blocks of 48 queries"
     with pytest.raises(NotImplementedError, match="it has no softcap"):
         seqkernels.explain("attention", B=1, Hq=1, Tq=1, Tk=1, D=1, extras=["softcap"], backend="torch")
-
-
-def test_is_right_inside_a_parallel_region_of_torch() -> None:
-    """As where torch runs graphs of its own: with one thread the same bits come out."""
-    q, k, v = (t.detach() for t in qkv(Tq=100, Tk=100))
-    want = sdpa(q, k, v, is_causal=True)
-    with contextlib.ExitStack():
-        torch.set_num_threads(1)
-        assert torch.equal(sdpa(q, k, v, is_causal=True), want)

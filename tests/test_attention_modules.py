@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from seqkernels import nn
 
@@ -151,6 +152,18 @@ def test_attention_to_itself_and_to_one_memory(first):
         memory = rand(B, S, E)
     check_same(ours, theirs, [x], lambda m: m(x, x, x))
     check_same(ours, theirs, [x, memory], lambda m: m(x, memory, memory, need_weights=False))
+
+
+def test_nothing_to_attend_to_as_torch():
+    ours, theirs = attention_pair(E, H)
+    for b, t, s in ((0, T, S), (B, 0, S), (B, T, 0), (0, 0, 0)):
+        q, k = rand(t, b, E), rand(s, b, E)
+        for need_weights in (True, False):
+            got, want = (m(q, k, k, need_weights=need_weights) for m in (ours, theirs))
+            for g, w in zip(got, want):
+                assert (g is None) == (w is None)
+                assert g is None or torch.equal(g, w)
+            assert all(g.isfinite().all() for g in torch.autograd.grad(got[0].sum(), [q, k, *ours.parameters()]))
 
 
 def test_state_dict_both_ways_and_old_checkpoints():
@@ -603,6 +616,21 @@ def test_second_derivatives():
         results.append(torch.autograd.grad(loss, [x, bias, module.in_proj_weight]))
     torch.testing.assert_close(*results)
     assert torch.autograd.gradcheck(lambda x: ours(x, x, x)[0], x)
+
+
+def test_checkpointing_and_forward_mode():
+    layer, x = nn.TransformerEncoderLayer(E, H, 16, dropout=0.3, dtype=torch.float64), rand(T, B, E)
+    grads = []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(0)
+        grads += torch.autograd.grad(run(x).square().sum(), x)
+    assert torch.equal(*grads)
+    layer.eval()
+    tangent = rand(T, B, E, grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        out = layer(torch.autograd.forward_ad.make_dual(x.detach(), tangent))
+        got = torch.autograd.forward_ad.unpack_dual(out).tangent
+    torch.testing.assert_close(got, torch.autograd.functional.jvp(layer, x, tangent)[1])
 
 
 def test_vmap_and_functional_call():

@@ -249,6 +249,12 @@ def test_dtypes(c: Case, dtype: torch.dtype):
     check(c, dtype)
 
 
+@pytest.mark.parametrize("programs", [1, 5])
+def test_gradient_of_a_mask_in_other_parts(monkeypatch: pytest.MonkeyPatch, programs: int):
+    monkeypatch.setattr(attention, "PROGRAMS", programs)
+    check(Case("parts", B=3, mask="float hk", Tq=40, q_lengths=(40, 0, 33)), torch.float16)
+
+
 WEIGHTS = ("lengths", "bool mask of keys", "float mask of all samples", "all at once", "grouped heads", "no keys")
 
 

@@ -90,6 +90,7 @@ class Backward {
       for (int64_t i = 0; i < blocks.count; ++i) {
         blocks.set(q, a, hk, i);
         load_queries(q, s);
+        renormalise(q, packed, s);
         for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
           const Seen seen = scores.look(q, j0, min(kKeys, q.every.hi - j0));
           if (seen == Seen::kNone) continue;
@@ -141,11 +142,12 @@ class Backward {
   struct Scratch {
     T *q, *dout, *dq;    // [kRows][ldk], [kRows][ldv], [kRows][ldk]
     T *p, *ds, *capped;  // [kRows][kKeys]
-    T *lse, *delta;      // [kRows]; what dP is diminished by
+    T *lse, *rest;       // [kRows]; rest: what lse lacks, see renormalise
+    T* delta;            // [kRows] what dP is diminished by
     T* dlse;             // [kRows]
   };
   int64_t scratch_size() const {
-    return 2 * taken(kRows * ldk) + taken(kRows * ldv) + 3 * taken(kRows * kKeys) + 3 * taken(kRows);
+    return 2 * taken(kRows * ldk) + taken(kRows * ldv) + 3 * taken(kRows * kKeys) + 4 * taken(kRows);
   }
   Scratch carve(T*& at) const {
     Scratch s;
@@ -156,6 +158,7 @@ class Backward {
     s.ds = take(at, kRows * kKeys);
     s.capped = take(at, kRows * kKeys);
     s.lse = take(at, kRows);
+    s.rest = take(at, kRows);
     s.delta = take(at, kRows);
     s.dlse = take(at, kRows);
     return s;
@@ -199,7 +202,7 @@ class Backward {
       q.finite &= pack_rows(row_of<S>(a.q, q.b, q.head[r], t), a.q.t, a.q.d, 1, a.D, s.q + r * ldk, ldk);
       s.lse[r] = static_cast<const T*>(a.lse)[place];
       s.delta[r] = args.dlse != nullptr ? -static_cast<const T*>(args.dlse)[place] : T(0);
-      s.dlse[r] = 0;
+      s.dlse[r] = s.rest[r] = 0;
       if (args.dout.data == nullptr) continue;
       T* dout = s.dout + r * ldv;
       q.finite &= pack_rows(row_of<S>(args.dout, q.b, q.head[r], t), args.dout.t, args.dout.d, 1, a.Dv, dout, ldv);
@@ -219,19 +222,61 @@ class Backward {
     for (int64_t r = 0; r < q.n; ++r) memset(static_cast<void*>(s.dq + r * ldk), 0, size_t(ldk) * sizeof(T));
   }
 
-  // P of a block in s.p, 0 where a row does not see a key; seen: a bit for each key that it does, where it is wanted.
-  void probabilities(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s,
-                     uint64_t* seen = nullptr) const {
+  // Scores of one huge size, as under a mask of the lowest number, leave no room in lse for the logarithm of how many
+  // they are: lse becomes the largest score of such a row, and rest the logarithm of the sum beside it.
+  void renormalise(const Queries& q, const Packed& packed, const Scratch& s) const {
+    constexpr T kHuge = sizeof(T) == 4 ? T(4096) : T(1ll << 40);
+    bool huge[kRows], any = false;
+    for (int64_t r = 0; r < q.n; ++r) {
+      huge[r] = (s.lse[r] > kHuge || s.lse[r] < -kHuge) && s.lse[r] - s.lse[r] == 0;
+      any |= huge[r];
+    }
+    if (!any) return;
+    double sum[kRows] = {}, top[kRows];
+    for (int64_t r = 0; r < q.n; ++r) top[r] = -std::numeric_limits<double>::infinity();
+    for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
+      const Seen look = scores.look(q, j0, min(kKeys, q.every.hi - j0));
+      if (look == Seen::kNone) continue;
+      const Range columns = score(q, j0, look == Seen::kSome, packed, s);
+      for (int64_t r = 0; r < q.n; ++r) {
+        for (int64_t j = columns.lo; huge[r] && j < columns.hi; ++j) {
+          const double x = double(s.p[r * kKeys + j]) * double(scores.left_scale());
+          if (x == -std::numeric_limits<double>::infinity()) continue;
+          if (x > top[r]) {
+            sum[r] = sum[r] * ::exp(top[r] - x) + 1;
+            top[r] = x;
+          } else {
+            sum[r] += ::exp(x - top[r]);
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < q.n; ++r) {
+      if (!huge[r] || !(sum[r] > 0)) continue;
+      s.lse[r] = T(top[r]);
+      s.rest[r] = T(log(sum[r]));
+    }
+  }
+
+  // Scores of a block in s.p; the columns that there are.
+  Range score(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s) const {
     const Range columns = Scores<S>::columns(q, j0);
     product_of_seen(q, j0, a.D, s.q, ldk, Right<T>{packed.key_strips + j0 * a.D, kStrip<T>, a.D * kStrip<T>}, s.p);
     scores.finish(q, j0, min(kKeys, a.sequences[q.b].k_length - j0), some, columns, s.p,
                   a.softcap > 0 ? s.capped : nullptr);
+    return columns;
+  }
+
+  // P of a block in s.p, 0 where a row does not see a key; seen: a bit for each key that it does, where it is wanted.
+  void probabilities(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s,
+                     uint64_t* seen = nullptr) const {
+    const Range columns = score(q, j0, some, packed, s);
     if (seen != nullptr) Scores<S>::seen_words(q.n, columns, s.p, seen);
     const V nothing = broadcast(-std::numeric_limits<T>::infinity());
     const T scale = scores.left_scale();
     for (int64_t r = 0; r < q.n; ++r) {
       T* row = s.p + r * kKeys;
-      const V by = broadcast(scale), less = broadcast(-s.lse[r]);
+      const V by = broadcast(scale), less = broadcast(-s.lse[r]), rest = broadcast(s.rest[r]);
       for (int64_t j = 0; j < columns.lo; j += kWidth) store(row + j, V{});
       for (int64_t j = columns.hi; j < kKeys; j += kWidth) store(row + j, V{});
       if (s.lse[r] == -std::numeric_limits<T>::infinity()) {
@@ -241,7 +286,7 @@ class Backward {
 #pragma GCC unroll 8
       for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
         const V x = load(row + j);
-        const V p = exp<T>(fma(x, by, less));
+        const V p = exp<T>(fma(x, by, less) - rest);
         store(row + j, x == nothing ? V{} : p);
       }
     }
@@ -448,6 +493,7 @@ class Backward {
       for (int64_t block = 0; block < blocks_of(of); ++block) {
         set(q, b, h, block);
         load_queries(q, s);
+        renormalise(q, packed, s);
         for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
           keys_block(q, j0, packed, s, dk + j0 * ldk, dv + j0 * ldv, wanted);
         }
@@ -503,6 +549,7 @@ class Backward {
                          set(q, b, h, block);
                          if (j0 + kKeys <= q.every.lo || j0 >= q.every.hi) continue;
                          load_queries(q, s);
+                         renormalise(q, packed, s);
                          keys_block(q, j0, packed, s, dk, dv, wanted_of_keys);
                        }
                      }
@@ -540,6 +587,7 @@ class Backward {
         for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
           set(q, b, h, block);
           load_queries(q, s);
+          renormalise(q, packed, s);
           for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
             keys_block(q, j0, packed, s, nullptr, nullptr, wanted_of_queries);
           }

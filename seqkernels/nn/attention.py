@@ -144,7 +144,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         as query, [..., E], and, with need_weights, [B, T, S] or [B, H, T, S] after dropout, otherwise None; always None
         for rows of packed or nested sequences.
     Raises: ValueError, TypeError; NotImplementedError for add_bias_kv and add_zero_attn of packed or cached sequences.
-    Deterministic: yes; the same bits for any number of threads.
+    Deterministic: as far as torch's matrix products are; attention itself is.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html; Vaswani et al., "Attention
         is all you need", arXiv 1706.03762.
     """

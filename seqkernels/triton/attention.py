@@ -81,6 +81,11 @@ def _tile(p, first, L, s_t, s_d, WHOLE: tl.constexpr, D: tl.constexpr, BD: tl.co
 
 
 @triton.jit
+def _has_nan(x):  # in one step: of two, Triton 3.6 makes no code for sm_100
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]]), 0) != 0
+
+
+@triton.jit
 def _tanh(x, EXACT: tl.constexpr):
     """Near 0 the quotient cancels; there the polynomials of the Cephes library, http://www.netlib.org/cephes"""
     if EXACT:
@@ -464,7 +469,7 @@ def attention_forward_kernel(
     if LEFT or RIGHT or p_mask is not None:
         # A value that is no number may have come in with weight 0, from a key that the row does not see. Then all over
         # again: finite values, then which rows see +inf or NaN, then -inf or NaN.
-        if tl.max(tl.max((b_acc != b_acc).to(tl.int32), 1), 0) != 0:
+        if _has_nan(b_acc):
             b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
             FEW: tl.constexpr = 16  # keys at a time: two results are held here
             for kind in range(3):
@@ -559,6 +564,7 @@ def _step_to_rows(
     threshold,
     rescale,
     EDGE: tl.constexpr,
+    LEAN: tl.constexpr,
     CLEAN: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -575,7 +581,7 @@ def _step_to_rows(
     ACC: tl.constexpr = b_dq.dtype
     PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
     EXACT: tl.constexpr = b_q.dtype.primitive_bitwidth >= 32
-    for first in tl.range(begin, end, BN, disable_licm=EDGE):
+    for first in tl.range(begin, end, BN, disable_licm=EDGE or LEAN):
         i_k = first + tl.arange(0, BN)
         b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
@@ -685,6 +691,7 @@ def attention_backward_rows_kernel(
     ACC: tl.constexpr = tl.float64 if p_q.dtype.element_ty == tl.float64 else tl.float32
     ALIBI: tl.constexpr = p_slopes is not None
     DROPOUT: tl.constexpr = p_seed is not None
+    PACKED: tl.constexpr = p_cu_q is not None
     WEIGHTS: tl.constexpr = p_dw is not None
     i_block = tl.program_id(0) % blocks
     i_bh = tl.program_id(0) // blocks
@@ -692,7 +699,7 @@ def attention_backward_rows_kernel(
     i_h = i_bh % H
     if RIGHT:
         i_block = blocks - 1 - i_block
-    if p_cu_q is not None:
+    if PACKED:
         if i_b == B:
             _clear_after(p_dq, p_cu_q, B, T_q, i_h, i_block, blocks, 0.0, D, BD, BM)
             if WEIGHTS:
@@ -700,11 +707,11 @@ def attention_backward_rows_kernel(
             return
     t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
     t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
-    rows = L_q if p_cu_q is not None else T_q
+    rows = L_q if PACKED else T_q
     first = i_block * BM
     if first >= rows:
         return
-    i_bq = i_b.to(tl.int64) if p_cu_q is None else i_b.to(tl.int64) * 0
+    i_bq = i_b.to(tl.int64) * 0 if PACKED else i_b.to(tl.int64)
     i_hk = (i_h // G).to(tl.int64)
     p_q += i_bq * s_qb + i_h.to(tl.int64) * s_qh + t_q * s_qt
     p_k += i_bq * s_kb + i_hk * s_kh + t_k * s_kt
@@ -744,24 +751,24 @@ def attention_backward_rows_kernel(
         b_dq, b_dlse = _step_to_rows(
             *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, begin, whole, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
             *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
-            *(seed, i_bh, threshold, rescale, True, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+            *(seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
             *(D, DV, BD, BDV, BN),
         )
     b_dq, b_dlse = _step_to_rows(
         *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, whole, until, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
         *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
-        *(seed, i_bh, threshold, rescale, False, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+        *(seed, i_bh, threshold, rescale, False, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
         *(D, DV, BD, BDV, BN),
     )
     b_dq, b_dlse = _step_to_rows(
         *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, until, end, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
         *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
-        *(seed, i_bh, threshold, rescale, True, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+        *(seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
         *(D, DV, BD, BDV, BN),
     )
     if LEFT or RIGHT or p_mask is not None:
         # As forward: what is no number may be a key that the row does not see.
-        if tl.max(tl.max((b_dq != b_dq).to(tl.int32), 1), 0) != 0:
+        if _has_nan(b_dq):
             b_dq, b_dlse = _step_to_rows(
                 *(
                     tl.zeros([BM, BD], ACC),
@@ -778,7 +785,23 @@ def attention_backward_rows_kernel(
                     L_k,
                 ),
                 *(p_k, p_v, p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-                *(slope, scale, cap, seed, i_bh, threshold, rescale, True, True, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+                *(
+                    slope,
+                    scale,
+                    cap,
+                    seed,
+                    i_bh,
+                    threshold,
+                    rescale,
+                    True,
+                    PACKED,
+                    True,
+                    LEFT,
+                    RIGHT,
+                    CAP,
+                    ALIBI,
+                    DROPOUT,
+                ),
                 *(PRECISION, D, DV, BD, BDV, BN),
             )
     m_row = i_q < rows
@@ -1535,7 +1558,7 @@ class _Call:
         parts = min(work, triton.cdiv(PROGRAMS, tiles))
         each = triton.cdiv(work, parts)
         parts = triton.cdiv(work, each)
-        sums = torch.empty(parts, *mask.shape, dtype=self.acc, device=mask.device)
+        sums = torch.empty(parts, *mask.shape, dtype=mask.dtype if parts == 1 else self.acc, device=mask.device)
         self.launch(
             attention_mask_gradient_kernel,
             chosen,
@@ -1554,7 +1577,7 @@ class _Call:
             SHARED_Q=mask.shape[2] == 1,
             SHARED_K=mask.shape[3] == 1,
         )
-        return sums.sum(0).to(mask.dtype)
+        return sums[0] if parts == 1 else sums.sum(0).to(mask.dtype)
 
     def backward(
         self,
