@@ -12,13 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import harness
 import pytest
-import report
 import torch
 import torch.nn.functional as F
 from harness import Contender, Results, compiled
-from report import Roof
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -259,28 +256,6 @@ GPU_PEERS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
     "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-GPU_CALLS = 10  # in a row, before the wait for the device: what a call costs the host is hidden
-GPU_UNIT = "flop of the GPU"
-
-
-def best_gpu_matmul(size: int = 8192, rounds: int = 10) -> Roof:
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        best = max(best, 2.0 * size**3 / (start.elapsed_time(end) / 1e3))
-    return Roof(best, f"bfloat16 {size}x{size}x{size} on {torch.cuda.get_device_name()}, best of the run")
-
-
-if torch.cuda.is_available():
-    harness.ROOFS[GPU_UNIT] = best_gpu_matmul
-report.WORK_RATES[GPU_UNIT] = "GFLOP/s"
-
-
 # 16k rows and 2048 columns in all, as in the charts of FlashAttention 3.
 GPU_SHAPES = [Shape(B, 2048 // D, L, D) for D in (64, 128) for B, L in ((32, 512), (8, 2048), (2, 8192))]
 
@@ -293,6 +268,9 @@ class Kind:
     bias: bool = False  # [1, H, L, L], with gradient
     bar: float | None = None
 
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
 
 GPU_KINDS = [
     Kind("dense", bar=0.7),
@@ -300,6 +278,10 @@ GPU_KINDS = [
     Kind("lengths at half fill", half=True, bar=1.3),
     Kind("bias with gradient", bias=True, bar=2.0),
 ]
+
+
+# Without biases of gigabytes.
+GPU_ROWS = [(s, kind) for s in GPU_SHAPES for kind in GPU_KINDS if not (kind.bias and s.L > 2048)]
 
 
 def lengths_at_half_fill(shape: Shape) -> Tensor:
@@ -325,11 +307,6 @@ def gpu_contender(
         out = call(*leaves)
         return out, *torch.autograd.grad(out, leaves, dout)
 
-    def step() -> None:
-        for _ in range(GPU_CALLS):
-            once()
-        torch.cuda.synchronize()
-
     def result() -> Results:
         found = once()
         if real is not None:
@@ -340,7 +317,7 @@ def gpu_contender(
         result()
     except (RuntimeError, NotImplementedError) as error:
         return Contender(name, refused=str(error).strip().splitlines()[0])
-    return Contender(name, step, result, calls=GPU_CALLS)
+    return Contender(name, once, result, on_cuda=True)
 
 
 def torch_with(backend: SDPBackend, **options: Any) -> Callable[..., Tensor]:
@@ -353,14 +330,10 @@ def torch_with(backend: SDPBackend, **options: Any) -> Callable[..., Tensor]:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.filterwarnings("ignore")  # torch says why a backend does not run as warnings
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("kind", GPU_KINDS, ids=lambda kind: kind.name.replace(" ", "-"))
-@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "kind"), GPU_ROWS, ids=str)
 def test_on_a_gpu(bench: Any, shape: Shape, kind: Kind, training: bool) -> None:
-    if kind.bias and shape.L > 2048:
-        pytest.skip("a bias of gigabytes")
     generator = torch.Generator("cuda").manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
@@ -400,6 +373,5 @@ def test_on_a_gpu(bench: Any, shape: Shape, kind: Kind, training: bool) -> None:
         contenders,
         bars={} if kind.bar is None or shape.D != 128 else dict.fromkeys(able, kind.bar),
         work=gpu_flop(shape, kind, training),
-        work_unit=GPU_UNIT,
         tolerance=4e-2,
     )
