@@ -162,8 +162,8 @@ struct ProductArgs {
   int start_bytes;    // every line starts at a multiple of these, 16 at most
   bool whole_pieces;  // 16, and every line is a multiple of them long
   bool vectors_c;     // four elements of C at a time may be written
-  int64_t splits;  // K is cut in so many parts of `chunk`, each with a C of its own: c[split][M][ldc]
-  int64_t chunk;   // a multiple of 64 where there is more than one
+  int64_t splits;     // K is cut in so many parts of `chunk`, each with a C of its own: c[split][M][ldc]
+  int64_t chunk;      // a multiple of 64 where there is more than one
 };
 
 // ---- sums over rows, in a fixed order

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "recurrent/layer_cuda.h"
+#include "recurrent/links_cuda.cuh"
 #include "recurrent/recurrent_cuda.h"
 #include "recurrent/steps_cuda.cuh"
 
