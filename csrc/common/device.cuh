@@ -237,7 +237,7 @@ class SharedArena {
 class SharedBytes {
  public:
   template <class T>
-  Shared<T> array(int64_t count, int align = 16) {
+  SK_HOST_DEVICE Shared<T> array(int64_t count, int align = 16) {
     bytes_ = (bytes_ + align - 1) / align * align + count * static_cast<int64_t>(sizeof(T));
     return Shared<T>();
   }
