@@ -104,12 +104,11 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   const auto keys = global<const uint32_t>(a.keys, a.n);
   const auto values = global<const uint32_t>(a.values, a.values == nullptr ? 0 : a.n);
   const int64_t tile = block_index() * kTileItems, first = tile + warp * (kItems * kWarp) + lane;
-  uint32_t key[kItems], value[kItems], rank[kItems];
+  uint32_t key[kItems], rank[kItems];
   SK_UNROLL
   for (int k = 0; k < kItems; ++k) {
     const int64_t i = first + k * kWarp;
     key[k] = i < a.n ? load<Cache::kDefault>(keys, i) : 0u;
-    value[k] = i < a.n && values ? load<Cache::kDefault>(values, i) : static_cast<uint32_t>(i);
   }
   SK_UNROLL
   for (int k = 0; k < kItems; ++k) {
@@ -141,9 +140,14 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   SK_UNROLL
   for (int k = 0; k < kItems; ++k) {
     if (first + k * kWarp >= a.n) continue;
-    const uint32_t to = places[warp * kDigits + a.digit(key[k])] + rank[k];
-    tile_keys[to] = key[k];
-    tile_values[to] = value[k];
+    rank[k] += places[warp * kDigits + a.digit(key[k])];
+    tile_keys[rank[k]] = key[k];
+  }
+  // Read this late, values take the registers of keys.
+  SK_UNROLL
+  for (int k = 0; k < kItems; ++k) {
+    const int64_t i = first + k * kWarp;
+    if (i < a.n) tile_values[rank[k]] = values ? load<Cache::kDefault>(values, i) : static_cast<uint32_t>(i);
   }
   block_sync();
 
