@@ -140,7 +140,9 @@ struct RowReduction {
   using Raw = typename Loader::Raw;
   [[maybe_unused]] static constexpr bool kRing = kWide && sizeof(S) > 1;
   // Of a multiprocessor: what registers allow.
-  static constexpr int blocks(bool many) { return kRing ? 6 - many : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3; }
+  static constexpr int blocks(bool many) {
+    return kRing ? (many ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3;
+  }
 
   PlacedTable table;
   C columns;
@@ -239,9 +241,9 @@ struct ExtremeRows : RowReduction<S, kWide> {
   };
   T sign;
 
-  static constexpr int blocks(bool many) {
-    return Base::kRing ? 5 - many : Base::blocks(many) > 4 - many ? 4 - many : Base::blocks(many);
-  }
+  // Winners of eight columns a lane leave no registers for what goes with the ring.
+  [[maybe_unused]] static constexpr bool kRing = Base::kRing && sizeof(S) > 2;
+  static constexpr int blocks(bool many) { return kRing ? 5 - many : Base::kRing ? 4 - many : Base::blocks(many); }
 
   template <class Args>
   SK_DEVICE ExtremeRows(const Args& a, const PlacedTable& placed)
