@@ -963,6 +963,9 @@ void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
     SharedBytes bytes;
     RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::kReads));
     config.shared_bytes = bytes.bytes();
+    if (config.shared_bytes > device_limits().shared_bytes) {  // Adam on 16-bit rows, where a block has 99 KiB
+      return launch_sums<S, false, Target>(bags, args, stream);
+    }
     args.reach = kPerGroup;
     launch(bag_reduce_wide_kernel<S, Target>, config, args);
   } else {
