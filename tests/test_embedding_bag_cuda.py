@@ -298,6 +298,65 @@ def test_steps(name: str, mode: str, D: int, dtype: torch.dtype, ops: _embedding
         assert_near(g, w, what)
 
 
+# A group has 32 places of the sorted rows, and goes on into the next 32 for a row that ends there.
+RUNS = (1, 30, 1, 31, 32, 33, 1, 1, 62, 63, 64, 65, 3, 66, 20, 96, 97, 2, 5, 130, 700, 1)
+
+
+@pytest.mark.parametrize("before", [0, 1, 17, 31, 32, 33])
+@pytest.mark.parametrize("D", [7, 8])
+@pytest.mark.parametrize("weights", [False, True], ids=["", "weighted"])
+def test_rows_over_edges(before: int, D: int, weights: bool, ops: _embedding_bag_ops.Ops) -> None:
+    """Rows that end just where groups do, or just not: gradients and a step, whole and where some rows are of the next
+    table."""
+    runs = torch.tensor((before, *RUNS))
+    rows = torch.repeat_interleave(torch.arange(len(runs)), runs)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(before))]
+    dout = torch.randn(len(rows), D, dtype=torch.float64).float()
+    w = torch.rand(len(rows)) + 0.5 if weights else None
+    want = torch.zeros(len(runs), D, dtype=torch.float64)
+    want.index_add_(0, rows, dout.double() * (1 if w is None else w.double()[:, None]))
+    bags = rows[:, None].contiguous(), None, None if w is None else w[:, None], 0, -1, False, 0
+    none = torch.empty(0, dtype=torch.int32)
+    assert_near(ops.embedding_bag_backward(dout, none, len(runs), *bags), want, "dense")
+    found, values = ops.embedding_bag_backward_sparse(dout, none, len(runs), *bags)
+    assert torch.equal(found, runs.nonzero()[:, 0])
+    assert_near(values, want[found], "sparse")
+    for name in STEPS:
+        table = torch.randn(len(runs), D)
+        states = states_of(name, table)
+        gradient = torch.sparse_coo_tensor(found[None], want[found], want.shape, check_invariants=True)
+        steps = reference_step(name, table, states, gradient)
+        got = [table.clone(), *(t.clone() for t in states)]
+        number, numbers, _ = STEPS[name]
+        ops.embedding_bag_update_(*[*got, None, None][:3], number, numbers, dout, none, *bags)
+        for g, wanted in zip(got, steps, strict=False):
+            assert_near(g, wanted, name)
+
+    tables = [9, len(runs) - 9]
+    first = rows < tables[0]
+    order = torch.cat([first.nonzero()[:, 0], (~first).nonzero()[:, 0]])
+    indices = torch.cat([rows[first], rows[~first] - tables[0]])
+    # As many bags of either table: the shorter one has empty ones behind its own.
+    B = max(int(first.sum()), int((~first).sum()))
+    lengths = torch.zeros(2, B, dtype=torch.long)
+    lengths[0, : int(first.sum())] = 1
+    lengths[1, : int((~first).sum())] = 1
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.flatten().cumsum(0)])
+    wide = torch.zeros(B, 2 * D)
+    wide[: int(first.sum()), :D] = dout[order][: int(first.sum())]
+    wide[: int((~first).sum()), D:] = dout[order][int(first.sum()) :]
+    given = indices, bounds, None if w is None else w[order], 0, -1, True, 0
+    parts = ops.embedding_bags_backward(wide, none, tables, [D, D], [1, 1], *given)
+    assert_near(torch.cat(list(parts)), want, "two tables")
+
+
+@ONLY_EMULATED
+def test_steps_where_shared_memory_is_small(ops: _embedding_bag_ops.Ops) -> None:
+    """What does not fit on its way through shared memory is read when it is wanted."""
+    with machine(shared_bytes=99 * 1024):
+        test_steps("adam", "mean", 132, torch.bfloat16, ops)
+
+
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("how", ["part of wider rows", "one element off", "transposed"])
 def test_steps_of_strided_tables(name: str, how: str, ops: _embedding_bag_ops.Ops) -> None:

@@ -3,7 +3,9 @@
 // Groups of lanes (bags_cuda.cuh) walk the indices of one bag, or of several short ones that lie one behind the other,
 // eight rows at a time: all eight are asked for before the first is used, and so are the next indices. Rows are added
 // in the order of their positions, so a sum does not depend on how bags were dealt out. A bag of more than kChunk
-// indices is cut; its pieces go to groups of their own and are merged in order by a second, small launch.
+// indices is cut: its pieces but the first are left to the groups of a second launch, and a third one merges them in
+// order. Who meets a long bag names it at each window of kChunk positions that begins within it, so that the later
+// launches look nothing up and are over at once where no bag is long.
 #include <vector>
 
 #include "embedding_bag/bags_cuda.cuh"
@@ -17,6 +19,8 @@ namespace {
 // 16 steps of rows: what is cut more finely has more partial results to write, a few percent of what it reads.
 constexpr int64_t kChunk = 128;
 constexpr int kRows = 8;
+constexpr int64_t kPerUnit = 64;  // positions, if bags are shorter
+constexpr int64_t kWaves = 4;
 
 template <class Tables, class T>
 struct ForwardArgs {
@@ -26,9 +30,10 @@ struct ForwardArgs {
   FaultSink faults;
   BagMode mode;
   MeanBy mean_by;
-  bool wide_indices, wide_weights;
-  int64_t ranges, windows;  // units of work: bags_per_unit bags each, and pieces of long bags by where they begin
-  int64_t bags_per_unit;
+  bool wide_indices, wide_weights, weighted;
+  int64_t ranges, bags_per_unit;  // units of work: so many bags each
+  int64_t windows;                // of kChunk positions, in which pieces of long bags begin
+  int64_t* owners;                // [windows] the long bag that reaches over the window's begin, or anything
   int group;
   Partials<T> partials;
   T* tallies;     // [bags]; only for what tallies
@@ -133,9 +138,10 @@ struct RowReduction {
   using Out = typename Element<S>::Out;
   using Loader = RowLoader<S, kWide>;
   using Raw = typename Loader::Raw;
+  [[maybe_unused]] static constexpr bool kRing = kWide && sizeof(S) > 1;
   // Of a multiprocessor: what registers allow.
   static constexpr int blocks(bool many) {
-    return sizeof(S) == 8 ? (kWide ? 4 - many : 2) : kWide ? (sizeof(S) == 4 ? 5 : 4) - many : 3;
+    return kRing ? (many ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3;
   }
 
   PlacedTable table;
@@ -235,7 +241,9 @@ struct ExtremeRows : RowReduction<S, kWide> {
   };
   T sign;
 
-  static constexpr int blocks(bool many) { return Base::blocks(many) > 4 - many ? 4 - many : Base::blocks(many); }
+  // Winners of eight columns a lane leave no registers for what goes with the ring.
+  [[maybe_unused]] static constexpr bool kRing = Base::kRing && sizeof(S) > 2;
+  static constexpr int blocks(bool many) { return kRing ? 5 - many : Base::kRing ? 4 - many : Base::blocks(many); }
 
   template <class Args>
   SK_DEVICE ExtremeRows(const Args& a, const PlacedTable& placed)
@@ -289,6 +297,7 @@ struct ExtremeRows : RowReduction<S, kWide> {
 // No columns: what a mean divides by.
 template <class S>
 struct TallyRows {
+  [[maybe_unused]] static constexpr bool kRing = false;
   static constexpr int blocks(bool) { return 6; }
   using Storage = S;
   using T = typename Element<S>::T;
@@ -335,12 +344,18 @@ struct TallyRows {
 
 // The rows of the bags [bag, stop), whose positions lie one behind the other, n of them from `begin` on; or, where slot
 // is not below 0, of a piece of one bag, `skipped` positions into it. Positions count from `begin`: there are few.
+// ends: where each bag but the last one ends.
 template <class R>
-SK_DEVICE void walk(const R& r, const Bounds& bounds, const IndexLoader<typename R::Storage>& loader, int64_t bag,
+SK_DEVICE void walk(const R& r, Shared<const int64_t> ends, const IndexLoader<typename R::Storage>& loader, int64_t bag,
                     int64_t stop, int64_t begin, int n, int64_t slot, int64_t skipped) {
   using Loader = IndexLoader<typename R::Storage>;
   using T = typename R::T;
-  const auto end_of = [&](int64_t b) -> int { return b + 1 == stop ? n : int(bounds.clamped(b).end - begin); };
+  const int64_t first_bag = bag;
+  const auto end_of = [&](int64_t b) -> int {
+    if (b + 1 == stop) return n;
+    const int64_t end = ends[b - first_bag];
+    return int(end - begin);
+  };
   typename R::State state;
   r.reset(state);
   typename R::Raw raw[kRows];
@@ -383,56 +398,218 @@ SK_DEVICE void walk(const R& r, const Bounds& bounds, const IndexLoader<typename
   }
 }
 
-// The later piece of a long bag that begins in window w; at most one does.
-struct Piece {
-  int64_t bag, begin, end, skipped;
+// Long bags by the windows into which they reach from in front.
+template <class Args>
+struct Owners {
+  const Args& a;
+
+  SK_DEVICE Global<int64_t> all() const { return global<int64_t>(a.owners, a.windows); }
+  SK_DEVICE void name(int64_t bag, const Span& span, int lane) const {
+    for (int64_t w = span.begin / kChunk + 1 + lane; w * kChunk < span.end; w += a.group) all()[w] = bag;
+  }
+  // What nobody has named may be anything, so it is put to the test.
+  SK_DEVICE bool find(int64_t w, int64_t named, Span& span) const {
+    if (static_cast<uint64_t>(named) >= static_cast<uint64_t>(a.bounds.bags)) return false;
+    span = a.bounds.clamped(named);
+    return span.begin < w * kChunk && w * kChunk < span.end && span.size() > kChunk;
+  }
 };
-SK_DEVICE bool find_piece(const Bounds& bounds, int64_t w, Piece& piece) {
-  if (w == 0 || bounds.bags == 0) return false;
-  const int64_t edge = w * kChunk, bag = bounds.bag_at(edge - 1);
-  const Span span = bounds.clamped(bag);
-  if (span.begin >= edge) return false;
-  const int64_t skipped = ceil_div(edge - span.begin, kChunk) * kChunk;
-  piece = {bag, span.begin + skipped, min(span.end, span.begin + skipped + kChunk), skipped};
-  return piece.begin < span.end;
+
+// Rows of 16 bytes a lane pass through shared memory, copied there asynchronously: twice as many are on their way, no
+// register holds them, and bags may end anywhere. A lane reads what it has copied itself, so nobody waits for another.
+template <class R>
+struct RowRing {
+  using S = typename R::Storage;
+  using C = typename R::C;
+  static constexpr int kStages = 2;
+
+  Shared<S> rows;                 // [stages, kRows, threads, columns]
+  Shared<typename R::T> weights;  // [stages, kRows, threads], if there are any
+
+  template <class Arena>
+  static SK_HOST_DEVICE RowRing in(Arena& arena, bool weighted) {
+    constexpr int kSlots = kStages * kRows * kWalkThreads;
+    RowRing ring;
+    ring.rows = arena.template array<S>(kSlots * C::kCount);
+    ring.weights = arena.template array<typename R::T>(weighted ? kSlots : 0);
+    return ring;
+  }
+  static SK_DEVICE int slot(int place) { return place % (kStages * kRows) * kWalkThreads + thread_index(); }
+};
+
+// As walk().
+template <class R>
+SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_t> ends,
+                         const IndexLoader<typename R::Storage>& loader, int64_t bag, int64_t stop, int64_t begin,
+                         int n, int64_t slot, int64_t skipped) {
+  using Loader = IndexLoader<typename R::Storage>;
+  using C = typename R::C;
+  using T = typename R::T;
+  const int64_t first_bag = bag;
+  const auto end_of = [&](int64_t b) -> int {
+    if (b + 1 == stop) return n;
+    const int64_t end = ends[b - first_bag];
+    return int(end - begin);
+  };
+  const bool weighted = loader.weights.data != nullptr, has = r.columns.wide_has();
+  const auto table = r.loader.table + (has ? r.columns.at(0) : 0);
+  uint32_t rows[kRows];  // of the step that will be asked for
+  T weights[kRows];
+  const auto fetch = [&](int from) {
+    if (from >= n) return;
+    loader.fetch(rows, begin + from, n - from);
+    if (!weighted) return;
+    SK_UNROLL
+    for (int j = 0; j < kRows; ++j) weights[j] = rows[j] == Loader::kSkipped ? T(0) : loader.weight(begin + from + j);
+  };
+  const auto ask = [&](int from) -> uint32_t {
+    uint32_t counted = 0;
+    if (from < n) {
+      SK_UNROLL
+      for (int j = 0; j < kRows; ++j) {
+        if (rows[j] == Loader::kSkipped) continue;
+        counted |= 1u << j;
+        const int to = ring.slot(from + j);
+        copy_async<16>(ring.rows + to * C::kCount, table + rows[j] * r.table.t.row_stride, has);
+        if (weighted) ring.weights[to] = weights[j];
+      }
+    }
+    copy_async_commit();
+    fetch(from + kRows);
+    return counted;
+  };
+  typename R::State state;
+  r.reset(state);
+  fetch(0);
+  uint32_t counted = ask(0), counted_next = ask(kRows);
+  int at = 0, step = 0, bag_begin = 0, bag_end = end_of(bag);
+  for (;; step += kRows) {
+    copy_async_wait<1>();
+    const int step_end = step + kRows < n ? step + kRows : n;
+    for (;;) {
+      const int high = bag_end < step_end ? bag_end : step_end;
+      SK_NO_UNROLL  // that would take registers; other warps hide the latency of shared memory
+          for (; at < high; ++at) {
+        if ((counted >> (at - step) & 1) == 0) continue;
+        const int from = ring.slot(at);
+        typename R::Raw raw;
+        const auto v = load_vec<C::kCount>(ring.rows, from * C::kCount);
+        SK_UNROLL
+        for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
+        T weight = T(1);
+        if (weighted) weight = ring.weights[from];
+        r.add(state, raw, weight, skipped + at - bag_begin);
+      }
+      if (at < bag_end) break;
+      if (slot >= 0) return r.save(state, slot);
+      r.finish(bag, state);
+      if (++bag == stop) return;
+      r.reset(state);
+      bag_begin = bag_end;
+      bag_end = end_of(bag);
+    }
+    counted = counted_next;
+    counted_next = ask(step + 2 * kRows);
+  }
 }
+
+// The walk that serves, with the shared memory that it wants.
+template <class R, class Enable = void>
+struct Walk {
+  static void reserve(SharedBytes&, bool) {}
+  SK_DEVICE Walk(SharedArena&, bool) {}
+  template <class... Args>
+  SK_DEVICE void operator()(const Args&... args) const {
+    walk(args...);
+  }
+};
+template <class R>
+struct Walk<R, std::enable_if_t<R::kRing>> {
+  RowRing<R> ring;
+  static void reserve(SharedBytes& bytes, bool weighted) { RowRing<R>::in(bytes, weighted); }
+  SK_DEVICE Walk(SharedArena& arena, bool weighted) : ring(RowRing<R>::in(arena, weighted)) {}
+  template <class... Args>
+  SK_DEVICE void operator()(const R& r, const Args&... args) const {
+    walk_ring(r, ring, args...);
+  }
+};
 
 template <class R, class Args>
 SK_KERNEL(kWalkThreads, R::blocks(Args::kMany))
 bag_forward_kernel(const SK_GRID_CONSTANT Args a) {
   const int64_t unit = grid_thread_index() / a.group;
-  if (unit >= a.ranges + a.windows) return;
-  const bool late = unit >= a.ranges;
-  Piece piece;
-  if (late && !find_piece(a.bounds, unit - a.ranges, piece)) return;
-  const PlacedTable table = late ? a.tables.of_bag(piece.bag) : a.tables.of_unit(unit);
+  if (unit >= a.ranges) return;
+  const PlacedTable table = a.tables.of_unit(unit);
   const R r(a, table);
   if (r.idle()) return;
+  SharedArena arena;
+  const Walk<R> walk(arena, a.weighted);
   const IndexLoader<typename R::Storage> loader(table.t, a.wide_indices, a.wide_weights, a.faults);
-  int64_t bag = late ? piece.bag : table.bags_before + (unit - table.units_before) * a.bags_per_unit;
-  const int64_t last = late ? bag + 1 : min(bag + a.bags_per_unit, table.bags_before + table.t.bags);
-  while (bag < last) {
-    int64_t stop = bag + 1, slot;
-    if (late) {
-      slot = 2 * (piece.begin / kChunk);
+  const int64_t first = table.bags_before + (unit - table.units_before) * a.bags_per_unit;
+  const int bags = int(min(a.bags_per_unit, table.bags_before + table.t.bags - first));
+
+  // Where its bags begin and end, asked for at once by all lanes; what is read again later is here, for rows pass
+  // through the first-level cache.
+  const int lane = thread_index() % a.group, local = thread_index() / a.group, edge_count = int(a.bags_per_unit) + 1;
+  const auto edges = arena.array<int64_t>(kWalkThreads / a.group * edge_count) + local * edge_count;
+  for (int i = lane; i <= bags; i += a.group) edges[i] = max(0, min(a.bounds.begin(first + i), a.bounds.N));
+  if (a.faults.word != nullptr) {
+    for (int i = lane; i < bags; i += a.group) a.bounds.check(first + i, a.faults);
+  }
+  warp_sync(group_mask(a.group));
+
+  for (int i = 0; i < bags;) {
+    const int64_t bag = first + i, begin = edges[i];
+    int64_t end = edges[i + 1], slot = -1;
+    end = max(begin, end);
+    int stop = i + 1;
+    if (end - begin > kChunk) {
+      if (block_index_y() == 0) Owners<Args>{a}.name(bag, {begin, end}, lane);
+      end = begin + kChunk;
+      slot = 2 * (begin / kChunk) + 1;
     } else {
-      a.bounds.check(bag, a.faults);
-      const Span span = a.bounds.clamped(bag);
-      piece = {bag, span.begin, span.end, 0};
-      slot = -1;
-      if (span.size() > kChunk) {
-        piece.end = span.begin + kChunk;
-        slot = 2 * (span.begin / kChunk) + 1;
-      }
-      for (; slot < 0 && stop < last; ++stop) {
-        const Span more = a.bounds.clamped(stop);
-        if (more.begin != piece.end || more.size() > kChunk) break;
-        a.bounds.check(stop, a.faults);
-        piece.end = more.end;
+      for (; stop < bags; ++stop) {
+        const int64_t from = edges[stop], to = edges[stop + 1];
+        if (from != end || to < from || to - from > kChunk) break;
+        end = to;
       }
     }
-    walk(r, a.bounds, loader, bag, stop, piece.begin, int(piece.end - piece.begin), slot, piece.skipped);
-    bag = stop;
+    walk(r, Shared<const int64_t>(edges + (i + 1)), loader, bag, first + stop, begin, int(end - begin), slot, 0);
+    i = stop;
+  }
+}
+
+// The later pieces of long bags: at most one begins in a window. A group asks for some windows at once, for most often
+// there is nothing in any.
+constexpr int kWindows = 4;
+
+template <class R, class Args>
+SK_KERNEL(kWalkThreads, R::blocks(Args::kMany))
+bag_pieces_kernel(const SK_GRID_CONSTANT Args a) {
+  const int64_t first = grid_thread_index() / a.group * kWindows;
+  const Owners<Args> owners{a};
+  int64_t named[kWindows];
+  SK_UNROLL
+  for (int j = 0; j < kWindows; ++j) {
+    named[j] = first + j < a.windows ? load<Cache::kDefault>(owners.all(), first + j) : int64_t{-1};
+  }
+  for (int j = 0; j < kWindows; ++j) {
+    int64_t bag = named[0];
+    SK_UNROLL
+    for (int k = 1; k < kWindows; ++k) bag = j == k ? named[k] : bag;
+    const int64_t edge = (first + j) * kChunk;
+    Span span;
+    if (!owners.find(first + j, bag, span)) continue;
+    const int64_t skipped = ceil_div(edge - span.begin, kChunk) * kChunk, begin = span.begin + skipped;
+    if (begin >= span.end) continue;
+    const PlacedTable table = a.tables.of_bag(bag);
+    const R r(a, table);
+    if (r.idle()) continue;
+    SharedArena arena;
+    const Walk<R> walk(arena, a.weighted);
+    const IndexLoader<typename R::Storage> loader(table.t, a.wide_indices, a.wide_weights, a.faults);
+    const int n = int(min(kChunk, span.end - begin));
+    walk(r, Shared<const int64_t>(), loader, bag, bag + 1, begin, n, 2 * (begin / kChunk), skipped);
   }
 }
 
@@ -441,10 +618,11 @@ template <class R, class Args>
 struct LongBags {
   const Args& a;
 
-  SK_DEVICE int64_t bag_of(int64_t q) const { return a.bounds.bag_at((q + 1) * kChunk - 1); }
+  SK_DEVICE int64_t bag_of(int64_t q) const { return load<Cache::kDefault>(Owners<Args>{a}.all(), q + 1); }
   SK_DEVICE int64_t pieces(int64_t q) const {
-    const Span span = a.bounds.clamped(bag_of(q));
-    return span.begin / kChunk == q && span.size() > kChunk ? ceil_div(span.size(), kChunk) : 0;
+    Span span;
+    if (q + 1 >= a.windows || !Owners<Args>{a}.find(q + 1, bag_of(q), span)) return 0;
+    return span.begin / kChunk == q ? ceil_div(span.size(), kChunk) : 0;
   }
   SK_DEVICE R reduction(int64_t q) const { return R(a, a.tables.of_bag(bag_of(q))); }
   SK_DEVICE void finish(int64_t q, int64_t, const R& r, typename R::State& state) const {
@@ -674,16 +852,14 @@ Partials<T> take_partials(Scratch& scratch, const BagForward& bags, bool tally_o
   return partials;
 }
 
-// Several bags a group, if they are short and there are enough of them to keep the device busy: that keeps eight rows
-// on their way.
-int64_t bags_per_unit(const Bounds& bounds, int64_t lanes) {
-  if (bounds.N > bounds.bags * (kRows / 2)) return 1;
-  const int64_t busy = device_limits().multiprocessors * 1024;  // lanes
-  int64_t bags = 1;
-  while (bags < kRows && bounds.N <= bounds.bags * (kRows / 2 / bags) && bounds.bags / (2 * bags) * lanes >= busy) {
-    bags *= 2;
-  }
-  return bags;
+// Several bags a group, so that what stands in front of its first rows, bounds and then indices, is waited for once
+// for all of them; as many groups as the device holds several times over keep it busy to the end.
+int64_t bags_per_unit(const Bounds& bounds, int64_t group, int64_t tiles) {
+  if (bounds.N == 0) return 1;
+  const int64_t held = device_limits().multiprocessors * int64_t{640};  // lanes
+  const int64_t wanted = ceil_div(kPerUnit * bounds.bags, bounds.N),
+                most = bounds.bags * group * tiles / (kWaves * held);
+  return max(1, min(min(wanted, most), group));
 }
 
 std::vector<PlacedTable> placed(const BagForward& bags, int64_t per_unit) {
@@ -706,11 +882,19 @@ template <class R, class Merging, class Tables>
 void launch_walk(const BagForward& bags, ForwardArgs<Tables, typename R::T>& args, void* stream) {
   using Args = ForwardArgs<Tables, typename R::T>;
   args.group = R::group(bags);
-  const int64_t units = args.ranges + args.windows;
-  launch(bag_forward_kernel<R, Args>, blocks_of(units * args.group, stream, R::tiles(bags), kWalkThreads), args);
+  const auto config = [&](int64_t groups) {
+    LaunchConfig c = blocks_of(groups * args.group, stream, R::tiles(bags), kWalkThreads);
+    SharedBytes bytes;
+    Walk<R>::reserve(bytes, args.weighted);
+    bytes.array<int64_t>(kWalkThreads / args.group * (args.bags_per_unit + 1));
+    c.shared_bytes = bytes.bytes();
+    return c;
+  };
+  launch(bag_forward_kernel<R, Args>, config(args.ranges), args);
   if (args.windows == 0) return;
+  launch(bag_pieces_kernel<R, Args>, config(ceil_div(args.windows, kWindows)), args);
   args.group = Merging::group(bags);
-  launch(bag_merge_kernel<Merging, Args>, blocks_of(args.windows * args.group, stream, Merging::tiles(bags)), args);
+  launch(bag_merge_kernel<Merging, Args>, blocks_of_chains(args.windows, stream, Merging::tiles(bags)), args);
 }
 
 template <class Tables, class T>
@@ -722,6 +906,7 @@ ForwardArgs<Tables, T> forward_args(const BagForward& bags, BagFaultWord* fault)
   args.mean_by = bags.shape.mean_by;
   args.wide_indices = bags.shape.wide_indices;
   args.wide_weights = bags.shape.wide_weights;
+  args.weighted = bags.tables[0].weights != nullptr;
   args.windows = windows_of(bags);
   args.bags_per_unit = 1;
   return args;
@@ -754,6 +939,7 @@ void launch_tallies(const BagForward& bags, const ManyTables& tables, void* tall
   args.tables = tables;
   args.ranges = args.bounds.bags;
   args.partials = take_partials<T>(scratch, bags, true);
+  args.owners = scratch.take<int64_t>(args.windows);
   args.tallies = static_cast<T*>(tallies);
   args.inverted = inverted;
   launch_walk<TallyRows<S>, TallyRows<S>>(bags, args, stream);
@@ -764,6 +950,7 @@ void launch_tallies(const BagForward& bags, const ManyTables& tables, void* tall
 int64_t bag_scales_scratch_bytes(const BagForward& bags) {
   Scratch scratch(nullptr);
   dispatch(bags.shape.dtype, [&](auto storage) { take_partials<Compute<decltype(storage)>>(scratch, bags, true); });
+  scratch.take<int64_t>(windows_of(bags));
   return scratch.bytes();
 }
 
@@ -844,6 +1031,7 @@ int64_t bag_forward_scratch_bytes(const BagForward& bags) {
   Scratch scratch(nullptr);
   scratch.take<PlacedTable>(places_tables(bags) ? bags.count : 0);
   dispatch(bags.shape.dtype, [&](auto storage) { take_partials<Compute<decltype(storage)>>(scratch, bags, false); });
+  scratch.take<int64_t>(windows_of(bags));
   return scratch.bytes();
 }
 
@@ -855,7 +1043,7 @@ void forward_of(const BagForward& bags, const ManyTables& many, BagFaultWord* fa
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
   auto args = forward_args<Tables, T>(bags, fault);
-  args.bags_per_unit = bags_per_unit(args.bounds, group_of<C>(bags) * tiles_of<C>(bags));
+  args.bags_per_unit = bags_per_unit(args.bounds, group_of<C>(bags), tiles_of<C>(bags));
   const std::vector<PlacedTable> tables = placed(bags, args.bags_per_unit);
   for (const PlacedTable& table : tables) args.ranges += ceil_div(table.t.bags, args.bags_per_unit);
   if constexpr (std::is_same<Tables, OneTable>::value) {
@@ -864,6 +1052,7 @@ void forward_of(const BagForward& bags, const ManyTables& many, BagFaultWord* fa
     args.tables = place_tables(tables.data(), bags.count, const_cast<PlacedTable*>(many.placed), stream);
   }
   args.partials = take_partials<T>(scratch, bags, false);
+  args.owners = scratch.take<int64_t>(args.windows);
   if (bags.shape.extreme()) {
     launch_walk<ExtremeRows<S, kWide>, ExtremeRows<S, false>>(bags, args, stream);
   } else {

@@ -31,16 +31,31 @@ struct KeyArgs {
   uint32_t* bag_of;  // [N]
 };
 
+// As Bounds::bag_at, by all threads of a block, which must come: a few steps of kThreads parts each.
+SK_DEVICE int64_t block_bag_at(const Bounds& bounds, int64_t position) {
+  int64_t low = 0, high = bounds.bags;
+  while (high - low > 1) {
+    const int64_t part = ceil_div(high - low, kThreads), mine = low + thread_index() * part;
+    const int before = block_sync_count(mine < high && (thread_index() == 0 || bounds.begin(mine) <= position));
+    low += (before - 1) * part;
+    high = min(high, low + part);
+  }
+  return low;
+}
+
 // A block has kThreads * kKeys successive positions: it looks for the first and the last of their bags, and every
 // thread only between these.
 SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
-  SK_SHARED(int64_t, ends, 2);
   const Bounds& bounds = a.bounds;
-  for (int64_t bag = grid_thread_index(); bag < bounds.bags; bag += grid_threads()) bounds.check(bag, a.faults);
+  if (a.faults.word != nullptr) {
+    for (int64_t bag = grid_thread_index(); bag < bounds.bags; bag += grid_threads()) bounds.check(bag, a.faults);
+  }
   const int64_t first = block_index() * (kThreads * kKeys), last = min(first + kThreads * kKeys, a.N) - 1;
-  if (thread_index() < 2) ends[thread_index()] = bounds.bag_at(thread_index() == 0 ? first : last);
-  block_sync();
-  const int64_t low = ends[0], high = ends[1];
+  int64_t low = 0, high = 0;
+  if (bounds.offsets.data != nullptr) {
+    low = block_bag_at(bounds, first);
+    high = max(low, block_bag_at(bounds, last));
+  }
   const int64_t begin = bounds.clamped(0).begin, end = bounds.clamped(bounds.bags - 1).end;
   const Integers indices{a.tables.of_bag(0).t.indices, a.N, a.wide_indices};
   const auto keys = global<uint32_t>(a.keys, a.N), bag_of = global<uint32_t>(a.bag_of, a.N);
@@ -68,12 +83,12 @@ SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
 
 struct Sorted {
   const uint32_t* keys_;
-  const uint32_t* positions_;
+  const uint32_t* places_;  // bags, or positions where something hangs on these
   int64_t N;
   uint32_t none;
 
   SK_DEVICE Global<const uint32_t> keys() const { return global<const uint32_t>(keys_, N); }
-  SK_DEVICE Global<const uint32_t> positions() const { return global<const uint32_t>(positions_, N); }
+  SK_DEVICE Global<const uint32_t> places() const { return global<const uint32_t>(places_, N); }
   // The first of [low, high) whose key is at least this.
   SK_DEVICE int64_t first_at_least(uint32_t key, int64_t low, int64_t high) const {
     const auto sorted = keys();
@@ -162,12 +177,13 @@ struct RowsArgs {
   Bounds bounds;
   Sorted sorted;
   int64_t groups;
-  const uint32_t* bag_of;    // [N]
+  const uint32_t* bag_of;    // [N] of positions; null: they are bags already
   const uint32_t* ordinals;  // [groups + 1]; only where values are wanted
   const T* scales;           // [bags] or null
   const void* weights;       // [N] or null
   bool wide_weights, by_frequency;
   int group;
+  int reach;  // a row that ends at most so many places behind those of its group is summed by this one
   Partials<T> partials;
   RowStep step;
   Phase phase;
@@ -182,13 +198,19 @@ struct RowSum {
   T values[kCount];
 };
 
+struct NothingAhead {
+  [[maybe_unused]] static constexpr bool kHas = false;
+};
+
 template <class S, bool kWide>
 struct StoreRow {
+  [[maybe_unused]] static constexpr bool kReads = false;
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
 
+  template <class Ahead>
   static SK_DEVICE void finish(const RowsArgs<T>&, const PlacedTable& table, const C& columns,
-                               const RowSum<T, C::kCount>& sum) {
+                               const RowSum<T, C::kCount>& sum, const Ahead&) {
     const RowTarget& to = table.target;
     const int64_t row = sum.key - table.rows_before, D = table.t.D;
     if (to.rows == nullptr) {
@@ -202,12 +224,15 @@ struct StoreRow {
 
 template <class S, bool kWide>
 struct StepRow {
+  [[maybe_unused]] static constexpr bool kReads = true;
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
   using Values = T[C::kCount];
 
+  // What a step reads may have been read ahead.
+  template <class Ahead>
   static SK_DEVICE void finish(const RowsArgs<T>& a, const PlacedTable& table, const C& columns,
-                               const RowSum<T, C::kCount>& sum) {
+                               const RowSum<T, C::kCount>& sum, const Ahead& ahead) {
     const BagTable& t = table.t;
     if (t.D == 0) return;
     const int64_t row = sum.key - table.rows_before;
@@ -233,8 +258,13 @@ struct StepRow {
         }
         const auto states = global<T>(table.state1, t.E);
         T before = 0;
-        if (columns.lane == 0) before = states[row];
-        state = shuffle(before, 0, columns.group, group_mask(columns.group)) + squares / T(t.D);
+        if constexpr (Ahead::kHas) {
+          before = ahead.rowwise();
+        } else {
+          if (columns.lane == 0) before = states[row];
+          before = shuffle(before, 0, columns.group, group_mask(columns.group));
+        }
+        state = before + squares / T(t.D);
         if (columns.lane == 0) states[row] = state;
       }
       factor = -lr / (sqrt(state) + eps);
@@ -253,7 +283,11 @@ struct StepRow {
         break;
       case RowOptimizer::kAdagrad: {
         Values s;
-        read(columns, state1, 1, s);
+        if constexpr (Ahead::kHas) {
+          ahead.state1(s);
+        } else {
+          read(columns, state1, 1, s);
+        }
         SK_UNROLL
         for (int v = 0; v < C::kCount; ++v) {
           s[v] += g[v] * g[v];
@@ -268,8 +302,13 @@ struct StepRow {
         break;
       case RowOptimizer::kAdam: {
         Values first, second;
-        read(columns, state1, 1, first);
-        read(columns, state2, 1, second);
+        if constexpr (Ahead::kHas) {
+          ahead.state1(first);
+          ahead.state2(second);
+        } else {
+          read(columns, state1, 1, first);
+          read(columns, state2, 1, second);
+        }
         const T rest1 = T(1 - step.beta1), rest2 = T(1 - step.beta2);
         const T size = -lr * T(sqrt(step.correction2) / step.correction1);
         SK_UNROLL
@@ -284,7 +323,11 @@ struct StepRow {
       }
     }
     Values now;
-    read(columns, w, t.column_stride, now);
+    if constexpr (Ahead::kHas) {
+      ahead.weights(now);
+    } else {
+      read(columns, w, t.column_stride, now);
+    }
     SK_UNROLL
     for (int v = 0; v < C::kCount; ++v) now[v] += move[v];
     if constexpr (kWide) {
@@ -367,7 +410,7 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   if (group >= a.groups) return;
   const int64_t first = group * kPerGroup, N = a.sorted.N;
   const int stop = static_cast<int>(min(kPerGroup, N - first));
-  const auto keys = a.sorted.keys() + first, positions = a.sorted.positions() + first;
+  const auto keys = a.sorted.keys() + first, positions = a.sorted.places() + first;
   const auto bag_of = global<const uint32_t>(a.bag_of, N);
   const auto scales = global<const T>(a.scales, a.bounds.bags);
   const Weights<S> weights{a.weights, N, a.wide_weights};
@@ -406,7 +449,7 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
           for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
           divide_by_count(a, sum);
           // Read again: what only this needs stays out of registers.
-          Target<S, kWide>::finish(a, a.tables.of_row(current), columns, sum);
+          Target<S, kWide>::finish(a, a.tables.of_row(current), columns, sum, NothingAhead{});
         }
       }
       if (key == a.sorted.none) return;
@@ -431,7 +474,7 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
         if (row[j] >= rows_end) continue;
         n = j + 1;
         const uint32_t position = load<Cache::kReadOnly>(positions, step + j);
-        const uint32_t bag = load<Cache::kReadOnly>(bag_of, position);
+        const uint32_t bag = bag_of ? load<Cache::kReadOnly>(bag_of, position) : position;
         rows.load(raw[j], table.row_of(bag, table.t.out_stride));
         coefficients[j] = scales ? load<Cache::kReadOnly>(scales, bag) : T(1);
         if (a.weights != nullptr) coefficients[j] *= weights[position];
@@ -461,6 +504,238 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   }
 }
 
+// What a lane has on its way through shared memory, copied there asynchronously: for each place the gradient of its
+// bag, and where a row ends that will be finished at once, what its step reads. A lane reads what it has copied itself.
+template <class S>
+struct RowsRing {
+  using C = Columns<S, true>;
+  using T = typename Element<S>::T;
+  static constexpr int kStep = 4, kStages = 2;
+  static constexpr int kSlots = kStep * kStages * kWalkThreads;
+
+  struct Wants {
+    bool scales, weights, step, state1, state2, rowwise;
+  };
+  static SK_HOST_DEVICE Wants wants(const RowsArgs<T>& a, bool step) {
+    const RowOptimizer o = a.step.optimizer;
+    return {a.scales != nullptr,
+            a.weights != nullptr,
+            step,
+            step && (o == RowOptimizer::kAdagrad || o == RowOptimizer::kAdam),
+            step && o == RowOptimizer::kAdam,
+            step && o == RowOptimizer::kRowwiseAdagrad};
+  }
+
+  Shared<S> gradients, rows;           // [slots, columns]
+  Shared<T> states1, states2;          // [slots, columns]
+  Shared<T> scales, weights, rowwise;  // [slots]
+
+  template <class Arena>
+  static SK_HOST_DEVICE RowsRing in(Arena& arena, const Wants& w) {
+    RowsRing r;
+    r.gradients = arena.template array<S>(kSlots * C::kCount);
+    r.rows = arena.template array<S>(w.step ? kSlots * C::kCount : 0);
+    r.states1 = arena.template array<T>(w.state1 ? kSlots * C::kCount : 0);
+    r.states2 = arena.template array<T>(w.state2 ? kSlots * C::kCount : 0);
+    r.scales = arena.template array<T>(w.scales ? kSlots : 0);
+    r.weights = arena.template array<T>(w.weights ? kSlots : 0);
+    r.rowwise = arena.template array<T>(w.rowwise ? kSlots : 0);
+    return r;
+  }
+  static SK_DEVICE int slot(int place) { return place % (kStep * kStages) * kWalkThreads + thread_index(); }
+
+  template <class U, class From>
+  static SK_DEVICE void ask(Shared<U> to, Global<From> from, bool has) {
+    constexpr int kPart = 16 / int(sizeof(U));
+    SK_UNROLL
+    for (int p = 0; p < C::kCount; p += kPart) copy_async<16>(to + p, from + p, has);
+  }
+};
+
+// What was read ahead for a place.
+template <class S>
+struct StepAhead {
+  static constexpr bool kHas = true;
+  using C = Columns<S, true>;
+  using T = typename Element<S>::T;
+  const RowsRing<S>& ring;
+  int slot;
+
+  SK_DEVICE T rowwise() const { return ring.rowwise[slot]; }
+  SK_DEVICE void weights(T (&values)[C::kCount]) const { read(values, ring.rows + slot * C::kCount); }
+  SK_DEVICE void state1(T (&values)[C::kCount]) const { read(values, ring.states1 + slot * C::kCount); }
+  SK_DEVICE void state2(T (&values)[C::kCount]) const { read(values, ring.states2 + slot * C::kCount); }
+
+ private:
+  template <class U>
+  static SK_DEVICE void read(T (&values)[C::kCount], Shared<U> from) {
+    constexpr int kPart = 16 / int(sizeof(U));
+    SK_UNROLL
+    for (int p = 0; p < C::kCount; p += kPart) {
+      const Vec<U, kPart> v = load_vec<kPart>(from, p);
+      SK_UNROLL
+      for (int i = 0; i < kPart; ++i) values[p + i] = widen(v[i]);
+    }
+  }
+};
+
+// The same sums over rows of 16 bytes a lane. Rows of the table are read and written once each, far apart: what one
+// costs is hidden only if many are on their way, so they are asked for with the gradients, not when a sum is complete.
+template <class S, template <class, bool> class Target>
+SK_KERNEL(kWalkThreads, Target<S, true>::kReads ? 4 : 5)  // what registers allow
+bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
+  using C = Columns<S, true>;
+  using T = typename Element<S>::T;
+  using Ring = RowsRing<S>;
+  using Partial = RowPartials<S, true>;
+  constexpr int kStep = Ring::kStep;
+  constexpr bool kSteps = Target<S, true>::kReads;
+
+  const int64_t group = grid_thread_index() / a.group;
+  if (group >= a.groups) return;
+  const int64_t first = group * kPerGroup, N = a.sorted.N;
+  const int stop = static_cast<int>(min(kPerGroup, N - first));
+  const auto keys = a.sorted.keys() + first, places = a.sorted.places() + first;
+  const uint32_t none = a.sorted.none;
+  const auto key_at = [&](int i) -> uint32_t { return first + i < N ? load<Cache::kReadOnly>(keys, i) : none; };
+  const uint32_t before = first > 0 ? load<Cache::kReadOnly>(keys, -1) : none;
+  const auto bag_of = global<const uint32_t>(a.bag_of, N);
+  const auto scales = global<const T>(a.scales, a.bounds.bags);
+  const Weights<S> weights{a.weights, N, a.wide_weights};
+  const typename Ring::Wants wants = Ring::wants(a, kSteps);
+  SharedArena arena;
+  const Ring ring = Ring::in(arena, wants);
+
+  Partial partial{{0, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
+  const C& columns = partial.columns;
+  int64_t next_ordinal = 0;
+  if (a.ordinals != nullptr) {
+    const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+    next_ordinal = in_front;
+  }
+
+  // Rows over an edge: the group in which one begins sums it, unless it goes on behind all places of the next group.
+  const uint32_t last = key_at(stop - 1);
+  const bool goes_on = last != none && last != before && key_at(stop) == last && key_at(stop + kPerGroup) != last;
+  const int most =
+      !goes_on ? stop : int(a.sorted.first_at_least(last + 1, first + stop, min(N, first + stop + kPerGroup)) - first);
+  int from = 0, end = 0;  // places of one table, counted from the group's first
+  if (before != none && key_at(0) == before && key_at(stop) != before &&
+      (first == kPerGroup || load<Cache::kReadOnly>(keys, -kPerGroup - 1) != before)) {
+    from = int(a.sorted.first_at_least(before + 1, first, first + stop) - first);
+  }
+  for (uint32_t key = key_at(from); key != none && from < stop; from = end) {
+    const PlacedTable table = a.tables.of_row(key);
+    const BagTable& t = table.t;
+    const int64_t rows_end = table.rows_before + t.E;
+    end = most;
+    if (last >= rows_end) {
+      end = int(a.sorted.first_at_least(static_cast<uint32_t>(rows_end), first + from, first + stop) - first);
+    }
+    partial.columns.D = t.D;
+    const bool has = columns.wide_has();
+    const int64_t column = has ? columns.at(0) : 0;
+    const auto gradients = global<const S>(t.out, table.rows_end(t.out_stride)) + column;
+    const auto table_rows =
+        global<const S>(t.table, kSteps && t.E > 0 ? (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1 : 0) +
+        column;
+    const auto states1 = global<const T>(table.state1, wants.state1 ? t.E * t.D : 0) + column;
+    const auto states2 = global<const T>(table.state2, wants.state2 ? t.E * t.D : 0) + column;
+    const auto rowwise = global<const T>(table.state1, wants.rowwise ? t.E : 0);
+
+    uint32_t row[kStep + 1], place[kStep];  // of the step that will be asked for
+    const auto fetch = [&](int p) {
+      if (p >= end) return;
+      SK_UNROLL
+      for (int j = 0; j < kStep; ++j) {
+        row[j] = key_at(p + j);
+        place[j] = p + j < end ? load<Cache::kReadOnly>(places, p + j) : 0u;
+      }
+      row[kStep] = key_at(p + kStep);
+    };
+    const auto ask = [&](int p) {
+      if (p < end) {
+        SK_UNROLL
+        for (int j = 0; j < kStep; ++j) {
+          if (p + j >= end) continue;
+          const int to = Ring::slot(p + j - from);
+          const uint32_t bag = bag_of ? load<Cache::kReadOnly>(bag_of, place[j]) : place[j];
+          Ring::ask(ring.gradients + to * C::kCount, gradients + table.row_of(bag, t.out_stride), has);
+          if (wants.scales) copy_async<sizeof(T)>(ring.scales + to, scales + bag);
+          if (wants.weights) {
+            if (a.wide_weights) {
+              copy_async<sizeof(T)>(ring.weights + to, global<const T>(a.weights, N) + place[j]);
+            } else {
+              ring.weights[to] = weights[place[j]];
+            }
+          }
+          if constexpr (kSteps) {
+            if (row[j] == row[j + 1] || row[j] == before) continue;
+            const int64_t r = row[j] - table.rows_before;
+            Ring::ask(ring.rows + to * C::kCount, table_rows + r * t.row_stride, has);
+            if (wants.state1) Ring::ask(ring.states1 + to * C::kCount, states1 + r * t.D, has);
+            if (wants.state2) Ring::ask(ring.states2 + to * C::kCount, states2 + r * t.D, has);
+            if (wants.rowwise) copy_async<sizeof(T)>(ring.rowwise + to, rowwise + r);
+          }
+        }
+      }
+      copy_async_commit();
+      fetch(p + kStep);
+    };
+
+    typename Partial::State state;
+    partial.reset(state);
+    fetch(from);
+    ask(from);
+    ask(from + kStep);
+    uint32_t next = key_at(from + 1);
+    int begin = from;
+    for (int step = from; step < end; step += kStep) {
+      copy_async_wait<Ring::kStages - 1>();
+      const int step_end = step + kStep < end ? step + kStep : end;
+      for (int p = step; p < step_end; ++p) {
+        const uint32_t later = key_at(p + 2);
+        const int slot = Ring::slot(p - from);
+        const auto raw = load_vec<C::kCount>(ring.gradients, slot * C::kCount);
+        T coefficient = 1;
+        if (wants.scales) coefficient = ring.scales[slot];
+        if (wants.weights) {
+          const T weight = ring.weights[slot];
+          coefficient *= weight;
+        }
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) state.values[v] = fma(coefficient, widen(raw[v]), state.values[v]);
+        if (next != key || p + 1 == most) {
+          if (key == before) {
+            partial.save(state, partial_slot(group, 0) - 1);
+          } else {
+            if (next == key) {
+              partial.save(state, partial_slot(group, 0));
+            } else {
+              RowSum<T, C::kCount> sum{key, first + begin, p + 1 - begin, next_ordinal, {}};
+              SK_UNROLL
+              for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
+              divide_by_count(a, sum);
+              if constexpr (kSteps) {
+                Target<S, true>::finish(a, table, columns, sum, StepAhead<S>{ring, slot});
+              } else {
+                Target<S, true>::finish(a, table, columns, sum, NothingAhead{});
+              }
+            }
+            ++next_ordinal;
+          }
+          partial.reset(state);
+          begin = p + 1;
+        }
+        key = next;
+        next = later;
+      }
+      ask(step + 2 * kStep);
+    }
+    copy_async_wait<0>();
+  }
+}
+
 // Chain q: the row that begins in group q's places and goes on behind them.
 template <class S, template <class, bool> class Target>
 struct LongRows {
@@ -474,6 +749,7 @@ struct LongRows {
     const auto keys = a.sorted.keys();
     const uint32_t key = keys[last];
     if (key >= a.sorted.none || keys[last + 1] != key || (q > 0 && keys[q * kPerGroup - 1] == key)) return 0;
+    if (a.reach > 0 && (last + 1 + a.reach >= a.sorted.N || keys[last + 1 + a.reach] != key)) return 0;
     return (end(q, key) - 1) / kPerGroup - q + 1;
   }
   SK_DEVICE int64_t end(int64_t q, uint32_t key) const {
@@ -499,7 +775,7 @@ struct LongRows {
     SK_UNROLL
     for (int v = 0; v < Partial::C::kCount; ++v) sum.values[v] = state.values[v];
     divide_by_count(a, sum);
-    Target<S, false>::finish(a, table_of(q), r.columns, sum);
+    Target<S, false>::finish(a, table_of(q), r.columns, sum, NothingAhead{});
   }
 };
 
@@ -628,6 +904,8 @@ struct RowsMemory {
   Sorted sorted(const BagForward& bags) const {
     return {sort.keys[sort.result], sort.values[sort.result], sort.n, static_cast<uint32_t>(all_rows(bags))};
   }
+  // Whether a gradient hangs on more than the row and the bag.
+  static bool by_position(const BagForward& bags) { return bags.tables[0].weights != nullptr || bags.shape.extreme(); }
 };
 
 std::vector<PlacedTable> placed_rows(const BagForward& bags) {
@@ -657,7 +935,9 @@ void sort_positions(const BagForward& bags, const RowsMemory& m, const ManyTable
   args.keys = m.sort.keys[0];
   args.bag_of = m.bag_of;
   launch(bag_keys_kernel, blocks_of(max(1, ceil_div(args.N, kKeys)), stream), args);
-  launch_sort(m.sort, stream);
+  SortMemory sort = m.sort;
+  if (!RowsMemory::by_position(bags)) sort.first_values = m.bag_of;
+  launch_sort(sort, stream);
 }
 
 // Whether what sums go to can be written, and read, 16 bytes at a time.
@@ -672,14 +952,27 @@ bool wide_targets(const BagForward& bags, const RowTarget* targets) {
 
 template <class S, bool kWide, template <class, bool> class Target, class T>
 void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
+  args.reach = 0;
   using C = Columns<S, kWide>;
   using Merging = Columns<S, false>;
-  const auto sums =
-      bags.shape.extreme() ? bag_reduce_kernel<S, kWide, true, Target> : bag_reduce_kernel<S, kWide, false, Target>;
   args.group = group_of<C>(bags);
-  launch(sums, blocks_of(args.groups * args.group, stream, tiles_of<C>(bags), kWalkThreads), args);
+  LaunchConfig config = blocks_of(args.groups * args.group, stream, tiles_of<C>(bags), kWalkThreads);
+  if (bags.shape.extreme()) {
+    launch(bag_reduce_kernel<S, kWide, true, Target>, config, args);
+  } else if constexpr (kWide) {
+    SharedBytes bytes;
+    RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::kReads));
+    config.shared_bytes = bytes.bytes();
+    if (config.shared_bytes > device_limits().shared_bytes) {  // Adam on 16-bit rows, where a block has 99 KiB
+      return launch_sums<S, false, Target>(bags, args, stream);
+    }
+    args.reach = kPerGroup;
+    launch(bag_reduce_wide_kernel<S, Target>, config, args);
+  } else {
+    launch(bag_reduce_kernel<S, kWide, false, Target>, config, args);
+  }
   args.group = group_of<Merging>(bags);
-  launch(bag_merge_rows_kernel<S, Target>, blocks_of(args.groups * args.group, stream, tiles_of<Merging>(bags)), args);
+  launch(bag_merge_rows_kernel<S, Target>, blocks_of_chains(args.groups, stream, tiles_of<Merging>(bags)), args);
 }
 
 template <class S, bool kWide, class T>
@@ -765,7 +1058,7 @@ void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarge
     args.bounds = bounds_of(bags);
     args.sorted = m.sorted(bags);
     args.groups = m.groups;
-    args.bag_of = m.bag_of;
+    args.bag_of = RowsMemory::by_position(bags) ? m.bag_of : nullptr;
     args.ordinals = values ? m.ordinals : nullptr;
     args.scales = bags.shape.mode == BagMode::kMean ? reinterpret_cast<const T*>(m.scales) : nullptr;
     args.weights = t.weights;

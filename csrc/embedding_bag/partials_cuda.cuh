@@ -40,58 +40,79 @@ SK_DEVICE void load_row(const C& columns, Global<From> row, T (&values)[C::kCoun
 // A chain of more pieces than this is merged by the whole block: every group of lanes some successive pieces, then the
 // groups in order.
 constexpr int kSerialPieces = 16;
-constexpr int kPiecesAtOnce = 4;
+constexpr int kPiecesAtOnce = 16;
+constexpr int kAsked = 64;  // chains that a block asks for
 
 // Reduction r: State; saved(slot) -> State; merge(state, later).
 template <class R>
 SK_DEVICE void merge_pieces(const R& r, typename R::State& state, int64_t q, int64_t from, int64_t to) {
-  int64_t i = from;
-  for (; i + kPiecesAtOnce <= to; i += kPiecesAtOnce) {
+  for (int64_t i = from; i < to; i += kPiecesAtOnce) {
     typename R::State pieces[kPiecesAtOnce];
     SK_UNROLL
-    for (int j = 0; j < kPiecesAtOnce; ++j) pieces[j] = r.saved(partial_slot(q, i + j));
+    for (int j = 0; j < kPiecesAtOnce; ++j) {
+      if (i + j < to) pieces[j] = r.saved(partial_slot(q, i + j));
+    }
     SK_UNROLL
-    for (int j = 0; j < kPiecesAtOnce; ++j) r.merge(state, pieces[j]);
+    for (int j = 0; j < kPiecesAtOnce; ++j) {
+      if (i + j < to) r.merge(state, pieces[j]);
+    }
   }
-  for (; i < to; ++i) r.merge(state, r.saved(partial_slot(q, i)));
 }
 
-// Every group of lanes looks after one q: job.pieces(q) says how many its chain has, 0 if there is none,
-// job.reduction(q) how they are merged, job.finish(q, pieces, reduction, state) what becomes of the whole.
-// All threads of a block must come.
+inline LaunchConfig blocks_of_chains(int64_t chains, void* stream, int64_t tiles) {
+  return blocks_of(ceil_div(chains, kAsked) * kThreads, stream, tiles);
+}
+
+// Threads ask for one q each, so that there is little to do where no chain is: job.pieces(q) says how many its chain
+// has, 0 if there is none, job.reduction(q) how they are merged, job.finish(q, pieces, reduction, state) what becomes
+// of the whole. All threads of a block must come.
 template <class R, class Job>
 SK_DEVICE void merge_chains(const Job& job, int64_t chains, int group) {
   using State = typename R::State;
   SK_SHARED(State, states, kThreads);
-  SK_SHARED(int64_t, lengths, kThreads);
+  SK_SHARED(int64_t, lengths, kAsked);
+  SK_SHARED(int32_t, found, kAsked);
+  SK_SHARED(int32_t, count, 1);
   const int groups = kThreads / group, local = thread_index() / group, lane = thread_index() % group;
-  const int64_t first = block_index() * groups, q = first + local;
-  const int64_t pieces = q < chains ? job.pieces(q) : 0;
-  if (pieces > 0 && pieces <= kSerialPieces) {
-    const R r = job.reduction(q);
-    State state = r.saved(partial_slot(q, 0));
-    merge_pieces(r, state, q, 1, pieces);
-    job.finish(q, pieces, r, state);
+  const int64_t first = block_index() * kAsked, q = first + thread_index();
+  const int64_t pieces = thread_index() < kAsked && q < chains ? job.pieces(q) : 0;
+  if (!block_sync_or(pieces > 0)) return;
+  if (thread_index() == 0) count[0] = 0;
+  block_sync();
+  if (pieces > 0) {
+    const int32_t at = atomic_add(count, 0, 1);
+    found[at] = thread_index();
+    lengths[at] = pieces;
   }
-  if (lane == 0) lengths[local] = pieces;
-  if (!block_sync_or(pieces > kSerialPieces)) return;
-  for (int g = 0; g < groups; ++g) {
-    const int64_t length = lengths[g];
+  block_sync();
+  const int32_t all = count[0];
+  for (int i = local; i < all; i += groups) {
+    const int64_t length = lengths[i];
+    if (length > kSerialPieces) continue;
+    const int64_t chain = first + found[i];
+    const R r = job.reduction(chain);
+    State state = r.saved(partial_slot(chain, 0));
+    merge_pieces(r, state, chain, 1, length);
+    job.finish(chain, length, r, state);
+  }
+  for (int i = 0; i < all; ++i) {
+    const int64_t length = lengths[i];
     if (length <= kSerialPieces) continue;
-    const R r = job.reduction(first + g);
+    const int64_t chain = first + found[i];
+    const R r = job.reduction(chain);
     const int64_t share = ceil_div(length, groups), from = min(length, local * share);
     State state;
     r.reset(state);
-    merge_pieces(r, state, first + g, from, min(length, from + share));
+    merge_pieces(r, state, chain, from, min(length, from + share));
     states[thread_index()] = state;
     block_sync();
-    if (local == g) {
+    if (local == i % groups) {
       State whole = states[lane];
       for (int other = 1; other < groups; ++other) {
         const State later = states[other * group + lane];
         r.merge(whole, later);
       }
-      job.finish(first + g, length, r, whole);
+      job.finish(chain, length, r, whole);
     }
     block_sync();
   }

@@ -2,7 +2,8 @@
 //
 // A pass counts the digits of every tile, sums the counts of each digit over the tiles in front, and moves the tiles.
 // In a tile a warp has successive elements, 32 at a time: lanes of one digit find each other by a vote, so that equal
-// keys keep their order.
+// keys keep their order. A tile is put in order in shared memory first: so what goes to one digit's place is written
+// side by side, a few sectors instead of one for each element.
 #pragma once
 
 #include "embedding_bag/bags_cuda.cuh"
@@ -86,16 +87,23 @@ SK_KERNEL(kThreads) sort_scan_kernel(const SK_GRID_CONSTANT SortPass a) {
   if (thread_index() == 0) global<uint32_t>(a.totals, kDigits)[block_index()] = before;
 }
 
-SK_KERNEL(kThreads) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
+SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   SK_SHARED(uint32_t, sums, kWarps);
-  SK_SHARED(uint32_t, places, kWarps* kDigits);  // first how many elements a warp has of each digit, then where they go
+  SK_SHARED(uint32_t, places, kWarps* kDigits);  // how many elements a warp has of each digit, then where in the tile
+  SK_SHARED(uint32_t, shifts, kDigits);          // from a place in the tile to that of all
+  SK_SHARED(uint32_t, tile_keys, kTileItems);
+  SK_SHARED(uint32_t, tile_values, kTileItems);
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
+  const uint32_t tiles_in_front = a.count()[thread * a.tiles + block_index()];
+  const uint32_t all =
+      thread < 1 << a.bits ? load<Cache::kDefault>(global<const uint32_t>(a.totals, kDigits), thread) : 0u;
   SK_UNROLL
   for (int w = 0; w < kWarps; ++w) places[w * kDigits + thread] = 0;
   block_sync();
 
   const auto keys = global<const uint32_t>(a.keys, a.n);
-  const int64_t first = block_index() * kTileItems + warp * (kItems * kWarp) + lane;
+  const auto values = global<const uint32_t>(a.values, a.values == nullptr ? 0 : a.n);
+  const int64_t tile = block_index() * kTileItems, first = tile + warp * (kItems * kWarp) + lane;
   uint32_t key[kItems], rank[kItems];
   SK_UNROLL
   for (int k = 0; k < kItems; ++k) {
@@ -115,31 +123,43 @@ SK_KERNEL(kThreads) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   }
   block_sync();
 
-  const uint32_t all =
-      thread < 1 << a.bits ? load<Cache::kDefault>(global<const uint32_t>(a.totals, kDigits), thread) : 0u;
-  uint32_t total;
-  uint32_t place = block_scan(all, total, sums);
-  if (thread < 1 << a.bits) {
-    const uint32_t tiles_in_front = a.count()[thread * a.tiles + block_index()];
-    place += tiles_in_front;
-  }
+  uint32_t counts[kWarps], mine = 0, total;
   SK_UNROLL
   for (int w = 0; w < kWarps; ++w) {
-    const uint32_t count = places[w * kDigits + thread];
+    counts[w] = places[w * kDigits + thread];
+    mine += counts[w];
+  }
+  uint32_t place = block_scan(mine, total, sums);
+  shifts[thread] = block_scan(all, total, sums) + tiles_in_front - place;
+  SK_UNROLL
+  for (int w = 0; w < kWarps; ++w) {
     places[w * kDigits + thread] = place;
-    place += count;
+    place += counts[w];
   }
   block_sync();
-
-  const auto values = global<const uint32_t>(a.values, a.values == nullptr ? 0 : a.n);
-  const auto sorted_keys = global<uint32_t>(a.sorted_keys, a.n), sorted_values = global<uint32_t>(a.sorted_values, a.n);
+  SK_UNROLL
+  for (int k = 0; k < kItems; ++k) {
+    if (first + k * kWarp >= a.n) continue;
+    rank[k] += places[warp * kDigits + a.digit(key[k])];
+    tile_keys[rank[k]] = key[k];
+  }
+  // Read this late, values take the registers of keys.
   SK_UNROLL
   for (int k = 0; k < kItems; ++k) {
     const int64_t i = first + k * kWarp;
-    if (i >= a.n) continue;
-    const uint32_t to = places[warp * kDigits + a.digit(key[k])] + rank[k];
-    sorted_keys[to] = key[k];
-    sorted_values[to] = values ? load<Cache::kDefault>(values, i) : static_cast<uint32_t>(i);
+    if (i < a.n) tile_values[rank[k]] = values ? load<Cache::kDefault>(values, i) : static_cast<uint32_t>(i);
+  }
+  block_sync();
+
+  const auto sorted_keys = global<uint32_t>(a.sorted_keys, a.n), sorted_values = global<uint32_t>(a.sorted_values, a.n);
+  SK_UNROLL
+  for (int k = 0; k < kItems; ++k) {
+    const uint32_t i = k * kThreads + thread;
+    if (tile + i >= a.n) continue;
+    const uint32_t moved = tile_keys[i], with = tile_values[i];
+    const uint32_t to = shifts[a.digit(moved)] + i;
+    sorted_keys[to] = moved;
+    sorted_values[to] = with;
   }
 }
 
@@ -153,6 +173,7 @@ struct SortMemory {
   uint32_t* totals;
   int64_t n, tiles;
   int passes, bits, result;
+  const uint32_t* first_values = nullptr;  // what belongs to keys[0]; null: their places
 
   SortMemory(int64_t n_, uint32_t largest_key, Scratch& scratch) : n(n_), tiles(ceil_div(n_, kTileItems)) {
     int width = 1;
@@ -173,7 +194,7 @@ inline void launch_sort(const SortMemory& m, void* stream) {
   if (m.n == 0) return;
   for (int pass = 0; pass < m.passes; ++pass) {
     const int from = pass % 2, to = 1 - from;
-    const SortPass args{m.keys[from],  pass == 0 ? nullptr : m.values[from],
+    const SortPass args{m.keys[from],  pass == 0 ? m.first_values : m.values[from],
                         m.keys[to],    m.values[to],
                         m.counts,      m.totals,
                         m.n,           m.tiles,
