@@ -230,10 +230,10 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             chosen.num_warps,
             None,
             types,
-            module.needed(kernel, dtype, BD, BD, chosen, roomy),
+            module.needed(kernel, dtype, BD, BD, chosen, roomy) if arch < 100 else None,  # there it has to fit, no more
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
-            dtype.itemsize > 2,  # products that no tensor core makes go through registers
+            dtype.itemsize > 2 or D > 128 or (roomy and arch < 90),  # products that go through registers
         )
 
 

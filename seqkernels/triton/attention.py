@@ -1353,6 +1353,13 @@ ROOMY = {
     (ROWS, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
     (KEYS, 2): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
 }
+# Where products go through registers and shared memory is less, as on sm_80.
+SMALL = {
+    (FORWARD, 2): (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+    (ROWS, 2): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    (KEYS, 2): (Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
+}
+WARPGROUPS = 200 << 10  # bytes of shared memory: sm_90 and later have more
 LARGEST = {2: 512, 4: 512, 8: 256}  # head size, by bytes of an element
 
 
@@ -1370,7 +1377,9 @@ def config(kernel: str, dtype: torch.dtype, D: int, Dv: int, roomy: bool = False
     """The largest that so many bytes of shared memory hold."""
     BD, BDV = padded(D), padded(Dv)
     size = 0 if max(D, Dv) <= 64 else 1 if max(D, Dv) <= 128 else 2 if max(D, Dv) <= 256 else 3
-    table = ROOMY if roomy and size < 2 and (kernel, dtype.itemsize) in ROOMY else CONFIGS
+    table = CONFIGS
+    if size < 2 and (kernel, dtype.itemsize) in ROOMY:
+        table = SMALL if shared < WARPGROUPS else ROOMY if roomy else CONFIGS
     chosen = table[kernel, dtype.itemsize][size]
     while needed(kernel, dtype, BD, BDV, chosen, roomy) > shared:
         BM, BN, warps, stages = chosen
