@@ -205,7 +205,7 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             continue
         if name == "weights" and kernel == "forward":
             continue
-        roomy = name not in ("dense", "causal", "lengths", "packed", "weights")
+        roomy = name not in ("dense", "causal", "lengths", "packed")
         chosen = module.config(kernel, dtype, D, D, roomy, SHARED[arch])
         BD = module.padded(D)
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags

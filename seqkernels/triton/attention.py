@@ -1333,7 +1333,7 @@ class Config(NamedTuple):
 FORWARD, ROWS, KEYS, TILES = "forward", "rows", "keys", "tiles"
 
 # By kernel and bytes of an element, for head sizes up to 64, 128, 256 and 512: what ptxas keeps in registers.
-CONFIGS = {
+CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
     (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
     (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
@@ -1347,14 +1347,14 @@ CONFIGS = {
     (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
     (TILES, 8): (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
 }
-# With a mask, dropout, a window, alibi or a softcap.
-ROOMY = {
+# With a mask, dropout, a window, alibi or a softcap, and of weights.
+ROOMY: dict[tuple[str, int], tuple[Config, ...]] = {
     (FORWARD, 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
     (ROWS, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
     (KEYS, 2): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
 }
 # Where products go through registers and shared memory is less, as on sm_80.
-SMALL = {
+SMALL: dict[tuple[str, int], tuple[Config, ...]] = {
     (FORWARD, 2): (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
     (ROWS, 2): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
     (KEYS, 2): (Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
@@ -1483,7 +1483,8 @@ class _Call:
         left = min(window_left, FAR) if window_left >= 0 else FAR
         tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         drop = dropout_p > 0
-        self.roomy = drop or left < FAR or softcap > 0 or not (attn_mask is None and alibi_slopes is None)
+        self.roomy = drop or left < FAR or softcap > 0 or v is None
+        self.roomy |= attn_mask is not None or alibi_slopes is not None
         self.arguments: dict[str, Any] = dict(
             p_q=self.q,
             p_k=self.k,
