@@ -1267,7 +1267,7 @@ def attention_mask_gradient_kernel(
         t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
         t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
         offset = (L_k - L_q) * lower
-        begin, _, _, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
+        begin, _whole, _until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
         if (first_k >= begin) & (first_k < end):
             i_bq = i_b.to(tl.int64) if p_cu_q is None else i_b.to(tl.int64) * 0
             i_hk = (i_h // G).to(tl.int64)
@@ -1538,7 +1538,8 @@ class _Call:
         return dict(p_v=v, DV=self.DV, BDV=padded(self.DV), **self.strides("v", v))
 
     def choose(self, kernel: str) -> Config:
-        return config(kernel, self.q.dtype, self.D, self.DV, self.roomy, _shared_memory(self.q.device))
+        roomy = self.roomy or (kernel == KEYS and self.packed and self.Hk != self.H)
+        return config(kernel, self.q.dtype, self.D, self.DV, roomy, _shared_memory(self.q.device))
 
     def launch(self, kernel: Any, chosen: Config, programs: int, **arguments: Any) -> None:
         if programs:
