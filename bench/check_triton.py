@@ -205,7 +205,8 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             continue
         if name == "weights" and kernel == "forward":
             continue
-        roomy = name not in ("dense", "causal", "lengths", "packed", "weights")
+        roomy = name not in ("dense", "causal", "lengths", "packed")
+        roomy |= (kernel, name) == ("keys", "packed")
         chosen = module.config(kernel, dtype, D, D, roomy, SHARED[arch])
         BD = module.padded(D)
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
@@ -217,7 +218,7 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         if name == "weights":
             absent |= {"p_v", "p_dout", "p_out", "p_delta", "p_dv"}
             absent -= {"p_dlse"}
-        constexprs |= dict.fromkeys(absent)
+        constexprs |= dict.fromkeys(sorted(absent))
         constexprs = {key: value for key, value in constexprs.items() if key in names}
         compute = "*fp64" if dtype == torch.float64 else "*fp32"
         types = ATTENTION_TYPES | dict.fromkeys(("p_lse", "p_dlse", "p_delta", "p_dmask"), compute)

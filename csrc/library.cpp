@@ -96,8 +96,8 @@ SEQKERNELS_OPS(m) {
       "numbers, " +
       upstream + "int[] features, " + bags + frequency + ") -> ()");
 
-  // Attention. q is [B, Hq, Tq, D]; or [1, Hq, N, D] with cu_q, rows of all sequences. attn_mask: 4 dimensions, each full
-  // or 1. causal: 0 none, 1 upper left, 2 lower right; a window below 0: none.
+  // Attention. q is [B, Hq, Tq, D]; or [1, Hq, N, D] with cu_q, rows of all sequences. attn_mask: 4 dimensions, each
+  // full or 1. causal: 0 none, 1 upper left, 2 lower right; a window below 0: none.
   const std::string how =
       "SymInt max_q, SymInt max_k, float scale, int causal, SymInt window_left, SymInt window_right, float softcap, "
       "float dropout_p, Tensor? seed";

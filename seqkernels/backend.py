@@ -126,8 +126,8 @@ def explain(op: str, **sizes: Any) -> dict[str, Any]:
     Returns:
         kernel: cpu or cuda; of attention cpu, triton or torch. unsupported: why other backends do not run. Of the
         CPU's: isa; threads: those that run; of attention also tasks: what threads share, and block: queries and keys of
-        one. For layers as row_groups (sets of sequences that never meet) x unit_groups (shares of the hidden units, which meet
-        at a barrier once a step) x directions. For layers on CUDA: which kernels run forward and backward.
+        one. For layers as row_groups (sets of sequences that never meet) x unit_groups (shares of the hidden units,
+        which meet at a barrier once a step) x directions. For layers on CUDA: which kernels run forward and backward.
     Raises:
         ValueError: no such op. TypeError: a size is absent. NotImplementedError: no backend takes such inputs.
     """

@@ -1267,7 +1267,7 @@ def attention_mask_gradient_kernel(
         t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
         t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
         offset = (L_k - L_q) * lower
-        begin, _, _, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
+        begin, _whole, _until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
         if (first_k >= begin) & (first_k < end):
             i_bq = i_b.to(tl.int64) if p_cu_q is None else i_b.to(tl.int64) * 0
             i_hk = (i_h // G).to(tl.int64)
@@ -1333,7 +1333,7 @@ class Config(NamedTuple):
 FORWARD, ROWS, KEYS, TILES = "forward", "rows", "keys", "tiles"
 
 # By kernel and bytes of an element, for head sizes up to 64, 128, 256 and 512: what ptxas keeps in registers.
-CONFIGS = {
+CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
     (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
     (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
@@ -1347,14 +1347,14 @@ CONFIGS = {
     (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
     (TILES, 8): (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
 }
-# With a mask, dropout, a window, alibi or a softcap.
-ROOMY = {
+# With a mask, dropout, a window, alibi or a softcap, and of weights.
+ROOMY: dict[tuple[str, int], tuple[Config, ...]] = {
     (FORWARD, 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
     (ROWS, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
     (KEYS, 2): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
 }
 # Where products go through registers and shared memory is less, as on sm_80.
-SMALL = {
+SMALL: dict[tuple[str, int], tuple[Config, ...]] = {
     (FORWARD, 2): (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
     (ROWS, 2): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
     (KEYS, 2): (Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
@@ -1483,7 +1483,8 @@ class _Call:
         left = min(window_left, FAR) if window_left >= 0 else FAR
         tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         drop = dropout_p > 0
-        self.roomy = drop or left < FAR or softcap > 0 or not (attn_mask is None and alibi_slopes is None)
+        self.roomy = drop or left < FAR or softcap > 0 or v is None
+        self.roomy |= attn_mask is not None or alibi_slopes is not None
         self.arguments: dict[str, Any] = dict(
             p_q=self.q,
             p_k=self.k,
@@ -1537,7 +1538,8 @@ class _Call:
         return dict(p_v=v, DV=self.DV, BDV=padded(self.DV), **self.strides("v", v))
 
     def choose(self, kernel: str) -> Config:
-        return config(kernel, self.q.dtype, self.D, self.DV, self.roomy, _shared_memory(self.q.device))
+        roomy = self.roomy or (kernel == KEYS and self.packed and self.Hk != self.H)
+        return config(kernel, self.q.dtype, self.D, self.DV, roomy, _shared_memory(self.q.device))
 
     def launch(self, kernel: Any, chosen: Config, programs: int, **arguments: Any) -> None:
         if programs:
