@@ -1368,7 +1368,7 @@ def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config, roomy:
     way from one layout to another."""
     kept, read = (c.BN, c.BM) if kernel == KEYS else (c.BM, c.BN)
     held = kept * (BD if kernel == FORWARD else BD + BDV)
-    tiles = c.BM * c.BN * (3 * (kernel == KEYS) + roomy)
+    tiles = c.BM * c.BN * ((5 if dtype == torch.float64 else 3) * (kernel == KEYS) + roomy)
     return (held + c.num_stages * read * (BD + BDV) + tiles) * dtype.itemsize
 
 
