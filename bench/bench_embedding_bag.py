@@ -834,9 +834,7 @@ def test_fused_on_cuda(bench: Any, optimizer: Optimizer, zipf: bool) -> None:
     weight, call = table.clone().requires_grad_(), bag(TORCH, "sum", sparse=True)
     step = optimizer.torch([weight]).step
     contenders = [
-        optimising(
-            "ours, fused", lambda x: module(x.indices, x.offsets), [module.weight], lookups, None, whole=False
-        ),
+        optimising("ours, fused", lambda x: module(x.indices, x.offsets), [module.weight], lookups, None, whole=False),
         optimising("torch", lambda x: call(weight, x), [weight], lookups, step, whole=False),
     ]
     work = gradient_bytes(shape, rows_that_occur(lookups), 2)

@@ -139,7 +139,17 @@ def sanitizer(tool: str, clock: Clock) -> dict[str, Any]:
 
 
 def bench(clock: Clock) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "bench", "--device", "cuda", "-p", "no:cacheprovider", "--benchmark-only"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "--device",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-only",
+    ]
     status, said = run([*command, "-q", "--budget", "0.5", "--save-results"], clock, PATH=tools())
     saved = sorted((SITE / "bench" / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
     found: dict[str, Any] = {"status": status}

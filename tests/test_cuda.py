@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -140,17 +140,18 @@ def test_tf32_follows_the_setting_of_cudnn() -> None:
 
 @pytest.mark.parametrize("module", ["lstm", "bag"])
 def test_compiled_as_one_graph(module: str) -> None:
+    layer: nn.Module
     if module == "lstm":
-        layer: nn.Module = seqkernels.nn.LSTM(16, 32).cuda()
-        inputs: tuple[Any, ...] = (torch.randn(5, 3, 16, device="cuda"),)
-        call: Callable[..., Tensor] = lambda *a: layer(*a)[0]
+        layer, x = seqkernels.nn.LSTM(16, 32).cuda(), torch.randn(5, 3, 16, device="cuda")
     else:
-        layer = seqkernels.nn.EmbeddingBag(50, 32, mode="max").cuda()
-        inputs = (torch.randint(0, 50, (7, 3), device="cuda"),)
-        call = layer
+        layer, x = seqkernels.nn.EmbeddingBag(50, 32, mode="max").cuda(), torch.randint(0, 50, (7, 3), device="cuda")
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x)[0] if module == "lstm" else layer(x)
+
     wanted = list(layer.parameters())
-    plain = call(*inputs)
-    fused = torch.compile(call, fullgraph=True)(*inputs)
+    plain = call(x)
+    fused = torch.compile(call, fullgraph=True)(x)
     assert torch.equal(plain, fused)
     for a, b in zip(torch.autograd.grad(plain.sum(), wanted), torch.autograd.grad(fused.sum(), wanted)):
         assert torch.equal(a, b)

@@ -31,7 +31,7 @@ Tensor make(int32_t dtype, int64_t rows, int64_t columns) {
   const int skip = rows < 0;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2 - skip, sizes + skip, strides + skip, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -29,16 +29,17 @@
 namespace seqkernels::cuda {
 
 constexpr int kClusterBlocks = 16;
-constexpr int kClusterRows = 8;   // of a tile, at most
-constexpr int kGroupUnits = 16;   // of four warps
-constexpr int kGroupWarps = 4;    // which share K
+constexpr int kClusterRows = 8;  // of a tile, at most
+constexpr int kGroupUnits = 16;  // of four warps
+constexpr int kGroupWarps = 4;   // which share K
 constexpr int kGroupThreads = kGroupWarps * kWarp;
 constexpr int kSums = kGroupUnits * kClusterRows;  // of a warp and a tile: [2 strips, 8 rows, 8 units]
-constexpr int kFewGroups = 2, kManyGroups = 3;  // of a block: kernels come for up to two groups and for three
-constexpr int kRing = 3;                        // steps of pre-activations under way
+constexpr int kFewGroups = 2, kManyGroups = 3;     // of a block: kernels come for up to two groups and for three
+constexpr int kRing = 3;                           // steps of pre-activations under way
 
-// Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread has
-// in blocks of two groups, 96 of 168 in blocks of three. TF32 computes with the library's functions, which want more.
+// Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
+// has in blocks of two groups, 96 of 168 in blocks of three. TF32 computes with the library's functions, which want
+// more.
 template <class S>
 SK_HOST_DEVICE constexpr int kept_blocks(int groups, int tiles) {
   const bool wide = sizeof(S) == 4;
@@ -65,8 +66,9 @@ struct ClusterBackwardArgs : ClusterArgs {
   void *dh0, *dc0;            // [directions, B, H] or null
 };
 
-// What a slot holds is cut along K in columns of 16 bytes a row, so that a group's share lies side by side: element (row,
-// k) in column k / kPiece. Distances between columns that let a warp read four columns without conflicts of banks.
+// What a slot holds is cut along K in columns of 16 bytes a row, so that a group's share lies side by side: element
+// (row, k) in column k / kPiece. Distances between columns that let a warp read four columns without conflicts of
+// banks.
 template <class S>
 SK_HOST_DEVICE int column_size(int rows) {
   return (rows * 16 + (rows >= 4 ? 32 : 0)) / static_cast<int>(sizeof(S));
@@ -86,7 +88,8 @@ struct ClusterMemory {
   SK_HOST_DEVICE ClusterMemory(Arena& arena, int64_t rows, int64_t blocks, int64_t rest, int64_t tiles, int64_t pushed,
                                int64_t ring_gates)
       : slots(arena.template array<S>(2 * blocks * 4 * column_size<S>(static_cast<int>(rows)), 128)),
-        weights(arena.template array<S>(kGroups * kGroupWarps * (rest > 0 ? rest : 0) * tiles * 2 * kBlockSize<S>, 128)),
+        weights(
+            arena.template array<S>(kGroups * kGroupWarps * (rest > 0 ? rest : 0) * tiles * 2 * kBlockSize<S>, 128)),
         ring(arena.template array<float>(kRing * ring_gates * kThreads)),
         partial(arena.template array<float>(kGroups * kGroupWarps * tiles * kSums)),
         stage(arena.template array<S>(kGroups * kGroupWarps * pushed * 4 * kUnits)),
@@ -100,10 +103,10 @@ SK_HOST_DEVICE int64_t blocks_of_warp(int64_t blocks) { return (blocks + kGroupW
 template <class S>
 struct Post {
   int direction, lane, g, t, rank, blocks_of_cluster;
-  int rows;             // of the tile
-  int group, part;      // of the block; of the group
-  int pair, strips;     // strips 2 * pair and 2 * pair + 1 of 8 units are the group's
-  bool idle;            // there are fewer pairs than groups
+  int rows;          // of the tile
+  int group, part;   // of the block; of the group
+  int pair, strips;  // strips 2 * pair and 2 * pair + 1 of 8 units are the group's
+  bool idle;         // there are fewer pairs than groups
   // The unit and the row that are this lane's, once the sums have met: of a warp, 8 units of four rows.
   int strip, unit, row, sequence;
   bool has_unit, alive;  // alive: it has a unit of a row of the tile, if not of a sequence
@@ -159,7 +162,8 @@ struct Factors {
     if (count < 0 || post.idle) count = 0;
     step = 4 * column_size<S>(post.rows);
     mine = first * step + post.t * column_size<S>(post.rows) + (post.g & (post.rows - 1)) * kPiece<S>;
-    rest = of_warps + static_cast<int64_t>(warp_index()) * (most > kHeld ? most - kHeld : 0) * kTiles * 2 * kBlockSize<S>;
+    rest =
+        of_warps + static_cast<int64_t>(warp_index()) * (most > kHeld ? most - kHeld : 0) * kTiles * 2 * kBlockSize<S>;
     const int64_t size = static_cast<int64_t>(args.layer.directions) * post.strips * pieces * kBlockSize<S>;
     const Global<const S> from = global<const S>(args.weights, size);
     const int64_t strip0 = static_cast<int64_t>(post.direction) * post.strips + 2 * post.pair;
@@ -189,7 +193,8 @@ struct Factors {
     }
   }
 
-  // sum[tile]: units g and g + 8 of the group, rows 2t and 2t + 1 of the tile. Rows that the tile has not repeat others.
+  // sum[tile]: units g and g + 8 of the group, rows 2t and 2t + 1 of the tile. Rows that the tile has not repeat
+  // others.
   SK_DEVICE void times(const Post<S>& post, Shared<S> slot, float (&sum)[kTiles][4]) const {
     const Shared<S> from = slot + mine;
     float chains[kTiles][kChains][4] = {};
@@ -534,8 +539,8 @@ cluster_backward_kernel(const SK_GRID_CONSTANT ClusterBackwardArgs args) {
       store_vec(memory.slots, i / post.rows * column + i % post.rows * kPiece<S>, Piece<S>{});
     }
 
-    float dc = 0.0f, direct = 0.0f;  // of the state of the row to come; direct: not by way of the product
-    bool cut = true;                 // that nothing comes by way of the product
+    float dc = 0.0f, direct = 0.0f;          // of the state of the row to come; direct: not by way of the product
+    bool cut = true;                         // that nothing comes by way of the product
     int64_t at = kNobody, before = kNobody;  // the row of this step, and its link to the row before
     const auto state = [&] { return (d * layer.B + post.sequence) * H + post.unit; };
     const auto link_of = [&](int64_t row) -> int64_t {

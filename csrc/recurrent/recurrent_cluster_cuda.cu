@@ -247,8 +247,9 @@ void forward_by_clusters(CellKind kind, const ForwardArgs& args, const CudaLayou
     void* to = static_cast<char*>(at.from_x) + d * s.N * s.gates * s.H * sizeof(float);
     run_from_x(args, layout, s.gates, s.separate, d, 0, s.N, to, stream);
   }
-  with_cluster_kernel<PassKind::kForward>(
-      kind, args.dtype, s.groups, [&](auto kernel) { launch(kernel, s.config(PassKind::kForward, plan.rows, stream), of); });
+  with_cluster_kernel<PassKind::kForward>(kind, args.dtype, s.groups, [&](auto kernel) {
+    launch(kernel, s.config(PassKind::kForward, plan.rows, stream), of);
+  });
 }
 
 void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
@@ -275,13 +276,13 @@ void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLay
   of.dc0 = args.dc0;
   run_links(args, layout, at.links, stream);
   const int64_t width = s.gates * s.H;
-  run_clear(
-      args, layout, at.links,
-      {{at.dgates_x, width, s.N * width, width}, {s.separate ? at.dgates_h : nullptr, width, s.N * width, width}},
-      stream);
+  run_clear(args, layout, at.links,
+            {{at.dgates_x, width, s.N * width, width}, {s.separate ? at.dgates_h : nullptr, width, s.N * width, width}},
+            stream);
   run_pack(args, of.layer.tf32, s.gates, true, at.weights, stream);
-  with_cluster_kernel<PassKind::kBackward>(
-      kind, args.dtype, s.groups, [&](auto kernel) { launch(kernel, s.config(PassKind::kBackward, plan.rows, stream), of); });
+  with_cluster_kernel<PassKind::kBackward>(kind, args.dtype, s.groups, [&](auto kernel) {
+    launch(kernel, s.config(PassKind::kBackward, plan.rows, stream), of);
+  });
   run_gradients(kind, args, layout, of.layer,
                 {at.dgates_x, at.dgates_h, nullptr, nullptr, nullptr, at.partial, s.gates}, stream);
 }
