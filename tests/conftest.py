@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -10,6 +12,16 @@ import torch
 import seqkernels
 
 ISAS = tuple(seqkernels.build_info()["isas"])
+
+
+def pytest_configure() -> None:
+    """Triton defines its own functions as interpreted ones or not when it is first imported, by whomever: here first,
+    for triton_on_cpu.
+    """
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            importlib.import_module("triton.experimental.gluon")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
