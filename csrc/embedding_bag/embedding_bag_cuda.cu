@@ -138,10 +138,10 @@ struct RowReduction {
   using Out = typename Element<S>::Out;
   using Loader = RowLoader<S, kWide>;
   using Raw = typename Loader::Raw;
-  [[maybe_unused]] static constexpr bool kRing = kWide && sizeof(S) > 1;
+  using Ring = std::bool_constant<kWide && (sizeof(S) > 1)>;
   // Of a multiprocessor: what registers allow.
   static constexpr int blocks(bool many) {
-    return kRing ? (many ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3;
+    return Ring::value ? (many ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3;
   }
 
   PlacedTable table;
@@ -242,8 +242,10 @@ struct ExtremeRows : RowReduction<S, kWide> {
   T sign;
 
   // Winners of eight columns a lane leave no registers for what goes with the ring.
-  [[maybe_unused]] static constexpr bool kRing = Base::kRing && sizeof(S) > 2;
-  static constexpr int blocks(bool many) { return kRing ? 5 - many : Base::kRing ? 4 - many : Base::blocks(many); }
+  using Ring = std::bool_constant<Base::Ring::value && (sizeof(S) > 2)>;
+  static constexpr int blocks(bool many) {
+    return Ring::value ? 5 - many : Base::Ring::value ? 4 - many : Base::blocks(many);
+  }
 
   template <class Args>
   SK_DEVICE ExtremeRows(const Args& a, const PlacedTable& placed)
@@ -297,7 +299,7 @@ struct ExtremeRows : RowReduction<S, kWide> {
 // No columns: what a mean divides by.
 template <class S>
 struct TallyRows {
-  [[maybe_unused]] static constexpr bool kRing = false;
+  using Ring = std::false_type;
   static constexpr int blocks(bool) { return 6; }
   using Storage = S;
   using T = typename Element<S>::T;
@@ -524,7 +526,7 @@ struct Walk {
   }
 };
 template <class R>
-struct Walk<R, std::enable_if_t<R::kRing>> {
+struct Walk<R, std::enable_if_t<R::Ring::value>> {
   RowRing<R> ring;
   static void reserve(SharedBytes& bytes, bool weighted) { RowRing<R>::in(bytes, weighted); }
   SK_DEVICE Walk(SharedArena& arena, bool weighted) : ring(RowRing<R>::in(arena, weighted)) {}

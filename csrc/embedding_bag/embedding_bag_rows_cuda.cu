@@ -199,12 +199,12 @@ struct RowSum {
 };
 
 struct NothingAhead {
-  [[maybe_unused]] static constexpr bool kHas = false;
+  static constexpr bool kHas = false;
 };
 
 template <class S, bool kWide>
 struct StoreRow {
-  [[maybe_unused]] static constexpr bool kReads = false;
+  using Reads = std::false_type;  // the table and states
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
 
@@ -224,7 +224,7 @@ struct StoreRow {
 
 template <class S, bool kWide>
 struct StepRow {
-  [[maybe_unused]] static constexpr bool kReads = true;
+  using Reads = std::true_type;
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
   using Values = T[C::kCount];
@@ -582,14 +582,14 @@ struct StepAhead {
 // The same sums over rows of 16 bytes a lane. Rows of the table are read and written once each, far apart: what one
 // costs is hidden only if many are on their way, so they are asked for with the gradients, not when a sum is complete.
 template <class S, template <class, bool> class Target>
-SK_KERNEL(kWalkThreads, Target<S, true>::kReads ? 4 : 5)  // what registers allow
+SK_KERNEL(kWalkThreads, Target<S, true>::Reads::value ? 4 : 5)  // what registers allow
 bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   using C = Columns<S, true>;
   using T = typename Element<S>::T;
   using Ring = RowsRing<S>;
   using Partial = RowPartials<S, true>;
   constexpr int kStep = Ring::kStep;
-  constexpr bool kSteps = Target<S, true>::kReads;
+  constexpr bool kSteps = Target<S, true>::Reads::value;
 
   const int64_t group = grid_thread_index() / a.group;
   if (group >= a.groups) return;
@@ -961,7 +961,7 @@ void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
     launch(bag_reduce_kernel<S, kWide, true, Target>, config, args);
   } else if constexpr (kWide) {
     SharedBytes bytes;
-    RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::kReads));
+    RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::Reads::value));
     config.shared_bytes = bytes.bytes();
     if (config.shared_bytes > device_limits().shared_bytes) {  // Adam on 16-bit rows, where a block has 99 KiB
       return launch_sums<S, false, Target>(bags, args, stream);
