@@ -441,43 +441,9 @@ inline Bounds bounds_of(const BagForward& bags) {
   return b;
 }
 
-// Descriptors travel as parameters, a few at a time, so that no memory of the host has to outlive the call.
-struct TablePack {
-  static constexpr int kMost = 15;
-  PlacedTable tables[kMost];
-  PlacedTable* to;
-  int64_t from, count;
-  const int64_t* values_before;  // null, or of every table
-};
-static_assert(sizeof(TablePack) <= 4096, "what every device takes as parameters");
-
-static SK_KERNEL(32) bag_tables_kernel(const SK_GRID_CONSTANT TablePack pack) {
-  const auto to = global<PlacedTable>(pack.to, pack.from + pack.count);
-  const int i = thread_index();
-  if (i >= pack.count) return;
-  PlacedTable table = pack.tables[i];
-  if (pack.values_before != nullptr) {
-    table.values_before = global<const int64_t>(pack.values_before, pack.from + pack.count)[pack.from + i];
-  }
-  to[pack.from + i] = table;
-}
-
-inline ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
-                               const int64_t* values_before = nullptr) {
-  for (int64_t from = 0; from < count; from += TablePack::kMost) {
-    TablePack pack{};
-    pack.to = to;
-    pack.from = from;
-    pack.values_before = values_before;
-    pack.count = min(TablePack::kMost, count - from);
-    for (int64_t i = 0; i < pack.count; ++i) pack.tables[i] = tables[from + i];
-    LaunchConfig config;
-    config.block = 32;
-    config.stream = stream;
-    launch(bag_tables_kernel, config, pack);
-  }
-  return {to, count};
-}
+// Descriptors on the device. In embedding_bag_cuda.cu, for all.
+ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
+                        const int64_t* values_before = nullptr);
 
 inline int64_t most_columns(const BagForward& bags) {
   int64_t D = 0;
