@@ -16,20 +16,7 @@ namespace {
 
 using Maybe = const std::optional<Tensor>&;
 
-AttentionKernels kernels() {
-  switch (current_isa()) {
-#ifdef SEQKERNELS_HAVE_AVX512
-    case Isa::kAvx512:
-      return avx512::attention_kernels();
-#endif
-#ifdef SEQKERNELS_HAVE_AVX2
-    case Isa::kAvx2:
-      return avx2::attention_kernels();
-#endif
-    default:
-      return portable::attention_kernels();
-  }
-}
+AttentionKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(attention_kernels); }
 
 int32_t code_of(ScalarType type) {
   switch (type) {

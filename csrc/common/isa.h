@@ -15,3 +15,22 @@ Isa current_isa();
 Isa set_isa(const std::string& name);  // returns the previous one; throws std::invalid_argument
 
 }  // namespace seqkernels
+
+// Returns what a function returns that the namespace of each instruction set has, from that of the current one:
+// SEQKERNELS_RETURN_ON_CURRENT_ISA(recurrent_kernels, kind, options).
+#ifdef SEQKERNELS_HAVE_AVX512
+#define SEQKERNELS_IF_AVX512(function, ...) \
+  if (current_isa() == Isa::kAvx512) return avx512::function(__VA_ARGS__)
+#else
+#define SEQKERNELS_IF_AVX512(function, ...) static_cast<void>(0)
+#endif
+#ifdef SEQKERNELS_HAVE_AVX2
+#define SEQKERNELS_IF_AVX2(function, ...) \
+  if (current_isa() == Isa::kAvx2) return avx2::function(__VA_ARGS__)
+#else
+#define SEQKERNELS_IF_AVX2(function, ...) static_cast<void>(0)
+#endif
+#define SEQKERNELS_RETURN_ON_CURRENT_ISA(function, ...) \
+  SEQKERNELS_IF_AVX512(function, __VA_ARGS__);          \
+  SEQKERNELS_IF_AVX2(function, __VA_ARGS__);            \
+  return portable::function(__VA_ARGS__)

@@ -29,20 +29,7 @@ using Maybe = const std::optional<Tensor>&;
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 
-BagKernels kernels() {
-  switch (current_isa()) {
-#ifdef SEQKERNELS_HAVE_AVX512
-    case Isa::kAvx512:
-      return avx512::bag_kernels();
-#endif
-#ifdef SEQKERNELS_HAVE_AVX2
-    case Isa::kAvx2:
-      return avx2::bag_kernels();
-#endif
-    default:
-      return portable::bag_kernels();
-  }
-}
+BagKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(bag_kernels); }
 
 constexpr ScalarType type_of(DType dtype) {
   switch (dtype) {

@@ -21,18 +21,7 @@ namespace seqkernels {
 RecurrentKernels kernels(CellKind, bool) { return {}; }
 #else
 RecurrentKernels kernels(CellKind kind, bool options) {
-  switch (current_isa()) {
-#ifdef SEQKERNELS_HAVE_AVX512
-    case Isa::kAvx512:
-      return avx512::recurrent_kernels(kind, options);
-#endif
-#ifdef SEQKERNELS_HAVE_AVX2
-    case Isa::kAvx2:
-      return avx2::recurrent_kernels(kind, options);
-#endif
-    default:
-      return portable::recurrent_kernels(kind, options);
-  }
+  SEQKERNELS_RETURN_ON_CURRENT_ISA(recurrent_kernels, kind, options);
 }
 #endif
 
