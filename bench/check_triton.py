@@ -171,8 +171,8 @@ ATTENTION = {
     "causal": ((), dict(RIGHT=True)),
     "lengths": (("p_q_lengths", "p_k_lengths"), {}),
     "packed": (("p_cu_q", "p_cu_k"), dict(RIGHT=True, GROUPED=True)),
-    "mask": (("p_mask",), {}),
-    "mask gradient": (("p_mask", "p_ds"), {}),
+    "mask": (("p_mask", "p_rest"), {}),
+    "mask gradient": (("p_mask", "p_rest", "p_ds"), {}),
     "dropout": (("p_seed",), {}),
     "window": ((), dict(RIGHT=True, LEFT=True)),
     "softcap, alibi": (("p_slopes",), dict(RIGHT=True, CAP=True)),
@@ -185,6 +185,14 @@ KERNELS = dict(
     rows="attention_backward_rows_kernel",
     keys="attention_backward_keys_kernel",
     tiles="attention_mask_gradient_kernel",
+    normaliser="attention_normaliser_kernel",
+)
+OF_KERNEL = dict(
+    forward=ATTENTION.keys() - {"mask gradient", "weights"},
+    rows=ATTENTION.keys(),
+    keys=ATTENTION.keys() - {"mask gradient"},
+    tiles={"mask gradient"},
+    normaliser={"mask"},
 )
 
 
@@ -201,27 +209,26 @@ def attention_jobs(arch: int) -> Iterator[Job]:
     ]
     for kernel, (dtype, D, name) in itertools.product(KERNELS, every):
         given, flags = ATTENTION[name]
-        if (kernel == "tiles") != (name == "mask gradient") and not (kernel == "rows" and name == "mask gradient"):
-            continue
-        if name == "weights" and kernel == "forward":
+        if name not in OF_KERNEL[kernel]:
             continue
         roomy = name not in ("dense", "causal", "lengths", "packed")
         roomy |= (kernel, name) == ("keys", "packed")
-        chosen = module.config(kernel, dtype, D, D, roomy, SHARED[arch])
+        program = "tiles" if kernel == "normaliser" else kernel
+        chosen = module.config(program, dtype, D, D, roomy, SHARED[arch])
         BD = module.padded(D)
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
         constexprs |= dict(PRECISION="ieee", D=D, DV=D, BD=BD, BDV=BD, BM=chosen.BM, BN=chosen.BN)
         constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_qd", "s_kd", "s_vd", "s_od"), 1))
         names = getattr(module, KERNELS[kernel]).arg_names
         optional = ("p_mask", "p_slopes", "p_q_lengths", "p_k_lengths", "p_cu_q", "p_cu_k", "p_seed", "p_dlse")
-        absent = {*optional, "p_dw", "p_ds"} - {*given}
+        absent = {*optional, "p_rest", "p_dw", "p_ds"} - {*given}
         if name == "weights":
             absent |= {"p_v", "p_dout", "p_out", "p_delta", "p_dv"}
             absent -= {"p_dlse"}
         constexprs |= dict.fromkeys(sorted(absent))
         constexprs = {key: value for key, value in constexprs.items() if key in names}
         compute = "*fp64" if dtype == torch.float64 else "*fp32"
-        types = ATTENTION_TYPES | dict.fromkeys(("p_lse", "p_dlse", "p_delta", "p_dmask"), compute)
+        types = ATTENTION_TYPES | dict.fromkeys(("p_lse", "p_base", "p_rest", "p_dlse", "p_delta", "p_dmask"), compute)
         yield Job(
             "attention",
             KERNELS[kernel],
@@ -231,7 +238,9 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             chosen.num_warps,
             None,
             types,
-            module.needed(kernel, dtype, BD, BD, chosen, roomy) if arch < 100 else None,  # there it has to fit, no more
+            module.needed(program, dtype, BD, BD, chosen, roomy)
+            if arch < 100
+            else None,  # there it has to fit, no more
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
             dtype.itemsize > 2 or D > 128 or (roomy and arch < 90),  # products that go through registers

@@ -768,17 +768,19 @@ def attention_upstream(results: Sequence[Tensor], seed: int = 1) -> list[Tensor]
     return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
 
 
-def attention_definition(inputs: AttentionInputs, weights: bool = True) -> dict[str, Tensor]:
-    """Results and gradients by the reference, in float64."""
+def attention_definition(
+    inputs: AttentionInputs, weights: bool = True, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Results and gradients by the reference, in float64 or what is asked for."""
     case = inputs.case
-    wide = inputs.to(torch.float64)
+    wide = inputs.to(dtype)
     for t in wide.tensors.values():
         t.requires_grad_()
     q, k, v = (wide.tensors[name] for name in "qkv")
     results = list(reference.attention(q, k, v, *wide.arguments()))
     if weights and not case.packed:
         results.append(reference.attention_weights(q, k, *wide.arguments(), results[1]))
-    upstream = [g.to(torch.float64) for g in attention_upstream([*_as_given(results, inputs)])]
+    upstream = [g.to(dtype) for g in attention_upstream([*_as_given(results, inputs)])]
     finite = [torch.where(r.isfinite(), r, 0) for r in results]
     grads = torch.autograd.grad(finite, list(wide.tensors.values()), upstream)
     return dict(zip(("out", "lse", "weights"), (r.detach() for r in results))) | {

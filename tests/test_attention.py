@@ -187,6 +187,25 @@ def test_a_row_of_the_lowest_number_is_uniform(isa: str) -> None:
     torch.testing.assert_close(weights[:, :, 2], torch.full((2, 2, 7), 1 / 7))
 
 
+HUGE = [(d, torch.finfo(d).min) for d in DTYPES]
+HUGE += [(torch.float32, -1e9), (torch.bfloat16, -1e30), (torch.float32, 3e9)]
+
+
+@pytest.mark.parametrize(("dtype", "number"), HUGE, ids=str)
+@pytest.mark.parametrize("mask_of", ["ij", "bhij"])
+def test_rows_of_one_huge_number_have_the_gradients_of_the_reference(
+    dtype: torch.dtype, number: float, mask_of: str, isa: str
+) -> None:
+    """As under masks of Hugging Face's. The reference is in float32, where the number swallows scores as here."""
+    case = AttentionCase(Tq=60, Tk=70, causal=1, mask="float", mask_of=mask_of, k_lengths=(70, 33), why="huge")
+    inputs = make_attention_inputs(case, dtype)
+    mask = inputs.tensors["mask"].fill_(0)
+    mask[..., 3, :] = mask[..., 4, 2:] = mask[..., 20:, :] = number
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    want = attention_definition(inputs, dtype=wide)
+    assert_attention_near(run_attention(inputs), want, dtype)
+
+
 def test_lengths_equal_masks() -> None:
     tensors = [t.detach() for t in qkv(B=3, Tq=70, Tk=90, dtype=torch.float64)]
     of_q, of_k = torch.tensor([70, 3, 65]), torch.tensor([1, 90, 64])

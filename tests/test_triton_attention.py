@@ -352,21 +352,49 @@ def test_values_that_are_no_numbers():
     assert out[:, 3:].isfinite().all()
 
 
-def test_a_row_of_lowest_numbers_averages():
-    """As torch does with a mask of torch.finfo(dtype).min."""
-    given = make(Case("lowest", B=1, mask="float qk"), torch.float32)
-    lowest = torch.finfo(torch.float32).min
+HUGE = [(d, torch.finfo(d).min) for d in DTYPES]
+HUGE += [(torch.float32, -1e9), (torch.bfloat16, -1e30), (torch.float32, 3e9)]
+
+
+@pytest.mark.parametrize(("dtype", "number"), HUGE, ids=str)
+@pytest.mark.parametrize("full", ["qk", "bhqk"])
+def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, full: str):
+    """As torch's are with a mask of torch.finfo(dtype).min; and their gradients too, though lse is that number."""
+    c = Case("lowest", B=2, H=2, mask=f"float {full}", causal=1, k_lengths=(40, 33), Tq=40)
+    given = make(c, dtype)
     given.mask.fill_(0)
-    given.mask[0, 0, 3] = lowest
-    given.mask[0, 0, 4, 7:] = lowest
-    out, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
-    torch.testing.assert_close(out[0, 0, 3], given.v[0, 0].mean(0))
-    alone, _ = attention.attention_forward(given.q, given.k[:, :, :7], given.v[:, :, :7], None, *given.rest()[1:])
-    torch.testing.assert_close(out[0, 0, 4], alone[0, 0, 4])
-    found = attention.attention_backward(
-        torch.ones_like(out), None, given.q, given.k, given.v, *given.rest(), out, lse, True
+    given.mask[..., 3, :] = number
+    given.mask[..., 4, 2:] = number
+    given.mask[..., 20:, :] = number
+    arguments = (given.q, given.k, given.v)
+    out, lse = attention.attention_forward(*arguments, *given.rest())
+    if dtype != torch.float16:  # whose lowest number leaves room for some of the scores
+        torch.testing.assert_close(out[:, :, 3].double(), given.v[:, :, :4].double().mean(2), rtol=2e-2, atol=2e-3)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    found = attention.attention_backward(dout, dlse, *arguments, *given.rest(), out, lse, True)
+    weights = attention.attention_weights(given.q, given.k, *given.rest(), lse)
+    of_weights = attention.attention_weights_backward(
+        torch.ones_like(weights).cumsum(-1), given.q, given.k, *given.rest(), lse, True
     )
-    assert all(x.isfinite().all() for x in found)
+
+    # In float32 at most, where the number swallows the scores as it does here.
+    wide = dataclasses.replace(
+        given.wide(), **{n: t.detach().to(lse.dtype).cpu().requires_grad_() for n, t in given.leaves().items()}
+    )
+    want = reference.attention(*(wide.q, wide.k, wide.v), *wide.rest())
+    scores = reference.attention_weights(wide.q, wide.k, *wide.rest(), want[1])
+    leaves = list(wide.leaves().values())
+    gradients = torch.autograd.grad(want, leaves, (dout.to(lse.dtype).cpu(), dlse.cpu()), retain_graph=True)
+    near(out, want[0].detach(), dtype, "out")
+    near(lse, want[1].detach(), dtype, "lse")
+    near(weights, scores.detach(), dtype, "weights")
+    for name, x, y in zip(("q", "k", "v", "mask"), found, gradients):
+        near(x, y, dtype, f"d{name}")
+    lse = want[1].detach().requires_grad_()
+    scores = reference.attention_weights(wide.q, wide.k, *wide.rest(), lse)
+    of_both = torch.autograd.grad(scores, (wide.q, wide.k, lse, wide.mask), torch.ones_like(scores).cumsum(-1))
+    for name, x, y in zip(("q", "k", "lse", "mask"), of_weights, of_both):
+        near(x, y, dtype, f"d{name} of weights")
 
 
 @pytest.mark.parametrize("causal", [0, 2])

@@ -109,7 +109,14 @@ def attention_weights(
         q, k, attn_mask, alibi_slopes, q_lengths, k_lengths, scale, causal, window_left, window_right, softcap
     )
     lse = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
-    weights = torch.exp(scores - lse)
+    # Scores of one huge size, as under a mask of the lowest number, leave no room in lse for the logarithm of how many
+    # they are: of such a row only the gradient of lse is taken from it.
+    huge = (lse.abs() > (2.0**40 if lse.dtype == torch.float64 else 4096.0)) & torch.isfinite(lse)
+    weights = torch.exp((scores - lse).masked_fill(huge, 0))
+    if scores.shape[-1]:
+        scores = scores.masked_fill(~huge, 0)
+        exps = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+        weights = weights.where(~huge, exps / exps.detach().sum(-1, keepdim=True) * torch.exp(lse.detach() - lse))
     if dropout_p > 0:
         assert seed is not None
         weights = weights * _keep(weights, dropout_p, seed)

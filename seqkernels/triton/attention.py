@@ -518,12 +518,116 @@ def attention_forward_kernel(
 
 
 @triton.jit
-def _log2_sum(p_lse, i_t, L, ACC: tl.constexpr):
-    """What p = exp2(score - it) needs, from row 0 of L: +inf, which makes p 0, where a row sees no key or is none."""
+def _log2_sum(p_lse, p_rest, i_t, L, ACC: tl.constexpr):
+    """The numbers of p = exp2(score - one - other), from row 0 of L. The first is +inf, which makes p 0, where there is
+    no row or it sees no key; the other is 0 without p_rest."""
+    if p_rest is not None:
+        b_base = tl.load(p_lse + i_t, mask=i_t < L, other=float("inf"))
+        return b_base, tl.load(p_rest + i_t, mask=i_t < L, other=0.0)
     LOWEST: tl.constexpr = _LOWEST64 if tl.float64 == ACC else _LOWEST
     b_lse = tl.load(p_lse + i_t, mask=i_t < L, other=float("-inf"))
     b_base = tl.where(b_lse < LOWEST / 2, LOWEST, b_lse * _LOG2E)
-    return tl.where(b_lse == float("-inf"), float("inf"), b_base)
+    return tl.where(b_lse == float("-inf"), float("inf"), b_base), tl.zeros_like(b_base)
+
+
+# Grid as forward. Scores of one huge size, as under a mask of the lowest number, leave no room in lse for the logarithm
+# of how many they are. So what backward reads is, in units of log2, lse and 0; of such rows the largest score, and the
+# logarithm of the sum beside it.
+@triton.jit(do_not_specialize=_SIZES)
+def attention_normaliser_kernel(
+    p_q,
+    p_k,
+    p_mask,
+    p_slopes,
+    p_q_lengths,
+    p_k_lengths,
+    p_cu_q,
+    p_cu_k,
+    p_lse,  # [B, H, Tq]
+    p_base,  # [B, H, Tq], written
+    p_rest,  # [B, H, Tq], written
+    s_qb,
+    s_qh,
+    s_qt,
+    s_qd,
+    s_kb,
+    s_kh,
+    s_kt,
+    s_kd,
+    s_mb,
+    s_mh,
+    s_mq,
+    s_mk,
+    s_slope,
+    B,
+    H,
+    G,
+    T_q,
+    T_k,
+    T_mq,
+    T_mk,
+    blocks,
+    scale,
+    cap,
+    left,
+    right,
+    lower,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if p_q.dtype.element_ty == tl.float64 else tl.float32
+    HUGE: tl.constexpr = 2.0**40 if tl.float64 == ACC else 4096.0
+    ALIBI: tl.constexpr = p_slopes is not None
+    EXACT: tl.constexpr = p_q.dtype.element_ty.primitive_bitwidth >= 32
+    i_bh = tl.program_id(0) // blocks
+    i_b = i_bh // H
+    i_h = i_bh % H
+    first = tl.program_id(0) % blocks * BM
+    t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
+    t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
+    if first >= L_q:
+        return
+    i_bq = i_b.to(tl.int64) if p_cu_q is None else i_b.to(tl.int64) * 0
+    p_q += i_bq * s_qb + i_h.to(tl.int64) * s_qh + t_q * s_qt
+    p_k += i_bq * s_kb + (i_h // G).to(tl.int64) * s_kh + t_k * s_kt
+    p_mask += i_b.to(tl.int64) * s_mb + i_h.to(tl.int64) * s_mh
+    i_q = first + tl.arange(0, BM)
+    o_row = (i_bq * H + i_h) * T_q + t_q
+    b_lse = tl.load(p_lse + o_row + i_q, mask=i_q < L_q, other=float("-inf"))
+    b_base = tl.where(b_lse == float("-inf"), float("inf"), b_lse * _LOG2E)
+    b_rest = tl.zeros([BM], ACC)
+    m_huge = (tl.abs(b_lse) > HUGE) & (tl.abs(b_lse) < float("inf"))
+    scale = _real(scale, ACC)
+    slope = tl.load(p_slopes + i_b.to(tl.int64) * s_slope + i_h).to(ACC) if ALIBI else scale
+    offset = (L_k - L_q) * lower
+    if tl.max(m_huge.to(tl.int32), 0) != 0:
+        b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
+        b_max = tl.full([BM], float("-inf"), ACC)
+        b_sum = tl.zeros([BM], ACC)
+        begin, _whole, _until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
+        for first_k in tl.range(begin, end, BN, num_stages=1, disable_licm=True):
+            b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, BN)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
+            i_k = first_k + tl.arange(0, BN)
+            b_s, _ = _score(
+                b_s,
+                *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+                *(slope, scale, _real(cap, ACC), True, LEFT, RIGHT, CAP, ALIBI, EXACT),
+            )
+            b_top = tl.maximum(b_max, tl.max(b_s, 1))
+            b_zero = tl.where(b_top == float("-inf"), 0.0, b_top)
+            b_sum = b_sum * tl.exp2(b_max - b_zero) + tl.sum(tl.exp2(b_s - b_zero[:, None]), 1)
+            b_max = b_top
+        b_base = tl.where(m_huge, b_max, b_base)
+        b_rest = tl.where(m_huge, tl.log2(b_sum), b_rest)
+    tl.store(p_base + o_row + i_q, b_base, mask=i_q < L_q)
+    tl.store(p_rest + o_row + i_q, b_rest, mask=i_q < L_q)
 
 
 @triton.jit
@@ -533,6 +637,7 @@ def _step_to_rows(
     b_q,
     b_do,
     b_base,  # [BM] log2 of the sums
+    b_rest,  # [BM] what is beside it, with a float mask
     b_delta,  # [BM]
     begin,
     end,
@@ -594,7 +699,7 @@ def _step_to_rows(
                 *(first_q, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, EDGE, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
-            b_p = tl.exp2(b_s - b_base[:, None])
+            b_p = tl.exp2(b_s - b_base[:, None] - b_rest[:, None])
         if p_dw is not None:
             o_w = (i_q - first_q)[:, None] * T_mk + i_k[None, :]
             b_dp = tl.load(p_dw + o_w, mask=(i_q < L_q)[:, None] & (i_k < L_k)[None, :], other=0.0).to(ACC)
@@ -636,6 +741,7 @@ def attention_backward_rows_kernel(
     p_dout,  # [B, H, Tq, Dv]; None of weights
     p_out,  # [B, H, Tq, Dv]; None of weights
     p_lse,  # [B, H, Tq]
+    p_rest,  # [B, H, Tq] with a float mask, else None: see attention_normaliser_kernel, whose base is then lse
     p_dlse,  # [B, H, Tq] or None; of weights, written
     p_dw,  # [B, H, T_mq, T_mk], or None
     p_delta,  # [B, H, Tq], written; None of weights
@@ -730,7 +836,7 @@ def attention_backward_rows_kernel(
     i_q = first + tl.arange(0, BM)
     o_row = (i_bq * H + i_h) * T_q + t_q
     b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
-    b_base = _log2_sum(p_lse + o_row, i_q, L_q, ACC)
+    b_base, b_rest = _log2_sum(p_lse + o_row, None if p_rest is None else p_rest + o_row, i_q, L_q, ACC)
     b_delta = tl.zeros([BM], ACC)
     b_do = b_q
     if WEIGHTS:
@@ -749,22 +855,22 @@ def attention_backward_rows_kernel(
     begin, whole, until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
     if LEFT:
         b_dq, b_dlse = _step_to_rows(
-            *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, begin, whole, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
-            *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
-            *(seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
-            *(D, DV, BD, BDV, BN),
+            *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, begin, whole, first, i_q, L_q, L_k, p_k, p_v),
+            *(p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+            *(slope, scale, cap, seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+            *(PRECISION, D, DV, BD, BDV, BN),
         )
     b_dq, b_dlse = _step_to_rows(
-        *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, whole, until, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
-        *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
-        *(seed, i_bh, threshold, rescale, False, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
-        *(D, DV, BD, BDV, BN),
+        *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, whole, until, first, i_q, L_q, L_k, p_k, p_v),
+        *(p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+        *(slope, scale, cap, seed, i_bh, threshold, rescale, False, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+        *(PRECISION, D, DV, BD, BDV, BN),
     )
     b_dq, b_dlse = _step_to_rows(
-        *(b_dq, b_dlse, b_q, b_do, b_base, b_delta, until, end, first, i_q, L_q, L_k, p_k, p_v, p_dw, p_ds),
-        *(s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
-        *(seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
-        *(D, DV, BD, BDV, BN),
+        *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, until, end, first, i_q, L_q, L_k, p_k, p_v),
+        *(p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+        *(slope, scale, cap, seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+        *(PRECISION, D, DV, BD, BDV, BN),
     )
     if LEFT or RIGHT or p_mask is not None:
         # As forward: what is no number may be a key that the row does not see.
@@ -776,6 +882,7 @@ def attention_backward_rows_kernel(
                     b_q,
                     b_do,
                     b_base,
+                    b_rest,
                     b_delta,
                     begin,
                     end,
@@ -832,6 +939,7 @@ def _step_to_keys(
     p_dout,
     p_dw,
     p_lse,
+    p_rest,
     p_delta,
     o_do,  # where this batch and head begin in those, and in the mask
     o_dw,
@@ -873,6 +981,8 @@ def _step_to_keys(
     EXTRA: tl.constexpr = CAP or ALIBI or p_mask is not None
     EXACT: tl.constexpr = b_k.dtype.primitive_bitwidth >= 32
     p_lse += o_row
+    if p_rest is not None:
+        p_rest += o_row
     if p_dw is None:
         p_dout += o_do
         p_delta += o_row
@@ -884,7 +994,7 @@ def _step_to_keys(
         i_q = first + tl.arange(0, BM)
         b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=ACC)
-        b_base = _log2_sum(p_lse, i_q, L_q, ACC)
+        b_base, b_rest = _log2_sum(p_lse, p_rest, i_q, L_q, ACC)
         b_t = b_s
         if EXTRA:
             b_s, b_t = _score(
@@ -892,7 +1002,7 @@ def _step_to_keys(
                 *(first, i_q[None, :], i_k[:, None], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                 *(slope, scale, cap, False, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
-            b_s = b_s - b_base[None, :]
+            b_s = b_s - b_base[None, :] - b_rest[None, :]
         else:
             b_s = b_s * (scale * _LOG2E) - b_base[None, :]
         edge = (first < whole) | (first >= until)  # by blocks: inside, a row sees every key
@@ -950,6 +1060,7 @@ def attention_backward_keys_kernel(
     p_seed,
     p_dout,  # [B, H, Tq, Dv]; None of weights
     p_lse,  # [B, H, Tq]
+    p_rest,  # [B, H, Tq] or None
     p_delta,  # [B, H, Tq]; None of weights
     p_dw,  # [B, H, T_mq, T_mk], or None
     p_dk,  # [B, H / G, Tk, D], written
@@ -1053,10 +1164,10 @@ def attention_backward_keys_kernel(
         o_row = (i_bq * H + i_h) * T_q + t_q
         slope = tl.load(p_slopes + i_b.to(tl.int64) * s_slope + i_h).to(ACC) if ALIBI else scale
         b_dk, b_dv = _step_to_keys(
-            *(b_dk, b_dv, b_k, b_v, begin, whole, until, end, i_k, first, L_q, L_k, p_qh, p_dout, p_dw, p_lse, p_delta),
-            *(o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_ot, s_od, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-            *(slope, scale, cap, seed, i_bh, threshold, rescale, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
-            *(D, DV, BD, BDV, BM, BN),
+            *(b_dk, b_dv, b_k, b_v, begin, whole, until, end, i_k, first, L_q, L_k, p_qh, p_dout, p_dw),
+            *(p_lse, p_rest, p_delta, o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_ot, s_od, offset, left, right, p_mask),
+            *(s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold, rescale, LEFT, RIGHT, CAP, ALIBI),
+            *(DROPOUT, PRECISION, D, DV, BD, BDV, BM, BN),
         )
     m_row = i_k < rows
     m_real = (i_k < L_k)[:, None]
@@ -1091,6 +1202,7 @@ def attention_weights_kernel(
     p_cu_k,
     p_seed,
     p_lse,  # [B, H, Tq]
+    p_rest,  # [B, H, Tq] or None
     p_w,  # [B, H, T_mq, T_mk], written
     s_qb,
     s_qh,
@@ -1159,8 +1271,10 @@ def attention_weights_kernel(
         *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
         *(slope, scale, _real(cap, ACC), True, LEFT, RIGHT, CAP, ALIBI, EXACT),
     )
-    b_base = _log2_sum(p_lse + (i_bq * H + i_h) * T_q + t_q, i_q, L_q, ACC)
-    b_w = tl.where(b_s == float("-inf"), 0.0, tl.exp2(b_s - b_base[:, None]))
+    o_row = (i_bq * H + i_h) * T_q + t_q
+    b_base, b_rest = _log2_sum(p_lse + o_row, None if p_rest is None else p_rest + o_row, i_q, L_q, ACC)
+    b_w = tl.exp2(b_s - b_base[:, None] - b_rest[:, None])
+    b_w = tl.where(b_s == float("-inf"), 0.0, b_w)
     if DROPOUT:
         m_kept = _kept(tl.load(p_seed), i_q, first_k, i_bh, threshold, False, BN)
         b_w = tl.where(m_kept, b_w * _real(rescale, ACC), 0.0)
@@ -1184,6 +1298,7 @@ def attention_mask_gradient_kernel(
     p_seed,
     p_dout,  # None of weights
     p_lse,
+    p_rest,
     p_delta,  # None of weights
     p_dw,  # or None
     p_dmask,  # [parts, *shape of the mask], written
@@ -1286,7 +1401,8 @@ def attention_mask_gradient_kernel(
                 *(slope, scale, cap, True, LEFT, RIGHT, CAP, ALIBI, EXACT),
             )
             o_row = (i_bq * H + i_h) * T_q + t_q
-            b_p = tl.exp2(b_s - _log2_sum(p_lse + o_row, i_q, L_q, ACC)[:, None])
+            b_base, b_rest = _log2_sum(p_lse + o_row, None if p_rest is None else p_rest + o_row, i_q, L_q, ACC)
+            b_p = tl.exp2(b_s - b_base[:, None] - b_rest[:, None])
             if p_dw is not None:
                 o_w = ((i_b * H + i_h).to(tl.int64) * T_mq + i_q)[:, None] * T_mk + i_k[None, :]
                 b_dp = tl.load(p_dw + o_w, mask=(i_q < L_q)[:, None] & (i_k < L_k)[None, :], other=0.0).to(ACC)
@@ -1555,7 +1671,28 @@ class _Call:
         blocks = max(triton.cdiv(self.max_k, BN), 1) if self.T_k else 0
         return blocks, blocks * self.Hk * (self.B + self.packed)
 
-    def mask_gradient(self, lse: Tensor, delta: Tensor | None, dout: Tensor | None, dw: Tensor | None) -> Tensor:
+    def normaliser(self, lse: Tensor) -> dict[str, Tensor | None]:
+        """What the other kernels read for the softmax's denominator."""
+        if self.mask is None or self.mask.dtype == torch.uint8:
+            return dict(p_lse=lse, p_rest=None)
+        base, rest = torch.empty_like(lse), torch.empty_like(lse)
+        chosen = self.choose(TILES)
+        blocks, _ = self.by_rows(chosen.BM)
+        kernel: Any = attention_normaliser_kernel
+        given = dict(self.arguments, **chosen._asdict(), p_lse=lse, p_base=base, p_rest=rest, blocks=blocks)
+        programs = blocks * self.H * self.B
+        if programs:
+            with torch.cuda.device_of(self.q):
+                kernel[(programs,)](
+                    **{name: given[name] for name in kernel.arg_names},
+                    num_warps=chosen.num_warps,
+                    num_stages=chosen.num_stages,
+                )
+        return dict(p_lse=base, p_rest=rest)
+
+    def mask_gradient(
+        self, sums: dict[str, Tensor | None], delta: Tensor | None, dout: Tensor | None, dw: Tensor | None
+    ) -> Tensor:
         """Of a mask that several scores share, which the kernel by rows does not write."""
         mask = self.mask
         assert mask is not None
@@ -1569,18 +1706,18 @@ class _Call:
         parts = min(work, triton.cdiv(PROGRAMS, tiles))
         each = triton.cdiv(work, parts)
         parts = triton.cdiv(work, each)
-        sums = torch.empty(parts, *mask.shape, dtype=mask.dtype if parts == 1 else self.acc, device=mask.device)
+        found = torch.empty(parts, *mask.shape, dtype=mask.dtype if parts == 1 else self.acc, device=mask.device)
         self.launch(
             attention_mask_gradient_kernel,
             chosen,
             parts * tiles,
             **(self.values(None) if self.v is None else {}),
             **self.strides("o", dout),
+            **sums,
             p_dout=dout,
-            p_lse=lse,
             p_delta=delta,
             p_dw=dw,
-            p_dmask=sums,
+            p_dmask=found,
             blocks=shape[3] // shared[3],
             **dict(zip(("n_b", "n_h", "n_q", "n_k"), shared)),
             each=each,
@@ -1588,7 +1725,7 @@ class _Call:
             SHARED_Q=mask.shape[2] == 1,
             SHARED_K=mask.shape[3] == 1,
         )
-        return sums[0] if parts == 1 else sums.sum(0).to(mask.dtype)
+        return found[0] if parts == 1 else found.sum(0).to(mask.dtype)
 
     def backward(
         self,
@@ -1615,7 +1752,8 @@ class _Call:
         dmask = q.new_empty(0)
         if whole and mask is not None:
             dmask = torch.zeros_like(mask, memory_format=torch.contiguous_format)
-        common = dict(**self.strides("o", dout), p_dout=dout, p_lse=lse, p_delta=delta, p_dw=dw)
+        sums = self.normaliser(lse)
+        common = dict(**self.strides("o", dout), **sums, p_dout=dout, p_delta=delta, p_dw=dw)
         if v is None:
             common |= self.values(None)
         chosen = self.choose(ROWS)
@@ -1644,7 +1782,7 @@ class _Call:
             GROUPED=self.Hk != self.H,
         )
         if need_dmask and not whole:
-            dmask = self.mask_gradient(lse, delta, dout, dw)
+            dmask = self.mask_gradient(sums, delta, dout, dw)
         return dq.neg_() if self.turned else dq, dk, dv, dlse, dmask
 
 
@@ -1779,7 +1917,8 @@ def attention_weights(
     chosen = call.choose(TILES)
     blocks = triton.cdiv(call.max_k, chosen.BN)
     programs = call.B * call.H * triton.cdiv(call.max_q, chosen.BM) * blocks
-    call.launch(attention_weights_kernel, chosen, programs, p_lse=lse.contiguous(), p_w=weights, blocks=blocks)
+    sums = call.normaliser(lse.contiguous())
+    call.launch(attention_weights_kernel, chosen, programs, **sums, p_w=weights, blocks=blocks)
     return weights
 
 
