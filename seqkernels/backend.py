@@ -74,7 +74,7 @@ def unsupported_attention_by_torch(extras: Sequence[str]) -> list[str]:
 def require_attention(op: str, query: Tensor) -> None:
     """Raises NotImplementedError with every backend's reasons where none can run on such a query."""
     kind = query.device.type
-    if kind in ("cpu", "cuda") and query.dtype in CPU_DTYPES:
+    if kind in ("cpu", "cuda", "meta") and query.dtype in CPU_DTYPES:
         return
     cpu, triton = unsupported_on_cpu(query.device, query.dtype), unsupported_attention_on_triton
     raise NotImplementedError(
@@ -87,14 +87,15 @@ def require_attention(op: str, query: Tensor) -> None:
 def choose_attention(
     op: str, backend: str | None, device: torch.device, dtype: torch.dtype, extras: Sequence[str], masked: bool
 ) -> str:
-    """Which of cpu, triton and torch runs a call; backend: which one was asked for, or None.
+    """Which of cpu, triton and torch runs a call; meta: none does, there are shapes alone.
 
+    backend: which one was asked for, or None.
     masked: whether the call has a mask, dropout or Dv other than D. On CUDA torch's own kernels (cuDNN, flash) run what
     is in half precision and has nothing of its own: no figure of ours says otherwise yet.
     """
     if backend is None:
         if device.type != "cuda":
-            return "cpu"
+            return "meta" if device.type == "meta" else "cpu"
         half = dtype in (torch.float16, torch.bfloat16)
         return "torch" if half and not masked and not extras else "triton"
     found = {

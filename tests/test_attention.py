@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from cases import (
     run_attention,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqkernels
 from seqkernels import reference
@@ -395,6 +398,27 @@ def test_nan_that_a_row_may_not_see_does_not_reach_it(name: str, threads: int, b
         assert torch.equal(got[key][0, 0][~seen[i]], clean[key][0, 0][~seen[i]]), f"{key} with {bad} in query {i}"
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_infinities_that_a_row_sees_are_those_of_torch(seed: int, isa: str) -> None:
+    """On its math path. A weight of 0 beside an infinite value is NaN; a score of -inf hides the key."""
+    draw = random.Random(seed)
+    tensors = [R(1, 2, T, 5) for T in (9, 70, 70)]
+    mask = torch.where(torch.rand(9, 70) < 0.2, -300.0, R(9, 70)) if seed % 3 == 0 else None
+    for _ in range(draw.randint(1, 3)):
+        t = draw.choice(tensors)
+        t[0, draw.randrange(2), draw.randrange(9), draw.randrange(5)] = draw.choice([math.inf, -math.inf, math.nan])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    torch.testing.assert_close(sdpa(*tensors, attn_mask=mask), want, equal_nan=True, rtol=1e-5, atol=1e-5)
+    whole = None if mask is None else mask[None, None]
+    by_definition, _ = reference.attention(*tensors, whole, scale=5**-0.5)
+    torch.testing.assert_close(by_definition, want, equal_nan=True, rtol=1e-5, atol=1e-5)
+    how = (whole, *(None,) * 5, 0, 0, 5**-0.5, 1, -1, -1, 0.0, 0.3, torch.tensor([seed]))
+    torch.testing.assert_close(
+        ops.attention_forward(*tensors, *how), reference.attention(*tensors, *how), equal_nan=True, rtol=1e-5, atol=1e-5
+    )
+
+
 # ---- dropout
 
 
@@ -570,6 +594,31 @@ def test_autocast() -> None:
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.float().sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("where", ["meta", "fake"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tensors_without_data(where: str, autocast: bool) -> None:
+    """Shapes and dtypes are those of tensors with data; autocast has none for meta tensors."""
+    device = "meta" if where == "meta" else "cpu"
+    with contextlib.ExitStack() as stack:
+        if where == "fake":
+            stack.enter_context(FakeTensorMode())
+        if autocast:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        q, k = (torch.empty(2, H, T, 8, device=device).requires_grad_() for H, T in ((4, 6), (2, 7)))
+        mask, lengths = torch.empty(6, 7, device=device), torch.empty(2, dtype=torch.int64, device=device)
+        out, lse, weights = sdpa(
+            q, k, k, attn_mask=mask, lengths=lengths, dropout_p=0.1, enable_gqa=True, return_lse=True,
+            return_weights=True,
+        )  # fmt: skip
+        (out.sum() + weights.sum()).backward()
+        rows, cu = torch.empty(10, 4, 8, device=device), torch.empty(4, dtype=torch.int32, device=device)
+        packed = varlen_attention(rows, rows, rows, cu, is_causal=True)
+    dtype = torch.bfloat16 if autocast and where == "fake" else torch.float32
+    assert out.dtype == weights.dtype == packed.dtype == dtype and lse.dtype == q.grad.dtype == torch.float32
+    assert (out.shape, lse.shape, weights.shape, packed.shape) == ((2, 4, 6, 8), (2, 4, 6), (2, 4, 6, 7), (10, 4, 8))
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape and out.device.type == device
+
+
 @pytest.mark.parametrize("heads", [True, False])
 def test_nested_tensors(heads: bool) -> None:
     parts = [R(n, 2, 4) if heads else R(n, 4) for n in (3, 5, 0, 2)]
@@ -730,6 +779,10 @@ OP_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "causal of 3": (forward(Q, K, K, causal=3), form("causal")),
     "no seed": (forward(Q, K, K, dropout_p=0.5), form("seed", "be given")),
     "half the bounds": (forward(Q, K, K, cu_q=OF_Q), "cu_q and cu_k must be given"),
+    "packed and a mask": (
+        forward(Q[:1], K[:1], K[:1], cu_q=OF_Q, cu_k=OF_K, max_q=9, max_k=9, attn_mask=torch.ones(1, 1, 6, 7) > 0),
+        "q_lengths, k_lengths and attn_mask must be absent where rows are packed",
+    ),
     "two of packed": (forward(Q, K, K, cu_q=OF_Q, cu_k=OF_K, max_q=9, max_k=9), form("q", "have shape")),
     "slopes of another shape": (forward(Q, K, K, alibi_slopes=torch.ones(2)), form("alibi_slopes", "have shape")),
     "dout of another shape": (backward(R(2, 4, 6, 9), Q[..., 0]), form("dout", "have shape")),
@@ -743,6 +796,19 @@ def test_op_errors(name: str) -> None:
     call, message = OP_ERRORS[name]
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+def test_packed_rows_have_no_mask_anywhere() -> None:
+    """Not in the op, above, nor its fake, nor the definition; in Triton: tests/test_triton_attention.py."""
+    mask, message = torch.ones(1, 1, 6, 7) > 0, "attn_mask must be absent where rows are packed"
+    more = changed(cu_q=OF_Q, cu_k=OF_K, max_q=9, max_k=9, attn_mask=mask)
+    with pytest.raises(ValueError, match=message):
+        reference.attention(Q[:1], K[:1], K[:1], *more)
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        ops.attention_forward(
+            *(t.to("meta") for t in (Q[:1], K[:1], K[:1])),
+            *(t.to("meta") if isinstance(t, Tensor) else t for t in more),
+        )
 
 
 # ---- backends

@@ -352,6 +352,42 @@ def test_values_that_are_no_numbers():
     assert out[:, 3:].isfinite().all()
 
 
+def spoilt(t: Tensor, generator: torch.Generator) -> Tensor:
+    """With a few numbers that are none."""
+    t = t.clone()
+    at = torch.randint(t.numel(), (3,), generator=generator).to(t.device)
+    t.view(-1)[at] = torch.tensor([math.inf, -math.inf, math.nan], device=t.device).to(t.dtype)
+    return t
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        Case("dense", H=3, Tq=9, Tk=20),
+        Case("causal", H=3, Tq=18, Tk=20, causal=1),
+        Case("dropped", H=3, Tq=18, Tk=20, causal=1, dropout_p=0.3),
+        Case("bool", H=3, Tq=9, Tk=20, mask="bool bhqk"),
+        Case("far", H=3, Tq=9, Tk=20, mask="float bhqk"),
+        Case("softcap", H=3, Tq=9, Tk=20, softcap=2.0, k_lengths=(20, 7)),
+    ],
+    ids=str,
+)
+def test_infinities_are_those_of_the_reference(c: Case, which: str):
+    given, generator = make(c, torch.float32), torch.Generator().manual_seed(5)
+    if c.why == "far":
+        given.mask[..., 4] = -300  # a weight of 0, though it is seen
+    given = dataclasses.replace(given, **{which: spoilt(getattr(given, which), generator)})
+    got = attention.attention_forward(given.q, given.k, given.v, *given.rest())
+    wide = given.wide()
+    narrow = [t.detach().float() for t in (wide.q, wide.k, wide.v)]
+    mask = None if wide.mask is None else wide.mask.detach() if c.mask[0] == "b" else wide.mask.detach().float()
+    want = reference.attention(*narrow, mask, *wide.rest()[1:])
+    assert not want[0].isfinite().all()
+    near(got[0], want[0], torch.float32, "out")
+    near(got[1], want[1], torch.float32, "lse")
+
+
 HUGE = [(d, torch.finfo(d).min) for d in DTYPES]
 HUGE += [(torch.float32, -1e9), (torch.bfloat16, -1e30), (torch.float32, 3e9)]
 
@@ -511,6 +547,61 @@ def test_unsupported():
         with pytest.raises(NotImplementedError, match=re.escape(message)):
             attention.attention_forward(bad.q, bad.k, bad.v, *bad.rest())
     assert attention.unsupported(given.q, given.v) == []
+
+
+PACKED = dict(cu_q=torch.tensor([0, 5, 20]), cu_k=torch.tensor([0, 5, 40]))
+ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "q 3-D": (dict(q=torch.ones(2, 20, 16)), ValueError, "q must have 4 dimensions, got [2, 20, 16]"),
+    "k of another dtype": (dict(k=torch.ones(2, 1, 40, 16).half()), TypeError, "k must be torch.float32, got"),
+    "k of other columns": (dict(k=torch.ones(2, 1, 40, 8)), ValueError, "k must have shape [2, 1, 40, 16], got"),
+    "v of other rows": (dict(v=torch.ones(2, 1, 4, 16)), ValueError, "v must have shape [2, 1, 40, 16], got"),
+    "heads": (
+        dict(k=torch.ones(2, 2, 40, 16), v=torch.ones(2, 2, 40, 16)),
+        ValueError,
+        "q's heads must be a multiple of k's, 2, got 1",
+    ),
+    "mask 2-D": (dict(mask=torch.ones(20, 40)), ValueError, "attn_mask must have 4 dimensions, got [20, 40]"),
+    "mask of other rows": (dict(mask=torch.ones(1, 1, 2, 40)), ValueError, "attn_mask must have shape"),
+    "mask of another dtype": (dict(mask=torch.ones(1, 1, 1, 1).half()), TypeError, "attn_mask must be bool or"),
+    "slopes": (dict(slopes=torch.ones(2)), ValueError, "alibi_slopes must have shape [H] or [B, H] = [2, 1], got [2]"),
+    "lengths": (dict(k_lengths=torch.ones(3).long()), ValueError, "k_lengths must have shape [2], got [3]"),
+    "lengths float": (dict(q_lengths=torch.ones(2)), TypeError, "q_lengths must be int32 or int64, got"),
+    "half the bounds": (dict(cu_q=PACKED["cu_q"]), ValueError, "cu_q and cu_k must be given together"),
+    "packed batch": (PACKED, ValueError, "q must have shape [1, H, N, D] where rows are packed, got [2, 1, 20, 16]"),
+    "packed and a mask": (
+        dict(**PACKED, mask=torch.ones(1, 1, 1, 40) > 0),
+        ValueError,
+        "q_lengths, k_lengths and attn_mask must be absent where rows are packed, got attn_mask",
+    ),
+    "packed and lengths": (dict(**PACKED, k_lengths=torch.ones(2).long()), ValueError, "absent where rows are packed"),
+    "no seed": (dict(case=Case("dropped", dropout_p=0.5)), ValueError, "seed must be given with dropout"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str):
+    change, error, message = ERRORS[name]
+    here = {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in change.items()}
+    bad = dataclasses.replace(make(Case("plain"), torch.float32), **here)
+    with pytest.raises(error, match=re.escape(message)):
+        attention.attention_forward(bad.q, bad.k, bad.v, *bad.rest())
+
+
+def test_errors_of_backward_and_of_weights():
+    given = make(Case("plain"), torch.float32)
+    tensors, rest = (given.q, given.k, given.v), given.rest()
+    out, lse = attention.attention_forward(*tensors, *rest)
+    for dout, dlse, found, need, message in (
+        (out[..., :3], None, (out, lse), False, "dout must have shape [2, 1, 20, 16], got [2, 1, 20, 3]"),
+        (out, lse[:1], (out, lse), False, "dlse must have shape [2, 1, 20], got [1, 1, 20]"),
+        (out, None, (out, lse[:1]), False, "lse must have shape [2, 1, 20], got [1, 1, 20]"),
+        (out, None, (out, lse), True, "need_dmask must be False where there is no float attn_mask, got True"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            attention.attention_backward(dout, dlse, *tensors, *rest, *found, need)
+    packed = make(Case("p", q_lengths=(9, 3), k_lengths=(4, 5), packed=True), torch.float32)
+    with pytest.raises(ValueError, match="must be absent where weights are asked for"):
+        attention.attention_weights(packed.q, packed.k, *packed.rest(), lse)
 
 
 def test_configurations_fit():

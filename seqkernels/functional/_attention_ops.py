@@ -313,6 +313,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> None:
     for t in (k, v, *rest[: len(Inputs._fields)]):
         if t is not None and t.device != q.device:
             raise ValueError(f"attention: all tensors must be on one device, got {q.device} and {t.device}")
+    mask, _, *lengths, cu_q, _ = rest[: len(Inputs._fields)]
+    if cu_q is not None and any(t is not None for t in (mask, *lengths)):
+        raise ValueError("attention: q_lengths, k_lengths and attn_mask must be absent where rows are packed")
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

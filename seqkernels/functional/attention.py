@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from seqkernels import backend as backends
 from seqkernels.functional._attention_ops import How, Inputs, attend, weights_of
@@ -150,7 +151,7 @@ def varlen_attention(
             one before, the last Nq.
         cu_seqlens_k: [S + 1] likewise among the keys; cu_seqlens_q if None.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. If None they are looked up, which on a
-            GPU waits for it; a compiler takes Nq and Nk.
+            GPU waits for it; where there are no data, as in a compiler, they are Nq and Nk.
         alibi_slopes: [Hq] or [S, Hq].
         Others as in scaled_dot_product_attention.
     Returns:
@@ -392,9 +393,13 @@ def _longest(who: str, name: str, longest: int | None, cu: Tensor, N: Any) -> An
         if longest < 0:
             raise ValueError(f"{who}: {name} must not be negative, got {longest}")
         return longest
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_no_data(cu):
         return N
     return int(cu.diff().max()) if cu.shape[0] > 1 else 0
+
+
+def _has_no_data(t: Tensor) -> bool:
+    return t.is_meta or isinstance(t, FakeTensor)
 
 
 def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -407,7 +412,7 @@ def _autocast(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value, mask
     dtype = torch.get_autocast_dtype(kind)
 

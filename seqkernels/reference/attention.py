@@ -42,7 +42,7 @@ def attention(
 
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv].
-        attn_mask: bool (True: seen) or float (added to the scores) [B | 1, Hq | 1, Tq | 1, Tk | 1].
+        attn_mask: bool (True: seen) or float (added to the scores) [B | 1, Hq | 1, Tq | 1, Tk | 1]; not of packed rows.
         alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |i + offset - j| is added to the scores.
         q_lengths, k_lengths: [B] rows that exist.
         cu_q, cu_k: [S + 1] where each sequence begins among the rows of q [1, Hq, Nq, D] and k [1, Hk, Nk, D]; max_q,
@@ -56,7 +56,9 @@ def attention(
         lse: [B, Hq, Tq], float32 or wider, before dropout: -inf where a row sees no key.
     """
     if cu_q is not None:
-        assert cu_k is not None and attn_mask is None
+        assert cu_k is not None
+        if attn_mask is not None or q_lengths is not None or k_lengths is not None:
+            raise ValueError("attention: q_lengths, k_lengths and attn_mask must be absent where rows are packed")
         N = q.shape[2]
         q, k, v = _padded(q, cu_q, max_q), _padded(k, cu_k, max_k), _padded(v, cu_k, max_k)
         q_lengths, k_lengths = cu_q.diff(), cu_k.diff()
@@ -76,9 +78,7 @@ def attention(
         assert seed is not None
         weights = weights * _keep(weights, dropout_p, seed)
     wide = _by_head(v, q.shape[1]).to(weights.dtype)
-    finite = torch.isfinite(wide)
-    out = weights @ wide.where(finite, 0)
-    out = out.masked_fill(seen.to(out.dtype) @ (~finite).to(out.dtype) > 0, math.nan).to(q.dtype)
+    out = (weights @ wide.where(torch.isfinite(wide), 0) + _far(weights, seen, wide)).to(q.dtype)
     if cu_q is not None:
         return _packed(out, cu_q, N), _packed(lse.unsqueeze(-1), cu_q, N).squeeze(-1)
     return out, lse
@@ -201,8 +201,9 @@ def _scores(
     wide_q, wide_k = q.to(dtype), _by_head(k, q.shape[1]).to(dtype)
     finite_q, finite_k = torch.isfinite(wide_q), torch.isfinite(wide_k)
     scores = wide_q.where(finite_q, 0) @ wide_k.where(finite_k, 0).transpose(-1, -2) * scale
+    # Infinities and NaN count in the scores, and nowhere in a gradient of what is finite.
     finite = finite_q.all(-1).unsqueeze(-1) & finite_k.all(-1).unsqueeze(-2)
-    scores = scores.masked_fill(~finite, math.nan)
+    scores = scores.where(finite, wide_q.detach() @ wide_k.detach().transpose(-1, -2) * scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     seen, far = visible(q.shape[2], k.shape[2], q_lengths, k_lengths, causal, window_left, window_right, q.device)
@@ -214,8 +215,22 @@ def _scores(
         else:
             scores = scores + attn_mask.to(dtype)
             seen = seen & (attn_mask != -math.inf)
-    seen = seen.expand(scores.shape)
-    return scores.masked_fill(~seen, -math.inf), seen
+    scores = scores.masked_fill(~seen, -math.inf)
+    return scores, seen & (scores != -math.inf)
+
+
+def _far(weights: Tensor, seen: Tensor, v: Tensor) -> Tensor:
+    """What infinite and NaN values that a row sees add to it: 0, an infinity or NaN, as in weights @ v."""
+    weights, v = weights.detach(), v.detach()
+
+    def meets(rows: Tensor, values: Tensor) -> Tensor:
+        return rows.to(v.dtype) @ values.to(v.dtype) > 0
+
+    some, zero = seen & (weights != 0), torch.zeros((), dtype=v.dtype, device=v.device)
+    far = torch.where(meets(some, v == math.inf), math.inf, zero) - torch.where(
+        meets(some, v == -math.inf), math.inf, zero
+    )
+    return far.masked_fill(meets(some, v.isnan()) | meets(seen & (weights == 0), ~torch.isfinite(v)), math.nan)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -468,11 +468,11 @@ def attention_forward_kernel(
 
     if LEFT or RIGHT or p_mask is not None:
         # A value that is no number may have come in with weight 0, from a key that the row does not see. Then all over
-        # again: finite values, then which rows see +inf or NaN, then -inf or NaN.
+        # again: finite values; then which rows see +inf or NaN; -inf or NaN; either with weight 0, which is NaN.
         if _has_nan(b_acc):
             b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
             FEW: tl.constexpr = 16  # keys at a time: two results are held here
-            for kind in range(3):
+            for kind in range(4):
                 b_part = tl.zeros([BM, BDV], ACC)
                 for first_k in tl.range(begin, end, FEW, num_stages=1, disable_licm=True):
                     b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, FEW)
@@ -483,16 +483,17 @@ def attention_forward_kernel(
                         *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
                         *(slope, scale, cap, True, LEFT, RIGHT, CAP, ALIBI, EXACT),
                     )
-                    b_seen = tl.where(b_s == float("-inf"), 0.0, 1.0)
-                    b_p = tl.where(kind == 0, tl.exp2(b_s - b_base[:, None]), b_seen)
+                    b_p = tl.exp2(b_s - b_base[:, None])
                     if DROPOUT:
                         b_p = tl.where(_kept(seed, i_q, first_k, i_bh, threshold, False, FEW), b_p, 0.0)
+                    m_row = tl.where(kind == 3, (b_p == 0) & (b_s != float("-inf")), b_p > 0)
+                    b_p = tl.where(kind == 0, b_p, m_row.to(ACC))
                     b_v = _tile(p_v, first_k, L_k, s_vt, s_vd, False, DV, BDV, FEW)
                     m_finite = tl.abs(b_v) < float("inf")
-                    m_kind = (m_finite == 0) & (tl.where(kind == 1, b_v, -b_v) != float("-inf"))
+                    m_kind = (m_finite == 0) & ((kind == 3) | (tl.where(kind == 1, b_v, -b_v) != float("-inf")))
                     b_v = tl.where(kind == 0, tl.where(m_finite, b_v, 0.0), m_kind.to(b_v.dtype))
                     b_part = tl.dot(b_p.to(b_v.dtype), b_v, b_part, input_precision=PRECISION, out_dtype=ACC)
-                b_far = tl.where(kind == 1, float("inf"), float("-inf"))
+                b_far = tl.where(kind == 3, float("nan"), tl.where(kind == 1, float("inf"), float("-inf")))
                 b_acc = tl.where(kind == 0, b_part, tl.where(b_part > 0, b_acc + b_far, b_acc))
 
     if DROPOUT:
@@ -1551,6 +1552,67 @@ def _within_reach(t: Tensor) -> Tensor:
     return t if 256 * rows + t.shape[3] * columns < 2**31 else t.contiguous()
 
 
+def _must(right: bool, argument: str, condition: str, got: Any, error: type[Exception] = ValueError) -> None:
+    if not right:
+        raise error(f"attention: {argument} must {condition}, got {got}")
+
+
+def _shaped(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t is not None:
+        _must(tuple(t.shape) == shape, name, f"have shape {list(shape)}", list(t.shape))
+        _must(t.dtype == dtype, name, f"be {dtype}", t.dtype, TypeError)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    lengths: dict[str, Tensor | None],
+    bounds: dict[str, Tensor | None],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """What kernels rely on where they read. Of lengths and bounds they take what is within the rows that there are:
+    to look at the numbers would be to wait for the device."""
+    others = dict(k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes, **lengths, **bounds, seed=seed)
+    for name, t in others.items():
+        _must(t is None or t.device == q.device, name, f"be on {q.device}", t.device if t is not None else None)
+    for name, t in (("q", q), ("k", k), ("v", v), ("attn_mask", attn_mask)):
+        _must(t is None or t.dim() == 4, name, "have 4 dimensions", list(t.shape) if t is not None else None)
+    B, H, T_q, D = q.shape
+    _, Hk, T_k, _ = k.shape
+    _shaped("k", k, (B, Hk, T_k, D), q.dtype)
+    if v is not None:
+        _shaped("v", v, (B, Hk, T_k, v.shape[3]), q.dtype)
+    _must(Hk == H or (Hk > 0 and H % Hk == 0), "q's heads", f"be a multiple of k's, {Hk}", H)
+    absent = [bound is None for bound in bounds.values()]
+    _must(all(absent) or not any(absent), "cu_q and cu_k", "be given together", "one of them")
+    cu = bounds["cu_q"]
+    if cu is not None:
+        _must(v is not None, "cu_q and cu_k", "be absent where weights are asked for", "both")
+        given = [name for name, t in dict(attn_mask=attn_mask, **lengths).items() if t is not None]
+        _must(not given, "q_lengths, k_lengths and attn_mask", "be absent where rows are packed", ", ".join(given))
+        _must(B == 1, "q", "have shape [1, H, N, D] where rows are packed", list(q.shape))
+        _must(cu.dim() == 1 and cu.numel() > 0, "cu_q", "have shape [S + 1]", list(cu.shape))
+        B = cu.numel() - 1
+    for name, t in (lengths | bounds).items():
+        if t is not None:
+            _must(t.dtype in (torch.int32, torch.int64), name, "be int32 or int64", t.dtype, TypeError)
+            _shaped(name, t, (B + (name in bounds),), t.dtype)
+    if attn_mask is not None:
+        _must(
+            attn_mask.dtype in (torch.bool, q.dtype), "attn_mask", f"be bool or {q.dtype}", attn_mask.dtype, TypeError
+        )
+        fits = all(size in (1, full) for size, full in zip(attn_mask.shape, (B, H, T_q, T_k)))
+        _must(fits, "attn_mask", f"have shape {[f'{n} or 1' for n in (B, H, T_q, T_k)]}", list(attn_mask.shape))
+    if alibi_slopes is not None:
+        fits = tuple(alibi_slopes.shape) in ((H,), (B, H))
+        _must(fits, "alibi_slopes", f"have shape [H] or [B, H] = [{B}, {H}]", list(alibi_slopes.shape))
+    _must(not dropout_p or seed is not None, "seed", "be given with dropout", seed)
+
+
 class _Call:
     """The arguments that all kernels have in common, by their names."""
 
@@ -1577,6 +1639,8 @@ class _Call:
     ) -> None:
         if reasons := unsupported(q, v):
             raise NotImplementedError(f"attention: the Triton kernels do not run: {'; '.join(reasons)}")
+        lengths, bounds = dict(q_lengths=q_lengths, k_lengths=k_lengths), dict(cu_q=cu_q, cu_k=cu_k)
+        _check(q, k, v, attn_mask, alibi_slopes, lengths, bounds, dropout_p, seed)
         self.turned = scale < 0  # the kernels expect the highest score where q.k is highest
         if self.turned:
             q, scale = -q, -scale
@@ -1593,6 +1657,7 @@ class _Call:
         self.mask = (
             attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
         )
+        self.has_bias = self.mask is not None and self.mask.dtype != torch.uint8
         self.acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         right = window_right if window_right >= 0 else FAR
         right = min(right, 0 if causal else FAR)
@@ -1673,7 +1738,7 @@ class _Call:
 
     def normaliser(self, lse: Tensor) -> dict[str, Tensor | None]:
         """What the other kernels read for the softmax's denominator."""
-        if self.mask is None or self.mask.dtype == torch.uint8:
+        if not self.has_bias:
             return dict(p_lse=lse, p_rest=None)
         base, rest = torch.empty_like(lse), torch.empty_like(lse)
         chosen = self.choose(TILES)
@@ -1747,7 +1812,6 @@ class _Call:
             dlse = torch.empty_like(lse)
         elif dlse is not None:
             dlse = dlse.to(lse.dtype).contiguous()
-        need_dmask = need_dmask and mask is not None and mask.dtype != torch.uint8
         whole = need_dmask and mask is not None and mask.shape == (self.B, self.H, self.max_q, self.max_k)
         dmask = q.new_empty(0)
         if whole and mask is not None:
@@ -1823,10 +1887,10 @@ def attention_forward(
     Args:
         q: [B, H, Tq, D], with any strides; packed, with cu_q and cu_k: [1, H, Nq, D].
         k: [B, Hk, Tk, D], H a multiple of Hk. v: [B, Hk, Tk, Dv].
-        attn_mask: [B or 1, H or 1, Tq or 1, Tk or 1], bool (True: seen) or a float type (added). Of packed rows, B, Tq
-            and Tk are the number of sequences, max_q and max_k.
+        attn_mask: [B or 1, H or 1, Tq or 1, Tk or 1], bool (True: seen) or of q's dtype (added). Not of packed rows,
+            nor with lengths of those.
         alibi_slopes: float32 [H] or [B, H].
-        q_lengths, k_lengths: int32 or int64 [B]. cu_q, cu_k: int32 or int64 [B + 1].
+        q_lengths, k_lengths: int32 or int64 [B]. cu_q, cu_k: int32 or int64 [B + 1]. What exceeds the rows is cut off.
         causal: 0 no, 1 from the upper left, 2 to the lower right corner. window_left, window_right: -1 for none.
         seed: int64 [1], with dropout.
     Returns:
@@ -1880,6 +1944,11 @@ def attention_backward(
         *(q, k, v, attn_mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k),
         *(scale, causal, window_left, window_right, softcap, dropout_p, seed),
     )
+    _shaped("dout", dout, (*q.shape[:3], call.DV), q.dtype)
+    _shaped("out", out, (*q.shape[:3], call.DV), q.dtype)
+    _shaped("lse", lse, tuple(q.shape[:3]), call.acc)
+    _shaped("dlse", dlse, tuple(q.shape[:3]), call.acc)
+    _must(not need_dmask or call.has_bias, "need_dmask", "be False where there is no float attn_mask", need_dmask)
     dq, dk, dv, _, dmask = call.backward(dout, dlse, out.contiguous(), lse.contiguous(), None, need_dmask)
     assert dv is not None
     return dq, dk, dv, dmask
@@ -1905,14 +1974,12 @@ def attention_weights(
     seed: Tensor | None,
     lse: Tensor,
 ) -> Tensor:
-    """What the op seqkernels::attention_weights returns: [B, H, Tq, Tk] after dropout, dtype of q.
-
-    Of packed rows, [sequences, H, max_q, max_k].
-    """
+    """What the op seqkernels::attention_weights returns: [B, H, Tq, Tk], of q's dtype; not of packed rows."""
     call = _Call(
         *(q, k, None, attn_mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k),
         *(scale, causal, window_left, window_right, softcap, dropout_p, seed),
     )
+    _shaped("lse", lse, tuple(q.shape[:3]), call.acc)
     weights = torch.empty(call.B, call.H, call.max_q, call.max_k, dtype=q.dtype, device=q.device)
     chosen = call.choose(TILES)
     blocks = triton.cdiv(call.max_k, chosen.BN)
@@ -1949,6 +2016,9 @@ def attention_weights_backward(
         *(q, k, None, attn_mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k),
         *(scale, causal, window_left, window_right, softcap, dropout_p, seed),
     )
+    _shaped("dweights", dweights, (*q.shape[:3], k.shape[2]), q.dtype)
+    _shaped("lse", lse, tuple(q.shape[:3]), call.acc)
+    _must(not need_dmask or call.has_bias, "need_dmask", "be False where there is no float attn_mask", need_dmask)
     dq, dk, _, dlse, dmask = call.backward(None, None, None, lse.contiguous(), dweights.contiguous(), need_dmask)
     assert dlse is not None
     return dq, dk, dlse, dmask
