@@ -340,7 +340,8 @@ void run_forward(const Bags& bags, const BagTable* tables, int64_t count, int64_
 // The rows that occur in some tables, sorted, and their gradients on the way to where they go.
 class RowPass {
  public:
-  RowPass(const Bags& bags, const std::vector<BagBackward>& tables) : bags_(bags), tables_(tables) {
+  enum class For { kDense, kSparse, kStep };
+  RowPass(const Bags& bags, const std::vector<BagBackward>& tables, For what) : bags_(bags), tables_(tables) {
 #ifdef SEQKERNELS_BAGS_ON_GPU
     if (on_gpu(bags.device)) {
       for (const BagBackward& args : tables) gpu_tables_.push_back(args.table);
@@ -353,6 +354,8 @@ class RowPass {
 #endif
     for (const BagBackward& args : tables) {
       sorted_.push_back(std::make_unique<RowSort>());
+      sorted_.back()->dense = what == For::kDense;
+      sorted_.back()->numbered = what == For::kSparse;
       bags.raise(kernels().sort(args, *sorted_.back()), args.table.E);
     }
   }
@@ -510,7 +513,7 @@ Tensor make_gradient(const Bags& bags, int64_t rows, int64_t D) {
 }
 
 Tensors dense_gradients(const Bags& bags, const std::vector<BagBackward>& tables) {
-  RowPass pass(bags, tables);
+  RowPass pass(bags, tables, RowPass::For::kDense);
   Tensors dense;
   std::vector<RowTarget> targets(tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
@@ -522,7 +525,7 @@ Tensors dense_gradients(const Bags& bags, const std::vector<BagBackward>& tables
 }
 
 std::tuple<Tensors, Tensors> sparse_gradients(const Bags& bags, const std::vector<BagBackward>& tables) {
-  RowPass pass(bags, tables);
+  RowPass pass(bags, tables, RowPass::For::kSparse);
   Tensors rows, values;
   const std::vector<int64_t> unique = pass.unique();
   std::vector<RowTarget> targets(tables.size());
@@ -576,7 +579,7 @@ struct Step {
 };
 
 void update(const Bags& bags, const std::vector<BagBackward>& tables, const std::vector<Step>& steps) {
-  RowPass pass(bags, tables);
+  RowPass pass(bags, tables, RowPass::For::kStep);
   std::vector<RowTarget> targets(tables.size());
   for (size_t i = 0; i < tables.size(); ++i) targets[i].step = &steps[i].step;
   pass.reduce(targets);

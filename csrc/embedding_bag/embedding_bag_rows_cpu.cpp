@@ -10,7 +10,11 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 namespace {
 
-constexpr int kMostDigitBits = 11;  // 2,048 counters and as many places that are written side by side
+constexpr int kMostDigitBits = 11;              // 2,048 counters and as many places that are written side by side
+constexpr int kSinglePassBits = 13;             // counters still lie in the first level of cache
+constexpr int kCounters = 6 << kMostDigitBits;  // of 62 bits in six digits, or of fewer
+constexpr int64_t kMostRanges = 32;
+constexpr int kBucketBits = 11;  // of rows that one thread has all of
 
 template <class U>
 struct Pair {
@@ -76,6 +80,9 @@ inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
 // Needs positions, not only bags: to find weights, or which position won a column.
 bool by_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
 
+// Rows are dealt to threads in ranges that are equally much work; each thread then looks through all indices for those
+// of its range and sorts them alone, in memory that no other one writes. To look costs a small part of what the rest
+// does as long as threads are few.
 template <class S, class U>
 struct Sorter {
   using T = Compute<S>;
@@ -84,29 +91,33 @@ struct Sorter {
   const Bounds bounds{t, args.shape.wide_offsets};
   RowSort& out;
   int64_t first, last, threads;  // positions that belong to bags
+  int bucket_shift;              // of a row: ranges end between buckets
+  int64_t buckets;
   Pair<U>* pairs[2];
-  int64_t* counters;  // [threads][2^bits]
+  int64_t* counts;  // [threads][buckets]
+  U* counters;      // [threads][kCounters]
   U* bag_of;
   T* scale;
-  int passes, bits;
   Faults faults;
 
   Sorter(const BagBackward& args, RowSort& out) : args(args), out(out) {
     first = bounds.begin(0);
     last = bounds.begin(t.bags);
     const int64_t n = last - first;
-    threads = threads_for(n * t.D * int64_t(sizeof(S)));
-    int width = 1;
-    while (width < 63 && (t.E - 1) >> width != 0) ++width;
-    passes = (width + kMostDigitBits - 1) / kMostDigitBits;
-    bits = (width + passes - 1) / passes;
+    threads = min(kMostRanges, threads_for(max(n, out.dense ? t.E : 0) * t.D * int64_t(sizeof(S))));
+    const int width = bits_of(t.E);
+    bucket_shift = threads == 1 ? width : width > kBucketBits ? width - kBucketBits : 0;
+    buckets = (max(t.E - 1, 0) >> bucket_shift) + 1;
 
     const bool positions = by_position(args), mean = args.shape.mode == BagMode::kMean;
-    const int64_t pair_bytes = rounded_up(n * sizeof(Pair<U>)), counter_bytes = rounded_up(threads * 8 << bits);
+    const int64_t pair_bytes = rounded_up(n * sizeof(Pair<U>));
+    const int64_t count_bytes = rounded_up(threads * buckets * 8);
+    const int64_t counter_bytes = kCounters * sizeof(U);
     const int64_t bag_bytes = positions ? rounded_up(n * sizeof(U)) : 0,
                   scale_bytes = mean ? rounded_up(t.bags * sizeof(T)) : 0;
-    const int64_t cut_bytes = rounded_up(2 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
-    out.memory = new Memory(2 * pair_bytes + counter_bytes + bag_bytes + scale_bytes + cut_bytes + partial_bytes);
+    const int64_t cut_bytes = rounded_up(3 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
+    out.memory = new Memory(2 * pair_bytes + count_bytes + threads * counter_bytes + bag_bytes + scale_bytes +
+                            cut_bytes + partial_bytes);
     char* p = out.memory->get();
     const auto take = [&](int64_t bytes) {
       p += bytes;
@@ -114,13 +125,30 @@ struct Sorter {
     };
     pairs[0] = reinterpret_cast<Pair<U>*>(take(pair_bytes));
     pairs[1] = reinterpret_cast<Pair<U>*>(take(pair_bytes));
-    counters = reinterpret_cast<int64_t*>(take(counter_bytes));
+    counts = reinterpret_cast<int64_t*>(take(count_bytes));
+    counters = reinterpret_cast<U*>(take(threads * counter_bytes));
     bag_of = positions ? reinterpret_cast<U*>(take(bag_bytes)) - first : nullptr;
     scale = mean ? reinterpret_cast<T*>(take(scale_bytes)) : nullptr;
-    out.begins = reinterpret_cast<int64_t*>(take(cut_bytes));
+    out.rows = reinterpret_cast<int64_t*>(take(cut_bytes));
+    out.begins = out.rows + threads + 1;
     out.unique_before = out.begins + threads + 1;
     out.partials = take(partial_bytes);
     out.threads = threads;
+  }
+
+  // How rows of [0, range) are cut into digits, each sorted by in one pass.
+  struct Digits {
+    int passes, bits;
+    explicit Digits(int64_t range) {
+      const int width = bits_of(range);
+      passes = width <= kSinglePassBits ? 1 : (width + kMostDigitBits - 1) / kMostDigitBits;
+      bits = (width + passes - 1) / passes;
+    }
+  };
+  static int bits_of(int64_t range) {
+    int width = 1;
+    while (width < 62 && (range - 1) >> width > 0) ++width;
+    return width;
   }
 
   BagFault run() {
@@ -131,106 +159,86 @@ struct Sorter {
         count_indices<int32_t>(thread);
       }
       if (scale != nullptr) set_scales(thread);
-    });
-    if (faults.first().what != BagFault::kNone) return faults.first();
-    const int64_t n = starts();
-    on_threads(threads, [&](int64_t thread) {
-      if (args.shape.wide_indices) {
-        scatter_indices<int64_t>(thread);
-      } else {
-        scatter_indices<int32_t>(thread);
+      if (bag_of != nullptr) {
+        each_bag(share(thread), share(thread + 1), [&](int64_t bag, int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) bag_of[i] = U(bag);
+        });
       }
     });
-    int now = 0;
-    for (int pass = 1; pass < passes; ++pass, now = 1 - now) {
-      const Pair<U>* from = pairs[now];
-      Pair<U>* to = pairs[1 - now];
-      const int shift = pass * bits;
-      on_threads(threads, [&](int64_t thread) {
-        int64_t* mine = cleared(thread);
-        for (int64_t i = part(n, threads, thread); i < part(n, threads, thread + 1); ++i)
-          ++mine[digit(from[i].row, shift)];
-      });
-      starts();
-      on_threads(threads, [&](int64_t thread) {
-        int64_t* mine = counters + (thread << bits);
-        for (int64_t i = part(n, threads, thread), end = part(n, threads, thread + 1); i < end; ++i) {
-          to[mine[digit(from[i].row, shift)]++] = from[i];
-        }
-      });
-    }
-    cut(pairs[now], n);
+    if (faults.first().what != BagFault::kNone) return faults.first();
+    const int64_t widest = deal();
+    const Digits digits(widest);
+    on_threads(threads, [&](int64_t thread) {
+      if (args.shape.wide_indices) {
+        pick<int64_t>(thread);
+      } else {
+        pick<int32_t>(thread);
+      }
+      sort_range(thread, digits);
+    });
+    out.unique_before[0] = 0;
+    for (int64_t thread = 0; thread < threads; ++thread) out.unique_before[thread + 1] += out.unique_before[thread];
     out.wide = sizeof(U) == 8;
-    out.pairs = pairs[now];
-    out.n = n;
+    out.pairs = pairs[digits.passes % 2];
+    out.n = out.begins[threads];
     out.bag_of = bag_of;
     out.scale = scale;
     return {};
   }
 
-  SEQKERNELS_INLINE int64_t digit(U row, int shift) const { return row >> shift & ((U(1) << bits) - 1); }
-  SEQKERNELS_INLINE int64_t* cleared(int64_t thread) const {
-    int64_t* mine = counters + (thread << bits);
-    memset(mine, 0, 8 << bits);
-    return mine;
-  }
+  SEQKERNELS_INLINE int64_t bucket(int64_t row) const { return row >> bucket_shift; }
   SEQKERNELS_INLINE int64_t share(int64_t thread) const { return first + part(last - first, threads, thread); }
 
   template <class I>
-  void count_indices(int64_t thread) {
+  __attribute__((noinline)) void count_indices(int64_t thread) {
     const I* indices = static_cast<const I*>(t.indices);
-    int64_t* mine = cleared(thread);
+    int64_t* mine = counts + thread * buckets;
+    memset(mine, 0, 8 * buckets);
     BagFault fault{};
     for (int64_t i = share(thread), end = share(thread + 1); i < end; ++i) {
       const int64_t index = indices[i];
       if (uint64_t(index) >= uint64_t(t.E)) {
         note(fault, BagFault::kIndex, i, index);
       } else if (index != t.padding) {
-        ++mine[digit(U(index), 0)];
+        ++mine[bucket(index)];
       }
     }
     faults.add(fault);
   }
 
-  // Counters become places: digit after digit, and within one thread after thread.
-  int64_t starts() const {
-    int64_t before = 0;
-    for (int64_t d = 0; d < int64_t(1) << bits; ++d) {
-      for (int64_t thread = 0; thread < threads; ++thread) {
-        int64_t& place = counters[(thread << bits) + d];
-        const int64_t count = place;
-        place = before;
-        before += count;
+  // Gives each thread a range of rows, and the place of its pairs. Returns the rows of the widest range.
+  int64_t deal() const {
+    const int64_t of_row = out.dense ? 1 : 0;
+    int64_t n = 0;
+    for (int64_t i = 0; i < threads * buckets; ++i) n += counts[i];
+    const int64_t total = n + of_row * t.E;
+    int64_t owner = 0, before = 0, widest = 0;
+    out.rows[0] = out.begins[0] = 0;
+    for (int64_t b = 0; b < buckets; ++b) {
+      const int64_t row = b << bucket_shift;
+      while (owner + 1 < threads && before + of_row * row >= part(total, threads, owner + 1)) {
+        out.rows[++owner] = row;
+        out.begins[owner] = before;
       }
+      for (int64_t thread = 0; thread < threads; ++thread) before += counts[thread * buckets + b];
     }
-    return before;
+    while (owner < threads) {
+      out.rows[++owner] = t.E;
+      out.begins[owner] = before;
+    }
+    for (owner = 0; owner < threads; ++owner) widest = max(widest, out.rows[owner + 1] - out.rows[owner]);
+    return widest;
   }
 
-  template <class I>
-  void scatter_indices(int64_t thread) const {
-    const I* indices = static_cast<const I*>(t.indices);
-    int64_t* mine = counters + (thread << bits);
-    int64_t i = share(thread);
-    const int64_t stop = share(thread + 1);
-    if (i == stop) return;
+  // Calls f(bag, begin, end) for the positions of each bag in [from, stop).
+  template <class F>
+  SEQKERNELS_INLINE void each_bag(int64_t from, int64_t stop, F&& f) const {
+    if (from >= stop) return;
     // The last bag that begins here or before: the ones in front of it are empty.
-    int64_t bag = t.offsets == nullptr ? (i - t.first) / t.length : bag_with(i);
-    for (; i < stop; ++bag) {
+    for (int64_t bag = t.offsets == nullptr ? (from - t.first) / t.length : bag_with(from); from < stop; ++bag) {
       const int64_t end = min(stop, bounds.begin(bag + 1));
-      if (bag_of != nullptr) {
-        for (; i < end; ++i) {
-          bag_of[i] = U(bag);
-          if (const int64_t index = indices[i]; index != t.padding) {
-            pairs[0][mine[digit(U(index), 0)]++] = {U(index), U(i)};
-          }
-        }
-      } else {
-        for (; i < end; ++i) {
-          if (const int64_t index = indices[i]; index != t.padding) {
-            pairs[0][mine[digit(U(index), 0)]++] = {U(index), U(bag)};
-          }
-        }
-      }
+      f(bag, from, end);
+      from = end;
     }
   }
   int64_t bag_with(int64_t position) const {
@@ -242,25 +250,63 @@ struct Sorter {
     return low;
   }
 
-  // Cuts the pairs among threads, between rows.
-  void cut(const Pair<U>* sorted, int64_t n) const {
-    for (int64_t thread = 0; thread <= threads; ++thread) {
-      const int64_t begin = part(n, threads, thread);
-      out.begins[thread] = begin < n ? first_at_least(sorted, n, sorted[begin].row) : n;
+  // The pairs of a thread's range, in the order of positions.
+  template <class I>
+  void pick(int64_t thread) const {
+    if (bag_of == nullptr) {
+      pick_as<I, false>(thread);
+    } else {
+      pick_as<I, true>(thread);
     }
-    on_threads(threads, [&](int64_t thread) {
-      int64_t count = 0;
-      bool often = false;
-      for (int64_t i = out.begins[thread]; i < out.begins[thread + 1]; ++i) {
-        if (i > 0 && sorted[i].row == sorted[i - 1].row) continue;
-        count += 1;
-        often |= i + kRowChunk < n && sorted[i + kRowChunk].row == sorted[i].row;
+  }
+  template <class I, bool kPositions>
+  __attribute__((noinline)) void pick_as(int64_t thread) const {
+    const I* indices = static_cast<const I*>(t.indices);
+    const U low = U(out.rows[thread]), range = U(out.rows[thread + 1]) - low;
+    const I padding = I(t.padding);  // none: -1, which no index is
+    Pair<U>* to = pairs[0] + out.begins[thread];
+    const Pair<U>* const stop = pairs[0] + out.begins[thread + 1];
+    if (to == stop) return;
+    each_bag(first, last, [&](int64_t bag, int64_t begin, int64_t end) __attribute__((always_inline)) {
+      for (int64_t i = begin; i < end && to < stop; ++i) {  // without a branch, which would be guessed wrong
+        const I index = indices[i];
+        *to = {U(index), kPositions ? U(i) : U(bag)};
+        to += (U(index) - low < range) & (index != padding);
       }
-      out.unique_before[thread + 1] = count;
-      if (often) __atomic_store_n(&out.any_often, true, __ATOMIC_RELAXED);
     });
-    out.unique_before[0] = 0;
-    for (int64_t thread = 0; thread < threads; ++thread) out.unique_before[thread + 1] += out.unique_before[thread];
+  }
+
+  // Sorts the pairs of a thread's range, all passes having been counted at once.
+  void sort_range(int64_t thread, const Digits digits) const {
+    const int64_t begin = out.begins[thread], end = out.begins[thread + 1], size = int64_t(1) << digits.bits;
+    const U low = U(out.rows[thread]), mask = U(size - 1);
+    U* const mine = counters + thread * kCounters;
+    memset(static_cast<void*>(mine), 0, digits.passes * size * sizeof(U));
+    for (int64_t i = begin; i < end; ++i) {
+      U row = pairs[0][i].row - low;
+      for (int pass = 0; pass < digits.passes; ++pass, row >>= digits.bits) ++mine[pass * size + (row & mask)];
+    }
+    for (int pass = 0; pass < digits.passes; ++pass) {
+      U* const place = mine + pass * size;
+      U before = U(begin);
+      for (int64_t d = 0; d < size; ++d) {
+        const U count = place[d];
+        place[d] = before;
+        before += count;
+      }
+      const Pair<U>* from = pairs[pass % 2];
+      Pair<U>* to = pairs[1 - pass % 2];
+      const int shift = pass * digits.bits;
+      for (int64_t i = begin; i < end; ++i) to[place[(from[i].row - low) >> shift & mask]++] = from[i];
+    }
+    const Pair<U>* sorted = pairs[digits.passes % 2];
+    int64_t unique = 0;
+    for (int64_t i = begin; out.numbered && i < end; ++i) unique += i == begin || sorted[i].row != sorted[i - 1].row;
+    out.unique_before[thread + 1] = unique;
+    bool often = false;  // it may be
+    constexpr int64_t kHalf = kRowChunk / 2;
+    for (int64_t i = begin; i + kHalf < end; i += kHalf) often |= sorted[i + kHalf].row == sorted[i].row;
+    if (often) __atomic_store_n(&out.any_often, true, __ATOMIC_RELAXED);
   }
 
   void set_scales(int64_t thread) const {
@@ -325,7 +371,13 @@ struct Additions {
     const Bounds bounds{t, args.shape.wide_offsets};
     begin = from;
     end = min(sort.n, from + kRowChunk);
-    for (int64_t i = begin; i < min(sort.n, end + kNear); ++i) {
+    const int64_t ahead = min(sort.n, end + kNear);
+    for (int64_t i = ahead; i < end + kNear; ++i) grads[i - begin] = argument_rows[i - begin] = 0;
+    if (bag_of == nullptr && scale == nullptr && t.batch == t.bags) {  // plain sums
+      for (int64_t i = begin; i < ahead; ++i) grads[i - begin] = int64_t(pairs[i].what) * t.out_stride;
+      return;
+    }
+    for (int64_t i = begin; i < ahead; ++i) {
       const int64_t what = pairs[i].what, bag = bag_of == nullptr ? what : bag_of[what];
       grads[i - begin] = row_of(t, bag, t.out_stride);
       if (t.arg != nullptr) argument_rows[i - begin] = row_of(t, bag, t.arg_stride);
@@ -335,8 +387,6 @@ struct Additions {
       coefficients[i - begin] = coefficient;
       if (t.arg != nullptr) where[i - begin] = int32_t(what - bounds.begin(bag));
     }
-    for (int64_t i = min(sort.n, end + kNear); i < end + kNear; ++i) argument_rows[i - begin] = 0;
-    for (int64_t i = min(sort.n, end + kNear); i < end + kNear; ++i) grads[i - begin] = 0;
   }
 };
 
@@ -358,7 +408,6 @@ struct Reducer {
                                                                     : Adds::kPlain;
 
   void run() const {
-    if (to.dense != nullptr) on_threads(sort.threads, [&](int64_t thread) { clear(thread); });
     if (sort.any_often) on_threads(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
     on_threads(sort.threads, [&](int64_t thread) { sum_rows(thread); });
   }
@@ -401,11 +450,16 @@ struct Reducer {
     Additions<S, U> additions(args, sort);
     Memory memory(sizeof(T) * t.D);
     T* const sums = reinterpret_cast<T*>(memory.get());
-    int64_t ordinal = sort.unique_before[thread];
+    int64_t ordinal = sort.unique_before[thread], done = sort.rows[thread];
     const int64_t stop = sort.begins[thread + 1];
     for (int64_t begin = sort.begins[thread]; begin < stop; ++ordinal) {
       const int64_t row = pairs[begin].row, end = end_of(begin);
-      ask_for_row(min(begin + kRowsAhead, sort.n - 1));
+      if (to.dense != nullptr) {
+        clear(done, row);
+        done = row + 1;
+      } else {
+        ask_for_row(min(begin + kRowsAhead, sort.n - 1));
+      }
       if (end - begin > kRowChunk) {
         merge_chunks(begin, end, sums);
         if (to.step != nullptr) {
@@ -424,16 +478,16 @@ struct Reducer {
       }
       begin = end;
     }
+    if (to.dense != nullptr) clear(done, sort.rows[thread + 1]);
   }
 
-  // What will be written some rows from here.
+  // What a step will change some rows from here.
   static constexpr int64_t kRowsAhead = 16;
   SEQKERNELS_INLINE void ask_for_row(int64_t pair) const {
-    const S* base = static_cast<const S*>(to.step == nullptr ? to.dense : t.table);
-    if (base == nullptr) return;
-    const char* p = reinterpret_cast<const char*>(base + pairs[pair].row * (to.step == nullptr ? t.D : t.row_stride));
+    if (to.step == nullptr) return;
+    const char* p = reinterpret_cast<const char*>(static_cast<const S*>(t.table) + pairs[pair].row * t.row_stride);
     for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(S))); b += 64) __builtin_prefetch(p + b, 1, 3);
-    if (to.step == nullptr || to.step->state1 == nullptr) return;
+    if (to.step->state1 == nullptr) return;
     for (T* state : {static_cast<T*>(to.step->state1), static_cast<T*>(to.step->state2)}) {
       if (state == nullptr || to.step->optimizer == RowOptimizer::kRowwiseAdagrad) continue;
       p = reinterpret_cast<const char*>(state + pairs[pair].row * t.D);
@@ -441,9 +495,10 @@ struct Reducer {
     }
   }
 
-  void clear(int64_t thread) const {
-    const int64_t from = part(t.E, sort.threads, thread) * t.D, to_ = part(t.E, sort.threads, thread + 1) * t.D;
-    memset(static_cast<void*>(static_cast<S*>(to.dense) + from), 0, sizeof(S) * (to_ - from));
+  // Rows [from, end) do not occur.
+  SEQKERNELS_INLINE void clear(int64_t from, int64_t end) const {
+    if (from < end)
+      memset(static_cast<void*>(static_cast<S*>(to.dense) + from * t.D), 0, sizeof(S) * (end - from) * t.D);
   }
 
   SEQKERNELS_INLINE S* target(int64_t row, int64_t ordinal) const {
@@ -502,7 +557,7 @@ struct Reducer {
         for (int b = 0; b < kWidth * kLanes<T> * 4; b += 64) __builtin_prefetch(won + b, 0, 3);
       }
       const S* grad = grads + a.grads[i];
-      const Native<T> coefficient = broadcast(a.coefficients[i]);
+      const Native<T> coefficient = broadcast(kAdds == Adds::kPlain ? T(1) : a.coefficients[i]);
 #pragma GCC unroll 8
       for (int v = 0; v < kWidth; ++v) {
         Native<T> g = load(grad + v * kLanes<T>, lanes);
