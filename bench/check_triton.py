@@ -186,6 +186,7 @@ KERNELS = dict(
     keys="attention_backward_keys_kernel",
     tiles="attention_mask_gradient_kernel",
     normaliser="attention_normaliser_kernel",
+    weights="attention_weights_kernel",
 )
 OF_KERNEL = dict(
     forward=ATTENTION.keys() - {"mask gradient", "weights"},
@@ -193,6 +194,7 @@ OF_KERNEL = dict(
     keys=ATTENTION.keys() - {"mask gradient"},
     tiles={"mask gradient"},
     normaliser={"mask"},
+    weights={"weights", "mask", "dropout"},
 )
 
 
@@ -206,6 +208,9 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         *((torch.bfloat16, 256, name) for name in plain),
         *((torch.float32, D, "causal") for D in (64, 128)),
         *((torch.float64, D, "causal") for D in (64, 128)),
+        *((torch.bfloat16, 640, name) for name in ("dense", "packed", "mask gradient", "dropout", "window", "weights")),
+        *((torch.float32, 640, name) for name in ("causal", "mask gradient")),
+        (torch.float64, 320, "causal"),
     ]
     for kernel, (dtype, D, name) in itertools.product(KERNELS, every):
         given, flags = ATTENTION[name]
@@ -213,11 +218,12 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             continue
         roomy = name not in ("dense", "causal", "lengths", "packed")
         roomy |= (kernel, name) == ("keys", "packed")
-        program = "tiles" if kernel == "normaliser" else kernel
+        program = kernel if kernel in ("forward", "rows", "keys") else "tiles"
         chosen = module.config(program, dtype, D, D, roomy, SHARED[arch])
-        BD = module.padded(D)
+        columns = module.columns(dtype, D, D)
+        BD, fixed = columns["BD"], arch < 100 and not module.is_wide(dtype, D, D)  # else it has to fit, no more
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
-        constexprs |= dict(PRECISION="ieee", D=D, DV=D, BD=BD, BDV=BD, BM=chosen.BM, BN=chosen.BN)
+        constexprs |= dict(PRECISION="ieee", BM=chosen.BM, BN=chosen.BN, **columns)
         constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_qd", "s_kd", "s_vd", "s_od"), 1))
         names = getattr(module, KERNELS[kernel]).arg_names
         optional = ("p_mask", "p_slopes", "p_q_lengths", "p_k_lengths", "p_cu_q", "p_cu_k", "p_seed", "p_dlse")
@@ -238,12 +244,9 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             chosen.num_warps,
             None,
             types,
-            module.needed(program, dtype, BD, BD, chosen, roomy)
-            if arch < 100
-            else None,  # there it has to fit, no more
+            module.needed(program, dtype, BD, BD, chosen, roomy) if fixed else None,
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
-            dtype.itemsize > 2 or D > 128 or (roomy and arch < 90),  # products that go through registers
         )
 
 

@@ -8,6 +8,9 @@ come in three runs: a border on the left, whole blocks that every row of the blo
 a row sees is only asked in the borders, and blocks that no row sees are not visited. Backward computes the scores
 twice, once by rows for dq and once by keys for dk and dv, and so needs no atomics.
 
+Heads of more columns than LARGEST are wide: scores are then sums over chunks of columns, read anew for every block, and
+a program makes one chunk of columns of its result, from scores of its own.
+
 Source: https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2307.08691
 """
 
@@ -55,10 +58,13 @@ def _sequence(p_cu, p_lengths, i_b, T):
 
 
 @triton.jit
-def _clear_after(p_out, p_cu, B, T, i_h, i_block, blocks, value, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
-    """The value in the rows of this head that come after the last sequence; out is [1, H, T, D]."""
+def _clear_after(
+    p_out, p_cu, B, T, i_h, i_block, blocks, first_d, value, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+):
+    """The value in the rows of this head that come after the last sequence, columns `first_d` and following; out is
+    [1, H, T, D]."""
     begin = tl.minimum(tl.maximum(tl.load(p_cu + B).to(tl.int64), 0), T)
-    o_d = tl.arange(0, BD)
+    o_d = first_d + tl.arange(0, BD)
     for first in range(begin + i_block * ROWS, T, blocks * ROWS):
         o_t = first + tl.arange(0, ROWS)
         p = p_out + (i_h.to(tl.int64) * T + o_t)[:, None] * D + o_d[None, :]
@@ -78,6 +84,47 @@ def _tile(p, first, L, s_t, s_d, WHOLE: tl.constexpr, D: tl.constexpr, BD: tl.co
     if D == BD:
         return tl.load(p, mask=(first + i_t < L)[:, None], other=0.0)
     return tl.load(p, mask=(first + i_t < L)[:, None] & (i_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _chunk(p, first, L, first_d, s_t, s_d, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, BD] from row `first` of L and column `first_d` of D; zeros where there is no row or no column."""
+    i_t = tl.arange(0, ROWS)
+    i_d = first_d + tl.arange(0, BD)
+    p = p + tl.cast(first, tl.int64) * s_t + (i_t[:, None] * s_t + i_d[None, :] * s_d)
+    return tl.load(p, mask=(first + i_t < L)[:, None] & (i_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _product(
+    p_x,
+    first_x,
+    L_x,
+    s_xt,
+    s_xd,
+    p_y,
+    first_y,
+    L_y,
+    s_yt,
+    s_yd,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BX: tl.constexpr,
+    BY: tl.constexpr,
+):
+    """[BX, BY] products of rows of x and of y; of wide heads they are read in chunks of columns."""
+    if D <= BD:
+        b_x = _tile(p_x, first_x, L_x, s_xt, s_xd, False, D, BD, BX)
+        b_y = _tile(p_y, first_y, L_y, s_yt, s_yd, False, D, BD, BY)
+        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION, out_dtype=ACC)
+    b_z = tl.zeros([BX, BY], ACC)
+    for first_d in range(0, D, BD):
+        b_x = _chunk(p_x, first_x, L_x, first_d, s_xt, s_xd, D, BD, BX)
+        b_y = _chunk(p_y, first_y, L_y, first_d, s_yt, s_yd, D, BD, BY)
+        b_z = tl.dot(b_x, tl.trans(b_y), b_z, input_precision=PRECISION, out_dtype=ACC)
+    return b_z
 
 
 @triton.jit
@@ -236,14 +283,19 @@ def _attend(
     b_acc,  # [BM, BDV]
     b_max,  # [BM] of the scores so far, in units of log2
     b_sum,  # [BM]
-    b_q,
+    b_q,  # unless heads are wide: then rows are read again
     begin,
     end,
     first_q,
     i_q,
+    L_q,
     L_k,
+    first_v,  # column of the values
+    p_q,
     p_k,
     p_v,
+    s_qt,
+    s_qd,
     s_kt,
     s_kd,
     s_vt,
@@ -279,9 +331,16 @@ def _attend(
     ACC: tl.constexpr = b_acc.dtype
     PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
     EXACT: tl.constexpr = b_q.dtype.primitive_bitwidth >= 32
+    WIDE: tl.constexpr = D > BD or DV > BDV
+    BM: tl.constexpr = b_acc.shape[0]
     for first in tl.range(begin, end, BN, disable_licm=EDGE or LEAN):
-        b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
+        if WIDE:
+            b_s = _product(
+                *(p_q, first_q, L_q, s_qt, s_qd, p_k, first, L_k, s_kt, s_kd, ACC, PRECISION, D, BD, BM, BN),
+            )
+        else:
+            b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
         if PLAIN:
             b_top = tl.maximum(b_max, tl.max(b_s, 1) * (scale * _LOG2E))
             b_p = tl.exp2(b_s * (scale * _LOG2E) - b_top[:, None])
@@ -302,7 +361,10 @@ def _attend(
         b_max = b_top
         if DROPOUT:
             b_p = tl.where(_kept(seed, i_q, first, i_bh, threshold, False, BN), b_p, 0.0)
-        b_v = _tile(p_v, first, L_k, s_vt, s_vd, not EDGE, DV, BDV, BN)
+        if WIDE:
+            b_v = _chunk(p_v, first, L_k, first_v, s_vt, s_vd, DV, BDV, BN)
+        else:
+            b_v = _tile(p_v, first, L_k, s_vt, s_vd, not EDGE, DV, BDV, BN)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION, out_dtype=ACC)
     return b_acc, b_max, b_sum
 
@@ -312,7 +374,8 @@ _SIZES += ["threshold", "rescale"]
 
 
 # Grid: blocks of rows of each head of each sequence; one sequence more where rows are packed, for the rows that follow
-# the last one. With a bound on the right, the longest rows of a head come first.
+# the last one. With a bound on the right, the longest rows of a head come first. Wide heads are read in chunks of BD
+# and BDV columns, and the second dimension of the grid is the chunks of the result: each makes the scores anew.
 @triton.jit(do_not_specialize=_SIZES)
 def attention_forward_kernel(
     p_q,  # [B, H, Tq, D], packed [1, H, Nq, D]
@@ -374,6 +437,8 @@ def attention_forward_kernel(
     ALIBI: tl.constexpr = p_slopes is not None
     DROPOUT: tl.constexpr = p_seed is not None
     PACKED: tl.constexpr = p_cu_q is not None
+    WIDE: tl.constexpr = D > BD or DV > BDV
+    first_v = tl.program_id(1) * BDV if WIDE else 0
     EXACT: tl.constexpr = p_q.dtype.element_ty.primitive_bitwidth >= 32
     i_block = tl.program_id(0) % blocks
     i_bh = tl.program_id(0) // blocks
@@ -383,8 +448,9 @@ def attention_forward_kernel(
         i_block = blocks - 1 - i_block
     if PACKED:
         if i_b == B:
-            _clear_after(p_out, p_cu_q, B, T_q, i_h, i_block, blocks, 0.0, DV, BDV, BM)
-            _clear_after(p_lse, p_cu_q, B, T_q, i_h, i_block, blocks, float("-inf"), 1, 1, BM)
+            _clear_after(p_out, p_cu_q, B, T_q, i_h, i_block, blocks, first_v, 0.0, DV, BDV, BM)
+            if not WIDE or first_v == 0:
+                _clear_after(p_lse, p_cu_q, B, T_q, i_h, i_block, blocks, 0, float("-inf"), 1, 1, BM)
             return
     t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
     t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
@@ -406,64 +472,32 @@ def attention_forward_kernel(
     offset = (L_k - L_q) * lower
 
     i_q = first + tl.arange(0, BM)
-    b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
+    if WIDE:
+        b_q = tl.zeros([BM, BD], p_q.dtype.element_ty)
+    else:
+        b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
     b_acc = tl.zeros([BM, BDV], ACC)
     b_max = tl.full([BM], float("-inf"), ACC)
     b_sum = tl.zeros([BM], ACC)
     begin, whole, until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
     if LEFT:
         b_acc, b_max, b_sum = _attend(
-            *(
-                b_acc,
-                b_max,
-                b_sum,
-                b_q,
-                begin,
-                whole,
-                first,
-                i_q,
-                L_k,
-                p_k,
-                p_v,
-                s_kt,
-                s_kd,
-                s_vt,
-                s_vd,
-                offset,
-                left,
-                right,
-            ),
-            *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
-            *(True, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
+            *(b_acc, b_max, b_sum, b_q, begin, whole, first, i_q, L_q, L_k, first_v, p_q, p_k, p_v),
+            *(s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+            *(slope, scale, cap, seed, i_bh, threshold, True, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+            *(PRECISION, D, DV, BD, BDV, BN),
         )
     b_acc, b_max, b_sum = _attend(
-        *(
-            b_acc,
-            b_max,
-            b_sum,
-            b_q,
-            whole,
-            until,
-            first,
-            i_q,
-            L_k,
-            p_k,
-            p_v,
-            s_kt,
-            s_kd,
-            s_vt,
-            s_vd,
-            offset,
-            left,
-            right,
-        ),
-        *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
-        *(False, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
+        *(b_acc, b_max, b_sum, b_q, whole, until, first, i_q, L_q, L_k, first_v, p_q, p_k, p_v),
+        *(s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+        *(slope, scale, cap, seed, i_bh, threshold, False, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+        *(PRECISION, D, DV, BD, BDV, BN),
     )
     b_acc, b_max, b_sum = _attend(
-        *(b_acc, b_max, b_sum, b_q, until, end, first, i_q, L_k, p_k, p_v, s_kt, s_kd, s_vt, s_vd, offset, left, right),
-        *(p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold),
-        *(True, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BN),
+        *(b_acc, b_max, b_sum, b_q, until, end, first, i_q, L_q, L_k, first_v, p_q, p_k, p_v),
+        *(s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
+        *(slope, scale, cap, seed, i_bh, threshold, True, PACKED, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
+        *(PRECISION, D, DV, BD, BDV, BN),
     )
 
     if LEFT or RIGHT or p_mask is not None:
@@ -475,8 +509,14 @@ def attention_forward_kernel(
             for kind in range(4):
                 b_part = tl.zeros([BM, BDV], ACC)
                 for first_k in tl.range(begin, end, FEW, num_stages=1, disable_licm=True):
-                    b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, FEW)
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
+                    if WIDE:
+                        b_s = _product(
+                            *(p_q, first, L_q, s_qt, s_qd, p_k, first_k, L_k, s_kt, s_kd, ACC, PRECISION),
+                            *(D, BD, BM, FEW),
+                        )
+                    else:
+                        b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, FEW)
+                        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
                     i_k = first_k + tl.arange(0, FEW)
                     b_s, _ = _score(
                         b_s,
@@ -488,7 +528,7 @@ def attention_forward_kernel(
                         b_p = tl.where(_kept(seed, i_q, first_k, i_bh, threshold, False, FEW), b_p, 0.0)
                     m_row = tl.where(kind == 3, (b_p == 0) & (b_s != float("-inf")), b_p > 0)
                     b_p = tl.where(kind == 0, b_p, m_row.to(ACC))
-                    b_v = _tile(p_v, first_k, L_k, s_vt, s_vd, False, DV, BDV, FEW)
+                    b_v = _chunk(p_v, first_k, L_k, first_v, s_vt, s_vd, DV, BDV, FEW)
                     m_finite = tl.abs(b_v) < float("inf")
                     m_kind = (m_finite == 0) & ((kind == 3) | (tl.where(kind == 1, b_v, -b_v) != float("-inf")))
                     b_v = tl.where(kind == 0, tl.where(m_finite, b_v, 0.0), m_kind.to(b_v.dtype))
@@ -507,12 +547,12 @@ def attention_forward_kernel(
     b_out = tl.where(m_real[:, None], b_out, 0.0)
     b_lse = tl.where(m_real, b_lse, float("-inf"))
     o_row = (i_bq * H + i_h) * T_q + t_q + first
-    i_d = tl.arange(0, BDV)
+    i_d = first_v + tl.arange(0, BDV)
     o_out = tl.arange(0, BM)[:, None] * DV + i_d[None, :]
     m_row = i_q < rows
     m_out = m_row[:, None] if DV == BDV else m_row[:, None] & (i_d < DV)[None, :]
     tl.store(p_out + o_row * DV + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_lse + o_row + tl.arange(0, BM), b_lse, mask=m_row)
+    tl.store(p_lse + o_row + tl.arange(0, BM), b_lse, mask=m_row if not WIDE else m_row & (first_v == 0))
 
 
 # ---- backward
@@ -608,13 +648,13 @@ def attention_normaliser_kernel(
     slope = tl.load(p_slopes + i_b.to(tl.int64) * s_slope + i_h).to(ACC) if ALIBI else scale
     offset = (L_k - L_q) * lower
     if tl.max(m_huge.to(tl.int32), 0) != 0:
-        b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
         b_max = tl.full([BM], float("-inf"), ACC)
         b_sum = tl.zeros([BM], ACC)
         begin, _whole, _until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
         for first_k in tl.range(begin, end, BN, num_stages=1, disable_licm=True):
-            b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, BN)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
+            b_s = _product(
+                *(p_q, first, L_q, s_qt, s_qd, p_k, first_k, L_k, s_kt, s_kd, ACC, PRECISION, D, BD, BM, BN),
+            )
             i_k = first_k + tl.arange(0, BN)
             b_s, _ = _score(
                 b_s,
@@ -635,7 +675,7 @@ def attention_normaliser_kernel(
 def _step_to_rows(
     b_dq,  # [BM, BD]
     b_dlse,  # [BM], of weights
-    b_q,
+    b_q,  # unless heads are wide, and b_do
     b_do,
     b_base,  # [BM] log2 of the sums
     b_rest,  # [BM] what is beside it, with a float mask
@@ -646,14 +686,21 @@ def _step_to_rows(
     i_q,
     L_q,
     L_k,
+    first_d,  # column of the gradient
+    p_q,
     p_k,
     p_v,
+    p_dout,
     p_dw,  # of these rows: gradient of the weights, or None
     p_ds,  # of these rows: gradient of the mask, or None
+    s_qt,
+    s_qd,
     s_kt,
     s_kd,
     s_vt,
     s_vd,
+    s_ot,
+    s_od,
     offset,
     left,
     right,
@@ -687,10 +734,18 @@ def _step_to_rows(
     ACC: tl.constexpr = b_dq.dtype
     PLAIN: tl.constexpr = not (EDGE or CAP or ALIBI or p_mask is not None)
     EXACT: tl.constexpr = b_q.dtype.primitive_bitwidth >= 32
+    WIDE: tl.constexpr = D > BD or DV > BDV
+    BM: tl.constexpr = b_dq.shape[0]
     for first in tl.range(begin, end, BN, disable_licm=EDGE or LEAN):
         i_k = first + tl.arange(0, BN)
-        b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
+        if WIDE:
+            b_s = _product(
+                *(p_q, first_q, L_q, s_qt, s_qd, p_k, first, L_k, s_kt, s_kd, ACC, PRECISION, D, BD, BM, BN),
+            )
+            b_k = _chunk(p_k, first, L_k, first_d, s_kt, s_kd, D, BD, BN)
+        else:
+            b_k = _tile(p_k, first, L_k, s_kt, s_kd, not EDGE, D, BD, BN)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
         if PLAIN:
             b_t = b_s
             b_p = tl.exp2(b_s * (scale * _LOG2E) - b_base[:, None])
@@ -704,6 +759,10 @@ def _step_to_rows(
         if p_dw is not None:
             o_w = (i_q - first_q)[:, None] * T_mk + i_k[None, :]
             b_dp = tl.load(p_dw + o_w, mask=(i_q < L_q)[:, None] & (i_k < L_k)[None, :], other=0.0).to(ACC)
+        elif WIDE:
+            b_dp = _product(
+                *(p_dout, first_q, L_q, s_ot, s_od, p_v, first, L_k, s_vt, s_vd, ACC, PRECISION, DV, BDV, BM, BN),
+            )
         else:
             b_v = _tile(p_v, first, L_k, s_vt, s_vd, not EDGE, DV, BDV, BN)
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=ACC)
@@ -717,6 +776,8 @@ def _step_to_rows(
         if p_ds is not None:
             o_w = (i_q - first_q)[:, None] * T_mk + i_k[None, :]
             m_w = (i_q < L_q)[:, None] & (i_k < L_k)[None, :]
+            if WIDE:
+                m_w = m_w & (first_d == 0)
             tl.store(p_ds + o_w, b_ds.to(p_ds.dtype.element_ty), mask=m_w)
         if CAP:
             b_ds = b_ds * (1.0 - b_t * b_t)
@@ -800,6 +861,8 @@ def attention_backward_rows_kernel(
     DROPOUT: tl.constexpr = p_seed is not None
     PACKED: tl.constexpr = p_cu_q is not None
     WEIGHTS: tl.constexpr = p_dw is not None
+    WIDE: tl.constexpr = D > BD or DV > BDV
+    first_d = tl.program_id(1) * BD if WIDE else 0
     i_block = tl.program_id(0) % blocks
     i_bh = tl.program_id(0) // blocks
     i_b = i_bh // H
@@ -808,9 +871,9 @@ def attention_backward_rows_kernel(
         i_block = blocks - 1 - i_block
     if PACKED:
         if i_b == B:
-            _clear_after(p_dq, p_cu_q, B, T_q, i_h, i_block, blocks, 0.0, D, BD, BM)
-            if WEIGHTS:
-                _clear_after(p_dlse, p_cu_q, B, T_q, i_h, i_block, blocks, 0.0, 1, 1, BM)
+            _clear_after(p_dq, p_cu_q, B, T_q, i_h, i_block, blocks, first_d, 0.0, D, BD, BM)
+            if WEIGHTS and (not WIDE or first_d == 0):
+                _clear_after(p_dlse, p_cu_q, B, T_q, i_h, i_block, blocks, 0, 0.0, 1, 1, BM)
             return
     t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
     t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
@@ -836,7 +899,10 @@ def attention_backward_rows_kernel(
 
     i_q = first + tl.arange(0, BM)
     o_row = (i_bq * H + i_h) * T_q + t_q
-    b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
+    if WIDE:
+        b_q = tl.zeros([BM, BD], p_q.dtype.element_ty)
+    else:
+        b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
     b_base, b_rest = _log2_sum(p_lse + o_row, None if p_rest is None else p_rest + o_row, i_q, L_q, ACC)
     b_delta = tl.zeros([BM], ACC)
     b_do = b_q
@@ -845,88 +911,73 @@ def attention_backward_rows_kernel(
     else:
         p_v += i_bq * s_vb + i_hk * s_vh + t_k * s_vt
         p_dout += i_bq * s_ob + i_h.to(tl.int64) * s_oh + t_q * s_ot
-        b_do = _tile(p_dout, first, L_q, s_ot, s_od, False, DV, BDV, BM)
-        b_out = _tile(p_out + o_row * DV, first, L_q, DV, 1, False, DV, BDV, BM)
-        b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
+        if WIDE:
+            for column in range(0, DV, BDV):
+                b_x = _chunk(p_dout, first, L_q, column, s_ot, s_od, DV, BDV, BM)
+                b_y = _chunk(p_out + o_row * DV, first, L_q, column, DV, 1, DV, BDV, BM)
+                b_delta += tl.sum(b_x.to(ACC) * b_y.to(ACC), 1)
+        else:
+            b_do = _tile(p_dout, first, L_q, s_ot, s_od, False, DV, BDV, BM)
+            b_out = _tile(p_out + o_row * DV, first, L_q, DV, 1, False, DV, BDV, BM)
+            b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
         if p_dlse is not None:
             b_delta -= tl.load(p_dlse + o_row + i_q, mask=i_q < L_q, other=0.0)
-        tl.store(p_delta + o_row + i_q, b_delta, mask=i_q < L_q)
+        tl.store(p_delta + o_row + i_q, b_delta, mask=i_q < L_q if not WIDE else (i_q < L_q) & (first_d == 0))
     b_dq = tl.zeros([BM, BD], ACC)
     b_dlse = tl.zeros([BM], ACC)
     begin, whole, until, end = _seen_keys(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
     if LEFT:
         b_dq, b_dlse = _step_to_rows(
-            *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, begin, whole, first, i_q, L_q, L_k, p_k, p_v),
-            *(p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-            *(slope, scale, cap, seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
-            *(PRECISION, D, DV, BD, BDV, BN),
+            *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, begin, whole, first, i_q, L_q, L_k, first_d),
+            *(p_q, p_k, p_v, p_dout, p_dw, p_ds, s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, s_ot, s_od),
+            *(offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
+            *(seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+            *(D, DV, BD, BDV, BN),
         )
     b_dq, b_dlse = _step_to_rows(
-        *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, whole, until, first, i_q, L_q, L_k, p_k, p_v),
-        *(p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-        *(slope, scale, cap, seed, i_bh, threshold, rescale, False, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
-        *(PRECISION, D, DV, BD, BDV, BN),
+        *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, whole, until, first, i_q, L_q, L_k, first_d),
+        *(p_q, p_k, p_v, p_dout, p_dw, p_ds, s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, s_ot, s_od),
+        *(offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
+        *(seed, i_bh, threshold, rescale, False, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+        *(D, DV, BD, BDV, BN),
     )
     b_dq, b_dlse = _step_to_rows(
-        *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, until, end, first, i_q, L_q, L_k, p_k, p_v),
-        *(p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-        *(slope, scale, cap, seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT),
-        *(PRECISION, D, DV, BD, BDV, BN),
+        *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, until, end, first, i_q, L_q, L_k, first_d),
+        *(p_q, p_k, p_v, p_dout, p_dw, p_ds, s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, s_ot, s_od),
+        *(offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
+        *(seed, i_bh, threshold, rescale, True, PACKED, False, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+        *(D, DV, BD, BDV, BN),
     )
     if LEFT or RIGHT or p_mask is not None:
         # As forward: what is no number may be a key that the row does not see.
         if _has_nan(b_dq):
+            b_dq, b_dlse = tl.zeros([BM, BD], ACC), tl.zeros([BM], ACC)
             b_dq, b_dlse = _step_to_rows(
-                *(
-                    tl.zeros([BM, BD], ACC),
-                    tl.zeros([BM], ACC),
-                    b_q,
-                    b_do,
-                    b_base,
-                    b_rest,
-                    b_delta,
-                    begin,
-                    end,
-                    first,
-                    i_q,
-                    L_q,
-                    L_k,
-                ),
-                *(p_k, p_v, p_dw, p_ds, s_kt, s_kd, s_vt, s_vd, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
-                *(
-                    slope,
-                    scale,
-                    cap,
-                    seed,
-                    i_bh,
-                    threshold,
-                    rescale,
-                    True,
-                    PACKED,
-                    True,
-                    LEFT,
-                    RIGHT,
-                    CAP,
-                    ALIBI,
-                    DROPOUT,
-                ),
-                *(PRECISION, D, DV, BD, BDV, BN),
+                *(b_dq, b_dlse, b_q, b_do, b_base, b_rest, b_delta, begin, end, first, i_q, L_q, L_k, first_d),
+                *(p_q, p_k, p_v, p_dout, p_dw, p_ds, s_qt, s_qd, s_kt, s_kd, s_vt, s_vd, s_ot, s_od),
+                *(offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
+                *(seed, i_bh, threshold, rescale, True, PACKED, True, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION),
+                *(D, DV, BD, BDV, BN),
             )
     m_row = i_q < rows
-    i_d = tl.arange(0, BD)
+    i_d = first_d + tl.arange(0, BD)
     b_dq = tl.where((i_q < L_q)[:, None], b_dq * scale, 0.0)
     m_dq = m_row[:, None] if D == BD else m_row[:, None] & (i_d < D)[None, :]
     o_dq = (o_row + first) * D + (tl.arange(0, BM)[:, None] * D + i_d[None, :])
     tl.store(p_dq + o_dq, b_dq.to(p_dq.dtype.element_ty), mask=m_dq)
     if WEIGHTS:
-        tl.store(p_dlse + o_row + i_q, tl.where(i_q < L_q, b_dlse, 0.0), mask=m_row)
+        tl.store(
+            p_dlse + o_row + i_q,
+            tl.where(i_q < L_q, b_dlse, 0.0),
+            mask=m_row if not WIDE else m_row & (first_d == 0),
+        )
 
 
 @triton.jit
 def _step_to_keys(
     b_dk,  # [BN, BD]
     b_dv,  # [BN, BDV]
-    b_k,
+    b_k,  # unless heads are wide, and b_v
     b_v,
     begin,
     whole,
@@ -936,7 +987,11 @@ def _step_to_keys(
     first_k,
     L_q,
     L_k,
+    first_d,  # columns of the gradients
+    first_v,
     p_q,  # of this batch and head
+    p_k,
+    p_v,
     p_dout,
     p_dw,
     p_lse,
@@ -948,6 +1003,10 @@ def _step_to_keys(
     o_mask,
     s_qt,
     s_qd,
+    s_kt,
+    s_kd,
+    s_vt,
+    s_vd,
     s_ot,
     s_od,
     offset,
@@ -981,6 +1040,7 @@ def _step_to_keys(
     ACC: tl.constexpr = b_dk.dtype
     EXTRA: tl.constexpr = CAP or ALIBI or p_mask is not None
     EXACT: tl.constexpr = b_k.dtype.primitive_bitwidth >= 32
+    WIDE: tl.constexpr = D > BD or DV > BDV
     p_lse += o_row
     if p_rest is not None:
         p_rest += o_row
@@ -993,8 +1053,14 @@ def _step_to_keys(
         p_mask += o_mask
     for first in tl.range(begin, end, BM, disable_licm=True):
         i_q = first + tl.arange(0, BM)
-        b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=ACC)
+        if WIDE:
+            b_s = _product(
+                *(p_k, first_k, L_k, s_kt, s_kd, p_q, first, L_q, s_qt, s_qd, ACC, PRECISION, D, BD, BN, BM),
+            )
+            b_q = _chunk(p_q, first, L_q, first_d, s_qt, s_qd, D, BD, BM)
+        else:
+            b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=ACC)
         b_base, b_rest = _log2_sum(p_lse, p_rest, i_q, L_q, ACC)
         b_t = b_s
         if EXTRA:
@@ -1026,10 +1092,18 @@ def _step_to_keys(
                 b_dp = tl.where(m_kept, b_dp * rescale, 0.0)
             b_ds = b_p * b_dp
         else:
-            b_do = _tile(p_dout, first, L_q, s_ot, s_od, False, DV, BDV, BM)
+            if WIDE:
+                b_do = _chunk(p_dout, first, L_q, first_v, s_ot, s_od, DV, BDV, BM)
+            else:
+                b_do = _tile(p_dout, first, L_q, s_ot, s_od, False, DV, BDV, BM)
             b_w = tl.where(m_kept, b_p, 0.0) if DROPOUT else b_p
             b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION, out_dtype=ACC)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION, out_dtype=ACC)
+            if WIDE:
+                b_dp = _product(
+                    *(p_v, first_k, L_k, s_vt, s_vd, p_dout, first, L_q, s_ot, s_od, ACC, PRECISION, DV, BDV, BN, BM),
+                )
+            else:
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION, out_dtype=ACC)
             if DROPOUT:
                 b_dp = tl.where(m_kept, b_dp * rescale, 0.0)
             b_delta = tl.load(p_delta + i_q, mask=i_q < L_q, other=0.0)
@@ -1118,15 +1192,18 @@ def attention_backward_keys_kernel(
     ALIBI: tl.constexpr = p_slopes is not None
     DROPOUT: tl.constexpr = p_seed is not None
     WEIGHTS: tl.constexpr = p_dw is not None
+    WIDE: tl.constexpr = D > BD or DV > BDV
+    first_d = tl.program_id(1) * BD if WIDE else 0
+    first_v = tl.program_id(1) * BDV if WIDE else 0
     i_block = tl.program_id(0) % blocks
     heads = H // G
     i_b = tl.program_id(0) // blocks // heads
     i_hk = tl.program_id(0) // blocks % heads
     if p_cu_k is not None:
         if i_b == B:
-            _clear_after(p_dk, p_cu_k, B, T_k, i_hk, i_block, blocks, 0.0, D, BD, BN)
+            _clear_after(p_dk, p_cu_k, B, T_k, i_hk, i_block, blocks, first_d, 0.0, D, BD, BN)
             if not WEIGHTS:
-                _clear_after(p_dv, p_cu_k, B, T_k, i_hk, i_block, blocks, 0.0, DV, BDV, BN)
+                _clear_after(p_dv, p_cu_k, B, T_k, i_hk, i_block, blocks, first_v, 0.0, DV, BDV, BN)
             return
     t_q, L_q = _sequence(p_cu_q, p_q_lengths, i_b, T_q)
     t_k, L_k = _sequence(p_cu_k, p_k_lengths, i_b, T_k)
@@ -1146,12 +1223,16 @@ def attention_backward_keys_kernel(
     offset = (L_k - L_q) * lower
 
     i_k = first + tl.arange(0, BN)
-    b_k = _tile(p_k, first, L_k, s_kt, s_kd, False, D, BD, BN)
+    if WIDE:
+        b_k = tl.zeros([BN, BD], p_q.dtype.element_ty)
+    else:
+        b_k = _tile(p_k, first, L_k, s_kt, s_kd, False, D, BD, BN)
     b_v = b_k
     if not WEIGHTS:
         p_v += i_bq * s_vb + i_hk.to(tl.int64) * s_vh + t_k * s_vt
         p_dout += i_bq * s_ob + t_q * s_ot
-        b_v = _tile(p_v, first, L_k, s_vt, s_vd, False, DV, BDV, BN)
+        if not WIDE:
+            b_v = _tile(p_v, first, L_k, s_vt, s_vd, False, DV, BDV, BN)
     b_dk = tl.zeros([BN, BD], ACC)
     b_dv = tl.zeros([BN, BDV], ACC)
     begin, whole, until, end = _seeing_rows(first, L_q, L_k, offset, left, right, LEFT, RIGHT, BM, BN)
@@ -1165,22 +1246,22 @@ def attention_backward_keys_kernel(
         o_row = (i_bq * H + i_h) * T_q + t_q
         slope = tl.load(p_slopes + i_b.to(tl.int64) * s_slope + i_h).to(ACC) if ALIBI else scale
         b_dk, b_dv = _step_to_keys(
-            *(b_dk, b_dv, b_k, b_v, begin, whole, until, end, i_k, first, L_q, L_k, p_qh, p_dout, p_dw),
-            *(p_lse, p_rest, p_delta, o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_ot, s_od, offset, left, right, p_mask),
-            *(s_mq, s_mk, T_mq, T_mk, slope, scale, cap, seed, i_bh, threshold, rescale, LEFT, RIGHT, CAP, ALIBI),
-            *(DROPOUT, PRECISION, D, DV, BD, BDV, BM, BN),
+            *(b_dk, b_dv, b_k, b_v, begin, whole, until, end, i_k, first, L_q, L_k, first_d, first_v),
+            *(p_qh, p_k, p_v, p_dout, p_dw, p_lse, p_rest, p_delta, o_do, o_dw, o_row, o_mask, s_qt, s_qd, s_kt, s_kd),
+            *(s_vt, s_vd, s_ot, s_od, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk, slope, scale, cap),
+            *(seed, i_bh, threshold, rescale, LEFT, RIGHT, CAP, ALIBI, DROPOUT, PRECISION, D, DV, BD, BDV, BM, BN),
         )
     m_row = i_k < rows
     m_real = (i_k < L_k)[:, None]
     o_row = (i_bq * heads + i_hk) * T_k + t_k + first
     o_t = tl.arange(0, BN)[:, None]
-    i_d = tl.arange(0, BD)
-    m_dk = m_row[:, None] if D == BD else m_row[:, None] & (i_d < D)[None, :]
+    i_d = first_d + tl.arange(0, BD)
+    m_dk = m_row[:, None] if D == BD and not WIDE else m_row[:, None] & (i_d < D)[None, :]
     b_dk = tl.where(m_real, b_dk * scale, 0.0).to(p_dk.dtype.element_ty)
     tl.store(p_dk + o_row * D + (o_t * D + i_d[None, :]), b_dk, mask=m_dk)
     if not WEIGHTS:
-        i_d = tl.arange(0, BDV)
-        m_dv = m_row[:, None] if DV == BDV else m_row[:, None] & (i_d < DV)[None, :]
+        i_d = first_v + tl.arange(0, BDV)
+        m_dv = m_row[:, None] if DV == BDV and not WIDE else m_row[:, None] & (i_d < DV)[None, :]
         if DROPOUT:
             b_dv = b_dv * rescale
         b_dv = tl.where(m_real, b_dv, 0.0).to(p_dv.dtype.element_ty)
@@ -1264,9 +1345,9 @@ def attention_weights_kernel(
     offset = (L_k - L_q) * lower
     i_q = first + tl.arange(0, BM)
     i_k = first_k + tl.arange(0, BN)
-    b_q = _tile(p_q, first, L_q, s_qt, s_qd, False, D, BD, BM)
-    b_k = _tile(p_k, first_k, L_k, s_kt, s_kd, False, D, BD, BN)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
+    b_s = _product(
+        *(p_q, first, L_q, s_qt, s_qd, p_k, first_k, L_k, s_kt, s_kd, ACC, PRECISION, D, BD, BM, BN),
+    )
     b_s, _ = _score(
         b_s,
         *(first, i_q[:, None], i_k[None, :], L_k, offset, left, right, p_mask, s_mq, s_mk, T_mq, T_mk),
@@ -1389,11 +1470,11 @@ def attention_mask_gradient_kernel(
             i_hk = (i_h // G).to(tl.int64)
             i_q = first + tl.arange(0, BM)
             i_k = first_k + tl.arange(0, BN)
-            b_q = _tile(
-                p_q + i_bq * s_qb + i_h.to(tl.int64) * s_qh + t_q * s_qt, first, L_q, s_qt, s_qd, False, D, BD, BM
+            p_qh = p_q + i_bq * s_qb + i_h.to(tl.int64) * s_qh + t_q * s_qt
+            p_kh = p_k + i_bq * s_kb + i_hk * s_kh + t_k * s_kt
+            b_s = _product(
+                *(p_qh, first, L_q, s_qt, s_qd, p_kh, first_k, L_k, s_kt, s_kd, ACC, PRECISION, D, BD, BM, BN),
             )
-            b_k = _tile(p_k + i_bq * s_kb + i_hk * s_kh + t_k * s_kt, first_k, L_k, s_kt, s_kd, False, D, BD, BN)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)
             slope = tl.load(p_slopes + i_b.to(tl.int64) * s_slope + i_h).to(ACC) if ALIBI else scale
             p_m = p_mask + i_b.to(tl.int64) * s_mb + i_h.to(tl.int64) * s_mh
             b_s, _ = _score(
@@ -1409,9 +1490,10 @@ def attention_mask_gradient_kernel(
                 b_dp = tl.load(p_dw + o_w, mask=(i_q < L_q)[:, None] & (i_k < L_k)[None, :], other=0.0).to(ACC)
             else:
                 p_do = p_dout + i_bq * s_ob + i_h.to(tl.int64) * s_oh + t_q * s_ot
-                b_do = _tile(p_do, first, L_q, s_ot, s_od, False, DV, BDV, BM)
-                b_v = _tile(p_v + i_bq * s_vb + i_hk * s_vh + t_k * s_vt, first_k, L_k, s_vt, s_vd, False, DV, BDV, BN)
-                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=ACC)
+                p_vh = p_v + i_bq * s_vb + i_hk * s_vh + t_k * s_vt
+                b_dp = _product(
+                    *(p_do, first, L_q, s_ot, s_od, p_vh, first_k, L_k, s_vt, s_vd, ACC, PRECISION, DV, BDV, BM, BN),
+                )
             if DROPOUT:
                 m_kept = _kept(seed, i_q, first_k, i_b * H + i_h, threshold, False, BN)
                 b_dp = tl.where(m_kept, b_dp * rescale, 0.0)
@@ -1477,7 +1559,10 @@ SMALL: dict[tuple[str, int], tuple[Config, ...]] = {
     (KEYS, 2): (Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
 }
 WARPGROUPS = 200 << 10  # bytes of shared memory: sm_90 and later have more
-LARGEST = {2: 512, 4: 512, 8: 256}  # head size, by bytes of an element
+LARGEST = {2: 512, 4: 512, 8: 256}  # head size that is no wide one, by bytes of an element
+# Of wide heads: columns that are read at a time, and a program's tiles of every kernel.
+CHUNK = {2: 128, 4: 64, 8: 32}
+WIDE = {2: Config(64, 64, 8, 1), 4: Config(32, 32, 8, 1), 8: Config(16, 16, 4, 1)}
 
 
 def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config, roomy: bool = False) -> int:
@@ -1492,6 +1577,8 @@ def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config, roomy:
 @functools.cache
 def config(kernel: str, dtype: torch.dtype, D: int, Dv: int, roomy: bool = False, shared: int = 227 << 10) -> Config:
     """The largest that so many bytes of shared memory hold."""
+    if is_wide(dtype, D, Dv):
+        return WIDE[dtype.itemsize]
     BD, BDV = padded(D), padded(Dv)
     size = 0 if max(D, Dv) <= 64 else 1 if max(D, Dv) <= 128 else 2 if max(D, Dv) <= 256 else 3
     table = CONFIGS
@@ -1521,17 +1608,23 @@ def padded(D: int) -> int:
     return max(triton.next_power_of_2(D), 16)
 
 
-def unsupported(q: Tensor, v: Tensor | None = None) -> list[str]:
+def is_wide(dtype: torch.dtype, D: int, Dv: int) -> bool:
+    return max(D, Dv) > LARGEST[dtype.itemsize]
+
+
+def columns(dtype: torch.dtype, D: int, Dv: int) -> dict[str, int]:
+    """D and Dv, and how many columns a program has at a time."""
+    most = CHUNK[dtype.itemsize] if is_wide(dtype, D, Dv) else LARGEST[dtype.itemsize]
+    return dict(D=D, DV=Dv, BD=min(padded(D), most), BDV=min(padded(Dv), most))
+
+
+def unsupported(q: Tensor) -> list[str]:
     """Reasons why these kernels cannot take such inputs; an empty list: they can."""
     reasons = []
     if q.device.type != "cuda" and not _interpreted():
         reasons.append(f"the query is on {q.device}")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {q.dtype} is none of {', '.join(str(d) for d in DTYPES)}")
-    else:
-        size = max(q.shape[-1], q.shape[-1] if v is None else v.shape[-1])
-        if size > LARGEST[q.dtype.itemsize]:
-            reasons.append(f"head size {size} is above {LARGEST[q.dtype.itemsize]}, the most for {q.dtype}")
     return reasons
 
 
@@ -1637,7 +1730,7 @@ class _Call:
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
-        if reasons := unsupported(q, v):
+        if reasons := unsupported(q):
             raise NotImplementedError(f"attention: the Triton kernels do not run: {'; '.join(reasons)}")
         lengths, bounds = dict(q_lengths=q_lengths, k_lengths=k_lengths), dict(cu_q=cu_q, cu_k=cu_k)
         _check(q, k, v, attn_mask, alibi_slopes, lengths, bounds, dropout_p, seed)
@@ -1698,9 +1791,11 @@ class _Call:
             RIGHT=right < FAR,
             CAP=softcap > 0,
             PRECISION="tf32" if tf32 else "ieee",
-            D=self.D,
-            BD=padded(self.D),
         )
+        sizes = columns(q.dtype, self.D, self.DV)
+        self.arguments |= dict(D=self.D, BD=sizes["BD"])
+        self.of_values = dict(DV=self.DV, BDV=sizes["BDV"])
+        self.chunks = triton.cdiv(self.D, sizes["BD"]), triton.cdiv(self.DV, sizes["BDV"])
         if self.v is not None:
             self.arguments |= self.values(self.v)
 
@@ -1716,16 +1811,16 @@ class _Call:
         return dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), steps))
 
     def values(self, v: Tensor | None) -> dict[str, Any]:
-        return dict(p_v=v, DV=self.DV, BDV=padded(self.DV), **self.strides("v", v))
+        return dict(p_v=v, **self.of_values, **self.strides("v", v))
 
     def choose(self, kernel: str) -> Config:
         roomy = self.roomy or (kernel == KEYS and self.packed and self.Hk != self.H)
         return config(kernel, self.q.dtype, self.D, self.DV, roomy, _shared_memory(self.q.device))
 
-    def launch(self, kernel: Any, chosen: Config, programs: int, **arguments: Any) -> None:
+    def launch(self, kernel: Any, chosen: Config, programs: int, chunks: int, **arguments: Any) -> None:
         if programs:
             with torch.cuda.device_of(self.q):
-                kernel[(programs,)](**self.arguments, **chosen._asdict(), **arguments)
+                kernel[(programs, chunks)](**self.arguments, **chosen._asdict(), **arguments)
 
     def by_rows(self, BM: int) -> tuple[int, int]:
         """Blocks of rows in a head, and programs."""
@@ -1776,6 +1871,7 @@ class _Call:
             attention_mask_gradient_kernel,
             chosen,
             parts * tiles,
+            1,
             **(self.values(None) if self.v is None else {}),
             **self.strides("o", dout),
             **sums,
@@ -1826,6 +1922,7 @@ class _Call:
             attention_backward_rows_kernel,
             chosen,
             programs,
+            self.chunks[0],
             **common,
             p_out=out,
             p_dlse=dlse,
@@ -1839,6 +1936,7 @@ class _Call:
             attention_backward_keys_kernel,
             chosen,
             programs,
+            max(self.chunks),
             **common,
             p_dk=dk,
             p_dv=dv,
@@ -1905,7 +2003,7 @@ def attention_forward(
     lse = torch.empty(q.shape[:3], dtype=call.acc, device=q.device)
     chosen = call.choose(FORWARD)
     blocks, programs = call.by_rows(chosen.BM)
-    call.launch(attention_forward_kernel, chosen, programs, p_out=out, p_lse=lse, blocks=blocks)
+    call.launch(attention_forward_kernel, chosen, programs, call.chunks[1], p_out=out, p_lse=lse, blocks=blocks)
     return out, lse
 
 
@@ -1985,7 +2083,7 @@ def attention_weights(
     blocks = triton.cdiv(call.max_k, chosen.BN)
     programs = call.B * call.H * triton.cdiv(call.max_q, chosen.BM) * blocks
     sums = call.normaliser(lse.contiguous())
-    call.launch(attention_weights_kernel, chosen, programs, **sums, p_w=weights, blocks=blocks)
+    call.launch(attention_weights_kernel, chosen, programs, 1, **sums, p_w=weights, blocks=blocks)
     return weights
 
 
