@@ -191,6 +191,7 @@ py::dict explain_recurrent_cuda(const std::string& kind, const std::string& dtyp
     py::dict one;
     one["tier"] = cuda_tier_name(pass.tier);
     one["cluster"] = pass.cluster;
+    one["teams"] = pass.teams;
     one["rows"] = pass.rows;
     one["block"] = pass.block;
     one["workspace"] = pass.workspace;

@@ -335,6 +335,136 @@ def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
         check_layer(layer)
 
 
+AMPERE = {"major": 8}  # no clusters
+
+
+def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
+    """How a device of these settings walks a layer."""
+    device = {"major": 9, "multiprocessors": 8, "shared_bytes": 227 * 1024} | settings
+    return module().explain_recurrent_cuda(
+        kind=layer.kind,
+        dtype=str(layer.dtype).removeprefix("torch."),
+        T=layer.T,
+        B=layer.B,
+        D=layer.D,
+        H=layer.H,
+        directions=1 + layer.bidirectional,
+        options=False,
+        tf32=layer.dtype == torch.float32,
+        **device,
+    )
+
+
+def check_grid(layer: Layer, teams: tuple[int, int] | None = None, **settings: int) -> None:
+    """The grid tier takes both passes, as so many teams (and blocks of a team), and is right."""
+    settings = AMPERE | settings
+    before = module().set_tf32(layer.dtype == torch.float32)
+    try:
+        with machine(**settings):
+            device = {key: value for key, value in settings.items() if key not in ("races", "unwritten", "seed")}
+            device.pop("backward", None)
+            for found in plan_of(layer, device).values():
+                assert found["tier"] == "grid", found["reasons"]
+                assert teams is None or (found["teams"], found["cluster"]) == teams
+            check_layer(layer, tolerance=4e-3 if layer.dtype == torch.float32 else None)
+    finally:
+        module().set_tf32(before)
+
+
+HALF_TYPES_AND_TF32 = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d).removeprefix("torch.")
+)
+# Layers by a grid: multiprocessors, teams and blocks of a team.
+GRIDS = [
+    *(
+        (Layer(kind=kind, form=form, H=24, T=5, bidirectional=True), 8, (2, 2))
+        for kind, form in itertools.product(PLAIN, FORMS)
+    ),
+    (Layer(B=1, T=2, D=1, H=1, why="the smallest"), 8, (1, 1)),
+    (Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="from nothing, part of a pair"), 8, (1, 5)),
+    (Layer(B=5, T=4, H=40, why="two pairs of a block, one of them without units"), 2, (1, 2)),
+    (Layer(B=5, T=3, H=40, kind="gru", form="lengths", bidirectional=True, why="the same"), 4, (1, 2)),
+    (Layer(B=18, T=5, H=17, form="lengths", why="a team with three tiles"), 1, (1, 1)),
+    (Layer(B=9, T=5, H=16, kind="rnn_tanh", form="packed", why="a team with two tiles"), 1, (1, 1)),
+    (Layer(B=21, T=4, H=24, kind="gru", form="packed", why="two pairs of a block, for fewer tiles"), 4, (3, 1)),
+    (Layer(B=37, T=3, H=33, kind="rnn_relu", form="lengths", why="teams with several tiles"), 6, (2, 3)),
+    *(
+        (Layer(kind=kind, form=form, H=16, T=6, bidirectional=True, options=("reset",)), 2, (1, 1))
+        for kind, form in (("lstm", "lengths"), ("gru", "packed"), ("rnn_relu", "dense"), ("lstm", "packed"))
+    ),
+]
+
+
+@HALF_TYPES_AND_TF32
+@pytest.mark.parametrize(("layer", "multiprocessors", "teams"), GRIDS, ids=str)
+@ONLY_EMULATED
+def test_grids(layer: Layer, multiprocessors: int, teams: tuple[int, int], dtype: torch.dtype) -> None:
+    check_grid(dataclasses.replace(layer, dtype=dtype), teams, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings"),
+    [
+        (Layer(B=2, T=3, H=264), {"multiprocessors": 9}),  # blocks of K in shared memory
+        (Layer(B=2, T=3, H=264), {"multiprocessors": 9, "shared_bytes": 150_000}),  # one there, another streamed
+        (Layer(B=3, T=3, H=264, kind="gru", form="lengths"), {"multiprocessors": 9, "shared_bytes": 102_000}),
+        (Layer(B=2, T=2, H=392), {"multiprocessors": 13, "shared_bytes": 102_000}),  # streamed in both passes
+    ],
+    ids=str,
+)
+@ONLY_EMULATED
+def test_weights_that_registers_do_not_hold(layer: Layer, settings: dict[str, int]) -> None:
+    check_grid(dataclasses.replace(layer, dtype=torch.float32), **settings)
+
+
+@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("multiprocessors", [2, 6])
+@ONLY_EMULATED
+def test_grids_in_any_order(kind: str, multiprocessors: int, mode: dict[str, int]) -> None:
+    """Two slots of what blocks tell each other suffice, whoever comes first: one tile of a team, and several."""
+    layer = Layer(kind=kind, B=18, T=6, D=4, H=40, form="lengths", dtype=torch.float16)
+    check_grid(layer, multiprocessors=multiprocessors, **mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", PLAIN)
+@ONLY_EMULATED
+def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    """In any order of threads, on devices cut in other ways, and in any batch; as launches of a step do but for
+    rounding."""
+    layer = Layer(kind=kind, B=11, T=4, H=40, form="lengths", dtype=dtype)
+    of = inputs_of(layer)
+    few = dataclasses.replace(
+        of,
+        x=of.x[:, 2:5],
+        states=[s[:, 2:5] for s in of.states if s is not None],
+        lengths=of.lengths[2:5],  # type: ignore[index]
+    )
+
+    def run(of: Inputs, **settings: int) -> list[Tensor]:
+        with machine(**(AMPERE | settings)):
+            kept = forward(layer, of)
+            upstream = [torch.ones_like(t) for t in kept[: 1 + len(of.states)]]
+            return [t for t in (*kept[: len(upstream)], *backward(layer, of, kept, upstream)) if t is not None]
+
+    before = module().set_tf32(True)
+    try:
+        first = run(of)
+        for settings in ({}, {"seed": 5}, {"backward": 1}, {"multiprocessors": 2}, {"multiprocessors": 6}):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(of, **settings)))
+        assert torch.equal(run(few)[0], first[0][:, 2:5])
+        clipped = dataclasses.replace(
+            of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0]}
+        )  # the grid has no clip
+        for one, other in zip(first, run(clipped)):
+            check(
+                one, other.double(), dtype, "of launches of a step", TOLERANCE[dtype] if dtype.itemsize == 2 else 4e-3
+            )
+    finally:
+        module().set_tf32(before)
+
+
 @pytest.mark.parametrize("layer", [Layer(kind="gru_before", T=3), Layer(form="packed", T=3, B=18)], ids=str)
 @ONLY_EMULATED
 def test_steps_without_races(layer: Layer) -> None:
@@ -371,14 +501,26 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="bfloat16", B=16, T=1024, D=256, H=256), ("cluster", 8), ("cluster", 8), None),
         (dict(dtype="bfloat16", B=64, T=100, D=256, H=512), ("cluster", 16), ("cluster", 16), None),
         (dict(dtype="bfloat16", B=16, T=100, D=256, H=768), ("cluster", 16), ("cluster", 16), None),
-        (dict(dtype="bfloat16", B=16, T=100, D=256, H=1024), ("steps", 1), ("steps", 1), "at most 768"),
-        (dict(dtype="float32", B=16, T=8, D=64, H=768, tf32=True), ("steps", 1), ("steps", 1), "do not fit"),
+        (dict(dtype="bfloat16", B=16, T=100, D=256, H=1024), ("grid", 64), ("grid", 64), "at most 768"),
+        (dict(dtype="bfloat16", B=256, T=8, D=256, H=1024), ("grid", 64), ("grid", 32), "at most 768"),
+        (dict(dtype="bfloat16", B=999, T=8, D=256, H=1024), ("steps", 1), ("steps", 1), "tiles of 8 sequences"),
+        (
+            dict(dtype="bfloat16", B=8, T=8, D=8, H=800, major=8, shared_bytes=8_000),
+            ("steps", 1),
+            ("steps", 1),
+            "need",
+        ),
+        (dict(dtype="bfloat16", B=64, T=8, D=256, H=2048), ("grid", 128), ("grid", 128), "at most 768"),
+        (dict(dtype="bfloat16", B=8, T=8, D=256, H=4096), ("grid", 128), ("grid", 128), "at most 768"),
+        (dict(dtype="bfloat16", B=64, T=8, D=256, H=4096), ("steps", 1), ("steps", 1), "one after the other"),
+        (dict(dtype="bfloat16", B=8, T=8, D=256, H=8192), ("steps", 1), ("steps", 1), "at most 4224 on 132"),
+        (dict(dtype="float32", B=16, T=8, D=64, H=768, tf32=True), ("grid", 48), ("grid", 48), "do not fit"),
         (dict(dtype="float16", B=65536, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "run at once"),
         (dict(dtype="float32", B=16, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "float16 or TF32"),
         (dict(dtype="float32", B=16, T=8, D=64, H=256, tf32=True), ("cluster", 8), ("cluster", 8), None),
-        (dict(dtype="float16", B=16, T=8, D=64, H=100), ("steps", 1), ("steps", 1), "multiple of 8"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=100), ("grid", 7), ("grid", 7), "multiple of 8"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, options=True), ("steps", 1), ("steps", 1), "options"),
-        (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("steps", 1), ("steps", 1), "compute capability"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("grid", 4), ("grid", 4), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
         (dict(dtype="float16", B=16, T=1, D=64, H=64), ("steps", 1), ("steps", 1), "one step"),
@@ -464,7 +606,7 @@ def test_same_bits_every_time() -> None:
 @ONLY_EMULATED
 def test_tiles_leave_no_trace(dtype: torch.dtype) -> None:
     """Products by large tiles, which fill a small device, and by small ones; sums over so many rows are cut."""
-    layer = Layer(B=330, T=4, D=24, H=8, form="lengths", dtype=dtype)
+    layer = Layer(kind="lstm_coupled", B=330, T=4, D=24, H=8, form="lengths", dtype=dtype)  # a launch a step
     of = inputs_of(layer)
     runs = []
     for multiprocessors in (1, 132):

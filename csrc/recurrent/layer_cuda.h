@@ -70,4 +70,12 @@ void forward_by_clusters(CellKind kind, const ForwardArgs& args, const CudaLayou
 void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
                           void* workspace, void* stream);
 
+// The grid tier, in recurrent_grid_cuda.cu, likewise.
+CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
+                         bool recompute, const CudaDevice& device);
+void forward_by_grid(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
+                     void* workspace, void* stream);
+void backward_by_grid(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
+                      void* workspace, void* stream);
+
 }  // namespace seqkernels::cuda

@@ -899,6 +899,8 @@ const char* cuda_tier_name(CudaTier tier) {
   switch (tier) {
     case CudaTier::kCluster:
       return "cluster";
+    case CudaTier::kGrid:
+      return "grid";
     case CudaTier::kSteps:
       return "steps";
     default:
@@ -932,8 +934,15 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
     plan.forward.reasons = plan.backward.reasons = missing;
     return plan;
   }
-  plan.forward = plan_cluster(kind, PassKind::kForward, args, layout, recompute, device);
-  plan.backward = plan_cluster(kind, PassKind::kBackward, args, layout, recompute, device);
+  const auto persistent = [&](PassKind pass) {
+    const CudaPlan::Pass cluster = plan_cluster(kind, pass, args, layout, recompute, device);
+    if (cluster.tier != CudaTier::kNone) return cluster;
+    CudaPlan::Pass grid = plan_grid(kind, pass, args, layout, recompute, device);
+    grid.reasons.insert(grid.reasons.begin(), cluster.reasons.begin(), cluster.reasons.end());
+    return grid;
+  };
+  plan.forward = persistent(PassKind::kForward);
+  plan.backward = persistent(PassKind::kBackward);
   const StepShape s(kind, args);
   if (plan.forward.tier == CudaTier::kNone) {
     Space space(nullptr);
@@ -941,6 +950,7 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
     of.carve(space, s);
     plan.forward.tier = CudaTier::kSteps;
     plan.forward.cluster = 1;
+    plan.forward.teams = 0;
     plan.forward.block = kStepThreads;
     plan.forward.workspace = space.bytes();
   }
@@ -950,6 +960,7 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
     of.carve(space, s, args, recompute);
     plan.backward.tier = CudaTier::kSteps;
     plan.backward.cluster = 1;
+    plan.backward.teams = 0;
     plan.backward.block = kStepThreads;
     plan.backward.workspace = space.bytes();
   }
@@ -961,6 +972,8 @@ void launch_recurrent_forward(CellKind kind, const ForwardArgs& args, const Cuda
   switch (plan.forward.tier) {
     case CudaTier::kCluster:
       return cuda::forward_by_clusters(kind, args, layout, plan.forward, workspace, stream);
+    case CudaTier::kGrid:
+      return cuda::forward_by_grid(kind, args, layout, plan.forward, workspace, stream);
     case CudaTier::kSteps:
       return cuda::forward_by_steps(kind, args, layout, workspace, stream);
     default:
@@ -973,6 +986,8 @@ void launch_recurrent_backward(CellKind kind, const BackwardArgs& args, const Cu
   switch (plan.backward.tier) {
     case CudaTier::kCluster:
       return cuda::backward_by_clusters(kind, args, layout, plan.backward, workspace, stream);
+    case CudaTier::kGrid:
+      return cuda::backward_by_grid(kind, args, layout, plan.backward, workspace, stream);
     case CudaTier::kSteps:
       return cuda::backward_by_steps(kind, args, layout, workspace, stream);
     default:

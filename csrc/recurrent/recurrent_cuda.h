@@ -30,6 +30,7 @@ CudaDevice current_cuda_device();
 enum class CudaTier {
   kNone,
   kCluster,  // a cluster of blocks walks all steps of some sequences, the weights in its shared memory
+  kGrid,     // teams of blocks, one on each multiprocessor, do so; they tell each other their states in global memory
   kSteps,    // one launch a step (two of a cell with two products)
 };
 const char* cuda_tier_name(CudaTier tier);
@@ -42,7 +43,8 @@ bool set_allows_tf32(bool allow);
 struct CudaPlan {
   struct Pass {
     CudaTier tier;
-    int cluster, rows, block;          // blocks and sequences of a cluster, threads of a block
+    int cluster, rows, block;          // blocks and sequences of a cluster or of a team's tile, threads of a block
+    int teams;                         // of a direction
     int64_t workspace;                 // bytes
     std::vector<std::string> reasons;  // "<tier>: <why not>"
   } forward, backward;

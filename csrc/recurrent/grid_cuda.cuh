@@ -1,0 +1,452 @@
+// Layers walked by the whole device, for those whose weights are too many for a cluster (compute capability 8.0): one
+// cooperative launch for all steps, in which every block stays on its multiprocessor.
+//
+// Blocks form teams. A team has all the units of one direction, 16 or 32 to a block (one or two pairs of strips) with
+// all their gates and for all steps, and some of the tiles of up to 8 sequences; the fewer tiles the better, so the
+// device is cut in as many teams as it has room for. The 8 warps of a block share the sum over K. Weights stay in
+// registers, then in shared memory; what fits in neither is read from the second-level cache again at every step. A
+// team with several tiles takes them in turn at each step, so what one tile's blocks tell each other is under way while
+// the next tile's products are made.
+//
+// What blocks tell each other, h (backward: the gradients of the gates), goes through slots in global memory, in
+// fragment order, and each warp reads its share of K from there, past the first-level cache. Every pair counts in a
+// flag of its own, once for each of its four warps, what it has published for a tile, and a warp waits for the pairs
+// that its share of K comes from and for nobody else. There is no barrier of the grid.
+//
+// Two slots suffice. Let step s of a tile read slot s % 2, whose values were published at step s - 1 (or before the
+// first step), and publish into slot (s + 1) % 2. A block publishes step s after its barrier of step s. All its warps
+// have come to that barrier, each when it had waited for its share of what was published at step s - 1, and together
+// their shares are of all pairs. Each of these pairs published step s - 1 after its own block's barrier of step s - 1,
+// to which all warps of that block had come with their products made, which were the last reads of slot (s - 1) % 2 =
+// (s + 1) % 2. So when the values of step s are written, every warp of the team is done with what they overwrite. In
+// the same way no warp of a pair is counted for step s while another one of that pair is not counted for step s - 1:
+// the barrier of step s is between the two. So a flag that says 4 n says that all four have published n times.
+//
+// Partial sums have two places as well, used in turn: a warp writes a place again two products later, and the barrier
+// of the product between has seen all who read it.
+#pragma once
+
+#include "recurrent/persistent_cuda.cuh"
+
+namespace seqkernels::cuda {
+
+constexpr int kGridWarps = 8;  // of a block, which share K
+constexpr int kGridThreads = kGridWarps * kWarp;
+constexpr int kMostPairs = 2;  // of a block
+static_assert(kMostPairs * kPairWarps <= kGridWarps, "each pair has warps for its units");
+
+// Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
+// has. TF32 computes with the library's functions, which want more.
+template <class S>
+SK_HOST_DEVICE constexpr int grid_kept_blocks(int tiles) {
+  return (sizeof(S) == 4 ? 24 : 32) / (2 * tiles);
+}
+// Whether weights that do not fit are streamed: not by kernels of half types and one pair, which no multiprocessor with
+// 160 KiB of shared memory would ask to, and which need the registers.
+template <class S>
+SK_HOST_DEVICE constexpr bool grid_streams(int pairs) {
+  return sizeof(S) == 4 || pairs > 1;
+}
+// How many blocks ahead a lane asks for its pieces of a slot, which come from the second-level cache.
+SK_HOST_DEVICE constexpr int grid_ahead(int tiles) { return tiles > 4 ? 2 : tiles > 2 ? 4 : 6; }
+
+struct GridPlace {
+  void* slots;      // [2, directions, tiles, blocks of K, 32] pieces, zeros where there is no unit
+  uint32_t* flags;  // [directions, tiles, pairs], zeros
+  int teams;        // of a direction
+  int blocks;       // of a team
+  int in_shared;    // blocks of K that a warp has in shared memory
+};
+struct GridForwardArgs : PersistentForwardArgs {
+  GridPlace place;
+};
+struct GridBackwardArgs : PersistentBackwardArgs {
+  GridPlace place;
+};
+
+// Shared memory of a block that multiplies `tiles` times 16 units and has `turns` tiles of sequences. Of each thread
+// with a unit: pre-activations of `gates`, biases of `biases` of them, two numbers and `links` rows for each turn; and
+// what would take registers from the weights all the while.
+template <class S, class Arena>
+struct GridMemory {
+  Shared<S> weights;      // [kGridWarps, in_shared, tiles, 2, 32] pieces
+  Shared<float> ring;     // [kRing, gates, threads]
+  Shared<float> bias;     // [biases, threads]
+  Shared<float> partial;  // [2, kGridWarps, tiles, kSums]
+  Shared<float> states;   // [2, turns, threads]
+  Shared<int64_t> rows;   // [links, turns, threads]
+  Shared<int> units;      // [2, threads]: the unit, and its place in a slot
+  Shared<int> steps;      // [turns]
+  SK_HOST_DEVICE GridMemory(Arena& arena, int pairs, int64_t in_shared, int64_t tiles, int64_t turns, int64_t gates,
+                            int64_t biases, int64_t links)
+      : weights(arena.template array<S>(kGridWarps * in_shared * tiles * 2 * kBlockSize<S>, 128)),
+        ring(arena.template array<float>(kRing * gates * pairs * kSums)),
+        bias(arena.template array<float>(biases * pairs * kSums)),
+        partial(arena.template array<float>(2 * kGridWarps * tiles * kSums)),
+        states(arena.template array<float>(2 * turns * pairs * kSums)),
+        rows(arena.template array<int64_t>(links * turns * pairs * kSums)),
+        units(arena.template array<int>(2 * pairs * kSums)),
+        steps(arena.template array<int>(turns)) {}
+};
+
+// Where a lane stands in the grid: [directions, teams, blocks of a team].
+struct GridSeat : Seat {
+  int team, first_pair, pairs;  // of the block; of the layer
+  bool has_unit, alive;         // alive: it has a unit of a row of each tile, if not of a sequence
+  int turns;                    // tiles of the team
+
+  SK_DEVICE GridSeat(const PersistentArgs& args, const GridPlace& place, int pairs_of_block) {
+    const int64_t of_teams = block_index() / place.blocks;
+    team = static_cast<int>(of_teams % place.teams);
+    first_pair = static_cast<int>(block_index() % place.blocks) * pairs_of_block;
+    const int of_block = warp_index() / kPairWarps;
+    sit(args, static_cast<int>(of_teams / place.teams), first_pair + of_block);
+    pairs = (strips + 1) / 2;
+    has_unit = of_block < pairs_of_block && unit < args.layer.H;
+    alive = has_unit && row < rows;
+    turns = static_cast<int>((args.tiles - team + place.teams - 1) / place.teams);
+  }
+  SK_DEVICE int tile(const GridPlace& place, int turn) const { return team + turn * place.teams; }
+};
+
+// What a team's blocks tell each other: kGates values of each unit, those of a block of units side by side.
+template <class S, int kGates>
+struct Exchange {
+  static constexpr int kPairsOfBlock = kBlockK<S> / kPairUnits;  // whose units are a block of K
+  static_assert(kPairsOfBlock * kPairUnits == kBlockK<S>, "whole pairs");
+  const GridPlace& place;
+  int64_t slot_size, of_direction;  // elements of a slot, and before those of the direction
+  int tile_size, first_flag, pairs;
+  int theirs;      // in a tile: the lane's piece of its warp's first block
+  int first, end;  // pairs that publish the warp's share
+
+  // The warp's share: blocks [first_block, first_block + count).
+  SK_DEVICE Exchange(const PersistentArgs& args, const GridPlace& of, const GridSeat& seat, int blocks, int first_block,
+                     int count)
+      : place(of),
+        slot_size(args.layer.directions * args.tiles * blocks * kBlockSize<S>),
+        of_direction(seat.direction * args.tiles * blocks * kBlockSize<S>),
+        tile_size(blocks * kBlockSize<S>),
+        first_flag(static_cast<int>(seat.direction * args.tiles) * seat.pairs),
+        pairs(seat.pairs),
+        theirs(first_block * kBlockSize<S> + ((seat.g & (seat.rows - 1)) * 4 + seat.t) * kPiece<S>),
+        first(first_block / kGates * kPairsOfBlock),
+        end((first_block + count + kGates - 1) / kGates * kPairsOfBlock) {
+    if (end > pairs) end = pairs;
+    if (count == 0) end = first;
+  }
+  // Where the lane's unit is in a tile.
+  SK_DEVICE static int place_of(const GridSeat& seat) {
+    return seat.unit / kBlockK<S> *
+           (kGates * kBlockSize<S>)+static_cast<int>(place_in_strip<S>(seat.row, seat.unit % kBlockK<S>));
+  }
+  // mine: of the lane's unit; nowhere: it has none that anyone reads. All of a warp of `pair` come.
+  SK_DEVICE void publish(int tile, int slot, int pair, int mine, const S (&values)[kGates]) const {
+    if (mine >= 0) {
+      const Global<S> to = slots(tile, slot) + mine;
+      SK_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) store<Cache::kL2>(to, gate * kBlockSize<S>, values[gate]);
+    }
+    warp_sync();
+    if (lane_index() == 0 && pair < pairs) add_release(flags(), first_flag + tile * pairs + pair, uint32_t{1});
+  }
+  // Until all of the warp's share was published so many times.
+  SK_DEVICE void await(int tile, uint32_t times) const {
+    for (int pair = first + lane_index(); pair < end; pair += kWarp) {
+      wait_acquire(flags(), first_flag + tile * pairs + pair, times * kPairWarps);
+    }
+    warp_sync();
+  }
+  SK_DEVICE Global<const S> share(int tile, int slot) const { return slots(tile, slot) + theirs; }
+
+ private:
+  SK_DEVICE Global<S> slots(int tile, int slot) const {
+    return global<S>(place.slots, 2 * slot_size) +
+           (of_direction + static_cast<int64_t>(tile) * tile_size + (slot == 0 ? 0 : slot_size));
+  }
+  SK_DEVICE Global<uint32_t> flags() const { return global<uint32_t>(place.flags, slot_size / tile_size * pairs); }
+};
+constexpr int kNowhere = -1;
+
+// The weights of a block's warp, and how it multiplies them with its share of a slot. Blocks of K go by units first and
+// gates second, so that a share has few publishers. kSummed: gates of the 16 rows of weights, each with a sum of its
+// own; kOfK: gates along K.
+template <class S, int kPairs, int kSummed, int kOfK>
+struct GridFactors {
+  static constexpr int kTiles = kPairs * kSummed, kHeld = grid_kept_blocks<S>(kTiles);
+  static constexpr int kAhead = grid_ahead(kTiles);
+  Global<const S> weights;  // of the direction, the lane's first piece
+  int first_strip, last_strip, of_gate;
+  // One chain or two of every sum, the halves of each block: in the same order however the device is cut.
+  Factors<S, kTiles, kHeld, kSummed == 1 ? 2 : 1> factors;
+
+  SK_DEVICE GridFactors(const PersistentArgs& args, const GridPlace& place, const GridSeat& seat, int blocks,
+                        Shared<S> of_block)
+      : weights(global<const S>(args.weights, static_cast<int64_t>(args.layer.directions) * seat.strips * kSummed *
+                                                  blocks * kBlockSize<S>) +
+                (static_cast<int64_t>(seat.direction) * seat.strips * kSummed * blocks * kBlockSize<S> +
+                 seat.lane * kPiece<S>)),
+        first_strip(2 * seat.first_pair),
+        last_strip(seat.strips - 1),
+        of_gate(blocks / kOfK),
+        factors(warp_index(), kGridWarps, blocks, seat.lane,
+                of_block + static_cast<int64_t>(warp_index()) * place.in_shared * kTiles * 2 * kBlockSize<S>,
+                place.in_shared, weights, [this](int block, int tile, int half) { return piece(block, tile, half); }) {}
+  SK_DEVICE void operator()(Global<const S> share, float (&sum)[kTiles][4]) const {
+    factors.template times_ahead<kAhead, grid_streams<S>(kPairs)>(
+        [&](int block) {
+          return bit_cast<Words>(load_vec<kPiece<S>, Cache::kL2>(share, static_cast<int64_t>(block) * kBlockSize<S>));
+        },
+        weights, [this](int block, int tile, int half) { return piece(block, tile, half); }, sum);
+  }
+
+ private:
+  // In place of a strip that is not there the last one is read, for units that nobody has.
+  SK_DEVICE int piece(int block, int tile, int half) const {
+    int strip = first_strip + 2 * (tile / kSummed) + half;
+    strip = strip < last_strip ? strip : last_strip;
+    const int gate = kOfK > 1 ? block % kOfK : tile % kSummed, gates = kOfK > 1 ? kOfK : kSummed;
+    return ((strip * gates + gate) * of_gate + block / kOfK) * kBlockSize<S>;
+  }
+};
+
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------
+
+// Grid: blocks of a team x teams x directions, in one dimension.
+template <class Cell, int kPairs>
+SK_KERNEL(kGridThreads, 1)
+grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
+  using S = typename Cell::Storage;
+  constexpr int kGates = Cell::kGates, kThreads = kPairs * kSums;
+  using Multiply = GridFactors<S, kPairs, kGates, 1>;
+  constexpr int kTiles = Multiply::kTiles, kPlace = kGridWarps * kTiles * kSums;
+  const GridPlace& place = args.place;
+  const GridSeat seat(args, place, kPairs);
+  const int turns = seat.turns, most_turns = static_cast<int>((args.tiles + place.teams - 1) / place.teams);
+  const int blocks = static_cast<int>(blocks_of<S>(args.layer.H));
+  SharedArena arena;
+  const GridMemory<S, SharedArena> memory(arena, kPairs, place.in_shared, kTiles, most_turns, kGates,
+                                          Cell::kSeparate ? kGates : 0, kRing + 1);
+  const int thread = thread_index(), stride = most_turns * kThreads;
+  const bool works = thread < kThreads;
+
+  using Unit = ForwardUnit<Cell, kThreads>;
+  const Multiply multiply(args, place, seat, blocks, memory.weights);
+  const Exchange<S, 1> exchange(args, place, seat, blocks, multiply.factors.first, multiply.factors.count);
+  const Meeting<kGridWarps, kTiles, kGates> meet(seat, warp_index(), warp_index() / kPairWarps * kGates,
+                                                 memory.partial);
+  // Of each turn: h and c, the row of its next step and of those after it.
+  const Shared<float> h_of = memory.states + thread, c_of = h_of + stride;
+  const Shared<int64_t> at_of = memory.rows + thread;
+  const Shared<int> unit_of = memory.units + thread;
+  const auto sequence_of = [&](int turn) {
+    return static_cast<int64_t>(seat.tile(place, turn)) * seat.rows + seat.row;
+  };
+  // Pre-activations are asked for two turns ahead: of the same tile, where there are so few.
+  const int depth = turns == 1 ? 2 * stride : turns == 2 ? stride : 0;
+  const Unit at_start(args, seat.direction, seat.unit, memory.ring);
+  if (thread < turns)
+    memory.steps[thread] = static_cast<int>(steps_of_tile(args, at_start.links, seat.tile(place, thread)));
+  if (works) {
+    const int mine = seat.alive ? exchange.place_of(seat) : kNowhere;
+    unit_of[0] = seat.unit;
+    unit_of[kThreads] = mine;
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      if (Cell::kSeparate) memory.bias[gate * kThreads + thread] = seat.has_unit ? at_start.bias(gate) : 0.0f;
+    }
+    for (int turn = 0; turn < turns; ++turn) {
+      float h = 0.0f, c = 0.0f;
+      int64_t at = kNobody;
+      if (seat.alive && sequence_of(turn) < args.layer.B) at = at_start.start(sequence_of(turn), h, c);
+      h_of[turn * kThreads] = h;
+      c_of[turn * kThreads] = c;
+      SK_UNROLL
+      for (int i = 0; i < kRing; ++i) {
+        at_of[i * stride + turn * kThreads] = at;
+        at = at_start.follow(at);
+      }
+      const S values[1] = {operand(narrow<S>(h), true)};
+      exchange.publish(seat.tile(place, turn), 0, seat.pair, mine, values);
+    }
+    const int64_t first = at_of[0], second = turns > 1 ? at_of[kThreads] : at_of[stride];
+    at_start.fetch(0, first);
+    at_start.fetch(Unit::kStage, second);
+  }
+  block_sync();
+  int most = 0;
+  for (int turn = 0; turn < turns; ++turn) {
+    const int steps = memory.steps[turn];
+    most = steps > most ? steps : most;
+  }
+
+  int stage = 0;  // of the ring, where it begins
+  int partial = 0;
+  for (int s = 0; s < most; ++s) {
+    const int slot = s & 1;
+    SK_NO_UNROLL
+    for (int turn = 0; turn < turns; ++turn) {
+      const int tile = seat.tile(place, turn), steps = memory.steps[turn];
+      int64_t ahead = kNobody;
+      if (works) {
+        const Unit unit(args, seat.direction, unit_of[0], memory.ring);
+        int later = turn + 2;
+        while (later >= turns) later -= turns;
+        const int64_t asked = at_of[depth + later * kThreads], last = at_of[(kRing - 1) * stride + turn * kThreads];
+        unit.fetch(stage == 0 ? (kRing - 1) * Unit::kStage : stage - Unit::kStage, asked);
+        ahead = unit.follow(last);
+      }
+      if (s < steps) {
+        float sum[kTiles][4], product[kGates] = {};
+        exchange.await(tile, s + 1);
+        if (works) at_of[kRing * stride + turn * kThreads] = ahead;  // there it waits for the product
+        multiply(exchange.share(tile, slot), sum);
+        meet.put(seat, partial, sum);
+        block_sync();
+        if (seat.alive) meet.take(partial, product);
+        partial = kPlace - partial;
+        if (works) {
+          copy_async_wait<kRing - 1>();  // of this turn
+          const Unit unit(args, seat.direction, unit_of[0], memory.ring);
+          const int mine = unit_of[kThreads];
+          const int64_t link = at_of[turn * kThreads], next = at_of[stride + turn * kThreads];
+          float saved[Cell::kSaved] = {}, bias[kGates] = {}, h = h_of[turn * kThreads], c = c_of[turn * kThreads];
+          SK_UNROLL
+          for (int gate = 0; gate < kGates; ++gate) {
+            if (Cell::kSeparate) bias[gate] = memory.bias[gate * kThreads + thread];
+          }
+          if (link >= 0) unit.step(stage, link, product, bias, h, c, saved);
+          const S now = narrow<S>(h);
+          if (s + 1 < steps) {
+            const S values[1] = {operand(now, true)};
+            exchange.publish(tile, 1 - slot, seat.pair, mine, values);
+          }
+          if (link >= 0) unit.leave(link, next == kNobody, sequence_of(turn), now, c, saved);
+          SK_UNROLL
+          for (int i = 0; i < kRing; ++i) {
+            const int64_t after = at_of[(i + 1) * stride + turn * kThreads];
+            at_of[i * stride + turn * kThreads] = after;
+          }
+          h_of[turn * kThreads] = h;
+          c_of[turn * kThreads] = c;
+        }
+      }
+      stage = stage == (kRing - 1) * Unit::kStage ? 0 : stage + Unit::kStage;
+    }
+  }
+  copy_async_wait<0>();
+}
+
+// ---- backward
+// --------------------------------------------------------------------------------------------------------
+
+// The walk the other way: the gradients of the gates of all units are published, G times as many values as h, and a
+// block multiplies them with the columns of W_hh of its units.
+template <class Cell, int kPairs>
+SK_KERNEL(kGridThreads, 1)
+grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
+  using S = typename Cell::Storage;
+  constexpr int kGates = Cell::kGates, kThreads = kPairs * kSums;
+  using Multiply = GridFactors<S, kPairs, 1, kGates>;
+  constexpr int kTiles = kPairs, kPlace = kGridWarps * kTiles * kSums;
+  const GridPlace& place = args.place;
+  const GridSeat seat(args, place, kPairs);
+  const int turns = seat.turns, most_turns = static_cast<int>((args.tiles + place.teams - 1) / place.teams);
+  const int blocks = static_cast<int>(blocks_of<S>(args.layer.H)) * kGates;
+  SharedArena arena;
+  const GridMemory<S, SharedArena> memory(arena, kPairs, place.in_shared, kTiles, most_turns, 0, 0, 3);
+  const int thread = thread_index(), stride = most_turns * kThreads;
+  const bool works = thread < kThreads;
+
+  using Unit = BackwardUnit<Cell>;
+  const Multiply multiply(args, place, seat, blocks, memory.weights);
+  const Exchange<S, kGates> exchange(args, place, seat, blocks, multiply.factors.first, multiply.factors.count);
+  const Meeting<kGridWarps, kTiles, 1> meet(seat, warp_index(), warp_index() / kPairWarps, memory.partial);
+  const Unit at_start(args, seat.direction, seat.unit);
+  if (thread < turns)
+    memory.steps[thread] = static_cast<int>(steps_of_tile(args, at_start.links, seat.tile(place, thread)));
+  const Shared<int> unit_of = memory.units + thread;
+  const auto sequence_of = [&](int turn) {
+    return static_cast<int64_t>(seat.tile(place, turn)) * seat.rows + seat.row;
+  };
+  // Of each turn, where its sequence is; cut goes with the row.
+  const Shared<float> floats = memory.states + thread;
+  const Shared<int64_t> rows = memory.rows + thread;
+  const auto put = [&](int turn, const BackwardState& of) {
+    floats[turn * kThreads] = of.dc;
+    floats[stride + turn * kThreads] = of.direct;
+    rows[turn * kThreads] = of.at >= 0 && of.cut ? of.at | kCut : of.at;
+    rows[stride + turn * kThreads] = of.before;
+  };
+  const auto take = [&](int turn, BackwardState& of) {
+    const int64_t at = rows[turn * kThreads], before = rows[stride + turn * kThreads];
+    const float dc = floats[turn * kThreads], direct = floats[stride + turn * kThreads];
+    of.dc = dc;
+    of.direct = direct;
+    of.cut = at < 0 || starts_anew(at);
+    of.at = at < 0 ? at : at & ~kCut;
+    of.before = before;
+  };
+  if (works) {
+    unit_of[0] = seat.unit;
+    unit_of[kThreads] = seat.alive ? exchange.place_of(seat) : kNowhere;
+    for (int turn = 0; turn < turns; ++turn) {
+      BackwardState walk;
+      if (seat.alive && sequence_of(turn) < args.layer.B) at_start.start(sequence_of(turn), walk);
+      put(turn, walk);
+    }
+  }
+  block_sync();
+  int most = 0;
+  for (int turn = 0; turn < turns; ++turn) {
+    const int steps = memory.steps[turn];
+    most = steps > most ? steps : most;
+  }
+
+  int partial = 0;
+  for (int s = 0; s <= most; ++s) {
+    const int slot = s & 1;
+    SK_NO_UNROLL
+    for (int turn = 0; turn < turns; ++turn) {
+      const int tile = seat.tile(place, turn), steps = memory.steps[turn];
+      if (s > steps) continue;
+      BackwardState walk;  // taken twice, so that it waits for the product in shared memory
+      typename Unit::Read read;
+      if (works) {
+        take(turn, walk);
+        const Unit unit(args, seat.direction, unit_of[0]);
+        unit.read(walk, sequence_of(turn), seat.lane, read);
+      }
+      float product[1] = {};
+      if (s > 0) exchange.await(tile, s);
+      if (works) rows[2 * stride + turn * kThreads] = read.ahead;  // there it waits for the product
+      if (s > 0) {
+        float sum[kTiles][4];
+        multiply(exchange.share(tile, slot), sum);
+        meet.put(seat, partial, sum);
+        block_sync();
+        if (seat.alive) meet.take(partial, product);
+        partial = kPlace - partial;
+      }
+      if (works) {
+        const Unit unit(args, seat.direction, unit_of[0]);
+        const int mine = unit_of[kThreads];
+        take(turn, walk);
+        float by_x[kGates], by_h[kGates];
+        unit.step(walk, sequence_of(turn), read, product[0], by_x, by_h);
+        if (s < steps) {
+          S values[kGates];
+          SK_UNROLL
+          for (int gate = 0; gate < kGates; ++gate) values[gate] = operand(narrow<S>(by_h[gate]), true);
+          exchange.publish(tile, 1 - slot, seat.pair, mine, values);
+        }
+        const int64_t ahead = rows[2 * stride + turn * kThreads];
+        unit.leave(walk, ahead, by_x, by_h);
+        put(turn, walk);
+      }
+    }
+  }
+}
+
+}  // namespace seqkernels::cuda

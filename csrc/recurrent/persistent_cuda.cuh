@@ -1,0 +1,480 @@
+// What kernels have in common that walk all steps of a layer in one launch: the weights a warp multiplies with, where
+// partial sums meet, and what a lane does with its unit at every step.
+//
+// The matrix instructions take the weights of 16 hidden units, a pair of strips, as their 16 rows and up to 8
+// sequences, a tile, as their 8 columns. Several warps share the sum over K: weights stay where a warp multiplies with
+// them, the first kHeld blocks of K in registers and others in shared memory. The partial sums meet in shared memory,
+// in the order of the warps, and each lane then has one unit of one row.
+//
+// Sequences go at their own pace along the links between rows: each is at its own step, one that has ended keeps its
+// last values, and a tile ends with its longest sequence.
+#pragma once
+
+#include "recurrent/cells_cuda.cuh"
+#include "recurrent/steps_cuda.cuh"
+
+namespace seqkernels::cuda {
+
+constexpr int kMostRows = 8;                   // of a tile
+constexpr int kPairUnits = 16;                 // of two strips
+constexpr int kSums = kPairUnits * kMostRows;  // of a warp, a pair and a tile: [2 strips, 8 rows, 8 units]
+constexpr int kPairWarps = kSums / kWarp;      // that have a unit of a row in each lane
+constexpr int kRing = 3;                       // steps of pre-activations under way
+
+struct PersistentArgs {
+  LayerArgs layer;
+  const void* weights;  // [directions, strips, gates, blocks, 32] pieces
+  int64_t tiles;        // of `rows` sequences
+  int rows;             // 1, 2, 4 or 8
+};
+
+struct PersistentForwardArgs : PersistentArgs {
+  const void* from_x;  // [directions, rows, G * H] of the compute type
+  void *h_n, *c_n;
+};
+
+struct PersistentBackwardArgs : PersistentArgs {
+  const void *dy, *dcells;    // like y, or null
+  const void *dh_n, *dc_n;    // [directions, B, H] or null
+  void *dgates_x, *dgates_h;  // [directions, rows, G * H]
+  void *dh0, *dc0;            // [directions, B, H] or null
+};
+
+// The longest of a tile's sequences.
+SK_DEVICE int64_t steps_of_tile(const PersistentArgs& args, Global<const Link> links, int64_t tile) {
+  int64_t most = 0;
+  for (int64_t b = tile * args.rows; b < (tile + 1) * args.rows && b < args.layer.B; ++b) {
+    const Link link = links[args.layer.rows + b];
+    most = link.prev > most ? link.prev : most;
+  }
+  return most;
+}
+
+// Where a lane stands.
+struct Seat {
+  int direction, lane, g, t;  // g, t: in the fragments of the matrix instructions
+  int rows;                   // of a tile
+  int pair, strips;           // strips 2 * pair and 2 * pair + 1 of 8 units are its warp's, once the sums have met
+  // The unit and the row that are this lane's then: of a warp, 8 units of four rows.
+  int strip, unit, row;
+
+  SK_DEVICE void sit(const PersistentArgs& args, int of_direction, int of_pair) {
+    const int part = warp_index() % kPairWarps;
+    lane = lane_index();
+    g = lane / 4;
+    t = lane % 4;
+    rows = args.rows;
+    direction = of_direction;
+    pair = of_pair;
+    strips = static_cast<int>((args.layer.H + kUnits - 1) / kUnits);
+    strip = part / 2;
+    unit = (2 * pair + strip) * kUnits + lane % kUnits;
+    row = part % 2 * 4 + lane / kUnits;
+  }
+};
+
+// What a warp multiplies with: of 16 units its share of K, kTiles times (for each gate, for each pair).
+// Each sum is cut in kChains, so that fewer of the matrix instructions wait for each other where there are few tiles.
+template <class S, int kTiles, int kHeld, int kChains>
+struct Factors {
+  Words held[kHeld][kTiles][2];
+  Shared<S> rest;          // of the warp: [blocks, kTiles, 2] pieces of all lanes
+  int first, count, upto;  // blocks of K; the first `upto` of `count` stay in this multiprocessor
+
+  // The blocks are shared by `parts` warps. piece(block, tile, half): where the lane's piece of a strip lies.
+  template <class PieceOf>
+  SK_DEVICE Factors(int part, int parts, int blocks, int lane, Shared<S> of_warp, int in_shared, Global<const S> from,
+                    PieceOf piece)
+      : rest(of_warp + lane * kPiece<S>) {
+    const int most = (blocks + parts - 1) / parts;
+    first = part * most;
+    count = blocks - first < most ? blocks - first : most;
+    if (count < 0) count = 0;
+    upto = count < kHeld + in_shared ? count : kHeld + in_shared;
+    SK_UNROLL
+    for (int block = 0; block < kHeld; ++block) {
+      SK_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        SK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          held[block][tile][half] = Words{};
+          if (block < count) held[block][tile][half] = load_words<S>(from, piece(first + block, tile, half));
+        }
+      }
+    }
+    for (int block = kHeld; block < upto; ++block) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        for (int half = 0; half < 2; ++half) {
+          store_vec(rest, place(block, tile, half),
+                    load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block, tile, half)));
+        }
+      }
+    }
+  }
+
+  // sum[tile]: units g and g + 8 of the pair, rows 2t and 2t + 1 of the tile. right(block): the lane's piece of the
+  // other factor, from shared memory.
+  template <class Right>
+  SK_DEVICE void times(Right right_of, float (&sum)[kTiles][4]) const {
+    float chains[kTiles][kChains][4] = {};
+    SK_UNROLL
+    for (int block = 0; block < kHeld; ++block) {
+      if (block >= count) continue;
+      const Words right = right_of(block);
+      add_held(chains, block, right);
+    }
+    // Two blocks at a time, so that the chain of each is known.
+    for (int block = kHeld; block < count; block += 2) {
+      SK_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (block + i >= count) continue;
+        const Words right = right_of(block + i);
+        add(chains, i, right, [&](int tile, int half) { return load_words<S>(rest, place(block + i, tile, half)); });
+      }
+    }
+    add_up(chains, sum);
+  }
+
+  // The same where `right` comes from afar: it is asked for kAhead blocks before it is needed. Weights that did not fit
+  // are read from where they came from (kStreams), some blocks at a time: the warps of a block have enough of them
+  // under way.
+  template <int kAhead, bool kStreams, class Right, class PieceOf>
+  SK_DEVICE void times_ahead(Right right_of, Global<const S> from, PieceOf piece, float (&sum)[kTiles][4]) const {
+    float chains[kTiles][kChains][4] = {};
+    Words right[kAhead];  // of block b in place b % kAhead
+    const auto ask = [&](int slot, int block) {
+      if (block < upto) right[slot] = right_of(block);
+    };
+    SK_UNROLL
+    for (int i = 0; i < kAhead; ++i) ask(i, i);
+    SK_UNROLL
+    for (int block = 0; block < kHeld; ++block) {
+      if (block >= upto) continue;
+      add_held(chains, block, right[block % kAhead]);
+      ask(block % kAhead, block + kAhead);
+    }
+    SK_NO_UNROLL
+    for (int block = kHeld; block < upto; block += kAhead) {
+      SK_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        if (block + i >= upto) continue;
+        add(chains, i, right[(kHeld + i) % kAhead],
+            [&](int tile, int half) { return load_words<S>(rest, place(block + i, tile, half)); });
+        ask((kHeld + i) % kAhead, block + i + kAhead);
+      }
+    }
+    constexpr int kAtOnce = kTiles < 4 ? 2 : 1;
+    SK_NO_UNROLL
+    for (int block = kStreams ? upto : count; block < count; block += kAtOnce) {
+      SK_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (block + i >= count) continue;
+        const Words streamed = right_of(block + i);
+        add(chains, i, streamed, [&](int tile, int half) {
+          return bit_cast<Words>(load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block + i, tile, half)));
+        });
+      }
+    }
+    add_up(chains, sum);
+  }
+
+ private:
+  SK_DEVICE static int place(int block, int tile, int half) {
+    return (((block - kHeld) * kTiles + tile) * 2 + half) * kBlockSize<S>;
+  }
+  SK_DEVICE void add_held(float (&chains)[kTiles][kChains][4], int block, const Words& right) const {
+    SK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      SK_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        multiply<S>(chains[tile][(block % 2 * 2 + half) % kChains], held[block][tile][0], held[block][tile][1], right,
+                    half);
+      }
+    }
+  }
+  template <class WeightsOf>
+  SK_DEVICE static void add(float (&chains)[kTiles][kChains][4], int i, const Words& right, WeightsOf weights_of) {
+    SK_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Words low = weights_of(tile, 0), high = weights_of(tile, 1);
+      SK_UNROLL
+      for (int half = 0; half < 2; ++half) multiply<S>(chains[tile][(i * 2 + half) % kChains], low, high, right, half);
+    }
+  }
+  SK_DEVICE static void add_up(const float (&chains)[kTiles][kChains][4], float (&sum)[kTiles][4]) {
+    SK_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      SK_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (kChains == 4) {
+          sum[tile][k] = (chains[tile][0][k] + chains[tile][1][k]) + (chains[tile][2][k] + chains[tile][3][k]);
+        } else if constexpr (kChains == 2) {
+          sum[tile][k] = chains[tile][0][k] + chains[tile][1][k];
+        } else {
+          sum[tile][k] = chains[tile][0][k];
+        }
+      }
+    }
+  }
+};
+
+// Where the sums of kParts warps meet, of kTiles tiles: each lane gets those of its unit and row, kMine of them.
+// partial: [kParts, kTiles, kSums]. A barrier of the warps lies between put and take.
+template <int kParts, int kTiles, int kMine>
+struct Meeting {
+  Shared<float> mine, others;  // where this lane writes its first sum, and reads its first
+
+  SK_DEVICE Meeting(const Seat& seat, int part, int first_tile, Shared<float> partial)
+      : mine(partial + (part * kTiles * kSums + 2 * seat.t * kUnits + seat.g)),
+        others(partial + (first_tile * kSums + (seat.strip * kMostRows + seat.row) * kUnits + seat.lane % kUnits)) {}
+  // start: 0, or where another `partial` begins.
+  SK_DEVICE void put(const Seat& seat, int start, const float (&sum)[kTiles][4]) const {
+    SK_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (2 * seat.t + i >= seat.rows) continue;
+      SK_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        mine[start + tile * kSums + i * kUnits] = sum[tile][i];
+        mine[start + tile * kSums + i * kUnits + kSums / 2] = sum[tile][2 + i];
+      }
+    }
+  }
+  SK_DEVICE void take(int start, float (&total)[kMine]) const {
+    SK_UNROLL
+    for (int tile = 0; tile < kMine; ++tile) {
+      SK_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        const float value = others[start + (part * kTiles + tile) * kSums];
+        total[tile] = part == 0 ? value : total[tile] + value;
+      }
+    }
+  }
+};
+
+// The extra arguments of a cell, all of them off.
+template <class T>
+SK_DEVICE Extra<T> no_extra() {
+  const T infinity = static_cast<T>(INFINITY);
+  return {T(0), T(0), T(1), T(1), infinity, infinity, T(0), T(1), T(1), {T(0), T(0), T(0)}};
+}
+
+// An element of what a caller brought; zero where there is nothing.
+template <class S>
+SK_DEVICE float value_at(const void* from, int64_t at, int64_t count) {
+  if (from == nullptr) return 0.0f;
+  return widen(load<Cache::kReadOnly>(global<const S>(from, count), at));
+}
+
+// A unit of a lane, in both passes.
+struct Unit {
+  const LayerArgs& layer;
+  Global<const Link> links;  // of the direction
+  int direction, unit;
+  int64_t of_outputs, output_step;  // in y: where the unit is, and from a row to the next
+
+  SK_DEVICE Unit(const LayerArgs& of, int of_direction, int of_unit)
+      : layer(of),
+        links(global<const Link>(of.links, of.link_count()) + of_direction * (of.rows + of.B)),
+        direction(of_direction),
+        unit(of_unit),
+        of_outputs(of_direction * of.H + of_unit),
+        output_step(of.directions * of.H) {}
+  SK_DEVICE int64_t state(int64_t sequence) const { return (direction * layer.B + sequence) * layer.H + unit; }
+  SK_DEVICE int64_t output(int64_t row) const { return row * output_step + of_outputs; }
+  SK_DEVICE int64_t saved(int64_t row) const { return (direction * layer.rows + row) * layer.saved_width + unit; }
+  SK_DEVICE int64_t saved_size() const { return layer.directions * layer.rows * layer.saved_width; }
+};
+
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------
+
+// kThreads: those of a block that have units.
+template <class Cell, int kThreads>
+struct ForwardUnit : Unit {
+  using S = typename Cell::Storage;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr int kStage = kGates * kThreads;  // of the ring
+  static constexpr bool kHasC = Cell::kStates > 1;
+  const PersistentForwardArgs& args;
+  Shared<float> ring;          // [kRing, kGates, kThreads], from the thread's on
+  Global<const float> from_x;  // of row 0
+
+  SK_DEVICE ForwardUnit(const PersistentForwardArgs& of, int of_direction, int of_unit, Shared<float> of_block)
+      : Unit(of.layer, of_direction, of_unit),
+        args(of),
+        ring(of_block + thread_index()),
+        from_x(global<const float>(of.from_x, of.layer.directions * of.layer.rows * kGates * of.layer.H) +
+               (of_direction * of.layer.rows * kGates * of.layer.H + of_unit)) {}
+
+  // Of the second product, where the cell tells the products apart. There must be such a unit.
+  SK_DEVICE float bias(int gate) const {
+    return Cell::kSeparate ? value_at<S>(layer.bias_h[direction], gate * layer.H + unit, kGates * layer.H) : 0.0f;
+  }
+  // The states at the beginning, and the first row.
+  SK_DEVICE int64_t start(int64_t sequence, float& h, float& c) const {
+    const Link link = links[layer.rows + sequence];
+    h = value_at<S>(layer.h0, state(sequence), layer.states());
+    if (kHasC) c = value_at<S>(layer.c0, state(sequence), layer.states());
+    return link.next;
+  }
+  SK_DEVICE int64_t follow(int64_t link) const {
+    if (link < 0) return kNobody;
+    const Link of = links[link & ~kCut];
+    return of.next;
+  }
+  SK_DEVICE void fetch(int at_stage, int64_t link) const {
+    if (link >= 0) {
+      const Global<const float> of_row = from_x + (link & ~kCut) * (kGates * layer.H);
+      SK_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) {
+        copy_async<4>(ring + (at_stage + gate * kThreads), of_row + gate * layer.H);
+      }
+    }
+    copy_async_commit();
+  }
+  SK_DEVICE void step(int at_stage, int64_t link, const float (&product)[kGates], const float (&bias)[kGates], float& h,
+                      float& c, float (&saved)[Cell::kSaved]) const {
+    const bool anew = starts_anew(link);
+    float of_x[kGates], of_h[kGates];
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      const float x = ring[at_stage + gate * kThreads];
+      of_x[gate] = x;
+      of_h[gate] = (anew ? 0.0f : product[gate]) + bias[gate];
+    }
+    if (anew) c = h = 0.0f;
+    h = rounded<S>(Cell::forward(of_x, of_h, no_extra<float>(), h, c, saved));
+  }
+  // Leaves what the step made where the layer wants it.
+  SK_DEVICE void leave(int64_t link, bool last, int64_t sequence, S h, float c,
+                       const float (&saved)[Cell::kSaved]) const {
+    const int64_t row = link & ~kCut, out = output(row);
+    global<S>(layer.y, layer.outputs())[out] = h;
+    if (kHasC && layer.cells != nullptr) {
+      store<Cache::kStreaming>(global<S>(layer.cells, layer.outputs()), out, narrow<S>(c));
+    }
+    if (layer.saved != nullptr && layer.saved_width > 0) {
+      const Global<S> to = global<S>(layer.saved, saved_size()) + this->Unit::saved(row);
+      SK_UNROLL
+      for (int k = 0; k < Cell::kSaved; ++k) store<Cache::kStreaming>(to, k * layer.H, narrow<S>(saved[k]));
+    }
+    if (last && args.h_n != nullptr) {
+      global<S>(args.h_n, layer.states())[state(sequence)] = h;
+      if (kHasC && args.c_n != nullptr) global<S>(args.c_n, layer.states())[state(sequence)] = narrow<S>(c);
+    }
+  }
+};
+
+// ---- backward
+// --------------------------------------------------------------------------------------------------------
+
+// Where a sequence is on its way back.
+struct BackwardState {
+  float dc = 0.0f, direct = 0.0f;          // of the state of the row to come; direct: not by way of the product
+  bool cut = true;                         // that nothing comes by way of the product
+  int64_t at = kNobody, before = kNobody;  // the row of this step, and its link to the row before
+};
+
+template <class Cell>
+struct BackwardUnit : Unit {
+  using S = typename Cell::Storage;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr bool kHasC = Cell::kStates > 1;
+  const PersistentBackwardArgs& args;
+
+  struct Read {  // of a row
+    float saved[Cell::kSaved] = {}, dy = 0.0f, dcells = 0.0f, c = 0.0f, c_prev = 0.0f, h_prev = 0.0f;
+    int64_t ahead = kNobody;
+  };
+
+  SK_DEVICE BackwardUnit(const PersistentBackwardArgs& of, int of_direction, int of_unit)
+      : Unit(of.layer, of_direction, of_unit), args(of) {}
+
+  SK_DEVICE int64_t link_of(int64_t row) const {
+    if (row < 0 || row >= layer.rows) return kNobody;
+    const Link link = links[row];
+    return link.prev;
+  }
+  SK_DEVICE void start(int64_t sequence, BackwardState& from) const {
+    const Link link = links[layer.rows + sequence];
+    from.at = link.last == kNobody ? layer.rows + sequence : link.last;
+    from.before = link_of(from.at);
+    from.direct = value_at<S>(args.dh_n, state(sequence), layer.states());
+    if (kHasC) from.dc = value_at<S>(args.dc_n, state(sequence), layer.states());
+  }
+  // What a step reads, to be on its way while the product is made.
+  SK_DEVICE void read(const BackwardState& of, int64_t sequence, int lane, Read& to) const {
+    if (of.at < 0 || of.at >= layer.rows) return;
+    const int64_t out = output(of.at), prev = of.before & ~kCut, prev_out = output(prev);
+    const bool anew = starts_anew(of.before), initial = prev >= layer.rows;
+    const auto previous = [&](const void* every, const void* start) {
+      if (anew) return 0.0f;
+      return initial ? value_at<S>(start, state(sequence), layer.states())
+                     : value_at<S>(every, prev_out, layer.outputs());
+    };
+    to.ahead = link_of(prev);
+    if (!initial && lane % kUnits == 0) {  // one lane for the 16 bytes or more of a row's strip
+      if (args.dy != nullptr) prefetch_l2(global<const S>(args.dy, layer.outputs()), prev_out);
+      if (layer.saved_width > 0) {
+        SK_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k) {
+          prefetch_l2(global<const S>(layer.saved, saved_size()), saved(prev) + k * layer.H);
+        }
+      }
+    }
+    to.dy = value_at<S>(args.dy, out, layer.outputs());
+    if constexpr (kHasC) {
+      to.dcells = value_at<S>(args.dcells, out, layer.outputs());
+      to.c = value_at<S>(layer.cells, out, layer.outputs());
+      to.c_prev = previous(layer.cells, layer.c0);
+    }
+    if (Cell::kReadsH) to.h_prev = previous(layer.y, layer.h0);
+    SK_UNROLL
+    for (int k = 0; k < Cell::kSaved; ++k) {
+      to.saved[k] = layer.saved_width == 0 ? value_at<S>(layer.y, out, layer.outputs())
+                                           : value_at<S>(layer.saved, saved(of.at) + k * layer.H, saved_size());
+    }
+  }
+  // by_x, by_h: gradients of the gates.
+  SK_DEVICE void step(BackwardState& of, int64_t sequence, const Read& read, float product, float (&by_x)[kGates],
+                      float (&by_h)[kGates]) const {
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) by_x[gate] = by_h[gate] = 0.0f;
+    const float dh = (of.cut ? 0.0f : product) + of.direct;
+    if (of.at >= layer.rows) {  // initial states
+      if (args.dh0 != nullptr) global<S>(args.dh0, layer.states())[state(sequence)] = narrow<S>(dh);
+      if (kHasC && args.dc0 != nullptr) global<S>(args.dc0, layer.states())[state(sequence)] = narrow<S>(of.dc);
+    } else if (of.at >= 0) {
+      StepGradient<float> step;
+      of.dc += read.dcells;
+      Cell::backward(read.saved, no_extra<float>(), 0.0f, read.h_prev, read.c, read.c_prev, dh + read.dy, of.dc, step);
+      SK_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) {
+        by_x[gate] = step.x[gate];
+        by_h[gate] = Cell::kSeparate ? step.h[gate] : step.x[gate];
+      }
+      of.direct = step.direct;
+    }
+  }
+  // Leaves the gradients, and goes on to the row before.
+  SK_DEVICE void leave(BackwardState& of, int64_t ahead, const float (&by_x)[kGates],
+                       const float (&by_h)[kGates]) const {
+    if (of.at >= 0 && of.at < layer.rows) {
+      const int64_t size = layer.directions * layer.rows * kGates * layer.H;
+      const int64_t to = (direction * layer.rows + of.at) * (kGates * layer.H) + unit;
+      SK_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) {
+        global<S>(args.dgates_x, size)[to + gate * layer.H] = narrow<S>(by_x[gate]);
+        if (Cell::kSeparate) global<S>(args.dgates_h, size)[to + gate * layer.H] = narrow<S>(by_h[gate]);
+      }
+      of.cut = starts_anew(of.before);
+      of.at = of.before & ~kCut;
+      of.before = ahead;
+      if (of.cut) of.direct = of.dc = 0.0f;
+    } else {
+      of.at = kNobody;
+    }
+  }
+};
+
+}  // namespace seqkernels::cuda

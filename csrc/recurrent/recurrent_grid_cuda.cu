@@ -1,0 +1,206 @@
+// Launchers of the grid tier: when it takes a layer, and how the device is cut in teams.
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "recurrent/grid_cuda.cuh"
+#include "recurrent/persistent_layer_cuda.h"
+
+namespace seqkernels::cuda {
+namespace {
+
+// Tiles of a team, above which a launch a step reads the weights for more rows at once.
+constexpr int64_t kMostTurns = 16;
+
+// A layer on a device, its teams' blocks having `pairs_of_block` pairs of strips.
+struct GridShape : PersistentShape {
+  int pairs_of_block;
+  int64_t team;  // blocks
+  int64_t teams = 0, rows = 1, turns = 0;
+  int64_t of_warp = 0, in_shared = 0,
+          streamed = 0;  // blocks of K that a warp multiplies with; of those not in registers
+  int64_t shared_bytes = 0;
+  PassKind pass;
+  bool fits = false;
+
+  GridShape(CellKind kind, PassKind of_pass, const RecurrentArgs& args, int pairs_of, const CudaDevice& device)
+      : PersistentShape(kind, args), pairs_of_block(pairs_of), team((pairs + pairs_of - 1) / pairs_of), pass(of_pass) {
+    teams = device.multiprocessors / (directions * team);
+    if (teams == 0) return;
+    // As few rows as give every team a tile; more only if there are more sequences.
+    while (rows < kMostRows && tiles(rows) > teams) rows *= 2;
+    teams = std::min(teams, tiles(rows));
+    turns = (tiles(rows) + teams - 1) / teams;
+    with_element([&](auto storage) {
+      using S = decltype(storage);
+      const bool forward = pass == PassKind::kForward;
+      const int64_t multiplied = (forward ? gates : 1) * pairs_of_block, of_k = (forward ? 1 : gates) * blocks;
+      of_warp = (of_k + kGridWarps - 1) / kGridWarps;
+      const int64_t rest = std::max<int64_t>(of_warp - grid_kept_blocks<S>(static_cast<int>(multiplied)), 0);
+      const auto bytes_with = [&](int64_t kept) {
+        SharedBytes bytes;
+        const GridMemory<S, SharedBytes> memory(bytes, pairs_of_block, kept, multiplied, turns, forward ? gates : 0,
+                                                forward && separate ? gates : 0, forward ? kRing + 1 : 3);
+        static_cast<void>(memory);
+        return bytes.bytes();
+      };
+      in_shared = rest;
+      while (in_shared > 0 && bytes_with(in_shared) > device.shared_bytes) --in_shared;
+      streamed = rest - in_shared;
+      shared_bytes = bytes_with(in_shared);
+      fits = shared_bytes <= device.shared_bytes && (streamed == 0 || grid_streams<S>(pairs_of_block));
+    });
+  }
+  // The better, the less: weights stay on the multiprocessors, which then have few of them to multiply at a step, for
+  // few sequences that have much to tell each other.
+  auto cost() const { return std::tuple{!fits, streamed * turns, turns * pairs_of_block, turns}; }
+
+  LaunchConfig config(void* stream) const {
+    LaunchConfig config;
+    config.grid = {directions * teams * team};
+    config.block = kGridThreads;
+    config.shared_bytes = shared_bytes;
+    config.cooperative = true;
+    config.stream = stream;
+    return config;
+  }
+  int64_t slot_bytes() const {
+    return 2 * directions * tiles(rows) * (pass == PassKind::kForward ? 1 : gates) * blocks * 512;
+  }
+  int64_t flag_bytes() const { return directions * tiles(rows) * pairs * static_cast<int64_t>(sizeof(uint32_t)); }
+};
+
+// The way of a layer through a device; none where it has too many units.
+std::optional<GridShape> best_shape(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaDevice& device) {
+  std::optional<GridShape> best;
+  for (int pairs = 1; pairs <= kMostPairs; ++pairs) {
+    const GridShape s(kind, pass, args, pairs, device);
+    if (s.teams > 0 && (!best || s.cost() < best->cost())) best = s;
+  }
+  return best;
+}
+
+// What blocks tell each other lies behind what other tiers have as well. Flags and slots are cleared together.
+struct GridSpace {
+  char* cleared;
+  int64_t bytes;
+  GridPlace place;
+  GridSpace(Space& space, const GridShape& s) {
+    const int64_t flags = (s.flag_bytes() + 255) / 256 * 256;
+    bytes = flags + s.slot_bytes();
+    cleared = static_cast<char*>(space.take(bytes));
+    place.flags = reinterpret_cast<uint32_t*>(cleared);
+    place.slots = cleared == nullptr ? nullptr : cleared + flags;
+    place.teams = static_cast<int>(s.teams);
+    place.blocks = static_cast<int>(s.team);
+    place.in_shared = static_cast<int>(s.in_shared);
+  }
+};
+
+template <PassKind kPass, class F>
+void with_grid_kernel(CellKind kind, DType dtype, int pairs, F&& f) {
+  with_persistent_cell(kind, dtype, [&](auto cell) {
+    using Cell = decltype(cell);
+    if constexpr (kPass == PassKind::kForward) {
+      f(pairs > 1 ? grid_forward_kernel<Cell, 2> : grid_forward_kernel<Cell, 1>);
+    } else {
+      f(pairs > 1 ? grid_backward_kernel<Cell, 2> : grid_backward_kernel<Cell, 1>);
+    }
+  });
+}
+
+// Blocks that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
+int64_t resident(CellKind kind, DType dtype, const GridShape& s, const CudaDevice& device) {
+  static thread_local std::map<std::tuple<CellKind, DType, PassKind, int, int64_t, int>, int64_t> known;
+  const std::tuple key{kind, dtype, s.pass, s.pairs_of_block, s.shared_bytes, device.multiprocessors};
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int64_t count = 0;
+  const auto ask = [&](auto kernel) { count = resident_blocks(kernel, s.config(nullptr)); };
+  if (s.pass == PassKind::kForward) {
+    with_grid_kernel<PassKind::kForward>(kind, dtype, s.pairs_of_block, ask);
+  } else {
+    with_grid_kernel<PassKind::kBackward>(kind, dtype, s.pairs_of_block, ask);
+  }
+  known.emplace(key, count);
+  return count;
+}
+
+GridShape shape_again(CellKind kind, PassKind pass, const RecurrentArgs& args) {
+  const std::optional<GridShape> s = best_shape(kind, pass, args, current_cuda_device());
+  if (!s) throw std::logic_error("the grid tier was planned for another device");
+  return *s;
+}
+
+}  // namespace
+
+CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
+                         bool recompute, const CudaDevice& device) {
+  CudaPlan::Pass plan{};
+  plan.cluster = 1;
+  const auto why_not = [&](const std::string& why) { plan.reasons.push_back("grid: " + why); };
+  for (const std::string& why : persistent_obstacles(kind, pass, args, layout, recompute)) why_not(why);
+  if (!plan.reasons.empty()) return plan;
+
+  const std::optional<GridShape> s = best_shape(kind, pass, args, device);
+  if (!s) {
+    const int64_t most = device.multiprocessors / args.directions * kMostPairs * kPairUnits;
+    why_not("H must be at most " + std::to_string(most) + " on " + std::to_string(device.multiprocessors) +
+            " multiprocessors, got " + std::to_string(args.H));
+    return plan;
+  }
+  plan.cluster = static_cast<int>(s->team);
+  plan.teams = static_cast<int>(s->teams);
+  plan.rows = static_cast<int>(s->rows);
+  plan.block = kGridThreads;
+  Space space(nullptr);
+  space.take(persistent_workspace(*s, pass, args));
+  GridSpace(space, *s);
+  plan.workspace = space.bytes();
+  if (s->turns > kMostTurns) {
+    why_not(std::to_string(s->turns) + " tiles of " + std::to_string(s->rows) + " sequences for each of " +
+            std::to_string(s->teams) + " teams of " + std::to_string(s->team) + " blocks");
+  } else if (!s->fits) {
+    why_not("a block would need " + std::to_string(s->shared_bytes) + " bytes of shared memory, of " +
+            std::to_string(device.shared_bytes));
+  } else if (s->streamed * s->turns > s->of_warp) {
+    why_not("the weights of H = " + std::to_string(args.H) + " do not fit, and would be read for " +
+            std::to_string(s->turns) + " tiles one after the other");
+  } else if (plan.workspace > kLargestWorkspace) {
+    why_not("a workspace of " + std::to_string(plan.workspace) + " bytes");
+  } else if (resident(kind, args.dtype, *s, device) < s->config(nullptr).grid.x) {
+    why_not("its blocks would not run all at once");
+  } else {
+    plan.tier = CudaTier::kGrid;
+  }
+  return plan;
+}
+
+void forward_by_grid(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
+                     void* workspace, void* stream) {
+  const GridShape s = shape_again(kind, PassKind::kForward, args);
+  Space space(workspace);
+  const PersistentForwardSpace at(space, s);
+  const GridSpace grid(space, s);
+  GridForwardArgs of{start_forward(kind, args, layout, plan.rows, at, stream), grid.place};
+  fill_bytes(grid.cleared, 0, grid.bytes, stream);
+  with_grid_kernel<PassKind::kForward>(kind, args.dtype, s.pairs_of_block,
+                                       [&](auto kernel) { launch(kernel, s.config(stream), of); });
+}
+
+void backward_by_grid(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
+                      void* workspace, void* stream) {
+  const GridShape s = shape_again(kind, PassKind::kBackward, args);
+  Space space(workspace);
+  const PersistentBackwardSpace at(space, s, args);
+  const GridSpace grid(space, s);
+  GridBackwardArgs of{start_backward(kind, args, layout, plan.rows, at, stream), grid.place};
+  fill_bytes(grid.cleared, 0, grid.bytes, stream);
+  with_grid_kernel<PassKind::kBackward>(kind, args.dtype, s.pairs_of_block,
+                                        [&](auto kernel) { launch(kernel, s.config(stream), of); });
+  finish_backward(kind, args, layout, at, of.layer, stream);
+}
+
+}  // namespace seqkernels::cuda
