@@ -36,10 +36,10 @@ constexpr int kMostPairs = 2;  // of a block
 static_assert(kMostPairs * kPairWarps <= kGridWarps, "each pair has warps for its units");
 
 // Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
-// has. TF32 computes with the library's functions, which want more.
+// has; 96 where a second pair has sums too, and of TF32, which computes with the library's functions.
 template <class S>
-SK_HOST_DEVICE constexpr int grid_kept_blocks(int tiles) {
-  return (sizeof(S) == 4 ? 24 : 32) / (2 * tiles);
+SK_HOST_DEVICE constexpr int grid_kept_blocks(int pairs, int tiles) {
+  return (sizeof(S) == 4 || pairs > 1 ? 24 : 32) / (2 * tiles);
 }
 // Whether weights that do not fit are streamed: not by kernels of half types and one pair, which no multiprocessor with
 // 160 KiB of shared memory would ask to, and which need the registers.
@@ -173,7 +173,7 @@ constexpr int kNowhere = -1;
 // own; kOfK: gates along K.
 template <class S, int kPairs, int kSummed, int kOfK>
 struct GridFactors {
-  static constexpr int kTiles = kPairs * kSummed, kHeld = grid_kept_blocks<S>(kTiles);
+  static constexpr int kTiles = kPairs * kSummed, kHeld = grid_kept_blocks<S>(kPairs, kTiles);
   static constexpr int kAhead = grid_ahead(kTiles);
   Global<const S> weights;  // of the direction, the lane's first piece
   int first_strip, last_strip, of_gate;

@@ -38,7 +38,8 @@ struct GridShape : PersistentShape {
       const bool forward = pass == PassKind::kForward;
       const int64_t multiplied = (forward ? gates : 1) * pairs_of_block, of_k = (forward ? 1 : gates) * blocks;
       of_warp = (of_k + kGridWarps - 1) / kGridWarps;
-      const int64_t rest = std::max<int64_t>(of_warp - grid_kept_blocks<S>(static_cast<int>(multiplied)), 0);
+      const int64_t rest =
+          std::max<int64_t>(of_warp - grid_kept_blocks<S>(pairs_of_block, static_cast<int>(multiplied)), 0);
       const auto bytes_with = [&](int64_t kept) {
         SharedBytes bytes;
         const GridMemory<S, SharedBytes> memory(bytes, pairs_of_block, kept, multiplied, turns, forward ? gates : 0,
