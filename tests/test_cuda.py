@@ -36,7 +36,15 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, slack: f
 
 
 # B, T, D, H: both sides of each tier's limits.
-SIZES = [(16, 40, 64, 128), (70, 20, 100, 256), (33, 20, 512, 512), (16, 20, 768, 768), (3, 12, 1024, 1024)]
+SIZES = [
+    (16, 40, 64, 128),
+    (70, 20, 100, 256),
+    (33, 20, 512, 512),
+    (16, 20, 768, 768),
+    (3, 12, 1024, 1024),
+    (70, 12, 256, 1024),
+    (9, 12, 128, 2040),
+]
 
 
 @DTYPES
@@ -92,7 +100,7 @@ def test_same_bits_from_run_to_run_and_in_any_batch(kind: str, size: tuple[int, 
 
 
 @KINDS
-@pytest.mark.parametrize("H", [128, 768, 100])
+@pytest.mark.parametrize("H", [128, 768, 100, 1024])
 def test_nothing_waits_and_a_graph_captures(kind: str, H: int) -> None:
     layer = getattr(seqkernels.nn, kind)(64, H).to("cuda", torch.bfloat16)
     x = torch.randn(9, 5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -95,41 +95,59 @@ struct Post : Seat {
   }
 };
 
-// The weights of the group, and where the lane reads its first block in a slot and from a block to the next. In place
-// of a strip that is not there others are read, for units that nobody has. A group without units takes no part.
+// The weights of the group, and where the lane reads its first block in a slot and from a block to the next. A
+// group without units takes no part.
 template <class S, int kTiles, int kHeld>
 struct ClusterFactors : Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1> {
   using Base = Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1>;
   int mine, step;
 
-  // piece(block, tile): of a strip's.
+  // Filled here and not by the constructor of Factors: the one with three groups and three gates would spill.
   template <class PieceOf>
-  SK_DEVICE ClusterFactors(const PersistentArgs& args, const Post& post, int blocks, Shared<S> of_warps, PieceOf piece)
-      : ClusterFactors(args, post, blocks, kTiles * blocks, static_cast<int>(blocks_of_warp(blocks)), of_warps, piece) {
+  SK_DEVICE ClusterFactors(const PersistentArgs& args, const Post& post, int blocks, Shared<S> of_warps,
+                           PieceOf piece) {
+    const int most = static_cast<int>(blocks_of_warp(blocks)), pieces = kTiles * blocks;
+    int &first = this->first, &count = this->count;
+    first = post.part * most;
+    count = blocks - first < most ? blocks - first : most;
+    if (count < 0 || post.idle) count = 0;
+    this->upto = count;
+    step = 4 * column_size<S>(post.rows);
+    mine = first * step + post.t * column_size<S>(post.rows) + (post.g & (post.rows - 1)) * kPiece<S>;
+    this->rest = of_warps +
+                 static_cast<int64_t>(warp_index()) * (most > kHeld ? most - kHeld : 0) * kTiles * 2 * kBlockSize<S> +
+                 post.lane * kPiece<S>;
+    const int64_t size = static_cast<int64_t>(args.layer.directions) * post.strips * pieces * kBlockSize<S>;
+    const Global<const S> from = global<const S>(args.weights, size);
+    const int64_t strip0 = static_cast<int64_t>(post.direction) * post.strips + 2 * post.pair;
+    const auto at = [&](int block, int tile, int half) {
+      return ((strip0 + half) * pieces + piece(tile, first + block)) * kBlockSize<S> + post.lane * kPiece<S>;
+    };
+    const auto there = [&](int half) { return 2 * post.pair + half < post.strips; };
+    SK_UNROLL
+    for (int block = 0; block < kHeld; ++block) {
+      SK_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        SK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          this->held[block][tile][half] = Words{};
+          if (block < count && there(half)) this->held[block][tile][half] = load_words<S>(from, at(block, tile, half));
+        }
+      }
+    }
+    for (int block = kHeld; block < count; ++block) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        for (int half = 0; half < 2; ++half) {
+          Piece<S> piece_of{};
+          if (there(half)) piece_of = load_vec<kPiece<S>, Cache::kReadOnly>(from, at(block, tile, half));
+          store_vec(this->rest, this->place(block, tile, half), piece_of);
+        }
+      }
+    }
   }
   SK_DEVICE void operator()(Shared<S> slot, float (&sum)[kTiles][4]) const {
     const Shared<S> from = slot + mine;
     this->times([&](int block) { return load_words<S>(from, block * step); }, sum);
-  }
-
- private:
-  template <class PieceOf>
-  SK_DEVICE ClusterFactors(const PersistentArgs& args, const Post& post, int blocks, int pieces, int most,
-                           Shared<S> of_warps, PieceOf piece)
-      : Base(post.idle ? kGroupWarps : post.part, kGroupWarps, blocks, post.lane,
-             of_warps +
-                 static_cast<int64_t>(warp_index()) * (most > kHeld ? most - kHeld : 0) * kTiles * 2 * kBlockSize<S>,
-             most,
-             global<const S>(args.weights,
-                             static_cast<int64_t>(args.layer.directions) * post.strips * pieces * kBlockSize<S>),
-             [&](int block, int tile, int half) {
-               const int strip = 2 * post.pair + half < post.strips ? 2 * post.pair + half : 2 * post.pair;
-               return ((static_cast<int64_t>(post.direction) * post.strips + strip) * pieces + piece(tile, block)) *
-                          kBlockSize<S> +
-                      post.lane * kPiece<S>;
-             }) {
-    step = 4 * column_size<S>(post.rows);
-    mine = this->first * step + post.t * column_size<S>(post.rows) + (post.g & (post.rows - 1)) * kPiece<S>;
   }
 };
 
@@ -257,8 +275,9 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
         mbarrier_wait(memory.full, slot, (static_cast<int>(s) - 1) >> 1 & 1);
         if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
       }
-      float sum[kGates][4], product[kGates] = {};
+      float sum[kGates][4];
       factors(memory.slots + slot * slot_size, sum);
+      float product[kGates] = {};
       if (!post.idle) {
         meet.put(post, 0, sum);
         named_sync(1 + post.group, kGroupThreads);

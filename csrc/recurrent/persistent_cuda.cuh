@@ -81,6 +81,7 @@ struct Factors {
   Shared<S> rest;          // of the warp: [blocks, kTiles, 2] pieces of all lanes
   int first, count, upto;  // blocks of K; the first `upto` of `count` stay in this multiprocessor
 
+  SK_DEVICE Factors() {}
   // The blocks are shared by `parts` warps. piece(block, tile, half): where the lane's piece of a strip lies.
   template <class PieceOf>
   SK_DEVICE Factors(int part, int parts, int blocks, int lane, Shared<S> of_warp, int in_shared, Global<const S> from,
@@ -178,10 +179,12 @@ struct Factors {
     add_up(chains, sum);
   }
 
- private:
+  // Where a piece lies in `rest`.
   SK_DEVICE static int place(int block, int tile, int half) {
     return (((block - kHeld) * kTiles + tile) * 2 + half) * kBlockSize<S>;
   }
+
+ private:
   SK_DEVICE void add_held(float (&chains)[kTiles][kChains][4], int block, const Words& right) const {
     SK_UNROLL
     for (int half = 0; half < 2; ++half) {
