@@ -205,9 +205,9 @@ def attention_jobs(arch: int) -> Iterator[Job]:
     every = [
         *((torch.bfloat16, D, name) for D in (64, 128) for name in ATTENTION),
         *((torch.float16, D, name) for D in (64, 128) for name in plain),
-        *((torch.bfloat16, 256, name) for name in plain),
-        *((torch.float32, D, "causal") for D in (64, 128)),
-        *((torch.float64, D, "causal") for D in (64, 128)),
+        *((torch.bfloat16, 256, name) for name in (*plain, "mask", "mask gradient")),
+        *((torch.float32, D, name) for D in (64, 128) for name in ("causal", "mask gradient")),
+        *((torch.float64, D, name) for D in (64, 128) for name in ("causal", "mask gradient")),
         *((torch.bfloat16, 640, name) for name in ("dense", "packed", "mask gradient", "dropout", "window", "weights")),
         *((torch.float32, 640, name) for name in ("causal", "mask gradient")),
         (torch.float64, 320, "causal"),
@@ -220,8 +220,8 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         roomy |= (kernel, name) == ("keys", "packed")
         program = kernel if kernel in ("forward", "rows", "keys") else "tiles"
         chosen = module.config(program, dtype, D, D, roomy, SHARED[arch])
-        columns = module.columns(dtype, D, D)
-        BD, fixed = columns["BD"], arch < 100 and not module.is_wide(dtype, D, D)  # else it has to fit, no more
+        columns = module.columns(program, dtype, D, D)
+        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D  # else it has to fit, no more
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
         constexprs |= dict(PRECISION="ieee", BM=chosen.BM, BN=chosen.BN, **columns)
         constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_qd", "s_kd", "s_vd", "s_od"), 1))
@@ -247,6 +247,10 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             module.needed(program, dtype, BD, BD, chosen, roomy) if fixed else None,
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
+            # On sm_100 Triton's products of float64 keep both operands in registers, and dense wide heads spill 16
+            # bytes; with other tiles, packed ones do.
+            (arch, kernel, dtype.itemsize) in ((100, "forward", 8), (100, "rows", 8))
+            or (arch, kernel, D, name) == (100, "forward", 640, "dense"),
         )
 
 

@@ -1,10 +1,12 @@
 """Drawn inputs: what is valid equals the definition, what is not raises, and nothing crashes.
 
-A found example becomes a row of `cases.CASES` or `cases.BAG_CASES`, or of the tables in the files of errors.
+A found example becomes a row of `cases.CASES`, `cases.BAG_CASES` or `cases.ATTENTION_CASES`, or of the tables in the
+files of errors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -13,16 +15,22 @@ import torch
 from cases import (
     BAG_MODES,
     DTYPES,
+    AttentionCase,
     BagCase,
     Case,
+    assert_attention_near,
     assert_bag_near,
     assert_near,
+    assert_same_bits,
+    attention_definition,
     bag_definition,
     defined,
+    make_attention_inputs,
     make_bag_inputs,
     make_inputs,
     module_of,
     run,
+    run_attention,
     run_bag,
 )
 from hypothesis import HealthCheck, given, settings
@@ -461,3 +469,132 @@ def test_backward_bag_ops_survive_nonsense(case: BagCase, mode: str, op: int, wr
     if name == "backward" and isinstance(arguments[2], int) and arguments[2] > 2**20:
         return  # a gradient of so many rows is as large as was wished
     tried(getattr(ops, f"embedding_bag_{name}"), EXCEPTIONS, *arguments)
+
+
+# ---- attention
+
+steps = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 47, 48, 49, 64, 65, 130]))
+columns = st.one_of(st.integers(0, 9), st.sampled_from([16, 17, 31, 33, 64]))
+
+
+@st.composite
+def drawn_attention(draw: st.DrawFn) -> AttentionCase:
+    """All features crossed, but for masks and packed rows."""
+    form = draw(st.sampled_from(["dense", "lengths", "lengths of keys", "packed"]))
+    B, Hk = draw(st.integers(1 if form == "packed" else 0, 3)), draw(st.integers(1, 2))
+    Tq, Tk = draw(steps), draw(steps)
+    lengths = [tuple(draw(st.lists(st.integers(0, T), min_size=B, max_size=B))) for T in (Tq, Tk)]
+    mask = "" if form == "packed" else draw(st.sampled_from(["", "bool", "float"]))
+    bound = st.one_of(st.just(-1), st.integers(0, 70))
+    return AttentionCase(
+        B=B,
+        Hq=Hk * draw(st.integers(1, 3)),
+        Hk=Hk,
+        Tq=Tq,
+        Tk=Tk,
+        D=draw(columns),
+        Dv=draw(columns),
+        mask=mask,
+        mask_of="".join(draw(st.sets(st.sampled_from("bhij")))),
+        q_lengths=lengths[0] if form in ("lengths", "packed") else None,
+        k_lengths=lengths[1] if form != "dense" else None,
+        packed=form == "packed",
+        causal=draw(st.integers(0, 2)),
+        window=(draw(bound), draw(bound)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        slopes=draw(st.sampled_from(["", "", "h", "bh"])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
+        scale=draw(st.sampled_from([0.2, 0.2, -0.1, 0.0])),
+        why="drawn",
+    )
+
+
+@bounded
+@given(
+    case=drawn_attention(), dtype=st.sampled_from(DTYPES), kinds=st.lists(strides, min_size=1, max_size=5),
+    seed=st.integers(0, 9), threads=st.integers(2, 4), isa=st.sampled_from(seqkernels.build_info()["isas"]),
+)  # fmt: skip
+def test_drawn_attention_equals_the_definition(
+    case: AttentionCase, dtype: torch.dtype, kinds: list[str], seed: int, threads: int, isa: str
+) -> None:
+    """In any strides; and whatever the number of threads, the same bits."""
+    inputs, turn = make_attention_inputs(case, dtype, seed=seed), iter(kinds * 100)
+    odd = dataclasses.replace(inputs, tensors={n: restrided(t, next(turn)) for n, t in inputs.tensors.items()})
+    if inputs.bool_mask is not None:
+        odd.bool_mask = restrided(inputs.bool_mask.float(), next(turn)).bool()
+    previous = seqkernels._C.set_isa(isa)
+    try:
+        torch.set_num_threads(threads)
+        got = run_attention(odd)
+        torch.set_num_threads(1)
+        other = run_attention(inputs)
+    finally:
+        seqkernels._C.set_isa(previous)
+    # Upstream gradients are of size 1. Where they cancel, as in a row that sees one key or a mask of one number, there
+    # is left the rounding of many of them.
+    assert_attention_near(got, attention_definition(inputs), dtype, least=4.0)
+    assert_same_bits(got, other)
+
+
+@bounded
+@given(
+    lengths=st.tuples(*(st.one_of(st.none(), st.lists(NUMBERS, max_size=3), integers, odd_tensors()) for _ in range(2)))
+)
+def test_lengths_of_attention_are_either_right_or_refused(lengths: tuple) -> None:
+    B, T = 2, (3, 4)
+    q, k = torch.randn(B, 1, T[0], 2), torch.randn(B, 1, T[1], 2)
+
+    def fits(given, T: int) -> bool:
+        if isinstance(given, Tensor):
+            if given.dtype not in (torch.int32, torch.int64) or given.is_meta or given.layout != torch.strided:
+                return False
+            given = given.tolist() if given.dim() == 1 else []
+        return given is None or (len(given) == B and all(0 <= n <= T for n in given))
+
+    if all(fits(n, t) for n, t in zip(lengths, T)):
+        assert functional.scaled_dot_product_attention(q, k, k, lengths=lengths).isfinite().all()
+    else:
+        with pytest.raises(EXCEPTIONS, match="lengths must"):
+            functional.scaled_dot_product_attention(q, k, k, lengths=lengths)
+
+
+@bounded
+@given(cu=st.tuples(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, max_size=4)), longest=st.integers(0, 9))
+def test_bounds_of_attention_are_either_right_or_refused(cu: tuple[list[int], list[int]], longest: int) -> None:
+    N = (4, 5)
+    q, k = torch.randn(N[0], 1, 2), torch.randn(N[1], 1, 2)
+    right = len(cu[0]) == len(cu[1])
+    for bounds, rows in zip(cu, N):
+        right = right and len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == rows
+        right = right and all(0 <= b - a <= longest for a, b in itertools.pairwise(bounds))
+    given = *(torch.tensor(c, dtype=torch.int64) for c in cu), longest, longest
+    if right:
+        assert functional.varlen_attention(q, k, k, *given).isfinite().all()
+    else:
+        with pytest.raises(EXCEPTIONS, match="must"):
+            functional.varlen_attention(q, k, k, *given)
+
+
+@bounded
+@given(
+    case=drawn_attention(), wrong=st.dictionaries(st.integers(0, 17), nonsense, min_size=1, max_size=2),
+    backward=st.dictionaries(st.integers(0, 22), nonsense, min_size=1, max_size=2),
+)  # fmt: skip
+def test_attention_ops_survive_nonsense(case: AttentionCase, wrong: dict, backward: dict) -> None:
+    inputs = make_attention_inputs(case, torch.float32)
+    q, k, v = (inputs.tensors[n] for n in "qkv")
+    right = [q, k, v, *inputs.arguments()]
+    out, lse = ops.attention_forward(*right)
+
+    def changed(arguments: list, wrong: dict) -> list:
+        return [wrong.get(i, a) for i, a in enumerate(arguments)]
+
+    tried(ops.attention_forward, EXCEPTIONS, *changed(right, wrong))
+    of_weights = {i - (i > 2): x for i, x in wrong.items() if i != 2}
+    tried(ops.attention_weights, EXCEPTIONS, *changed([*right[:2], *right[3:], lse], of_weights))
+    arguments = [torch.ones_like(out), lse, *right, out, lse, "mask" in inputs.tensors]
+    tried(ops.attention_backward, EXCEPTIONS, *changed(arguments, backward))
+    tried(
+        functional.scaled_dot_product_attention, (*EXCEPTIONS, IndexError, AttributeError),
+        *changed([q, k, v, inputs.mask, 0.0, True, 1.0, True], wrong),
+    )  # fmt: skip

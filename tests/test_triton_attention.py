@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_drawn
+from hypothesis import strategies as st
 from torch import Tensor
 from triton_on_cpu import DEVICE, load
 
@@ -301,8 +304,54 @@ def test_wide_heads(c: Case):
 def test_wide_heads_of_other_dtypes():
     check(WIDE[1], torch.bfloat16)
     check(Case("257 columns", B=1, Tq=9, Tk=17, D=257, Dv=300, scale=0.06, causal=1), torch.float64)
-    assert attention.is_wide(torch.float64, 257, 8) and not attention.is_wide(torch.float64, 256, 256)
+    assert attention.is_wide(torch.float64, 129, 8) and not attention.is_wide(torch.float64, 128, 128)
     check_weights(WIDE[1], torch.float16)
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Case:
+    """All features crossed, but for masks and packed rows."""
+    form = draw(st.sampled_from(["dense", "lengths", "packed"]))
+    B, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    Tq, Tk = draw(st.integers(0, 35)), draw(st.integers(0, 35))
+    lengths = [tuple(draw(st.lists(st.integers(0, T), min_size=B, max_size=B))) for T in (Tq, Tk)]
+    kind = "" if form == "packed" else draw(st.sampled_from(["", "bool", "float"]))
+    bound = st.one_of(st.just(-1), st.integers(0, 20))
+    return Case(
+        "drawn",
+        B=B,
+        H=2 * H,
+        G=draw(st.integers(1, 2)),
+        Tq=Tq,
+        Tk=Tk,
+        D=draw(st.integers(1, 33)),
+        Dv=draw(st.integers(1, 33)),
+        q_lengths=None if form == "dense" else lengths[0],
+        k_lengths=None if form == "dense" else lengths[1],
+        packed=form == "packed",
+        mask=kind and f"{kind} {''.join(draw(st.sets(st.sampled_from('bhqk'))))}",
+        slopes=draw(st.sampled_from(["", "h", "bh"])),
+        scale=draw(st.sampled_from([0.2, -0.1])),
+        causal=draw(st.integers(0, 2)),
+        window_left=draw(bound),
+        window_right=draw(bound),
+        softcap=draw(st.sampled_from([0.0, 2.0])),
+        dropout_p=draw(st.sampled_from([0.0, 0.3])),
+    )
+
+
+@settings(
+    max_examples=15,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given_drawn(c=drawn())
+def test_drawn_cases(c: Case):
+    check(c, torch.float32)
+    if not c.packed:
+        check_weights(c, torch.float32)
 
 
 @pytest.mark.parametrize("programs", [1, 5])
@@ -662,9 +711,10 @@ def test_errors_of_backward_and_of_weights():
 def test_configurations_fit():
     for shared, kernel, dtype in itertools.product((99, 163, 227), ("forward", "rows", "keys", "tiles"), DTYPES):
         for D, Dv, roomy in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
-            if dtype == torch.float64 and max(D, Dv) == 256 and shared == 99:
-                continue  # too little for any
+            if attention.is_wide(dtype, D, Dv):
+                continue
             chosen = attention.config(kernel, dtype, D, Dv, roomy, shared << 10)
-            sizes = (dtype, attention.padded(D), attention.padded(Dv))
+            found = attention.columns(kernel, dtype, D, Dv)
+            sizes = (dtype, found["BD"], found["BDV"])
             assert attention.needed(kernel, *sizes, chosen, roomy) <= shared << 10
             assert min(chosen.BM, chosen.BN) >= 16

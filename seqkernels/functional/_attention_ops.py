@@ -328,6 +328,7 @@ def _dmask_fake(q: Tensor, mask: Tensor | None, needed: bool) -> Tensor:
 
 
 def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    _check(q, k, v, *rest)
     return (*(layout_like(x, x.shape[3]) for x in (q, k, v)), _dmask_fake(q, rest[0], rest[-1]))
 
 
@@ -337,6 +338,7 @@ def _weights_fake(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
 
 
 def _weights_backward_fake(dweights: Tensor, q: Tensor, k: Tensor, *rest: Any) -> Any:
+    _check(q, k, None, *rest)
     return (*(layout_like(x, x.shape[3]) for x in (q, k)), _lse_like(q), _dmask_fake(q, rest[0], rest[-1]))
 
 

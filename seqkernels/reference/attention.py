@@ -240,9 +240,9 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 def _padded(x: Tensor, cu: Tensor, longest: int) -> Tensor:
     """[1, H, N, D] as [S, H, longest, D]; what is behind a sequence's end is some row of another."""
-    S, H, N = cu.shape[0] - 1, x.shape[1], x.shape[2]
+    S, N = cu.shape[0] - 1, x.shape[2]
     if N == 0:
-        return x.new_zeros(S, H, longest, x.shape[3])
+        return torch.nn.functional.pad(x, (0, 0, 0, longest)).expand(S, -1, -1, -1)
     at = cu[:-1].long().unsqueeze(1) + torch.arange(longest, device=x.device)
     return x[0][:, at.clamp(max=N - 1).reshape(-1)].unflatten(1, (S, longest)).transpose(0, 1)
 

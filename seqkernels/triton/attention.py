@@ -1531,45 +1531,52 @@ class Config(NamedTuple):
 
 FORWARD, ROWS, KEYS, TILES = "forward", "rows", "keys", "tiles"
 
-# By kernel and bytes of an element, for head sizes up to 64, 128, 256 and 512: what ptxas keeps in registers.
+# By kernel and bytes of an element, for head sizes up to 64, 128 and 256: what ptxas keeps in registers.
 CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
-    (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
-    (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
-    (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
-    (TILES, 2): (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 8, 1)),
-    (FORWARD, 4): (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    (ROWS, 4): (Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    (KEYS, 4): (Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    (TILES, 4): (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    (FORWARD, 8): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
-    (ROWS, 8): (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
-    (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
-    (TILES, 8): (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
+    (FORWARD, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 8, 2)),
+    (ROWS, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+    (KEYS, 2): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1)),
+    (FORWARD, 4): (Config(64, 32, 8, 1), Config(16, 32, 8, 1)),
+    (ROWS, 4): (Config(32, 16, 4, 1), Config(16, 16, 8, 1)),
+    (KEYS, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (FORWARD, 8): (Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
+    (ROWS, 8): (Config(32, 16, 8, 1), Config(16, 16, 4, 1)),
+    (KEYS, 8): (Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
 }
 # With a mask, dropout, a window, alibi or a softcap, and of weights.
 ROOMY: dict[tuple[str, int], tuple[Config, ...]] = {
-    (FORWARD, 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
-    (ROWS, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
-    (KEYS, 2): (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
+    (FORWARD, 2): (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+    (ROWS, 2): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 8, 1)),
+    (KEYS, 2): (Config(32, 64, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
 }
 # Where products go through registers and shared memory is less, as on sm_80.
 SMALL: dict[tuple[str, int], tuple[Config, ...]] = {
-    (FORWARD, 2): (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
-    (ROWS, 2): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
-    (KEYS, 2): (Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
+    (FORWARD, 2): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+    (ROWS, 2): (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+    (KEYS, 2): (Config(32, 64, 8, 1), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
 }
 WARPGROUPS = 200 << 10  # bytes of shared memory: sm_90 and later have more
-LARGEST = {2: 512, 4: 512, 8: 256}  # head size that is no wide one, by bytes of an element
-# Of wide heads: columns that are read at a time, and a program's tiles of every kernel.
-CHUNK = {2: 128, 4: 64, 8: 32}
-WIDE = {2: Config(64, 64, 8, 1), 4: Config(32, 32, 8, 1), 8: Config(16, 16, 4, 1)}
+LARGEST = {2: 256, 4: 128, 8: 128}  # head size that is no wide one, by bytes of an element
+# Of wide heads, and always by tiles, which hold nothing but scores: columns that are read at a time.
+CHUNK = {2: 64, 4: 64, 8: 32}
+WIDE: dict[tuple[str, int], Config] = {
+    (FORWARD, 2): Config(64, 64, 8, 1),
+    (ROWS, 2): Config(32, 32, 8, 1),
+    (KEYS, 2): Config(64, 32, 8, 1),
+    (TILES, 2): Config(64, 64, 8, 1),
+    (FORWARD, 4): Config(32, 32, 8, 1),
+    (ROWS, 4): Config(32, 32, 8, 1),
+    (KEYS, 4): Config(16, 32, 8, 1),
+    (TILES, 4): Config(16, 32, 8, 1),
+    **{(kernel, 8): Config(16, 16, 4, 1) for kernel in (FORWARD, ROWS, KEYS, TILES)},
+}
 
 
 def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config, roomy: bool = False) -> int:
     """Bytes of shared memory: what a program holds, the stages of what it reads past it, and tiles of scores on their
     way from one layout to another."""
     kept, read = (c.BN, c.BM) if kernel == KEYS else (c.BM, c.BN)
-    held = kept * (BD if kernel == FORWARD else BD + BDV)
+    held = kept * (BD if kernel == FORWARD else BD + BDV) + read * BD * (kernel == KEYS)
     tiles = c.BM * c.BN * ((5 if dtype == torch.float64 else 3) * (kernel == KEYS) + roomy)
     return (held + c.num_stages * read * (BD + BDV) + tiles) * dtype.itemsize
 
@@ -1577,13 +1584,15 @@ def needed(kernel: str, dtype: torch.dtype, BD: int, BDV: int, c: Config, roomy:
 @functools.cache
 def config(kernel: str, dtype: torch.dtype, D: int, Dv: int, roomy: bool = False, shared: int = 227 << 10) -> Config:
     """The largest that so many bytes of shared memory hold."""
-    if is_wide(dtype, D, Dv):
-        return WIDE[dtype.itemsize]
+    if kernel == TILES or is_wide(dtype, D, Dv):
+        return WIDE[kernel, dtype.itemsize]
     BD, BDV = padded(D), padded(Dv)
-    size = 0 if max(D, Dv) <= 64 else 1 if max(D, Dv) <= 128 else 2 if max(D, Dv) <= 256 else 3
-    table = CONFIGS
-    if size < 2 and (kernel, dtype.itemsize) in ROOMY:
-        table = SMALL if shared < WARPGROUPS else ROOMY if roomy else CONFIGS
+    size = 0 if max(D, Dv) <= 64 else 1 if max(D, Dv) <= 128 else 2
+    for table in (SMALL,) if shared < WARPGROUPS else (ROOMY,) if roomy else ():
+        if size < len(table.get((kernel, dtype.itemsize), ())):
+            break
+    else:
+        table = CONFIGS
     chosen = table[kernel, dtype.itemsize][size]
     while needed(kernel, dtype, BD, BDV, chosen, roomy) > shared:
         BM, BN, warps, stages = chosen
@@ -1612,9 +1621,9 @@ def is_wide(dtype: torch.dtype, D: int, Dv: int) -> bool:
     return max(D, Dv) > LARGEST[dtype.itemsize]
 
 
-def columns(dtype: torch.dtype, D: int, Dv: int) -> dict[str, int]:
+def columns(kernel: str, dtype: torch.dtype, D: int, Dv: int) -> dict[str, int]:
     """D and Dv, and how many columns a program has at a time."""
-    most = CHUNK[dtype.itemsize] if is_wide(dtype, D, Dv) else LARGEST[dtype.itemsize]
+    most = (CHUNK if kernel == TILES or is_wide(dtype, D, Dv) else LARGEST)[dtype.itemsize]
     return dict(D=D, DV=Dv, BD=min(padded(D), most), BDV=min(padded(Dv), most))
 
 
@@ -1792,9 +1801,7 @@ class _Call:
             CAP=softcap > 0,
             PRECISION="tf32" if tf32 else "ieee",
         )
-        sizes = columns(q.dtype, self.D, self.DV)
-        self.arguments |= dict(D=self.D, BD=sizes["BD"])
-        self.of_values = dict(DV=self.DV, BDV=sizes["BDV"])
+        sizes = columns(FORWARD, q.dtype, self.D, self.DV)
         self.chunks = triton.cdiv(self.D, sizes["BD"]), triton.cdiv(self.DV, sizes["BDV"])
         if self.v is not None:
             self.arguments |= self.values(self.v)
@@ -1811,16 +1818,19 @@ class _Call:
         return dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), steps))
 
     def values(self, v: Tensor | None) -> dict[str, Any]:
-        return dict(p_v=v, **self.of_values, **self.strides("v", v))
+        return dict(p_v=v, **self.strides("v", v))
 
     def choose(self, kernel: str) -> Config:
         roomy = self.roomy or (kernel == KEYS and self.packed and self.Hk != self.H)
         return config(kernel, self.q.dtype, self.D, self.DV, roomy, _shared_memory(self.q.device))
 
-    def launch(self, kernel: Any, chosen: Config, programs: int, chunks: int, **arguments: Any) -> None:
+    def launch(self, kernel: Any, kind: str, programs: int, chunks: int, **arguments: Any) -> None:
         if programs:
+            given = self.arguments | arguments | self.choose(kind)._asdict()
+            given |= columns(kind, self.q.dtype, self.D, self.DV)
+            names = (*kernel.arg_names, "num_warps", "num_stages")
             with torch.cuda.device_of(self.q):
-                kernel[(programs, chunks)](**self.arguments, **chosen._asdict(), **arguments)
+                kernel[(programs, chunks)](**{name: given[name] for name in names})
 
     def by_rows(self, BM: int) -> tuple[int, int]:
         """Blocks of rows in a head, and programs."""
@@ -1838,16 +1848,8 @@ class _Call:
         base, rest = torch.empty_like(lse), torch.empty_like(lse)
         chosen = self.choose(TILES)
         blocks, _ = self.by_rows(chosen.BM)
-        kernel: Any = attention_normaliser_kernel
-        given = dict(self.arguments, **chosen._asdict(), p_lse=lse, p_base=base, p_rest=rest, blocks=blocks)
-        programs = blocks * self.H * self.B
-        if programs:
-            with torch.cuda.device_of(self.q):
-                kernel[(programs,)](
-                    **{name: given[name] for name in kernel.arg_names},
-                    num_warps=chosen.num_warps,
-                    num_stages=chosen.num_stages,
-                )
+        here = dict(p_lse=lse, p_base=base, p_rest=rest, blocks=blocks)
+        self.launch(attention_normaliser_kernel, TILES, blocks * self.H * self.B, 1, **here)
         return dict(p_lse=base, p_rest=rest)
 
     def mask_gradient(
@@ -1869,7 +1871,7 @@ class _Call:
         found = torch.empty(parts, *mask.shape, dtype=mask.dtype if parts == 1 else self.acc, device=mask.device)
         self.launch(
             attention_mask_gradient_kernel,
-            chosen,
+            TILES,
             parts * tiles,
             1,
             **(self.values(None) if self.v is None else {}),
@@ -1920,7 +1922,7 @@ class _Call:
         blocks, programs = self.by_rows(chosen.BM)
         self.launch(
             attention_backward_rows_kernel,
-            chosen,
+            ROWS,
             programs,
             self.chunks[0],
             **common,
@@ -1934,7 +1936,7 @@ class _Call:
         blocks, programs = self.by_keys(chosen.BN)
         self.launch(
             attention_backward_keys_kernel,
-            chosen,
+            KEYS,
             programs,
             max(self.chunks),
             **common,
@@ -2003,7 +2005,7 @@ def attention_forward(
     lse = torch.empty(q.shape[:3], dtype=call.acc, device=q.device)
     chosen = call.choose(FORWARD)
     blocks, programs = call.by_rows(chosen.BM)
-    call.launch(attention_forward_kernel, chosen, programs, call.chunks[1], p_out=out, p_lse=lse, blocks=blocks)
+    call.launch(attention_forward_kernel, FORWARD, programs, call.chunks[1], p_out=out, p_lse=lse, blocks=blocks)
     return out, lse
 
 
@@ -2083,7 +2085,7 @@ def attention_weights(
     blocks = triton.cdiv(call.max_k, chosen.BN)
     programs = call.B * call.H * triton.cdiv(call.max_q, chosen.BM) * blocks
     sums = call.normaliser(lse.contiguous())
-    call.launch(attention_weights_kernel, chosen, programs, 1, **sums, p_w=weights, blocks=blocks)
+    call.launch(attention_weights_kernel, TILES, programs, 1, **sums, p_w=weights, blocks=blocks)
     return weights
 
 
