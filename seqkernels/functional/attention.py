@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
         where a row sees no key; with return_weights also [B, Hq, Tq, Tk], after dropout. Gradient of each: yes.
     Raises:
         ValueError: a shape, a length or a value does not fit. TypeError: a dtype does not fit.
-        RuntimeError: lengths are out of range.
+        RuntimeError: lengths are out of range, on a CPU; on a GPU, where nobody looks at them, they are cut off.
         NotImplementedError: no backend takes these inputs; the message lists why.
     Equivalent to: torch.nn.functional.scaled_dot_product_attention, but for what the module's text lists.
     Deterministic: yes; the same bits for any number of threads, and a row alone or in a batch.
