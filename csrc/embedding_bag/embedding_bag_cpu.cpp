@@ -23,6 +23,7 @@ struct Block {
   const T* weights;
   int64_t n;
   Prefetch prefetch;
+  bool plain;  // every row counts, and columns lie side by side
 };
 
 // The row at a place from the block's first column on; gathered if columns do not lie side by side.
@@ -51,35 +52,52 @@ SEQKERNELS_INLINE Native<Compute<S>> vector_of(const Row<S>& row, int v, int64_t
   return row(v * kLanes<Compute<S>>);
 }
 
-// Rows are summed kFold at a time and the sums then added up, so that the error of a long bag grows as that of two
-// short ones. Sums start from -0, to which any first row adds as itself.
-template <bool kWeighted, bool kPartial, class S, int kWidth>
-SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kWidth]) {
+// Adds rows [i, end). kPlain: every row counts, and its columns lie side by side. A loop over a table that lies in a
+// cache is soon over, and is short of branches that are guessed: what does not change is settled before it.
+template <bool kWeighted, bool kPartial, bool kPlain, bool kNear, bool kFar, class S, int kWidth>
+SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
-  constexpr int kFold = 64;
   Fetch<S, kWidth> fetch(b);
-  Native<T> total[kWidth];
-#pragma GCC unroll 8
-  for (int v = 0; v < kWidth; ++v) sums[v] = total[v] = broadcast(T(-0.0));
-  int since = 0;
-  for (int64_t i = 0; i < b.n; ++i) {
-    b.prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
+  for (; i < end; ++i) {
+    Prefetch{kNear, kFar}.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
     const int64_t place = b.places[i];
-    if (place < 0) continue;
-    const Row<S> row = fetch(place);
+    if (!kPlain && place < 0) continue;
+    const Row<S> row = kPlain ? Row<S>(b.table + place, b.D, b.column) : fetch(place);
     const Native<T> w = broadcast(kWeighted ? b.weights[i] : T(1));
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) {
       const Native<T> x = vector_of<S, kPartial>(row, v, b.lanes);
       sums[v] = kWeighted ? fma(w, x, sums[v]) : sums[v] + x;
     }
-    if (++since == kFold) {
-      since = 0;
+  }
+}
+
+// Rows are summed kFold at a time and the sums then added up, so that the error of a long bag grows as that of two
+// short ones. Sums start from -0, to which any first row adds as itself.
+template <bool kWeighted, bool kPartial, class S, int kWidth>
+SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kWidth]) {
+  using T = Compute<S>;
+  constexpr int64_t kFold = 64;
+  Native<T> total[kWidth];
 #pragma GCC unroll 8
-      for (int v = 0; v < kWidth; ++v) {
-        total[v] += sums[v];
-        sums[v] = broadcast(T(-0.0));
-      }
+  for (int v = 0; v < kWidth; ++v) sums[v] = total[v] = broadcast(T(-0.0));
+  for (int64_t i = 0; i < b.n;) {
+    const int64_t end = min(b.n, i + kFold);
+    if (!b.plain || kPartial) {
+      add_some<kWeighted, kPartial, false, true, true>(b, i, end, sums);
+    } else if (b.prefetch.far) {
+      add_some<kWeighted, false, true, true, true>(b, i, end, sums);
+    } else if (b.prefetch.near) {
+      add_some<kWeighted, false, true, true, false>(b, i, end, sums);
+    } else {
+      add_some<kWeighted, false, true, false, false>(b, i, end, sums);
+    }
+    i = end;
+    if (i == b.n) break;
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) {
+      total[v] += sums[v];
+      sums[v] = broadcast(T(-0.0));
     }
   }
 #pragma GCC unroll 8
@@ -169,9 +187,10 @@ struct Forward {
   const Bounds bounds;
   const Partials<T> partials;
   Prefetch prefetch;
+  const bool whole;  // no bag is cut in chunks
 
-  Forward(const BagTable& t, const BagShape& shape, char* scratch)
-      : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D} {
+  Forward(const BagTable& t, const BagShape& shape, char* scratch, bool whole)
+      : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D}, whole(whole) {
     prefetch.set(t.E * t.D * int64_t(sizeof(S)));
   }
 
@@ -195,8 +214,40 @@ struct Forward {
   SEQKERNELS_INLINE void run_width(int64_t low, int64_t high, BagFault& fault) const {
     if (shape.extreme()) {
       units<kWeighted, kPartial, kWidth, true>(low, high, fault);
+    } else if (!kPartial && t.D == kWidth * kLanes<T> && whole && plain() && t.batch == t.bags &&
+               (!kWeighted || shape.mode == BagMode::kSum)) {
+      narrow_bags<kWeighted, kWidth>(low, high, fault);
     } else {
       units<kWeighted, kPartial, kWidth, false>(low, high, fault);
+    }
+  }
+
+  bool plain() const { return t.padding < 0 && t.column_stride == 1; }
+
+  // Bags in one piece, each one block of columns wide, of which every row counts: little is done beside adding rows.
+  template <bool kWeighted, int kWidth>
+  __attribute__((noinline)) void narrow_bags(int64_t low, int64_t high, BagFault& fault) const {
+    const Bounds bounds = this->bounds;
+    const int64_t first = bounds.bag_at(low), last = bounds.bag_at(high);
+    Stream<S> stream(this->t, this->shape, bounds.begin(last), fault);
+    const BagTable t = this->t;
+    const bool mean = shape.mode == BagMode::kMean;
+    Block<S> block{static_cast<const S*>(t.table), t.D, 1, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, true};
+    Out* out = static_cast<Out*>(t.out) + first * t.out_stride;
+    int64_t begin = bounds.begin(first);
+    for (int64_t bag = first; bag < last; ++bag, out += t.out_stride) {
+      const int64_t end = bounds.begin(bag + 1);
+      block.n = end - begin;
+      block.places = stream.at(begin, end);
+      block.weights = stream.weights_at(begin);
+      begin = end;
+      if (block.n == 0) {
+        empty(out, nullptr);
+        continue;
+      }
+      Native<T> sums[kWidth];
+      add_rows<kWeighted, false>(block, sums);
+      write_sum<false>(block, mean ? BagMode::kMean : BagMode::kSum, T(block.n), out, sums);
     }
   }
 
@@ -257,7 +308,9 @@ struct Forward {
     Stream<S> stream(this->t, this->shape, min(bounds.begin(bounds.bags), high), fault);
     const BagTable t = this->t;  // copies of which the compiler knows that no row it writes changes them
     const BagShape shape = this->shape;
-    Block<S> block{static_cast<const S*>(t.table), t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch};
+    Block<S> block{
+        static_cast<const S*>(t.table),       t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch,
+        t.padding < 0 && t.column_stride == 1};
     each_unit(bounds, low, high, [&](const Unit& unit) __attribute__((always_inline)) {
       block.n = unit.end - unit.begin;
       block.places = stream.at(unit.begin, unit.end);
@@ -370,13 +423,13 @@ BagFault forward_of(const BagForward& args) {
   Faults faults;
   each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
     BagFault fault{};
-    Forward<S>(args.tables[i], args.shape, scratch_of(i)).run(low, high, fault);
+    Forward<S>(args.tables[i], args.shape, scratch_of(i), !merges).run(low, high, fault);
     faults.add(fault);
   });
   const BagFault fault = faults.first();
   if (fault.what != BagFault::kNone || !merges) return fault;
   each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
-    Forward<S>(args.tables[i], args.shape, scratch_of(i)).merge(low, high);
+    Forward<S>(args.tables[i], args.shape, scratch_of(i), false).merge(low, high);
   });
   return fault;
 }
