@@ -458,7 +458,8 @@ struct Reducer {
         clear(done, row);
         done = row + 1;
       } else {
-        ask_for_row(min(begin + kRowsAhead, sort.n - 1));
+        ask_for_row<2>(min(begin + kRowsFar, sort.n - 1));
+        ask_for_row<3>(min(begin + kRowsNear, sort.n - 1));
       }
       if (end - begin > kRowChunk) {
         merge_chunks(begin, end, sums);
@@ -482,16 +483,19 @@ struct Reducer {
   }
 
   // What a step will change some rows from here.
-  static constexpr int64_t kRowsAhead = 16;
+  static constexpr int64_t kRowsNear = 8, kRowsFar = 64;
+  template <int kLevel>
   SEQKERNELS_INLINE void ask_for_row(int64_t pair) const {
     if (to.step == nullptr) return;
     const char* p = reinterpret_cast<const char*>(static_cast<const S*>(t.table) + pairs[pair].row * t.row_stride);
-    for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(S))); b += 64) __builtin_prefetch(p + b, 1, 3);
+    for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(S))); b += 64)
+      __builtin_prefetch(p + b, kLevel == 3, kLevel);
     if (to.step->state1 == nullptr) return;
     for (T* state : {static_cast<T*>(to.step->state1), static_cast<T*>(to.step->state2)}) {
       if (state == nullptr || to.step->optimizer == RowOptimizer::kRowwiseAdagrad) continue;
       p = reinterpret_cast<const char*>(state + pairs[pair].row * t.D);
-      for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(T))); b += 64) __builtin_prefetch(p + b, 1, 3);
+      for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(T))); b += 64)
+        __builtin_prefetch(p + b, kLevel == 3, kLevel);
     }
   }
 
