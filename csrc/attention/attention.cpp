@@ -45,8 +45,8 @@ Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
     strides[1] = sizes[3] > 0 ? sizes[3] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         code_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code_of(type),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 // As x [B, H, T, *] lies in memory, with D columns.
