@@ -52,14 +52,15 @@ SEQKERNELS_INLINE Native<Compute<S>> vector_of(const Row<S>& row, int v, int64_t
   return row(v * kLanes<Compute<S>>);
 }
 
-// Adds rows [i, end). kPlain: every row counts, and its columns lie side by side. A loop over a table that lies in a
-// cache is soon over, and is short of branches that are guessed: what does not change is settled before it.
-template <bool kWeighted, bool kPartial, bool kPlain, bool kNear, bool kFar, class S, int kWidth>
-SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, Native<Compute<S>> (&sums)[kWidth]) {
+// Adds rows [i, end). kPlain: every row counts, and its columns lie side by side. A `prefetch` of constants costs no
+// branch: loops over a table that lies in a cache are short of branches that are guessed.
+template <bool kWeighted, bool kPartial, bool kPlain, class S, int kWidth>
+SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, const Prefetch prefetch,
+                                Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
   Fetch<S, kWidth> fetch(b);
   for (; i < end; ++i) {
-    Prefetch{kNear, kFar}.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
+    prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
     const int64_t place = b.places[i];
     if (!kPlain && place < 0) continue;
     const Row<S> row = kPlain ? Row<S>(b.table + place, b.D, b.column) : fetch(place);
@@ -84,13 +85,13 @@ SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kW
   for (int64_t i = 0; i < b.n;) {
     const int64_t end = min(b.n, i + kFold);
     if (!b.plain || kPartial) {
-      add_some<kWeighted, kPartial, false, true, true>(b, i, end, sums);
+      add_some<kWeighted, kPartial, false>(b, i, end, b.prefetch, sums);
     } else if (b.prefetch.far) {
-      add_some<kWeighted, false, true, true, true>(b, i, end, sums);
+      add_some<kWeighted, false, true>(b, i, end, Prefetch{true, true}, sums);
     } else if (b.prefetch.near) {
-      add_some<kWeighted, false, true, true, false>(b, i, end, sums);
+      add_some<kWeighted, false, true>(b, i, end, Prefetch{true, false}, sums);
     } else {
-      add_some<kWeighted, false, true, false, false>(b, i, end, sums);
+      add_some<kWeighted, false, true>(b, i, end, Prefetch{false, false}, sums);
     }
     i = end;
     if (i == b.n) break;
@@ -231,7 +232,7 @@ struct Forward {
     const int64_t first = bounds.bag_at(low), last = bounds.bag_at(high);
     Stream<S> stream(this->t, this->shape, bounds.begin(last), fault);
     const BagTable t = this->t;
-    const bool mean = shape.mode == BagMode::kMean;
+    const BagMode mode = shape.mode;
     Block<S> block{static_cast<const S*>(t.table), t.D, 1, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, true};
     Out* out = static_cast<Out*>(t.out) + first * t.out_stride;
     int64_t begin = bounds.begin(first);
@@ -247,7 +248,7 @@ struct Forward {
       }
       Native<T> sums[kWidth];
       add_rows<kWeighted, false>(block, sums);
-      write_sum<false>(block, mean ? BagMode::kMean : BagMode::kSum, T(block.n), out, sums);
+      write_sum<false>(block, mode, T(block.n), out, sums);
     }
   }
 
@@ -309,8 +310,7 @@ struct Forward {
     const BagTable t = this->t;  // copies of which the compiler knows that no row it writes changes them
     const BagShape shape = this->shape;
     Block<S> block{
-        static_cast<const S*>(t.table),       t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch,
-        t.padding < 0 && t.column_stride == 1};
+        static_cast<const S*>(t.table), t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, plain()};
     each_unit(bounds, low, high, [&](const Unit& unit) __attribute__((always_inline)) {
       block.n = unit.end - unit.begin;
       block.places = stream.at(unit.begin, unit.end);

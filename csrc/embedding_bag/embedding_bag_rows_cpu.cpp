@@ -1,7 +1,7 @@
 // Backward of EmbeddingBag by rows: a stable radix sort brings together where a row occurs, then each row's gradient is
 // summed in the order of positions and goes where it is wanted, once: into a dense or a sparse gradient, or into a step
-// of an optimiser. Threads share the sorted pairs evenly; a row that occurs often is summed in chunks of fixed size,
-// merged in order, so that the result does not depend on how many threads there are.
+// of an optimiser. Threads share the rows by how much work they are; a row that occurs often is summed in chunks of
+// fixed size, merged in order, so that the result does not depend on how many threads there are.
 #include "common/memory.h"
 #include "embedding_bag/bags.h"
 #include "embedding_bag/rows_sort.h"
@@ -263,13 +263,13 @@ struct Sorter {
   __attribute__((noinline)) void pick_as(int64_t thread) const {
     const I* indices = static_cast<const I*>(t.indices);
     const U low = U(out.rows[thread]), range = U(out.rows[thread + 1]) - low;
-    const I padding = I(t.padding);  // none: -1, which no index is
+    const int64_t padding = t.padding;  // none: -1, which no index is
     Pair<U>* to = pairs[0] + out.begins[thread];
     const Pair<U>* const stop = pairs[0] + out.begins[thread + 1];
     if (to == stop) return;
     each_bag(first, last, [&](int64_t bag, int64_t begin, int64_t end) __attribute__((always_inline)) {
       for (int64_t i = begin; i < end && to < stop; ++i) {  // without a branch, which would be guessed wrong
-        const I index = indices[i];
+        const int64_t index = indices[i];
         *to = {U(index), kPositions ? U(i) : U(bag)};
         to += (U(index) - low < range) & (index != padding);
       }

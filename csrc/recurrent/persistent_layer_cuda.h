@@ -117,19 +117,26 @@ inline int64_t persistent_workspace(const PersistentShape& s, PassKind pass, con
   return space.bytes();
 }
 
+// What the kernels of both walks are told.
+template <class Args, class Places>
+void set_common(PersistentArgs& of, CellKind kind, const Args& args, const CudaLayout& layout, int rows,
+                const Places& at) {
+  of.layer = layer_args(args, layout, shape_of(kind));
+  of.layer.links = at.links;
+  of.layer.y = const_cast<void*>(args.y);
+  of.layer.cells = const_cast<void*>(args.cells);
+  of.layer.saved = const_cast<void*>(args.saved);
+  of.weights = at.weights;
+  of.tiles = PersistentShape(kind, args).tiles(rows);
+  of.rows = rows;
+}
+
 // All that comes before the walk; returns what the kernel is told.
 inline PersistentForwardArgs start_forward(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, int rows,
                                            const PersistentForwardSpace& at, void* stream) {
   const PersistentShape s(kind, args);
   PersistentForwardArgs of{};
-  of.layer = layer_args(args, layout, shape_of(kind));
-  of.layer.links = at.links;
-  of.layer.y = args.y;
-  of.layer.cells = args.cells;
-  of.layer.saved = args.saved;
-  of.weights = at.weights;
-  of.tiles = s.tiles(rows);
-  of.rows = rows;
+  set_common(of, kind, args, layout, rows, at);
   of.from_x = at.from_x;
   of.h_n = args.h_n;
   of.c_n = args.c_n;
@@ -152,14 +159,7 @@ inline PersistentBackwardArgs start_backward(CellKind kind, const BackwardArgs& 
                                              int rows, const PersistentBackwardSpace& at, void* stream) {
   const PersistentShape s(kind, args);
   PersistentBackwardArgs of{};
-  of.layer = layer_args(args, layout, shape_of(kind));
-  of.layer.links = at.links;
-  of.layer.y = const_cast<void*>(args.y);
-  of.layer.cells = const_cast<void*>(args.cells);
-  of.layer.saved = const_cast<void*>(args.saved);
-  of.weights = at.weights;
-  of.tiles = s.tiles(rows);
-  of.rows = rows;
+  set_common(of, kind, args, layout, rows, at);
   of.dy = args.dy;
   of.dcells = args.dcells;
   of.dh_n = args.dh_n;
