@@ -215,6 +215,7 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
   m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
 #ifdef SEQKERNELS_CUDA_KERNELS
   m.def("set_tf32", &set_allows_tf32, py::arg("allow"));
+  m.def("set_cuda_tiers", &set_cuda_tiers, py::arg("names"));
   m.def("explain_recurrent_cuda", &explain_recurrent_cuda, py::arg("kind"), py::arg("dtype"), py::arg("T"),
         py::arg("B"), py::arg("D"), py::arg("H"), py::arg("directions") = 1, py::arg("options") = false,
         py::arg("tf32") = false, py::arg("major") = 9, py::arg("multiprocessors") = 132,

@@ -6,13 +6,14 @@ The ops of torch.ops.seqkernels_emulated are those of torch.ops.seqkernels, made
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cuda_on_cpu
@@ -61,6 +62,17 @@ def machine(**settings: int) -> Any:
     """The emulation under other settings."""
     module()
     return cuda_on_cpu.settings(cuda_on_cpu.load("_emulated"), **settings)
+
+
+@contextlib.contextmanager
+def tiers(*names: str) -> Iterator[None]:
+    """These alone may walk a layer."""
+    built = seqkernels._C if PLACE == "cuda" else module()
+    before = built.set_cuda_tiers(names)
+    try:
+        yield
+    finally:
+        built.set_cuda_tiers(before)
 
 
 GATES = {
@@ -287,6 +299,15 @@ def test_kinds(kind: str, form: str, dtype: torch.dtype) -> None:
     check_layer(Layer(kind=kind, form=form, bidirectional=True, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "rnn_relu"])  # whose slope jumps
+def test_kinds_by_launches_of_a_step(kind: str, dtype: torch.dtype) -> None:
+    """Half types, which other kernels would take."""
+    with tiers("steps"):
+        for form, options in zip(FORMS, (("reset",), ("zoneout_masks", "dropout"), ("variational",)), strict=True):
+            check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=dtype, B=4))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids="-".join)
 @pytest.mark.parametrize("kind", GATES)
 def test_options(kind: str, options: tuple[str, ...]) -> None:
@@ -325,6 +346,22 @@ def test_large_clusters(kind: str) -> None:
         check_layer(layer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "H", "mode"),
+    [("lstm", 520, {}), ("gru", 520, {}), ("rnn_tanh", 520, {}), ("lstm", 768, {}), ("lstm", 520, {"races": 1})],
+    ids=str,
+)
+def test_clusters_of_three_groups(kind: str, H: int, mode: dict[str, int]) -> None:
+    layer = Layer(kind=kind, B=2, T=3, D=4, H=H, form="lengths", dtype=torch.bfloat16)
+    if PLACE == "cuda":
+        if mode:
+            pytest.skip("races are found by the emulation")
+        check_tier("cluster", layer)
+        return
+    with machine(multiprocessors=132, **mode), tiers("cluster"):
+        check_layer(layer)
+
+
 @pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @ONLY_EMULATED
@@ -349,13 +386,13 @@ def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
         D=layer.D,
         H=layer.H,
         directions=1 + layer.bidirectional,
-        options=False,
+        options=bool({*layer.options} - {"reset", "strided"}),
         tf32=layer.dtype == torch.float32,
         **device,
     )
 
 
-def check_grid(layer: Layer, teams: tuple[int, int] | None = None, **settings: int) -> None:
+def check_grid(layer: Layer, teams: tuple[int, int] | None = None, recompute: bool = False, **settings: int) -> None:
     """The grid tier takes both passes, as so many teams (and blocks of a team), and is right."""
     settings = AMPERE | settings
     before = module().set_tf32(layer.dtype == torch.float32)
@@ -366,7 +403,7 @@ def check_grid(layer: Layer, teams: tuple[int, int] | None = None, **settings: i
             for found in plan_of(layer, device).values():
                 assert found["tier"] == "grid", found["reasons"]
                 assert teams is None or (found["teams"], found["cluster"]) == teams
-            check_layer(layer, tolerance=4e-3 if layer.dtype == torch.float32 else None)
+            check_layer(layer, tolerance=4e-3 if layer.dtype == torch.float32 else None, recompute=recompute)
     finally:
         module().set_tf32(before)
 
@@ -400,6 +437,98 @@ GRIDS = [
 @ONLY_EMULATED
 def test_grids(layer: Layer, multiprocessors: int, teams: tuple[int, int], dtype: torch.dtype) -> None:
     check_grid(dataclasses.replace(layer, dtype=dtype), teams, multiprocessors=multiprocessors)
+
+
+# Cells that a persistent walk knows, each with every option that it has.
+ONE_PRODUCT = ("lstm", "lstm_coupled", "gru", "mgu", "rnn_tanh", "rnn_relu")
+PERSISTENT_OPTIONS = [("peephole",), *OPTIONS[1:-1], ("peephole", *OPTIONS[-1])]
+
+
+def options_of(kind: str, options: tuple[str, ...]) -> tuple[str, ...]:
+    return options if kind in LSTMS else tuple(option for option in options if option != "peephole")
+
+
+def everything(layer: Layer, of: Inputs) -> list[Tensor]:
+    """Outputs and gradients, for upstream gradients of 1."""
+    kept = forward(layer, of)
+    upstream = [torch.ones_like(t) for t in kept[: 1 + len(of.states)]]
+    return [t for t in (*kept[: len(upstream)], *backward(layer, of, kept, upstream)) if t is not None]
+
+
+def check_tier(tier: str, layer: Layer) -> None:
+    """Against the definition, and against launches of a step, whose products are of the same numbers. Where a slope
+    jumps, at a clip or of relu, rounding decides on which side a value is, and the definition in float64 may decide
+    otherwise: only the second is asked then."""
+    wide = layer.dtype == torch.float32
+    built = seqkernels._C if PLACE == "cuda" else module()
+    before = built.set_tf32(wide)
+    try:
+        of = inputs_of(layer)
+        with tiers(tier):
+            found = everything(layer, of)
+            if "clip" not in layer.options and layer.kind != "rnn_relu":
+                check_layer(layer, tolerance=4e-3 if wide else None)
+        with tiers("steps"):
+            for one, other in zip(found, everything(layer, of), strict=True):
+                check(
+                    one, other.double(), layer.dtype, "of launches of a step", 1e-4 if wide else TOLERANCE[layer.dtype]
+                )
+    finally:
+        built.set_tf32(before)
+
+
+@pytest.mark.parametrize("options", PERSISTENT_OPTIONS, ids="-".join)
+@pytest.mark.parametrize("kind", ONE_PRODUCT)
+def test_clusters_with_options(kind: str, options: tuple[str, ...]) -> None:
+    """In one launch for all steps."""
+    form = FORMS[(ONE_PRODUCT.index(kind) + PERSISTENT_OPTIONS.index(options)) % 3]
+    layer = Layer(kind=kind, form=form, B=5, T=5, H=24, bidirectional=True, options=options_of(kind, options))
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if "clip" in options else 2]:
+        check_tier("cluster", dataclasses.replace(layer, dtype=dtype))
+
+
+@pytest.mark.parametrize("options", PERSISTENT_OPTIONS, ids="-".join)
+@pytest.mark.parametrize("kind", ONE_PRODUCT)
+def test_grids_with_options(kind: str, options: tuple[str, ...]) -> None:
+    """Likewise; a team with one tile, and a team with several."""
+    form = FORMS[(ONE_PRODUCT.index(kind) + PERSISTENT_OPTIONS.index(options) + 1) % 3]
+    layer = Layer(kind=kind, form=form, T=4, H=17, bidirectional=True, options=options_of(kind, options))
+    for dtype in (torch.float32, torch.float16)[: 1 if "clip" in options else 2]:
+        for B in (5, 18):
+            check_tier("grid", dataclasses.replace(layer, B=B, dtype=dtype))
+
+
+@pytest.mark.parametrize("tier", ["cluster", "grid"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ONE_PRODUCT)
+def test_persistent_kernels_without_what_was_saved(kind: str, form: str, tier: str) -> None:
+    options = ("reset", "variational")
+    with tiers(tier):
+        for more in ((), options):
+            layer = Layer(kind=kind, form=form, H=24, bidirectional=True, options=more, dtype=torch.bfloat16)
+            check_layer(layer, recompute=True)
+
+
+@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
+@pytest.mark.parametrize("tier", ["cluster", "grid"])
+@ONLY_EMULATED
+def test_options_in_any_order(tier: str, mode: dict[str, int]) -> None:
+    options = ("peephole", *OPTIONS[-1][:-1])
+    layer = Layer(kind="lstm", B=5, T=6, H=40, form="lengths", options=options, dtype=torch.float16)
+    with machine(**mode), tiers(tier):
+        check_layer(layer)
+
+
+def test_tiers_that_are_switched_off() -> None:
+    of = inputs_of(Layer(H=8))
+    with (
+        tiers("cluster", "grid"),
+        pytest.raises(RuntimeError, match=r"float16 or TF32.*; steps: switched off"),
+    ):
+        ops().lstm(*of.flat(False))
+    built = seqkernels._C if PLACE == "cuda" else module()
+    with pytest.raises(ValueError, match="names must name some of cluster, grid and steps, got 'gird'"):
+        built.set_cuda_tiers(["gird"])
 
 
 @pytest.mark.parametrize(
@@ -444,9 +573,7 @@ def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
 
     def run(of: Inputs, **settings: int) -> list[Tensor]:
         with machine(**(AMPERE | settings)):
-            kept = forward(layer, of)
-            upstream = [torch.ones_like(t) for t in kept[: 1 + len(of.states)]]
-            return [t for t in (*kept[: len(upstream)], *backward(layer, of, kept, upstream)) if t is not None]
+            return everything(layer, of)
 
     before = module().set_tf32(True)
     try:
@@ -454,13 +581,13 @@ def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
         for settings in ({}, {"seed": 5}, {"backward": 1}, {"multiprocessors": 2}, {"multiprocessors": 6}):
             assert all(torch.equal(a, b) for a, b in zip(first, run(of, **settings)))
         assert torch.equal(run(few)[0], first[0][:, 2:5])
-        clipped = dataclasses.replace(
-            of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0]}
-        )  # the grid has no clip
+        tolerance = TOLERANCE[dtype] if dtype.itemsize == 2 else 4e-3
+        with tiers("steps"):
+            for one, other in zip(first, run(of)):
+                check(one, other.double(), dtype, "of launches of a step", tolerance)
+        clipped = dataclasses.replace(of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0]})
         for one, other in zip(first, run(clipped)):
-            check(
-                one, other.double(), dtype, "of launches of a step", TOLERANCE[dtype] if dtype.itemsize == 2 else 4e-3
-            )
+            check(one, other.double(), dtype, "of the kernels with options", tolerance)
     finally:
         module().set_tf32(before)
 
@@ -520,12 +647,14 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="float32", B=16, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "float16 or TF32"),
         (dict(dtype="float32", B=16, T=8, D=64, H=256, tf32=True), ("cluster", 8), ("cluster", 8), None),
         (dict(dtype="float16", B=16, T=8, D=64, H=100), ("grid", 7), ("grid", 7), "multiple of 8"),
-        (dict(dtype="float16", B=16, T=8, D=64, H=64, options=True), ("steps", 1), ("steps", 1), "options"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, options=True), ("cluster", 2), ("cluster", 2), None),
+        (dict(dtype="float16", B=16, T=8, D=64, H=640, options=True), ("grid", 40), ("grid", 40), "512 with options"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("grid", 4), ("grid", 4), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
         (dict(dtype="float16", B=16, T=1, D=64, H=64), ("steps", 1), ("steps", 1), "one step"),
-        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("steps", 1), ("steps", 1), "the cell must be"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("cluster", 2), ("cluster", 2), None),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu_before"), ("steps", 1), ("steps", 1), "has two"),
     ],
 )
 @ONLY_EMULATED
@@ -607,15 +736,15 @@ def test_same_bits_every_time() -> None:
 @ONLY_EMULATED
 def test_tiles_leave_no_trace(dtype: torch.dtype) -> None:
     """Products by large tiles, which fill a small device, and by small ones; sums over so many rows are cut."""
-    layer = Layer(kind="lstm_coupled", B=330, T=4, D=24, H=8, form="lengths", dtype=dtype)  # a launch a step
+    layer = Layer(kind="lstm_coupled", B=330, T=4, D=24, H=8, form="lengths", dtype=dtype)
     of = inputs_of(layer)
     runs = []
     for multiprocessors in (1, 132):
-        with machine(major=8, multiprocessors=multiprocessors):
+        with machine(major=8, multiprocessors=multiprocessors), tiers("steps"):
             kept = forward(layer, of)
             runs.append([*kept, *backward(layer, of, kept, [torch.ones_like(t) for t in kept[:3]])])
     assert all(torch.equal(a, b) for a, b in zip(*runs) if a is not None)
-    with machine(major=8, multiprocessors=1):
+    with machine(major=8, multiprocessors=1), tiers("steps"):
         check_layer(layer)
 
 

@@ -27,16 +27,16 @@ namespace seqkernels::cuda {
 constexpr int kClusterBlocks = 16;
 constexpr int kGroupWarps = 4;  // which share K
 constexpr int kGroupThreads = kGroupWarps * kWarp;
-constexpr int kFewGroups = 2, kManyGroups = 3;  // of a block: kernels come for up to two groups and for three
+constexpr int kFewGroups = 2, kManyGroups = 3;  // of a block: kernels come for up to two groups and, plain, for three
 static_assert(kGroupWarps == kPairWarps, "each lane of a group has a unit");
 
 // Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
 // has in blocks of two groups, 96 of 168 in blocks of three. TF32 computes with the library's functions, which want
-// more.
+// more, and so do options.
 template <class S>
-SK_HOST_DEVICE constexpr int kept_blocks(int groups, int tiles) {
+SK_HOST_DEVICE constexpr int kept_blocks(int groups, int tiles, bool options) {
   const bool wide = sizeof(S) == 4;
-  const int pieces = groups > kFewGroups ? (tiles > 1 ? (wide ? 8 : 24) : wide ? 16 : 20) : wide ? 24 : 32;
+  const int pieces = groups > kFewGroups ? (tiles > 1 ? (wide ? 8 : 24) : wide ? 16 : 20) : wide || options ? 24 : 32;
   return pieces / (2 * tiles);
 }
 
@@ -211,7 +211,7 @@ SK_KERNEL(kGroups* kGroupThreads, 1)
 cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
   if constexpr (kHasClusters) {
     using S = typename Cell::Storage;
-    constexpr int kGates = Cell::kGates, kHeld = kept_blocks<S>(kGroups, kGates);
+    constexpr int kGates = Cell::kGates, kHeld = kept_blocks<S>(kGroups, kGates, Cell::kOptions);
     const LayerArgs& layer = args.layer;
     const int64_t H = layer.H;
     const int blocks = static_cast<int>(blocks_of<S>(H)), most = static_cast<int>(blocks_of_warp(blocks));
@@ -227,7 +227,8 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
     using Unit = ForwardUnit<Cell, Memory::kThreads>;
     const Unit unit(args, d, post.unit, memory.ring);
     const int64_t tile = block_index() / post.blocks_of_cluster % args.tiles;
-    const int64_t steps = steps_of_tile(args, unit.links, tile);
+    // A group without units would hold nobody back, and could fall a whole use of a slot behind: it takes no steps.
+    const int64_t steps = post.idle ? 0 : steps_of_tile(args, unit.links, tile);
 
     if (thread_index() == 0) {
       for (int i = 0; i < 2; ++i) mbarrier_init(memory.full, i, 1);
@@ -243,7 +244,9 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
       if (h0 && b < layer.B) {
         SK_UNROLL
         for (int e = 0; e < kPiece<S>; ++e) {
-          if (first + e < H) piece[e] = operand(load<Cache::kReadOnly>(h0, (d * layer.B + b) * H + first + e), true);
+          if (first + e >= H) continue;
+          const int64_t of_state = (d * layer.B + b) * H + first + e;
+          piece[e] = unit.seen_at_start(load<Cache::kReadOnly>(h0, of_state), of_state);
         }
       }
       store_vec(memory.slots, at, piece);
@@ -270,7 +273,8 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
     for (int64_t s = 0; s < steps; ++s) {
       const int slot = static_cast<int>(s) & 1;
       unit.fetch(stage == 0 ? (kRing - 1) * Unit::kStage : stage - Unit::kStage, at[kRing - 1]);
-      const int64_t ahead = unit.follow(at[kRing - 1]);
+      const int64_t ahead = unit.follow(at[kRing - 1]), link = at[0];
+      const typename Unit::Extras extra = unit.extra_of(link, post.sequence);
       if (s > 0) {
         mbarrier_wait(memory.full, slot, (static_cast<int>(s) - 1) >> 1 & 1);
         if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
@@ -278,19 +282,16 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
       float sum[kGates][4];
       factors(memory.slots + slot * slot_size, sum);
       float product[kGates] = {};
-      if (!post.idle) {
-        meet.put(post, 0, sum);
-        named_sync(1 + post.group, kGroupThreads);
-        if (post.alive) meet.take(0, product);
-      }
+      meet.put(post, 0, sum);
+      named_sync(1 + post.group, kGroupThreads);
+      if (post.alive) meet.take(0, product);
       copy_async_wait<kRing - 1>();  // of this step
 
-      float saved[Cell::kSaved];
-      const int64_t link = at[0];
-      if (link >= 0) unit.step(stage, link, product, bias, h, c, saved);
+      float saved[Cell::kSaved] = {};
+      if (link >= 0) unit.step(stage, link, product, bias, extra, h, c, saved);
       const S now = narrow<S>(h);
       if (s + 1 < steps) {
-        const S values[1] = {operand(now, true)};
+        const S values[1] = {unit.seen(now, extra)};
         push((1 - slot) * slot_size, 1 - slot, values);
       }
       if (link >= 0) unit.leave(link, at[1] == kNobody, post.sequence, now, c, saved);
@@ -314,7 +315,7 @@ SK_KERNEL(kGroups* kGroupThreads, 1)
 cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
   if constexpr (kHasClusters) {
     using S = typename Cell::Storage;
-    constexpr int kGates = Cell::kGates, kHeld = kept_blocks<S>(kGroups, 1);
+    constexpr int kGates = Cell::kGates, kHeld = kept_blocks<S>(kGroups, 1, Cell::kOptions);
     const LayerArgs& layer = args.layer;
     const int64_t H = layer.H;
     const int of_gate = static_cast<int>(blocks_of<S>(H)), blocks = of_gate * kGates;
@@ -328,7 +329,8 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
 
     const BackwardUnit<Cell> unit(args, post.direction, post.unit);
     const int64_t tile = block_index() / post.blocks_of_cluster % args.tiles;
-    const int64_t steps = steps_of_tile(args, unit.links, tile);
+    // A group without units would hold nobody back, and could fall a whole use of a slot behind: it takes no steps.
+    const int64_t steps = post.idle ? 0 : steps_of_tile(args, unit.links, tile);
 
     if (thread_index() == 0) {
       for (int i = 0; i < 2; ++i) mbarrier_init(memory.full, i, 1);
@@ -357,11 +359,9 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
         if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
         float sum[1][4];
         factors(memory.slots + slot * slot_size, sum);
-        if (!post.idle) {
-          meet.put(post, 0, sum);
-          named_sync(1 + post.group, kGroupThreads);
-          if (post.alive) meet.take(0, product);
-        }
+        meet.put(post, 0, sum);
+        named_sync(1 + post.group, kGroupThreads);
+        if (post.alive) meet.take(0, product);
       }
       float by_x[kGates], by_h[kGates];
       unit.step(walk, post.sequence, read, product[0], by_x, by_h);

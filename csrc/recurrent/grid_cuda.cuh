@@ -259,7 +259,11 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
     for (int turn = 0; turn < turns; ++turn) {
       float h = 0.0f, c = 0.0f;
       int64_t at = kNobody;
-      if (seat.alive && sequence_of(turn) < args.layer.B) at = at_start.start(sequence_of(turn), h, c);
+      S seen{};
+      if (seat.alive && sequence_of(turn) < args.layer.B) {
+        at = at_start.start(sequence_of(turn), h, c);
+        seen = at_start.seen_at_start(narrow<S>(h), at_start.state(sequence_of(turn)));
+      }
       h_of[turn * kThreads] = h;
       c_of[turn * kThreads] = c;
       SK_UNROLL
@@ -267,7 +271,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
         at_of[i * stride + turn * kThreads] = at;
         at = at_start.follow(at);
       }
-      const S values[1] = {operand(narrow<S>(h), true)};
+      const S values[1] = {seen};
       exchange.publish(seat.tile(place, turn), 0, seat.pair, mine, values);
     }
     const int64_t first = at_of[0], second = turns > 1 ? at_of[kThreads] : at_of[stride];
@@ -289,6 +293,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = seat.tile(place, turn), steps = memory.steps[turn];
       int64_t ahead = kNobody;
+      typename Unit::Extras extra{};
       if (works) {
         const Unit unit(args, seat.direction, unit_of[0], memory.ring);
         int later = turn + 2;
@@ -296,6 +301,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
         const int64_t asked = at_of[depth + later * kThreads], last = at_of[(kRing - 1) * stride + turn * kThreads];
         unit.fetch(stage == 0 ? (kRing - 1) * Unit::kStage : stage - Unit::kStage, asked);
         ahead = unit.follow(last);
+        extra = unit.extra_of(at_of[turn * kThreads], sequence_of(turn));
       }
       if (s < steps) {
         float sum[kTiles][4], product[kGates] = {};
@@ -316,10 +322,10 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
           for (int gate = 0; gate < kGates; ++gate) {
             if (Cell::kSeparate) bias[gate] = memory.bias[gate * kThreads + thread];
           }
-          if (link >= 0) unit.step(stage, link, product, bias, h, c, saved);
+          if (link >= 0) unit.step(stage, link, product, bias, extra, h, c, saved);
           const S now = narrow<S>(h);
           if (s + 1 < steps) {
-            const S values[1] = {operand(now, true)};
+            const S values[1] = {unit.seen(now, extra)};
             exchange.publish(tile, 1 - slot, seat.pair, mine, values);
           }
           if (link >= 0) unit.leave(link, next == kNobody, sequence_of(turn), now, c, saved);

@@ -59,6 +59,18 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
                    const AfterLoop& of, void* stream);
 int64_t partial_bytes(const RecurrentArgs& args, int64_t gates, bool stages, int64_t first_gates);
 
+// What forward would have saved, made from the states that it left: every row starts from states that are known, so the
+// recurrent product is one for all of them.
+struct SavedAgain {
+  void *saved, *from_x, *from_h;  // nulls where forward saved it; of `rows` rows at a time
+  int64_t rows;
+  void carve(Space& space, int64_t gates, const RecurrentArgs& args, bool wanted);
+};
+// Leaves it to layer.saved. fed: [directions, rows, H] where h is masked; q: likewise, [directions, at.rows, H], of
+// cells with two products.
+void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const SavedAgain& at,
+                      LayerArgs& layer, void* fed, void* q, void* stream);
+
 std::vector<int64_t> offsets_of(const Walk& walk, bool packed);
 
 // The cluster tier, in recurrent_cluster_cuda.cu. Appends to reasons where it does not take the layer.

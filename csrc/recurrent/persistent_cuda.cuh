@@ -37,6 +37,7 @@ struct PersistentBackwardArgs : PersistentArgs {
   const void *dy, *dcells;    // like y, or null
   const void *dh_n, *dc_n;    // [directions, B, H] or null
   void *dgates_x, *dgates_h;  // [directions, rows, G * H]
+  void* dpeephole;            // [directions, rows, kPeepholes * H] of the compute type or null
   void *dh0, *dc0;            // [directions, B, H] or null
 };
 
@@ -254,13 +255,6 @@ struct Meeting {
   }
 };
 
-// The extra arguments of a cell, all of them off.
-template <class T>
-SK_DEVICE Extra<T> no_extra() {
-  const T infinity = static_cast<T>(INFINITY);
-  return {T(0), T(0), T(1), T(1), infinity, infinity, T(0), T(1), T(1), {T(0), T(0), T(0)}};
-}
-
 // An element of what a caller brought; zero where there is nothing.
 template <class S>
 SK_DEVICE float value_at(const void* from, int64_t at, int64_t count) {
@@ -269,7 +263,12 @@ SK_DEVICE float value_at(const void* from, int64_t at, int64_t count) {
 }
 
 // A unit of a lane, in both passes.
+template <class Cell>
 struct Unit {
+  using S = typename Cell::Storage;
+  using Extras = ExtraOf<Cell>;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr bool kHasC = Cell::kStates > 1;
   const LayerArgs& layer;
   Global<const Link> links;  // of the direction
   int direction, unit;
@@ -286,6 +285,30 @@ struct Unit {
   SK_DEVICE int64_t output(int64_t row) const { return row * output_step + of_outputs; }
   SK_DEVICE int64_t saved(int64_t row) const { return (direction * layer.rows + row) * layer.saved_width + unit; }
   SK_DEVICE int64_t saved_size() const { return layer.directions * layer.rows * layer.saved_width; }
+
+  // Options: what they make of a row, the factor of h in the products, and that the masks of a row are wanted soon.
+  SK_DEVICE Extras extra(int64_t row, int64_t sequence) const {
+    if constexpr (Cell::kOptions) {
+      const Site<S> site{layer, direction, row, unit, Link{kNobody, kNobody, sequence, kNobody}};
+      return site.template extra<Cell::kPeepholes>();
+    } else {
+      return {};
+    }
+  }
+  SK_DEVICE float factor(int64_t of_state) const {
+    if (!Cell::kOptions || layer.variational == nullptr) return 1.0f;
+    return value_at<S>(layer.variational, of_state, layer.states());
+  }
+  SK_DEVICE void ask_for_masks(int64_t row) const {
+    if constexpr (Cell::kOptions) {
+      const auto ask = [&](const uint8_t* mask) {
+        if (mask != nullptr) prefetch_l2(global<const uint8_t>(mask, layer.outputs()), output(row));
+      };
+      ask(layer.zoneout_h);
+      ask(layer.zoneout_c);
+      ask(layer.candidate);
+    }
+  }
 };
 
 // ---- forward
@@ -293,17 +316,18 @@ struct Unit {
 
 // kThreads: those of a block that have units.
 template <class Cell, int kThreads>
-struct ForwardUnit : Unit {
-  using S = typename Cell::Storage;
-  static constexpr int kGates = Cell::kGates;
+struct ForwardUnit : Unit<Cell> {
+  using Base = Unit<Cell>;
+  using Base::direction, Base::kGates, Base::kHasC, Base::layer, Base::links, Base::output, Base::saved_size,
+      Base::state, Base::unit;
+  using typename Base::Extras, typename Base::S;
   static constexpr int kStage = kGates * kThreads;  // of the ring
-  static constexpr bool kHasC = Cell::kStates > 1;
   const PersistentForwardArgs& args;
   Shared<float> ring;          // [kRing, kGates, kThreads], from the thread's on
   Global<const float> from_x;  // of row 0
 
   SK_DEVICE ForwardUnit(const PersistentForwardArgs& of, int of_direction, int of_unit, Shared<float> of_block)
-      : Unit(of.layer, of_direction, of_unit),
+      : Base(of.layer, of_direction, of_unit),
         args(of),
         ring(of_block + thread_index()),
         from_x(global<const float>(of.from_x, of.layer.directions * of.layer.rows * kGates * of.layer.H) +
@@ -332,11 +356,24 @@ struct ForwardUnit : Unit {
       for (int gate = 0; gate < kGates; ++gate) {
         copy_async<4>(ring + (at_stage + gate * kThreads), of_row + gate * layer.H);
       }
+      if (lane_index() % kUnits == 0) this->ask_for_masks(link & ~kCut);
     }
     copy_async_commit();
   }
-  SK_DEVICE void step(int at_stage, int64_t link, const float (&product)[kGates], const float (&bias)[kGates], float& h,
-                      float& c, float (&saved)[Cell::kSaved]) const {
+  // To be on its way while the product is made.
+  SK_DEVICE Extras extra_of(int64_t link, int64_t sequence) const {
+    if (link < 0) return {};
+    return this->extra(link & ~kCut, sequence);
+  }
+  // What the products see of an h.
+  SK_DEVICE S seen(S h, const Extras& e) const {
+    return operand(Cell::kOptions ? narrow<S>(fed(e, widen(h))) : h, true);
+  }
+  SK_DEVICE S seen_at_start(S h, int64_t of_state) const {
+    return operand(Cell::kOptions ? narrow<S>(this->factor(of_state) * widen(h)) : h, true);
+  }
+  SK_DEVICE void step(int at_stage, int64_t link, const float (&product)[kGates], const float (&bias)[kGates],
+                      const Extras& e, float& h, float& c, float (&saved)[Cell::kSaved]) const {
     const bool anew = starts_anew(link);
     float of_x[kGates], of_h[kGates];
     SK_UNROLL
@@ -346,7 +383,7 @@ struct ForwardUnit : Unit {
       of_h[gate] = (anew ? 0.0f : product[gate]) + bias[gate];
     }
     if (anew) c = h = 0.0f;
-    h = rounded<S>(Cell::forward(of_x, of_h, no_extra<float>(), h, c, saved));
+    h = zoned_h<S>(e, h, Cell::forward(of_x, of_h, e, h, c, saved));
   }
   // Leaves what the step made where the layer wants it.
   SK_DEVICE void leave(int64_t link, bool last, int64_t sequence, S h, float c,
@@ -357,7 +394,7 @@ struct ForwardUnit : Unit {
       store<Cache::kStreaming>(global<S>(layer.cells, layer.outputs()), out, narrow<S>(c));
     }
     if (layer.saved != nullptr && layer.saved_width > 0) {
-      const Global<S> to = global<S>(layer.saved, saved_size()) + this->Unit::saved(row);
+      const Global<S> to = global<S>(layer.saved, saved_size()) + this->Base::saved(row);
       SK_UNROLL
       for (int k = 0; k < Cell::kSaved; ++k) store<Cache::kStreaming>(to, k * layer.H, narrow<S>(saved[k]));
     }
@@ -379,19 +416,22 @@ struct BackwardState {
 };
 
 template <class Cell>
-struct BackwardUnit : Unit {
-  using S = typename Cell::Storage;
-  static constexpr int kGates = Cell::kGates;
-  static constexpr bool kHasC = Cell::kStates > 1;
+struct BackwardUnit : Unit<Cell> {
+  using Base = Unit<Cell>;
+  using Base::direction, Base::kGates, Base::kHasC, Base::layer, Base::links, Base::output, Base::saved,
+      Base::saved_size, Base::state, Base::unit;
+  using typename Base::Extras, typename Base::S;
   const PersistentBackwardArgs& args;
 
   struct Read {  // of a row
     float saved[Cell::kSaved] = {}, dy = 0.0f, dcells = 0.0f, c = 0.0f, c_prev = 0.0f, h_prev = 0.0f;
     int64_t ahead = kNobody;
+    Extras extra{};
+    float factor = 1.0f;
   };
 
   SK_DEVICE BackwardUnit(const PersistentBackwardArgs& of, int of_direction, int of_unit)
-      : Unit(of.layer, of_direction, of_unit), args(of) {}
+      : Base(of.layer, of_direction, of_unit), args(of) {}
 
   SK_DEVICE int64_t link_of(int64_t row) const {
     if (row < 0 || row >= layer.rows) return kNobody;
@@ -407,7 +447,9 @@ struct BackwardUnit : Unit {
   }
   // What a step reads, to be on its way while the product is made.
   SK_DEVICE void read(const BackwardState& of, int64_t sequence, int lane, Read& to) const {
-    if (of.at < 0 || of.at >= layer.rows) return;
+    if (of.at < 0) return;
+    if (Cell::kOptions) to.factor = this->factor(state(sequence));
+    if (of.at >= layer.rows) return;
     const int64_t out = output(of.at), prev = of.before & ~kCut, prev_out = output(prev);
     const bool anew = starts_anew(of.before), initial = prev >= layer.rows;
     const auto previous = [&](const void* every, const void* start) {
@@ -416,7 +458,9 @@ struct BackwardUnit : Unit {
                      : value_at<S>(every, prev_out, layer.outputs());
     };
     to.ahead = link_of(prev);
+    to.extra = this->extra(of.at, sequence);
     if (!initial && lane % kUnits == 0) {  // one lane for the 16 bytes or more of a row's strip
+      this->ask_for_masks(prev);
       if (args.dy != nullptr) prefetch_l2(global<const S>(args.dy, layer.outputs()), prev_out);
       if (layer.saved_width > 0) {
         SK_UNROLL
@@ -443,20 +487,28 @@ struct BackwardUnit : Unit {
                       float (&by_h)[kGates]) const {
     SK_UNROLL
     for (int gate = 0; gate < kGates; ++gate) by_x[gate] = by_h[gate] = 0.0f;
-    const float dh = (of.cut ? 0.0f : product) + of.direct;
+    if (Cell::kOptions) product *= read.factor;
+    float dh = (of.cut ? 0.0f : product) + of.direct;
     if (of.at >= layer.rows) {  // initial states
       if (args.dh0 != nullptr) global<S>(args.dh0, layer.states())[state(sequence)] = narrow<S>(dh);
       if (kHasC && args.dc0 != nullptr) global<S>(args.dc0, layer.states())[state(sequence)] = narrow<S>(of.dc);
     } else if (of.at >= 0) {
       StepGradient<float> step;
       of.dc += read.dcells;
-      Cell::backward(read.saved, no_extra<float>(), 0.0f, read.h_prev, read.c, read.c_prev, dh + read.dy, of.dc, step);
+      dh += read.dy;
+      float kept = 0.0f;
+      if constexpr (Cell::kOptions) {
+        kept = dh * read.extra.zoneout_h;
+        dh -= kept;
+      }
+      Cell::backward(read.saved, read.extra, 0.0f, read.h_prev, read.c, read.c_prev, dh, of.dc, step);
       SK_UNROLL
       for (int gate = 0; gate < kGates; ++gate) {
         by_x[gate] = step.x[gate];
         by_h[gate] = Cell::kSeparate ? step.h[gate] : step.x[gate];
       }
-      of.direct = step.direct;
+      of.direct = Cell::kOptions ? step.direct + kept : step.direct;
+      if constexpr (Cell::kOptions && Cell::kPeepholes > 0) leave_peepholes(of.at, step.peephole);
     }
   }
   // Leaves the gradients, and goes on to the row before.
@@ -476,6 +528,17 @@ struct BackwardUnit : Unit {
       if (of.cut) of.direct = of.dc = 0.0f;
     } else {
       of.at = kNobody;
+    }
+  }
+
+ private:
+  SK_DEVICE void leave_peepholes(int64_t row, const float (&gradients)[3]) const {
+    if (args.dpeephole == nullptr) return;
+    const Global<float> to = global<float>(args.dpeephole, layer.directions * layer.rows * Cell::kPeepholes * layer.H);
+    SK_UNROLL
+    for (int k = 0; k < Cell::kPeepholes; ++k) {
+      store<Cache::kStreaming>(to, ((direction * layer.rows + row) * Cell::kPeepholes + k) * layer.H + unit,
+                               gradients[k]);
     }
   }
 };

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -15,34 +16,55 @@ namespace seqkernels::cuda {
 
 constexpr int64_t kLargestWorkspace = int64_t{2} << 30;  // pre-activations of all steps are made beforehand
 
+// Which of a tier's kernels walk a layer. Those with options know all of them, the others resets alone; cells that are
+// rarer come with options only.
+struct PersistentKind {
+  CellKind cell;
+  DType dtype;
+  bool options;
+  PersistentKind(CellKind kind, const RecurrentArgs& args) : cell(kind), dtype(args.dtype) {
+    const Options& o = args.options;
+    options = kind == CellKind::kLSTMCoupled || kind == CellKind::kMGU || o.zoneout_h != nullptr ||
+              o.zoneout_c != nullptr || o.candidate != nullptr || o.variational != nullptr || o.zoneout_h_rate != 0 ||
+              o.zoneout_c_rate != 0 || o.cell_clip < 1e300 || o.gate_clip < 1e300 ||
+              args.weights[0].peephole != nullptr;
+  }
+  auto key() const { return std::tuple{cell, dtype, options}; }
+};
+
 template <class F>
-void with_persistent_cell(CellKind kind, DType dtype, F&& f) {
-  const auto of = [&](auto storage) {
+void with_persistent_cell(const PersistentKind& of, F&& f) {
+  dispatch(of.dtype, [&](auto storage) {
     using S = decltype(storage);
     if constexpr (sizeof(S) <= 4) {  // float: as TF32
-      switch (kind) {
+      switch (of.cell) {
         case CellKind::kLSTM:
-          return f(LSTMCell<S>{});
+          return of.options ? f(WithOptions<LSTMCell<S>>{}) : f(LSTMCell<S>{});
         case CellKind::kGRU:
-          return f(GRUCell<S>{});
+          return of.options ? f(WithOptions<GRUCell<S>>{}) : f(GRUCell<S>{});
         case CellKind::kRNNTanh:
-          return f(RNNTanhCell<S>{});
+          return of.options ? f(WithOptions<RNNTanhCell<S>>{}) : f(RNNTanhCell<S>{});
         case CellKind::kRNNRelu:
-          return f(RNNReluCell<S>{});
+          return of.options ? f(WithOptions<RNNReluCell<S>>{}) : f(RNNReluCell<S>{});
+        case CellKind::kLSTMCoupled:
+          return f(WithOptions<LSTMCoupledCell<S>>{});
+        case CellKind::kMGU:
+          return f(WithOptions<MGUCell<S>>{});
         default:
           break;
       }
     }
     throw std::logic_error("no persistent kernel for this cell");
-  };
-  dispatch(dtype, of);
+  });
 }
 
 struct PersistentShape {
+  PersistentKind kind;
   int64_t gates, directions, H, N, B, blocks, strips, pairs, element;
   bool separate;
-  PersistentShape(CellKind kind, const RecurrentArgs& args)
-      : gates(shape_of(kind).gates),
+  PersistentShape(CellKind of, const RecurrentArgs& args)
+      : kind(of, args),
+        gates(shape_of(of).gates),
         directions(args.directions),
         H(args.H),
         N(args.walk.N),
@@ -50,9 +72,10 @@ struct PersistentShape {
         strips((args.H + kUnits - 1) / kUnits),
         pairs((strips + 1) / 2),
         element(element_size(args.dtype)),
-        separate(kind == CellKind::kGRU) {
+        separate(of == CellKind::kGRU || of == CellKind::kMGU) {
     blocks = (H * element + 63) / 64;
   }
+  int64_t dpeephole_bytes() const { return directions * N * (gates - 1) * H * static_cast<int64_t>(sizeof(float)); }
   int64_t weights_bytes() const { return directions * strips * gates * blocks * 512; }
   int64_t tiles(int64_t rows) const { return (B + rows - 1) / rows; }
   // f(an element of the size that products are made of)
@@ -64,22 +87,14 @@ struct PersistentShape {
 };
 
 // Why no such kernel takes the layer, whatever its size.
-inline std::vector<std::string> persistent_obstacles(CellKind kind, PassKind pass, const RecurrentArgs& args,
-                                                     const CudaLayout& layout, bool recompute) {
+inline std::vector<std::string> persistent_obstacles(CellKind kind, const RecurrentArgs& args,
+                                                     const CudaLayout& layout) {
   std::vector<std::string> reasons;
-  const Options& o = args.options;
-  const bool none = o.zoneout_h == nullptr && o.zoneout_c == nullptr && o.candidate == nullptr &&
-                    o.variational == nullptr && o.zoneout_h_rate == 0 && o.zoneout_c_rate == 0 && o.cell_clip > 1e300 &&
-                    o.gate_clip > 1e300 && args.weights[0].peephole == nullptr;
-  if (kind != CellKind::kLSTM && kind != CellKind::kGRU && kind != CellKind::kRNNTanh && kind != CellKind::kRNNRelu) {
-    reasons.push_back(std::string("the cell must be lstm, gru, rnn_tanh or rnn_relu, got ") + shape_of(kind).name);
+  if (kind == CellKind::kGRUBefore || kind == CellKind::kMGUBefore) {
+    reasons.push_back(std::string("a step must have one product with h, ") + shape_of(kind).name + " has two");
   }
   if (args.dtype == DType::kFloat64 || (args.dtype == DType::kFloat32 && !layout.tf32)) {
     reasons.push_back("products must be of bfloat16, float16 or TF32");
-  }
-  if (!none) reasons.push_back("options other than resets must be absent");
-  if (pass == PassKind::kBackward && recompute && args.saved_width > 0) {
-    reasons.push_back("what backward needs was not saved");
   }
   if (args.walk.N == 0) reasons.push_back("there are no steps");
   if (args.walk.T == 1) reasons.push_back("there is but one step");
@@ -97,22 +112,28 @@ struct PersistentForwardSpace {
 };
 struct PersistentBackwardSpace {
   Link* links;
-  void *weights, *dgates_x, *dgates_h, *partial;
-  PersistentBackwardSpace(Space& space, const PersistentShape& s, const RecurrentArgs& args) {
+  void *weights, *dgates_x, *dgates_h, *dpeephole, *fed, *partial;
+  SavedAgain again;
+  PersistentBackwardSpace(Space& space, const PersistentShape& s, const RecurrentArgs& args, bool recompute) {
     const int64_t of_gates = s.directions * s.N * s.gates * s.H * s.element;
     links = static_cast<Link*>(space.take(s.directions * (s.N + s.B) * sizeof(Link)));
     weights = space.take(s.weights_bytes());
     dgates_x = space.take(of_gates);
     dgates_h = s.separate ? space.take(of_gates) : dgates_x;
+    const bool peephole = args.weights[0].peephole != nullptr, variational = args.options.variational != nullptr;
+    dpeephole = peephole ? space.take(s.dpeephole_bytes()) : nullptr;
+    fed = variational ? space.take(s.directions * s.N * s.H * s.element) : nullptr;
     partial = space.take(partial_bytes(args, s.gates, false, s.gates));
+    again.carve(space, s.gates, args, recompute);
   }
 };
-inline int64_t persistent_workspace(const PersistentShape& s, PassKind pass, const RecurrentArgs& args) {
+inline int64_t persistent_workspace(const PersistentShape& s, PassKind pass, const RecurrentArgs& args,
+                                    bool recompute) {
   Space space(nullptr);
   if (pass == PassKind::kForward) {
     PersistentForwardSpace(space, s);
   } else {
-    PersistentBackwardSpace(space, s, args);
+    PersistentBackwardSpace(space, s, args, recompute);
   }
   return space.bytes();
 }
@@ -166,9 +187,12 @@ inline PersistentBackwardArgs start_backward(CellKind kind, const BackwardArgs& 
   of.dc_n = args.dc_n;
   of.dgates_x = at.dgates_x;
   of.dgates_h = at.dgates_h;
+  of.dpeephole = at.dpeephole;
   of.dh0 = args.dh0;
   of.dc0 = args.dc0;
+  if (at.dpeephole != nullptr && layout.lengths != nullptr) fill_bytes(at.dpeephole, 0, s.dpeephole_bytes(), stream);
   run_links(args, layout, at.links, stream);
+  make_saved_again(kind, args, layout, at.again, of.layer, at.fed, nullptr, stream);
   const int64_t width = s.gates * s.H;
   run_clear(args, layout, at.links,
             {{at.dgates_x, width, s.N * width, width}, {s.separate ? at.dgates_h : nullptr, width, s.N * width, width}},
@@ -181,7 +205,7 @@ inline PersistentBackwardArgs start_backward(CellKind kind, const BackwardArgs& 
 inline void finish_backward(CellKind kind, const BackwardArgs& args, const CudaLayout& layout,
                             const PersistentBackwardSpace& at, const LayerArgs& layer, void* stream) {
   run_gradients(kind, args, layout, layer,
-                {at.dgates_x, at.dgates_h, nullptr, nullptr, nullptr, at.partial, shape_of(kind).gates}, stream);
+                {at.dgates_x, at.dgates_h, nullptr, at.fed, at.dpeephole, at.partial, shape_of(kind).gates}, stream);
 }
 
 }  // namespace seqkernels::cuda

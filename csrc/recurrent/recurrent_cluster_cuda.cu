@@ -17,11 +17,12 @@ constexpr int64_t kWavesOfClusters = 16;
 struct ClusterShape : PersistentShape {
   int64_t groups;
   int cluster = 1;
-  ClusterShape(CellKind kind, const RecurrentArgs& args) : PersistentShape(kind, args) {
+  ClusterShape(CellKind of, const RecurrentArgs& args) : PersistentShape(of, args) {
     // Two groups of 16 units keep the four schedulers of a multiprocessor busy; more blocks would have less to do.
     while (cluster < kClusterBlocks && pairs > kFewGroups * cluster) cluster *= 2;
     groups = (pairs + cluster - 1) / cluster;
   }
+  int most_groups() const { return kind.options ? kFewGroups : kManyGroups; }
   int kernel_groups() const { return groups > kFewGroups ? kManyGroups : kFewGroups; }
   LaunchConfig config(PassKind pass, int64_t rows, void* stream) const {
     LaunchConfig config;
@@ -33,7 +34,8 @@ struct ClusterShape : PersistentShape {
       using S = decltype(storage);
       const bool forward = pass == PassKind::kForward;
       const int64_t summed = forward ? gates : 1, pushed = forward ? 1 : gates, of_k = pushed * blocks;
-      const int64_t rest = blocks_of_warp(of_k) - kept_blocks<S>(kernel_groups(), static_cast<int>(summed));
+      const int64_t rest =
+          blocks_of_warp(of_k) - kept_blocks<S>(kernel_groups(), static_cast<int>(summed), kind.options);
       SharedBytes bytes;
       const auto lay_out = [&](auto of_kernel) {
         const ClusterMemory<S, decltype(of_kernel)::value, SharedBytes> memory(bytes, rows, of_k, rest, summed, pushed,
@@ -52,30 +54,36 @@ struct ClusterShape : PersistentShape {
 };
 
 template <PassKind kPass, class F>
-void with_cluster_kernel(CellKind kind, DType dtype, int64_t groups, F&& f) {
-  with_persistent_cell(kind, dtype, [&](auto cell) {
+void with_cluster_kernel(const ClusterShape& s, F&& f) {
+  with_persistent_cell(s.kind, [&](auto cell) {
     using Cell = decltype(cell);
-    if constexpr (kPass == PassKind::kForward) {
-      f(groups > kFewGroups ? cluster_forward_kernel<Cell, kManyGroups> : cluster_forward_kernel<Cell, kFewGroups>);
-    } else {
-      f(groups > kFewGroups ? cluster_backward_kernel<Cell, kManyGroups> : cluster_backward_kernel<Cell, kFewGroups>);
+    const auto with_groups = [&](auto groups) {
+      constexpr int kGroups = decltype(groups)::value;
+      if constexpr (kPass == PassKind::kForward) {
+        f(cluster_forward_kernel<Cell, kGroups>);
+      } else {
+        f(cluster_backward_kernel<Cell, kGroups>);
+      }
+    };
+    if constexpr (!Cell::kOptions) {
+      if (s.kernel_groups() == kManyGroups) return with_groups(std::integral_constant<int, kManyGroups>{});
     }
+    with_groups(std::integral_constant<int, kFewGroups>{});
   });
 }
 
 // Clusters that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
-int64_t resident(CellKind kind, DType dtype, PassKind pass, const ClusterShape& s, int64_t rows,
-                 const CudaDevice& device) {
-  static thread_local std::map<std::tuple<CellKind, DType, PassKind, int64_t, int64_t, int>, int64_t> known;
-  const std::tuple key{kind, dtype, pass, s.H, rows, device.multiprocessors};
+int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaDevice& device) {
+  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int>, int64_t> known;
+  const std::tuple key{s.kind.key(), pass, s.H, rows, device.multiprocessors};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int64_t count = 0;
   const auto ask = [&](auto kernel) { count = resident_clusters(kernel, s.config(pass, rows, nullptr)); };
   if (pass == PassKind::kForward) {
-    with_cluster_kernel<PassKind::kForward>(kind, dtype, s.groups, ask);
+    with_cluster_kernel<PassKind::kForward>(s, ask);
   } else {
-    with_cluster_kernel<PassKind::kBackward>(kind, dtype, s.groups, ask);
+    with_cluster_kernel<PassKind::kBackward>(s, ask);
   }
   known.emplace(key, count);
   return count;
@@ -92,14 +100,15 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
     why_not("compute capability must be 9.0 or more, got " + std::to_string(device.major) + "." +
             std::to_string(device.minor));
   }
-  for (const std::string& why : persistent_obstacles(kind, pass, args, layout, recompute)) why_not(why);
+  if (!allows_tier(CudaTier::kCluster)) why_not("switched off");
+  for (const std::string& why : persistent_obstacles(kind, args, layout)) why_not(why);
   if (args.H % kUnits != 0) why_not("H must be a multiple of 8, got " + std::to_string(args.H));
   if (!plan.reasons.empty()) return plan;
 
   const ClusterShape s(kind, args);
-  if (s.groups > kManyGroups) {
-    why_not("H must be at most " + std::to_string(kClusterBlocks * kManyGroups * kPairUnits) + ", got " +
-            std::to_string(args.H));
+  if (s.groups > s.most_groups()) {
+    why_not("H must be at most " + std::to_string(kClusterBlocks * s.most_groups() * kPairUnits) +
+            (s.kind.options ? " with options" : "") + ", got " + std::to_string(args.H));
     return plan;
   }
   // As few rows as keep every place for a cluster busy; more only if there are more sequences.
@@ -109,7 +118,7 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
     if (needed > device.shared_bytes) break;
     rows = more;
     clusters = s.tiles(rows) * s.directions;
-    at_once = resident(kind, args.dtype, pass, s, rows, device);
+    at_once = resident(pass, s, rows, device);
     if (clusters <= at_once) break;
   }
   if (at_once < 1) {
@@ -120,7 +129,7 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
   plan.cluster = s.cluster;
   plan.rows = static_cast<int>(rows);
   plan.block = static_cast<int>(s.groups * kGroupThreads);
-  plan.workspace = persistent_workspace(s, pass, args);
+  plan.workspace = persistent_workspace(s, pass, args, recompute);
   if (clusters > kWavesOfClusters * at_once) {
     why_not(std::to_string(clusters) + " clusters of " + std::to_string(plan.cluster) + " blocks, of which " +
             std::to_string(at_once) + " run at once");
@@ -138,20 +147,18 @@ void forward_by_clusters(CellKind kind, const ForwardArgs& args, const CudaLayou
   Space space(workspace);
   const PersistentForwardSpace at(space, s);
   const PersistentForwardArgs of = start_forward(kind, args, layout, plan.rows, at, stream);
-  with_cluster_kernel<PassKind::kForward>(kind, args.dtype, s.groups, [&](auto kernel) {
-    launch(kernel, s.config(PassKind::kForward, plan.rows, stream), of);
-  });
+  with_cluster_kernel<PassKind::kForward>(
+      s, [&](auto kernel) { launch(kernel, s.config(PassKind::kForward, plan.rows, stream), of); });
 }
 
 void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
                           void* workspace, void* stream) {
   const ClusterShape s(kind, args);
   Space space(workspace);
-  const PersistentBackwardSpace at(space, s, args);
+  const PersistentBackwardSpace at(space, s, args, args.saved == nullptr);
   const PersistentBackwardArgs of = start_backward(kind, args, layout, plan.rows, at, stream);
-  with_cluster_kernel<PassKind::kBackward>(kind, args.dtype, s.groups, [&](auto kernel) {
-    launch(kernel, s.config(PassKind::kBackward, plan.rows, stream), of);
-  });
+  with_cluster_kernel<PassKind::kBackward>(
+      s, [&](auto kernel) { launch(kernel, s.config(PassKind::kBackward, plan.rows, stream), of); });
   finish_backward(kind, args, layout, at, of.layer, stream);
 }
 

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
+#include <sstream>
 #include <stdexcept>
 
 #include "recurrent/layer_cuda.h"
@@ -537,6 +539,11 @@ int64_t partial_bytes(const RecurrentArgs& args, int64_t gates, bool stages, int
 
 namespace {
 
+// Rows of a chunk of pre-activations, whole steps.
+int64_t rows_of_chunk(int64_t bytes_of_row, int64_t rows, int64_t B) {
+  return std::min(rows, std::max(kFromXBytes / std::max<int64_t>(bytes_of_row, 1), B));
+}
+
 // Sizes that follow from the arguments.
 struct StepShape {
   int64_t gates, first, directions, B, H, rows, blocks, tiles, element, wide;
@@ -563,11 +570,7 @@ struct StepShape {
   int64_t weights_bytes() const { return directions * ceil_div(H, kUnits) * gates * blocks * 512; }
   int64_t slot_bytes(int64_t slot_gates) const { return directions * tiles * slot_gates * blocks * 1024; }
   int64_t states_bytes() const { return directions * B * H * wide; }
-  // Steps of a chunk of pre-activations.
-  int64_t chunk_rows() const {
-    const int64_t row = directions * gates * H * wide;
-    return std::min(rows, std::max(kFromXBytes / std::max<int64_t>(row, 1), B));
-  }
+  int64_t chunk_rows() const { return rows_of_chunk(directions * gates * H * wide, rows, B); }
   LaunchConfig config(int64_t count, int strips_of_product, void* stream) const {
     LaunchConfig config;
     config.grid = {ceil_div(H, kUnits), ceil_div(count, row_tiles * kTileRows), directions};
@@ -595,8 +598,7 @@ struct ForwardSpace {
 struct BackwardSpace {
   Link* links;
   void *weights, *slots[2], *dgates_x, *dgates_h, *dc, *direct, *partial_gates, *q, *dpeephole, *fed, *partial;
-  void *saved, *from_x, *from_h;  // to make what backward needs once more
-  int64_t again_rows;
+  SavedAgain again;
   void carve(Space& space, const StepShape& s, const RecurrentArgs& args, bool recompute) {
     const Options& o = args.options;
     const int64_t rows_of_gates = s.directions * s.rows * s.gates * s.H;
@@ -614,11 +616,7 @@ struct BackwardSpace {
     dpeephole = peephole ? space.take(s.directions * s.rows * (s.gates - 1) * s.H * s.wide) : nullptr;
     fed = o.variational != nullptr ? space.take(s.directions * s.rows * s.H * s.element) : nullptr;
     partial = space.take(partial_bytes(args, s.gates, s.stages, s.first));
-    recompute = recompute && args.saved_width > 0;
-    again_rows = s.chunk_rows();
-    saved = recompute ? space.take(s.directions * s.rows * args.saved_width * s.element) : nullptr;
-    from_x = recompute ? space.take(s.directions * again_rows * s.gates * s.H * s.wide) : nullptr;
-    from_h = recompute ? space.take(s.directions * again_rows * s.gates * s.H * s.wide) : nullptr;
+    again.carve(space, s.gates, args, recompute);
   }
 };
 
@@ -705,27 +703,39 @@ void forward_by_steps(CellKind kind, const ForwardArgs& args, const CudaLayout& 
   });
 }
 
-// What forward would have saved, from the states that it left: every row starts from states that are known, so the
-// recurrent product is one for all of them.
-void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const StepShape& s,
-                      const BackwardSpace& at, LayerArgs layer, void* stream) {
+}  // namespace
+
+void SavedAgain::carve(Space& space, int64_t gates, const RecurrentArgs& args, bool wanted) {
+  wanted = wanted && args.saved_width > 0;
+  const int64_t wide = args.dtype == DType::kFloat64 ? 8 : 4, row = args.directions * gates * args.H * wide;
+  rows = rows_of_chunk(row, args.walk.N, args.walk.B);
+  const int64_t saved_bytes = args.directions * args.walk.N * args.saved_width * element_size(args.dtype);
+  saved = wanted ? space.take(saved_bytes) : nullptr;
+  from_x = wanted ? space.take(rows * row) : nullptr;
+  from_h = wanted ? space.take(rows * row) : nullptr;
+}
+
+void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const SavedAgain& at,
+                      LayerArgs& layer, void* fed_rows, void* q_rows, void* stream) {
+  if (at.saved == nullptr) return;
+  const StepShape s(kind, args);
   layer.saved = at.saved;
   const int64_t bytes = s.element;
   const auto offset = [](const void* p, int64_t n) { return static_cast<const char*>(p) + n; };
   if (layer.variational != nullptr) {
-    const FedArgs fed{layer, at.fed};
+    const FedArgs fed{layer, fed_rows};
     dispatch(args.dtype,
              [&](auto storage) { launch(fed_kernel<decltype(storage)>, plain(layer.outputs(), stream), fed); });
   }
-  const int64_t step_rows = layout.packed ? at.again_rows : at.again_rows / s.B * s.B;
+  const int64_t step_rows = layout.packed ? at.rows : at.rows / s.B * s.B;
   for (int64_t first = 0; first < s.rows; first += step_rows) {
     const int64_t count = std::min(step_rows, s.rows - first);
     ForwardStepArgs step{};
     step.layer = layer;
     step.from_x = at.from_x;
-    step.from_x_rows = step.from_h_rows = at.again_rows;
+    step.from_x_rows = step.from_h_rows = at.rows;
     step.from_h = at.from_h;
-    step.q = at.q == nullptr ? nullptr : at.dgates_x;  // not in use yet, and wide enough
+    step.q = q_rows;
     const auto product_h = [&](int d, int64_t gate, int64_t gates, const Matrix& left) {
       ProductArgs of{};
       of.M = count;
@@ -734,7 +744,7 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
       of.parts = 1;
       of.a[0] = left;
       of.b[0] = plain_matrix(offset(args.weights[d].w_hh, gate * s.H * s.H * bytes), of.N, s.H, s.H, true);
-      of.c = static_cast<char*>(at.from_h) + d * at.again_rows * of.N * s.wide;
+      of.c = static_cast<char*>(at.from_h) + d * at.rows * of.N * s.wide;
       of.ldc = of.N;
       of.splits = 1;
       of.chunk = s.H;
@@ -743,13 +753,13 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
     for (int d = 0; d < s.directions; ++d) {
       step.visit.first[d] = step.from_x_first[d] = first;
       step.visit.count[d] = count;
-      void* to = static_cast<char*>(at.from_x) + d * at.again_rows * s.gates * s.H * s.wide;
+      void* to = static_cast<char*>(at.from_x) + d * at.rows * s.gates * s.H * s.wide;
       run_from_x(args, layout, s.gates, s.separate, d, first, count, to, stream);
       Matrix h = plain_matrix(offset(args.y, d * s.H * bytes), s.rows, s.H, s.directions * s.H, true);
       if (layer.variational != nullptr) {
-        h = plain_matrix(offset(at.fed, (d * s.rows + first) * s.H * bytes), count, s.H, s.H, true);
+        h = plain_matrix(offset(fed_rows, (d * s.rows + first) * s.H * bytes), count, s.H, s.H, true);
       } else {
-        h.links = at.links + d * (s.rows + s.B) + first;
+        h.links = layer.links + d * (s.rows + s.B) + first;
         h.links_count = s.rows + s.B - first;
         h.link_rows = s.rows;
         if (args.h0 != nullptr) {
@@ -770,7 +780,7 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
         if constexpr (Cell::kFirst < Cell::kGates) {
           for (int d = 0; d < s.directions; ++d) {
             product_h(d, Cell::kFirst, Cell::kGates - Cell::kFirst,
-                      plain_matrix(offset(step.q, d * at.again_rows * s.H * bytes), count, s.H, s.H, true));
+                      plain_matrix(offset(step.q, d * at.rows * s.H * bytes), count, s.H, s.H, true));
           }
           launch(forward_rows_kernel<Cell, true>, config, step);
         }
@@ -778,6 +788,8 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
     });
   }
 }
+
+namespace {
 
 void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, void* workspace,
                        void* stream) {
@@ -793,10 +805,8 @@ void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout
   layer.saved = const_cast<void*>(args.saved);
   run_links(args, layout, at.links, stream);
   if (s.rows > 0 && s.B > 0) {
-    if (args.saved == nullptr && args.saved_width > 0) {
-      make_saved_again(kind, args, layout, s, at, layer, stream);
-      layer.saved = at.saved;
-    }
+    // dgates_x: not in use yet, and wide enough
+    make_saved_again(kind, args, layout, at.again, layer, at.fed, s.stages ? at.dgates_x : nullptr, stream);
     const int64_t width = s.gates * s.H;
     run_clear(args, layout, at.links,
               {{at.dgates_x, width, s.rows * width, width},
@@ -879,6 +889,7 @@ void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout
 }
 
 }  // namespace
+
 }  // namespace cuda
 
 // ---- what an op calls
@@ -906,6 +917,52 @@ const char* cuda_tier_name(CudaTier tier) {
     default:
       return "none";
   }
+}
+
+namespace {
+
+constexpr CudaTier kTiers[] = {CudaTier::kCluster, CudaTier::kGrid, CudaTier::kSteps};
+int bit_of(CudaTier tier) { return 1 << static_cast<int>(tier); }
+
+int tiers_called(const std::vector<std::string>& names, const std::string& where) {
+  int bits = 0;
+  for (const std::string& name : names) {
+    int bit = 0;
+    for (const CudaTier tier : kTiers) {
+      if (name == cuda_tier_name(tier)) bit = bit_of(tier);
+    }
+    if (bit == 0) throw std::invalid_argument(where + " must name some of cluster, grid and steps, got '" + name + "'");
+    bits |= bit;
+  }
+  return bits;
+}
+
+std::atomic<int>& tiers() {
+  static std::atomic<int> bits = [] {
+    const char* wanted = std::getenv("SEQKERNELS_CUDA_TIERS");
+    std::vector<std::string> names;
+    if (wanted == nullptr || *wanted == 0) {
+      for (const CudaTier tier : kTiers) names.push_back(cuda_tier_name(tier));
+    } else {
+      std::istringstream list(wanted);
+      for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+    }
+    return tiers_called(names, "the environment variable SEQKERNELS_CUDA_TIERS");
+  }();
+  return bits;
+}
+
+}  // namespace
+
+bool allows_tier(CudaTier tier) { return (tiers().load() & bit_of(tier)) != 0; }
+
+std::vector<std::string> set_cuda_tiers(const std::vector<std::string>& names) {
+  const int before = tiers().exchange(tiers_called(names, "set_cuda_tiers: names"));
+  std::vector<std::string> were;
+  for (const CudaTier tier : kTiers) {
+    if (before & bit_of(tier)) were.push_back(cuda_tier_name(tier));
+  }
+  return were;
 }
 
 CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
@@ -939,10 +996,12 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
     if (cluster.tier != CudaTier::kNone) return cluster;
     CudaPlan::Pass grid = plan_grid(kind, pass, args, layout, recompute, device);
     grid.reasons.insert(grid.reasons.begin(), cluster.reasons.begin(), cluster.reasons.end());
+    if (grid.tier == CudaTier::kNone && !allows_tier(CudaTier::kSteps)) grid.reasons.push_back("steps: switched off");
     return grid;
   };
   plan.forward = persistent(PassKind::kForward);
   plan.backward = persistent(PassKind::kBackward);
+  if (!allows_tier(CudaTier::kSteps)) return plan;
   const StepShape s(kind, args);
   if (plan.forward.tier == CudaTier::kNone) {
     Space space(nullptr);

@@ -35,6 +35,11 @@ enum class CudaTier {
 };
 const char* cuda_tier_name(CudaTier tier);
 
+// Which tiers may walk a layer: all, unless the environment variable SEQKERNELS_CUDA_TIERS, a list of names with commas
+// between them, or the user says otherwise. Setting returns what it was.
+bool allows_tier(CudaTier tier);
+std::vector<std::string> set_cuda_tiers(const std::vector<std::string>& names);
+
 // Whether products of float32 may be made of TF32, as the user last said; no unless told. Returns what it was.
 bool allows_tf32();
 bool set_allows_tf32(bool allow);

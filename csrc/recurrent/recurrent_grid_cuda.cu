@@ -25,8 +25,8 @@ struct GridShape : PersistentShape {
   PassKind pass;
   bool fits = false;
 
-  GridShape(CellKind kind, PassKind of_pass, const RecurrentArgs& args, int pairs_of, const CudaDevice& device)
-      : PersistentShape(kind, args), pairs_of_block(pairs_of), team((pairs + pairs_of - 1) / pairs_of), pass(of_pass) {
+  GridShape(CellKind of, PassKind of_pass, const RecurrentArgs& args, int pairs_of, const CudaDevice& device)
+      : PersistentShape(of, args), pairs_of_block(pairs_of), team((pairs + pairs_of - 1) / pairs_of), pass(of_pass) {
     teams = device.multiprocessors / (directions * team);
     if (teams == 0) return;
     // As few rows as give every team a tile; more only if there are more sequences.
@@ -101,29 +101,29 @@ struct GridSpace {
 };
 
 template <PassKind kPass, class F>
-void with_grid_kernel(CellKind kind, DType dtype, int pairs, F&& f) {
-  with_persistent_cell(kind, dtype, [&](auto cell) {
+void with_grid_kernel(const GridShape& s, F&& f) {
+  with_persistent_cell(s.kind, [&](auto cell) {
     using Cell = decltype(cell);
     if constexpr (kPass == PassKind::kForward) {
-      f(pairs > 1 ? grid_forward_kernel<Cell, 2> : grid_forward_kernel<Cell, 1>);
+      f(s.pairs_of_block > 1 ? grid_forward_kernel<Cell, 2> : grid_forward_kernel<Cell, 1>);
     } else {
-      f(pairs > 1 ? grid_backward_kernel<Cell, 2> : grid_backward_kernel<Cell, 1>);
+      f(s.pairs_of_block > 1 ? grid_backward_kernel<Cell, 2> : grid_backward_kernel<Cell, 1>);
     }
   });
 }
 
 // Blocks that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
-int64_t resident(CellKind kind, DType dtype, const GridShape& s, const CudaDevice& device) {
-  static thread_local std::map<std::tuple<CellKind, DType, PassKind, int, int64_t, int>, int64_t> known;
-  const std::tuple key{kind, dtype, s.pass, s.pairs_of_block, s.shared_bytes, device.multiprocessors};
+int64_t resident(const GridShape& s, const CudaDevice& device) {
+  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int, int64_t, int>, int64_t> known;
+  const std::tuple key{s.kind.key(), s.pass, s.pairs_of_block, s.shared_bytes, device.multiprocessors};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int64_t count = 0;
   const auto ask = [&](auto kernel) { count = resident_blocks(kernel, s.config(nullptr)); };
   if (s.pass == PassKind::kForward) {
-    with_grid_kernel<PassKind::kForward>(kind, dtype, s.pairs_of_block, ask);
+    with_grid_kernel<PassKind::kForward>(s, ask);
   } else {
-    with_grid_kernel<PassKind::kBackward>(kind, dtype, s.pairs_of_block, ask);
+    with_grid_kernel<PassKind::kBackward>(s, ask);
   }
   known.emplace(key, count);
   return count;
@@ -142,7 +142,8 @@ CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args
   CudaPlan::Pass plan{};
   plan.cluster = 1;
   const auto why_not = [&](const std::string& why) { plan.reasons.push_back("grid: " + why); };
-  for (const std::string& why : persistent_obstacles(kind, pass, args, layout, recompute)) why_not(why);
+  if (!allows_tier(CudaTier::kGrid)) why_not("switched off");
+  for (const std::string& why : persistent_obstacles(kind, args, layout)) why_not(why);
   if (!plan.reasons.empty()) return plan;
 
   const std::optional<GridShape> s = best_shape(kind, pass, args, device);
@@ -157,7 +158,7 @@ CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args
   plan.rows = static_cast<int>(s->rows);
   plan.block = kGridThreads;
   Space space(nullptr);
-  space.take(persistent_workspace(*s, pass, args));
+  space.take(persistent_workspace(*s, pass, args, recompute));
   GridSpace(space, *s);
   plan.workspace = space.bytes();
   if (s->turns > kMostTurns) {
@@ -171,7 +172,7 @@ CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args
             std::to_string(s->turns) + " tiles one after the other");
   } else if (plan.workspace > kLargestWorkspace) {
     why_not("a workspace of " + std::to_string(plan.workspace) + " bytes");
-  } else if (resident(kind, args.dtype, *s, device) < s->config(nullptr).grid.x) {
+  } else if (resident(*s, device) < s->config(nullptr).grid.x) {
     why_not("its blocks would not run all at once");
   } else {
     plan.tier = CudaTier::kGrid;
@@ -187,20 +188,18 @@ void forward_by_grid(CellKind kind, const ForwardArgs& args, const CudaLayout& l
   const GridSpace grid(space, s);
   GridForwardArgs of{start_forward(kind, args, layout, plan.rows, at, stream), grid.place};
   fill_bytes(grid.cleared, 0, grid.bytes, stream);
-  with_grid_kernel<PassKind::kForward>(kind, args.dtype, s.pairs_of_block,
-                                       [&](auto kernel) { launch(kernel, s.config(stream), of); });
+  with_grid_kernel<PassKind::kForward>(s, [&](auto kernel) { launch(kernel, s.config(stream), of); });
 }
 
 void backward_by_grid(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
                       void* workspace, void* stream) {
   const GridShape s = shape_again(kind, PassKind::kBackward, args);
   Space space(workspace);
-  const PersistentBackwardSpace at(space, s, args);
+  const PersistentBackwardSpace at(space, s, args, args.saved == nullptr);
   const GridSpace grid(space, s);
   GridBackwardArgs of{start_backward(kind, args, layout, plan.rows, at, stream), grid.place};
   fill_bytes(grid.cleared, 0, grid.bytes, stream);
-  with_grid_kernel<PassKind::kBackward>(kind, args.dtype, s.pairs_of_block,
-                                        [&](auto kernel) { launch(kernel, s.config(stream), of); });
+  with_grid_kernel<PassKind::kBackward>(s, [&](auto kernel) { launch(kernel, s.config(stream), of); });
   finish_backward(kind, args, layout, at, of.layer, stream);
 }
 
