@@ -439,8 +439,7 @@ def test_grids(layer: Layer, multiprocessors: int, teams: tuple[int, int], dtype
     check_grid(dataclasses.replace(layer, dtype=dtype), teams, multiprocessors=multiprocessors)
 
 
-# Cells that a persistent walk knows, each with every option that it has.
-ONE_PRODUCT = ("lstm", "lstm_coupled", "gru", "mgu", "rnn_tanh", "rnn_relu")
+# Each cell with every option that it has.
 PERSISTENT_OPTIONS = [("peephole",), *OPTIONS[1:-1], ("peephole", *OPTIONS[-1])]
 
 
@@ -468,30 +467,30 @@ def check_tier(tier: str, layer: Layer) -> None:
             found = everything(layer, of)
             if "clip" not in layer.options and layer.kind != "rnn_relu":
                 check_layer(layer, tolerance=4e-3 if wide else None)
+        # A sum in another order may round a factor of TF32 the other way: by 2^-11.
+        tolerance = 1e-3 if wide else TOLERANCE[layer.dtype]
         with tiers("steps"):
             for one, other in zip(found, everything(layer, of), strict=True):
-                check(
-                    one, other.double(), layer.dtype, "of launches of a step", 1e-4 if wide else TOLERANCE[layer.dtype]
-                )
+                check(one, other.double(), layer.dtype, "of launches of a step", tolerance)
     finally:
         built.set_tf32(before)
 
 
 @pytest.mark.parametrize("options", PERSISTENT_OPTIONS, ids="-".join)
-@pytest.mark.parametrize("kind", ONE_PRODUCT)
+@pytest.mark.parametrize("kind", GATES)
 def test_clusters_with_options(kind: str, options: tuple[str, ...]) -> None:
     """In one launch for all steps."""
-    form = FORMS[(ONE_PRODUCT.index(kind) + PERSISTENT_OPTIONS.index(options)) % 3]
+    form = FORMS[([*GATES].index(kind) + PERSISTENT_OPTIONS.index(options)) % 3]
     layer = Layer(kind=kind, form=form, B=5, T=5, H=24, bidirectional=True, options=options_of(kind, options))
     for dtype in (torch.float32, torch.bfloat16)[: 1 if "clip" in options else 2]:
         check_tier("cluster", dataclasses.replace(layer, dtype=dtype))
 
 
 @pytest.mark.parametrize("options", PERSISTENT_OPTIONS, ids="-".join)
-@pytest.mark.parametrize("kind", ONE_PRODUCT)
+@pytest.mark.parametrize("kind", GATES)
 def test_grids_with_options(kind: str, options: tuple[str, ...]) -> None:
     """Likewise; a team with one tile, and a team with several."""
-    form = FORMS[(ONE_PRODUCT.index(kind) + PERSISTENT_OPTIONS.index(options) + 1) % 3]
+    form = FORMS[([*GATES].index(kind) + PERSISTENT_OPTIONS.index(options) + 1) % 3]
     layer = Layer(kind=kind, form=form, T=4, H=17, bidirectional=True, options=options_of(kind, options))
     for dtype in (torch.float32, torch.float16)[: 1 if "clip" in options else 2]:
         for B in (5, 18):
@@ -500,7 +499,7 @@ def test_grids_with_options(kind: str, options: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("tier", ["cluster", "grid"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ONE_PRODUCT)
+@pytest.mark.parametrize("kind", GATES)
 def test_persistent_kernels_without_what_was_saved(kind: str, form: str, tier: str) -> None:
     options = ("reset", "variational")
     with tiers(tier):
@@ -513,10 +512,11 @@ def test_persistent_kernels_without_what_was_saved(kind: str, form: str, tier: s
 @pytest.mark.parametrize("tier", ["cluster", "grid"])
 @ONLY_EMULATED
 def test_options_in_any_order(tier: str, mode: dict[str, int]) -> None:
-    options = ("peephole", *OPTIONS[-1][:-1])
-    layer = Layer(kind="lstm", B=5, T=6, H=40, form="lengths", options=options, dtype=torch.float16)
-    with machine(**mode), tiers(tier):
-        check_layer(layer)
+    for kind in ("lstm", "gru_before"):
+        options = options_of(kind, ("peephole", *OPTIONS[-1][:-1]))
+        layer = Layer(kind=kind, B=5, T=6, H=40, form="lengths", options=options, dtype=torch.float16)
+        with machine(**mode), tiers(tier):
+            check_layer(layer)
 
 
 def test_tiers_that_are_switched_off() -> None:
@@ -654,7 +654,13 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
         (dict(dtype="float16", B=16, T=1, D=64, H=64), ("steps", 1), ("steps", 1), "one step"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("cluster", 2), ("cluster", 2), None),
-        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu_before"), ("steps", 1), ("steps", 1), "has two"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu_before"), ("cluster", 2), ("cluster", 2), None),
+        (
+            dict(dtype="float16", B=16, T=8, D=64, H=64, kind="gru_before", major=8),
+            ("grid", 4),
+            ("grid", 4),
+            "capability",
+        ),
     ],
 )
 @ONLY_EMULATED

@@ -9,6 +9,9 @@
 // distributed shared memory; each block counts the bytes that arrive in a barrier of its own and waits for nobody else.
 // Clusters never meet, so a layer may have more of them than fit on the device at once.
 //
+// A cell of two products in a row has two such rounds in a step: what the second product is with goes round first. In
+// what follows a step is a round.
+//
 // Two slots for what is pushed suffice. Let step s read slot s % 2 and push into slot (s + 1) % 2. A warp pushes the
 // values of step s only when it has waited for all values of step s - 1. Before a warp of any block sends its values of
 // step s - 1, its group has met, and with that the last read of slot (s - 1) % 2 = (s + 1) % 2 by any of its warps is
@@ -17,7 +20,7 @@
 // arrival that a phase waits for, beside bytes, is made by the block itself, after the phase before. And a group's
 // partial sums of the next step are written by warps that have waited for what their readers pushed after reading.
 //
-// A sequence that has ended keeps pushing its last values.
+// A sequence that has ended keeps pushing values that nobody uses.
 #pragma once
 
 #include "recurrent/persistent_cuda.cuh"
@@ -48,30 +51,62 @@ SK_HOST_DEVICE int column_size(int rows) {
   return (rows * 16 + (rows >= 4 ? 32 : 0)) / static_cast<int>(sizeof(S));
 }
 
-// Shared memory of a block, for both passes: `pushed` gates, `tiles` of 16 units that a group sums. What every step
-// addresses has strides that are known at compile time, those of kGroups groups and of eight rows.
+// Blocks of K that a warp of a group has at most, and those of them that are not in registers.
+SK_HOST_DEVICE int64_t blocks_of_warp(int64_t blocks) { return (blocks + kGroupWarps - 1) / kGroupWarps; }
+SK_HOST_DEVICE int64_t rest_of_warp(int64_t blocks, int held) {
+  const int64_t most = blocks_of_warp(blocks);
+  return most > held ? most - held : 0;
+}
+
+// Shared memory of a block, for both passes. What every step addresses has strides that are known at compile time,
+// those of kGroups groups and of eight rows.
+struct ClusterSizes {
+  int64_t blocks;      // of K of a slot
+  int64_t rest;        // pairs of strips' blocks of a warp that are not in registers
+  int64_t tiles;       // of 16 units that a group sums at once
+  int64_t pushed;      // gates, at once
+  int64_t ring_gates;  // pre-activations of a unit
+};
 template <class S, int kGroups, class Arena>
 struct ClusterMemory {
   static constexpr int kThreads = kGroups * kGroupThreads;
   Shared<S> slots;        // [2, blocks of K, 4] columns
-  Shared<S> weights;      // [warps, rest blocks, tiles, 2, 32] pieces
+  Shared<S> weights;      // [warps, rest, 2, 32] pieces; of cells with two products, those of the first come first
   Shared<float> ring;     // [kRing, ring_gates, kThreads]
   Shared<float> partial;  // [groups, kGroupWarps, tiles, kSums]
   Shared<S> stage;        // [warps, pushed, 4 rows, kUnits], rows of a column together
   Shared<MBarrier> full;  // [2]
-  SK_HOST_DEVICE ClusterMemory(Arena& arena, int64_t rows, int64_t blocks, int64_t rest, int64_t tiles, int64_t pushed,
-                               int64_t ring_gates)
-      : slots(arena.template array<S>(2 * blocks * 4 * column_size<S>(static_cast<int>(rows)), 128)),
-        weights(
-            arena.template array<S>(kGroups * kGroupWarps * (rest > 0 ? rest : 0) * tiles * 2 * kBlockSize<S>, 128)),
-        ring(arena.template array<float>(kRing * ring_gates * kThreads)),
-        partial(arena.template array<float>(kGroups * kGroupWarps * tiles * kSums)),
-        stage(arena.template array<S>(kGroups * kGroupWarps * pushed * 4 * kUnits)),
+  SK_HOST_DEVICE ClusterMemory(Arena& arena, int64_t rows, const ClusterSizes& of)
+      : slots(arena.template array<S>(2 * of.blocks * 4 * column_size<S>(static_cast<int>(rows)), 128)),
+        weights(arena.template array<S>(kGroups * kGroupWarps * of.rest * 2 * kBlockSize<S>, 128)),
+        ring(arena.template array<float>(kRing * of.ring_gates * kThreads)),
+        partial(arena.template array<float>(kGroups * kGroupWarps * of.tiles * kSums)),
+        stage(arena.template array<S>(kGroups * kGroupWarps * of.pushed * 4 * kUnits)),
         full(arena.template array<MBarrier>(2, 8)) {}
 };
 
-// Blocks of K that a warp of a group has at most.
-SK_HOST_DEVICE int64_t blocks_of_warp(int64_t blocks) { return (blocks + kGroupWarps - 1) / kGroupWarps; }
+// What the kernels of a cell are made of. A cell of one product has all its gates in the first.
+template <class Cell, int kGroups>
+struct ClusterForward {
+  using S = typename Cell::Storage;
+  static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;  // gates
+  static constexpr int kHeld = kept_blocks<S>(kGroups, Cell::kGates, Cell::kOptions);
+  static SK_HOST_DEVICE ClusterSizes sizes(int64_t H) {
+    const int64_t blocks = blocks_of<S>(H);
+    return {blocks, rest_of_warp(blocks, kHeld) * Cell::kGates, kFirst, 1, Cell::kGates};
+  }
+};
+template <class Cell, int kGroups>
+struct ClusterBackward {
+  using S = typename Cell::Storage;
+  static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;
+  static constexpr int kHeld = kept_blocks<S>(kGroups, 1, Cell::kOptions) / (kSecond > 0 ? 2 : 1);
+  static SK_HOST_DEVICE ClusterSizes sizes(int64_t H) {
+    const int64_t of_gate = blocks_of<S>(H);
+    return {of_gate * kFirst, rest_of_warp(of_gate * kFirst, kHeld) + rest_of_warp(of_gate * kSecond, kHeld), 1, kFirst,
+            0};
+  }
+};
 
 // Where a lane stands in a cluster.
 struct Post : Seat {
@@ -102,11 +137,12 @@ struct ClusterFactors : Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1> {
   using Base = Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1>;
   int mine, step;
 
-  // Filled here and not by the constructor of Factors: the one with three groups and three gates would spill.
+  // pieces: of a strip, of both products. Filled here and not by the constructor of Factors: the one with three groups
+  // and three gates would spill.
   template <class PieceOf>
-  SK_DEVICE ClusterFactors(const PersistentArgs& args, const Post& post, int blocks, Shared<S> of_warps,
+  SK_DEVICE ClusterFactors(const PersistentArgs& args, const Post& post, int blocks, int pieces, Shared<S> of_warps,
                            PieceOf piece) {
-    const int most = static_cast<int>(blocks_of_warp(blocks)), pieces = kTiles * blocks;
+    const int most = static_cast<int>(blocks_of_warp(blocks));
     int &first = this->first, &count = this->count;
     first = post.part * most;
     count = blocks - first < most ? blocks - first : most;
@@ -114,9 +150,8 @@ struct ClusterFactors : Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1> {
     this->upto = count;
     step = 4 * column_size<S>(post.rows);
     mine = first * step + post.t * column_size<S>(post.rows) + (post.g & (post.rows - 1)) * kPiece<S>;
-    this->rest = of_warps +
-                 static_cast<int64_t>(warp_index()) * (most > kHeld ? most - kHeld : 0) * kTiles * 2 * kBlockSize<S> +
-                 post.lane * kPiece<S>;
+    this->rest =
+        of_warps + warp_index() * rest_of_warp(blocks, kHeld) * kTiles * 2 * kBlockSize<S> + post.lane * kPiece<S>;
     const int64_t size = static_cast<int64_t>(args.layer.directions) * post.strips * pieces * kBlockSize<S>;
     const Global<const S> from = global<const S>(args.weights, size);
     const int64_t strip0 = static_cast<int64_t>(post.direction) * post.strips + 2 * post.pair;
@@ -183,13 +218,16 @@ struct Pusher {
       full[pass] = remote(barriers, rank);
     }
   }
-  SK_DEVICE void operator()(int slot_start, int slot, const S (&values)[kGates]) const {
+  // Of the first kCount gates.
+  template <int kCount>
+  SK_DEVICE void operator()(int slot_start, int slot, const S (&values)[kCount]) const {
+    static_assert(kCount <= kGates, "there is room for kGates");
     if (silent) return;
     SK_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) in[gate * 4 * kUnits] = values[gate];
+    for (int gate = 0; gate < kCount; ++gate) in[gate * 4 * kUnits] = values[gate];
     warp_sync();  // and a lane's push stands for what the whole warp has read
     SK_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
+    for (int gate = 0; gate < kCount; ++gate) {
       SK_UNROLL
       for (int c = 0; c < kColumns; ++c) {
         const Piece<S> piece = load_vec<kPiece<S>>(out, (gate * kColumns + c) * 4 * kPiece<S>);
@@ -202,6 +240,47 @@ struct Pusher {
   }
 };
 
+// One of a step's products: the group's share of the weights, and where the sums of its warps meet.
+template <class S, int kTiles, int kHeld>
+struct ClusterProduct {
+  ClusterFactors<S, kTiles, kHeld> factors;
+  Meeting<kGroupWarps, kTiles, kTiles> meet;
+
+  // partial: of the group.
+  template <class PieceOf>
+  SK_DEVICE ClusterProduct(const PersistentArgs& args, const Post& post, int blocks, int pieces, Shared<S> weights,
+                           Shared<float> partial, PieceOf piece)
+      : factors(args, post, blocks, pieces, weights, piece), meet(post, post.part, 0, partial) {}
+  SK_DEVICE void operator()(const Post& post, Shared<S> slot, float (&product)[kTiles]) const {
+    float sum[kTiles][4];
+    factors(slot, sum);
+    meet.put(post, 0, sum);
+    named_sync(1 + post.group, kGroupThreads);
+    if (post.alive) meet.take(0, product);
+  }
+};
+template <class S, int kTiles, int kHeld>
+using ClusterProductIfAny = std::conditional_t<(kTiles > 0), ClusterProduct<S, kTiles, kHeld>, NoProduct>;
+
+// What goes round in a cluster: round r >= 1 fills slot r % 2.
+struct Rounds {
+  Shared<MBarrier> full;
+  int bytes[2];  // of a slot
+
+  // All threads of the block come, and a barrier of the cluster follows.
+  SK_DEVICE Rounds(Shared<MBarrier> of, int bytes_even, int bytes_odd) : full(of), bytes{bytes_even, bytes_odd} {
+    if (thread_index() != 0) return;
+    for (int i = 0; i < 2; ++i) mbarrier_init(full, i, 1);
+    mbarrier_init_fence();
+    for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(full, i, bytes[i]);
+  }
+  SK_DEVICE void wait(int round) const {
+    const int slot = round & 1;
+    mbarrier_wait(full, slot, (round - 1) >> 1 & 1);
+    if (thread_index() == 0) mbarrier_arrive_expect(full, slot, slot == 0 ? bytes[0] : bytes[1]);
+  }
+};
+
 // ---- forward
 // ---------------------------------------------------------------------------------------------------------
 
@@ -211,15 +290,16 @@ SK_KERNEL(kGroups* kGroupThreads, 1)
 cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
   if constexpr (kHasClusters) {
     using S = typename Cell::Storage;
-    constexpr int kGates = Cell::kGates, kHeld = kept_blocks<S>(kGroups, kGates, Cell::kOptions);
+    using Of = ClusterForward<Cell, kGroups>;
+    constexpr int kGates = Cell::kGates, kFirst = Of::kFirst, kSecond = Of::kSecond, kHeld = Of::kHeld;
     const LayerArgs& layer = args.layer;
     const int64_t H = layer.H;
-    const int blocks = static_cast<int>(blocks_of<S>(H)), most = static_cast<int>(blocks_of_warp(blocks));
+    const int blocks = static_cast<int>(blocks_of<S>(H));
     const Post post(args);
     const int d = post.direction, threads = block_threads(), column = column_size<S>(post.rows);
     SharedArena arena;
     using Memory = ClusterMemory<S, kGroups, SharedArena>;
-    const Memory memory(arena, post.rows, blocks, most - kHeld, kGates, 1, kGates);
+    const Memory memory(arena, post.rows, Of::sizes(H));
     const int slot_size = blocks * 4 * column;
     const int bytes = static_cast<int>(H * post.rows * sizeof(S));
 
@@ -230,13 +310,14 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
     // A group without units would hold nobody back, and could fall a whole use of a slot behind: it takes no steps.
     const int64_t steps = post.idle ? 0 : steps_of_tile(args, unit.links, tile);
 
-    if (thread_index() == 0) {
-      for (int i = 0; i < 2; ++i) mbarrier_init(memory.full, i, 1);
-      mbarrier_init_fence();
-      for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(memory.full, i, bytes);
-    }
-    const ClusterFactors<S, kGates, kHeld> factors(args, post, blocks, memory.weights,
-                                                   [&](int gate, int block) { return gate * blocks + block; });
+    const Rounds rounds(memory.full, bytes, bytes);
+    const Shared<float> partial = memory.partial + post.group * kGroupWarps * kFirst * kSums;
+    const ClusterProduct<S, kFirst, kHeld> multiply(args, post, blocks, kGates * blocks, memory.weights, partial,
+                                                    [&](int gate, int block) { return gate * blocks + block; });
+    const ClusterProductIfAny<S, kSecond, kHeld> multiply_q(
+        args, post, blocks, kGates * blocks,
+        memory.weights + kGroups * kGroupWarps * rest_of_warp(blocks, kHeld) * kFirst * 2 * kBlockSize<S>, partial,
+        [&](int gate, int block) { return (kFirst + gate) * blocks + block; });
     for (int i = thread_index(); i < blocks * 4 * post.rows; i += threads) {
       const int64_t b = tile * post.rows + i % post.rows, first = i / post.rows * kPiece<S>;
       const int at = i / post.rows * column + i % post.rows * kPiece<S>;
@@ -264,35 +345,39 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
     for (int i = 1; i < kRing; ++i) at[i] = unit.follow(at[i - 1]);
     SK_UNROLL
     for (int i = 0; i < kRing - 1; ++i) unit.fetch(i * Unit::kStage, at[i]);
-    const Meeting<kGroupWarps, kGates, kGates> meet(post, post.part, 0,
-                                                    memory.partial + post.group * kGroupWarps * kGates * kSums);
     const Pusher<S, 1> push(post, memory.stage, memory.slots, memory.full, 0);
     cluster_sync();
 
     int stage = 0;  // of the ring, where it begins
     for (int64_t s = 0; s < steps; ++s) {
-      const int slot = static_cast<int>(s) & 1;
+      const int round = static_cast<int>(kSecond > 0 ? 2 * s : s), slot = round & 1;
       unit.fetch(stage == 0 ? (kRing - 1) * Unit::kStage : stage - Unit::kStage, at[kRing - 1]);
       const int64_t ahead = unit.follow(at[kRing - 1]), link = at[0];
-      const typename Unit::Extras extra = unit.extra_of(link, post.sequence);
-      if (s > 0) {
-        mbarrier_wait(memory.full, slot, (static_cast<int>(s) - 1) >> 1 & 1);
-        if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
-      }
-      float sum[kGates][4];
-      factors(memory.slots + slot * slot_size, sum);
-      float product[kGates] = {};
-      meet.put(post, 0, sum);
-      named_sync(1 + post.group, kGroupThreads);
-      if (post.alive) meet.take(0, product);
+      const uint32_t masks = unit.masks_of(link);
+      if (s > 0) rounds.wait(round);
+      float product[kFirst] = {};
+      multiply(post, memory.slots + slot * slot_size, product);
       copy_async_wait<kRing - 1>();  // of this step
 
+      const typename Unit::Extras extra = unit.extra_of(masks, link, post.sequence);
       float saved[Cell::kSaved] = {};
-      if (link >= 0) unit.step(stage, link, product, bias, extra, h, c, saved);
+      int next = 1 - slot;
+      if constexpr (kSecond > 0) {
+        float carried = 0.0f, of_q[kSecond] = {};
+        S q[1] = {S{}};
+        if (link >= 0) q[0] = unit.first(stage, link, product, extra, h, carried, saved);
+        push(slot_size, 1, q);
+        rounds.wait(round + 1);
+        multiply_q(post, memory.slots + slot_size, of_q);
+        if (link >= 0) unit.second(stage, link, of_q[0], extra, carried, h, saved);
+        next = 0;
+      } else {
+        if (link >= 0) unit.step(stage, link, product, bias, extra, h, c, saved);
+      }
       const S now = narrow<S>(h);
       if (s + 1 < steps) {
         const S values[1] = {unit.seen(now, extra)};
-        push((1 - slot) * slot_size, 1 - slot, values);
+        push(next * slot_size, next, values);
       }
       if (link >= 0) unit.leave(link, at[1] == kNobody, post.sequence, now, c, saved);
       SK_UNROLL
@@ -315,29 +400,31 @@ SK_KERNEL(kGroups* kGroupThreads, 1)
 cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
   if constexpr (kHasClusters) {
     using S = typename Cell::Storage;
-    constexpr int kGates = Cell::kGates, kHeld = kept_blocks<S>(kGroups, 1, Cell::kOptions);
+    using Of = ClusterBackward<Cell, kGroups>;
+    constexpr int kGates = Cell::kGates, kFirst = Of::kFirst, kSecond = Of::kSecond, kHeld = Of::kHeld;
     const LayerArgs& layer = args.layer;
     const int64_t H = layer.H;
-    const int of_gate = static_cast<int>(blocks_of<S>(H)), blocks = of_gate * kGates;
-    const int most = static_cast<int>(blocks_of_warp(blocks));
+    const int of_gate = static_cast<int>(blocks_of<S>(H)), blocks = of_gate * kFirst;
     const Post post(args);
     const int threads = block_threads(), column = column_size<S>(post.rows);
     SharedArena arena;
-    const ClusterMemory<S, kGroups, SharedArena> memory(arena, post.rows, blocks, most - kHeld, 1, kGates, 0);
+    const ClusterMemory<S, kGroups, SharedArena> memory(arena, post.rows, Of::sizes(H));
     const int slot_size = blocks * 4 * column;
-    const int bytes = static_cast<int>(H * post.rows * kGates * sizeof(S));
+    const int bytes = static_cast<int>(H * post.rows * sizeof(S));  // of a gate
 
     const BackwardUnit<Cell> unit(args, post.direction, post.unit);
     const int64_t tile = block_index() / post.blocks_of_cluster % args.tiles;
     // A group without units would hold nobody back, and could fall a whole use of a slot behind: it takes no steps.
     const int64_t steps = post.idle ? 0 : steps_of_tile(args, unit.links, tile);
 
-    if (thread_index() == 0) {
-      for (int i = 0; i < 2; ++i) mbarrier_init(memory.full, i, 1);
-      mbarrier_init_fence();
-      for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(memory.full, i, bytes);
-    }
-    const ClusterFactors<S, 1, kHeld> factors(args, post, blocks, memory.weights, [](int, int block) { return block; });
+    const Rounds rounds(memory.full, kFirst * bytes, kSecond > 0 ? bytes : kFirst * bytes);
+    const Shared<float> partial = memory.partial + post.group * kGroupWarps * kSums;
+    const ClusterProduct<S, 1, kHeld> multiply(args, post, blocks, of_gate * kGates, memory.weights, partial,
+                                               [](int, int block) { return block; });
+    const ClusterProductIfAny<S, (kSecond > 0 ? 1 : 0), kHeld> multiply_q(
+        args, post, of_gate * kSecond, of_gate * kGates,
+        memory.weights + kGroups * kGroupWarps * rest_of_warp(blocks, kHeld) * 2 * kBlockSize<S>, partial,
+        [&](int, int block) { return blocks + block; });
     // What no strip fills of the last blocks stays zero.
     for (int i = thread_index(); i < 2 * blocks * 4 * post.rows; i += threads) {
       store_vec(memory.slots, i / post.rows * column + i % post.rows * kPiece<S>, Piece<S>{});
@@ -345,31 +432,41 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
 
     BackwardState walk;
     if (post.alive && post.sequence < layer.B) unit.start(post.sequence, walk);
-    const Meeting<kGroupWarps, 1, 1> meet(post, post.part, 0, memory.partial + post.group * kGroupWarps * kSums);
-    const Pusher<S, kGates> push(post, memory.stage, memory.slots, memory.full, of_gate * 4);
+    const Pusher<S, kFirst> push(post, memory.stage, memory.slots, memory.full, of_gate * 4);
     cluster_sync();
 
     for (int64_t s = 0; s <= steps; ++s) {
-      const int slot = static_cast<int>(s) & 1;
+      const int round = static_cast<int>(kSecond > 0 ? 2 * s : s), slot = round & 1;
       typename BackwardUnit<Cell>::Read read;
       unit.read(walk, post.sequence, post.lane, read);
       float product[1] = {};
       if (s > 0) {
-        mbarrier_wait(memory.full, slot, (static_cast<int>(s) - 1) >> 1 & 1);
-        if (thread_index() == 0) mbarrier_arrive_expect(memory.full, slot, bytes);
-        float sum[1][4];
-        factors(memory.slots + slot * slot_size, sum);
-        meet.put(post, 0, sum);
-        named_sync(1 + post.group, kGroupThreads);
-        if (post.alive) meet.take(0, product);
+        rounds.wait(round);
+        multiply(post, memory.slots + slot * slot_size, product);
       }
       float by_x[kGates], by_h[kGates];
-      unit.step(walk, post.sequence, read, product[0], by_x, by_h);
-      if (s < steps) {
-        S values[kGates];
+      int next = 1 - slot;
+      if constexpr (kSecond > 0) {
+        unit.second(walk, post.sequence, read, product[0], by_x);
+        if (s < steps) {
+          const S last[1] = {operand(narrow<S>(by_x[kFirst]), true)};
+          push(slot_size, 1, last);
+          rounds.wait(round + 1);
+          float of_q[1] = {};
+          multiply_q(post, memory.slots + slot_size, of_q);
+          unit.first(walk, post.sequence, read, of_q[0], by_x);
+        }
         SK_UNROLL
-        for (int gate = 0; gate < kGates; ++gate) values[gate] = operand(narrow<S>(by_h[gate]), true);
-        push((1 - slot) * slot_size, 1 - slot, values);
+        for (int gate = 0; gate < kGates; ++gate) by_h[gate] = by_x[gate];
+        next = 0;
+      } else {
+        unit.step(walk, post.sequence, read, product[0], by_x, by_h);
+      }
+      if (s < steps) {
+        S values[kFirst];
+        SK_UNROLL
+        for (int gate = 0; gate < kFirst; ++gate) values[gate] = operand(narrow<S>(by_h[gate]), true);
+        push(next * slot_size, next, values);
       }
       unit.leave(walk, read.ahead, by_x, by_h);
     }

@@ -13,6 +13,9 @@
 // flag of its own, once for each of its four warps, what it has published for a tile, and a warp waits for the pairs
 // that its share of K comes from and for nobody else. There is no barrier of the grid.
 //
+// A cell of two products in a row has two such rounds in a step: what the second product is with is published first. In
+// what follows a step is a round.
+//
 // Two slots suffice. Let step s of a tile read slot s % 2, whose values were published at step s - 1 (or before the
 // first step), and publish into slot (s + 1) % 2. A block publishes step s after its barrier of step s. All its warps
 // have come to that barrier, each when it had waited for its share of what was published at step s - 1, and together
@@ -36,10 +39,11 @@ constexpr int kMostPairs = 2;  // of a block
 static_assert(kMostPairs * kPairWarps <= kGridWarps, "each pair has warps for its units");
 
 // Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
-// has; 96 where a second pair has sums too, and of TF32, which computes with the library's functions.
+// has; 96 where a second pair has sums too, and of TF32, which computes with the library's functions; fewer where a
+// second product takes its share.
 template <class S>
-SK_HOST_DEVICE constexpr int grid_kept_blocks(int pairs, int tiles) {
-  return (sizeof(S) == 4 || pairs > 1 ? 24 : 32) / (2 * tiles);
+SK_HOST_DEVICE constexpr int grid_kept_blocks(int pairs, int tiles, bool two_products) {
+  return ((sizeof(S) == 4 || pairs > 1 ? 24 : 32) - (two_products ? 8 : 0)) / (2 * tiles);
 }
 // Whether weights that do not fit are streamed: not by kernels of half types and one pair, which no multiprocessor with
 // 160 KiB of shared memory would ask to, and which need the registers.
@@ -51,11 +55,11 @@ SK_HOST_DEVICE constexpr bool grid_streams(int pairs) {
 SK_HOST_DEVICE constexpr int grid_ahead(int tiles) { return tiles > 4 ? 2 : tiles > 2 ? 4 : 6; }
 
 struct GridPlace {
-  void* slots;      // [2, directions, tiles, blocks of K, 32] pieces, zeros where there is no unit
-  uint32_t* flags;  // [directions, tiles, pairs], zeros
-  int teams;        // of a direction
-  int blocks;       // of a team
-  int in_shared;    // blocks of K that a warp has in shared memory
+  void* slots;       // [2, directions, tiles, blocks of K, 32] pieces, zeros where there is no unit
+  uint32_t* flags;   // [directions, tiles, pairs], zeros
+  int teams;         // of a direction
+  int blocks;        // of a team
+  int in_shared[2];  // blocks of K that a warp has in shared memory, of each product
 };
 struct GridForwardArgs : PersistentForwardArgs {
   GridPlace place;
@@ -64,12 +68,13 @@ struct GridBackwardArgs : PersistentBackwardArgs {
   GridPlace place;
 };
 
-// Shared memory of a block that multiplies `tiles` times 16 units and has `turns` tiles of sequences. Of each thread
-// with a unit: pre-activations of `gates`, biases of `biases` of them, two numbers and `links` rows for each turn; and
-// what would take registers from the weights all the while.
+// Shared memory of a block that multiplies at most `tiles` times 16 units at once and has `turns` tiles of sequences;
+// `rest`: blocks of a warp's pairs of strips that are not in registers, of both products. Of each thread with a unit:
+// pre-activations of `gates`, biases of `biases` of them, two numbers and `links` rows for each turn; and what would
+// take registers from the weights all the while.
 template <class S, class Arena>
 struct GridMemory {
-  Shared<S> weights;      // [kGridWarps, in_shared, tiles, 2, 32] pieces
+  Shared<S> weights;      // [kGridWarps, rest, 2, 32] pieces, those of the first product first
   Shared<float> ring;     // [kRing, gates, threads]
   Shared<float> bias;     // [biases, threads]
   Shared<float> partial;  // [2, kGridWarps, tiles, kSums]
@@ -77,9 +82,9 @@ struct GridMemory {
   Shared<int64_t> rows;   // [links, turns, threads]
   Shared<int> units;      // [2, threads]: the unit, and its place in a slot
   Shared<int> steps;      // [turns]
-  SK_HOST_DEVICE GridMemory(Arena& arena, int pairs, int64_t in_shared, int64_t tiles, int64_t turns, int64_t gates,
+  SK_HOST_DEVICE GridMemory(Arena& arena, int pairs, int64_t rest, int64_t tiles, int64_t turns, int64_t gates,
                             int64_t biases, int64_t links)
-      : weights(arena.template array<S>(kGridWarps * in_shared * tiles * 2 * kBlockSize<S>, 128)),
+      : weights(arena.template array<S>(kGridWarps * rest * 2 * kBlockSize<S>, 128)),
         ring(arena.template array<float>(kRing * gates * pairs * kSums)),
         bias(arena.template array<float>(biases * pairs * kSums)),
         partial(arena.template array<float>(2 * kGridWarps * tiles * kSums)),
@@ -120,7 +125,7 @@ struct Exchange {
   int theirs;      // in a tile: the lane's piece of its warp's first block
   int first, end;  // pairs that publish the warp's share
 
-  // The warp's share: blocks [first_block, first_block + count).
+  // blocks: of K of a slot. The warp's share: blocks [first_block, first_block + count).
   SK_DEVICE Exchange(const PersistentArgs& args, const GridPlace& of, const GridSeat& seat, int blocks, int first_block,
                      int count)
       : place(of),
@@ -171,27 +176,29 @@ constexpr int kNowhere = -1;
 // The weights of a block's warp, and how it multiplies them with its share of a slot. Blocks of K go by units first and
 // gates second, so that a share has few publishers. kSummed: gates of the 16 rows of weights, each with a sum of its
 // own; kOfK: gates along K.
-template <class S, int kPairs, int kSummed, int kOfK>
+template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
 struct GridFactors {
-  static constexpr int kTiles = kPairs * kSummed, kHeld = grid_kept_blocks<S>(kPairs, kTiles);
+  static constexpr int kTiles = kPairs * kSummed;
   static constexpr int kAhead = grid_ahead(kTiles);
   Global<const S> weights;  // of the direction, the lane's first piece
-  int first_strip, last_strip, of_gate;
+  int first_strip, last_strip, of_gate, of_strip;
   // One chain or two of every sum, the halves of each block: in the same order however the device is cut.
   Factors<S, kTiles, kHeld, kSummed == 1 ? 2 : 1> factors;
 
-  SK_DEVICE GridFactors(const PersistentArgs& args, const GridPlace& place, const GridSeat& seat, int blocks,
-                        Shared<S> of_block)
-      : weights(global<const S>(args.weights, static_cast<int64_t>(args.layer.directions) * seat.strips * kSummed *
-                                                  blocks * kBlockSize<S>) +
-                (static_cast<int64_t>(seat.direction) * seat.strips * kSummed * blocks * kBlockSize<S> +
+  // of_gate: blocks of a gate. The product is with gates from first_gate on, of `gates` that a strip has.
+  SK_DEVICE GridFactors(const PersistentArgs& args, const GridSeat& seat, int of_gate_, int first_gate, int gates,
+                        int in_shared, Shared<S> of_block)
+      : weights(global<const S>(args.weights, static_cast<int64_t>(args.layer.directions) * seat.strips * gates *
+                                                  of_gate_ * kBlockSize<S>) +
+                ((static_cast<int64_t>(seat.direction) * seat.strips * gates + first_gate) * of_gate_ * kBlockSize<S> +
                  seat.lane * kPiece<S>)),
         first_strip(2 * seat.first_pair),
         last_strip(seat.strips - 1),
-        of_gate(blocks / kOfK),
-        factors(warp_index(), kGridWarps, blocks, seat.lane,
-                of_block + static_cast<int64_t>(warp_index()) * place.in_shared * kTiles * 2 * kBlockSize<S>,
-                place.in_shared, weights, [this](int block, int tile, int half) { return piece(block, tile, half); }) {}
+        of_gate(of_gate_),
+        of_strip(gates * of_gate_),
+        factors(warp_index(), kGridWarps, of_gate_ * kOfK, seat.lane,
+                of_block + static_cast<int64_t>(warp_index()) * in_shared * kTiles * 2 * kBlockSize<S>, in_shared,
+                weights, [this](int block, int tile, int half) { return piece(block, tile, half); }) {}
   SK_DEVICE void operator()(Global<const S> share, float (&sum)[kTiles][4]) const {
     factors.template times_ahead<kAhead, grid_streams<S>(kPairs)>(
         [&](int block) {
@@ -205,9 +212,64 @@ struct GridFactors {
   SK_DEVICE int piece(int block, int tile, int half) const {
     int strip = first_strip + 2 * (tile / kSummed) + half;
     strip = strip < last_strip ? strip : last_strip;
-    const int gate = kOfK > 1 ? block % kOfK : tile % kSummed, gates = kOfK > 1 ? kOfK : kSummed;
-    return ((strip * gates + gate) * of_gate + block / kOfK) * kBlockSize<S>;
+    const int gate = kOfK > 1 ? block % kOfK : tile % kSummed;
+    return (strip * of_strip + gate * of_gate + block / kOfK) * kBlockSize<S>;
   }
+};
+
+// One of a step's products: the block's share of the weights, what the team tells each other for it, and where the sums
+// of the block's warps meet.
+template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
+struct GridProduct {
+  static constexpr int kTiles = kPairs * kSummed;
+  GridFactors<S, kPairs, kSummed, kOfK, kHeld> multiply;
+  Exchange<S, kOfK> exchange;
+  Meeting<kGridWarps, kTiles, kSummed> meet;
+
+  // slot_blocks: of K of a slot, whichever product needs more.
+  SK_DEVICE GridProduct(const PersistentArgs& args, const GridPlace& place, const GridSeat& seat, int of_gate,
+                        int first_gate, int gates, int slot_blocks, int in_shared, Shared<S> weights,
+                        Shared<float> partial)
+      : multiply(args, seat, of_gate, first_gate, gates, in_shared, weights),
+        exchange(args, place, seat, slot_blocks, multiply.factors.first, multiply.factors.count),
+        meet(seat, warp_index(), warp_index() / kPairWarps * kSummed, partial) {}
+  // All of the block come. partial: which of the two places of the sums.
+  SK_DEVICE void operator()(const GridSeat& seat, int tile, int slot, int partial, float (&product)[kSummed]) const {
+    float sum[kTiles][4];
+    multiply(exchange.share(tile, slot), sum);
+    meet.put(seat, partial, sum);
+    block_sync();
+    if (seat.alive) meet.take(partial, product);
+  }
+};
+template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
+struct ProductIfAny {
+  using Type = GridProduct<S, kPairs, kSummed, kOfK, kHeld>;
+};
+template <class S, int kPairs, int kOfK, int kHeld>
+struct ProductIfAny<S, kPairs, 0, kOfK, kHeld> {
+  using Type = NoProduct;
+};
+template <class S, int kPairs, int kSummed, int kHeld>
+struct ProductIfAny<S, kPairs, kSummed, 0, kHeld> {
+  using Type = NoProduct;
+};
+template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
+using GridProductIfAny = typename ProductIfAny<S, kPairs, kSummed, kOfK, kHeld>::Type;
+
+// What the kernels of a cell are made of: gates, and blocks of K in registers. A cell of one product has all its gates
+// in the first.
+template <class Cell, int kPairs>
+struct GridForward {
+  static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;
+  static constexpr int kTiles = kPairs * Cell::kGates;  // of both products
+  static constexpr int kHeld = grid_kept_blocks<typename Cell::Storage>(kPairs, kTiles, kSecond > 0);
+};
+template <class Cell, int kPairs>
+struct GridBackward {
+  static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;
+  static constexpr int kHeld =
+      grid_kept_blocks<typename Cell::Storage>(kPairs, kPairs, kSecond > 0) / (kSecond > 0 ? 2 : 1);
 };
 
 // ---- forward
@@ -218,24 +280,27 @@ template <class Cell, int kPairs>
 SK_KERNEL(kGridThreads, 1)
 grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
   using S = typename Cell::Storage;
+  using Of = GridForward<Cell, kPairs>;
   constexpr int kGates = Cell::kGates, kThreads = kPairs * kSums;
-  using Multiply = GridFactors<S, kPairs, kGates, 1>;
-  constexpr int kTiles = Multiply::kTiles, kPlace = kGridWarps * kTiles * kSums;
+  constexpr int kFirst = Of::kFirst, kSecond = Of::kSecond, kHeld = Of::kHeld, kRounds = kSecond > 0 ? 2 : 1;
+  constexpr int kTiles = kPairs * kFirst, kPlace = kGridWarps * kTiles * kSums;
   const GridPlace& place = args.place;
   const GridSeat seat(args, place, kPairs);
   const int turns = seat.turns, most_turns = static_cast<int>((args.tiles + place.teams - 1) / place.teams);
   const int blocks = static_cast<int>(blocks_of<S>(args.layer.H));
   SharedArena arena;
-  const GridMemory<S, SharedArena> memory(arena, kPairs, place.in_shared, kTiles, most_turns, kGates,
-                                          Cell::kSeparate ? kGates : 0, kRing + 1);
+  const int64_t rest = place.in_shared[0] * kTiles;
+  const GridMemory<S, SharedArena> memory(arena, kPairs, rest + place.in_shared[1] * kPairs * kSecond, kTiles,
+                                          most_turns, kGates, Cell::kSeparate ? kGates : 0, kRing + 1);
   const int thread = thread_index(), stride = most_turns * kThreads;
   const bool works = thread < kThreads;
 
   using Unit = ForwardUnit<Cell, kThreads>;
-  const Multiply multiply(args, place, seat, blocks, memory.weights);
-  const Exchange<S, 1> exchange(args, place, seat, blocks, multiply.factors.first, multiply.factors.count);
-  const Meeting<kGridWarps, kTiles, kGates> meet(seat, warp_index(), warp_index() / kPairWarps * kGates,
-                                                 memory.partial);
+  const GridProduct<S, kPairs, kFirst, 1, kHeld> multiply(args, place, seat, blocks, 0, kGates, blocks,
+                                                          place.in_shared[0], memory.weights, memory.partial);
+  const GridProductIfAny<S, kPairs, kSecond, 1, kHeld> multiply_q(
+      args, place, seat, blocks, kFirst, kGates, blocks, place.in_shared[1],
+      memory.weights + kGridWarps * rest * 2 * kBlockSize<S>, memory.partial);
   // Of each turn: h and c, the row of its next step and of those after it.
   const Shared<float> h_of = memory.states + thread, c_of = h_of + stride;
   const Shared<int64_t> at_of = memory.rows + thread;
@@ -249,7 +314,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
   if (thread < turns)
     memory.steps[thread] = static_cast<int>(steps_of_tile(args, at_start.links, seat.tile(place, thread)));
   if (works) {
-    const int mine = seat.alive ? exchange.place_of(seat) : kNowhere;
+    const int mine = seat.alive ? multiply.exchange.place_of(seat) : kNowhere;
     unit_of[0] = seat.unit;
     unit_of[kThreads] = mine;
     SK_UNROLL
@@ -272,7 +337,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
         at = at_start.follow(at);
       }
       const S values[1] = {seen};
-      exchange.publish(seat.tile(place, turn), 0, seat.pair, mine, values);
+      multiply.exchange.publish(seat.tile(place, turn), 0, seat.pair, mine, values);
     }
     const int64_t first = at_of[0], second = turns > 1 ? at_of[kThreads] : at_of[stride];
     at_start.fetch(0, first);
@@ -288,12 +353,12 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
   int stage = 0;  // of the ring, where it begins
   int partial = 0;
   for (int s = 0; s < most; ++s) {
-    const int slot = s & 1;
+    const int round = s * kRounds, slot = round & 1, next_slot = (round + kRounds) & 1;
     SK_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = seat.tile(place, turn), steps = memory.steps[turn];
       int64_t ahead = kNobody;
-      typename Unit::Extras extra{};
+      uint32_t masks = 0;
       if (works) {
         const Unit unit(args, seat.direction, unit_of[0], memory.ring);
         int later = turn + 2;
@@ -301,32 +366,48 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
         const int64_t asked = at_of[depth + later * kThreads], last = at_of[(kRing - 1) * stride + turn * kThreads];
         unit.fetch(stage == 0 ? (kRing - 1) * Unit::kStage : stage - Unit::kStage, asked);
         ahead = unit.follow(last);
-        extra = unit.extra_of(at_of[turn * kThreads], sequence_of(turn));
+        masks = unit.masks_of(at_of[turn * kThreads]);
       }
       if (s < steps) {
-        float sum[kTiles][4], product[kGates] = {};
-        exchange.await(tile, s + 1);
+        float product[kFirst] = {}, saved[Cell::kSaved] = {}, carried = 0.0f, of_q[1] = {};
+        multiply.exchange.await(tile, round + 1);
         if (works) at_of[kRing * stride + turn * kThreads] = ahead;  // there it waits for the product
-        multiply(exchange.share(tile, slot), sum);
-        meet.put(seat, partial, sum);
-        block_sync();
-        if (seat.alive) meet.take(partial, product);
+        multiply(seat, tile, slot, partial, product);
         partial = kPlace - partial;
+        if (works) copy_async_wait<kRing - 1>();  // of this turn
+        if constexpr (kSecond > 0) {
+          if (works) {
+            const Unit unit(args, seat.direction, unit_of[0], memory.ring);
+            const int64_t link = at_of[turn * kThreads];
+            const typename Unit::Extras extra = unit.extra_of(masks, link, sequence_of(turn));
+            float h = h_of[turn * kThreads];
+            S q[1] = {S{}};
+            if (link >= 0) q[0] = unit.first(stage, link, product, extra, h, carried, saved);
+            multiply_q.exchange.publish(tile, 1 - slot, seat.pair, unit_of[kThreads], q);
+          }
+          multiply_q.exchange.await(tile, round + 2);
+          multiply_q(seat, tile, 1 - slot, partial, of_q);
+          partial = kPlace - partial;
+        }
         if (works) {
-          copy_async_wait<kRing - 1>();  // of this turn
           const Unit unit(args, seat.direction, unit_of[0], memory.ring);
           const int mine = unit_of[kThreads];
           const int64_t link = at_of[turn * kThreads], next = at_of[stride + turn * kThreads];
-          float saved[Cell::kSaved] = {}, bias[kGates] = {}, h = h_of[turn * kThreads], c = c_of[turn * kThreads];
+          float bias[kGates] = {}, h = h_of[turn * kThreads], c = c_of[turn * kThreads];
           SK_UNROLL
           for (int gate = 0; gate < kGates; ++gate) {
             if (Cell::kSeparate) bias[gate] = memory.bias[gate * kThreads + thread];
           }
-          if (link >= 0) unit.step(stage, link, product, bias, extra, h, c, saved);
+          const typename Unit::Extras extra = unit.extra_of(masks, link, sequence_of(turn));
+          if constexpr (kSecond > 0) {
+            if (link >= 0) unit.second(stage, link, of_q[0], extra, carried, h, saved);
+          } else {
+            if (link >= 0) unit.step(stage, link, product, bias, extra, h, c, saved);
+          }
           const S now = narrow<S>(h);
           if (s + 1 < steps) {
             const S values[1] = {unit.seen(now, extra)};
-            exchange.publish(tile, 1 - slot, seat.pair, mine, values);
+            multiply.exchange.publish(tile, next_slot, seat.pair, mine, values);
           }
           if (link >= 0) unit.leave(link, next == kNobody, sequence_of(turn), now, c, saved);
           SK_UNROLL
@@ -353,22 +434,27 @@ template <class Cell, int kPairs>
 SK_KERNEL(kGridThreads, 1)
 grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
   using S = typename Cell::Storage;
+  using Of = GridBackward<Cell, kPairs>;
   constexpr int kGates = Cell::kGates, kThreads = kPairs * kSums;
-  using Multiply = GridFactors<S, kPairs, 1, kGates>;
+  constexpr int kFirst = Of::kFirst, kSecond = Of::kSecond, kHeld = Of::kHeld, kRounds = kSecond > 0 ? 2 : 1;
   constexpr int kTiles = kPairs, kPlace = kGridWarps * kTiles * kSums;
   const GridPlace& place = args.place;
   const GridSeat seat(args, place, kPairs);
   const int turns = seat.turns, most_turns = static_cast<int>((args.tiles + place.teams - 1) / place.teams);
-  const int blocks = static_cast<int>(blocks_of<S>(args.layer.H)) * kGates;
+  const int of_gate = static_cast<int>(blocks_of<S>(args.layer.H)), blocks = of_gate * kFirst;
   SharedArena arena;
-  const GridMemory<S, SharedArena> memory(arena, kPairs, place.in_shared, kTiles, most_turns, 0, 0, 3);
+  const int64_t rest = place.in_shared[0] * kTiles;
+  const GridMemory<S, SharedArena> memory(arena, kPairs, rest + (kSecond > 0 ? place.in_shared[1] * kTiles : 0), kTiles,
+                                          most_turns, 0, 0, 3);
   const int thread = thread_index(), stride = most_turns * kThreads;
   const bool works = thread < kThreads;
 
   using Unit = BackwardUnit<Cell>;
-  const Multiply multiply(args, place, seat, blocks, memory.weights);
-  const Exchange<S, kGates> exchange(args, place, seat, blocks, multiply.factors.first, multiply.factors.count);
-  const Meeting<kGridWarps, kTiles, 1> meet(seat, warp_index(), warp_index() / kPairWarps, memory.partial);
+  const GridProduct<S, kPairs, 1, kFirst, kHeld> multiply(args, place, seat, of_gate, 0, kGates, blocks,
+                                                          place.in_shared[0], memory.weights, memory.partial);
+  const GridProductIfAny<S, kPairs, 1, kSecond, kHeld> multiply_q(
+      args, place, seat, of_gate, kFirst, kGates, blocks, place.in_shared[1],
+      memory.weights + kGridWarps * rest * 2 * kBlockSize<S>, memory.partial);
   const Unit at_start(args, seat.direction, seat.unit);
   if (thread < turns)
     memory.steps[thread] = static_cast<int>(steps_of_tile(args, at_start.links, seat.tile(place, thread)));
@@ -396,7 +482,7 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
   };
   if (works) {
     unit_of[0] = seat.unit;
-    unit_of[kThreads] = seat.alive ? exchange.place_of(seat) : kNowhere;
+    unit_of[kThreads] = seat.alive ? multiply.exchange.place_of(seat) : kNowhere;
     for (int turn = 0; turn < turns; ++turn) {
       BackwardState walk;
       if (seat.alive && sequence_of(turn) < args.layer.B) at_start.start(sequence_of(turn), walk);
@@ -412,7 +498,7 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
 
   int partial = 0;
   for (int s = 0; s <= most; ++s) {
-    const int slot = s & 1;
+    const int round = s * kRounds, slot = round & 1, next_slot = (round + kRounds) & 1;
     SK_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = seat.tile(place, turn), steps = memory.steps[turn];
@@ -425,27 +511,50 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
         unit.read(walk, sequence_of(turn), seat.lane, read);
       }
       float product[1] = {};
-      if (s > 0) exchange.await(tile, s);
+      if (s > 0) multiply.exchange.await(tile, round);
       if (works) rows[2 * stride + turn * kThreads] = read.ahead;  // there it waits for the product
       if (s > 0) {
-        float sum[kTiles][4];
-        multiply(exchange.share(tile, slot), sum);
-        meet.put(seat, partial, sum);
-        block_sync();
-        if (seat.alive) meet.take(partial, product);
+        multiply(seat, tile, slot, partial, product);
         partial = kPlace - partial;
+      }
+      float by_x[kGates], by_h[kGates];
+      if constexpr (kSecond > 0) {
+        if (works) {
+          const Unit unit(args, seat.direction, unit_of[0]);
+          take(turn, walk);
+          unit.second(walk, sequence_of(turn), read, product[0], by_x);
+          if (s < steps) {
+            const S last[1] = {operand(narrow<S>(by_x[kFirst]), true)};
+            const int mine = unit_of[kThreads], block = unit_of[0] / kBlockK<S>;
+            const int of_last = mine < 0 ? kNowhere : mine - block * (kFirst - 1) * kBlockSize<S>;
+            multiply_q.exchange.publish(tile, 1 - slot, seat.pair, of_last, last);
+          }
+        }
+        if (s < steps) {
+          float of_q[1] = {};
+          multiply_q.exchange.await(tile, round + 1);
+          multiply_q(seat, tile, 1 - slot, partial, of_q);
+          partial = kPlace - partial;
+          if (works) {
+            const Unit unit(args, seat.direction, unit_of[0]);
+            unit.first(walk, sequence_of(turn), read, of_q[0], by_x);
+          }
+        }
+        SK_UNROLL
+        for (int gate = 0; gate < kGates; ++gate) by_h[gate] = by_x[gate];
       }
       if (works) {
         const Unit unit(args, seat.direction, unit_of[0]);
         const int mine = unit_of[kThreads];
-        take(turn, walk);
-        float by_x[kGates], by_h[kGates];
-        unit.step(walk, sequence_of(turn), read, product[0], by_x, by_h);
+        if constexpr (kSecond == 0) {
+          take(turn, walk);
+          unit.step(walk, sequence_of(turn), read, product[0], by_x, by_h);
+        }
         if (s < steps) {
-          S values[kGates];
+          S values[kFirst];
           SK_UNROLL
-          for (int gate = 0; gate < kGates; ++gate) values[gate] = operand(narrow<S>(by_h[gate]), true);
-          exchange.publish(tile, 1 - slot, seat.pair, mine, values);
+          for (int gate = 0; gate < kFirst; ++gate) values[gate] = operand(narrow<S>(by_h[gate]), true);
+          multiply.exchange.publish(tile, next_slot, seat.pair, mine, values);
         }
         const int64_t ahead = rows[2 * stride + turn * kThreads];
         unit.leave(walk, ahead, by_x, by_h);

@@ -37,6 +37,7 @@ struct PersistentBackwardArgs : PersistentArgs {
   const void *dy, *dcells;    // like y, or null
   const void *dh_n, *dc_n;    // [directions, B, H] or null
   void *dgates_x, *dgates_h;  // [directions, rows, G * H]
+  void* q;                    // [directions, rows, H] of cells with two products
   void* dpeephole;            // [directions, rows, kPeepholes * H] of the compute type or null
   void *dh0, *dc0;            // [directions, B, H] or null
 };
@@ -255,6 +256,12 @@ struct Meeting {
   }
 };
 
+// In place of a second product, where a cell has one.
+struct NoProduct {
+  template <class... Args>
+  SK_DEVICE explicit NoProduct(const Args&...) {}
+};
+
 // An element of what a caller brought; zero where there is nothing.
 template <class S>
 SK_DEVICE float value_at(const void* from, int64_t at, int64_t count) {
@@ -286,11 +293,15 @@ struct Unit {
   SK_DEVICE int64_t saved(int64_t row) const { return (direction * layer.rows + row) * layer.saved_width + unit; }
   SK_DEVICE int64_t saved_size() const { return layer.directions * layer.rows * layer.saved_width; }
 
-  // Options: what they make of a row, the factor of h in the products, and that the masks of a row are wanted soon.
-  SK_DEVICE Extras extra(int64_t row, int64_t sequence) const {
+  // Options: what the masks have for a row, to be on its way while the product is made; all that they make of it; the
+  // factor of h in the products; and that the masks of a row are wanted soon.
+  SK_DEVICE uint32_t masks(int64_t row) const {
+    if constexpr (Cell::kOptions) return site(row, 0).masks();
+    return 0;
+  }
+  SK_DEVICE Extras extra(uint32_t masks, int64_t row, int64_t sequence) const {
     if constexpr (Cell::kOptions) {
-      const Site<S> site{layer, direction, row, unit, Link{kNobody, kNobody, sequence, kNobody}};
-      return site.template extra<Cell::kPeepholes>();
+      return site(row, sequence).template extra<Cell::kPeepholes>(masks);
     } else {
       return {};
     }
@@ -308,6 +319,11 @@ struct Unit {
       ask(layer.zoneout_c);
       ask(layer.candidate);
     }
+  }
+
+ private:
+  SK_DEVICE Site<S> site(int64_t row, int64_t sequence) const {
+    return {layer, direction, row, unit, Link{kNobody, kNobody, sequence, kNobody}};
   }
 };
 
@@ -360,10 +376,10 @@ struct ForwardUnit : Unit<Cell> {
     }
     copy_async_commit();
   }
-  // To be on its way while the product is made.
-  SK_DEVICE Extras extra_of(int64_t link, int64_t sequence) const {
+  SK_DEVICE uint32_t masks_of(int64_t link) const { return link < 0 ? 0 : this->masks(link & ~kCut); }
+  SK_DEVICE Extras extra_of(uint32_t masks, int64_t link, int64_t sequence) const {
     if (link < 0) return {};
-    return this->extra(link & ~kCut, sequence);
+    return this->extra(masks, link & ~kCut, sequence);
   }
   // What the products see of an h.
   SK_DEVICE S seen(S h, const Extras& e) const {
@@ -384,6 +400,27 @@ struct ForwardUnit : Unit<Cell> {
     }
     if (anew) c = h = 0.0f;
     h = zoned_h<S>(e, h, Cell::forward(of_x, of_h, e, h, c, saved));
+  }
+  // Of a cell with two products in a row: q, which the second is with; and the rest of the step.
+  SK_DEVICE S first(int at_stage, int64_t link, const float (&product)[Cell::kFirst], const Extras& e, float& h,
+                    float& carried, float (&saved)[Cell::kSaved]) const {
+    const bool anew = starts_anew(link);
+    float of_x[Cell::kFirst], of_h[Cell::kFirst];
+    SK_UNROLL
+    for (int gate = 0; gate < Cell::kFirst; ++gate) {
+      const float x = ring[at_stage + gate * kThreads];
+      of_x[gate] = x;
+      of_h[gate] = anew ? 0.0f : product[gate];
+    }
+    if (anew) h = 0.0f;
+    return operand(narrow<S>(Cell::first(of_x, of_h, e, h, saved, carried)), true);
+  }
+  SK_DEVICE void second(int at_stage, int64_t link, float product, const Extras& e, float carried, float& h,
+                        float (&saved)[Cell::kSaved]) const {
+    const bool anew = starts_anew(link);
+    const float x = ring[at_stage + Cell::kFirst * kThreads], of_q = anew ? 0.0f : product;
+    if (anew) h = 0.0f;
+    h = zoned_h<S>(e, h, Cell::second(x, of_q, e, h, carried, saved + Cell::kSavedFirst));
   }
   // Leaves what the step made where the layer wants it.
   SK_DEVICE void leave(int64_t link, bool last, int64_t sequence, S h, float c,
@@ -426,8 +463,7 @@ struct BackwardUnit : Unit<Cell> {
   struct Read {  // of a row
     float saved[Cell::kSaved] = {}, dy = 0.0f, dcells = 0.0f, c = 0.0f, c_prev = 0.0f, h_prev = 0.0f;
     int64_t ahead = kNobody;
-    Extras extra{};
-    float factor = 1.0f;
+    uint32_t masks = 0;
   };
 
   SK_DEVICE BackwardUnit(const PersistentBackwardArgs& of, int of_direction, int of_unit)
@@ -447,9 +483,7 @@ struct BackwardUnit : Unit<Cell> {
   }
   // What a step reads, to be on its way while the product is made.
   SK_DEVICE void read(const BackwardState& of, int64_t sequence, int lane, Read& to) const {
-    if (of.at < 0) return;
-    if (Cell::kOptions) to.factor = this->factor(state(sequence));
-    if (of.at >= layer.rows) return;
+    if (of.at < 0 || of.at >= layer.rows) return;
     const int64_t out = output(of.at), prev = of.before & ~kCut, prev_out = output(prev);
     const bool anew = starts_anew(of.before), initial = prev >= layer.rows;
     const auto previous = [&](const void* every, const void* start) {
@@ -458,7 +492,7 @@ struct BackwardUnit : Unit<Cell> {
                      : value_at<S>(every, prev_out, layer.outputs());
     };
     to.ahead = link_of(prev);
-    to.extra = this->extra(of.at, sequence);
+    to.masks = this->masks(of.at);
     if (!initial && lane % kUnits == 0) {  // one lane for the 16 bytes or more of a row's strip
       this->ask_for_masks(prev);
       if (args.dy != nullptr) prefetch_l2(global<const S>(args.dy, layer.outputs()), prev_out);
@@ -487,28 +521,39 @@ struct BackwardUnit : Unit<Cell> {
                       float (&by_h)[kGates]) const {
     SK_UNROLL
     for (int gate = 0; gate < kGates; ++gate) by_x[gate] = by_h[gate] = 0.0f;
-    if (Cell::kOptions) product *= read.factor;
-    float dh = (of.cut ? 0.0f : product) + of.direct;
-    if (of.at >= layer.rows) {  // initial states
-      if (args.dh0 != nullptr) global<S>(args.dh0, layer.states())[state(sequence)] = narrow<S>(dh);
-      if (kHasC && args.dc0 != nullptr) global<S>(args.dc0, layer.states())[state(sequence)] = narrow<S>(of.dc);
-    } else if (of.at >= 0) {
-      StepGradient<float> step;
-      of.dc += read.dcells;
-      dh += read.dy;
-      float kept = 0.0f;
-      if constexpr (Cell::kOptions) {
-        kept = dh * read.extra.zoneout_h;
-        dh -= kept;
-      }
-      Cell::backward(read.saved, read.extra, 0.0f, read.h_prev, read.c, read.c_prev, dh, of.dc, step);
-      SK_UNROLL
-      for (int gate = 0; gate < kGates; ++gate) {
-        by_x[gate] = step.x[gate];
-        by_h[gate] = Cell::kSeparate ? step.h[gate] : step.x[gate];
-      }
-      of.direct = Cell::kOptions ? step.direct + kept : step.direct;
-      if constexpr (Cell::kOptions && Cell::kPeepholes > 0) leave_peepholes(of.at, step.peephole);
+    float dh, kept;
+    Extras extra;
+    if (!gather(of, sequence, read, product, extra, dh, kept)) return;
+    StepGradient<float> step;
+    Cell::backward(read.saved, extra, 0.0f, read.h_prev, read.c, read.c_prev, dh, of.dc, step);
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      by_x[gate] = step.x[gate];
+      by_h[gate] = Cell::kSeparate ? step.h[gate] : step.x[gate];
+    }
+    of.direct = Cell::kOptions ? step.direct + kept : step.direct;
+    if constexpr (Cell::kOptions && Cell::kPeepholes > 0) leave_peepholes(of.at, step.peephole);
+  }
+  // Of a cell with two products in a row: the last gate's gradient, the others as far as they are known; and, when the
+  // product of the last gate's is there, the others.
+  SK_DEVICE void second(BackwardState& of, int64_t sequence, const Read& read, float product,
+                        float (&by)[kGates]) const {
+    SK_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) by[gate] = 0.0f;
+    float dh, kept;
+    Extras extra;
+    if (!gather(of, sequence, read, product, extra, dh, kept)) return;
+    by[Cell::kFirst] = Cell::backward_second(read.saved, extra, read.h_prev, dh, by, of.direct);
+    of.direct += kept;
+  }
+  SK_DEVICE void first(BackwardState& of, int64_t sequence, const Read& read, float product,
+                       float (&by)[kGates]) const {
+    if (of.at < 0 || of.at >= layer.rows) return;
+    float q;
+    Cell::backward_first(read.saved, this->extra(read.masks, of.at, sequence), read.h_prev, product, by, of.direct, q);
+    if (args.q != nullptr) {
+      store<Cache::kStreaming>(global<S>(args.q, layer.directions * layer.rows * layer.H),
+                               (direction * layer.rows + of.at) * layer.H + unit, narrow<S>(q));
     }
   }
   // Leaves the gradients, and goes on to the row before.
@@ -532,6 +577,28 @@ struct BackwardUnit : Unit<Cell> {
   }
 
  private:
+  // The gradient of the row's h, without the share that zoneout keeps; false where there is no row. What reaches the
+  // initial states is left there.
+  SK_DEVICE bool gather(BackwardState& of, int64_t sequence, const Read& read, float product, Extras& extra, float& dh,
+                        float& kept) const {
+    if (Cell::kOptions && !of.cut) product *= this->factor(state(sequence));
+    dh = (of.cut ? 0.0f : product) + of.direct;
+    kept = 0.0f;
+    if (of.at >= layer.rows) {
+      if (args.dh0 != nullptr) global<S>(args.dh0, layer.states())[state(sequence)] = narrow<S>(dh);
+      if (kHasC && args.dc0 != nullptr) global<S>(args.dc0, layer.states())[state(sequence)] = narrow<S>(of.dc);
+      return false;
+    }
+    if (of.at < 0) return false;
+    of.dc += read.dcells;
+    dh += read.dy;
+    if constexpr (Cell::kOptions) {
+      extra = this->extra(read.masks, of.at, sequence);
+      kept = dh * extra.zoneout_h;
+      dh -= kept;
+    }
+    return true;
+  }
   SK_DEVICE void leave_peepholes(int64_t row, const float (&gradients)[3]) const {
     if (args.dpeephole == nullptr) return;
     const Global<float> to = global<float>(args.dpeephole, layer.directions * layer.rows * Cell::kPeepholes * layer.H);

@@ -24,10 +24,11 @@ struct PersistentKind {
   bool options;
   PersistentKind(CellKind kind, const RecurrentArgs& args) : cell(kind), dtype(args.dtype) {
     const Options& o = args.options;
-    options = kind == CellKind::kLSTMCoupled || kind == CellKind::kMGU || o.zoneout_h != nullptr ||
-              o.zoneout_c != nullptr || o.candidate != nullptr || o.variational != nullptr || o.zoneout_h_rate != 0 ||
-              o.zoneout_c_rate != 0 || o.cell_clip < 1e300 || o.gate_clip < 1e300 ||
-              args.weights[0].peephole != nullptr;
+    const bool rare = kind == CellKind::kLSTMCoupled || kind == CellKind::kMGU || kind == CellKind::kGRUBefore ||
+                      kind == CellKind::kMGUBefore;
+    options = rare || o.zoneout_h != nullptr || o.zoneout_c != nullptr || o.candidate != nullptr ||
+              o.variational != nullptr || o.zoneout_h_rate != 0 || o.zoneout_c_rate != 0 || o.cell_clip < 1e300 ||
+              o.gate_clip < 1e300 || args.weights[0].peephole != nullptr;
   }
   auto key() const { return std::tuple{cell, dtype, options}; }
 };
@@ -50,6 +51,10 @@ void with_persistent_cell(const PersistentKind& of, F&& f) {
           return f(WithOptions<LSTMCoupledCell<S>>{});
         case CellKind::kMGU:
           return f(WithOptions<MGUCell<S>>{});
+        case CellKind::kGRUBefore:
+          return f(WithOptions<GRUBeforeCell<S>>{});
+        case CellKind::kMGUBefore:
+          return f(WithOptions<MGUBeforeCell<S>>{});
         default:
           break;
       }
@@ -61,7 +66,7 @@ void with_persistent_cell(const PersistentKind& of, F&& f) {
 struct PersistentShape {
   PersistentKind kind;
   int64_t gates, directions, H, N, B, blocks, strips, pairs, element;
-  bool separate;
+  bool separate, stages;
   PersistentShape(CellKind of, const RecurrentArgs& args)
       : kind(of, args),
         gates(shape_of(of).gates),
@@ -72,9 +77,11 @@ struct PersistentShape {
         strips((args.H + kUnits - 1) / kUnits),
         pairs((strips + 1) / 2),
         element(element_size(args.dtype)),
-        separate(of == CellKind::kGRU || of == CellKind::kMGU) {
+        separate(of == CellKind::kGRU || of == CellKind::kMGU),
+        stages(of == CellKind::kGRUBefore || of == CellKind::kMGUBefore) {
     blocks = (H * element + 63) / 64;
   }
+  int64_t first() const { return stages ? gates - 1 : gates; }  // gates of the first product
   int64_t dpeephole_bytes() const { return directions * N * (gates - 1) * H * static_cast<int64_t>(sizeof(float)); }
   int64_t weights_bytes() const { return directions * strips * gates * blocks * 512; }
   int64_t tiles(int64_t rows) const { return (B + rows - 1) / rows; }
@@ -87,12 +94,8 @@ struct PersistentShape {
 };
 
 // Why no such kernel takes the layer, whatever its size.
-inline std::vector<std::string> persistent_obstacles(CellKind kind, const RecurrentArgs& args,
-                                                     const CudaLayout& layout) {
+inline std::vector<std::string> persistent_obstacles(const RecurrentArgs& args, const CudaLayout& layout) {
   std::vector<std::string> reasons;
-  if (kind == CellKind::kGRUBefore || kind == CellKind::kMGUBefore) {
-    reasons.push_back(std::string("a step must have one product with h, ") + shape_of(kind).name + " has two");
-  }
   if (args.dtype == DType::kFloat64 || (args.dtype == DType::kFloat32 && !layout.tf32)) {
     reasons.push_back("products must be of bfloat16, float16 or TF32");
   }
@@ -112,7 +115,7 @@ struct PersistentForwardSpace {
 };
 struct PersistentBackwardSpace {
   Link* links;
-  void *weights, *dgates_x, *dgates_h, *dpeephole, *fed, *partial;
+  void *weights, *dgates_x, *dgates_h, *q, *dpeephole, *fed, *partial;
   SavedAgain again;
   PersistentBackwardSpace(Space& space, const PersistentShape& s, const RecurrentArgs& args, bool recompute) {
     const int64_t of_gates = s.directions * s.N * s.gates * s.H * s.element;
@@ -120,10 +123,11 @@ struct PersistentBackwardSpace {
     weights = space.take(s.weights_bytes());
     dgates_x = space.take(of_gates);
     dgates_h = s.separate ? space.take(of_gates) : dgates_x;
+    q = s.stages ? space.take(s.directions * s.N * s.H * s.element) : nullptr;
     const bool peephole = args.weights[0].peephole != nullptr, variational = args.options.variational != nullptr;
     dpeephole = peephole ? space.take(s.dpeephole_bytes()) : nullptr;
     fed = variational ? space.take(s.directions * s.N * s.H * s.element) : nullptr;
-    partial = space.take(partial_bytes(args, s.gates, false, s.gates));
+    partial = space.take(partial_bytes(args, s.gates, s.stages, s.first()));
     again.carve(space, s.gates, args, recompute);
   }
 };
@@ -187,15 +191,18 @@ inline PersistentBackwardArgs start_backward(CellKind kind, const BackwardArgs& 
   of.dc_n = args.dc_n;
   of.dgates_x = at.dgates_x;
   of.dgates_h = at.dgates_h;
+  of.q = at.q;
   of.dpeephole = at.dpeephole;
   of.dh0 = args.dh0;
   of.dc0 = args.dc0;
   if (at.dpeephole != nullptr && layout.lengths != nullptr) fill_bytes(at.dpeephole, 0, s.dpeephole_bytes(), stream);
   run_links(args, layout, at.links, stream);
-  make_saved_again(kind, args, layout, at.again, of.layer, at.fed, nullptr, stream);
+  make_saved_again(kind, args, layout, at.again, of.layer, at.fed, s.stages ? at.dgates_x : nullptr, stream);
   const int64_t width = s.gates * s.H;
   run_clear(args, layout, at.links,
-            {{at.dgates_x, width, s.N * width, width}, {s.separate ? at.dgates_h : nullptr, width, s.N * width, width}},
+            {{at.dgates_x, width, s.N * width, width},
+             {s.separate ? at.dgates_h : nullptr, width, s.N * width, width},
+             {at.q, s.H, s.N * s.H, s.H}},
             stream);
   run_pack(args, of.layer.tf32, s.gates, true, at.weights, stream);
   return of;
@@ -205,7 +212,8 @@ inline PersistentBackwardArgs start_backward(CellKind kind, const BackwardArgs& 
 inline void finish_backward(CellKind kind, const BackwardArgs& args, const CudaLayout& layout,
                             const PersistentBackwardSpace& at, const LayerArgs& layer, void* stream) {
   run_gradients(kind, args, layout, layer,
-                {at.dgates_x, at.dgates_h, nullptr, at.fed, at.dpeephole, at.partial, shape_of(kind).gates}, stream);
+                {at.dgates_x, at.dgates_h, at.q, at.fed, at.dpeephole, at.partial, PersistentShape(kind, args).first()},
+                stream);
 }
 
 }  // namespace seqkernels::cuda

@@ -24,45 +24,33 @@ struct ClusterShape : PersistentShape {
   }
   int most_groups() const { return kind.options ? kFewGroups : kManyGroups; }
   int kernel_groups() const { return groups > kFewGroups ? kManyGroups : kFewGroups; }
-  LaunchConfig config(PassKind pass, int64_t rows, void* stream) const {
-    LaunchConfig config;
-    config.grid = {directions * tiles(rows) * cluster};
-    config.block = static_cast<int>(groups * kGroupThreads);
-    config.cluster = cluster;
-    config.stream = stream;
-    with_element([&](auto storage) {
-      using S = decltype(storage);
-      const bool forward = pass == PassKind::kForward;
-      const int64_t summed = forward ? gates : 1, pushed = forward ? 1 : gates, of_k = pushed * blocks;
-      const int64_t rest =
-          blocks_of_warp(of_k) - kept_blocks<S>(kernel_groups(), static_cast<int>(summed), kind.options);
-      SharedBytes bytes;
-      const auto lay_out = [&](auto of_kernel) {
-        const ClusterMemory<S, decltype(of_kernel)::value, SharedBytes> memory(bytes, rows, of_k, rest, summed, pushed,
-                                                                               forward ? gates : 0);
-        static_cast<void>(memory);
-      };
-      if (kernel_groups() == kFewGroups) {
-        lay_out(std::integral_constant<int, kFewGroups>{});
-      } else {
-        lay_out(std::integral_constant<int, kManyGroups>{});
-      }
-      config.shared_bytes = bytes.bytes();
-    });
-    return config;
-  }
 };
 
+// f(the kernel, its configuration of (rows, stream)).
 template <PassKind kPass, class F>
 void with_cluster_kernel(const ClusterShape& s, F&& f) {
   with_persistent_cell(s.kind, [&](auto cell) {
     using Cell = decltype(cell);
     const auto with_groups = [&](auto groups) {
       constexpr int kGroups = decltype(groups)::value;
+      const auto config = [&](const ClusterSizes& sizes, int64_t rows, void* stream) {
+        SharedBytes bytes;
+        const ClusterMemory<typename Cell::Storage, kGroups, SharedBytes> memory(bytes, rows, sizes);
+        static_cast<void>(memory);
+        LaunchConfig config;
+        config.grid = {s.directions * s.tiles(rows) * s.cluster};
+        config.block = static_cast<int>(s.groups * kGroupThreads);
+        config.cluster = s.cluster;
+        config.shared_bytes = bytes.bytes();
+        config.stream = stream;
+        return config;
+      };
       if constexpr (kPass == PassKind::kForward) {
-        f(cluster_forward_kernel<Cell, kGroups>);
+        f(cluster_forward_kernel<Cell, kGroups>,
+          [&](int64_t rows, void* stream) { return config(ClusterForward<Cell, kGroups>::sizes(s.H), rows, stream); });
       } else {
-        f(cluster_backward_kernel<Cell, kGroups>);
+        f(cluster_backward_kernel<Cell, kGroups>,
+          [&](int64_t rows, void* stream) { return config(ClusterBackward<Cell, kGroups>::sizes(s.H), rows, stream); });
       }
     };
     if constexpr (!Cell::kOptions) {
@@ -70,6 +58,11 @@ void with_cluster_kernel(const ClusterShape& s, F&& f) {
     }
     with_groups(std::integral_constant<int, kFewGroups>{});
   });
+}
+template <class F>
+void with_cluster_kernel(PassKind pass, const ClusterShape& s, F&& f) {
+  if (pass == PassKind::kForward) return with_cluster_kernel<PassKind::kForward>(s, f);
+  with_cluster_kernel<PassKind::kBackward>(s, f);
 }
 
 // Clusters that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
@@ -79,12 +72,8 @@ int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaD
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int64_t count = 0;
-  const auto ask = [&](auto kernel) { count = resident_clusters(kernel, s.config(pass, rows, nullptr)); };
-  if (pass == PassKind::kForward) {
-    with_cluster_kernel<PassKind::kForward>(s, ask);
-  } else {
-    with_cluster_kernel<PassKind::kBackward>(s, ask);
-  }
+  with_cluster_kernel(pass, s,
+                      [&](auto kernel, auto config) { count = resident_clusters(kernel, config(rows, nullptr)); });
   known.emplace(key, count);
   return count;
 }
@@ -101,7 +90,7 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
             std::to_string(device.minor));
   }
   if (!allows_tier(CudaTier::kCluster)) why_not("switched off");
-  for (const std::string& why : persistent_obstacles(kind, args, layout)) why_not(why);
+  for (const std::string& why : persistent_obstacles(args, layout)) why_not(why);
   if (args.H % kUnits != 0) why_not("H must be a multiple of 8, got " + std::to_string(args.H));
   if (!plan.reasons.empty()) return plan;
 
@@ -114,7 +103,7 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
   // As few rows as keep every place for a cluster busy; more only if there are more sequences.
   int64_t rows = 1, clusters = 0, at_once = 0, needed = 0;
   for (int64_t more = 1; more <= kMostRows; more *= 2) {
-    needed = s.config(pass, more, nullptr).shared_bytes;
+    with_cluster_kernel(pass, s, [&](auto, auto config) { needed = config(more, nullptr).shared_bytes; });
     if (needed > device.shared_bytes) break;
     rows = more;
     clusters = s.tiles(rows) * s.directions;
@@ -148,7 +137,7 @@ void forward_by_clusters(CellKind kind, const ForwardArgs& args, const CudaLayou
   const PersistentForwardSpace at(space, s);
   const PersistentForwardArgs of = start_forward(kind, args, layout, plan.rows, at, stream);
   with_cluster_kernel<PassKind::kForward>(
-      s, [&](auto kernel) { launch(kernel, s.config(PassKind::kForward, plan.rows, stream), of); });
+      s, [&](auto kernel, auto config) { launch(kernel, config(plan.rows, stream), of); });
 }
 
 void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan::Pass& plan,
@@ -158,7 +147,7 @@ void backward_by_clusters(CellKind kind, const BackwardArgs& args, const CudaLay
   const PersistentBackwardSpace at(space, s, args, args.saved == nullptr);
   const PersistentBackwardArgs of = start_backward(kind, args, layout, plan.rows, at, stream);
   with_cluster_kernel<PassKind::kBackward>(
-      s, [&](auto kernel) { launch(kernel, s.config(PassKind::kBackward, plan.rows, stream), of); });
+      s, [&](auto kernel, auto config) { launch(kernel, config(plan.rows, stream), of); });
   finish_backward(kind, args, layout, at, of.layer, stream);
 }
 

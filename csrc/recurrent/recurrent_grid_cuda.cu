@@ -19,8 +19,8 @@ struct GridShape : PersistentShape {
   int pairs_of_block;
   int64_t team;  // blocks
   int64_t teams = 0, rows = 1, turns = 0;
-  int64_t of_warp = 0, in_shared = 0,
-          streamed = 0;  // blocks of K that a warp multiplies with; of those not in registers
+  // Of each product: blocks of K that a warp multiplies with, and those of them that are in shared memory or streamed.
+  int64_t of_warp[2] = {}, in_shared[2] = {}, streamed[2] = {};
   int64_t shared_bytes = 0;
   PassKind pass;
   bool fits = false;
@@ -36,27 +36,36 @@ struct GridShape : PersistentShape {
     with_element([&](auto storage) {
       using S = decltype(storage);
       const bool forward = pass == PassKind::kForward;
-      const int64_t multiplied = (forward ? gates : 1) * pairs_of_block, of_k = (forward ? 1 : gates) * blocks;
-      of_warp = (of_k + kGridWarps - 1) / kGridWarps;
-      const int64_t rest =
-          std::max<int64_t>(of_warp - grid_kept_blocks<S>(pairs_of_block, static_cast<int>(multiplied)), 0);
-      const auto bytes_with = [&](int64_t kept) {
+      const int64_t of_k[2] = {(forward ? 1 : first()) * blocks, stages ? blocks : 0};
+      const int64_t multiplied[2] = {(forward ? first() : 1) * pairs_of_block, stages ? pairs_of_block : 0};
+      const int held =
+          grid_kept_blocks<S>(pairs_of_block, static_cast<int>(forward ? gates : 1) * pairs_of_block, stages) /
+          (stages && !forward ? 2 : 1);
+      const auto bytes = [&] {
         SharedBytes bytes;
-        const GridMemory<S, SharedBytes> memory(bytes, pairs_of_block, kept, multiplied, turns, forward ? gates : 0,
+        const int64_t rest = in_shared[0] * multiplied[0] + in_shared[1] * multiplied[1];
+        const GridMemory<S, SharedBytes> memory(bytes, pairs_of_block, rest, multiplied[0], turns, forward ? gates : 0,
                                                 forward && separate ? gates : 0, forward ? kRing + 1 : 3);
         static_cast<void>(memory);
         return bytes.bytes();
       };
-      in_shared = rest;
-      while (in_shared > 0 && bytes_with(in_shared) > device.shared_bytes) --in_shared;
-      streamed = rest - in_shared;
-      shared_bytes = bytes_with(in_shared);
-      fits = shared_bytes <= device.shared_bytes && (streamed == 0 || grid_streams<S>(pairs_of_block));
+      for (int i = 0; i < 2; ++i) {
+        of_warp[i] = (of_k[i] + kGridWarps - 1) / kGridWarps;
+        in_shared[i] = std::max<int64_t>(of_warp[i] - held, 0);
+      }
+      while (in_shared[0] + in_shared[1] > 0 && bytes() > device.shared_bytes) {
+        const int i = in_shared[1] > in_shared[0] ? 1 : 0;
+        --in_shared[i];
+        ++streamed[i];
+      }
+      shared_bytes = bytes();
+      fits = shared_bytes <= device.shared_bytes && (all_streamed() == 0 || grid_streams<S>(pairs_of_block));
     });
   }
+  int64_t all_streamed() const { return streamed[0] + streamed[1]; }
   // The better, the less: weights stay on the multiprocessors, which then have few of them to multiply at a step, for
   // few sequences that have much to tell each other.
-  auto cost() const { return std::tuple{!fits, streamed * turns, turns * pairs_of_block, turns}; }
+  auto cost() const { return std::tuple{!fits, all_streamed() * turns, turns * pairs_of_block, turns}; }
 
   LaunchConfig config(void* stream) const {
     LaunchConfig config;
@@ -68,7 +77,7 @@ struct GridShape : PersistentShape {
     return config;
   }
   int64_t slot_bytes() const {
-    return 2 * directions * tiles(rows) * (pass == PassKind::kForward ? 1 : gates) * blocks * 512;
+    return 2 * directions * tiles(rows) * (pass == PassKind::kForward ? 1 : first()) * blocks * 512;
   }
   int64_t flag_bytes() const { return directions * tiles(rows) * pairs * static_cast<int64_t>(sizeof(uint32_t)); }
 };
@@ -96,7 +105,7 @@ struct GridSpace {
     place.slots = cleared == nullptr ? nullptr : cleared + flags;
     place.teams = static_cast<int>(s.teams);
     place.blocks = static_cast<int>(s.team);
-    place.in_shared = static_cast<int>(s.in_shared);
+    for (int i = 0; i < 2; ++i) place.in_shared[i] = static_cast<int>(s.in_shared[i]);
   }
 };
 
@@ -143,7 +152,7 @@ CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args
   plan.cluster = 1;
   const auto why_not = [&](const std::string& why) { plan.reasons.push_back("grid: " + why); };
   if (!allows_tier(CudaTier::kGrid)) why_not("switched off");
-  for (const std::string& why : persistent_obstacles(kind, args, layout)) why_not(why);
+  for (const std::string& why : persistent_obstacles(args, layout)) why_not(why);
   if (!plan.reasons.empty()) return plan;
 
   const std::optional<GridShape> s = best_shape(kind, pass, args, device);
@@ -167,7 +176,7 @@ CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args
   } else if (!s->fits) {
     why_not("a block would need " + std::to_string(s->shared_bytes) + " bytes of shared memory, of " +
             std::to_string(device.shared_bytes));
-  } else if (s->streamed * s->turns > s->of_warp) {
+  } else if (s->all_streamed() * s->turns > s->of_warp[0] + s->of_warp[1]) {
     why_not("the weights of H = " + std::to_string(args.H) + " do not fit, and would be read for " +
             std::to_string(s->turns) + " tiles one after the other");
   } else if (plan.workspace > kLargestWorkspace) {

@@ -74,19 +74,31 @@ struct Site {  // one unit of one row
     const S value = global<const S>(every, layer.outputs())[output(link.prev)];
     return widen(value);
   }
+  // The options of this row: what the masks have, a byte each, which comes from afar; and all of it.
+  SK_DEVICE uint32_t masks() const {
+    const int64_t at = output(row);
+    uint32_t bytes = 0;
+    const auto take = [&](const uint8_t* mask, int byte) {
+      if (mask == nullptr) return;
+      const uint8_t value = load<Cache::kReadOnly>(global<const uint8_t>(mask, layer.outputs()), at);
+      bytes |= static_cast<uint32_t>(value) << 8 * byte;
+    };
+    take(layer.zoneout_h, 0);
+    take(layer.zoneout_c, 1);
+    take(layer.candidate, 2);
+    return bytes;
+  }
   template <int kPeepholes>
-  SK_DEVICE Extra<Compute<S>> extra() const {
+  SK_DEVICE Extra<Compute<S>> extra(uint32_t masks) const {
     using T = Compute<S>;
     Extra<T> e;
-    const int64_t at = output(row);
-    const auto mask = [&](const uint8_t* of, double otherwise) {
-      if (of == nullptr) return static_cast<T>(otherwise);
-      const uint8_t value = load<Cache::kReadOnly>(global<const uint8_t>(of, layer.outputs()), at);
-      return static_cast<T>(value);
+    const auto mask = [&](const uint8_t* of, int byte, double otherwise) {
+      return of == nullptr ? static_cast<T>(otherwise) : static_cast<T>(masks >> 8 * byte & 0xff);
     };
-    e.zoneout_h = mask(layer.zoneout_h, layer.zoneout_h_rate);
-    e.zoneout_c = mask(layer.zoneout_c, layer.zoneout_c_rate);
-    e.candidate = layer.candidate == nullptr ? T(1) : mask(layer.candidate, 1) * static_cast<T>(layer.candidate_scale);
+    e.zoneout_h = mask(layer.zoneout_h, 0, layer.zoneout_h_rate);
+    e.zoneout_c = mask(layer.zoneout_c, 1, layer.zoneout_c_rate);
+    e.candidate =
+        layer.candidate == nullptr ? T(1) : mask(layer.candidate, 2, 1) * static_cast<T>(layer.candidate_scale);
     e.fed = layer.variational == nullptr ? T(1) : state_at(layer.variational);
     e.cell_clip = static_cast<T>(layer.cell_clip);
     e.gate_clip = static_cast<T>(layer.gate_clip);
@@ -233,7 +245,7 @@ SK_DEVICE void forward_unit(const ForwardStepArgs& args, const Site<typename Cel
                                            (kGate + g) * layer.H + site.unit));
     }
   }
-  const Extra<T> e = site.template extra<Cell::kPeepholes>();
+  const Extra<T> e = site.template extra<Cell::kPeepholes>(site.masks());
   T h_prev = T(0);
   if (Cell::kDirect || e.zoneout_h != T(0)) h_prev = site.before(layer.y, layer.h0);
   const auto keep = [&](int first, int count) {
@@ -424,7 +436,7 @@ SK_DEVICE void backward_unit(const BackwardStepArgs& args, const Site<typename C
     if (kHasC && args.dc0 != nullptr) global<S>(args.dc0, layer.states())[state] = narrow<S>(dc);
     return;
   }
-  const Extra<T> e = site.template extra<Cell::kPeepholes>();
+  const Extra<T> e = site.template extra<Cell::kPeepholes>(site.masks());
   dh += of_state(args.dy, out, layer.outputs());
   T c = T(0), c_prev = T(0), h = T(0), h_prev = T(0), saved[Cell::kSaved];
   if constexpr (kHasC) {
@@ -480,7 +492,7 @@ SK_DEVICE void backward_first_unit(const BackwardStepArgs& args, const Site<type
   using T = Compute<S>;
   const LayerArgs& layer = args.layer;
   const int64_t state = site.state();
-  const Extra<T> e = site.template extra<Cell::kPeepholes>();
+  const Extra<T> e = site.template extra<Cell::kPeepholes>(site.masks());
   T saved[Cell::kSavedFirst], d[Cell::kFirst], q;
   const Global<const S> from = global<const S>(layer.saved, layer.directions * layer.rows * layer.saved_width);
   SK_UNROLL
