@@ -38,12 +38,21 @@ constexpr int kGridThreads = kGridWarps * kWarp;
 constexpr int kMostPairs = 2;  // of a block
 static_assert(kMostPairs * kPairWarps <= kGridWarps, "each pair has warps for its units");
 
-// Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
-// has; 96 where a second pair has sums too, and of TF32, which computes with the library's functions; fewer where a
-// second product takes its share.
+// Blocks of K that a lane keeps in registers of each product: up to 128 registers of the 255 that a thread has; 96
+// where a second pair has sums too, and of TF32, which computes with the library's functions; fewer where options or a
+// second product take their share.
 template <class S>
-SK_HOST_DEVICE constexpr int grid_kept_blocks(int pairs, int tiles, bool two_products) {
-  return ((sizeof(S) == 4 || pairs > 1 ? 24 : 32) - (two_products ? 8 : 0)) / (2 * tiles);
+SK_HOST_DEVICE constexpr int grid_pieces(int pairs) {
+  return sizeof(S) == 4 || pairs > 1 ? 24 : 32;
+}
+template <class S>
+SK_HOST_DEVICE constexpr int grid_forward_blocks(int pairs, int gates, bool options) {
+  const int blocks = (grid_pieces<S>(pairs) - (options ? 12 : 0)) / (2 * pairs * gates);
+  return blocks > 0 ? blocks : 1;
+}
+template <class S>
+SK_HOST_DEVICE constexpr int grid_backward_blocks(int pairs, bool two_products) {
+  return (grid_pieces<S>(pairs) - (two_products ? 8 : 0)) / (2 * pairs) / (two_products ? 2 : 1);
 }
 // Whether weights that do not fit are streamed: not by kernels of half types and one pair, which no multiprocessor with
 // 160 KiB of shared memory would ask to, and which need the registers.
@@ -262,14 +271,12 @@ using GridProductIfAny = typename ProductIfAny<S, kPairs, kSummed, kOfK, kHeld>:
 template <class Cell, int kPairs>
 struct GridForward {
   static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;
-  static constexpr int kTiles = kPairs * Cell::kGates;  // of both products
-  static constexpr int kHeld = grid_kept_blocks<typename Cell::Storage>(kPairs, kTiles, kSecond > 0);
+  static constexpr int kHeld = grid_forward_blocks<typename Cell::Storage>(kPairs, Cell::kGates, Cell::kOptions);
 };
 template <class Cell, int kPairs>
 struct GridBackward {
   static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;
-  static constexpr int kHeld =
-      grid_kept_blocks<typename Cell::Storage>(kPairs, kPairs, kSecond > 0) / (kSecond > 0 ? 2 : 1);
+  static constexpr int kHeld = grid_backward_blocks<typename Cell::Storage>(kPairs, kSecond > 0);
 };
 
 // ---- forward

@@ -38,9 +38,8 @@ struct GridShape : PersistentShape {
       const bool forward = pass == PassKind::kForward;
       const int64_t of_k[2] = {(forward ? 1 : first()) * blocks, stages ? blocks : 0};
       const int64_t multiplied[2] = {(forward ? first() : 1) * pairs_of_block, stages ? pairs_of_block : 0};
-      const int held =
-          grid_kept_blocks<S>(pairs_of_block, static_cast<int>(forward ? gates : 1) * pairs_of_block, stages) /
-          (stages && !forward ? 2 : 1);
+      const int held = forward ? grid_forward_blocks<S>(pairs_of_block, static_cast<int>(gates), kind.options)
+                               : grid_backward_blocks<S>(pairs_of_block, stages);
       const auto bytes = [&] {
         SharedBytes bytes;
         const int64_t rest = in_shared[0] * multiplied[0] + in_shared[1] * multiplied[1];
