@@ -602,18 +602,18 @@ SK_DEVICE void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
   SK_SM90(
       asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"((b + i).address()) : "memory"));
 }
-// Whether the phase of that parity is over: phases count 0, 1, 2, ..; a fresh barrier answers yes for parity 1.
-SK_DEVICE bool mbarrier_test(Shared<MBarrier> b, int64_t i, int parity) {
-  uint32_t over = 0;
-  SK_SM90(
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                   "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"((b + i).address()),
-                   "r"(parity) : "memory"));
-  return over != 0;
-}
+// Until the phase of that parity is over: phases count 0, 1, 2, ..; of a fresh barrier that of parity 1 is. Then this
+// thread sees what the cluster's blocks wrote to shared memory before they arrived. To say that of shared memory alone
+// is free; an acquire of the wait's own would, for blocks that are not this one, drop the first-level cache as well.
 SK_DEVICE void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
-  while (!mbarrier_test(b, i, parity)) {
-  }
+  uint32_t over = 0;
+  do {
+    SK_SM90(
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"((b + i).address()),
+                     "r"(parity) : "memory"));
+  } while (over == 0);
+  SK_SM90(asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" :: : "memory"));
 }
 // Stores 4, 8 or 16 bytes in a block's shared memory; its barrier, in the same block, counts them when they are there.
 template <class T, int N>

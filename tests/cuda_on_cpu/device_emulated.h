@@ -448,9 +448,6 @@ SK_ALWAYS void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
   emulation::check_peer(b.get());
   emulation::mbarrier_arrive(b.at(i, 1, b.kName), 0);
 }
-SK_ALWAYS bool mbarrier_test(Shared<MBarrier> b, int64_t i, int parity) {
-  return emulation::mbarrier_test(b.at(i, 1, b.kName), parity);
-}
 SK_ALWAYS void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
   emulation::mbarrier_wait(b.at(i, 1, b.kName), parity);
 }

@@ -943,11 +943,6 @@ void mbarrier_arrive(const void* address, int64_t expect_bytes) {
   finish_phase(barrier);
 }
 
-bool mbarrier_test(const void* address, int parity) {
-  yield("an mbarrier");
-  return phase_over(shared_barrier(address, SK_PLACE), parity);
-}
-
 void mbarrier_wait(const void* address, int parity) {
   SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
   while (!phase_over(barrier, parity)) {

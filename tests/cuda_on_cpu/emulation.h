@@ -110,7 +110,6 @@ SK_ENTRY void copy_async_wait(int pending);
 // ---- barriers in shared memory ----
 SK_ENTRY void mbarrier_init(const void* barrier, int arrivals);
 SK_ENTRY void mbarrier_arrive(const void* barrier, int64_t expect_bytes);
-SK_ENTRY bool mbarrier_test(const void* barrier, int parity);
 SK_ENTRY void mbarrier_wait(const void* barrier, int parity);
 // The bytes arrive when somebody looks at the barrier: now where a thread waits there already. `from` is read then
 // (a copy), or null: they are in `value` (a store of at most 16).
