@@ -38,6 +38,9 @@
 #else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
 #define SK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define SK_GRID_CONSTANT __grid_constant__  // the parameter must be const: it stays in constant memory, uncopied
 #define SK_DEVICE __device__ __forceinline__
@@ -812,17 +815,25 @@ inline DeviceLimits device_limits() {
 }
 
 namespace device {
+inline std::string kernel_name(const void* kernel) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) return "a kernel";
+  int failed = 0;
+  char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, &failed);
+  const std::string name = failed == 0 ? readable : mangled;
+  std::free(readable);
+  return name;
+}
+
 // The runtime's form of a configuration; `kernel` is told what it needs to be told for it.
 struct RuntimeConfig {
-  RuntimeConfig(const void* kernel, const LaunchConfig& config) {
-    const std::string what = config.text("a kernel");
+  RuntimeConfig(const void* kernel_, const LaunchConfig& config_) : kernel(kernel_), config(config_) {
     if (config.shared_bytes > 48 * 1024) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(config.shared_bytes)),
-                 what);
+      refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(config.shared_bytes));
     }
-    if (config.cluster > 8) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+    if (config.cluster > 8 && refused == cudaSuccess) {
+      refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
     runtime.gridDim = dim3(config.grid.x, config.grid.y, config.grid.z);
     runtime.blockDim = dim3(config.block);
@@ -841,6 +852,23 @@ struct RuntimeConfig {
     }
   }
   RuntimeConfig(const RuntimeConfig&) = delete;
+  // The text is made of an error alone: a launch has no time for it.
+  void check(cudaError_t error, const char* what) const {
+    if (error != cudaSuccess) check_cuda(error, what + config.text(kernel_name(kernel)));
+  }
+  // Of how many run at once: a device that does not take such a configuration runs none.
+  int64_t resident(cudaError_t error, int64_t count) const {
+    if (error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidConfiguration ||
+        error == cudaErrorInvalidValue || error == cudaErrorLaunchOutOfResources || error == cudaErrorNotSupported) {
+      cudaGetLastError();  // as in check_cuda
+      return 0;
+    }
+    check(error, "the occupancy of ");
+    return count;
+  }
+  const void* const kernel;
+  const LaunchConfig& config;
+  cudaError_t refused = cudaSuccess;
   cudaLaunchConfig_t runtime{};
   cudaLaunchAttribute attributes[2]{};
 };
@@ -850,25 +878,29 @@ struct RuntimeConfig {
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Args&&... args) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
-  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
-  check_cuda(cudaLaunchKernelEx(&runtime.runtime, kernel, static_cast<Parameters>(args)...), config.text("a kernel"));
+  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  of.check(of.refused, "");
+  of.check(cudaLaunchKernelEx(&of.runtime, kernel, static_cast<Parameters>(args)...), "");
 }
 // How many blocks (clusters) of this configuration the device holds at once: what a cooperative launch may ask for.
+// None where it refuses the configuration.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
-  int per_multiprocessor = 0;
-  check_cuda(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, config.block, config.shared_bytes),
-      config.text("occupancy"));
-  return static_cast<int64_t>(per_multiprocessor) * device_limits().multiprocessors;
+  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  int each = 0;
+  cudaError_t error = of.refused;
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, config.block, config.shared_bytes);
+  }
+  return of.resident(error, static_cast<int64_t>(each) * device_limits().multiprocessors);
 }
 template <class... Parameters>
 int64_t resident_clusters(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
-  int clusters = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &runtime.runtime), config.text("occupancy"));
-  return clusters;
+  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  int count = 0;
+  cudaError_t error = of.refused;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &of.runtime);
+  return of.resident(error, count);
 }
 inline void fill_bytes(void* device_memory, int byte, int64_t bytes, void* stream) {
   check_cuda(cudaMemsetAsync(device_memory, byte, bytes, static_cast<cudaStream_t>(stream)), "memset");

@@ -571,7 +571,8 @@ int64_t resident_blocks(void (*)(Parameters...), const LaunchConfig& config) {
 }
 template <class... Parameters>
 int64_t resident_clusters(void (*)(Parameters...), const LaunchConfig& config) {
-  return emulation::resident_blocks(config) / config.cluster;
+  return config.cluster > emulation::settings()["cluster_blocks"] ? 0
+                                                                  : emulation::resident_blocks(config) / config.cluster;
 }
 inline void fill_bytes(void* device_memory, int byte, int64_t bytes, void* /*stream*/) {
   memset(device_memory, byte, bytes);

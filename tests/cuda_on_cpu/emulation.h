@@ -35,7 +35,7 @@ extern Thread* current;
 extern bool watching;  // whether accesses must be noted
 
 // Numbers by name: races, unwritten, backward, seed; of the device: major, minor, multiprocessors, shared_bytes,
-// l2_bytes; counted: launches, threads, switches.
+// l2_bytes, cluster_blocks (of the largest cluster); counted: launches, threads, switches.
 std::map<std::string, int64_t>& settings();
 
 #define SK_ENTRY __attribute__((noinline))
