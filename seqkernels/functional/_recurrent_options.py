@@ -249,6 +249,21 @@ def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
 
 def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor) -> tuple[int, Tensor]:
     """B of a packed input, and [N] the sequence, by its place in the batch, that each row belongs to."""
-    first = batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
-    of_row = torch.arange(x.shape[0]) - first.repeat_interleave(batch_sizes, output_size=x.shape[0])
-    return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row.to(x.device)
+    N, first = x.shape[0], batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
+    if x.is_cuda and not torch.compiler.is_compiling():
+        of_row = places_in_steps(first, batch_sizes, N, x.device)
+    else:
+        of_row = torch.arange(N) - first.repeat_interleave(batch_sizes, output_size=N)
+        of_row = of_row.to(x.device)
+    return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row
+
+
+def places_in_steps(first: Tensor, batch_sizes: Tensor, N: int, device: torch.device) -> Tensor:
+    """[N] how far behind the first row of its step each row is, on the device. The numbers of the steps go there as
+    arguments of kernels, of some hundred steps each, and not by a copy from the host, which would be waited for and has
+    no place in a CUDA graph.
+    """
+    rows = torch.arange(N, device=device)
+    if N:
+        torch._foreach_sub_(rows.split(batch_sizes.tolist()), first.tolist())
+    return rows
