@@ -169,6 +169,22 @@ def options_of(who: str, family: Family, given: dict[str, Any]) -> Options:
     return dataclasses.replace(family.plain, **given)
 
 
+# Said by the kind of a layer, or by a number.
+_IN_KIND = {"coupled_gates", "layer_norm", "reset_after", "num_heads"}
+
+
+def check_named(who: str, kind: str, names: Sequence[str]) -> None:
+    """Options by their names, of a layer of this kind."""
+    if isinstance(names, str):
+        raise TypeError(f"{who}: options must be a sequence of names, got {names!r}")
+    families = (LSTM, NESTED_LSTM, GRU, MGU, RNN_TANH, RNN_RELU)
+    family = next(f for f in families if kind in (f.kind, *(variant for *_, variant in f.variants)))
+    known = [*(name for name in family.takes if name not in _IN_KIND), "reset"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{who}: options of {kind} must be some of {', '.join(known)}, got {name!r}")
+
+
 def _check_number(
     who: str, name: str, value: Any, wanted: str, holds: Callable[[Any], bool], type_: type = numbers.Real
 ) -> None:

@@ -203,12 +203,15 @@ def stack(
         hx = None if hx is None else [_autocast(s, dtype) for s in hx]
     if lengths is not None:
         lengths = _check_lengths(kind, lengths, x)
+    each, directions = len(weights) // num_layers, 2 if bidirectional else 1
+    if x.is_cuda:
+        projected = (each // directions - options.peephole) % 2 == 1  # weight_hr: those beside it come in pairs
+        backend.require_layer(kind.name, x, kind.name, options.num_heads, projected)
     plain = options.plain and reset is None
     none = (None,) * len(kind.states)
     if num_layers == 1 and plain:
         y, *states = layer(kind, x, none if hx is None else hx, weights, batch_sizes, lengths, bidirectional)
         return y, tuple(states), ()
-    each, directions = len(weights) // num_layers, 2 if bidirectional else 1
     packed = None
     if batch_sizes is not None and training and options.variational_dropout:
         packed = sequences_of(x, hx, batch_sizes)
