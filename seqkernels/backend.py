@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -31,9 +32,20 @@ def unsupported_on_cuda(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append("this build has none: they are built where torch has CUDA and nvcc is found")
     if device.type != "cuda":
         reasons.append(f"the tensors are on {device}")
+    else:
+        reasons.extend(_too_old(device))
     if dtype not in CPU_DTYPES:
         reasons.append(f"dtype {dtype} is none of {', '.join(str(d) for d in CPU_DTYPES)}")
     return reasons
+
+
+@functools.cache
+def _too_old(device: torch.device) -> list[str]:
+    """Of a CUDA device, which may be a fake's."""
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    return [] if major >= 8 else [f"compute capability must be 8.0 or more, got {major}.{minor}"]
 
 
 _CUDA_BUILT: bool = _C.build_info()["cuda"]
@@ -58,7 +70,8 @@ def require(op: str, input: Tensor, what: str = "an input") -> None:
     """Raises NotImplementedError with every backend's reasons where none can run op on this input, or what it is."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
-    if not _runs(input.device, input.dtype):
+    runs = _runs(input.device, input.dtype)
+    if not runs or (input.is_cuda and not torch.compiler.is_compiling() and _too_old(input.device)):
         _refuse(op, what, input.device, input.dtype, input.shape)
 
 

@@ -543,6 +543,19 @@ def test_cells_that_nobody_wrote_for_cuda(monkeypatch: pytest.MonkeyPatch) -> No
                 on_cuda(LSTMCell(D, H, **options))(torch.empty(B, D, device="cuda"))
 
 
+def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode(), torch.no_grad():
+        x, layer = torch.empty(T, B, D, device="cuda:7"), on_cuda(LSTM(D, H))
+        with pytest.raises(
+            NotImplementedError, match=r"no backend .* cuda: compute capability must be 8.0 or more, got 7.5"
+        ):
+            layer(x)
+    backend._too_old.cache_clear()
+
+
 def test_what_cuda_has_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as shapes go, which is as far as fakes go."""
     monkeypatch.setattr(backend, "_CUDA_BUILT", True)
