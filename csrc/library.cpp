@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -153,22 +155,26 @@ py::dict explain_recurrent(int64_t gates, int64_t T, int64_t B, int64_t N, int64
   return result;
 }
 
-int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
+CellKind kind_called(const std::string& who, const std::string& name) {
   for (const CellKind kind : kCellKinds) {
-    if (name == shape_of(kind).name) return saved_width(kind, H, options);
+    if (name == shape_of(kind).name) return kind;
   }
-  throw py::value_error("recurrent_saved: kind must be a recurrent op, got " + name);
+  throw py::value_error(who + ": kind must be a recurrent op, got " + name);
+}
+
+int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
+  return saved_width(kind_called("recurrent_saved", name), H, options);
 }
 
 #ifdef SEQKERNELS_CUDA_KERNELS
-// Which CUDA kernels run a layer on a device of that compute capability; 0: on the current one.
-py::dict explain_recurrent_cuda(const std::string& kind, const std::string& dtype, int64_t T, int64_t B, int64_t D,
-                                int64_t H, int64_t directions, bool options, bool tf32, int major, int multiprocessors,
-                                int64_t shared_bytes) {
-  CellKind of = CellKind::kLSTM;
-  for (const CellKind each : kCellKinds) {
-    if (kind == shape_of(each).name) of = each;
-  }
+// Which CUDA kernels run a layer on a device of that compute capability; 0: on the current one. options: of
+// functional/_recurrent_options.py, those in force; of other names nothing depends on them.
+py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtype, int64_t T, int64_t B, int64_t D,
+                                int64_t H, int64_t P, int64_t directions, int64_t heads,
+                                const std::vector<std::string>& options, bool tf32, int major, int minor,
+                                int multiprocessors, int64_t shared_bytes) {
+  const CellKind kind = kind_called("explain_recurrent_cuda", name);
+  static const float present = 0;  // what the planner looks at is whether it is there
   RecurrentArgs args{};
   args.dtype = dtype == "float64"    ? DType::kFloat64
                : dtype == "bfloat16" ? DType::kBFloat16
@@ -178,25 +184,47 @@ py::dict explain_recurrent_cuda(const std::string& kind, const std::string& dtyp
   args.walk.B = B;
   args.walk.N = T * B;
   args.directions = directions;
-  args.heads = 1;
+  args.heads = heads;
   args.D = D;
-  args.H = args.P = H;
-  args.options.cell_clip = args.options.gate_clip = std::numeric_limits<double>::infinity();
-  args.options.zoneout_h_rate = options ? 0.1 : 0;
-  args.saved_width = saved_width(of, H, options);
-  const CudaDevice device = major == 0 ? current_cuda_device() : CudaDevice{major, 0, multiprocessors, shared_bytes};
-  const CudaPlan plan = plan_recurrent_cuda(of, args, {nullptr, false, 0, 0, tf32}, false, device);
+  args.H = H;
+  args.P = P == 0 ? H : P;
+  Options& o = args.options;
+  o.cell_clip = o.gate_clip = std::numeric_limits<double>::infinity();
+  bool recompute = false;
+  for (Weights& weights : args.weights) weights.w_hr = P == 0 ? nullptr : &present;
+  for (const std::string& option : options) {
+    o.any = o.any || option != "memory_efficient";
+    recompute = recompute || option == "memory_efficient";
+    if (option == "peephole") {
+      for (Weights& weights : args.weights) weights.peephole = &present;
+    }
+    if (option == "cell_clip") o.cell_clip = 1;
+    if (option == "gate_clip") o.gate_clip = 1;
+    if (option == "zoneout_h") o.zoneout_h_rate = 0.5;
+    if (option == "zoneout_c") o.zoneout_c_rate = 0.5;
+    if (option == "recurrent_dropout") o.candidate = reinterpret_cast<const uint8_t*>(&present);
+    if (option == "variational_dropout") o.variational = &present;
+  }
+  args.saved_width = saved_width(kind, H, o.any);
+  CudaDevice device{major, minor, multiprocessors, shared_bytes};
+  device.described = major != 0;
+  if (!device.described) device = current_cuda_device();
+  const CudaPlan plan = plan_recurrent_cuda(kind, args, {nullptr, false, 0, 0, tf32}, recompute, device);
   py::dict result;
-  const auto show = [&](const char* name, const CudaPlan::Pass& pass) {
+  const auto show = [&](const char* of, const CudaPlan::Pass& pass) {
     py::dict one;
     one["tier"] = cuda_tier_name(pass.tier);
-    one["cluster"] = pass.cluster;
-    one["teams"] = pass.teams;
-    one["rows"] = pass.rows;
-    one["block"] = pass.block;
-    one["workspace"] = pass.workspace;
+    if (pass.tier != CudaTier::kNone) {
+      one["grid"] = py::make_tuple(pass.grid[0], pass.grid[1], pass.grid[2]);
+      one["block"] = pass.block;
+      one["cluster"] = pass.cluster;
+      one["teams"] = pass.teams;
+      one["rows"] = pass.rows;
+      one["shared_bytes"] = pass.shared_bytes;
+      one["workspace"] = pass.workspace;
+    }
     one["reasons"] = pass.reasons;
-    result[name] = one;
+    result[of] = one;
   };
   show("forward", plan.forward);
   show("backward", plan.backward);
@@ -217,8 +245,8 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
   m.def("set_tf32", &set_allows_tf32, py::arg("allow"));
   m.def("set_cuda_tiers", &set_cuda_tiers, py::arg("names"));
   m.def("explain_recurrent_cuda", &explain_recurrent_cuda, py::arg("kind"), py::arg("dtype"), py::arg("T"),
-        py::arg("B"), py::arg("D"), py::arg("H"), py::arg("directions") = 1, py::arg("options") = false,
-        py::arg("tf32") = false, py::arg("major") = 9, py::arg("multiprocessors") = 132,
-        py::arg("shared_bytes") = 227 << 10);
+        py::arg("B"), py::arg("D"), py::arg("H"), py::arg("P") = 0, py::arg("directions") = 1, py::arg("heads") = 1,
+        py::arg("options") = std::vector<std::string>(), py::arg("tf32") = false, py::arg("major") = 0,
+        py::arg("minor") = 0, py::arg("multiprocessors") = 0, py::arg("shared_bytes") = 0);
 #endif
 }

@@ -12,12 +12,15 @@ def explain_recurrent_cuda(  # where CUDA kernels are built
     B: int,
     D: int,
     H: int,
+    P: int = 0,  # 0: no projection
     directions: int = 1,
-    options: bool = False,
+    heads: int = 1,
+    options: list[str] = ...,
     tf32: bool = False,
-    major: int = 9,  # compute capability; 0: of the current device
-    multiprocessors: int = 132,
-    shared_bytes: int = ...,
+    major: int = 0,  # compute capability; 0: of the current device, as the rest of it
+    minor: int = 0,
+    multiprocessors: int = 0,
+    shared_bytes: int = 0,
 ) -> dict[str, Any]: ...
 def set_tf32(allow: bool) -> bool: ...
 def recurrent_saved(kind: str, H: int, options: bool) -> int: ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,31 +26,79 @@ def unsupported_on_cpu(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def unsupported_on_cuda(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Reasons why the CUDA kernels cannot. Which layers they take they say when they are called."""
+    """Reasons why the CUDA kernels cannot. Of recurrent layers unsupported_layer_on_cuda has more."""
     reasons = []
     if not _CUDA_BUILT:
         reasons.append("this build has none: they are built where torch has CUDA and nvcc is found")
     if device.type != "cuda":
         reasons.append(f"the tensors are on {device}")
+    else:
+        reasons.extend(_too_old(device))
     if dtype not in CPU_DTYPES:
         reasons.append(f"dtype {dtype} is none of {', '.join(str(d) for d in CPU_DTYPES)}")
     return reasons
 
 
+@functools.cache
+def _too_old(device: torch.device) -> list[str]:
+    """Of a CUDA device, which may be a fake's."""
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    return [] if major >= 8 else [f"compute capability must be 8.0 or more, got {major}.{minor}"]
+
+
 _CUDA_BUILT: bool = _C.build_info()["cuda"]
 _BY_HAND = "never chosen: call seqkernels.triton"
+_NOT_ON_CUDA = ("lstm_norm", "lstm_nested", "gru_norm", "gru_projected")
+
+
+def unsupported_layer_on_cuda(kind: str, num_heads: int, projected: bool) -> list[str]:
+    """Reasons why the CUDA kernels cannot take a recurrent layer, whatever its size: those of plan_recurrent_cuda in
+    csrc/recurrent/recurrent_cuda.cu."""
+    reasons = []
+    if kind in _NOT_ON_CUDA:
+        reasons.append(f"nobody wrote {kind} for CUDA")
+    if num_heads != 1:
+        reasons.append(f"heads must be 1, got {num_heads}")
+    if projected and kind not in _NOT_ON_CUDA:
+        reasons.append("a projection must be absent")
+    return reasons
 
 
 def require(op: str, input: Tensor, what: str = "an input") -> None:
     """Raises NotImplementedError with every backend's reasons where none can run op on this input, or what it is."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
-    kind = input.device.type
-    if (kind == "cpu" or (kind == "cuda" and _CUDA_BUILT)) and input.dtype in CPU_DTYPES:
-        return
-    cpu, cuda = (f(input.device, input.dtype) for f in (unsupported_on_cpu, unsupported_on_cuda))
+    runs = _runs(input.device, input.dtype)
+    if not runs or (input.is_cuda and not torch.compiler.is_compiling() and _too_old(input.device)):
+        _refuse(op, what, input.device, input.dtype, input.shape)
+
+
+def require_layer(op: str, input: Tensor, kind: str, num_heads: int, projected: bool) -> None:
+    """The same for a recurrent layer on CUDA that require has let pass."""
+    reasons = unsupported_layer_on_cuda(kind, num_heads, projected)
+    if reasons:
+        _refuse(op, "an input", input.device, input.dtype, input.shape, reasons)
+
+
+def _runs(device: torch.device, dtype: torch.dtype) -> bool:
+    return (device.type == "cpu" or (device.type == "cuda" and _CUDA_BUILT)) and dtype in CPU_DTYPES
+
+
+def _refuse(
+    op: str,
+    what: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Sequence[int] | None = None,
+    layer: Sequence[str] = (),
+) -> NoReturn:
+    """layer: why the CUDA kernels do not take this layer."""
+    of_shape = "" if shape is None else f" of shape {list(shape)}"
+    cpu, cuda = unsupported_on_cpu(device, dtype), [*unsupported_on_cuda(device, dtype), *layer]
     raise NotImplementedError(
-        f"{op}: no backend takes {what} of shape {list(input.shape)}, {input.dtype}, on {input.device}. "
+        f"{op}: no backend takes {what}{of_shape}, {dtype}, on {device}. "
         f"cpu: {'; '.join(cpu)}. cuda: {'; '.join(cuda)}. triton: {_BY_HAND}."
     )
 
@@ -71,15 +120,15 @@ def unsupported_attention_by_torch(extras: Sequence[str]) -> list[str]:
     return [f"it has no {', no '.join(extras)}"] if extras else []
 
 
-def require_attention(op: str, query: Tensor) -> None:
-    """Raises NotImplementedError with every backend's reasons where none can run on such a query."""
-    kind = query.device.type
-    if kind in ("cpu", "cuda", "meta") and query.dtype in CPU_DTYPES:
+def require_attention(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None = None) -> None:
+    """Raises NotImplementedError with every backend's reasons where none can run on a query there of that dtype."""
+    if device.type in ("cpu", "cuda", "meta") and dtype in CPU_DTYPES:
         return
-    cpu, triton = unsupported_on_cpu(query.device, query.dtype), unsupported_attention_on_triton
+    cpu, triton = (f(device, dtype) for f in (unsupported_on_cpu, unsupported_attention_on_triton))
+    of_shape = "" if shape is None else f" of shape {list(shape)}"
     raise NotImplementedError(
-        f"{op}: no backend takes a query of shape {list(query.shape)}, {query.dtype}, on {query.device}. "
-        f"cpu: {'; '.join(cpu)}. triton: {'; '.join(triton(query.device, query.dtype))}. "
+        f"{op}: no backend takes a query{of_shape}, {dtype}, on {device}. "
+        f"cpu: {'; '.join(cpu)}. triton: {'; '.join(triton)}. "
         "torch: asked for by name only, but for dense half types on CUDA."
     )
 
@@ -119,7 +168,11 @@ def explain(op: str, **sizes: Any) -> dict[str, Any]:
             rnn_tanh or rnn_relu: one layer; a layer's options choose among those of its family. Or embedding_bag, or
             attention.
         T, B, D, H (layers): steps, sequences, input size, hidden size. proj_size=0, num_heads=1, bidirectional=False.
-            lengths: [B] real steps of each sequence; all T if absent.
+            lengths: [B] real steps of each sequence; all T if absent: of a CPU alone, as on CUDA lengths and packing
+            do not matter. options: names of the layer's options that are on, such as "peephole", "zoneout_h", "reset"
+            or "memory_efficient" (dropouts are on in training alone); those that make another op are said by op.
+            On a CUDA device, what it has unless described: capability=(9, 0), multiprocessors=132 and
+            shared_memory=232448, the bytes that a block may have. One that is described need not exist.
         E, D, N, B (embedding_bag): table rows, columns, indices, bags. mode="sum".
         B, Hq, Tq, Tk, D (attention): as in scaled_dot_product_attention. Hk=Hq, Dv=D, is_causal=False; masked: whether
             there is a mask or dropout; extras: what else is asked for, such as "lengths"; backend=None.
@@ -128,9 +181,14 @@ def explain(op: str, **sizes: Any) -> dict[str, Any]:
         kernel: cpu or cuda; of attention cpu, triton or torch. unsupported: why other backends do not run. Of the
         CPU's: isa; threads: those that run; of attention also tasks: what threads share, and block: queries and keys of
         one. For layers as row_groups (sets of sequences that never meet) x unit_groups (shares of the hidden units,
-        which meet at a barrier once a step) x directions. For layers on CUDA: which kernels run forward and backward.
+        which meet at a barrier once a step) x directions.
+        For layers on CUDA forward and backward, each: tier: cluster or grid, which walk all steps in one launch, steps,
+        one launch a step, or none; reasons: why those before it do not. grid, block and shared_bytes: how its kernel is
+        launched; cluster: blocks of a cluster, or of one of the `teams` that share a direction of a grid; rows:
+        sequences that they walk together; workspace: bytes.
     Raises:
-        ValueError: no such op. TypeError: a size is absent. NotImplementedError: no backend takes such inputs.
+        ValueError: no such op or option, or a device is described in part or is not there. TypeError: a size is absent.
+        NotImplementedError: no backend takes such inputs, or this build has no CUDA kernels.
     """
     from seqkernels.functional._recurrent_ops import KINDS  # which needs this file
 
@@ -160,16 +218,51 @@ def _explain_recurrent(
     num_heads: int = 1,
     bidirectional: bool = False,
     lengths: Sequence[int] | None = None,
+    options: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    capability: tuple[int, int] | None = None,
+    multiprocessors: int | None = None,
+    shared_memory: int | None = None,
 ) -> dict[str, Any]:
-    require(op, torch.empty(0, dtype=dtype, device=device))
-    if torch.device(device).type == "cuda":
-        wanted: dict[str, Any] = dict(kind=op, dtype=str(dtype).removeprefix("torch."), T=T, B=B, D=D, H=H)
-        return _C.explain_recurrent_cuda(**wanted, directions=1 + bidirectional, major=0)
-    tokens = T * B if lengths is None else sum(lengths)
-    sizes = {"T": T, "B": B, "N": tokens, "D": D, "H": H, "P": proj_size or H, "directions": 1 + bidirectional}
-    return _C.explain_recurrent(gates=gates, **sizes, heads=num_heads, float64=dtype == torch.float64)
+    from seqkernels.functional._recurrent_ops import allows_tf32
+    from seqkernels.functional._recurrent_options import check_named  # which need this file
+
+    check_named("explain", op, options)
+    for least, of in ((0, {"T": T, "B": B, "D": D, "proj_size": proj_size}), (1, {"H": H, "num_heads": num_heads})):
+        for name, size in of.items():
+            if size < least:
+                raise ValueError(f"explain: {name} must be at least {least}, got {size}")
+    where = torch.device(device)
+    if not _runs(where, dtype):
+        _refuse(op, "a layer", where, dtype)
+    described = capability, multiprocessors, shared_memory
+    if where.type == "cpu":
+        if described != (None, None, None):
+            raise ValueError(f"explain: a description must be of a CUDA device, got one for {where}")
+        tokens = T * B if lengths is None else sum(lengths)
+        sizes = {"T": T, "B": B, "N": tokens, "D": D, "H": H, "P": proj_size or H, "directions": 1 + bidirectional}
+        return _C.explain_recurrent(gates=gates, **sizes, heads=num_heads, float64=dtype == torch.float64)
+    wanted: dict[str, Any] = dict(kind=op, dtype=str(dtype).removeprefix("torch."), T=T, B=B, D=D, H=H, P=proj_size)
+    wanted.update(directions=1 + bidirectional, heads=num_heads, options=list(options))
+    wanted["tf32"] = dtype == torch.float32 and allows_tf32(torch.backends.cudnn.rnn)
+    if capability is not None and multiprocessors is not None and shared_memory is not None:
+        major, minor = capability
+        if min(major, multiprocessors, shared_memory) < 1:
+            raise ValueError(
+                "explain: capability, multiprocessors and shared_memory must be above 0, got "
+                f"{capability}, {multiprocessors} and {shared_memory}"
+            )
+        wanted.update(major=major, minor=minor, multiprocessors=multiprocessors, shared_bytes=shared_memory)
+        return _C.explain_recurrent_cuda(**wanted)
+    if described != (None, None, None) or not torch.cuda.is_available():
+        why = "together" if described != (None, None, None) else "where there is no CUDA device"
+        raise ValueError(
+            f"explain: capability, multiprocessors and shared_memory must be given {why}, got "
+            f"{capability}, {multiprocessors} and {shared_memory}"
+        )
+    with torch.cuda.device(where):
+        return _C.explain_recurrent_cuda(**wanted)
 
 
 def _explain_embedding_bag(
@@ -185,8 +278,10 @@ def _explain_embedding_bag(
     """Threads share the indices, and the bags as one index each, as threads_for in csrc/embedding_bag/bags.h says."""
     if mode not in ("sum", "mean", "max", "min"):
         raise ValueError(f"explain: mode must be one of sum, mean, max or min, got {mode!r}")
-    require("embedding_bag", torch.empty(0, dtype=dtype, device=device), "a table")
-    if torch.device(device).type == "cuda":
+    where = torch.device(device)
+    if not _runs(where, dtype):
+        _refuse("embedding_bag", "a table", where, dtype)
+    if where.type == "cuda":
         return {}
     worth_a_thread = 64 << 10  # bytes of rows
     size = (N + B) * D * dtype.itemsize
@@ -212,7 +307,7 @@ def _explain_attention(
 ) -> dict[str, Any]:
     """How work is cut among threads as csrc/attention/attention_cpu.cpp does it."""
     where = torch.device(device)
-    require_attention("attention", torch.empty(0, dtype=dtype, device=device))
+    require_attention("attention", where, dtype)
     kernel = choose_attention("attention", backend, where, dtype, extras, masked or Dv not in (None, D))
     reasons = {
         "cpu": unsupported_on_cpu(where, dtype),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import TOLERANCE, ragged
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels
 from seqkernels import reference
@@ -99,24 +99,58 @@ def test_same_bits_from_run_to_run_and_in_any_batch(kind: str, size: tuple[int, 
     assert torch.equal(few, first[0][:, 1:3])
 
 
-@KINDS
-@pytest.mark.parametrize("H", [128, 768, 100, 1024])
-def test_nothing_waits_and_a_graph_captures(kind: str, H: int) -> None:
-    layer = getattr(seqkernels.nn, kind)(64, H).to("cuda", torch.bfloat16)
-    x = torch.randn(9, 5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    lengths = torch.tensor([9, 0, 3, 9, 1], device="cuda")
-    wanted = [x, *layer.parameters()]
+# Every option that a kind has on CUDA, drawn or not.
+DRAWN = dict(zoneout_h=0.1, variational_dropout=0.2, gate_clip=4.0, memory_efficient=True)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LSTM": DRAWN | dict(peephole=True, cell_clip=3.0, zoneout_c=0.2, recurrent_dropout=0.1),
+    "GRU": DRAWN | dict(recurrent_dropout=0.1),
+    "RNN": DRAWN,
+}
+WALKS = [  # by clusters, by grids of one kind and another, by a launch a step
+    *((H, torch.bfloat16) for H in (128, 768, 100, 1024)),
+    (64, torch.float32),
+]
 
-    def run() -> list[Tensor]:
-        output, _ = layer(x, lengths=lengths)
-        return [output, *torch.autograd.grad(output.sum(), wanted)]
 
+def nothing_waits(run: Callable[[], list[Tensor]]) -> list[Tensor]:
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        return run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", ["lengths", "packed"])
+@pytest.mark.parametrize("options", ["plain", "options"])
+@KINDS
+@pytest.mark.parametrize(("H", "dtype"), WALKS, ids=str)
+def test_nothing_waits_and_a_graph_captures(kind: str, H: int, dtype: torch.dtype, options: str, form: str) -> None:
+    """A replay and a call draw the same masks from the same seed."""
+    B, T, D = 5, 9, 64
+    given = OPTIONS[kind] if options == "options" else {}
+    layer = getattr(seqkernels.nn, kind)(D, H, num_layers=2, **given).to("cuda", dtype).train()
+    lengths = torch.tensor([9, 4, 3, 9, 1])
+    x = torch.randn(T, B, D, device="cuda", dtype=dtype)
+    on_device, packed, reset = lengths.cuda(), None, None
+    if form == "packed":
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        x = packed.data.detach()
+    if given:
+        reset = torch.rand(x.shape[:-1], device="cuda") < 0.2
+    x.requires_grad_()
+    wanted = [x, *layer.parameters()]
+
+    def run() -> list[Tensor]:
+        if packed is None:
+            output, states = layer(x, lengths=on_device, reset=reset)
+        else:
+            sequence, states = layer(PackedSequence(x, *packed[1:]), reset=reset)
+            output = sequence.data
+        last = states if isinstance(states, tuple) else (states,)
+        return [output, *last, *torch.autograd.grad(output.sum(), wanted)]
+
+    nothing_waits(run)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -127,10 +161,48 @@ def test_nothing_waits_and_a_graph_captures(kind: str, H: int) -> None:
         captured = run()
     with torch.no_grad():
         x.normal_()
-        lengths.copy_(torch.tensor([1, 9, 9, 0, 5]))
+        if packed is None:
+            on_device.copy_(torch.tensor([1, 9, 9, 0, 5]))
+        if reset is not None:
+            reset.logical_not_()
+    torch.cuda.manual_seed(3)
     graph.replay()
-    for a, b in zip(captured, run()):
+    torch.cuda.manual_seed(3)
+    for a, b in zip(captured, run(), strict=True):
         assert torch.equal(a, b)
+
+
+@KINDS
+@pytest.mark.parametrize("as_list", [False, True])
+def test_lengths_on_the_host_wait_for_nothing(kind: str, as_list: bool) -> None:
+    layer = getattr(seqkernels.nn, kind)(64, 128).to("cuda", torch.bfloat16)
+    x = torch.randn(9, 5, 64, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.tensor([9, 0, 3, 9, 1])
+    (found,) = nothing_waits(lambda: [layer(x, lengths=lengths.tolist() if as_list else lengths)[0]])
+    assert torch.equal(found, layer(x, lengths=lengths.cuda())[0])
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, T\] = \[0, 9\], got 10"):
+        layer(x, lengths=[9, 10, 0, 0, 0])
+
+
+def test_layers_that_nobody_wrote_for_cuda() -> None:
+    x = torch.randn(9, 5, 64, device="cuda")
+    for options in (dict(num_heads=2), dict(proj_size=32), dict(layer_norm=True)):
+        with pytest.raises(NotImplementedError, match="no backend takes"):
+            seqkernels.nn.LSTM(64, 128, device="cuda", **options)(x)
+
+
+def test_explain_names_the_kernels_of_this_device() -> None:
+    has = torch.cuda.get_device_properties(0)
+    described: dict[str, Any] = dict(
+        capability=(has.major, has.minor),
+        multiprocessors=has.multi_processor_count,
+        shared_memory=has.shared_memory_per_block_optin,
+    )
+    for H in (128, 512, 768, 1024):
+        asked: dict[str, Any] = dict(B=16, T=32, D=64, H=H, dtype=torch.bfloat16, device="cuda")
+        here, reckoned = seqkernels.explain("lstm", **asked), seqkernels.explain("lstm", **asked, **described)
+        for walk in ("forward", "backward"):
+            assert here[walk]["tier"] == reckoned[walk]["tier"], (here[walk], reckoned[walk])
 
 
 def test_tf32_follows_the_setting_of_cudnn() -> None:

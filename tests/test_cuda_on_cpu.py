@@ -469,9 +469,17 @@ def test_launches_that_a_device_would_refuse() -> None:
     a, b = np.zeros(320, np.int32), np.zeros(320, np.int32)
     with fails("a cooperative grid has at most the 256 blocks", "rotate_kernel with grid (1048576, 1, 1)"):
         emulate("too_many", a, b)
-    with fails("a block has at most 232448 bytes of shared memory", "shared memory 307200 bytes"):
+    with fails(
+        "a block has at most 232448 bytes of shared memory; in ",
+        "rotate_kernel with grid (1, 1, 1), block 64, shared memory 307200 bytes, cluster 1",
+    ):
         emulate("too_much_shared", a, b)
     with cuda_on_cpu.settings(LIBRARY, major=8), fails("clusters need compute capability 9.0"):
+        emulate("pingpong", np.zeros(2, np.int32))
+    with (
+        cuda_on_cpu.settings(LIBRARY, cluster_blocks=1),
+        fails("a cluster has 1 to 1 blocks", "pingpong_kernel with grid (2, 1, 1)", "cluster 2"),
+    ):
         emulate("pingpong", np.zeros(2, np.int32))
 
 

@@ -24,7 +24,8 @@ from on_cuda import ONLY_EMULATED, PLACES, OnCuda
 from torch import Tensor
 
 import seqkernels
-from seqkernels import reference
+from seqkernels import backend, reference
+from seqkernels.functional._recurrent_ops import KINDS
 
 
 @functools.cache
@@ -372,12 +373,13 @@ def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
         check_layer(layer)
 
 
+HOPPER = {"major": 9, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 AMPERE = {"major": 8}  # no clusters
 
 
 def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
     """How a device of these settings walks a layer."""
-    device = {"major": 9, "multiprocessors": 8, "shared_bytes": 227 * 1024} | settings
+    device = HOPPER | {"multiprocessors": 8} | settings
     return module().explain_recurrent_cuda(
         kind=layer.kind,
         dtype=str(layer.dtype).removeprefix("torch."),
@@ -386,7 +388,7 @@ def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
         D=layer.D,
         H=layer.H,
         directions=1 + layer.bidirectional,
-        options=bool({*layer.options} - {"reset", "strided"}),
+        options=["zoneout_h"] if {*layer.options} - {"reset", "strided"} else [],
         tf32=layer.dtype == torch.float32,
         **device,
     )
@@ -647,8 +649,13 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="float32", B=16, T=8, D=64, H=256), ("steps", 1), ("steps", 1), "float16 or TF32"),
         (dict(dtype="float32", B=16, T=8, D=64, H=256, tf32=True), ("cluster", 8), ("cluster", 8), None),
         (dict(dtype="float16", B=16, T=8, D=64, H=100), ("grid", 7), ("grid", 7), "multiple of 8"),
-        (dict(dtype="float16", B=16, T=8, D=64, H=64, options=True), ("cluster", 2), ("cluster", 2), None),
-        (dict(dtype="float16", B=16, T=8, D=64, H=640, options=True), ("grid", 40), ("grid", 40), "512 with options"),
+        (dict(dtype="float16", B=16, T=8, D=64, H=64, options=["zoneout_c"]), ("cluster", 2), ("cluster", 2), None),
+        (
+            dict(dtype="float16", B=16, T=8, D=64, H=640, options=["peephole"]),
+            ("grid", 40),
+            ("grid", 40),
+            "512 with options",
+        ),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("grid", 4), ("grid", 4), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
@@ -666,12 +673,159 @@ def test_tf32(layer: Layer) -> None:
 @ONLY_EMULATED
 def test_plan(asked: dict[str, Any], forward: Any, backward: Any, reason: str | None) -> None:
     """Which kernels run, and why the others do not."""
-    with machine(multiprocessors=132):
-        plan = module().explain_recurrent_cuda(**{"kind": "lstm", **asked})
+    plan = module().explain_recurrent_cuda(**{"kind": "lstm", **HOPPER, **asked})
     for found, wanted in ((plan["forward"], forward), (plan["backward"], backward)):
-        assert (found["tier"], found["cluster"]) == wanted, found["reasons"]
+        assert (found["tier"], found.get("cluster", 0)) == wanted, found["reasons"]
         assert (reason is None) == (not found["reasons"])
         assert reason is None or any(reason in text for text in found["reasons"])
+
+
+@ONLY_EMULATED
+def test_plan_for_the_device_that_is_there() -> None:
+    """Asked what it holds at once; what it refuses goes to the next tier."""
+    asked = dict(kind="lstm", dtype="bfloat16", B=16, T=8, D=64, H=512)
+    with machine(multiprocessors=131):
+        assert module().explain_recurrent_cuda(**asked)["forward"]["tier"] == "cluster"
+    with machine(multiprocessors=130, cluster_blocks=8):
+        for found in module().explain_recurrent_cuda(**asked).values():
+            assert found["tier"] == "grid"
+            assert "runs no cluster of 16 blocks with" in found["reasons"][0]
+
+
+DESCRIBED = dict(device="cuda", capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """seqkernels.explain of a build with CUDA kernels, on a machine without a GPU."""
+    monkeypatch.setattr(backend, "_C", module())
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    before = torch.backends.cudnn.rnn.fp32_precision
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@ONLY_EMULATED
+def test_explain_follows_the_precision_of_cudnn(with_cuda: None, precision: None) -> None:
+    asked = dict(B=16, T=8, D=64, H=256, **DESCRIBED)
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    assert seqkernels.explain("lstm", **asked)["forward"]["tier"] == "cluster"
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    answer = seqkernels.explain("lstm", **asked)
+    assert answer["kernel"] == "cuda"
+    for found in (answer["forward"], answer["backward"]):
+        assert found["tier"] == "steps"
+        assert any("TF32" in reason for reason in found["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "tier", "reason"),
+    [
+        ({}, "cluster", None),
+        (dict(options=["reset", "return_all_states", "memory_efficient", "learn_initial_state"]), "cluster", None),
+        *((dict(options=[name]), "grid", "512 with options") for name in ("peephole", "zoneout_h", "zoneout_c")),
+        *((dict(options=[name]), "grid", "512 with options") for name in ("cell_clip", "gate_clip")),
+        *((dict(options=[f"{name}_dropout"]), "grid", "512 with") for name in ("recurrent", "variational")),
+        (dict(num_heads=2), "none", "heads must be 1, got 2"),
+        (dict(proj_size=64), "none", "a projection must be absent, got one to 64"),
+        (dict(proj_size=640), "none", "a projection must be absent, got one to 640"),
+        (dict(capability=(8, 6)), "grid", "9.0 or more, got 8.6"),
+        (dict(multiprocessors=16), "cluster", None),
+        (dict(multiprocessors=15), "steps", "runs no cluster of 16"),
+        (dict(shared_memory=50_000), "grid", "the weights of H = 640 do not fit"),
+    ],
+    ids=str,
+)
+@ONLY_EMULATED
+def test_explain_knows_the_layer_and_the_device(
+    with_cuda: None, changed: dict[str, Any], tier: str, reason: str | None
+) -> None:
+    asked = dict(B=2, T=8, D=64, H=640, dtype=torch.bfloat16, **DESCRIBED) | changed
+    with machine(multiprocessors=1, cluster_blocks=1, shared_bytes=1 << 10):  # nobody asks the one that is there
+        answer = seqkernels.explain("lstm", **asked)
+    for found in (answer["forward"], answer["backward"]):
+        assert found["tier"] == tier, found["reasons"]
+        assert (reason is None) == (not found["reasons"])
+        assert reason is None or any(reason in text for text in found["reasons"])
+
+
+@ONLY_EMULATED
+def test_explain_says_how_kernels_are_launched(with_cuda: None) -> None:
+    asked = dict(B=40, T=8, D=64, dtype=torch.bfloat16, bidirectional=True, **DESCRIBED)
+    for H, tier in ((64, "cluster"), (100, "grid"), (1024, "grid")):
+        answer = seqkernels.explain("lstm", H=H, **asked)
+        for found in (answer["forward"], answer["backward"]):
+            assert found["tier"] == tier
+            shared = -(-40 // found["rows"]) if tier == "cluster" else found["teams"]
+            assert found["grid"] == (2 * shared * found["cluster"], 1, 1)
+            assert found["block"] % 32 == 0
+            assert 0 < found["shared_bytes"] <= DESCRIBED["shared_memory"]
+    found = seqkernels.explain("gru_before", H=64, **(asked | {"dtype": torch.float64}))["forward"]
+    assert (found["tier"], found["grid"][0], found["grid"][2]) == ("steps", 8, 2)
+
+
+@ONLY_EMULATED
+def test_explain_knows_what_is_made_again(with_cuda: None) -> None:
+    asked = dict(B=16, T=8, D=64, H=64, dtype=torch.bfloat16, **DESCRIBED)
+    kept = seqkernels.explain("lstm", **asked)
+    again = seqkernels.explain("lstm", options=["memory_efficient"], **asked)
+    assert kept["forward"] == again["forward"]
+    assert kept["backward"]["workspace"] < again["backward"]["workspace"]
+
+
+@pytest.mark.parametrize(
+    ("op", "changed", "error", "text"),
+    [
+        ("lstm", dict(options=["depth"]), ValueError, "options of lstm must be some of peephole, .*, got 'depth'"),
+        ("gru", dict(options=["peephole"]), ValueError, "options of gru must be some of gate_clip, .*got 'peephole'"),
+        ("lstm", dict(options=["coupled_gates"]), ValueError, "options of lstm must be some of"),
+        ("lstm", dict(options="peephole"), TypeError, "options must be a sequence of names, got 'peephole'"),
+        ("lstm", dict(multiprocessors=None), ValueError, r"must be given together, got \(9, 0\), None and 232448"),
+        ("lstm", dict(capability=(0, 0)), ValueError, r"must be above 0, got \(0, 0\), 132 and 232448"),
+        ("lstm", dict(multiprocessors=0), ValueError, r"must be above 0, got \(9, 0\), 0 and 232448"),
+        ("lstm", dict(H=0), ValueError, "H must be at least 1, got 0"),
+        ("lstm", dict(num_heads=0), ValueError, "num_heads must be at least 1, got 0"),
+        ("lstm", dict(B=-1), ValueError, "B must be at least 0, got -1"),
+        ("lstm", dict(device="cpu"), ValueError, "a description must be of a CUDA device, got one for cpu"),
+        (
+            "lstm",
+            dict(capability=None, multiprocessors=None, shared_memory=None),
+            ValueError,
+            "must be given where there is no CUDA device",
+        ),
+        ("lstm", dict(dtype=torch.int32), NotImplementedError, "no backend takes a layer, torch.int32, on cuda"),
+    ],
+    ids=str,
+)
+@ONLY_EMULATED
+def test_explain_errors(with_cuda: None, op: str, changed: dict[str, Any], error: Any, text: str) -> None:
+    with pytest.raises(error, match=text):
+        seqkernels.explain(op, **(dict(B=2, T=8, D=64, H=64, **DESCRIBED) | changed))
+
+
+@ONLY_EMULATED
+def test_what_python_and_the_planner_know_of_layers() -> None:
+    for kind in KINDS:
+        for heads, P in ((1, 0), (2, 0), (1, 8)):
+            asked = dict(kind=kind, dtype="float32", B=2, T=8, D=8, H=16, heads=heads, P=P)
+            found = module().explain_recurrent_cuda(**asked, **HOPPER)["forward"]
+            why = backend.unsupported_layer_on_cuda(kind, heads, P > 0)
+            assert bool(why) == (found["tier"] == "none"), (found["reasons"], why)
+            assert all(any(reason in text for text in found["reasons"]) for reason in why)
+
+
+@ONLY_EMULATED
+def test_explain_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_CUDA_BUILT", False)
+    with pytest.raises(NotImplementedError, match=r"no backend takes a layer.* cuda: this build has none"):
+        seqkernels.explain("lstm", B=2, T=8, D=64, H=64, **DESCRIBED)
+    with pytest.raises(NotImplementedError, match=r"no backend takes a table.* cuda: this build has none"):
+        seqkernels.explain("embedding_bag", E=10, D=8, N=4, B=2, device="cuda")
 
 
 def test_errors() -> None:
@@ -679,6 +833,9 @@ def test_errors() -> None:
     weights = [of.weights[0], of.weights[1][:, :4].contiguous(), *of.weights[2:]]
     with pytest.raises(RuntimeError, match="heads must be 1, got 2"):
         ops().lstm(of.x, *of.states, weights, None, None, False, heads=2)
+    weights = [*of.weights, torch.eye(8)]  # as wide as H, and a projection all the same
+    with pytest.raises(RuntimeError, match="a projection must be absent, got one to 8"):
+        ops().lstm(of.x, *of.states, weights, None, None, False)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))

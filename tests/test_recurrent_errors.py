@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import Case, make_inputs, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from seqkernels import functional
-from seqkernels.nn import LSTM
+from seqkernels import backend, functional
+from seqkernels.nn import GRU, LSTM, LSTMCell, NestedLSTM
 
 ops = torch.ops.seqkernels
 
@@ -493,3 +494,87 @@ def test_ops_refuse_tensors_on_two_devices(op: str, argument: int) -> None:
         bad[argument] = bad[argument].to("meta")
     with pytest.raises((RuntimeError, ValueError), match=r"device|meta"):
         getattr(ops, op)(*bad)
+
+
+# ---- on CUDA: fakes, which have a device and no data
+
+
+def on_cuda(module: torch.nn.Module) -> torch.nn.Module:
+    for name, parameter in list(module.named_parameters()):
+        setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, device="cuda")))
+    return module
+
+
+NOT_ON_CUDA = {
+    "heads": (lambda: LSTM(D, H, num_heads=2), r"lstm: .*heads must be 1, got 2"),
+    "projection": (lambda: LSTM(D, H, proj_size=2), r"lstm: .*a projection must be absent"),
+    "projection and peephole": (
+        lambda: LSTM(D, H, 2, proj_size=2, peephole=True),
+        "lstm: .*a projection must be absent",
+    ),
+    "projection without biases": (lambda: LSTM(D, H, proj_size=2, bias=False), "lstm: .*a projection must be absent"),
+    "layer norm": (lambda: LSTM(D, H, layer_norm=True), "lstm_norm: .*nobody wrote lstm_norm for CUDA"),
+    "layer norm of a GRU": (lambda: GRU(D, H, layer_norm=True), "gru_norm: .*nobody wrote gru_norm for CUDA"),
+    "GRU with a projection": (lambda: GRU(D, H, proj_size=2), "gru_projected: .*nobody wrote gru_projected for CUDA"),
+    "nested": (lambda: NestedLSTM(D, H), "lstm_nested: .*nobody wrote lstm_nested for CUDA"),
+}
+
+
+@pytest.mark.parametrize(("make", "text"), NOT_ON_CUDA.values(), ids=NOT_ON_CUDA)
+def test_layers_that_nobody_wrote_for_cuda(make: Callable, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(T, B, D, device="cuda")
+        with pytest.raises(NotImplementedError, match=text) as info:
+            on_cuda(make())(x)
+        said = str(info.value)
+        assert said.split(":", 1)[1].startswith(f" no backend takes an input of shape [{T}, {B}, {D}], torch.float32")
+        assert "cpu: the tensors are on cuda" in said
+
+
+def test_cells_that_nobody_wrote_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    with FakeTensorMode(), torch.no_grad():
+        for options, text in (
+            (dict(layer_norm=True), "nobody wrote lstm_norm"),
+            (dict(num_heads=2), "heads must be 1"),
+        ):
+            with pytest.raises(NotImplementedError, match=f"LSTMCell: no backend takes an input.*{text}"):
+                on_cuda(LSTMCell(D, H, **options))(torch.empty(B, D, device="cuda"))
+
+
+def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode(), torch.no_grad():
+        x, layer = torch.empty(T, B, D, device="cuda:7"), on_cuda(LSTM(D, H))
+        with pytest.raises(
+            NotImplementedError, match=r"no backend .* cuda: compute capability must be 8.0 or more, got 7.5"
+        ):
+            layer(x)
+    backend._too_old.cache_clear()
+
+
+def test_what_cuda_has_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as shapes go, which is as far as fakes go."""
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    with FakeTensorMode(), torch.no_grad():
+        for module in (LSTM(D, H, 2, bidirectional=True, peephole=True), LSTM(D, H, bias=False), GRU(D, H, 2)):
+            assert on_cuda(module)(torch.empty(T, B, D, device="cuda"))[0].shape == (
+                T,
+                B,
+                H * (2 if module.bidirectional else 1),
+            )
+
+
+@pytest.mark.parametrize("lengths", [[T + 1, 1, 1], torch.tensor([1, -1, 1]), torch.tensor([1, 1, 99]).int()], ids=str)
+def test_lengths_on_the_host_are_checked_there(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the message of the CPU, before anything goes to a device."""
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    with pytest.raises(ValueError, match="lengths") as of_cpu:
+        LSTM(D, H)(zeros(T, B, D), lengths=lengths)
+    with FakeTensorMode():
+        x, layer = torch.empty(T, B, D, device="cuda"), on_cuda(LSTM(D, H))
+    with pytest.raises(ValueError, match=re.escape(str(of_cpu.value))):
+        layer(x, lengths=lengths)

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import seqkernels
 from seqkernels import functional, reference
+from seqkernels.functional import _recurrent_options as families
 from seqkernels.reference import recurrent as definition
 
 ops = torch.ops.seqkernels
@@ -1090,6 +1091,16 @@ def test_variational_dropout_of_the_input(form: str) -> None:
     assert_drawn(mask > 0, 1 - rate)
     layer.eval()
     torch.testing.assert_close(layer(torch.ones(T, B, 40))[0], torch.ones(T, B, 80))
+
+
+@pytest.mark.parametrize("batch_sizes", [[3, 3, 2, 1], [1] * 300, [400, 7], []], ids=len)
+def test_places_in_steps_are_those_that_the_cpu_finds(batch_sizes: list[int]) -> None:
+    """As a CUDA device is told of them, without a copy."""
+    sizes, x = torch.tensor(batch_sizes, dtype=torch.int64), torch.zeros(sum(batch_sizes), 1)
+    _, wanted = families.sequences_of(x, None, sizes)
+    found = families.places_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
+    assert torch.equal(found, wanted)
+    assert found.tolist() == [j for size in batch_sizes for j in range(size)]
 
 
 @pytest.mark.parametrize("variant", [variant for variant in FULLEST.values() if variant.random], ids=str)

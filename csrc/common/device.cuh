@@ -38,6 +38,9 @@
 #else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
 #define SK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define SK_GRID_CONSTANT __grid_constant__  // the parameter must be const: it stays in constant memory, uncopied
 #define SK_DEVICE __device__ __forceinline__
@@ -602,18 +605,18 @@ SK_DEVICE void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
   SK_SM90(
       asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"((b + i).address()) : "memory"));
 }
-// Whether the phase of that parity is over: phases count 0, 1, 2, ..; a fresh barrier answers yes for parity 1.
-SK_DEVICE bool mbarrier_test(Shared<MBarrier> b, int64_t i, int parity) {
-  uint32_t over = 0;
-  SK_SM90(
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                   "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"((b + i).address()),
-                   "r"(parity) : "memory"));
-  return over != 0;
-}
+// Until the phase of that parity is over: phases count 0, 1, 2, ..; of a fresh barrier that of parity 1 is. Then this
+// thread sees what the cluster's blocks wrote to shared memory before they arrived. To say that of shared memory alone
+// is free; an acquire of the wait's own would, for blocks that are not this one, drop the first-level cache as well.
 SK_DEVICE void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
-  while (!mbarrier_test(b, i, parity)) {
-  }
+  uint32_t over = 0;
+  do {
+    SK_SM90(
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"((b + i).address()),
+                     "r"(parity) : "memory"));
+  } while (over == 0);
+  SK_SM90(asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" :: : "memory"));
 }
 // Stores 4, 8 or 16 bytes in a block's shared memory; its barrier, in the same block, counts them when they are there.
 template <class T, int N>
@@ -746,21 +749,6 @@ SK_DEVICE float widen(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-template <class T, class C>
-SK_DEVICE T narrow(C x) {
-  static_assert(std::is_floating_point<C>::value, "from float or double");
-  if constexpr (std::is_same<T, BFloat16>::value) {
-    BFloat16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
-    return y;
-  } else if constexpr (std::is_same<T, Half>::value) {
-    Half y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
-    return y;
-  } else {
-    return static_cast<T>(x);
-  }
-}
 // Two elements of a half type in one word, `low` at the lower address.
 template <class T>
 SK_DEVICE uint32_t pack_pair(float low, float high) {
@@ -773,13 +761,31 @@ SK_DEVICE uint32_t pack_pair(float low, float high) {
   }
   return pair;
 }
+template <class T, class C>
+SK_DEVICE T narrow(C x) {
+  static_assert(std::is_floating_point<C>::value, "from float or double");
+  if constexpr (sizeof(T) == 2) {  // a pair is converted faster than one
+    return T{static_cast<uint16_t>(pack_pair<T>(static_cast<float>(x), 0.0f))};
+  } else {
+    return static_cast<T>(x);
+  }
+}
 template <class T>
 SK_DEVICE Vec<float, 2> unpack_pair(uint32_t pair) {
   return {{widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)})}};
 }
-// Approximate: two units in the last place or so; fast_tanh about 2^-11 relative (the hardware's tanh).
-SK_DEVICE float fast_exp(float x) { return __expf(x); }
-SK_DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
+// Approximate: two units in the last place or so, and what is below the normal numbers is zero; fast_tanh about 2^-11
+// relative (the hardware's tanh).
+SK_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SK_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 SK_DEVICE float fast_tanh(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -812,17 +818,25 @@ inline DeviceLimits device_limits() {
 }
 
 namespace device {
+inline std::string kernel_name(const void* kernel) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) return "a kernel";
+  int failed = 0;
+  char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, &failed);
+  const std::string name = failed == 0 ? readable : mangled;
+  std::free(readable);
+  return name;
+}
+
 // The runtime's form of a configuration; `kernel` is told what it needs to be told for it.
 struct RuntimeConfig {
-  RuntimeConfig(const void* kernel, const LaunchConfig& config) {
-    const std::string what = config.text("a kernel");
+  RuntimeConfig(const void* kernel_, const LaunchConfig& config_) : kernel(kernel_), config(config_) {
     if (config.shared_bytes > 48 * 1024) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(config.shared_bytes)),
-                 what);
+      refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(config.shared_bytes));
     }
-    if (config.cluster > 8) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+    if (config.cluster > 8 && refused == cudaSuccess) {
+      refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
     runtime.gridDim = dim3(config.grid.x, config.grid.y, config.grid.z);
     runtime.blockDim = dim3(config.block);
@@ -841,6 +855,23 @@ struct RuntimeConfig {
     }
   }
   RuntimeConfig(const RuntimeConfig&) = delete;
+  // The text is made of an error alone: a launch has no time for it.
+  void check(cudaError_t error, const char* what) const {
+    if (error != cudaSuccess) check_cuda(error, what + config.text(kernel_name(kernel)));
+  }
+  // Of how many run at once: a device that does not take such a configuration runs none.
+  int64_t resident(cudaError_t error, int64_t count) const {
+    if (error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidConfiguration ||
+        error == cudaErrorInvalidValue || error == cudaErrorLaunchOutOfResources || error == cudaErrorNotSupported) {
+      cudaGetLastError();  // as in check_cuda
+      return 0;
+    }
+    check(error, "the occupancy of ");
+    return count;
+  }
+  const void* const kernel;
+  const LaunchConfig& config;
+  cudaError_t refused = cudaSuccess;
   cudaLaunchConfig_t runtime{};
   cudaLaunchAttribute attributes[2]{};
 };
@@ -850,25 +881,29 @@ struct RuntimeConfig {
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Args&&... args) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
-  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
-  check_cuda(cudaLaunchKernelEx(&runtime.runtime, kernel, static_cast<Parameters>(args)...), config.text("a kernel"));
+  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  of.check(of.refused, "");
+  of.check(cudaLaunchKernelEx(&of.runtime, kernel, static_cast<Parameters>(args)...), "");
 }
 // How many blocks (clusters) of this configuration the device holds at once: what a cooperative launch may ask for.
+// None where it refuses the configuration.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
-  int per_multiprocessor = 0;
-  check_cuda(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, config.block, config.shared_bytes),
-      config.text("occupancy"));
-  return static_cast<int64_t>(per_multiprocessor) * device_limits().multiprocessors;
+  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  int each = 0;
+  cudaError_t error = of.refused;
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, config.block, config.shared_bytes);
+  }
+  return of.resident(error, static_cast<int64_t>(each) * device_limits().multiprocessors);
 }
 template <class... Parameters>
 int64_t resident_clusters(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
-  int clusters = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &runtime.runtime), config.text("occupancy"));
-  return clusters;
+  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  int count = 0;
+  cudaError_t error = of.refused;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &of.runtime);
+  return of.resident(error, count);
 }
 inline void fill_bytes(void* device_memory, int byte, int64_t bytes, void* stream) {
   check_cuda(cudaMemsetAsync(device_memory, byte, bytes, static_cast<cudaStream_t>(stream)), "memset");

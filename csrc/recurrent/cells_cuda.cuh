@@ -29,9 +29,10 @@ template <class S>
 struct Curves {
   using T = Compute<S>;
   static constexpr bool kFast = sizeof(S) == 2;
+  static constexpr float kLog2E = 1.4426950408889634f;
   static SK_DEVICE T sigmoid(T x) {
     if constexpr (kFast) {
-      return fast_divide(1.0f, 1.0f + fast_exp(-x));
+      return fast_reciprocal(1.0f + fast_exp2(-kLog2E * x));
     } else if constexpr (sizeof(T) == 4) {
       return 1.0f / (1.0f + expf(-x));
     } else {
@@ -40,8 +41,8 @@ struct Curves {
   }
   static SK_DEVICE T tanh(T x) {
     if constexpr (kFast) {
-      const float size = fabsf(x), e = fast_exp(-2.0f * size);
-      const float large = copysignf(fast_divide(1.0f - e, 1.0f + e), x);  // loses digits where x is small
+      const float size = fabsf(x), e = fast_exp2(-2.0f * kLog2E * size);
+      const float large = copysignf((1.0f - e) * fast_reciprocal(1.0f + e), x);  // loses digits where x is small
       return size < 0.05f ? fmaf(x * x * x, -0.33333333f, x) : large;
     } else if constexpr (sizeof(T) == 4) {
       return tanhf(x);

@@ -73,6 +73,14 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
 
 std::vector<int64_t> offsets_of(const Walk& walk, bool packed);
 
+inline void set_launch(CudaPlan::Pass& plan, const LaunchConfig& config) {
+  plan.grid[0] = config.grid.x;
+  plan.grid[1] = config.grid.y;
+  plan.grid[2] = config.grid.z;
+  plan.block = config.block;
+  plan.shared_bytes = config.shared_bytes;
+}
+
 // The cluster tier, in recurrent_cluster_cuda.cu. Appends to reasons where it does not take the layer.
 enum class PassKind { kForward, kBackward };
 CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,

@@ -340,6 +340,7 @@ struct LayerInputs {
     if (offsets.back() != walk.N) {
       fail(op, ": batch_sizes must sum to the rows of x, ", walk.N, ", got ", offsets.back());
     }
+    if (cuda) return;  // the rest is what the CPU kernels read
     sequence.resize(walk.B);
     std::iota(sequence.begin(), sequence.end(), 0);
     rows.resize(walk.N);

@@ -65,8 +65,15 @@ void with_cluster_kernel(PassKind pass, const ClusterShape& s, F&& f) {
   with_cluster_kernel<PassKind::kBackward>(s, f);
 }
 
+LaunchConfig config_of(PassKind pass, const ClusterShape& s, int64_t rows) {
+  LaunchConfig found;
+  with_cluster_kernel(pass, s, [&](auto, auto config) { found = config(rows, nullptr); });
+  return found;
+}
+
 // Clusters that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
 int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaDevice& device) {
+  if (device.described) return device.multiprocessors / s.cluster;
   static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int>, int64_t> known;
   const std::tuple key{s.kind.key(), pass, s.H, rows, device.multiprocessors};
   const auto found = known.find(key);
@@ -101,23 +108,27 @@ CudaPlan::Pass plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& a
     return plan;
   }
   // As few rows as keep every place for a cluster busy; more only if there are more sequences.
-  int64_t rows = 1, clusters = 0, at_once = 0, needed = 0;
+  int64_t rows = 0, clusters = 0, at_once = 0;
   for (int64_t more = 1; more <= kMostRows; more *= 2) {
-    with_cluster_kernel(pass, s, [&](auto, auto config) { needed = config(more, nullptr).shared_bytes; });
-    if (needed > device.shared_bytes) break;
+    const int64_t needed = config_of(pass, s, more).shared_bytes;
+    const bool fits = needed <= device.shared_bytes;
+    const int64_t now = fits ? resident(pass, s, more, device) : 0;
+    if (now < 1) {
+      if (rows > 0) break;
+      const std::string bytes = std::to_string(needed) + " bytes of shared memory";
+      why_not(fits ? "the device runs no cluster of " + std::to_string(s.cluster) + " blocks with " + bytes + " each"
+                   : "the weights of H = " + std::to_string(args.H) + " do not fit: a block would need " + bytes +
+                         ", of " + std::to_string(device.shared_bytes));
+      return plan;
+    }
     rows = more;
+    at_once = now;
     clusters = s.tiles(rows) * s.directions;
-    at_once = resident(pass, s, rows, device);
     if (clusters <= at_once) break;
-  }
-  if (at_once < 1) {
-    why_not("the weights of H = " + std::to_string(args.H) + " do not fit: a block would need " +
-            std::to_string(needed) + " bytes of shared memory, of " + std::to_string(device.shared_bytes));
-    return plan;
   }
   plan.cluster = s.cluster;
   plan.rows = static_cast<int>(rows);
-  plan.block = static_cast<int>(s.groups * kGroupThreads);
+  set_launch(plan, config_of(pass, s, rows));
   plan.workspace = persistent_workspace(s, pass, args, recompute);
   if (clusters > kWavesOfClusters * at_once) {
     why_not(std::to_string(clusters) + " clusters of " + std::to_string(plan.cluster) + " blocks, of which " +

@@ -981,7 +981,9 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
       break;
   }
   if (args.heads != 1) why_not("heads must be 1, got " + std::to_string(args.heads));
-  if (args.P != args.H) why_not("a projection must be absent, got one to " + std::to_string(args.P));
+  if (args.weights[0].w_hr != nullptr) {
+    why_not("a projection must be absent, got one to " + std::to_string(args.P));
+  }
   if (device.major < 8) {
     why_not("compute capability must be 8.0 or more, got " + std::to_string(device.major) + "." +
             std::to_string(device.minor));
@@ -1003,25 +1005,25 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
   plan.backward = persistent(PassKind::kBackward);
   if (!allows_tier(CudaTier::kSteps)) return plan;
   const StepShape s(kind, args);
+  const auto by_steps = [&](CudaPlan::Pass& pass, int64_t strips_of_product, const Space& space) {
+    pass.tier = CudaTier::kSteps;
+    pass.cluster = 1;
+    pass.rows = s.row_tiles * kTileRows;
+    pass.teams = 0;
+    pass.workspace = space.bytes();
+    set_launch(pass, s.config(s.B, static_cast<int>(strips_of_product), nullptr));
+  };
   if (plan.forward.tier == CudaTier::kNone) {
     Space space(nullptr);
     ForwardSpace of{};
     of.carve(space, s);
-    plan.forward.tier = CudaTier::kSteps;
-    plan.forward.cluster = 1;
-    plan.forward.teams = 0;
-    plan.forward.block = kStepThreads;
-    plan.forward.workspace = space.bytes();
+    by_steps(plan.forward, s.first, space);
   }
   if (plan.backward.tier == CudaTier::kNone) {
     Space space(nullptr);
     BackwardSpace of{};
     of.carve(space, s, args, recompute);
-    plan.backward.tier = CudaTier::kSteps;
-    plan.backward.cluster = 1;
-    plan.backward.teams = 0;
-    plan.backward.block = kStepThreads;
-    plan.backward.workspace = space.bytes();
+    by_steps(plan.backward, 1, space);
   }
   return plan;
 }

@@ -24,6 +24,8 @@ struct CudaDevice {
   int major, minor;  // compute capability
   int multiprocessors;
   int64_t shared_bytes;  // that a block may have
+  // As a user describes it: how many blocks run at once is then reckoned, one to a multiprocessor, and not asked.
+  bool described = false;
 };
 CudaDevice current_cuda_device();
 
@@ -48,9 +50,11 @@ bool set_allows_tf32(bool allow);
 struct CudaPlan {
   struct Pass {
     CudaTier tier;
-    int cluster, rows, block;          // blocks and sequences of a cluster or of a team's tile, threads of a block
-    int teams;                         // of a direction
-    int64_t workspace;                 // bytes
+    int cluster, rows, block;  // blocks and sequences of a cluster, a team's or a step's tile; threads of a block
+    int teams;                 // of a direction
+    int64_t grid[3];           // blocks of the walk, or of a step that all sequences have
+    int64_t shared_bytes;      // of a block
+    int64_t workspace;         // bytes
     std::vector<std::string> reasons;  // "<tier>: <why not>"
   } forward, backward;
 };

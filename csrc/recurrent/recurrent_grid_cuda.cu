@@ -122,6 +122,7 @@ void with_grid_kernel(const GridShape& s, F&& f) {
 
 // Blocks that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
 int64_t resident(const GridShape& s, const CudaDevice& device) {
+  if (device.described) return device.multiprocessors;
   static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int, int64_t, int>, int64_t> known;
   const std::tuple key{s.kind.key(), s.pass, s.pairs_of_block, s.shared_bytes, device.multiprocessors};
   const auto found = known.find(key);
@@ -164,7 +165,7 @@ CudaPlan::Pass plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args
   plan.cluster = static_cast<int>(s->team);
   plan.teams = static_cast<int>(s->teams);
   plan.rows = static_cast<int>(s->rows);
-  plan.block = kGridThreads;
+  set_launch(plan, s->config(nullptr));
   Space space(nullptr);
   space.take(persistent_workspace(*s, pass, args, recompute));
   GridSpace(space, *s);

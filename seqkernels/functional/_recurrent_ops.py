@@ -145,7 +145,12 @@ def follow_precision(x: Tensor, of: Any) -> None:
     A compiled graph keeps what was last followed.
     """
     if _SET_TF32 is not None and x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        _SET_TF32(of.fp32_precision == "tf32")
+        _SET_TF32(allows_tf32(of))
+
+
+def allows_tf32(of: Any) -> bool:
+    allowed: bool = of.fp32_precision == "tf32"
+    return allowed
 
 
 def layer(

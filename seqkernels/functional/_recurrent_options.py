@@ -169,6 +169,22 @@ def options_of(who: str, family: Family, given: dict[str, Any]) -> Options:
     return dataclasses.replace(family.plain, **given)
 
 
+# Said by the kind of a layer, or by a number.
+_IN_KIND = {"coupled_gates", "layer_norm", "reset_after", "num_heads"}
+
+
+def check_named(who: str, kind: str, names: Sequence[str]) -> None:
+    """Options by their names, of a layer of this kind."""
+    if isinstance(names, str):
+        raise TypeError(f"{who}: options must be a sequence of names, got {names!r}")
+    families = (LSTM, NESTED_LSTM, GRU, MGU, RNN_TANH, RNN_RELU)
+    family = next(f for f in families if kind in (f.kind, *(variant for *_, variant in f.variants)))
+    known = [*(name for name in family.takes if name not in _IN_KIND), "reset"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{who}: options of {kind} must be some of {', '.join(known)}, got {name!r}")
+
+
 def _check_number(
     who: str, name: str, value: Any, wanted: str, holds: Callable[[Any], bool], type_: type = numbers.Real
 ) -> None:
@@ -249,6 +265,21 @@ def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
 
 def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor) -> tuple[int, Tensor]:
     """B of a packed input, and [N] the sequence, by its place in the batch, that each row belongs to."""
-    first = batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
-    of_row = torch.arange(x.shape[0]) - first.repeat_interleave(batch_sizes, output_size=x.shape[0])
-    return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row.to(x.device)
+    N, first = x.shape[0], batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
+    if x.is_cuda and not torch.compiler.is_compiling():
+        of_row = places_in_steps(first, batch_sizes, N, x.device)
+    else:
+        of_row = torch.arange(N) - first.repeat_interleave(batch_sizes, output_size=N)
+        of_row = of_row.to(x.device)
+    return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row
+
+
+def places_in_steps(first: Tensor, batch_sizes: Tensor, N: int, device: torch.device) -> Tensor:
+    """[N] how far behind the first row of its step each row is, on the device. The numbers of the steps go there as
+    arguments of kernels, of some hundred steps each, and not by a copy from the host, which would be waited for and has
+    no place in a CUDA graph.
+    """
+    rows = torch.arange(N, device=device)
+    if N:
+        torch._foreach_sub_(rows.split(batch_sizes.tolist()), first.tolist())
+    return rows

@@ -205,7 +205,7 @@ def varlen_attention(
 
 
 def _check_tensors(who: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    backends.require_attention(who, query)
+    backends.require_attention(who, query.device, query.dtype, query.shape)
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype:
             raise TypeError(f"{who}: {name} must be of query's dtype {query.dtype}, got {t.dtype}")

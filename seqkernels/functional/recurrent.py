@@ -42,7 +42,9 @@ bias_ih and bias_hh [{rows}] unless there are no biases{more_weights}. {gates}Gr
         hx: {hx}; zeros if absent. Gradient: yes.
         batch_sizes: [T] int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
         lengths: [B] integers in [0, T], in any order, on any device: the real steps of each row of a padded input. What
-            lies beyond them is never read.
+            lies beyond them is never read. Where lengths and input are on a CUDA device nobody looks at them: outside
+            [0, T] they count as the nearest within. Those on the host are checked and copied there, without waiting for
+            the device; a CUDA graph must be given them on the device.
         dropout: probability of zeroing an element of the output of each layer but the last, while training.
         reset: bool, [T, B] ([B, T] with batch_first) or [N] with batch_sizes: where it is True the states are zero
             before that step, so that a new sequence starts there; in the reverse direction it ends there. No gradient
@@ -201,12 +203,15 @@ def stack(
         hx = None if hx is None else [_autocast(s, dtype) for s in hx]
     if lengths is not None:
         lengths = _check_lengths(kind, lengths, x)
+    each, directions = len(weights) // num_layers, 2 if bidirectional else 1
+    if x.is_cuda:
+        projected = (each // directions - options.peephole) % 2 == 1  # weight_hr: those beside it come in pairs
+        backend.require_layer(kind.name, x, kind.name, options.num_heads, projected)
     plain = options.plain and reset is None
     none = (None,) * len(kind.states)
     if num_layers == 1 and plain:
         y, *states = layer(kind, x, none if hx is None else hx, weights, batch_sizes, lengths, bidirectional)
         return y, tuple(states), ()
-    each, directions = len(weights) // num_layers, 2 if bidirectional else 1
     packed = None
     if batch_sizes is not None and training and options.variational_dropout:
         packed = sequences_of(x, hx, batch_sizes)
@@ -351,15 +356,20 @@ def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], x: Tensor) -> Te
         raise TypeError(f"{kind.name}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"{kind.name}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
-    lengths = lengths.to(x.device if x.is_cuda else "cpu", torch.int64)
-    if x.is_cuda:  # nobody waits for the device: kernels take what lies outside [0, T] as the nearest within
-        return lengths
+    if not x.is_cuda:
+        lengths = lengths.cpu()
+    elif lengths.is_cuda:  # nobody waits for the device: kernels take what lies outside [0, T] as the nearest within
+        return lengths.to(x.device, torch.int64)
+    lengths = lengths.to(torch.int64)
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
     if B and not traced:  # else the op looks at its values
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"{kind.name}: lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")
-    return lengths
+    if not x.is_cuda:
+        return lengths
+    # Nobody waits for a copy from pinned memory either.
+    return lengths.to(x.device) if traced else lengths.pin_memory().to(x.device, non_blocking=True)
 
 
 def check_reset(who: str, reset: Any, input: Tensor) -> None:

@@ -133,6 +133,8 @@ def as_layer(
 ) -> Any:
     """`step`, by the layer's ops, and with the options of a layer."""
     check(who, kind, input, states0, weights, options)
+    if input.is_cuda:
+        backend.require_layer(who, input, kind.name, options.num_heads, projected=False)
     if torch.is_autocast_enabled(input.device.type):
         input, states0, weights = _autocast(input, states0, weights)
     x, before = _lift(input, input.dim()), [_lift(s, input.dim()) for s in states0]

@@ -448,9 +448,6 @@ SK_ALWAYS void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
   emulation::check_peer(b.get());
   emulation::mbarrier_arrive(b.at(i, 1, b.kName), 0);
 }
-SK_ALWAYS bool mbarrier_test(Shared<MBarrier> b, int64_t i, int parity) {
-  return emulation::mbarrier_test(b.at(i, 1, b.kName), parity);
-}
 SK_ALWAYS void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
   emulation::mbarrier_wait(b.at(i, 1, b.kName), parity);
 }
@@ -546,8 +543,8 @@ template <class T>
 SK_ALWAYS Vec<float, 2> unpack_pair(uint32_t pair) {
   return {{widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)})}};
 }
-SK_ALWAYS float fast_exp(float x) { return expf(x); }
-SK_ALWAYS float fast_divide(float x, float y) { return x / y; }
+SK_ALWAYS float fast_exp2(float x) { return exp2f(x); }
+SK_ALWAYS float fast_reciprocal(float x) { return 1.0f / x; }
 SK_ALWAYS float fast_tanh(float x) { return tanhf(x); }
 
 }  // namespace device
@@ -574,7 +571,8 @@ int64_t resident_blocks(void (*)(Parameters...), const LaunchConfig& config) {
 }
 template <class... Parameters>
 int64_t resident_clusters(void (*)(Parameters...), const LaunchConfig& config) {
-  return emulation::resident_blocks(config) / config.cluster;
+  return config.cluster > emulation::settings()["cluster_blocks"] ? 0
+                                                                  : emulation::resident_blocks(config) / config.cluster;
 }
 inline void fill_bytes(void* device_memory, int byte, int64_t bytes, void* /*stream*/) {
   memset(device_memory, byte, bytes);

@@ -451,9 +451,10 @@ std::map<const char*, std::pair<int64_t, std::string>>& known_arrays() {
 std::map<std::string, int64_t>& settings() {
   static std::map<std::string, int64_t> all = [] {
     std::map<std::string, int64_t> defaults = {
-        {"races", 0},           {"unwritten", 0}, {"backward", 0},        {"seed", 0},
-        {"major", 9},           {"minor", 0},     {"multiprocessors", 8}, {"shared_bytes", 227 * 1024},
-        {"l2_bytes", 50 << 20}, {"launches", 0},  {"threads", 0},         {"switches", 0}};
+        {"races", 0},           {"unwritten", 0},       {"backward", 0},        {"seed", 0},
+        {"major", 9},           {"minor", 0},           {"multiprocessors", 8}, {"shared_bytes", 227 * 1024},
+        {"l2_bytes", 50 << 20}, {"cluster_blocks", 16}, {"launches", 0},        {"threads", 0},
+        {"switches", 0}};
     std::istringstream words(std::getenv("SEQKERNELS_EMULATION") ? std::getenv("SEQKERNELS_EMULATION") : "");
     for (std::string word; std::getline(words, word, ',');) {
       const size_t equals = word.find('=');
@@ -483,8 +484,8 @@ void check_config(const LaunchConfig& c) {
   require(c.block >= 1 && c.block <= 1024, "a block has 1 to 1024 threads");
   require(c.shared_bytes >= 0 && c.shared_bytes <= settings()["shared_bytes"],
           "a block has at most " + std::to_string(settings()["shared_bytes"]) + " bytes of shared memory");
-  require(c.cluster >= 1 && c.cluster <= 16 && c.grid.x % c.cluster == 0,
-          "a cluster has 1 to 16 blocks and divides the grid");
+  require(c.cluster >= 1 && c.cluster <= settings()["cluster_blocks"] && c.grid.x % c.cluster == 0,
+          "a cluster has 1 to " + std::to_string(settings()["cluster_blocks"]) + " blocks and divides the grid");
   require(c.cluster == 1 || settings()["major"] >= 9, "clusters need compute capability 9.0");
   require(
       !c.cooperative || blocks <= resident_blocks(c),
@@ -941,11 +942,6 @@ void mbarrier_arrive(const void* address, int64_t expect_bytes) {
   barrier.bytes += expect_bytes;
   --barrier.pending;
   finish_phase(barrier);
-}
-
-bool mbarrier_test(const void* address, int parity) {
-  yield("an mbarrier");
-  return phase_over(shared_barrier(address, SK_PLACE), parity);
 }
 
 void mbarrier_wait(const void* address, int parity) {

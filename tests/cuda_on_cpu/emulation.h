@@ -35,7 +35,7 @@ extern Thread* current;
 extern bool watching;  // whether accesses must be noted
 
 // Numbers by name: races, unwritten, backward, seed; of the device: major, minor, multiprocessors, shared_bytes,
-// l2_bytes; counted: launches, threads, switches.
+// l2_bytes, cluster_blocks (of the largest cluster); counted: launches, threads, switches.
 std::map<std::string, int64_t>& settings();
 
 #define SK_ENTRY __attribute__((noinline))
@@ -110,7 +110,6 @@ SK_ENTRY void copy_async_wait(int pending);
 // ---- barriers in shared memory ----
 SK_ENTRY void mbarrier_init(const void* barrier, int arrivals);
 SK_ENTRY void mbarrier_arrive(const void* barrier, int64_t expect_bytes);
-SK_ENTRY bool mbarrier_test(const void* barrier, int parity);
 SK_ENTRY void mbarrier_wait(const void* barrier, int parity);
 // The bytes arrive when somebody looks at the barrier: now where a thread waits there already. `from` is read then
 // (a copy), or null: they are in `value` (a store of at most 16).
