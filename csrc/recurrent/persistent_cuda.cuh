@@ -396,7 +396,8 @@ struct ForwardUnit : Unit<Cell> {
     for (int gate = 0; gate < kGates; ++gate) {
       const float x = ring[at_stage + gate * kThreads];
       of_x[gate] = x;
-      of_h[gate] = (anew ? 0.0f : product[gate]) + bias[gate];
+      of_h[gate] = anew ? 0.0f : product[gate];
+      if (Cell::kSeparate) of_h[gate] += bias[gate];
     }
     if (anew) c = h = 0.0f;
     h = zoned_h<S>(e, h, Cell::forward(of_x, of_h, e, h, c, saved));
