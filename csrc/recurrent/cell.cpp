@@ -43,7 +43,7 @@ struct Step {
   int32_t dtype;
   bool batched;
   int64_t B, D, H;
-  Tensor copies[8];  // of what was not contiguous
+  Tensor copies[12];  // of what was not contiguous: all that an LSTM's backward is given
   int copied = 0;
   static constexpr int64_t kFew = 64;
   int64_t few[2][kFew];
