@@ -205,6 +205,75 @@ def test_explain_names_the_kernels_of_this_device() -> None:
             assert here[walk]["tier"] == reckoned[walk]["tier"], (here[walk], reckoned[walk])
 
 
+CELLS = pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+
+
+@DTYPES
+@CELLS
+@pytest.mark.parametrize("size", [(1, 32, 32), (70, 100, 257), (512, 512, 1024)], ids=str)
+def test_cells(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    B, D, H = size
+    ours = getattr(seqkernels.nn, name)(D, H).to("cuda", dtype)
+    theirs = getattr(nn, name)(D, H).to("cuda", torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    states = 2 if name == "LSTMCell" else 1
+    drawn = [torch.randn(B, width).to("cuda", dtype) for width in (D, *[H] * states)]
+    upstream = [torch.randn(B, H).to("cuda", dtype) for _ in range(states)]
+    runs = []
+    for cell, kind in ((ours, dtype), (theirs, torch.float64)):
+        x, *before = leaves = [t.to(kind).requires_grad_() for t in drawn]
+        after = cell(x, tuple(before) if states > 1 else before[0])
+        after = after if states > 1 else (after,)
+        gradients = torch.autograd.grad(after, [*leaves, *cell.parameters()], [g.to(kind) for g in upstream])
+        runs.append((after, gradients))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        close(a, b, dtype, "state")
+    for i, (a, b) in enumerate(zip(runs[0][1], runs[1][1], strict=True)):
+        close(a, b, dtype, f"gradient {i}", 4 if dtype.itemsize == 2 else 2)
+
+
+@CELLS
+def test_cells_wait_for_nothing_and_a_graph_captures(name: str) -> None:
+    cell = getattr(seqkernels.nn, name)(64, 100).to("cuda", torch.bfloat16)
+    x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    wanted = [x, *cell.parameters()]
+
+    def run() -> list[Tensor]:
+        state = cell(x, cell(x))
+        h = state if isinstance(state, Tensor) else state[0]
+        return [h, *torch.autograd.grad(h.sum(), wanted)]
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    for a, b in zip(captured, run()):
+        assert torch.equal(a, b)
+
+
+@CELLS
+def test_a_step_of_a_cell_is_the_layers(name: str) -> None:
+    """Of one step: where torch traces or transforms, a cell is that."""
+    cell = getattr(seqkernels.nn, name)(64, 100).to("cuda", torch.bfloat16)
+    x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
+    plain, compiled = cell(x), torch.compile(cell, fullgraph=True)(x)
+    for a, b in zip(*((s,) if isinstance(s, Tensor) else s for s in (plain, compiled)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_tf32_follows_the_setting_of_cudnn() -> None:
     layer = seqkernels.nn.LSTM(256, 256).cuda()
     x = torch.randn(30, 16, 256, device="cuda")
@@ -215,6 +284,12 @@ def test_tf32_follows_the_setting_of_cudnn() -> None:
     for precision in ("ieee", "tf32"):
         torch.backends.cudnn.rnn.fp32_precision = precision
         errors[precision] = (layer(x)[0].double() - wide).abs().max().item()
+    assert errors["ieee"] < 1e-5 < errors["tf32"] < 5e-3
+    cell, wide_cell = (seqkernels.nn.LSTMCell(256, 256).cuda().to(dtype) for dtype in (torch.float32, torch.float64))
+    wide_cell.load_state_dict(cell.state_dict())
+    for precision in ("ieee", "tf32"):
+        torch.backends.cudnn.rnn.fp32_precision = precision
+        errors[precision] = (cell(x[0])[0].double() - wide_cell(x[0].double())[0]).abs().max().item()
     assert errors["ieee"] < 1e-5 < errors["tf32"] < 5e-3
 
 

@@ -838,6 +838,17 @@ def test_ops(cell: Cell) -> None:
 
 
 @each
+def test_ops_take_every_argument_in_other_strides(cell: Cell) -> None:
+    name = FUNCTIONS[cell]
+    forward, backward = (getattr(ops, name + end) for end in ("_forward", "_backward"))
+    inputs = torch.randn(3, 5), *states_of(cell.hx(3, 7)), *(p.detach() for p in cell.pair(5, 7)[0].parameters())
+    kept = forward(*inputs)
+    arguments = *upstream_of(kept[: cell.states]), *inputs, *kept
+    found, wanted = (backward(*map(form, arguments), True, True, True) for form in (spread, torch.clone))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@each
 def test_ops_check_what_could_read_outside_memory(cell: Cell) -> None:
     name, G = FUNCTIONS[cell], cell.gates * 7
     infer, forward, backward = (

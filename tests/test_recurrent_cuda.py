@@ -21,6 +21,7 @@ import pytest
 import torch
 from cases import TOLERANCE, ragged
 from on_cuda import ONLY_EMULATED, PLACES, OnCuda
+from test_recurrent import spread
 from torch import Tensor
 
 import seqkernels
@@ -529,7 +530,7 @@ def test_tiers_that_are_switched_off() -> None:
     ):
         ops().lstm(*of.flat(False))
     built = seqkernels._C if PLACE == "cuda" else module()
-    with pytest.raises(ValueError, match="names must name some of cluster, grid and steps, got 'gird'"):
+    with pytest.raises(ValueError, match="names must name some of cell, cluster, grid and steps, got 'gird'"):
         built.set_cuda_tiers(["gird"])
 
 
@@ -659,7 +660,8 @@ def test_tf32(layer: Layer) -> None:
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("grid", 4), ("grid", 4), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
-        (dict(dtype="float16", B=16, T=1, D=64, H=64), ("steps", 1), ("steps", 1), "one step"),
+        (dict(dtype="float16", B=16, T=1, D=64, H=64), ("cell", 1), ("cell", 1), None),
+        (dict(dtype="float64", B=16, T=1, D=64, H=64, kind="mgu_before"), ("cell", 1), ("cell", 1), None),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu"), ("cluster", 2), ("cluster", 2), None),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu_before"), ("cluster", 2), ("cluster", 2), None),
         (
@@ -911,27 +913,170 @@ def test_tiles_leave_no_trace(dtype: torch.dtype) -> None:
         check_layer(layer)
 
 
+# One step alone.
+STEPS = [
+    Layer(B=2, T=1, D=9, H=3, why="fewer units than a strip has"),
+    Layer(B=1, T=1, D=1, H=33, why="one column"),
+    Layer(B=1, T=1, D=35, H=33, why="one sequence"),
+    Layer(B=5, T=1, D=67, H=71, why="several tiles of the products"),
+    Layer(B=70, T=1, D=7, H=19, why="two tiles of sequences"),
+    Layer(B=5, T=1, D=9, bias=False, why="no bias"),
+    Layer(B=5, T=1, D=9, state=False, why="from zeros"),
+    Layer(B=5, T=1, D=9, bias=False, state=False, why="from nothing"),
+]
+
+
+def beside(t: Tensor) -> Tensor:
+    """The same values, in rows further apart."""
+    return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("layer", STEPS, ids=str)
 @pytest.mark.parametrize("kind", PLAIN)
-def test_cells(kind: str, dtype: torch.dtype) -> None:
-    """One step of a cell is a layer of one step."""
-    layer = Layer(kind=kind, B=5, T=1, D=6, H=16, dtype=dtype)
+def test_cells(kind: str, layer: Layer, dtype: torch.dtype) -> None:
+    """The ops of cells, against the definition and a layer of one step."""
+    layer = dataclasses.replace(layer, kind=kind, dtype=dtype)
     of = inputs_of(layer)
     outputs, upstream, gradients = expected(layer, of)
     states = len(of.states)
-    x, states0 = of.x[0], [s[0] for s in of.states if s is not None]
-    *found, saved = getattr(ops(), kind + "_cell_forward")(x, *states0, *of.weights)
-    inferred = getattr(ops(), kind + "_cell")(x, *states0, *of.weights)
-    for name, now, again, wanted in zip(("h", "c"), found, [inferred] if states == 1 else inferred, outputs[1:]):
-        check(now, wanted[0], dtype, name, TOLERANCE[dtype])
-        assert torch.equal(now, again)
+    cell = [getattr(ops(), f"{kind}_cell{end}") for end in ("", "_forward", "_backward")]
+    inputs = [of.x[0], *(None if s is None else s[0] for s in of.states), *of.weights]
+    inputs += [None] * (3 + states + 2 - len(inputs))
     # In a layer of one step y is h as well, and cells is c.
     into = [upstream[i][0] + upstream[i + 1][0] for i in range(0, 2 * states, 2)]
-    dx, *rest = getattr(ops(), kind + "_cell_backward")(
-        *into, x, *states0, *of.weights, *found, saved, True, True, True
-    )
-    wanted_dx, *wanted = gradients
+    runs = []
+    for form in (lambda t: t, spread, beside):
+        given = [None if t is None else form(t) for t in inputs]
+        *found, saved = cell[1](*given)
+        inferred = cell[0](*given)
+        for now, again in zip(found, [inferred] if states == 1 else inferred, strict=True):
+            assert torch.equal(now, again)
+        dx, *rest = cell[2](*map(form, into), *given, *found, saved, True, True, True)
+        runs.append([*found, dx, *rest])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True) if a is not None), "strides matter"
+    for name, now, wanted in zip(("h", "c"), found, outputs[1:]):
+        check(now, wanted[0], dtype, name, TOLERANCE[dtype])
     tolerance = TOLERANCE[dtype] * (2 if dtype.itemsize == 2 else 1)
-    check(dx, wanted_dx[0], dtype, "dx", tolerance)
-    for i, (one, other) in enumerate(zip(rest, wanted)):
-        check(one, other[0] if i < states else other, dtype, f"gradient {i}", tolerance)
+    given_states = states * layer.state
+    assert all(g is None for g in rest[given_states:states]) and len(rest) == states + 3 + (kind == "gru")
+    rest = [*rest[:given_states], *(g for g in rest[states:] if g is not None)]
+    wanted = [g[0] if i <= given_states else g for i, g in enumerate(gradients)]
+    assert len(rest) + 1 == len(wanted) - (layer.bias and kind != "gru")  # whose two biases have one gradient
+    for i, (one, other) in enumerate(zip([dx, *rest], wanted)):
+        check(one, other, dtype, f"gradient {i}", tolerance)
+
+    kept = forward(layer, of)
+    h_n, *c_n = kept[1 : 1 + states]
+    of_layer = backward(layer, of, kept, [None, *(g.unsqueeze(0) for g in into)])
+    of_layer = [g for g in of_layer if g is not None and g.shape != (0,)]
+    for i, (one, other) in enumerate(zip([*found, dx, *rest], [h_n, *c_n, *of_layer])):
+        assert torch.equal(one, other.view(one.shape)), f"{i}: a layer of one step gives something else"
+
+
+@pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize("kind", PLAIN)
+def test_cells_give_what_is_asked_for(kind: str, need: tuple[bool, ...]) -> None:
+    of = inputs_of(Layer(kind=kind, T=1))
+    inputs = [of.x[0], *(s[0] for s in of.states if s is not None), *of.weights]
+    kept = getattr(ops(), kind + "_cell_forward")(*inputs)
+    into = [torch.ones_like(t) for t in kept[:-1]]
+    run = getattr(ops(), kind + "_cell_backward")
+    every = run(*into, *inputs, *kept, True, True, True)
+    some = run(*into, *inputs, *kept, *need)
+    asked = [need[0], *[need[1]] * len(into), *[need[2]] * (len(every) - 1 - len(into))]
+    for found, wanted, wants in zip(some, every, asked, strict=True):
+        assert torch.equal(found, wanted) if wants else found is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("layer", STEPS, ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in GATES if kind not in PLAIN])
+def test_one_step(kind: str, layer: Layer, dtype: torch.dtype) -> None:
+    """A layer of one step does what a cell does: here those whose cells have no ops."""
+    with tiers("cell"):
+        check_layer(dataclasses.replace(layer, kind=kind, dtype=dtype))
+
+
+STEP_OPTIONS = [("peephole",), *OPTIONS[1:-1], ("peephole", *OPTIONS[-1][1:])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("options", STEP_OPTIONS, ids="-".join)
+@pytest.mark.parametrize("kind", GATES)
+def test_options_of_one_step(kind: str, options: tuple[str, ...], dtype: torch.dtype) -> None:
+    layer = Layer(kind=kind, B=5, T=1, D=9, dtype=dtype, options=options_of(kind, options))
+    with tiers("cell"):
+        check_layer(layer)
+        check_layer(dataclasses.replace(layer, bias=False, state=False))
+        check_layer(dataclasses.replace(layer, form="packed", bidirectional=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "rnn_relu"])  # whose slope jumps
+def test_options_of_one_step_in_half_types(kind: str, dtype: torch.dtype) -> None:
+    options = options_of(kind, ("peephole", "zoneout_masks", "dropout", "variational"))
+    with tiers("cell"):
+        check_layer(Layer(kind=kind, B=5, T=1, D=9, dtype=dtype, options=options))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_one_step_in_tf32(kind: str) -> None:
+    built = seqkernels._C if PLACE == "cuda" else module()
+    layer = Layer(kind=kind, B=5, T=1, D=67, H=71, state=True)
+    of = inputs_of(layer)
+    exact = everything(layer, of)
+    before = built.set_tf32(True)
+    try:
+        with tiers("cell"):
+            check_layer(layer, tolerance=4e-3)
+            assert not any(torch.equal(a, b) for a, b in zip(exact, everything(layer, of), strict=True) if a.dim() > 1)
+    finally:
+        built.set_tf32(before)
+
+
+@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}], ids=str)
+@pytest.mark.parametrize("kind", ["lstm_coupled", "gru", "mgu_before"])
+@ONLY_EMULATED
+def test_one_step_in_any_order(kind: str, mode: dict[str, int]) -> None:
+    options = options_of(kind, STEP_OPTIONS[-1])
+    with machine(**mode), tiers("cell"):
+        check_layer(Layer(kind=kind, B=17, T=1, D=9, options=options, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "launches"),
+    [("lstm", (3, 6)), ("lstm_coupled", (3, 6)), ("rnn_tanh", (3, 6)), ("gru", (3, 8)), ("mgu", (3, 8)),
+     ("gru_before", (5, 10)), ("mgu_before", (5, 10))],
+)  # fmt: skip
+@ONLY_EMULATED
+def test_launches_of_one_step(kind: str, launches: tuple[int, int]) -> None:
+    """Two products and the cell; back, the cell and four products, and sums of the biases."""
+    layer = Layer(kind=kind, B=70, T=1, D=9)
+    of = inputs_of(layer)
+    library = cuda_on_cpu.load("_emulated")
+    start = cuda_on_cpu.counted(library, "launches")
+    kept = forward(layer, of)
+    middle = cuda_on_cpu.counted(library, "launches")
+    backward(layer, of, kept, [torch.ones_like(t) for t in kept[: 1 + len(of.states)]])
+    assert (middle - start, cuda_on_cpu.counted(library, "launches") - middle) == launches
+
+
+@pytest.mark.parametrize(("form", "options"), [("lengths", ()), ("dense", ("reset",))])
+def test_steps_that_other_kernels_take(form: str, options: tuple[str, ...]) -> None:
+    layer = Layer(T=1, form=form, options=options)
+    with tiers("cell"), pytest.raises(RuntimeError, match=f"cell: {(*options, form)[0]} must be absent"):
+        forward(layer, inputs_of(layer))
+    check_layer(layer)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru_before"])
+def test_one_step_made_again(kind: str) -> None:
+    layer = Layer(kind=kind, T=1, dtype=torch.float64)
+    check_layer(layer, recompute=True)
+    of = inputs_of(layer)
+    with tiers("cell"):
+        kept = forward(layer, of, recompute=True)
+        with pytest.raises(RuntimeError, match="cell: what backward needs must have been saved"):
+            backward(layer, of, kept, [torch.ones_like(t) for t in kept[: 1 + len(of.states)]])

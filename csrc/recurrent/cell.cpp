@@ -1,4 +1,4 @@
-// One step of a plain cell: the layer's kernels with T = 1, behind ops that do little else.
+// One step of a plain cell: the layer's kernels with T = 1, on a CPU or a GPU, behind ops that do little else.
 //
 // At B = 1 and H = 32 a step computes for a microsecond, so that what an op call costs is what a step costs: no lists,
 // no options, no tensor that only a sequence has. x is [B, D], states are [B, H]; or [D] and [H], one sequence.
@@ -24,26 +24,27 @@ using Maybe = const std::optional<Tensor>&;
 
 constexpr bool kPlain = false;  // without options
 
-// A new tensor [rows, columns], or [columns] where rows is below 0. Half the time of new_empty, which looks its op up
-// by name.
-Tensor make(int32_t dtype, int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  const int skip = rows < 0;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2 - skip, sizes + skip, strides + skip, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+// Where a tensor lies.
+struct Place {
+  int32_t device, index;
+  explicit Place(AtenTensorHandle t) {
+    aoti_torch_get_device_type(t, &device);
+    aoti_torch_get_device_index(t, &index);
+  }
+  bool operator!=(const Place& other) const { return device != other.device || index != other.index; }
+};
 
 // The inputs of a step, checked without touching the heap.
 struct Step {
   const char* const kind;
   const char* const suffix;
   const CellShape cell;
+  const Tensor& x;
+  const Place place;
   int32_t dtype;
   bool batched;
   int64_t B, D, H;
-  Tensor copies[8];  // of what was not contiguous
+  Tensor copies[12];  // of what was not contiguous: all that an LSTM's backward is given
   int copied = 0;
   static constexpr int64_t kFew = 64;
   int64_t few[2][kFew];
@@ -55,7 +56,7 @@ struct Step {
   [[noreturn]] void wrong(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
     const Shape wanted = rows < 0 ? Shape{columns} : Shape{rows, columns};
     const std::string op = std::string(kind) + suffix;
-    check_cpu(op, name, t);
+    check_device(op, name, t, x);
     if (t.dim() == int64_t(wanted.size())) check_shape(op, name, t, wanted);
     int32_t got;
     aoti_torch_get_dtype(t.get(), &got);
@@ -67,14 +68,13 @@ struct Step {
   const void* take(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
     const int64_t* sizes;
     int64_t dim;
-    int32_t type, device;
+    int32_t type;
     AtenTensorHandle h = t.get();
     aoti_torch_get_dim(h, &dim);
     aoti_torch_get_sizes(h, const_cast<int64_t**>(&sizes));
     aoti_torch_get_dtype(h, &type);
-    aoti_torch_get_device_type(h, &device);
     const bool flat = rows < 0;
-    if (type != dtype || device != aoti_torch_device_type_cpu() || dim != 2 - flat || sizes[dim - 1] != columns ||
+    if (type != dtype || Place(h) != place || dim != 2 - flat || sizes[dim - 1] != columns ||
         (!flat && sizes[0] != rows)) {
       wrong(name, t, rows, columns);
     }
@@ -88,9 +88,8 @@ struct Step {
 
   Step(CellKind of, const char* suffix, const Tensor& x, const std::array<const std::optional<Tensor>*, 2>& states0,
        const Tensor& w_ih, const Tensor& w_hh, Maybe b_ih, Maybe b_hh, RecurrentArgs& args)
-      : kind(shape_of(of).name), suffix(suffix), cell(shape_of(of)) {
-    AtenTensorHandle h = x.get();
-    aoti_torch_get_dtype(h, &dtype);
+      : kind(shape_of(of).name), suffix(suffix), cell(shape_of(of)), x(x), place(x.get()) {
+    aoti_torch_get_dtype(x.get(), &dtype);
     const int64_t dim = x.dim();
     batched = dim == 2;
     if (dim != 1 && dim != 2) fail(kind, suffix, ": x must have shape [B, D] or [D], got ", show(shape_of(x)));
@@ -153,6 +152,17 @@ struct Step {
 
   int64_t rows() const { return batched ? B : -1; }
 
+  // A new tensor [rows, columns], or [columns] where rows is below 0. Half the time of new_empty, which looks its op up
+  // by name.
+  Tensor make(int64_t rows, int64_t columns) const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+    const int skip = rows < 0;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(2 - skip, sizes + skip, strides + skip, dtype, place.device, place.index, &handle));
+    return Tensor(handle);
+  }
+
   void run(CellKind of, const ForwardArgs& args) const {
     if (on_cuda != nullptr) return run_on_cuda(std::string(kind) + suffix, of, args, layout, *on_cuda);
     kernels(of, kPlain).forward(args);
@@ -176,7 +186,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
                       const Tensor& w_hh, Maybe b_ih, Maybe b_hh) {
     ForwardArgs args{};
     Step step(kKind, "_cell", x, {&states0...}, w_ih, w_hh, b_ih, b_hh, args);
-    States states{Repeat<Tensor, I>(make(step.dtype, step.rows(), step.H))...};
+    States states{Repeat<Tensor, I>(step.make(step.rows(), step.H))...};
     args.y = std::get<0>(states).mutable_data_ptr();
     if constexpr (kStates > 1) args.cells = std::get<1>(states).mutable_data_ptr();
     step.run(kKind, args);
@@ -187,7 +197,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
                       const Tensor& w_hh, Maybe b_ih, Maybe b_hh) {
     ForwardArgs args{};
     Step step(kKind, "_cell_forward", x, {&states0...}, w_ih, w_hh, b_ih, b_hh, args);
-    Kept kept{Repeat<Tensor, I>(make(step.dtype, step.rows(), step.H))..., make(step.dtype, step.B, args.saved_width)};
+    Kept kept{Repeat<Tensor, I>(step.make(step.rows(), step.H))..., step.make(step.B, args.saved_width)};
     args.y = std::get<0>(kept).mutable_data_ptr();
     if constexpr (kStates > 1) args.cells = std::get<1>(kept).mutable_data_ptr();
     args.saved = std::get<kStates>(kept).mutable_data_ptr();
@@ -215,7 +225,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     args.weights_wanted = need_dw;
     const auto give = [&](bool wanted, int64_t n, int64_t columns, void*& to) {
       if (!wanted) return Tensor();
-      Tensor t = make(step.dtype, n, columns);
+      Tensor t = step.make(n, columns);
       to = t.mutable_data_ptr();
       return t;
     };
@@ -246,13 +256,18 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl((name + "_backward").c_str(), TORCH_BOX(&Ops::backward));
 }
 
-}  // namespace
-
-SEQKERNELS_OPS_ON(CPU, m) {
+void implement_all(torch::stable::detail::StableLibrary& m) {
   implement<CellKind::kLSTM>(m);
   implement<CellKind::kGRU>(m);
   implement<CellKind::kRNNTanh>(m);
   implement<CellKind::kRNNRelu>(m);
 }
+
+}  // namespace
+
+SEQKERNELS_OPS_ON(CPU, m) { implement_all(m); }
+#if defined(SEQKERNELS_HAVE_CUDA)
+SEQKERNELS_OPS_ON(CUDA, m) { implement_all(m); }
+#endif
 
 }  // namespace seqkernels

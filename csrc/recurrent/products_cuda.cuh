@@ -196,11 +196,12 @@ reduce_kernel(const SK_GRID_CONSTANT ReduceArgs args) {
   }
 }
 
-// Sums of columns over chunks of rows: to[chunk][column], of storage or compute type.
+// Sums of columns of storage or compute type over chunks of rows.
 struct ColumnsArgs {
   const void* from;  // [rows, columns]
   int64_t rows, columns, chunk;
-  void* to;  // [chunks, columns]
+  void* partial;  // [chunks, columns] of the compute type; null where one chunk is all, and then
+  void* sums[2];  // [columns], narrowed, or null
 };
 constexpr int kColumns = 32;  // a block's; its warps take every eighth row of the chunk
 
@@ -227,7 +228,13 @@ columns_kernel(const SK_GRID_CONSTANT ColumnsArgs args) {
       const T value = partial[w * kWarp + lane_index()];
       total += value;
     }
-    global<T>(args.to, grid_blocks_y() * args.columns)[chunk * args.columns + column] = total;
+    if (args.partial != nullptr) {
+      global<T>(args.partial, grid_blocks_y() * args.columns)[chunk * args.columns + column] = total;
+    }
+    SK_UNROLL
+    for (void* to : args.sums) {
+      if (to != nullptr) global<S>(to, args.columns)[column] = narrow<S>(total);
+    }
   }
 }
 

@@ -1,5 +1,6 @@
-// Launchers of recurrent layers on a GPU: the products outside the time loop, and one launch a step.
+// Launchers of recurrent layers on a GPU: the products outside the time loop, one launch a step, and one step alone.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -165,7 +166,7 @@ clear_kernel(const SK_GRID_CONSTANT ClearArgs args) {
   }
 }
 
-// The h that each row's products saw: the states before, under their mask.
+// The h that each row's products saw: the states before, under their mask. Grid: rows and their units x directions.
 struct FedArgs {
   LayerArgs layer;
   void* to;  // [directions, rows, H]
@@ -174,15 +175,15 @@ template <class S>
 SK_KERNEL(kPlainThreads)
 fed_kernel(const SK_GRID_CONSTANT FedArgs args) {
   const LayerArgs& layer = args.layer;
-  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
-  const int64_t size = layer.directions * layer.rows * layer.H;
+  const int d = static_cast<int>(block_index_y());
+  const int64_t size = layer.rows * layer.H;
+  const Global<S> to = global<S>(args.to, layer.directions * size) + d * size;
   for (int64_t i = grid_thread_index(); i < size; i += grid_threads()) {
-    const int64_t unit = i % layer.H, row = i / layer.H % layer.rows, d = i / layer.H / layer.rows;
-    const Link link = links[d * (layer.rows + layer.B) + row];
-    const Site<S> site{layer, static_cast<int>(d), row, unit, link};
+    const int64_t row = i / layer.H;
+    const Site<S> site{layer, d, row, i % layer.H, link_of(layer, d, row)};
     Compute<S> h = Compute<S>(0);
-    if (link.prev != kNobody) h = site.before(layer.y, layer.h0) * site.state_at(layer.variational);
-    global<S>(args.to, size)[i] = narrow<S>(h);
+    if (site.link.prev != kNobody) h = site.before(layer.y, layer.h0) * site.state_at(layer.variational);
+    to[i] = narrow<S>(h);
   }
 }
 
@@ -224,6 +225,36 @@ Matrix plain_matrix(const void* at, int64_t lines, int64_t width, int64_t ld, bo
   return m;
 }
 
+void run_fed(const LayerArgs& layer, DType dtype, void* to, void* stream) {
+  const FedArgs fed{layer, to};
+  LaunchConfig config = plain(layer.rows * layer.H, stream);
+  config.grid.y = layer.directions;
+  dispatch(dtype, [&](auto storage) { launch(fed_kernel<decltype(storage)>, config, fed); });
+}
+
+// The h that the products with W_hh of `rows` rows from `first` on saw: the states before them, under their mask. fed:
+// of all rows, where there is a mask. Without links and h0 there are none, and no product is needed.
+Matrix recurrent_matrix(const RecurrentArgs& args, const LayerArgs& layer, const void* fed, int direction,
+                        int64_t first, int64_t rows, bool k_in_line) {
+  const int64_t H = layer.H, bytes = element_size(args.dtype);
+  const auto at = [bytes](const void* p, int64_t elements) { return static_cast<const char*>(p) + elements * bytes; };
+  const void* const h0 = args.h0 == nullptr ? nullptr : at(args.h0, direction * layer.B * H);
+  if (layer.variational != nullptr) {
+    return plain_matrix(at(fed, (direction * layer.rows + first) * H), rows, H, H, k_in_line);
+  }
+  if (layer.links == nullptr) return plain_matrix(h0, rows, H, H, k_in_line);
+  Matrix h = plain_matrix(at(layer.y, direction * H), layer.rows, H, layer.directions * H, k_in_line);
+  h.links = layer.links + direction * (layer.rows + layer.B) + first;
+  h.links_count = layer.rows + layer.B - first;
+  h.link_rows = layer.rows;
+  if (h0 != nullptr) {
+    h.initial = h0;
+    h.initial_count = layer.B * H;
+    h.initial_ld = H;
+  }
+  return h;
+}
+
 constexpr int64_t kRowsOfChunk = 512;  // of a sum of columns
 int64_t row_chunks(int64_t rows) { return std::max<int64_t>(1, std::min<int64_t>(ceil_div(rows, kRowsOfChunk), 256)); }
 
@@ -260,10 +291,14 @@ void run_long_product(DType dtype, bool tf32, const Matrix& a, const Matrix& b, 
 
 // Sums of columns of [rows, columns], of the storage type or, wide, the compute type.
 void run_columns(DType dtype, const void* from, bool wide, int64_t rows, int64_t columns, void* partial,
-                 std::initializer_list<void*> to, void* stream) {
-  ColumnsArgs args{from, rows, columns, 0, partial};
+                 std::array<void*, 2> to, void* stream) {
   const int64_t chunks = row_chunks(rows);
-  args.chunk = std::max<int64_t>(1, ceil_div(rows, chunks));
+  ColumnsArgs args{from, rows, columns, std::max<int64_t>(1, ceil_div(rows, chunks)), nullptr, {}};
+  if (chunks == 1) {
+    std::copy(to.begin(), to.end(), args.sums);
+  } else {
+    args.partial = partial;
+  }
   LaunchConfig config;
   config.grid = {ceil_div(columns, kColumns), chunks};
   config.block = kSumThreads;
@@ -277,7 +312,7 @@ void run_columns(DType dtype, const void* from, bool wide, int64_t rows, int64_t
     }
   });
   for (void* each : to) {
-    if (each != nullptr) run_reduce(dtype, partial, chunks, 1, columns, each, stream);
+    if (chunks > 1 && each != nullptr) run_reduce(dtype, partial, chunks, 1, columns, each, stream);
   }
 }
 
@@ -474,11 +509,8 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
     run_product(args.dtype, layout.tf32, product, stream);
   }
   if (!args.weights_wanted) return;
-  if (layer.variational != nullptr && rows > 0) {
-    const FedArgs fed{layer, of.fed};
-    dispatch(args.dtype,
-             [&](auto storage) { launch(fed_kernel<decltype(storage)>, plain(layer.outputs(), stream), fed); });
-  }
+  const bool no_h = layer.links == nullptr && args.h0 == nullptr;
+  if (layer.variational != nullptr && rows > 0 && !no_h) run_fed(layer, args.dtype, of.fed, stream);
   const bool separate = kind == CellKind::kGRU || kind == CellKind::kMGU;
   for (int d = 0; d < args.directions; ++d) {
     const WeightGradients& dw = args.dw[d];
@@ -486,33 +518,24 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
     const Matrix left_x = plain_matrix(by_x, rows, G, G, false);
     run_long_product(args.dtype, layout.tf32, left_x, input_matrix(args, layout, false), G, args.D, rows, dw.w_ih,
                      of.partial, stream);
-    Matrix h = plain_matrix(at(args.y, d * args.H), rows, args.H, args.directions * args.H, false);
-    if (layer.variational != nullptr) {
-      h = plain_matrix(at(of.fed, d * rows * args.H), rows, args.H, args.H, false);
-    } else {
-      h.links = layer.links + d * (rows + layer.B);
-      h.links_count = rows + layer.B;
-      h.link_rows = rows;
-      if (args.h0 != nullptr) {
-        h.initial = at(args.h0, d * layer.B * args.H);
-        h.initial_count = layer.B * args.H;
-        h.initial_ld = args.H;
-      }
-    }
     const int64_t first = of.q == nullptr ? G : of.first_gates * args.H;  // rows of W_hh whose product is with h
     const auto rows_of_w_hh = [&](int64_t from, int64_t upto, const Matrix& right) {
       Matrix left = plain_matrix(at(by_h, from), rows, G - from, G, false);
       run_long_product(args.dtype, layout.tf32, left, right, upto - from, args.H, rows, to(dw.w_hh, from * args.H),
                        of.partial, stream);
     };
-    rows_of_w_hh(0, first, h);
-    if (of.q != nullptr) {
+    if (no_h) {
+      fill_bytes(dw.w_hh, 0, G * args.H * bytes, stream);
+    } else {
+      rows_of_w_hh(0, first, recurrent_matrix(args, layer, of.fed, d, 0, rows, false));
+    }
+    if (of.q != nullptr && !no_h) {
       rows_of_w_hh(first, G, plain_matrix(at(of.q, d * rows * args.H), rows, args.H, args.H, false));
     }
     if (dw.b_ih != nullptr) {
       if (separate) {
-        run_columns(args.dtype, by_x, false, rows, G, of.partial, {dw.b_ih}, stream);
-        run_columns(args.dtype, by_h, false, rows, G, of.partial, {dw.b_hh}, stream);
+        run_columns(args.dtype, by_x, false, rows, G, of.partial, {dw.b_ih, nullptr}, stream);
+        run_columns(args.dtype, by_h, false, rows, G, of.partial, {dw.b_hh, nullptr}, stream);
       } else {
         run_columns(args.dtype, by_x, false, rows, G, of.partial, {dw.b_ih, dw.b_hh}, stream);
       }
@@ -520,7 +543,7 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
     if (dw.peephole != nullptr) {
       const int64_t width = (shape.gates - 1) * args.H, wide = args.dtype == DType::kFloat64 ? 8 : 4;
       run_columns(args.dtype, static_cast<const char*>(of.dpeephole) + d * rows * width * wide, true, rows, width,
-                  of.partial, {dw.peephole}, stream);
+                  of.partial, {dw.peephole, nullptr}, stream);
     }
   }
 }
@@ -715,77 +738,72 @@ void SavedAgain::carve(Space& space, int64_t gates, const RecurrentArgs& args, b
   from_h = wanted ? space.take(rows * row) : nullptr;
 }
 
-void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const SavedAgain& at,
-                      LayerArgs& layer, void* fed_rows, void* q_rows, void* stream) {
-  if (at.saved == nullptr) return;
+namespace {
+
+// The cell on `count` rows from `first` on, and before it the products, which go to from_x and from_h: [directions,
+// step.from_x_rows, G * H] of the compute type. fed: as in recurrent_matrix.
+void forward_rows(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, ForwardStepArgs step,
+                  void* from_x, void* from_h, const void* fed, int64_t first, int64_t count, void* stream) {
   const StepShape s(kind, args);
-  layer.saved = at.saved;
-  const int64_t bytes = s.element;
-  const auto offset = [](const void* p, int64_t n) { return static_cast<const char*>(p) + n; };
-  if (layer.variational != nullptr) {
-    const FedArgs fed{layer, fed_rows};
-    dispatch(args.dtype,
-             [&](auto storage) { launch(fed_kernel<decltype(storage)>, plain(layer.outputs(), stream), fed); });
+  const bool no_h = step.layer.links == nullptr && args.h0 == nullptr;
+  step.from_x = from_x;
+  step.from_h = no_h ? nullptr : from_h;
+  step.from_h_rows = step.from_x_rows;
+  const auto product_h = [&](int d, int64_t gate, int64_t gates, const Matrix& left) {
+    ProductArgs of{};
+    of.M = count;
+    of.N = gates * s.H;
+    of.K = s.H;
+    of.parts = 1;
+    of.a[0] = left;
+    const void* const w_hh = static_cast<const char*>(args.weights[d].w_hh) + gate * s.H * s.H * s.element;
+    of.b[0] = plain_matrix(w_hh, of.N, s.H, s.H, true);
+    of.c = static_cast<char*>(from_h) + d * step.from_h_rows * of.N * s.wide;
+    of.ldc = of.N;
+    of.splits = 1;
+    of.chunk = s.H;
+    run_product(args.dtype, layout.tf32, of, stream);
+  };
+  for (int d = 0; d < s.directions; ++d) {
+    step.visit.first[d] = step.from_x_first[d] = first;
+    step.visit.count[d] = count;
+    void* to = static_cast<char*>(from_x) + d * step.from_x_rows * s.gates * s.H * s.wide;
+    run_from_x(args, layout, s.gates, s.separate, d, first, count, to, stream);
+    if (!no_h) product_h(d, 0, s.first, recurrent_matrix(args, step.layer, fed, d, first, count, true));
   }
-  const int64_t step_rows = layout.packed ? at.rows : at.rows / s.B * s.B;
-  for (int64_t first = 0; first < s.rows; first += step_rows) {
-    const int64_t count = std::min(step_rows, s.rows - first);
-    ForwardStepArgs step{};
-    step.layer = layer;
-    step.from_x = at.from_x;
-    step.from_x_rows = step.from_h_rows = at.rows;
-    step.from_h = at.from_h;
-    step.q = q_rows;
-    const auto product_h = [&](int d, int64_t gate, int64_t gates, const Matrix& left) {
-      ProductArgs of{};
-      of.M = count;
-      of.N = gates * s.H;
-      of.K = s.H;
-      of.parts = 1;
-      of.a[0] = left;
-      of.b[0] = plain_matrix(offset(args.weights[d].w_hh, gate * s.H * s.H * bytes), of.N, s.H, s.H, true);
-      of.c = static_cast<char*>(at.from_h) + d * at.rows * of.N * s.wide;
-      of.ldc = of.N;
-      of.splits = 1;
-      of.chunk = s.H;
-      run_product(args.dtype, layout.tf32, of, stream);
-    };
-    for (int d = 0; d < s.directions; ++d) {
-      step.visit.first[d] = step.from_x_first[d] = first;
-      step.visit.count[d] = count;
-      void* to = static_cast<char*>(at.from_x) + d * at.rows * s.gates * s.H * s.wide;
-      run_from_x(args, layout, s.gates, s.separate, d, first, count, to, stream);
-      Matrix h = plain_matrix(offset(args.y, d * s.H * bytes), s.rows, s.H, s.directions * s.H, true);
-      if (layer.variational != nullptr) {
-        h = plain_matrix(offset(fed_rows, (d * s.rows + first) * s.H * bytes), count, s.H, s.H, true);
-      } else {
-        h.links = layer.links + d * (s.rows + s.B) + first;
-        h.links_count = s.rows + s.B - first;
-        h.link_rows = s.rows;
-        if (args.h0 != nullptr) {
-          h.initial = offset(args.h0, d * s.B * s.H * bytes);
-          h.initial_count = s.B * s.H;
-          h.initial_ld = s.H;
+  dispatch(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    with_cell<S>(kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      LaunchConfig config = plain(count * s.H, stream);
+      config.grid.y = s.directions;
+      launch(forward_rows_kernel<Cell, false>, config, step);
+      if constexpr (Cell::kFirst < Cell::kGates) {
+        for (int d = 0; d < s.directions && !no_h; ++d) {
+          const void* const q = static_cast<const char*>(step.q) + d * step.from_h_rows * s.H * s.element;
+          product_h(d, Cell::kFirst, Cell::kGates - Cell::kFirst, plain_matrix(q, count, s.H, s.H, true));
         }
+        launch(forward_rows_kernel<Cell, true>, config, step);
       }
-      product_h(d, 0, s.first, h);
-    }
-    dispatch(args.dtype, [&](auto storage) {
-      using S = decltype(storage);
-      with_cell<S>(kind, [&](auto cell) {
-        using Cell = decltype(cell);
-        LaunchConfig config = plain(count * s.H, stream);
-        config.grid.y = s.directions;
-        launch(forward_rows_kernel<Cell, false>, config, step);
-        if constexpr (Cell::kFirst < Cell::kGates) {
-          for (int d = 0; d < s.directions; ++d) {
-            product_h(d, Cell::kFirst, Cell::kGates - Cell::kFirst,
-                      plain_matrix(offset(step.q, d * at.rows * s.H * bytes), count, s.H, s.H, true));
-          }
-          launch(forward_rows_kernel<Cell, true>, config, step);
-        }
-      });
     });
+  });
+}
+
+}  // namespace
+
+void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const SavedAgain& at,
+                      LayerArgs& layer, void* fed, void* q, void* stream) {
+  if (at.saved == nullptr) return;
+  layer.saved = at.saved;
+  if (layer.variational != nullptr) run_fed(layer, args.dtype, fed, stream);
+  ForwardStepArgs step{};
+  step.layer = layer;
+  step.from_x_rows = at.rows;
+  step.q = q;
+  const int64_t step_rows = layout.packed ? at.rows : at.rows / layer.B * layer.B;
+  for (int64_t first = 0; first < layer.rows; first += step_rows) {
+    const int64_t count = std::min(step_rows, layer.rows - first);
+    forward_rows(kind, args, layout, step, at.from_x, at.from_h, fed, first, count, stream);
   }
 }
 
@@ -888,6 +906,164 @@ void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout
                 stream);
 }
 
+// ---- one step alone
+// ------------------------------------------------------------------------------------------------
+
+struct CellForwardSpace {
+  void *from_x, *from_h, *fed, *carried, *q;
+  void carve(Space& space, const StepShape& s, const RecurrentArgs& args) {
+    const int64_t states = s.directions * s.B * s.H;
+    from_x = space.take(s.gates * states * s.wide);
+    from_h = space.take(s.gates * states * s.wide);
+    fed = args.options.variational != nullptr ? space.take(states * s.element) : nullptr;
+    carried = s.stages ? space.take(states * s.wide) : nullptr;
+    q = s.stages ? space.take(states * s.element) : nullptr;
+  }
+};
+
+enum class Width { kWide, kNarrow };  // of the compute type, of the storage type
+
+struct CellBackwardSpace {
+  void *dgates_x, *dgates_h, *to_h, *direct, *partial_gates, *q, *dpeephole, *fed, *partial;
+  void carve(Space& space, const StepShape& s, const RecurrentArgs& args) {
+    const Options& o = args.options;
+    const int64_t states = s.directions * s.B * s.H;
+    dgates_x = space.take(s.gates * states * s.element);
+    dgates_h = s.separate ? space.take(s.gates * states * s.element) : dgates_x;
+    const bool passes = s.separate || s.stages || o.zoneout_h != nullptr || o.zoneout_h_rate > 0;
+    direct = passes ? space.take(states * s.wide) : nullptr;
+    // Else the product of the gates' gradients with W_hh is dh0 itself.
+    to_h = passes || o.variational != nullptr ? space.take(states * s.wide) : nullptr;
+    partial_gates = s.stages ? space.take(s.first * states * s.wide) : nullptr;
+    q = s.stages ? space.take(states * s.element) : nullptr;
+    const bool peephole = args.weights[0].peephole != nullptr;
+    dpeephole = peephole ? space.take((s.gates - 1) * states * s.wide) : nullptr;
+    fed = o.variational != nullptr ? space.take(states * s.element) : nullptr;
+    partial = space.take(partial_bytes(args, s.gates, s.stages, s.first));
+  }
+};
+
+CudaPlan::Pass plan_cell(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
+                         bool recompute) {
+  CudaPlan::Pass plan{};
+  const auto unless = [&](bool fits, const char* why) {
+    if (!fits) plan.reasons.push_back(std::string("cell: ") + why);
+  };
+  unless(allows_tier(CudaTier::kCell), "switched off");
+  unless(layout.lengths == nullptr, "lengths must be absent");
+  unless(args.options.reset == nullptr, "reset must be absent");
+  unless(pass == PassKind::kForward || !recompute || args.saved_width == 0, "what backward needs must have been saved");
+  if (!plan.reasons.empty()) return plan;
+  Space space(nullptr);
+  if (pass == PassKind::kForward) {
+    CellForwardSpace{}.carve(space, StepShape(kind, args), args);
+  } else {
+    CellBackwardSpace{}.carve(space, StepShape(kind, args), args);
+  }
+  plan.tier = CudaTier::kCell;
+  plan.cluster = 1;
+  plan.block = kStepThreads;
+  plan.workspace = space.bytes();
+  return plan;
+}
+
+void forward_by_cell(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, void* workspace, void* stream) {
+  const StepShape s(kind, args);
+  Space space(workspace);
+  CellForwardSpace at{};
+  at.carve(space, s, args);
+  ForwardStepArgs step{};
+  step.layer = layer_args(args, layout, shape_of(kind));
+  step.layer.y = args.y;
+  step.layer.cells = args.cells;
+  step.layer.saved = args.saved;
+  step.from_x_rows = s.B;
+  step.carried = at.carried;
+  step.q = at.q;
+  step.h_n = args.h_n;
+  step.c_n = args.c_n;
+  step.leaves_states = true;
+  if (at.fed != nullptr && args.h0 != nullptr) run_fed(step.layer, args.dtype, at.fed, stream);
+  forward_rows(kind, args, layout, step, at.from_x, at.from_h, at.fed, 0, s.B, stream);
+}
+
+void backward_by_cell(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, void* workspace,
+                      void* stream) {
+  const StepShape s(kind, args);
+  Space space(workspace);
+  CellBackwardSpace at{};
+  at.carve(space, s, args);
+  BackwardStepArgs step{};
+  LayerArgs& layer = step.layer;
+  layer = layer_args(args, layout, shape_of(kind));
+  layer.y = const_cast<void*>(args.y);
+  layer.cells = const_cast<void*>(args.cells);
+  layer.saved = const_cast<void*>(args.saved);
+  step.dy = args.dy;
+  step.dcells = args.dcells;
+  step.dh_n = args.dh_n;
+  step.dc_n = args.dc_n;
+  step.dgates_x = at.dgates_x;
+  step.dgates_h = at.dgates_h;
+  step.q = at.q;
+  step.direct = at.direct;
+  step.partial_gates = at.partial_gates;
+  step.dpeephole = at.dpeephole;
+  step.dc0 = args.dc0;
+  // Gradients of gates times their rows of W_hh: [B, H], wide or narrowed.
+  const auto product = [&](int64_t gate, int64_t gates, void* to, Width width) {
+    const int64_t G = s.gates * s.H, skip = gate * s.H;
+    for (int d = 0; d < s.directions; ++d) {
+      ProductArgs of{};
+      of.M = s.B;
+      of.N = s.H;
+      of.K = gates * s.H;
+      of.parts = 1;
+      const char* const left = static_cast<const char*>(at.dgates_h) + (d * s.B * G + skip) * s.element;
+      const char* const w_hh = static_cast<const char*>(args.weights[d].w_hh) + skip * s.H * s.element;
+      of.a[0] = plain_matrix(left, s.B, of.K, G, true);
+      of.b[0] = plain_matrix(w_hh, of.K, s.H, s.H, false);
+      of.c = static_cast<char*>(to) + d * s.B * s.H * (width == Width::kNarrow ? s.element : s.wide);
+      of.ldc = s.H;
+      of.narrow = width == Width::kNarrow;
+      of.splits = 1;
+      of.chunk = of.K;
+      run_product(args.dtype, layout.tf32, of, stream);
+    }
+  };
+  dispatch(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    with_cell<S>(kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      LaunchConfig config = plain(s.B * s.H, stream);
+      config.grid.y = s.directions;
+      const auto visit = [&](int64_t first) {
+        for (int d = 0; d < s.directions; ++d) {
+          step.visit.first[d] = first;
+          step.visit.count[d] = s.B;
+        }
+      };
+      visit(0);
+      launch(backward_rows_kernel<Cell, false>, config, step);
+      if constexpr (Cell::kFirst < Cell::kGates) {
+        product(Cell::kFirst, Cell::kGates - Cell::kFirst, at.to_h, Width::kWide);
+        step.to_h = at.to_h;
+        launch(backward_rows_kernel<Cell, true>, config, step);
+      }
+      if (args.dh0 == nullptr) return;
+      if (at.to_h == nullptr) return product(0, Cell::kFirst, args.dh0, Width::kNarrow);
+      product(0, Cell::kFirst, at.to_h, Width::kWide);
+      visit(s.B);
+      step.to_h = at.to_h;
+      step.dh0 = args.dh0;
+      step.dc0 = nullptr;  // is there
+      launch(backward_rows_kernel<Cell, false>, config, step);
+    });
+  });
+  run_gradients(kind, args, layout, layer, {at.dgates_x, at.dgates_h, at.q, at.fed, at.dpeephole, at.partial, s.first},
+                stream);
+}
+
 }  // namespace
 
 }  // namespace cuda
@@ -908,6 +1084,8 @@ CudaDevice current_cuda_device() {
 
 const char* cuda_tier_name(CudaTier tier) {
   switch (tier) {
+    case CudaTier::kCell:
+      return "cell";
     case CudaTier::kCluster:
       return "cluster";
     case CudaTier::kGrid:
@@ -921,7 +1099,7 @@ const char* cuda_tier_name(CudaTier tier) {
 
 namespace {
 
-constexpr CudaTier kTiers[] = {CudaTier::kCluster, CudaTier::kGrid, CudaTier::kSteps};
+constexpr CudaTier kTiers[] = {CudaTier::kCell, CudaTier::kCluster, CudaTier::kGrid, CudaTier::kSteps};
 int bit_of(CudaTier tier) { return 1 << static_cast<int>(tier); }
 
 int tiers_called(const std::vector<std::string>& names, const std::string& where) {
@@ -931,7 +1109,8 @@ int tiers_called(const std::vector<std::string>& names, const std::string& where
     for (const CudaTier tier : kTiers) {
       if (name == cuda_tier_name(tier)) bit = bit_of(tier);
     }
-    if (bit == 0) throw std::invalid_argument(where + " must name some of cluster, grid and steps, got '" + name + "'");
+    if (bit == 0)
+      throw std::invalid_argument(where + " must name some of cell, cluster, grid and steps, got '" + name + "'");
     bits |= bit;
   }
   return bits;
@@ -993,16 +1172,20 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
     plan.forward.reasons = plan.backward.reasons = missing;
     return plan;
   }
-  const auto persistent = [&](PassKind pass) {
-    const CudaPlan::Pass cluster = plan_cluster(kind, pass, args, layout, recompute, device);
+  const auto before_steps = [&](PassKind pass) {
+    CudaPlan::Pass cell{};
+    if (args.walk.T == 1) cell = plan_cell(kind, pass, args, layout, recompute);
+    if (cell.tier != CudaTier::kNone) return cell;
+    CudaPlan::Pass cluster = plan_cluster(kind, pass, args, layout, recompute, device);
     if (cluster.tier != CudaTier::kNone) return cluster;
     CudaPlan::Pass grid = plan_grid(kind, pass, args, layout, recompute, device);
     grid.reasons.insert(grid.reasons.begin(), cluster.reasons.begin(), cluster.reasons.end());
+    grid.reasons.insert(grid.reasons.begin(), cell.reasons.begin(), cell.reasons.end());
     if (grid.tier == CudaTier::kNone && !allows_tier(CudaTier::kSteps)) grid.reasons.push_back("steps: switched off");
     return grid;
   };
-  plan.forward = persistent(PassKind::kForward);
-  plan.backward = persistent(PassKind::kBackward);
+  plan.forward = before_steps(PassKind::kForward);
+  plan.backward = before_steps(PassKind::kBackward);
   if (!allows_tier(CudaTier::kSteps)) return plan;
   const StepShape s(kind, args);
   const auto by_steps = [&](CudaPlan::Pass& pass, int64_t strips_of_product, const Space& space) {
@@ -1031,6 +1214,8 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
 void launch_recurrent_forward(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, const CudaPlan& plan,
                               void* workspace, void* stream) {
   switch (plan.forward.tier) {
+    case CudaTier::kCell:
+      return cuda::forward_by_cell(kind, args, layout, workspace, stream);
     case CudaTier::kCluster:
       return cuda::forward_by_clusters(kind, args, layout, plan.forward, workspace, stream);
     case CudaTier::kGrid:
@@ -1045,6 +1230,8 @@ void launch_recurrent_forward(CellKind kind, const ForwardArgs& args, const Cuda
 void launch_recurrent_backward(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const CudaPlan& plan,
                                void* workspace, void* stream) {
   switch (plan.backward.tier) {
+    case CudaTier::kCell:
+      return cuda::backward_by_cell(kind, args, layout, workspace, stream);
     case CudaTier::kCluster:
       return cuda::backward_by_clusters(kind, args, layout, plan.backward, workspace, stream);
     case CudaTier::kGrid:

@@ -31,6 +31,7 @@ CudaDevice current_cuda_device();
 
 enum class CudaTier {
   kNone,
+  kCell,     // of one step: the products, and the cell on them
   kCluster,  // a cluster of blocks walks all steps of some sequences, the weights in its shared memory
   kGrid,     // teams of blocks, one on each multiprocessor, do so; they tell each other their states in global memory
   kSteps,    // one launch a step (two of a cell with two products)

@@ -25,7 +25,7 @@ struct LayerArgs {
   int64_t rows, B, H;
   int directions;
   bool tf32;
-  const Link* links;        // [directions, rows + B]
+  const Link* links;        // [directions, rows + B], or null: one step, see link_of
   const void *h0, *c0;      // [directions, B, H] or null
   const void* bias_h[2];    // [G * H] of the second product, where the cell tells the products apart
   const void* peephole[2];  // [kPeepholes * H] or null
@@ -47,6 +47,16 @@ struct LayerArgs {
 struct StepRows {
   int64_t first[2], count[2];
 };
+
+// The link of a row. A layer of one dense step has none in memory: each row is its sequence's first and last.
+SK_DEVICE Link link_of(const LayerArgs& layer, int direction, int64_t row) {
+  if (layer.links != nullptr) {
+    return global<const Link>(layer.links, layer.link_count())[direction * (layer.rows + layer.B) + row];
+  }
+  if (row < layer.rows) return {layer.rows + row, kNobody, row, kNobody};
+  const int64_t sequence = row - layer.rows;
+  return {1, sequence, sequence, sequence};
+}
 
 template <class S>
 struct Site {  // one unit of one row
@@ -212,7 +222,8 @@ struct ForwardStepArgs {
   int64_t from_x_rows, from_x_first[2];  // the row of the layer that its first row is
   StepOperands product;                  // of the first stage, or of the second
   void* slots_out;                       // like product.slots: h as the products see it (first stage of two: q)
-  const void* from_h;  // instead of a product: [directions, from_h_rows, gates * H], beginning at the visited rows
+  // Instead of a product: [directions, from_h_rows, gates * H], beginning at the visited rows; or null: zeros.
+  const void* from_h;
   int64_t from_h_rows;
   void* c;             // [directions, B, H] of the compute type, or null: c is read from `cells`
   void* carried;       // [directions, B, H] of the compute type; between the stages
@@ -346,7 +357,7 @@ forward_step_kernel(const SK_GRID_CONSTANT ForwardStepArgs args, int row_tiles) 
 }
 
 // The cell alone, on products that lie in memory: for a single step, and to make what backward needs once more from the
-// states that forward left. Grid: units and rows x directions.
+// states that forward left. Grid: rows and their units x directions.
 template <class Cell, bool kSecond>
 SK_KERNEL(kStepThreads)
 forward_rows_kernel(const SK_GRID_CONSTANT ForwardStepArgs args) {
@@ -355,16 +366,18 @@ forward_rows_kernel(const SK_GRID_CONSTANT ForwardStepArgs args) {
   constexpr int kN = kSecond ? Cell::kGates - Cell::kFirst : Cell::kFirst;
   const LayerArgs& layer = args.layer;
   const int d = static_cast<int>(block_index_y());
-  const Global<const Link> links = global<const Link>(layer.links, layer.link_count());
-  const Global<const T> from_h = global<const T>(args.from_h, layer.directions * args.from_h_rows * kN * layer.H);
+  const Global<const T> from_h =
+      global<const T>(args.from_h, args.from_h == nullptr ? 0 : layer.directions * args.from_h_rows * kN * layer.H);
   for (int64_t i = grid_thread_index(); i < args.visit.count[d] * layer.H; i += grid_threads()) {
     const int64_t visited = i / layer.H, unit = i % layer.H, row = args.visit.first[d] + visited;
-    const Link link = links[d * (layer.rows + layer.B) + row];
+    const Link link = link_of(layer, d, row);
     if (link.prev == kNobody) continue;
-    T product[kN];
-    SK_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      product[n] = load<Cache::kStreaming>(from_h, ((d * args.from_h_rows + visited) * kN + n) * layer.H + unit);
+    T product[kN] = {};
+    if (from_h) {
+      SK_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        product[n] = load<Cache::kStreaming>(from_h, ((d * args.from_h_rows + visited) * kN + n) * layer.H + unit);
+      }
     }
     forward_unit<Cell, kSecond>(args, Site<S>{layer, d, row, unit, link}, visited, product);
   }
@@ -379,14 +392,16 @@ struct BackwardStepArgs {
   const void *dy, *dcells;    // like y, or null
   const void *dh_n, *dc_n;    // [directions, B, H] or null
   StepOperands product;       // of what the next step left: dgates W_hh; second launch of two stages: of dn
-  void* slots_out;            // like product.slots: gradients of the gates, as the products see them
+  const void* to_h;           // instead of a product: [directions, B, H] of the compute type
+  void* slots_out;            // like product.slots: gradients of the gates, as the products see them; or null
   void *dgates_x, *dgates_h;  // [directions, rows, G * H]; one where the cell does not tell the products apart
   void* q;                    // [directions, rows, H] of two stages
-  void* dc;                   // [directions, B, H] of the compute type; in: of this row's c, out: of the c before
-  void* direct;               // the same; or null: nothing but the product leads back to h
-  void* partial_gates;        // [directions, B, kFirst * H] of the compute type, between the two launches
-  void* dpeephole;            // [directions, rows, kPeepholes * H] of the compute type or null
-  void *dh0, *dc0;            // [directions, B, H] or null
+  // [directions, B, H] of the compute type; in: of this row's c, out: of the c before. Null: that goes to dc0.
+  void* dc;
+  void* direct;         // the same; or null: nothing but the product leads back to h
+  void* partial_gates;  // [directions, B, kFirst * H] of the compute type, between the two launches
+  void* dpeephole;      // [directions, rows, kPeepholes * H] of the compute type or null
+  void *dh0, *dc0;      // [directions, B, H] or null
   // Of initial states: only those whose first step left its gradients in the slot of this parity. Walking back, a
   // sequence's first step may come sooner than the last launch.
   int parity;
@@ -403,6 +418,7 @@ SK_DEVICE void put_gates(const BackwardStepArgs& args, const Site<typename Cell:
   const S of_h = narrow<S>(by_h);
   global<S>(args.dgates_x, size)[at] = narrow<S>(by_x);
   if (Cell::kSeparate) global<S>(args.dgates_h, size)[at] = of_h;
+  if (args.slots_out == nullptr) return;
   const StepOperands& of = args.product;
   global<S>(args.slots_out, layer.directions * of.tiles * of.slot_blocks * 2 * kBlockSize<S>)[slot_place<S>(
       of, site.direction, site.link.sequence, gate * blocks_of<S>(layer.H), site.unit)] = operand(of_h, layer.tf32);
@@ -469,7 +485,13 @@ SK_DEVICE void backward_unit(const BackwardStepArgs& args, const Site<typename C
     for (int g = 0; g < Cell::kGates; ++g)
       put_gates<Cell>(args, site, g, step.x[g], Cell::kSeparate ? step.h[g] : step.x[g]);
     direct = step.direct;
-    if constexpr (kHasC) global<T>(args.dc, layer.states())[state] = dc;
+    if constexpr (kHasC) {
+      if (args.dc != nullptr) {
+        global<T>(args.dc, layer.states())[state] = dc;
+      } else if (args.dc0 != nullptr) {
+        global<S>(args.dc0, layer.states())[state] = narrow<S>(dc);
+      }
+    }
     if constexpr (Cell::kPeepholes > 0) {
       if (args.dpeephole != nullptr) {
         const Global<T> to = global<T>(args.dpeephole, layer.directions * layer.rows * Cell::kPeepholes * layer.H);
@@ -546,6 +568,28 @@ backward_step_kernel(const SK_GRID_CONSTANT BackwardStepArgs args, int row_tiles
       backward_first_unit<Cell>(args, site, partial(in_block, 0, in_strip));
     } else {
       backward_unit<Cell>(args, site, partial(in_block, 0, in_strip));
+    }
+  }
+}
+
+// The cell alone, for a single step: on the rows, and then, where more than a product leads back to h, on the initial
+// states. Grid: rows and their units x directions.
+template <class Cell, bool kSecond>
+SK_KERNEL(kStepThreads)
+backward_rows_kernel(const SK_GRID_CONSTANT BackwardStepArgs args) {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  const LayerArgs& layer = args.layer;
+  const int d = static_cast<int>(block_index_y());
+  const Global<const T> to_h = global<const T>(args.to_h, args.to_h == nullptr ? 0 : layer.states());
+  for (int64_t i = grid_thread_index(); i < args.visit.count[d] * layer.H; i += grid_threads()) {
+    const int64_t unit = i % layer.H, row = args.visit.first[d] + i / layer.H;
+    const Site<S> site{layer, d, row, unit, link_of(layer, d, row)};
+    const T product = to_h ? load<Cache::kDefault>(to_h, site.state()) : T(0);
+    if constexpr (kSecond) {
+      backward_first_unit<Cell>(args, site, product);
+    } else {
+      backward_unit<Cell>(args, site, product);
     }
   }
 }

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from seqkernels import _C, backend
 from seqkernels.functional import _recurrent_options as families
 from seqkernels.functional import recurrent as F
-from seqkernels.functional._recurrent_ops import KINDS, Call, Kind, layer
+from seqkernels.functional._recurrent_ops import KINDS, Call, Kind, follow_precision, layer
 from seqkernels.functional._recurrent_options import Options, extras_of
 
 States = tuple[Tensor | None, ...]
@@ -103,9 +103,11 @@ def pair(who: str, hx: Any) -> tuple[Tensor, ...]:
 
 def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights) -> Any:
     """The new states of a plain cell; a tuple if they are two."""
-    if _compiling() or _transforms() or forward_ad._current_level >= 0 or (isinstance(input, Tensor) and input.is_cuda):
+    if _compiling() or _transforms() or forward_ad._current_level >= 0:
         return as_layer(who, cell.kind, input, states0, weights)
     try:
+        if input.is_cuda:
+            follow_precision(input, torch.backends.cudnn.rnn)
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, states0, weights = _autocast(input, states0, weights)
         if _recording():
@@ -239,6 +241,8 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
             needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
             if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any
                 return _by_definition(kind, tensors[: weights_from + 4], grads, needs)
+            if tensors[0].is_cuda:
+                follow_precision(tensors[0], torch.backends.cudnn.rnn)
             found = backward_op(*grads, *tensors, needs[0], True in needs[1:weights_from], True in needs[weights_from:])
             return (*found, found[-1]) if one_bias else found
 

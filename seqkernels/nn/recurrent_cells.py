@@ -101,7 +101,8 @@ class LSTMCell(_Cell):
         hx: (h, c), each [B, hidden_size] or [hidden_size]; zeros if absent.
     Outputs: the new (h, c).
     Raises: as torch.nn.LSTMCell; for options ValueError and TypeError.
-    Deterministic: yes, but for what dropout and zoneout draw; a loop over cells gives the bits of seqkernels.nn.LSTM.
+    Deterministic: yes, but for what dropout and zoneout draw; on a CPU a loop over cells gives the bits of
+        seqkernels.nn.LSTM.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
     """
 
@@ -132,7 +133,8 @@ class GRUCell(_Cell):
     Options, by keyword:
         {options}
         layer_norm excludes num_heads and reset_after=False.
-    Deterministic: yes, but for what dropout and zoneout draw; a loop over cells gives the bits of seqkernels.nn.GRU.
+    Deterministic: yes, but for what dropout and zoneout draw; on a CPU a loop over cells gives the bits of
+        seqkernels.nn.GRU.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
     """
 
@@ -162,7 +164,7 @@ class RNNCell(_Cell):
 
     Options, by keyword:
         {options}
-    Deterministic: yes, but for what zoneout draws; a loop over cells gives the bits of seqkernels.nn.RNN.
+    Deterministic: yes, but for what zoneout draws; on a CPU a loop over cells gives the bits of seqkernels.nn.RNN.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
     """
 
