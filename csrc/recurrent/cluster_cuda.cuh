@@ -172,11 +172,12 @@ struct ClusterFactors : Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1> {
     }
     for (int block = kHeld; block < count; ++block) {
       for (int tile = 0; tile < kTiles; ++tile) {
+        Piece<S> pieces[2] = {};
+        SK_UNROLL
         for (int half = 0; half < 2; ++half) {
-          Piece<S> piece_of{};
-          if (there(half)) piece_of = load_vec<kPiece<S>, Cache::kReadOnly>(from, at(block, tile, half));
-          store_vec(this->rest, this->place(block, tile, half), piece_of);
+          if (there(half)) pieces[half] = load_vec<kPiece<S>, Cache::kReadOnly>(from, at(block, tile, half));
         }
+        this->keep(block, tile, pieces[0], pieces[1]);
       }
     }
   }

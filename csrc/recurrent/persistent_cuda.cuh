@@ -80,7 +80,7 @@ struct Seat {
 template <class S, int kTiles, int kHeld, int kChains>
 struct Factors {
   Words held[kHeld][kTiles][2];
-  Shared<S> rest;          // of the warp: [blocks, kTiles, 2] pieces of all lanes
+  Shared<S> rest;          // of the warp: [blocks, kTiles, 2] pieces of all lanes, as left_of gives them
   int first, count, upto;  // blocks of K; the first `upto` of `count` stay in this multiprocessor
 
   SK_DEVICE Factors() {}
@@ -107,10 +107,8 @@ struct Factors {
     }
     for (int block = kHeld; block < upto; ++block) {
       for (int tile = 0; tile < kTiles; ++tile) {
-        for (int half = 0; half < 2; ++half) {
-          store_vec(rest, place(block, tile, half),
-                    load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block, tile, half)));
-        }
+        keep(block, tile, load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block, tile, 0)),
+             load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block, tile, 1)));
       }
     }
   }
@@ -173,14 +171,26 @@ struct Factors {
       for (int i = 0; i < kAtOnce; ++i) {
         if (block + i >= count) continue;
         const Words streamed = right_of(block + i);
-        add(chains, i, streamed, [&](int tile, int half) {
-          return bit_cast<Words>(load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block + i, tile, half)));
-        });
+        Words pieces[kTiles][2];
+        SK_UNROLL
+        for (int k = 0; k < 2 * kTiles; ++k) {
+          pieces[k / 2][k % 2] =
+              bit_cast<Words>(load_vec<kPiece<S>, Cache::kReadOnly>(from, piece(first + block + i, k / 2, k % 2)));
+        }
+        add(chains, i, streamed, [&](int tile, int half) { return left_of(pieces[tile][0], pieces[tile][1], half); });
       }
     }
     add_up(chains, sum);
   }
 
+  // Leaves the pieces of a block's two strips in `rest`.
+  SK_DEVICE void keep(int block, int tile, const Piece<S>& low, const Piece<S>& high) const {
+    SK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      store_vec(rest, place(block, tile, half),
+                bit_cast<Piece<S>>(left_of(bit_cast<Words>(low), bit_cast<Words>(high), half)));
+    }
+  }
   // Where a piece lies in `rest`.
   SK_DEVICE static int place(int block, int tile, int half) {
     return (((block - kHeld) * kTiles + tile) * 2 + half) * kBlockSize<S>;
@@ -192,18 +202,20 @@ struct Factors {
     for (int half = 0; half < 2; ++half) {
       SK_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
-        multiply<S>(chains[tile][(block % 2 * 2 + half) % kChains], held[block][tile][0], held[block][tile][1], right,
-                    half);
+        const Words left = left_of(held[block][tile][0], held[block][tile][1], half);
+        multiply<S>(chains[tile][(block % 2 * 2 + half) % kChains], left, right, half);
       }
     }
   }
-  template <class WeightsOf>
-  SK_DEVICE static void add(float (&chains)[kTiles][kChains][4], int i, const Words& right, WeightsOf weights_of) {
+  // left(tile, half): what left_of gives.
+  template <class Left>
+  SK_DEVICE static void add(float (&chains)[kTiles][kChains][4], int i, const Words& right, Left left) {
     SK_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const Words low = weights_of(tile, 0), high = weights_of(tile, 1);
+    for (int half = 0; half < 2; ++half) {
       SK_UNROLL
-      for (int half = 0; half < 2; ++half) multiply<S>(chains[tile][(i * 2 + half) % kChains], low, high, right, half);
+      for (int tile = 0; tile < kTiles; ++tile) {
+        multiply<S>(chains[tile][(i * 2 + half) % kChains], left(tile, half), right, half);
+      }
     }
   }
   SK_DEVICE static void add_up(const float (&chains)[kTiles][kChains][4], float (&sum)[kTiles][4]) {

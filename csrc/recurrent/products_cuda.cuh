@@ -54,10 +54,14 @@ template <class S, class Pointer>
 SK_DEVICE Words load_words(Pointer from, int64_t i) {
   return bit_cast<Words>(load_vec<kPiece<S>>(from, i));
 }
-// sum += A B^T over one half of a block: 16 rows of A, 8 of them in each of low and high, 8 rows of B.
+// A's words of one half of a block as the matrix instructions take them: 16 rows, 8 of them in each of low and high.
+SK_DEVICE Words left_of(const Words& low, const Words& high, int half) {
+  return {{low[2 * half], high[2 * half], low[2 * half + 1], high[2 * half + 1]}};
+}
+// sum += A B^T over one half of a block: 16 rows of A, 8 rows of B.
 template <class S>
-SK_DEVICE void multiply(float (&sum)[4], const Words& low, const Words& high, const Words& right, int half) {
-  const uint32_t left[4] = {low[2 * half], high[2 * half], low[2 * half + 1], high[2 * half + 1]};
+SK_DEVICE void multiply(float (&sum)[4], const Words& of_a, const Words& right, int half) {
+  const uint32_t left[4] = {of_a[0], of_a[1], of_a[2], of_a[3]};
   const uint32_t of_b[2] = {right[2 * half], right[2 * half + 1]};
   if constexpr (sizeof(S) == 2) {
     mma_m16n8k16<S>(sum, left, of_b);
@@ -84,7 +88,7 @@ SK_DEVICE void add_block(Compute<S> (&sum)[kM][kN][4], int tiles, Left a, int64_
       SK_UNROLL
       for (int half = 0; half < 2; ++half) {
         SK_UNROLL
-        for (int n = 0; n < kN; ++n) multiply<S>(sum[m][n], low, high, right[n], half);
+        for (int n = 0; n < kN; ++n) multiply<S>(sum[m][n], left_of(low, high, half), right[n], half);
       }
     }
   } else {

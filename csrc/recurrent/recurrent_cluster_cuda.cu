@@ -74,8 +74,8 @@ LaunchConfig config_of(PassKind pass, const ClusterShape& s, int64_t rows) {
 // Clusters that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
 int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaDevice& device) {
   if (device.described) return device.multiprocessors / s.cluster;
-  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int>, int64_t> known;
-  const std::tuple key{s.kind.key(), pass, s.H, rows, device.multiprocessors};
+  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int, int>, int64_t> known;
+  const std::tuple key{s.kind.key(), pass, s.H, rows, device.multiprocessors, 10 * device.major + device.minor};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int64_t count = 0;

@@ -123,8 +123,9 @@ void with_grid_kernel(const GridShape& s, F&& f) {
 // Blocks that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
 int64_t resident(const GridShape& s, const CudaDevice& device) {
   if (device.described) return device.multiprocessors;
-  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int, int64_t, int>, int64_t> known;
-  const std::tuple key{s.kind.key(), s.pass, s.pairs_of_block, s.shared_bytes, device.multiprocessors};
+  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int, int64_t, int, int>, int64_t> known;
+  const std::tuple key{
+      s.kind.key(), s.pass, s.pairs_of_block, s.shared_bytes, device.multiprocessors, 10 * device.major + device.minor};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int64_t count = 0;
