@@ -23,6 +23,7 @@ from harness import Contender
 from report import Bar, Row, Run
 
 RUN = pytest.StashKey[Run]()
+FILE = pytest.StashKey[Path]()
 RESULTS = Path(__file__).parent / "results"
 Bars = Mapping[str, Bar | float]
 
@@ -34,7 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=8.0, metavar="S", help="timing per row (default 8)")
     group.addoption("--quick", action="store_true", help="1 second per row, slow rows left out; not for quoting")
     group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="wait up to so long for a quiet machine")
-    group.addoption("--save-results", action="store_true", help="write bench/results/<device>-<date>.json")
+    group.addoption(
+        "--save-results",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the rows to a file after each; =FILE, or bench/results/<device>-<date>.json",
+    )
     group.addoption("--strict-bars", action="store_true", help="exit with an error if a bar is missed")
     group.addoption("--compile-rnn", action="store_true", help="torch.compile with experimental allow_rnn (minutes)")
 
@@ -82,6 +89,17 @@ def _say(config: pytest.Config, line: str, **markup: bool) -> None:
         reporter.write_line(line, **markup)
 
 
+def _save(config: pytest.Config) -> Path | None:
+    """The rows so far, if they are wanted: a run that is cut leaves them."""
+    given, run = config.getoption("save_results"), config.stash[RUN]
+    if given is None:
+        return None
+    if FILE not in config.stash:
+        config.stash[FILE] = Path(given) if given else report.unused(RESULTS, report.stem_of(run))
+    report.write(config.stash[FILE], report.to_json(run))
+    return config.stash[FILE]
+
+
 @pytest.fixture(scope="session")
 def bench_run(request: pytest.FixtureRequest) -> Run:
     """The run of this session: made when the first row asks for it, after a look at the machine."""
@@ -113,6 +131,7 @@ class Bench:
 
     def add(self, row: Row) -> None:
         self.run.rows.append(row)
+        _save(self.config)
         self.benchmark.group = row.group
         self.benchmark.extra_info["label"] = row.label
         for entry in row.entries:
@@ -237,5 +256,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("bench")
     terminalreporter.write_line(report.text(run))
-    if config.getoption("save_results"):
-        terminalreporter.write_line(f"written: {report.save(run, RESULTS).relative_to(RESULTS.parent.parent)}")
+    if (path := _save(config)) is not None:
+        terminalreporter.write_line(f"written: {path}")
