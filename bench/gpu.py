@@ -202,7 +202,7 @@ def pytest_part(part: Part, expression: str, wrapper: Sequence[str] = (), **envi
     for path in (record, before):
         path.unlink(missing_ok=True)
     command = [*wrapper, sys.executable, "-m", "pytest", "tests", "-q", "-m", expression, *part.selection]
-    command += ["-p", "no:cacheprovider", "-p", "tally"]
+    command += ["-p", "no:cacheprovider", "-p", "tally", "--continue-on-collection-errors"]
     if not wrapper and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
     environment |= {

@@ -49,7 +49,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_cpu.SelfTest:
     return cuda_on_cpu.SelfTest(ctypes.CDLL(str(target)))
 
 
-@pytest.fixture(params=[*ORDERS, pytest.param("cuda", marks=pytest.mark.cuda)], ids=str)
+@pytest.fixture(params=[*ORDERS, pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sanitize])], ids=str)
 def run(request: pytest.FixtureRequest):
     """Runs a kernel; under the emulation the order of threads must not matter, and races are looked for as well."""
     if request.param == "cuda":
