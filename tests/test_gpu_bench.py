@@ -24,7 +24,7 @@ def module(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-report, tally, gpu = (module(name) for name in ("report", "tally", "gpu"))
+report, tally, gpu, tune = (module(name) for name in ("report", "tally", "gpu", "tune"))
 
 
 @pytest.fixture(autouse=True)
@@ -322,3 +322,93 @@ def test_the_summary_names_what_failed() -> None:
         "             tests/a.py::c",
         "memcheck   passed              2.0 s  ERROR SUMMARY: 0 errors",
     ]
+
+
+# ---- tuning
+
+
+class Planned:
+    """A device on which the clusters take H up to 768, but for the backward of 768, and the grid no single sequence."""
+
+    def __init__(self, **speed: float) -> None:
+        self.speed = {"cluster": 10.0, "grid": 20.0, "steps": 40.0} | speed
+        self.timed: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def plan(self, layer: Any, tiers: Any) -> dict[str, dict[str, Any]]:
+        def of(each: str) -> dict[str, Any]:
+            takes = {
+                "cluster": layer.H < 768 or (layer.H == 768 and each == "forward"),
+                "grid": layer.B > 1,
+                "steps": True,
+            }
+            able = [tier for tier in tune.TIERS if tier in tiers and takes[tier]]
+            reasons = [f"{tier}: too large" if tier in tiers else f"{tier}: switched off" for tier in tune.TIERS]
+            return {"tier": able[0] if able else "none", "reasons": reasons if not able else []}
+
+        return {each: of(each) for each in ("forward", "backward")}
+
+    def seconds(self, layer: Any, what: str, tiers: Any) -> float:
+        self.timed.append((str(layer), what, tuple(tiers)))
+        return 1e-6 * sum(self.speed[tier] for tier in tiers)
+
+
+def test_layers_to_tune() -> None:
+    every = tune.layers()
+    assert {layer.kind for layer in every} == {"LSTM", "GRU"} and len(set(every)) == len(every) == 64
+    assert {layer.H for layer in every} == {128, 256, 384, 512, 640, 768, 1024, 1536}
+    assert {layer.B for layer in every} == {1, 16, 64, 256}
+    assert [str(layer) for layer in tune.layers("GRU H=128 B=1")] == ["GRU B=1 H=128 T=64"]
+
+
+def test_tiers_that_take_a_layer_are_timed_and_others_say_why() -> None:
+    forward, step = tune.measured(tune.Layer("LSTM", 16, 512), Planned())
+    assert forward.seconds == pytest.approx({"cluster": 10e-6, "grid": 20e-6, "steps": 40e-6})
+    assert (step.planned, step.best, step.loss) == ("cluster", "cluster", 0.0)
+    (forward, _) = tune.measured(tune.Layer("LSTM", 1, 1024), Planned())
+    assert list(forward.seconds) == ["steps"]
+    assert forward.reasons == {"cluster": ["cluster: too large"], "grid": ["grid: too large"]}
+
+
+def test_a_choice_of_two_tiers_is_timed_as_it_is() -> None:
+    device = Planned()
+    forward, step = tune.measured(tune.Layer("GRU", 16, 768), device)
+    assert (forward.planned, step.planned) == ("cluster", "cluster+grid")
+    assert device.timed[-1] == ("GRU B=16 H=768 T=64", "step", tune.TIERS)
+    assert step.planned_seconds == pytest.approx(70e-6) and step.loss == pytest.approx(2.5)
+
+
+def test_the_table_marks_what_the_planner_loses() -> None:
+    timings = tune.measured(tune.Layer("LSTM", 16, 512), Planned(grid=8.0))[:1]
+    timings += tune.measured(tune.Layer("LSTM", 16, 512), Planned(grid=9.6))[1:]
+    timings += tune.measured(tune.Layer("LSTM", 1, 768), Planned())[:1]
+    assert tune.table(timings).splitlines() == [
+        "layer                 pass     cluster   grid  steps  planner",
+        "LSTM B=16 H=512 T=64  forward    10 µs   8 µs  40 µs  cluster  <- 25 % more than grid",
+        "LSTM B=16 H=512 T=64  step       10 µs  10 µs  40 µs  cluster",
+        "LSTM B=1 H=768 T=64   forward    10 µs      -  40 µs  cluster",
+        "",
+        "1 of 3 choices lose more than 5 %",
+    ]
+    assert timings[0].as_json()["best"] == "grid"
+
+
+def test_a_layer_runs_under_the_tiers_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by another clock."""
+    tiers, asked = [["cluster", "grid", "steps"]], []
+
+    def set_tiers(names: list[str]) -> list[str]:
+        tiers.append(names)
+        return tiers[-2]
+
+    def sample(contender: Any, number: int, warm: bool) -> float:
+        contender.step()
+        asked.append((contender.name, tiers[-1]))
+        return 1e-3
+
+    monkeypatch.setattr(tune.seqkernels._C, "set_cuda_tiers", set_tiers, raising=False)
+    monkeypatch.setattr(tune.harness, "sample_on_cuda", sample)
+    device = tune.Cuda("cpu")
+    for what in ("step", "forward"):
+        assert device.seconds(tune.Layer("GRU", 2, 8, 3), what, ["grid"]) == 1e-3
+    assert {name for name, _ in asked} == {"step", "forward"} and all(names == ["grid"] for _, names in asked)
+    assert tiers[-1] == tiers[0]
