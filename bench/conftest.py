@@ -70,7 +70,7 @@ def _versions() -> dict[str, str]:
     import seqkernels
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for peer in ("onnxruntime", "fbgemm-gpu-cpu"):
+    for peer in ("onnxruntime", "fbgemm-gpu-cpu", "triton", "flashrnn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[peer] = importlib.metadata.version(peer)
     if torch.version.cuda is not None and torch.cuda.is_available():
@@ -149,10 +149,12 @@ class Bench:
         work_unit: str = "flop",
         parity: Sequence[tuple[Contender, Contender]] | None = None,
         tolerance: float = 2e-5,
+        goals: Mapping[str, float] | None = None,
     ) -> None:
         """Time `contenders`, ours first, alternately.
 
-        Parity is checked first: all against the first peer, or the pairs (reference, contender) given.
+        Parity is checked first: all against the first peer, or the pairs (reference, contender) given. `goals` are
+        seconds of one call that ours must not exceed, by name: listed like peers that always take so long.
         """
         refused = {c.name: c.refused for c in contenders if c.refused}
         able = [c for c in contenders if not c.refused]
@@ -177,11 +179,14 @@ class Bench:
             # pytest-benchmark runs setup before each round: so every round is all peers once, then ours once.
             self.benchmark.pedantic(measure, args=(0,), setup=peers, rounds=plan.rounds)
             load = meter.others()
-        names = [c.name for c in able]
+        goals = goals or {}
+        rounds = len(values[0])
+        names = [*(c.name for c in able), *goals]
+        bars = {**bars, **dict.fromkeys(goals, 1.0)}
+        values += [[seconds] * rounds for seconds in goals.values()]
         entries = report.summarise(names, values, _as_bars(bars), refused)
         for entry, contender in zip(entries, able):
             entry.work = contender.work
-        rounds = len(values[0])
         self.add(Row(group, label, entries, "s", work, work_unit, rounds, load))
 
     def memory(
@@ -227,11 +232,18 @@ def bench(benchmark: Any, bench_run: Run, request: pytest.FixtureRequest) -> Ben
     return Bench(benchmark, bench_run, request.config)
 
 
+def _turn(item: pytest.Item) -> int:
+    """When a row comes: @pytest.mark.cuda(turn=1) first, so that a run that is cut has what is least known."""
+    return min(mark.kwargs.get("turn", 5) for mark in item.iter_markers("cuda"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("device") == "cuda"
     left_out = [item for item in items if bool(item.get_closest_marker("cuda")) != wanted]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    if wanted:
+        items.sort(key=_turn)
     if config.getoption("quick"):
         for item in items:
             if item.get_closest_marker("slow"):
