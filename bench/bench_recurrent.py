@@ -948,6 +948,7 @@ class Loop(nn.Module):
         return torch.stack(outputs), last[0] if len(last) == 1 else last
 
 
+@pytest.mark.slow
 @pytest.mark.cuda(turn=8)
 @STEPS
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
@@ -1019,6 +1020,7 @@ def flashrnn(name: str, kind: Kind, layer: nn.Module, shape: Shape, *, step: boo
     return Contender(name, training if step else forward, result, on_cuda=True)
 
 
+@pytest.mark.slow
 @pytest.mark.cuda(turn=9)
 @STEPS
 @pytest.mark.parametrize(("kind", "shape", "backend"), FLASHRNN, ids=shape_id)

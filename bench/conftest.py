@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="write the rows to a file after each; =FILE, or bench/results/<device>-<date>.json",
+        help="write each row to bench/results/<device>-<date>.json, or to =FILE, whose rows are kept",
     )
     group.addoption("--strict-bars", action="store_true", help="exit with an error if a bar is missed")
     group.addoption("--compile-rnn", action="store_true", help="torch.compile with experimental allow_rnn (minutes)")
@@ -117,6 +117,9 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
         other_load=load,
         quick=config.getoption("quick"),
     )
+    given = config.getoption("save_results")
+    if given and Path(given).exists():  # begun in another process
+        run.rows += report.from_json(Path(given).read_text(encoding="utf-8")).rows
     config.stash[RUN] = run
     return run
 

@@ -50,7 +50,7 @@ RESULTS = ROOT / "bench" / "results"
 SHARES = {"build": 110, "tests": 130, "memcheck": 45, "racecheck": 45, "tune": 45, "bench": 155}
 RESERVE = 10.0  # seconds left for writing down what was found
 GRACE = 5.0  # seconds between an interrupt and the end
-TEST_S = 60.0  # that one test may take: Triton compiles a dozen kernels in some
+TEST_S = 60.0  # that one test or row may take, ten times that if it is marked slow: Triton compiles in some
 STOP = threading.Event()  # this process was told to end
 
 
@@ -196,21 +196,17 @@ def build(part: Part) -> dict[str, Any]:
     return {"status": "passed", "architecture": architecture}
 
 
-def pytest_part(part: Part, expression: str, wrapper: Sequence[str] = (), **environment: str) -> dict[str, Any]:
-    """Tests with these marks, begun again without those that are known where a test ended its process."""
+def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tuple[dict[str, Any], str]:
+    """What pytest found, and said; begun again, without what is known, where a test ended its process."""
     record, before = part.logs / f"{part.name}.jsonl", part.logs / f"{part.name}-before.jsonl"
     for path in (record, before):
         path.unlink(missing_ok=True)
-    command = [*wrapper, sys.executable, "-m", "pytest", "tests", "-q", "-m", expression, *part.selection]
-    command += ["-p", "no:cacheprovider", "-p", "tally", "--continue-on-collection-errors"]
-    if not wrapper and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
     environment |= {
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for the deterministic algorithms that tests ask torch for
         "SEQKERNELS_TALLY": str(record),
         "SEQKERNELS_TALLY_BEFORE": str(before),
         "SEQKERNELS_TALLY_SECONDS": str(TEST_S),
     }
+    command = [*command, "-q", "-p", "no:cacheprovider", "-p", "tally", *part.selection]
     known, said = -1, ""
     while True:
         ended = part.run(command, **environment)
@@ -228,7 +224,16 @@ def pytest_part(part: Part, expression: str, wrapper: Sequence[str] = (), **envi
         result |= {"failures": dict(list(found.messages.items())[:20]), "unfinished tests": found.unfinished()[:20]}
     elif status == "failed":
         result["said"] = said[-4000:]
-    return result | ({"sanitizer": sanitizer_said(said)} if wrapper else {})
+    return result, said
+
+
+def run_tests(part: Part, expression: str, wrapper: Sequence[str] = (), **environment: str) -> tuple[dict, str]:
+    """Tests with these marks."""
+    command = [*wrapper, sys.executable, "-m", "pytest", "tests", "-m", expression, "--continue-on-collection-errors"]
+    if not wrapper and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+    # For the deterministic algorithms that tests ask torch for.
+    return pytest_part(part, command, CUBLAS_WORKSPACE_CONFIG=":4096:8", **environment)
 
 
 def sanitizer_said(text: str) -> dict[str, Any]:
@@ -245,34 +250,34 @@ def sanitizer(part: Part) -> dict[str, Any]:
         return {"status": "no compute-sanitizer"}
     wrapper = [program, f"--tool={part.name}", "--error-exitcode=86", "--target-processes=all"]
     # torch's allocator would hide what lies outside a tensor.
-    return pytest_part(part, "cuda and sanitize", wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    found, said = run_tests(part, "cuda and sanitize", wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return found | {"sanitizer": sanitizer_said(said)}
 
 
 def tune(part: Part) -> dict[str, Any]:
     file = report.unused(part.out, f"{part.stem}-tuning")
-    command = [sys.executable, SITE / "bench" / "tune.py", "--device", "cuda", "--save", file, *part.selection]
-    return saved_by(part.run(command), file)
+    ended = part.run([sys.executable, SITE / "bench" / "tune.py", "--device", "cuda", "--save", file, *part.selection])
+    return {"status": ended.status, **rows_of(file)} | (
+        {"said": ended.said[-4000:]} if ended.status == "failed" else {}
+    )
 
 
 def bench(part: Part) -> dict[str, Any]:
     file = report.unused(part.out, part.stem)
-    command = [sys.executable, "-m", "pytest", "bench", "--device", "cuda", "-p", "no:cacheprovider", "-q"]
-    command += ["--benchmark-only", "--budget", "0.3", f"--save-results={file}", *part.selection]
-    return saved_by(part.run(command), file)
+    command = [sys.executable, "-m", "pytest", "bench", "--device", "cuda", "--benchmark-only", "--budget", "0.3"]
+    found, _ = pytest_part(part, [*command, f"--save-results={file}"])
+    return found | rows_of(file)
 
 
-def saved_by(ended: Ended, file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"status": "nothing to run" if ended.code == 5 else ended.status}
-    if file.exists():
-        found |= {"file": file.name, "rows": len(json.loads(file.read_text(encoding="utf-8"))["rows"])}
-    if found["status"] == "failed" or not file.exists():
-        found["said"] = ended.said[-4000:]
-    return found
+def rows_of(file: Path) -> dict[str, Any]:
+    return (
+        {"file": file.name, "rows": len(json.loads(file.read_text(encoding="utf-8"))["rows"])} if file.exists() else {}
+    )
 
 
 PARTS = {
     "build": build,
-    "tests": lambda part: pytest_part(part, "cuda"),
+    "tests": lambda part: run_tests(part, "cuda")[0],
     "memcheck": sanitizer,
     "racecheck": sanitizer,
     "tune": tune,

@@ -3,7 +3,7 @@
 A kernel that waits for ever, or that leaves the device unusable for its process, ends the process alone: with
 pytest-xdist that is a worker, for which another one starts; without it gpu.py starts pytest again, for the tests that
 are left. In the environment: SEQKERNELS_TALLY, the file to write; SEQKERNELS_TALLY_BEFORE, one whose tests are left
-out; SEQKERNELS_TALLY_SECONDS, that a test may take.
+out; SEQKERNELS_TALLY_SECONDS, that a test may take, or a tenth of what one marked `slow` may.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    seconds = float(os.environ["SEQKERNELS_TALLY_SECONDS"])
+    seconds = float(os.environ["SEQKERNELS_TALLY_SECONDS"]) * (10 if item.get_closest_marker("slow") else 1)
 
     def give_up() -> None:
         faulthandler.dump_traceback(all_threads=True)

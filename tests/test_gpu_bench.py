@@ -191,11 +191,11 @@ def test_counts_of_tests(site: Path) -> None:
         def test_teardown(late): pass
         """,
     )
-    found = gpu.pytest_part(part(site, 60, "not other"), "cuda")
+    found = gpu.run_tests(part(site, 60, "not other"), "cuda")[0]
     assert found["status"] == "failed" and counts(found) == (5, 1, 3, 1, 0)
     assert "this" in found["failures"]["tests/test_it.py::test_bad"]
-    assert gpu.pytest_part(part(site, 60, "nothing_of_that_name"), "cuda")["status"] == "nothing to run"
-    assert gpu.pytest_part(part(site, 60, "good or none"), "cuda")["status"] == "passed"
+    assert gpu.run_tests(part(site, 60, "nothing_of_that_name"), "cuda")[0]["status"] == "nothing to run"
+    assert gpu.run_tests(part(site, 60, "good or none"), "cuda")[0]["status"] == "passed"
 
 
 def test_a_cut_leaves_the_counts(site: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_cut_leaves_the_counts(site: Path) -> None:
         write_tests(
             site, f"def test_good(): pass\ndef test_long():\n    {deaf}\n    time.sleep(60)\ndef test_last(): pass"
         )
-        found = gpu.pytest_part(part(site, 4), "cuda")
+        found = gpu.run_tests(part(site, 4), "cuda")[0]
         assert found["status"] == "cut" and found["passed"] == 1, found
         assert not deaf or found["unfinished tests"] == ["tests/test_it.py::test_long"]
 
@@ -221,7 +221,7 @@ def test_tests_that_end_their_process_do_not_end_the_part(site: Path, monkeypatc
         def test_last(): pass
         """,
     )
-    found = gpu.pytest_part(part(site, 60), "cuda")
+    found = gpu.run_tests(part(site, 60), "cuda")[0]
     assert found["status"] == "failed" and counts(found) == (5, 2, 1, 0, 2)
     assert found["unfinished tests"] == [f"tests/test_it.py::{name}" for name in ("test_hangs", "test_crashes")]
 
@@ -240,14 +240,14 @@ def test_a_device_that_a_test_left_unusable_is_left_to_a_new_process(site: Path)
         def test_after(): assert not lost
         """,
     )
-    found = gpu.pytest_part(part(site, 60), "cuda")
+    found = gpu.run_tests(part(site, 60), "cuda")[0]
     assert found["status"] == "failed" and counts(found) == (3, 2, 1, 0, 0)
     assert "an illegal memory access" in (site / "tests.log").read_text()
 
 
 def test_a_part_that_cannot_begin_says_why(site: Path) -> None:
     write_tests(site, "import nothing_of_that_name")
-    found = gpu.pytest_part(part(site, 60), "cuda")
+    found = gpu.run_tests(part(site, 60), "cuda")[0]
     assert found["status"] == "failed" and "nothing_of_that_name" in found["said"]
 
 
@@ -269,35 +269,38 @@ def test_what_a_sanitizer_says() -> None:
 
 
 def test_rows_are_saved_one_by_one(site: Path) -> None:
-    """A bench that dies keeps those before."""
+    """A row that ends the process costs itself alone."""
     pytest.importorskip("pytest_benchmark")
     (site / "bench").mkdir()
-    for name in ("conftest.py", "harness.py", "report.py"):
+    for name in ("conftest.py", "harness.py", "report.py", "tally.py"):
         shutil.copy2(BENCH / name, site / "bench")
     (site / "bench" / "bench_it.py").write_text(
         textwrap.dedent(
             """
             import os
             import pytest
+            import torch
             import harness
             from harness import Contender, Roof
 
-            harness.ROOFS["cpu"] = {"flop": lambda: Roof(1.0, "none")}
+            harness.ROOFS["cuda"] = {"flop": lambda: Roof(1.0, "none")}
             harness.other_load = lambda: 0.0
+            torch.cuda.get_device_name = lambda: "a GPU"
 
-            @pytest.mark.parametrize("i", range(3))
+            @pytest.mark.parametrize("i", [pytest.param(i, marks=pytest.mark.cuda(turn=i)) for i in (3, 1, 2, 0)])
             def test_row(bench, i):
                 if i == 2:
-                    os._exit(1)
+                    os._exit(139)
                 contenders = [Contender(name, lambda: sum(range(9)), lambda: {}) for name in ("ours", "theirs")]
-                bench.time("group", f"row {i}", contenders, bars={}, work=1.0, parity=[])
+                bench.time("group", f"row {i}", contenders, bars={}, work=1.0, parity=[], goals={"goal": 1.0})
             """
         )
     )
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--budget", "0.01"]
-    ended = gpu.run([*command, "--save-results=rows.json"], time.monotonic() + 60, site / "log")
-    rows = report.from_json((site / "rows.json").read_text(encoding="utf-8")).rows
-    assert [row.label for row in rows] == ["row 0", "row 1"], ended.said
+    found = gpu.bench(part(site, 60, name="bench"))
+    assert (found["status"], found["rows"], counts(found)) == ("failed", 3, (4, 3, 0, 0, 1)), found
+    saved = report.from_json((site / found["file"]).read_text(encoding="utf-8"))
+    assert [row.label for row in saved.rows] == ["row 0", "row 1", "row 3"]
+    assert all(row.entries[2].verdict == "PASS" for row in saved.rows)
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
