@@ -50,7 +50,7 @@ def read(path: Path) -> Tally:
         if tally.outcomes.get(test) != "failed":  # what setup or teardown spoiled
             tally.outcomes[test] = entry["outcome"]
         if entry["message"]:
-            tally.messages[test] = entry["message"]
+            tally.messages.setdefault(test, entry["message"])  # the first: a process that ends says no more of it
     return tally
 
 

@@ -4,6 +4,7 @@ that survive, the choice of shapes and the table of tuning."""
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import sys
 import textwrap
@@ -150,6 +151,53 @@ def test_selections() -> None:
     for wrong in (["bench"], ["bank=lstm"], ["bench="]):
         with pytest.raises(SystemExit, match="--select takes part=expression"):
             gpu.selections(wrong)
+
+
+# ---- all of it
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, site: Path) -> dict[str, Any]:
+    """Parts that pass at once, on a GPU that is not there."""
+    found: dict[str, Any] = {name: lambda part: {"status": "passed"} for name in gpu.PARTS}
+    monkeypatch.setattr(gpu, "PARTS", found)
+    monkeypatch.setattr(gpu, "stage", lambda: None)
+    monkeypatch.setattr(gpu, "machine", lambda: {"device": "NVIDIA H0", "date": "2026-01-01"})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    return found
+
+
+def checks_in(folder: Path) -> dict[str, str]:
+    checks = json.loads((folder / "nvidia-h0-2026-01-01-checks.json").read_text())
+    return {name: part["status"] for name, part in checks["parts"].items()}
+
+
+def test_each_part_leaves_how_it_ended(fakes: dict[str, Any], tmp_path: Path) -> None:
+    given = []
+
+    def bench(part: Any) -> dict[str, Any]:
+        given.append((part.select, checks_in(tmp_path)))
+        return {"status": "cut"}
+
+    fakes["bench"] = bench
+    assert gpu.main(["--out", str(tmp_path), "--only", "bench,tests", "--select", "bench=packed"]) == 1
+    assert given == [("packed", {"tests": "passed"})]
+    assert gpu.main(["--out", str(tmp_path), "--only", "tune"]) == 0
+    assert checks_in(tmp_path) == {"tests": "passed", "bench": "cut", "tune": "passed"}
+
+
+def test_nothing_follows_a_build_that_fails_or_an_end_that_is_asked_for(fakes: dict[str, Any], tmp_path: Path) -> None:
+    def stopped(part: Any) -> dict[str, Any]:
+        gpu.STOP.set()
+        return {"status": "cut"}
+
+    fakes["tests"] = stopped
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert checks_in(tmp_path) == {"build": "passed", "tests": "cut"}
+    gpu.STOP.clear()
+    fakes["build"] = lambda part: {"status": "failed"}
+    assert gpu.main(["--out", str(tmp_path / "again")]) == 1
+    assert checks_in(tmp_path / "again") == {"build": "failed"}
 
 
 # ---- tests as a part
