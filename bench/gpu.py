@@ -80,17 +80,12 @@ class Ended(NamedTuple):
 def run(command: Sequence[object], until: float, log: Path, **environment: str) -> Ended:
     """Run a command until that time of the monotonic clock; its output is shown as it comes, and added to `log`."""
     print("$", *command, flush=True)
-    env = {
-        **os.environ,
-        "PATH": tools(),
-        "PYTHONPATH": f"{SITE}:{SITE / 'bench'}",
-        "PYTHONUNBUFFERED": "1",
-        **environment,
-    }
+    paths = [str(SITE), str(SITE / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = {"PATH": tools(), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=SITE if SITE.exists() else ROOT,
-        env=env,
+        env={**os.environ, **ours, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # so that a signal reaches its children

@@ -175,7 +175,7 @@ class Cuda:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="as torch names it (default cuda)")
+    parser.add_argument("--device", choices=("cuda",), default="cuda", help="the current one")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was timed, as JSON")
     parser.add_argument("-k", dest="words", default="", help="layers whose name has all these words, such as H=1024")
     options = parser.parse_args(arguments)
