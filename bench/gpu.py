@@ -232,11 +232,15 @@ def run_tests(part: Part, expression: str, wrapper: Sequence[str] = (), **enviro
 
 
 def sanitizer_said(text: str) -> dict[str, Any]:
-    """The last count of compute-sanitizer, and its first reports."""
+    """compute-sanitizer's counts, one of each process begun, and its first reports."""
     lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
     summaries = [line for line in lines if "SUMMARY" in line]
     reports = [line for line in lines if line not in summaries and not line.startswith("COMPUTE-SANITIZER")]
-    return {"summary": summaries[-1] if summaries else "none", "reports": reports[:60]}
+    return {"summaries": summaries, "reports": reports[:60]}
+
+
+def found_errors(summaries: Sequence[str]) -> bool:
+    return any(int(count) for line in summaries for count in re.findall(r"(\d+) (?:error|hazard)", line))
 
 
 def sanitizer(part: Part) -> dict[str, Any]:
@@ -246,7 +250,10 @@ def sanitizer(part: Part) -> dict[str, Any]:
     wrapper = [program, f"--tool={part.name}", "--error-exitcode=86", "--target-processes=all"]
     # torch's allocator would hide what lies outside a tensor.
     found, said = run_tests(part, "cuda and sanitize", wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return found | {"sanitizer": sanitizer_said(said)}
+    heard = sanitizer_said(said)
+    if found["status"] != "cut" and found_errors(heard["summaries"]):
+        found["status"] = "failed"
+    return found | {"sanitizer": heard}
 
 
 def tune(part: Part) -> dict[str, Any]:
@@ -297,7 +304,7 @@ def summary(checks: dict[str, dict[str, Any]]) -> str:
     for name, found in checks.items():
         keys = ("tests", "passed", "failed", "skipped", "unfinished", "rows")
         numbers = [f"{found[key]} {key}" for key in keys if key in found]
-        numbers += [found["sanitizer"]["summary"]] if "sanitizer" in found else []
+        numbers += found.get("sanitizer", {}).get("summaries", [])
         lines.append(f"{name:10} {found['status']:15} {found['seconds']:7.1f} s  {', '.join(numbers)}".rstrip())
         lines += [f"{'':10}   {test}" for test in [*found.get("failures", ()), *found.get("unfinished tests", ())]]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -307,10 +308,33 @@ def test_what_a_sanitizer_says() -> None:
 ========= ERROR SUMMARY: 1 error
 """
     assert gpu.sanitizer_said(text) == {
-        "summary": "ERROR SUMMARY: 1 error",
+        "summaries": ["ERROR SUMMARY: 1 error"],
         "reports": ["Invalid __global__ read of size 4 bytes", "at kernel(float *)+0x90"],
     }
-    assert gpu.sanitizer_said("")["summary"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("summary", "status"),
+    [
+        ("ERROR SUMMARY: 0 errors", "passed"),
+        ("ERROR SUMMARY: 2 errors", "failed"),
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+        ("RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "failed"),
+    ],
+)
+def test_errors_of_a_sanitizer_fail_its_part(
+    site: Path, monkeypatch: pytest.MonkeyPatch, summary: str, status: str
+) -> None:
+    """Though all tests pass: a program of that name that runs what it is given."""
+    write_tests(site, "@pytest.mark.sanitize\ndef test_good(): pass\ndef test_other(): assert False")
+    program = site / "compute-sanitizer"
+    good = status == "passed"
+    program.write_text(f'#!/bin/sh\nshift 3\n"$@"\necho "========= {summary}"\nexit {0 if good else 86}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    found = gpu.sanitizer(part(site, 60, name="memcheck"))
+    assert (found["status"], counts(found)) == (status, (1, 1, 0, 0, 0))
+    assert found["sanitizer"]["summaries"] == [summary] * (1 if good else 2)
 
 
 # ---- results
@@ -365,7 +389,9 @@ def test_the_summary_names_what_failed() -> None:
     checks = {
         "tests": dict(status="failed", seconds=3.0, tests=3, passed=1, failed=1, skipped=0, unfinished=1)
         | {"failures": {"tests/a.py::b": "why"}, "unfinished tests": ["tests/a.py::c"]},
-        "memcheck": dict(status="passed", seconds=2.0, sanitizer=dict(summary="ERROR SUMMARY: 0 errors", reports=[])),
+        "memcheck": dict(
+            status="passed", seconds=2.0, sanitizer=dict(summaries=["ERROR SUMMARY: 0 errors"], reports=[])
+        ),
     }
     assert gpu.summary(checks).splitlines() == [
         "tests      failed              3.0 s  3 tests, 1 passed, 1 failed, 0 skipped, 1 unfinished",
