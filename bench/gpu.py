@@ -51,6 +51,7 @@ SHARES = {"build": 110, "tests": 130, "memcheck": 45, "racecheck": 45, "tune": 4
 RESERVE = 10.0  # seconds left for writing down what was found
 GRACE = 5.0  # seconds between an interrupt and the end
 TEST_S = 60.0  # that one test or row may take, ten times that if it is marked slow: Triton compiles in some
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # tests ask torch for deterministic algorithms
 STOP = threading.Event()  # this process was told to end
 
 
@@ -222,13 +223,12 @@ def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tu
     return result, said
 
 
-def run_tests(part: Part, expression: str, wrapper: Sequence[str] = (), **environment: str) -> tuple[dict, str]:
-    """Tests with these marks."""
-    command = [*wrapper, sys.executable, "-m", "pytest", "tests", "-m", expression, "--continue-on-collection-errors"]
-    if not wrapper and importlib.util.find_spec("xdist") is not None:
+def run_tests(part: Part) -> dict[str, Any]:
+    """In processes that share the device, where pytest-xdist is there."""
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
-    # For the deterministic algorithms that tests ask torch for.
-    return pytest_part(part, command, CUBLAS_WORKSPACE_CONFIG=":4096:8", **environment)
+    return pytest_part(part, command, **DETERMINISTIC)[0]
 
 
 def sanitizer_said(text: str) -> dict[str, Any]:
@@ -247,9 +247,13 @@ def sanitizer(part: Part) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer", path=tools())
     if program is None:
         return {"status": "no compute-sanitizer"}
+    # To collect all tests would take as long as to run these; of their files the recurrent layers' comes first.
+    every = sorted((SITE / "tests").glob("test_*.py"), reverse=True)
+    files = [file.relative_to(SITE) for file in every if "sanitize" in file.read_text(encoding="utf-8")]
     wrapper = [program, f"--tool={part.name}", "--error-exitcode=86", "--target-processes=all"]
+    command = [*wrapper, sys.executable, "-m", "pytest", *files, "-m", "cuda and sanitize"]
     # torch's allocator would hide what lies outside a tensor.
-    found, said = run_tests(part, "cuda and sanitize", wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    found, said = pytest_part(part, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **DETERMINISTIC)
     heard = sanitizer_said(said)
     if found["status"] != "cut" and found_errors(heard["summaries"]):
         found["status"] = "failed"
@@ -279,7 +283,7 @@ def rows_of(file: Path) -> dict[str, Any]:
 
 PARTS = {
     "build": build,
-    "tests": lambda part: run_tests(part, "cuda")[0],
+    "tests": run_tests,
     "memcheck": sanitizer,
     "racecheck": sanitizer,
     "tune": tune,

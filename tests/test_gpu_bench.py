@@ -240,11 +240,11 @@ def test_counts_of_tests(site: Path) -> None:
         def test_teardown(late): pass
         """,
     )
-    found = gpu.run_tests(part(site, 60, "not other"), "cuda")[0]
+    found = gpu.run_tests(part(site, 60, "not other"))
     assert found["status"] == "failed" and counts(found) == (5, 1, 3, 1, 0)
     assert "this" in found["failures"]["tests/test_it.py::test_bad"]
-    assert gpu.run_tests(part(site, 60, "nothing_of_that_name"), "cuda")[0]["status"] == "nothing to run"
-    assert gpu.run_tests(part(site, 60, "good or none"), "cuda")[0]["status"] == "passed"
+    assert gpu.run_tests(part(site, 60, "nothing_of_that_name"))["status"] == "nothing to run"
+    assert gpu.run_tests(part(site, 60, "good or none"))["status"] == "passed"
 
 
 def test_a_cut_leaves_the_counts(site: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_cut_leaves_the_counts(site: Path) -> None:
         write_tests(
             site, f"def test_good(): pass\ndef test_long():\n    {deaf}\n    time.sleep(60)\ndef test_last(): pass"
         )
-        found = gpu.run_tests(part(site, 4), "cuda")[0]
+        found = gpu.run_tests(part(site, 4))
         assert found["status"] == "cut" and found["passed"] == 1, found
         assert not deaf or found["unfinished tests"] == ["tests/test_it.py::test_long"]
 
@@ -270,7 +270,7 @@ def test_tests_that_end_their_process_do_not_end_the_part(site: Path, monkeypatc
         def test_last(): pass
         """,
     )
-    found = gpu.run_tests(part(site, 60), "cuda")[0]
+    found = gpu.run_tests(part(site, 60))
     assert found["status"] == "failed" and counts(found) == (5, 2, 1, 0, 2)
     assert found["unfinished tests"] == [f"tests/test_it.py::{name}" for name in ("test_hangs", "test_crashes")]
 
@@ -289,14 +289,14 @@ def test_a_device_that_a_test_left_unusable_is_left_to_a_new_process(site: Path)
         def test_after(): assert not lost
         """,
     )
-    found = gpu.run_tests(part(site, 60), "cuda")[0]
+    found = gpu.run_tests(part(site, 60))
     assert found["status"] == "failed" and counts(found) == (3, 2, 1, 0, 0)
     assert "an illegal memory access" in (site / "tests.log").read_text()
 
 
 def test_a_part_that_cannot_begin_says_why(site: Path) -> None:
     write_tests(site, "import nothing_of_that_name")
-    found = gpu.run_tests(part(site, 60), "cuda")[0]
+    found = gpu.run_tests(part(site, 60))
     assert found["status"] == "failed" and "nothing_of_that_name" in found["said"]
 
 
