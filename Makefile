@@ -35,7 +35,7 @@ help:
 	@echo 'make compat    one wheel, built with torch $(TORCH), tested with torch $(COMPAT_TORCH)'
 	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer in the C++'
 	@echo 'make check-gpu-build  every GPU kernel compiled on any machine with nvcc: registers, spills, a CUDA extension'
-	@echo 'make gpu       with a GPU: build, test, sanitize and time, within 9 minutes   ARGS="--only build,tests"'
+	@echo 'make gpu       with a GPU: build, test, sanitize, tune and time, within 9 minutes   ARGS="--only build,tests"'
 	@echo 'make hooks     lint before every commit'
 	@echo 'make clean     remove what was built; the environments stay'
 	@echo 'Variables: PYTHON=$(PYTHON) TORCH=$(TORCH)'

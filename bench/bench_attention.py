@@ -281,7 +281,12 @@ GPU_KINDS = [
 
 
 # Without biases of gigabytes.
-GPU_ROWS = [(s, kind) for s in GPU_SHAPES for kind in GPU_KINDS if not (kind.bias and s.L > 2048)]
+GPU_ROWS = [
+    pytest.param(s, kind, marks=pytest.mark.cuda(turn=2 if (kind.half or kind.bias) and s.D == 128 else 5))
+    for s in GPU_SHAPES
+    for kind in GPU_KINDS
+    if not (kind.bias and s.L > 2048)
+]
 
 
 def lengths_at_half_fill(shape: Shape) -> Tensor:

@@ -808,7 +808,7 @@ def test_forward_on_cuda(bench: Any, shape: Shape, mode: str, dtype: torch.dtype
     time_on_cuda(bench, group, f"{mode}, {shape}", contenders, work, COPY_BAR if wide else None, tolerance=tolerance)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(turn=2)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("zipf", [False, True], ids=["uniform", "zipf"])
 def test_dense_backward_on_cuda(bench: Any, zipf: bool, weighted: bool) -> None:
@@ -821,7 +821,7 @@ def test_dense_backward_on_cuda(bench: Any, zipf: bool, weighted: bool) -> None:
     time_on_cuda(bench, group, label, contenders, gradient_bytes(shape, shape.E), None, tolerance=1e-4)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(turn=2)
 @pytest.mark.parametrize("zipf", [False, True], ids=["uniform", "zipf"])
 @pytest.mark.parametrize("optimizer", [SGD, OPTIMIZERS[2]], ids=str)
 def test_fused_on_cuda(bench: Any, optimizer: Optimizer, zipf: bool) -> None:

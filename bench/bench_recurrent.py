@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels
+from seqkernels import reference
 
 TRAINING = 3  # forward, and in backward one product for the inputs and one for the weights
 STREAM_CALLS = 100
@@ -777,6 +778,15 @@ ON_CUDA = {
     "GRU, packed": (GRU, {}),
 }
 ON_CUDA_SIZES = [(B, H) for H in (128, 256, 512, 1024) for B in (1, 16, 64)]
+ON_CUDA_ROWS = [  # wide layers first, of which the grid kernels walk the widest, then packed ones
+    pytest.param(name, B, H, marks=pytest.mark.cuda(turn=1 if (B, H) == (64, 1024) else 3 if PACKED in name else 5))
+    for name in ON_CUDA
+    for B, H in ON_CUDA_SIZES
+]
+STEP_S = 1e-6  # of a forward pass at H=256
+COMPILED = Shape(32, 16, 256, 256)
+FLASHRNN = [(LSTM, LONG, "cuda_fused"), (GRU, LONG, "cuda")]  # fused kernels of a GRU it has none
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def layers_on_cuda(
@@ -790,8 +800,21 @@ def layers_on_cuda(
     return mine.to("cuda", ours), peer.to("cuda", theirs)
 
 
-def on_cuda(name: str, layer: nn.Module, shape: Shape, lengths: list[int] | None, *, step: bool) -> Contender:
-    """Inference or a training step of a layer, dense or packed."""
+def on_cuda(
+    name: str,
+    layer: nn.Module,
+    shape: Shape,
+    lengths: list[int] | None,
+    *,
+    step: bool,
+    call: Callable[..., tuple[Any, Any]] | None = None,
+) -> Contender:
+    """A training step of a layer, dense or packed, or inference, in which no peer keeps anything for backward either.
+
+    `call`: what runs it, if not itself.
+    """
+    layer.train(step)
+    call = layer if call is None else call
     generator = torch.Generator().manual_seed(2)
     weight = next(layer.parameters())
     x = torch.randn(shape.T, shape.B, shape.I, generator=generator).to("cuda", weight.dtype)
@@ -799,18 +822,15 @@ def on_cuda(name: str, layer: nn.Module, shape: Shape, lengths: list[int] | None
     data = (x if packed is None else packed.data).requires_grad_(step)
 
     def forward() -> tuple[Tensor, Any]:
-        if packed is None:
-            return layer(data)
-        output, state = layer(PackedSequence(data, *packed[1:]))
-        return output.data, state
+        with torch.set_grad_enabled(step):
+            if packed is None:
+                return call(data)
+            output, state = call(PackedSequence(data, *packed[1:]))
+            return output.data, state
 
-    with torch.no_grad():
-        upstream = torch.randn(forward()[0].shape, generator=generator).to("cuda", weight.dtype)
+    directions = 2 if getattr(layer, "bidirectional", False) else 1
+    upstream = torch.randn(*data.shape[:-1], directions * shape.H, generator=generator).to("cuda", weight.dtype)
     wanted = [data, *layer.parameters()]
-
-    def inference() -> None:
-        with torch.no_grad():
-            forward()
 
     def training() -> None:
         output, _ = forward()
@@ -824,13 +844,13 @@ def on_cuda(name: str, layer: nn.Module, shape: Shape, lengths: list[int] | None
             found |= dict(zip(names, torch.autograd.grad(output, wanted, upstream)))
         return {key: value.detach().double() for key, value in found.items()}
 
-    return Contender(name, training if step else inference, result, on_cuda=True)
+    return Contender(name, training if step else forward, result, on_cuda=True)
 
 
 STEPS = pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(turn=1)
 @STEPS
 def test_long_on_cuda(bench: Any, step: bool) -> None:
     """cuDNN has a persistent kernel of float16 for this shape."""
@@ -849,8 +869,7 @@ def test_long_on_cuda(bench: Any, step: bool) -> None:
 
 @pytest.mark.cuda
 @STEPS
-@pytest.mark.parametrize(("B", "H"), ON_CUDA_SIZES)
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize(("name", "B", "H"), ON_CUDA_ROWS)
 def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> None:
     kind, options = ON_CUDA[name]
     shape = Shape(256, B, H, H)
@@ -864,20 +883,21 @@ def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> No
     bench.time(group, f"{name}, {shape}", contenders, bars=bars, work=work, tolerance=HALF_TOLERANCE)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(turn=3)
 @pytest.mark.parametrize("B", [1, 16, 32])
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
 def test_steps_on_cuda(bench: Any, kind: Kind, B: int) -> None:
-    """1024 steps, so 1.024 ms is 1 µs a step, the product with x included."""
+    """1024 steps, the product with x included."""
     shape = Shape(1024, B, 256, 256)
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
     contenders = [on_cuda(who, m, shape, None, step=False) for who, m in (("ours", ours), ("cuDNN", theirs))]
     group = "bfloat16, forward of 1024 steps, on CUDA"
     work = flop(shape.T * shape.B, ours)
-    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+    goals = {"1 µs a step": shape.T * STEP_S}
+    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE, goals=goals)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(turn=1)
 @STEPS
 @pytest.mark.parametrize(("B", "H"), [(16, 256), (64, 512)])
 def test_half_fill_on_cuda(bench: Any, B: int, H: int, step: bool) -> None:
@@ -892,7 +912,7 @@ def test_half_fill_on_cuda(bench: Any, B: int, H: int, step: bool) -> None:
     bench.time(group, str(shape), [packed, padded], bars={"ours, padded": FILL_BAR}, work=work, parity=[])
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(turn=1)
 @STEPS
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
@@ -902,4 +922,116 @@ def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
     contenders = [on_cuda(who, m, shape, None, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
     work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
     group = f"float32 (TF32), {'training step' if step else 'forward'}, on CUDA"
+    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+
+
+# --- rows: peers that compile for minutes, on a GPU ---
+
+
+class Loop(nn.Module):
+    """The reference's cell in a plain loop, the share of the input taken out of it, with the weights of a layer."""
+
+    def __init__(self, kind: Kind, layer: nn.Module) -> None:
+        super().__init__()
+        self.kind = reference.recurrent.KINDS[kind.name.lower()]
+        for name, value in layer.named_parameters():
+            self.register_parameter(name, value)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        weights = {"w_hh": self.weight_hh_l0, "b_hh": self.bias_hh_l0}
+        states = (x.new_zeros(x.shape[1], self.weight_hh_l0.shape[1]),) * self.kind.states
+        outputs = []
+        for of_x in F.linear(x, self.weight_ih_l0, self.bias_ih_l0).unbind(0):
+            states = self.kind.cell(reference.recurrent.Step(of_x, states[0], states, weights, self.kind))
+            outputs.append(states[0])
+        last = tuple(state[None] for state in states)
+        return torch.stack(outputs), last[0] if len(last) == 1 else last
+
+
+@pytest.mark.slow
+@pytest.mark.cuda(turn=8)
+@STEPS
+@pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
+def test_compiled_loop_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
+    """The compiler unrolls time: a minute at these steps, outside the timing."""
+    shape = COMPILED
+    ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
+    loop = Loop(kind, theirs)
+    contenders = [
+        on_cuda("ours", ours, shape, None, step=step),
+        on_cuda("cuDNN", theirs, shape, None, step=step),
+        compiled(
+            "torch.compile",
+            loop,
+            lambda f: on_cuda("torch.compile", loop, shape, None, step=step, call=f),
+            allow_rnn=False,
+        ),
+    ]
+    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
+    group = f"bfloat16 against a compiled loop, {'training step' if step else 'forward'}, on CUDA"
+    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+
+
+def flashrnn(name: str, kind: Kind, layer: nn.Module, shape: Shape, *, step: bool, backend: str) -> Contender:
+    """NX-AI's FlashRNN, https://pypi.org/project/flashrnn, as its README calls it: one head, and x and its product
+    with w_ih, which it leaves to its user, in the layout [B, T, ..] that it takes.
+
+    Its gates stand in torch's order, but for the share of the state in those of a GRU, which has n first, and for the
+    biases of a GRU: one of the state in n, those of r and z, one of the input in n.
+    """
+    try:
+        from flashrnn import flashrnn as run
+    except Exception as error:  # importing it looks for a compiler, and fails in many ways
+        return Contender(name, refused=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    w_ih, w_hh, b_ih, b_hh = (p.detach() for p in layer.parameters())
+    gates, H = len(kind.onnx), shape.H
+    shares, biases = list(w_hh.chunk(gates)), list((b_ih + b_hh).chunk(gates))
+    if kind is GRU:
+        r, z, n = shares
+        shares, biases = [n, r, z], [b_hh.chunk(3)[2], *biases[:2], b_ih.chunk(3)[2]]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(shape.T, shape.B, shape.I, generator=generator).to(w_ih)
+    upstream = torch.randn(shape.T, shape.B, H, generator=generator).to(w_ih).transpose(0, 1)
+    leaves = [x.transpose(0, 1).contiguous(), w_ih, torch.stack(shares)[:, None], torch.stack(biases)[:, None]]
+    leaves = [leaf.clone().requires_grad_(step) for leaf in leaves]
+
+    def forward() -> Tensor:
+        x, w_ih, R, b = leaves
+        with torch.set_grad_enabled(step):
+            of_x = F.linear(x, w_ih).view(shape.B, shape.T, gates, 1, H)
+            states, _ = run(of_x, R, b, function=kind.name.lower(), backend=backend, dtype=DTYPE_NAMES[w_ih.dtype])
+            return states[0, :, :, 0]
+
+    def training() -> tuple[Tensor, ...]:
+        output = forward()
+        return output, *torch.autograd.grad(output, leaves, upstream)
+
+    def result() -> Results:
+        output, *gradients = training() if step else [forward()]
+        found = {"output": output.transpose(0, 1)}
+        if step:
+            found |= {"dx": gradients[0].transpose(0, 1), "dweight_ih_l0": gradients[1]}
+        return {key: value.detach().double() for key, value in found.items()}
+
+    try:
+        result()
+    except Exception as error:  # it compiles at the first call
+        return Contender(name, refused=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    return Contender(name, training if step else forward, result, on_cuda=True)
+
+
+@pytest.mark.slow
+@pytest.mark.cuda(turn=9)
+@STEPS
+@pytest.mark.parametrize(("kind", "shape", "backend"), FLASHRNN, ids=shape_id)
+def test_flashrnn_on_cuda(bench: Any, kind: Kind, shape: Shape, backend: str, step: bool) -> None:
+    """Its kernels are compiled for a shape when they are first called, for minutes, outside the timing."""
+    ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
+    contenders = [
+        on_cuda("ours", ours, shape, None, step=step),
+        on_cuda("cuDNN", theirs, shape, None, step=step),
+        flashrnn("FlashRNN", kind, theirs, shape, step=step, backend=backend),
+    ]
+    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
+    group = f"bfloat16 against FlashRNN, {'training step' if step else 'forward'}, on CUDA"
     bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)

@@ -23,6 +23,7 @@ from harness import Contender
 from report import Bar, Row, Run
 
 RUN = pytest.StashKey[Run]()
+FILE = pytest.StashKey[Path]()
 RESULTS = Path(__file__).parent / "results"
 Bars = Mapping[str, Bar | float]
 
@@ -34,7 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=8.0, metavar="S", help="timing per row (default 8)")
     group.addoption("--quick", action="store_true", help="1 second per row, slow rows left out; not for quoting")
     group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="wait up to so long for a quiet machine")
-    group.addoption("--save-results", action="store_true", help="write bench/results/<device>-<date>.json")
+    group.addoption(
+        "--save-results",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write each row to bench/results/<device>-<date>.json, or to =FILE, whose rows are kept",
+    )
     group.addoption("--strict-bars", action="store_true", help="exit with an error if a bar is missed")
     group.addoption("--compile-rnn", action="store_true", help="torch.compile with experimental allow_rnn (minutes)")
 
@@ -63,7 +70,7 @@ def _versions() -> dict[str, str]:
     import seqkernels
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for peer in ("onnxruntime", "fbgemm-gpu-cpu"):
+    for peer in ("onnxruntime", "fbgemm-gpu-cpu", "triton", "flashrnn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[peer] = importlib.metadata.version(peer)
     if torch.version.cuda is not None and torch.cuda.is_available():
@@ -80,6 +87,17 @@ def _say(config: pytest.Config, line: str, **markup: bool) -> None:
     with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
         reporter.ensure_newline()
         reporter.write_line(line, **markup)
+
+
+def _save(config: pytest.Config) -> Path | None:
+    """The rows so far, if they are wanted: a run that is cut leaves them."""
+    given, run = config.getoption("save_results"), config.stash[RUN]
+    if given is None:
+        return None
+    if FILE not in config.stash:
+        config.stash[FILE] = Path(given) if given else report.unused(RESULTS, report.stem_of(run))
+    report.write(config.stash[FILE], report.to_json(run))
+    return config.stash[FILE]
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +117,9 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
         other_load=load,
         quick=config.getoption("quick"),
     )
+    given = config.getoption("save_results")
+    if given and Path(given).exists():  # begun in another process
+        run.rows += report.from_json(Path(given).read_text(encoding="utf-8")).rows
     config.stash[RUN] = run
     return run
 
@@ -113,6 +134,7 @@ class Bench:
 
     def add(self, row: Row) -> None:
         self.run.rows.append(row)
+        _save(self.config)
         self.benchmark.group = row.group
         self.benchmark.extra_info["label"] = row.label
         for entry in row.entries:
@@ -130,10 +152,12 @@ class Bench:
         work_unit: str = "flop",
         parity: Sequence[tuple[Contender, Contender]] | None = None,
         tolerance: float = 2e-5,
+        goals: Mapping[str, float] | None = None,
     ) -> None:
         """Time `contenders`, ours first, alternately.
 
-        Parity is checked first: all against the first peer, or the pairs (reference, contender) given.
+        Parity is checked first: all against the first peer, or the pairs (reference, contender) given. `goals` are
+        seconds of one call that ours must not exceed, by name: listed like peers that always take so long.
         """
         refused = {c.name: c.refused for c in contenders if c.refused}
         able = [c for c in contenders if not c.refused]
@@ -158,11 +182,14 @@ class Bench:
             # pytest-benchmark runs setup before each round: so every round is all peers once, then ours once.
             self.benchmark.pedantic(measure, args=(0,), setup=peers, rounds=plan.rounds)
             load = meter.others()
-        names = [c.name for c in able]
+        goals = goals or {}
+        rounds = len(values[0])
+        names = [*(c.name for c in able), *goals]
+        bars = {**bars, **dict.fromkeys(goals, 1.0)}
+        values += [[seconds] * rounds for seconds in goals.values()]
         entries = report.summarise(names, values, _as_bars(bars), refused)
         for entry, contender in zip(entries, able):
             entry.work = contender.work
-        rounds = len(values[0])
         self.add(Row(group, label, entries, "s", work, work_unit, rounds, load))
 
     def memory(
@@ -208,11 +235,18 @@ def bench(benchmark: Any, bench_run: Run, request: pytest.FixtureRequest) -> Ben
     return Bench(benchmark, bench_run, request.config)
 
 
+def _turn(item: pytest.Item) -> int:
+    """When a row comes: @pytest.mark.cuda(turn=1) first, so that a run that is cut has what is least known."""
+    return min(mark.kwargs.get("turn", 5) for mark in item.iter_markers("cuda"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("device") == "cuda"
     left_out = [item for item in items if bool(item.get_closest_marker("cuda")) != wanted]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    if wanted:
+        items.sort(key=_turn)
     if config.getoption("quick"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -237,5 +271,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("bench")
     terminalreporter.write_line(report.text(run))
-    if config.getoption("save_results"):
-        terminalreporter.write_line(f"written: {report.save(run, RESULTS).relative_to(RESULTS.parent.parent)}")
+    if (path := _save(config)) is not None:
+        terminalreporter.write_line(f"written: {path}")

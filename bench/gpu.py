@@ -1,49 +1,58 @@
 """Everything that a machine with a GPU and nvcc can say, in parts that end in time: `make gpu`, or
 
-    python bench/gpu.py [--only build,tests] [--minutes 9]
+    python bench/gpu.py [--only build,tests] [--minutes 9] [--select "bench=lstm and not packed"] [--out folder]
 
-build        _C for this GPU, and the emulation, out of the tree in build/gpu
-tests        those marked `cuda`
-memcheck     compute-sanitizer over the same tests, but for the slow ones
+build        _C for this GPU, out of the tree in build/gpu
+tests        those marked `cuda`; in several processes where pytest-xdist is there
+memcheck     compute-sanitizer over those marked `sanitize` as well
 racecheck    likewise
-bench        the rows marked `cuda`
+tune         the tiers of recurrent layers against each other: bench/tune.py
+bench        the rows marked `cuda`, what is least measured first
 
-This Python must have torch with CUDA, cmake, ninja, pybind11, pytest, pytest-benchmark and hypothesis; nothing is
-installed. The bench goes to bench/results/<device>-<date>.json, which bench/report.py prints; how the parts ended goes
-to <device>-<date>-checks.json after each, so a run that is cut leaves what it has, and a later one adds its parts.
+Each part has a share of the time, and what it leaves goes to the next. A part whose time is over is interrupted, then
+killed with all its processes; what it found by then is kept. This Python must have torch with CUDA, cmake, ninja,
+pybind11, pytest, pytest-benchmark and hypothesis; nothing is installed.
+
+Written to bench/results, or to --out: <device>-<date>.json, which bench/report.py prints, <device>-<date>-tuning.json,
+and after each part how it ended, to <device>-<date>-checks.json, where a later run adds its parts. What the parts said
+goes to build/gpu, or to --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
+
+import report
+import tally
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"  # what the parts run: the built module with copies of everything else
 RESULTS = ROOT / "bench" / "results"
-PARTS = ("build", "tests", "memcheck", "racecheck", "bench")
+# Shares of the time: on 16 processors the build takes 90 s, most of it for the CPU kernels.
+SHARES = {"build": 110, "tests": 130, "memcheck": 45, "racecheck": 45, "tune": 45, "bench": 155}
 RESERVE = 10.0  # seconds left for writing down what was found
-
-
-class Clock:
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
-
-    def left(self) -> float:
-        return self.end - time.monotonic() - RESERVE
+GRACE = 5.0  # seconds between an interrupt and the end
+TEST_S = 60.0  # that one test or row may take, ten times that if it is marked slow: Triton compiles in some
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # tests ask torch for deterministic algorithms
+STOP = threading.Event()  # this process was told to end
 
 
 def require(condition: object, what: str) -> None:
@@ -51,31 +60,73 @@ def require(condition: object, what: str) -> None:
         raise SystemExit(f"gpu: {what}")
 
 
-def run(command: list[Any], clock: Clock, **environment: str) -> tuple[str, str]:
-    """(passed, failed or cut; output), the output shown as it comes."""
+def deadlines(parts: Sequence[str], start: float, seconds: float) -> dict[str, float]:
+    """When each part must be over, if the parts share so many seconds from `start` on."""
+    each, whole, ends = 0.0, sum(SHARES[part] for part in parts), {}
+    for part in parts:
+        each += SHARES[part]
+        ends[part] = start + seconds * each / whole
+    return ends
+
+
+# ---- processes ----
+
+
+class Ended(NamedTuple):
+    status: str  # passed, failed or cut
+    said: str
+    code: int
+
+
+def run(command: Sequence[object], until: float, log: Path, **environment: str) -> Ended:
+    """Run a command until that time of the monotonic clock; its output is shown as it comes, and added to `log`."""
     print("$", *command, flush=True)
-    env = {**os.environ, "PYTHONPATH": str(SITE), **environment}
-    cwd = SITE if SITE.exists() else ROOT
+    paths = [str(SITE), str(SITE / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = {"PATH": tools(), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        list(map(str, command)), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)),
+        cwd=SITE if SITE.exists() else ROOT,
+        env={**os.environ, **ours, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that a signal reaches its children
     )
     assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    said, end = [], time.monotonic() + max(clock.left(), 1)
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.2)
-        if text := process.stdout.read():
-            said.append(text)
-            print(text, end="", flush=True)
-    cut = process.poll() is None
+    said: list[str] = []
+    reader = threading.Thread(target=show, args=(process.stdout, log, said), daemon=True)
+    reader.start()
+    cut = not ends_by(process, until)
     if cut:
-        process.kill()
-        process.wait()
-    if text := process.stdout.read():
-        said.append(text)
-        print(text, end="", flush=True)
-    status = "cut" if cut else "passed" if process.returncode == 0 else "failed"
-    return status, "".join(said)
+        tell(process, signal.SIGINT)
+        ends_by(process, time.monotonic() + GRACE, stoppable=False)
+    tell(process, signal.SIGKILL)  # children that outlive it too
+    code = process.wait()
+    reader.join(timeout=2.0)
+    return Ended("cut" if cut else "passed" if code == 0 else "failed", "".join(said), code)
+
+
+def show(pipe: IO[bytes], log: Path, said: list[str]) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with pipe, open(log, "a", encoding="utf-8") as file:
+        while data := os.read(pipe.fileno(), 1 << 16):
+            text = decoder.decode(data)
+            said.append(text)
+            for stream in (sys.stdout, file):
+                stream.write(text)
+                stream.flush()
+
+
+def ends_by(process: subprocess.Popen[bytes], until: float, *, stoppable: bool = True) -> bool:
+    while process.poll() is None:
+        if time.monotonic() >= until or (stoppable and STOP.is_set()):
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def tell(process: subprocess.Popen[bytes], what: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, what)
 
 
 def tools() -> str:
@@ -83,94 +134,187 @@ def tools() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 
-def build(clock: Clock) -> dict[str, Any]:
+# ---- parts ----
+
+
+@dataclass
+class Part:
+    """What a part is given: its end, a pytest -k expression or "", files beside which it may put its own."""
+
+    name: str
+    until: float
+    select: str
+    out: Path
+    logs: Path
+    stem: str  # <device>-<date>
+
+    @property
+    def log(self) -> Path:
+        return self.logs / f"{self.name}.log"
+
+    def run(self, command: Sequence[object], **environment: str) -> Ended:
+        return run(command, self.until, self.log, **environment)
+
+    @property
+    def selection(self) -> list[str]:
+        return ["-k", self.select] if self.select else []
+
+
+def stage() -> None:
+    """The tree as it is now, beside the built module."""
+    for name in ("seqkernels", "tests", "bench", "csrc"):
+        ignored = shutil.ignore_patterns("_C.*so", "__pycache__", "results", "_emulated*", "_selftest*")
+        shutil.copytree(ROOT / name, SITE / name, ignore=ignored, dirs_exist_ok=True)
+    shutil.copy2(ROOT / "pyproject.toml", SITE)
+
+
+def build(part: Part) -> dict[str, Any]:
+    """For this device alone, with CPU kernels that run on any processor: those of others take most of the time."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")
     shutil.rmtree(SITE, ignore_errors=True)
-    module = SITE / "seqkernels"
-    configure = [
-        *("cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DSEQKERNELS_CUDA=ON", f"-DSEQKERNELS_CUDA_ARCHITECTURES={architecture}"),
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module}",
+    stage()
+    steps: list[list[object]] = [
+        [
+            *("cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", f"-DPython_EXECUTABLE={sys.executable}"),
+            *("-DSEQKERNELS_CUDA=ON", f"-DSEQKERNELS_CUDA_ARCHITECTURES={architecture}"),
+            *("-DSEQKERNELS_INSTRUCTION_SETS=portable", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={SITE / 'seqkernels'}"),
+        ],
+        ["cmake", "--build", BUILD / "cmake", "--target", "_C"],
+        [sys.executable, "-c", "import seqkernels; print(seqkernels.build_info())"],
     ]
-    status, said = run(configure, clock, PATH=tools())
-    for target in ("_C", "cuda_on_cpu"):
-        if status == "passed":
-            status, said = run(["cmake", "--build", BUILD / "cmake", "--target", target], clock, PATH=tools())
-    for name in ("seqkernels", "tests", "bench", "csrc"):
-        ignored = shutil.ignore_patterns("_C.*", "__pycache__", "results")
-        shutil.copytree(ROOT / name, SITE / name, ignore=ignored, dirs_exist_ok=True)
-    shutil.copy2(ROOT / "pyproject.toml", SITE)
-    return {"status": status, "architecture": architecture, "said": said[-2000:] if status != "passed" else ""}
+    for step in steps:
+        ended = part.run(step)
+        if ended.status != "passed":
+            return {"status": ended.status, "architecture": architecture, "said": ended.said[-2000:]}
+    return {"status": "passed", "architecture": architecture}
 
 
-def run_tests(clock: Clock, expression: str, wrapper: Sequence[str] = ()) -> dict[str, Any]:
-    record = SITE / "tests.xml"
-    record.unlink(missing_ok=True)
-    command = [*wrapper, sys.executable, "-m", "pytest", "tests", "-q", "-x" if wrapper else "--maxfail=20"]
-    status, said = run(
-        [*command, "-m", expression, "-p", "no:cacheprovider", f"--junitxml={record}"], clock, PATH=tools()
-    )
-    found: dict[str, Any] = {"status": status}
-    if record.exists():
-        suite = next(iter(ET.parse(record).getroot().iter("testsuite")))
-        found |= {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    if status == "failed" and "no tests ran" in said:
-        found["status"] = "nothing to run"
-    elif status != "passed":
-        found["said"] = said[-4000:]
-    return found
+def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tuple[dict[str, Any], str]:
+    """What pytest found, and said; begun again, without what is known, where a test ended its process."""
+    record, before = part.logs / f"{part.name}.jsonl", part.logs / f"{part.name}-before.jsonl"
+    for path in (record, before):
+        path.unlink(missing_ok=True)
+    environment |= {
+        "SEQKERNELS_TALLY": str(record),
+        "SEQKERNELS_TALLY_BEFORE": str(before),
+        "SEQKERNELS_TALLY_SECONDS": str(TEST_S),
+    }
+    command = [*command, "-q", "-p", "no:cacheprovider", "-p", "tally", *part.selection]
+    known, said = -1, ""
+    while True:
+        ended = part.run(command, **environment)
+        said += ended.said
+        found = tally.read(record)
+        if ended.status != "failed" or 0 <= ended.code <= 5 or len(found.outcomes) == known:
+            break  # pytest itself said how it ended, or nothing is gained
+        known = len(found.outcomes)
+        shutil.copy2(record, before)
+    counts = found.counts()
+    wrong = counts["failed"] + counts["unfinished"] or ended.code not in (0, 5)
+    status = "cut" if ended.status == "cut" else "failed" if wrong else "passed" if found.outcomes else "nothing to run"
+    result: dict[str, Any] = {"status": status, **counts}
+    if found.messages or found.unfinished():
+        result |= {"failures": dict(list(found.messages.items())[:20]), "unfinished tests": found.unfinished()[:20]}
+    elif status == "failed":
+        result["said"] = said[-4000:]
+    return result, said
 
 
-def sanitizer(tool: str, clock: Clock) -> dict[str, Any]:
+def run_tests(part: Part) -> dict[str, Any]:
+    """In processes that share the device, where pytest-xdist is there."""
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+    return pytest_part(part, command, **DETERMINISTIC)[0]
+
+
+def sanitizer_said(text: str) -> dict[str, Any]:
+    """compute-sanitizer's counts, one of each process begun, and its first reports."""
+    lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
+    summaries = [line for line in lines if "SUMMARY" in line]
+    reports = [line for line in lines if line not in summaries and not line.startswith("COMPUTE-SANITIZER")]
+    return {"summaries": summaries, "reports": reports[:60]}
+
+
+def found_errors(summaries: Sequence[str]) -> bool:
+    return any(int(count) for line in summaries for count in re.findall(r"(\d+) (?:error|hazard)", line))
+
+
+def sanitizer(part: Part) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer", path=tools())
     if program is None:
         return {"status": "no compute-sanitizer"}
+    # To collect all tests would take as long as to run these; of their files the recurrent layers' comes first.
+    every = sorted((SITE / "tests").glob("test_*.py"), reverse=True)
+    files = [file.relative_to(SITE) for file in every if "sanitize" in file.read_text(encoding="utf-8")]
+    wrapper = [program, f"--tool={part.name}", "--error-exitcode=86", "--target-processes=all"]
+    command = [*wrapper, sys.executable, "-m", "pytest", *files, "-m", "cuda and sanitize"]
     # torch's allocator would hide what lies outside a tensor.
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    try:
-        wrapper = [program, f"--tool={tool}", "--error-exitcode=86", "--target-processes=all"]
-        found = run_tests(clock, "cuda and not slow", wrapper)
-    finally:
-        del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+    found, said = pytest_part(part, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **DETERMINISTIC)
+    heard = sanitizer_said(said)
+    if found["status"] != "cut" and found_errors(heard["summaries"]):
+        found["status"] = "failed"
+    return found | {"sanitizer": heard}
+
+
+def tune(part: Part) -> dict[str, Any]:
+    file = report.unused(part.out, f"{part.stem}-tuning")
+    ended = part.run([sys.executable, SITE / "bench" / "tune.py", "--device", "cuda", "--save", file, *part.selection])
+    return {"status": ended.status, **rows_of(file)} | (
+        {"said": ended.said[-4000:]} if ended.status == "failed" else {}
+    )
+
+
+def bench(part: Part) -> dict[str, Any]:
+    file = report.unused(part.out, part.stem)
+    command = [sys.executable, "-m", "pytest", "bench", "--device", "cuda", "--benchmark-only", "--budget", "0.3"]
+    found, _ = pytest_part(part, [*command, f"--save-results={file}"])
+    return found | rows_of(file)
+
+
+def rows_of(file: Path) -> dict[str, Any]:
+    return (
+        {"file": file.name, "rows": len(json.loads(file.read_text(encoding="utf-8"))["rows"])} if file.exists() else {}
+    )
+
+
+PARTS = {
+    "build": build,
+    "tests": run_tests,
+    "memcheck": sanitizer,
+    "racecheck": sanitizer,
+    "tune": tune,
+    "bench": bench,
+}
+
+
+# ---- all of it ----
+
+
+def selections(given: Sequence[str]) -> dict[str, str]:
+    found = dict(each.partition("=")[::2] for each in given)
+    require(
+        all(part in PARTS and expression for part, expression in found.items()),
+        f"--select takes part=expression, where part is one of {', '.join(PARTS)}; got {', '.join(given)}",
+    )
     return found
 
 
-def bench(clock: Clock) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "--device",
-        "cuda",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-only",
-    ]
-    status, said = run([*command, "-q", "--budget", "0.5", "--save-results"], clock, PATH=tools())
-    saved = sorted((SITE / "bench" / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    found: dict[str, Any] = {"status": status}
-    if saved:
-        found["run"] = json.loads(saved[-1].read_text())
-    elif "no tests ran" in said or "deselected" in said:
-        found["status"] = "nothing to run"
-    else:
-        found["said"] = said[-4000:]
-    return found
+def summary(checks: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, found in checks.items():
+        keys = ("tests", "passed", "failed", "skipped", "unfinished", "rows")
+        numbers = [f"{found[key]} {key}" for key in keys if key in found]
+        numbers += found.get("sanitizer", {}).get("summaries", [])
+        lines.append(f"{name:10} {found['status']:15} {found['seconds']:7.1f} s  {', '.join(numbers)}".rstrip())
+        lines += [f"{'':10}   {test}" for test in [*found.get("failures", ()), *found.get("unfinished tests", ())]]
+    return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
-    parser.add_argument("--minutes", type=float, default=9.0, help="end within so many (default 9)")
-    options = parser.parse_args()
-    parts = options.only.split(",")
-    require(set(parts) <= set(PARTS), f"--only takes {', '.join(PARTS)}; got {options.only}")
-    clock = Clock(options.minutes)
-
+def machine() -> dict[str, Any]:
     missing = [n for n in ("torch", "pybind11", "pytest", "pytest_benchmark") if importlib.util.find_spec(n) is None]
     require(not missing, f"{sys.executable} lacks {', '.join(missing)}")
     import torch
@@ -178,47 +322,60 @@ def main() -> int:
     require(torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device")
     for program in ("nvcc", "cmake", "ninja"):
         require(shutil.which(program, path=tools()), f"{program} is not on PATH")
-
-    name = torch.cuda.get_device_name()
-    date = datetime.date.today().isoformat()
-    stem = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + "-" + date
-    path = RESULTS / f"{stem}-checks.json"
-    RESULTS.mkdir(exist_ok=True)
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    known |= {
-        "device": name,
-        "date": date,
+    return {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
     }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--minutes", type=float, default=9.0, help="end within so many (default 9)")
+    parser.add_argument(
+        "--select", action="append", default=[], metavar="PART=EXPRESSION", help="pytest's -k of a part"
+    )
+    parser.add_argument("--out", type=Path, help="a folder for results and output")
+    options = parser.parse_args(arguments)
+    wanted = options.only.split(",")
+    require(set(wanted) <= set(PARTS), f"--only takes {', '.join(PARTS)}; got {options.only}")
+    parts, selected = [part for part in PARTS if part in wanted], selections(options.select)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: STOP.set())
+
+    about = machine()
+    stem = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-") + "-" + about["date"]
+    out, logs = (options.out or RESULTS).resolve(), (options.out or BUILD).resolve()
+    for folder in (out, logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = out / f"{stem}-checks.json"
+    known: dict[str, Any] = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | about
     checks = known.setdefault("parts", {})
-    # Parts in their order; each of those still to come gets its share if one before takes too long.
-    share = {"build": 0.45, "tests": 0.6, "memcheck": 0.4, "racecheck": 0.5, "bench": 1.0}
-    for part in (p for p in PARTS if p in parts):
-        allowed = Clock((clock.left() * (share[part] if part != parts[-1] else 1.0) + RESERVE) / 60)
-        print(f"\n== {part}: {max(allowed.left(), 0):.0f} of {max(clock.left(), 0):.0f} seconds left", flush=True)
-        start = time.monotonic()
-        if part == "build":
-            found = build(allowed)
-        elif part == "tests":
-            found = run_tests(allowed, "cuda")
-        elif part == "bench":
-            found = bench(allowed)
-        else:
-            found = sanitizer(part, allowed)
-        if rows := found.pop("run", None):
-            (RESULTS / f"{stem}.json").write_text(json.dumps({**rows, "device": name}, indent=1) + "\n")
-        checks[part] = {**found, "seconds": round(time.monotonic() - start, 1)}
-        path.write_text(json.dumps(known, indent=1) + "\n")
-        if part == "build" and found["status"] != "passed":
+    require("build" in parts or SITE.exists(), f"there is no build in {BUILD}; --only must name build")
+    stage()
+    ends = deadlines(parts, start, 60 * options.minutes - RESERVE)
+    for name in parts:
+        if STOP.is_set():
+            break
+        begun = time.monotonic()
+        part = Part(name, ends[name], selected.get(name, ""), out, logs, stem)
+        part.log.unlink(missing_ok=True)
+        print(f"\n== {name}: {part.until - begun:.0f} of {ends[parts[-1]] - begun:.0f} seconds left", flush=True)
+        found = PARTS[name](part)
+        checks[name] = {**found, "seconds": round(time.monotonic() - begun, 1)}
+        report.write(path, json.dumps(known, indent=1) + "\n")
+        if name == "build" and found["status"] != "passed":
             break
 
-    print(f"\n{name}, {path.relative_to(ROOT)}")
-    for part, found in checks.items():
-        numbers = ", ".join(f"{found[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in found)
-        print(f"{part:10} {found['status']:15} {found['seconds']:7.1f} s  {numbers}")
+    rows = checks.get("bench", {}).get("file", "") if "bench" in parts else ""
+    if rows and (out / rows).exists():
+        print("\n" + report.text(report.from_json((out / rows).read_text(encoding="utf-8"))))
+    print(f"\n{about['device']}, {path}\n{summary(checks)}", flush=True)
     return int(any(checks[part]["status"] in ("failed", "cut") for part in parts if part in checks))
 
 

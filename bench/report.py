@@ -307,17 +307,27 @@ def from_json(document: str) -> Run:
     return Run(**{**data, "roofs": roofs, "rows": rows, "other_load": number(data["other_load"])})
 
 
-def save(run: Run, folder: Path) -> Path:
-    """Write the run to `<folder>/<device>-<date>.json`; a second run of a day gets a number."""
+def stem_of(run: Run) -> str:
+    """<device>-<date>"""
     device = re.sub(r"[^a-z0-9]+", "-", f"{run.device} {run.threads} threads".lower()).strip("-")
-    stem = f"{device}-{run.date[:10]}"
+    return f"{device}-{run.date[:10]}"
+
+
+def unused(folder: Path, stem: str) -> Path:
+    """<folder>/<stem>.json; a second one of a day gets a number."""
     path, count = folder / f"{stem}.json", 1
     while path.exists():
         count += 1
         path = folder / f"{stem}-{count}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(run), encoding="utf-8")
     return path
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: whoever is cut leaves the file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +13,11 @@ from torch.utils._pytree import tree_map
 # The kernels of the emulation run in every test run; those on a GPU where there is one.
 PLACES = ("emulated", pytest.param("cuda", marks=pytest.mark.cuda))
 ONLY_EMULATED = pytest.mark.parametrize("place", ["emulated"], indirect=True)
+
+
+def sanitized(values: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
+    """For parametrize: those chosen are marked for compute-sanitizer."""
+    return [pytest.param(value, marks=pytest.mark.sanitize) if chosen(value) else value for value in values]
 
 
 def carried(t: Tensor) -> Tensor:

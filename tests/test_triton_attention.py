@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as given_drawn
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_on_cpu import DEVICE, load
+from triton_on_cpu import DEVICE, load, on_hardware
 
 attention = load("attention")
 reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name
@@ -264,6 +264,7 @@ def test_cases(c: Case):
     check(c, torch.float32)
 
 
+@on_hardware
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32], ids=str)
 @pytest.mark.parametrize("c", SOME, ids=str)
 def test_dtypes(c: Case, dtype: torch.dtype):
@@ -279,6 +280,7 @@ def chunked(monkeypatch: pytest.MonkeyPatch):
     attention.config.cache_clear()
 
 
+@on_hardware
 @pytest.mark.parametrize("c", CHUNKED, ids=str)
 def test_heads_in_chunks(c: Case, chunked: None):
     assert attention.is_wide(torch.float32, c.D, c.Dv)
@@ -296,11 +298,13 @@ def test_weights_of_heads_in_chunks(c: Case, chunked: None):
     check_weights(c, torch.float32)
 
 
+@on_hardware
 @pytest.mark.parametrize("c", WIDE, ids=str)
 def test_wide_heads(c: Case):
     check(c, torch.float32)
 
 
+@on_hardware
 def test_wide_heads_of_other_dtypes():
     check(WIDE[1], torch.bfloat16)
     check(Case("257 columns", B=1, Tq=9, Tk=17, D=257, Dv=300, scale=0.06, causal=1), torch.float64)
@@ -363,6 +367,7 @@ def test_gradient_of_a_mask_in_other_parts(monkeypatch: pytest.MonkeyPatch, prog
 WEIGHTS = ("lengths", "bool mask of keys", "float mask of all samples", "all at once", "grouped heads", "no keys")
 
 
+@on_hardware
 @pytest.mark.parametrize("c", [c for c in CASES if c.why in WEIGHTS], ids=str)
 def test_weights(c: Case):
     check_weights(c, torch.float32)
@@ -422,6 +427,7 @@ def test_what_is_no_number_stays_with_those_who_see_it(c: Case):
     assert seeing.isnan().all()
 
 
+@on_hardware
 def test_masked_keys_may_be_anything():
     for kind in ("bool bhqk", "float bk"):
         given = make(Case("masked", B=1, mask=kind), torch.float32)
@@ -542,6 +548,7 @@ def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, 
         near(x, y, dtype, f"d{name} of weights")
 
 
+@on_hardware
 @pytest.mark.parametrize("causal", [0, 2])
 def test_packed_is_padded_is_one_at_a_time(causal: int):
     rows, keys, H = (20, 0, 33), (9, 4, 40), 2
@@ -611,6 +618,7 @@ def test_dropout_is_that_of_the_reference(p: float):
     torch.testing.assert_close(dv[..., 0], weights.sum(-2))
 
 
+@on_hardware
 def test_the_same_every_time_and_in_any_batch():
     c = Case("again", B=2, H=1, Tq=20, Tk=40, mask="float hq", causal=2)
     given = make(c, torch.float32)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import BAG_CASES, BAG_MODES, BagCase, assert_bag_near, make_bag_inputs
 from torch import Tensor
-from triton_on_cpu import DEVICE, load
+from triton_on_cpu import DEVICE, load, on_hardware
 
 from seqkernels import reference
 
@@ -135,6 +135,7 @@ def test_cases(case: Case, mode: str, weighted: bool):
     check(table, indices, offsets, w, mode=MODES[mode])
 
 
+@on_hardware
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_dtypes(mode: str, dtype: torch.dtype):
@@ -168,6 +169,7 @@ def test_last_offset_and_trailing_indices(mode: str):
     check(table, indices, offsets, mode=MODES[mode], include_last_offset=True)
 
 
+@on_hardware
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("offset", [torch.int32, torch.int64], ids=str)
 def test_index_types(index: torch.dtype, offset: torch.dtype):
@@ -194,6 +196,7 @@ def test_strided_tables(mode: str):
     check(table[:1].expand(13, -1), indices, offsets, mode=MODES[mode])
 
 
+@on_hardware
 def test_nan_wins_and_the_first_of_equals():
     nan, inf = math.nan, math.inf
     table = torch.tensor([[1.0, nan, -inf, 0.0], [1.0, 2.0, -inf, -0.0], [0.0, nan, -inf, -1.0]], device=DEVICE)
@@ -217,6 +220,7 @@ def test_a_sum_of_negative_zeros_is_negative_zero():
     assert not out.signbit().any()  # an empty bag is zero
 
 
+@on_hardware
 @pytest.mark.parametrize("mode", MODES)
 def test_faults_are_left_out_and_reported(mode: str):
     """A bad index is skipped, a bag of bad offsets is empty, and neither reads outside."""
@@ -282,6 +286,7 @@ def test_nothing_to_do():
         assert out.eq(0).all() and out.shape == (3, 2)
 
 
+@on_hardware
 def test_a_bag_is_the_same_alone_and_among_others():
     """What a program takes on follows the mean length; where that leads to the same, so are the bits."""
     table, indices, offsets, _ = inputs(Case("two long bags", (300, 290), D=16), torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import assert_near, assert_same_bits, batch_sizes_of
 from torch import Tensor
-from triton_on_cpu import DEVICE, load
+from triton_on_cpu import DEVICE, load, on_hardware
 
 from seqkernels.functional._recurrent_ops import Extras
 from seqkernels.reference import recurrent as definition
@@ -150,6 +150,7 @@ def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- parity
 
 
+@on_hardware
 @pytest.mark.parametrize("case", [DENSE, PADDED, PACKED], ids=["dense", "padded", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers(kind: str, case: Case):
@@ -162,6 +163,7 @@ def test_resets(kind: str, case: Case):
     check(kind, case, torch.float64, "reset")
 
 
+@on_hardware
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.usefixtures("step_by_step")
 def test_step_by_step(kind: str):
@@ -196,6 +198,7 @@ def test_zoneout_as_a_share(kind: str):
     assert_near(ours(kind, given, arguments, options, torch.float64), want, torch.float64)
 
 
+@on_hardware
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes(kind: str, dtype: torch.dtype):
@@ -208,6 +211,7 @@ def test_every_c_and_recomputed_gates(kind: str):
     check(kind, PADDED, torch.float64, recompute=True)
 
 
+@on_hardware
 def test_functions_near_zero_and_far_from_it():
     """tanh and sigmoid by way of a relu-free RNN and an LSTM: relative accuracy where the quotient would cancel."""
     x = torch.tensor([[[1e-4, 1e-2, 0.3, 0.62, 0.63, 3.0, 30.0, 1e4]]], device=DEVICE)
@@ -220,6 +224,7 @@ def test_functions_near_zero_and_far_from_it():
             torch.testing.assert_close(y, want, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
+@on_hardware
 @pytest.mark.parametrize("kind", ["lstm", "gru_before"])
 def test_again_is_the_same(kind: str):
     given, arguments = layer_of(kind, PADDED, torch.float32)
@@ -243,6 +248,7 @@ def test_second_derivatives_are_the_definitions():
         torch.testing.assert_close(got, want)
 
 
+@on_hardware
 def test_lengths_that_do_not_fit_read_nothing_outside():
     given, _ = layer_of("lstm", Case(bidirectional=True), torch.float32)
     x, h0, c0, *weights = (t.to(DEVICE) for t in given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -14,6 +15,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_hardware(test: Callable) -> Callable:
+    """A test that says something of a GPU too, and is `cuda` where it runs on one."""
+    return pytest.mark.cuda(test) if DEVICE == "cuda" else test
 
 
 def load(name: str) -> ModuleType:

@@ -1,0 +1,491 @@
+"""What `make gpu` is made of, where there is no GPU: processes cut by the clock, tests that end their process, results
+that survive, the choice of shapes and the table of tuning."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def module(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        return importlib.import_module(name)
+
+
+report, tally, gpu, tune = (module(name) for name in ("report", "tally", "gpu", "tune"))
+
+
+@pytest.fixture(autouse=True)
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree of its own for the parts to run in."""
+    folder = tmp_path / "site"
+    (folder / "tests").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['cuda', 'sanitize']\n")
+    monkeypatch.setattr(gpu, "SITE", folder)
+    monkeypatch.setattr(gpu, "GRACE", 2.0)
+    monkeypatch.setattr(gpu, "STOP", threading.Event())
+    monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    return folder
+
+
+def script(source: str) -> list[object]:
+    return [sys.executable, "-c", textwrap.dedent(source)]
+
+
+def run(source: str, log: Path, seconds: float = 60.0) -> Any:
+    return gpu.run(script(source), time.monotonic() + seconds, log)
+
+
+def gone(pid: int) -> bool:
+    """Within two seconds; a zombie counts as gone."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# ---- processes
+
+
+def test_output_comes_as_it_is_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With pauses in which there is nothing to read, one of them inside a letter."""
+    ended = run(
+        """
+        import os, time
+        os.write(1, b"first\\n")
+        time.sleep(0.5)
+        os.write(1, "µ".encode()[:1])
+        time.sleep(0.3)
+        os.write(2, "µ".encode()[1:] + b" last")
+        """,
+        tmp_path / "log",
+    )
+    assert ended == ("passed", "first\nµ last", 0)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == ended.said
+    assert ended.said in capfd.readouterr().out
+
+
+def test_a_command_that_fails(tmp_path: Path) -> None:
+    ended = run("print('so'); raise SystemExit(3)", tmp_path / "log")
+    assert (ended.status, ended.said, ended.code) == ("failed", "so\n", 3)
+
+
+def test_a_command_that_is_cut_may_say_what_it_has(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ended = run(
+        """
+        import time
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("kept", flush=True)
+        """,
+        tmp_path / "log",
+        seconds=1.0,
+    )
+    assert (ended.status, ended.said) == ("cut", "begun\nkept\n")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("parent", ["ends", "waits", "is deaf"])
+def test_children_end_too(tmp_path: Path, parent: str) -> None:
+    """Those that hold the pipe open and hear no interrupt."""
+    ended = run(
+        f"""
+        import signal, subprocess, sys, time
+        deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+        child = subprocess.Popen([sys.executable, "-c", deaf])
+        print(child.pid, flush=True)
+        time.sleep(1)
+        if {parent!r} == "is deaf":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if {parent!r} != "ends":
+            time.sleep(60)
+        """,
+        tmp_path / "log",
+        seconds=60.0 if parent == "ends" else 2.0,
+    )
+    assert ended.status == ("passed" if parent == "ends" else "cut")
+    assert gone(int(ended.said.split()[0]))
+
+
+def test_a_run_that_is_told_to_end_cuts_its_part(tmp_path: Path) -> None:
+    threading.Timer(0.5, gpu.STOP.set).start()
+    assert run("import time; time.sleep(60)", tmp_path / "log").status == "cut"
+
+
+# ---- time
+
+
+def test_parts_share_the_time_and_leave_what_they_do_not_use() -> None:
+    ends = gpu.deadlines(list(gpu.PARTS), 100.0, 530.0)
+    assert list(ends) == list(gpu.SHARES) and ends["bench"] == pytest.approx(630)
+    assert ends["tests"] - ends["build"] == pytest.approx(530 * gpu.SHARES["tests"] / sum(gpu.SHARES.values()))
+    assert gpu.deadlines(["bench"], 0.0, 60.0) == {"bench": 60.0}
+
+
+def test_selections() -> None:
+    assert gpu.selections(["bench=lstm and not packed", "tests=a=b"]) == {
+        "bench": "lstm and not packed",
+        "tests": "a=b",
+    }
+    for wrong in (["bench"], ["bank=lstm"], ["bench="]):
+        with pytest.raises(SystemExit, match="--select takes part=expression"):
+            gpu.selections(wrong)
+
+
+# ---- all of it
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, site: Path) -> dict[str, Any]:
+    """Parts that pass at once, on a GPU that is not there."""
+    found: dict[str, Any] = {name: lambda part: {"status": "passed"} for name in gpu.PARTS}
+    monkeypatch.setattr(gpu, "PARTS", found)
+    monkeypatch.setattr(gpu, "stage", lambda: None)
+    monkeypatch.setattr(gpu, "machine", lambda: {"device": "NVIDIA H0", "date": "2026-01-01"})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    return found
+
+
+def checks_in(folder: Path) -> dict[str, str]:
+    checks = json.loads((folder / "nvidia-h0-2026-01-01-checks.json").read_text())
+    return {name: part["status"] for name, part in checks["parts"].items()}
+
+
+def test_each_part_leaves_how_it_ended(fakes: dict[str, Any], tmp_path: Path) -> None:
+    given = []
+
+    def bench(part: Any) -> dict[str, Any]:
+        given.append((part.select, checks_in(tmp_path)))
+        return {"status": "cut"}
+
+    fakes["bench"] = bench
+    assert gpu.main(["--out", str(tmp_path), "--only", "bench,tests", "--select", "bench=packed"]) == 1
+    assert given == [("packed", {"tests": "passed"})]
+    assert gpu.main(["--out", str(tmp_path), "--only", "tune"]) == 0
+    assert checks_in(tmp_path) == {"tests": "passed", "bench": "cut", "tune": "passed"}
+
+
+def test_nothing_follows_a_build_that_fails_or_an_end_that_is_asked_for(fakes: dict[str, Any], tmp_path: Path) -> None:
+    def stopped(part: Any) -> dict[str, Any]:
+        gpu.STOP.set()
+        return {"status": "cut"}
+
+    fakes["tests"] = stopped
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert checks_in(tmp_path) == {"build": "passed", "tests": "cut"}
+    gpu.STOP.clear()
+    fakes["build"] = lambda part: {"status": "failed"}
+    assert gpu.main(["--out", str(tmp_path / "again")]) == 1
+    assert checks_in(tmp_path / "again") == {"build": "failed"}
+
+
+# ---- tests as a part
+
+
+def part(site: Path, seconds: float, select: str = "", name: str = "tests") -> Any:
+    return gpu.Part(name, time.monotonic() + seconds, select, site, site, "a-gpu-2026-01-01")
+
+
+def write_tests(site: Path, source: str) -> None:
+    text = "import os, sys, time\nimport pytest\npytestmark = pytest.mark.cuda\n" + textwrap.dedent(source)
+    (site / "tests" / "test_it.py").write_text(text)
+    (site / "bench").mkdir(exist_ok=True)
+    shutil.copy2(BENCH / "tally.py", site / "bench")
+
+
+COUNTS = ("tests", "passed", "failed", "skipped", "unfinished")
+
+
+def counts(found: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(found[key] for key in COUNTS)
+
+
+def test_counts_of_tests(site: Path) -> None:
+    write_tests(
+        site,
+        """
+        def test_good(): pass
+        def test_bad(): assert "this" == "that"
+        def test_none(): pytest.skip("for a reason")
+        def test_other(): pass
+        @pytest.fixture
+        def broken(): raise ValueError("in setup")
+        def test_setup(broken): pass
+        @pytest.fixture
+        def late():
+            yield
+            raise ValueError("in teardown")
+        def test_teardown(late): pass
+        """,
+    )
+    found = gpu.run_tests(part(site, 60, "not other"))
+    assert found["status"] == "failed" and counts(found) == (5, 1, 3, 1, 0)
+    assert "this" in found["failures"]["tests/test_it.py::test_bad"]
+    assert gpu.run_tests(part(site, 60, "nothing_of_that_name"))["status"] == "nothing to run"
+    assert gpu.run_tests(part(site, 60, "good or none"))["status"] == "passed"
+
+
+def test_a_cut_leaves_the_counts(site: Path) -> None:
+    """Of a test that would hear an interrupt, and of one that is deaf to it, as in a kernel that does not end."""
+    for deaf in ("", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"):
+        write_tests(
+            site, f"def test_good(): pass\ndef test_long():\n    {deaf}\n    time.sleep(60)\ndef test_last(): pass"
+        )
+        found = gpu.run_tests(part(site, 4))
+        assert found["status"] == "cut" and found["passed"] == 1, found
+        assert not deaf or found["unfinished tests"] == ["tests/test_it.py::test_long"]
+
+
+def test_tests_that_end_their_process_do_not_end_the_part(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TEST_S", 1.0)
+    write_tests(
+        site,
+        """
+        def test_first(): pass
+        def test_hangs(): time.sleep(60)
+        def test_crashes(): os._exit(139)
+        def test_bad(): assert False
+        def test_last(): pass
+        """,
+    )
+    found = gpu.run_tests(part(site, 60))
+    assert found["status"] == "failed" and counts(found) == (5, 2, 1, 0, 2)
+    assert found["unfinished tests"] == [f"tests/test_it.py::{name}" for name in ("test_hangs", "test_crashes")]
+
+
+def test_a_device_that_a_test_left_unusable_is_left_to_a_new_process(site: Path) -> None:
+    write_tests(
+        site,
+        """
+        import tally
+        lost = []
+        tally.sticky_error = lambda: "".join(lost)
+        def test_good(): pass
+        def test_bad():
+            lost.append("an illegal memory access")
+            raise RuntimeError("CUDA error")
+        def test_after(): assert not lost
+        """,
+    )
+    found = gpu.run_tests(part(site, 60))
+    assert found["status"] == "failed" and counts(found) == (3, 2, 1, 0, 0)
+    assert "an illegal memory access" in (site / "tests.log").read_text()
+
+
+def test_a_part_that_cannot_begin_says_why(site: Path) -> None:
+    write_tests(site, "import nothing_of_that_name")
+    found = gpu.run_tests(part(site, 60))
+    assert found["status"] == "failed" and "nothing_of_that_name" in found["said"]
+
+
+def test_what_a_sanitizer_says() -> None:
+    text = """========= COMPUTE-SANITIZER
+..F
+========= Invalid __global__ read of size 4 bytes
+=========     at kernel(float *)+0x90
+========= ERROR SUMMARY: 1 error
+"""
+    assert gpu.sanitizer_said(text) == {
+        "summaries": ["ERROR SUMMARY: 1 error"],
+        "reports": ["Invalid __global__ read of size 4 bytes", "at kernel(float *)+0x90"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("summary", "status"),
+    [
+        ("ERROR SUMMARY: 0 errors", "passed"),
+        ("ERROR SUMMARY: 2 errors", "failed"),
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+        ("RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "failed"),
+    ],
+)
+def test_errors_of_a_sanitizer_fail_its_part(
+    site: Path, monkeypatch: pytest.MonkeyPatch, summary: str, status: str
+) -> None:
+    """Though all tests pass: a program of that name that runs what it is given."""
+    write_tests(site, "@pytest.mark.sanitize\ndef test_good(): pass\ndef test_other(): assert False")
+    program = site / "compute-sanitizer"
+    good = status == "passed"
+    program.write_text(f'#!/bin/sh\nshift 3\n"$@"\necho "========= {summary}"\nexit {0 if good else 86}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    found = gpu.sanitizer(part(site, 60, name="memcheck"))
+    assert (found["status"], counts(found)) == (status, (1, 1, 0, 0, 0))
+    assert found["sanitizer"]["summaries"] == [summary] * (1 if good else 2)
+
+
+# ---- results
+
+
+def test_rows_are_saved_one_by_one(site: Path) -> None:
+    """A row that ends the process costs itself alone."""
+    pytest.importorskip("pytest_benchmark")
+    (site / "bench").mkdir()
+    for name in ("conftest.py", "harness.py", "report.py", "tally.py"):
+        shutil.copy2(BENCH / name, site / "bench")
+    (site / "bench" / "bench_it.py").write_text(
+        textwrap.dedent(
+            """
+            import os
+            import pytest
+            import torch
+            import harness
+            from harness import Contender, Roof
+
+            harness.ROOFS["cuda"] = {"flop": lambda: Roof(1.0, "none")}
+            harness.other_load = lambda: 0.0
+            torch.cuda.get_device_name = lambda: "a GPU"
+
+            @pytest.mark.parametrize("i", [pytest.param(i, marks=pytest.mark.cuda(turn=i)) for i in (3, 1, 2, 0)])
+            def test_row(bench, i):
+                if i == 2:
+                    os._exit(139)
+                contenders = [Contender(name, lambda: sum(range(9)), lambda: {}) for name in ("ours", "theirs")]
+                bench.time("group", f"row {i}", contenders, bars={}, work=1.0, parity=[], goals={"goal": 1.0})
+            """
+        )
+    )
+    found = gpu.bench(part(site, 60, name="bench"))
+    assert (found["status"], found["rows"], counts(found)) == ("failed", 3, (4, 3, 0, 0, 1)), found
+    saved = report.from_json((site / found["file"]).read_text(encoding="utf-8"))
+    assert [row.label for row in saved.rows] == ["row 0", "row 1", "row 3"]
+    assert all(row.entries[2].verdict == "PASS" for row in saved.rows)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = report.unused(tmp_path / "results", "a-gpu-2026-01-01")
+    report.write(path, "first")
+    assert report.unused(path.parent, "a-gpu-2026-01-01").name == "a-gpu-2026-01-01-2.json"
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+    with pytest.raises(OSError, match="cut"):
+        report.write(path, "second")
+    assert path.read_text() == "first"
+
+
+def test_the_summary_names_what_failed() -> None:
+    checks = {
+        "tests": dict(status="failed", seconds=3.0, tests=3, passed=1, failed=1, skipped=0, unfinished=1)
+        | {"failures": {"tests/a.py::b": "why"}, "unfinished tests": ["tests/a.py::c"]},
+        "memcheck": dict(
+            status="passed", seconds=2.0, sanitizer=dict(summaries=["ERROR SUMMARY: 0 errors"], reports=[])
+        ),
+    }
+    assert gpu.summary(checks).splitlines() == [
+        "tests      failed              3.0 s  3 tests, 1 passed, 1 failed, 0 skipped, 1 unfinished",
+        "             tests/a.py::b",
+        "             tests/a.py::c",
+        "memcheck   passed              2.0 s  ERROR SUMMARY: 0 errors",
+    ]
+
+
+# ---- tuning
+
+
+class Planned:
+    """A device on which the clusters take H up to 768, but for the backward of 768, and the grid no single sequence."""
+
+    def __init__(self, **speed: float) -> None:
+        self.speed = {"cluster": 10.0, "grid": 20.0, "steps": 40.0} | speed
+        self.timed: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def plan(self, layer: Any, tiers: Any) -> dict[str, dict[str, Any]]:
+        def of(each: str) -> dict[str, Any]:
+            takes = {
+                "cluster": layer.H < 768 or (layer.H == 768 and each == "forward"),
+                "grid": layer.B > 1,
+                "steps": True,
+            }
+            able = [tier for tier in tune.TIERS if tier in tiers and takes[tier]]
+            reasons = [f"{tier}: too large" if tier in tiers else f"{tier}: switched off" for tier in tune.TIERS]
+            return {"tier": able[0] if able else "none", "reasons": reasons if not able else []}
+
+        return {each: of(each) for each in ("forward", "backward")}
+
+    def seconds(self, layer: Any, what: str, tiers: Any) -> float:
+        self.timed.append((str(layer), what, tuple(tiers)))
+        return 1e-6 * sum(self.speed[tier] for tier in tiers)
+
+
+def test_layers_to_tune() -> None:
+    every = tune.layers()
+    assert {layer.kind for layer in every} == {"LSTM", "GRU"} and len(set(every)) == len(every) == 64
+    assert {layer.H for layer in every} == {128, 256, 384, 512, 640, 768, 1024, 1536}
+    assert {layer.B for layer in every} == {1, 16, 64, 256}
+    assert [str(layer) for layer in tune.layers("GRU H=128 B=1")] == ["GRU B=1 H=128 T=64"]
+
+
+def test_tiers_that_take_a_layer_are_timed_and_others_say_why() -> None:
+    forward, step = tune.measured(tune.Layer("LSTM", 16, 512), Planned())
+    assert forward.seconds == pytest.approx({"cluster": 10e-6, "grid": 20e-6, "steps": 40e-6})
+    assert (step.planned, step.best, step.loss) == ("cluster", "cluster", 0.0)
+    (forward, _) = tune.measured(tune.Layer("LSTM", 1, 1024), Planned())
+    assert list(forward.seconds) == ["steps"]
+    assert forward.reasons == {"cluster": ["cluster: too large"], "grid": ["grid: too large"]}
+
+
+def test_a_choice_of_two_tiers_is_timed_as_it_is() -> None:
+    device = Planned()
+    forward, step = tune.measured(tune.Layer("GRU", 16, 768), device)
+    assert (forward.planned, step.planned) == ("cluster", "cluster+grid")
+    assert device.timed[-1] == ("GRU B=16 H=768 T=64", "step", tune.TIERS)
+    assert step.planned_seconds == pytest.approx(70e-6) and step.loss == pytest.approx(2.5)
+
+
+def test_the_table_marks_what_the_planner_loses() -> None:
+    timings = tune.measured(tune.Layer("LSTM", 16, 512), Planned(grid=8.0))[:1]
+    timings += tune.measured(tune.Layer("LSTM", 16, 512), Planned(grid=9.6))[1:]
+    timings += tune.measured(tune.Layer("LSTM", 1, 768), Planned())[:1]
+    assert tune.table(timings).splitlines() == [
+        "layer                 pass     cluster   grid  steps  planner",
+        "LSTM B=16 H=512 T=64  forward    10 µs   8 µs  40 µs  cluster  <- 25 % more than grid",
+        "LSTM B=16 H=512 T=64  step       10 µs  10 µs  40 µs  cluster",
+        "LSTM B=1 H=768 T=64   forward    10 µs      -  40 µs  cluster",
+        "",
+        "1 of 3 choices lose more than 5 %",
+    ]
+    assert timings[0].as_json()["best"] == "grid"
+
+
+def test_a_layer_runs_under_the_tiers_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by another clock."""
+    tiers, asked = [["cluster", "grid", "steps"]], []
+
+    def set_tiers(names: list[str]) -> list[str]:
+        tiers.append(names)
+        return tiers[-2]
+
+    def sample(contender: Any, number: int, warm: bool) -> float:
+        contender.step()
+        asked.append((contender.name, tiers[-1]))
+        return 1e-3
+
+    monkeypatch.setattr(tune.seqkernels._C, "set_cuda_tiers", set_tiers, raising=False)
+    monkeypatch.setattr(tune.harness, "sample_on_cuda", sample)
+    device = tune.Cuda("cpu")
+    for what in ("step", "forward"):
+        assert device.seconds(tune.Layer("GRU", 2, 8, 3), what, ["grid"]) == 1e-3
+    assert {name for name, _ in asked} == {"step", "forward"} and all(names == ["grid"] for _, names in asked)
+    assert tiers[-1] == tiers[0]
