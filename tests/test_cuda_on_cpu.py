@@ -490,7 +490,7 @@ def test_launches_that_a_device_would_refuse() -> None:
     with cuda_on_cpu.settings(library(), major=8), fails("clusters need compute capability 9.0"):
         emulate("pingpong", np.zeros(2, np.int32))
     with (
-        cuda_on_cpu.settings(LIBRARY, cluster_blocks=1),
+        cuda_on_cpu.settings(library(), cluster_blocks=1),
         fails("a cluster has 1 to 1 blocks", "pingpong_kernel with grid (2, 1, 1)", "cluster 2"),
     ):
         emulate("pingpong", np.zeros(2, np.int32))

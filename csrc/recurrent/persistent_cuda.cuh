@@ -124,10 +124,12 @@ struct Factors {
       const Words right = right_of(block);
       add_held(chains, block, right);
     }
-    // Two blocks at a time, so that the chain of each is known.
-    for (int block = kHeld; block < count; block += 2) {
+    // Where there are chains, two blocks at a time, so that the chain of each is known.
+    constexpr int kAtOnce = kChains > 1 ? 2 : 1;
+    SK_NO_UNROLL
+    for (int block = kHeld; block < count; block += kAtOnce) {
       SK_UNROLL
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         if (block + i >= count) continue;
         const Words right = right_of(block + i);
         add(chains, i, right, [&](int tile, int half) { return load_words<S>(rest, place(block + i, tile, half)); });
