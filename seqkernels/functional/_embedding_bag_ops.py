@@ -420,7 +420,7 @@ def _bags_fake(tables: Sequence[Tensor], bags: Bags, features: Sequence[int] = (
         raise ValueError(f"embedding_bag: per_sample_weights must have the shape of input, got {list(weights.shape)}")
     if offsets is None:
         return indices.shape[0]
-    count = offsets.shape[0] - bags.include_last_offset
+    count = offsets.shape[0] - int(bags.include_last_offset)  # torch 2.11 takes no bool from a symbol
     return count if len(features) == 1 and features[0] == 1 else count // sum(features)
 
 

@@ -51,7 +51,7 @@ def bags_of(
         begin = torch.arange(B, device=rows.device) * L
         bag = torch.arange(N, device=rows.device) // max(L, 1)
     else:
-        B = offsets.shape[0] - include_last_offset
+        B = offsets.shape[0] - int(include_last_offset)
         begin = offsets[:B]
         begins = rows.new_zeros(N + 1).index_add(0, offsets, rows.new_ones(offsets.shape))
         bag = begins.cumsum(0)[:N] - 1  # the last that begins here or before
