@@ -172,6 +172,8 @@ def both(name: str, sample) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("name", ["embedding_bag", "embedding"])
 def test_torchs_samples(name: str, dtype: torch.dtype) -> None:
     """Torch divides by wrong counts under scale_grad_by_freq (pytorch#190063): its own file has that."""
+    if dtype.itemsize == 2 and not torch.__version__.startswith("2.13."):
+        pytest.skip("how far torch's own sums of half types are off is known of 2.13 alone")
     for sample in op_samples(name, dtype):
         if sample.kwargs.get("scale_grad_by_freq") and name == "embedding_bag":
             continue
@@ -334,6 +336,8 @@ def test_torchs_samples_of_the_embedding_module(dtype: torch.dtype) -> None:
 def test_torchs_bad_samples_of_the_embedding_module() -> None:
     """test_errors of torch's test_modules.py; the words of an error in forward are ours."""
     info, common = module_info()
+    if info.module_error_inputs_func is None:
+        pytest.skip(f"torch {torch.__version__} has no such samples")
     kinds = set()
     for bad in info.module_error_inputs_func(
         info, device="cpu", dtype=torch.float32, requires_grad=False, training=True

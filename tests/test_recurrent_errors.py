@@ -544,11 +544,11 @@ def test_cells_that_nobody_wrote_for_cuda(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode(), torch.no_grad():
         x, layer = torch.empty(T, B, D, device="cuda:7"), on_cuda(LSTM(D, H))
+        monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         with pytest.raises(
             NotImplementedError, match=r"no backend .* cuda: compute capability must be 8.0 or more, got 7.5"
         ):

@@ -96,9 +96,10 @@ class Family:
     plain: Options = Options()
 
     def kind_of(self, options: Options, projected: bool = False) -> Kind:
-        chosen = vars(options) | {"proj_size": projected}
-        kinds = (kind for name, value, kind in self.variants if chosen[name] == value)
-        return KINDS[next(kinds, self.kind)]
+        for name, value, kind in self.variants:
+            if (projected if name == "proj_size" else getattr(options, name)) == value:
+                return KINDS[kind]
+        return KINDS[self.kind]
 
     def about(self, names: Iterable[str], indent: int = 8) -> str:
         """The options' part of a docstring, a line for each."""
