@@ -121,6 +121,19 @@ def nothing_waits(run: Callable[[], list[Tensor]]) -> list[Tensor]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of a call, and the tensors that its replays fill."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
 @pytest.mark.parametrize("form", ["lengths", "packed"])
 @pytest.mark.parametrize("options", ["plain", "options"])
 @KINDS
@@ -151,14 +164,7 @@ def test_nothing_waits_and_a_graph_captures(kind: str, H: int, dtype: torch.dtyp
         return [output, *last, *torch.autograd.grad(output.sum(), wanted)]
 
     nothing_waits(run)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     with torch.no_grad():
         x.normal_()
         if packed is None:
@@ -243,20 +249,8 @@ def test_cells_wait_for_nothing_and_a_graph_captures(name: str) -> None:
         h = state if isinstance(state, Tensor) else state[0]
         return [h, *torch.autograd.grad(h.sum(), wanted)]
 
-    run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    nothing_waits(run)
+    graph, captured = capture(run)
     with torch.no_grad():
         x.normal_()
     graph.replay()

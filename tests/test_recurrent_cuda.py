@@ -66,15 +66,29 @@ def machine(**settings: int) -> Any:
     return cuda_on_cpu.settings(cuda_on_cpu.load("_emulated"), **settings)
 
 
+def built() -> Any:
+    """The module whose ops a test runs."""
+    return seqkernels._C if PLACE == "cuda" else module()
+
+
 @contextlib.contextmanager
 def tiers(*names: str) -> Iterator[None]:
     """These alone may walk a layer."""
-    built = seqkernels._C if PLACE == "cuda" else module()
-    before = built.set_cuda_tiers(names)
+    before = built().set_cuda_tiers(names)
     try:
         yield
     finally:
-        built.set_cuda_tiers(before)
+        built().set_cuda_tiers(before)
+
+
+@contextlib.contextmanager
+def tf32(allow: bool) -> Iterator[None]:
+    """Whether products of float32 may be made of TF32."""
+    before = built().set_tf32(allow)
+    try:
+        yield
+    finally:
+        built().set_tf32(before)
 
 
 GATES = {
@@ -400,17 +414,13 @@ def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
 def check_grid(layer: Layer, teams: tuple[int, int] | None = None, recompute: bool = False, **settings: int) -> None:
     """The grid tier takes both passes, as so many teams (and blocks of a team), and is right."""
     settings = AMPERE | settings
-    before = module().set_tf32(layer.dtype == torch.float32)
-    try:
-        with machine(**settings):
-            device = {key: value for key, value in settings.items() if key not in ("races", "unwritten", "seed")}
-            device.pop("backward", None)
-            for found in plan_of(layer, device).values():
-                assert found["tier"] == "grid", found["reasons"]
-                assert teams is None or (found["teams"], found["cluster"]) == teams
-            check_layer(layer, tolerance=4e-3 if layer.dtype == torch.float32 else None, recompute=recompute)
-    finally:
-        module().set_tf32(before)
+    with tf32(layer.dtype == torch.float32), machine(**settings):
+        device = {key: value for key, value in settings.items() if key not in ("races", "unwritten", "seed")}
+        device.pop("backward", None)
+        for found in plan_of(layer, device).values():
+            assert found["tier"] == "grid", found["reasons"]
+            assert teams is None or (found["teams"], found["cluster"]) == teams
+        check_layer(layer, tolerance=4e-3 if layer.dtype == torch.float32 else None, recompute=recompute)
 
 
 HALF_TYPES_AND_TF32 = pytest.mark.parametrize(
@@ -464,9 +474,7 @@ def check_tier(tier: str, layer: Layer) -> None:
     jumps, at a clip or of relu, rounding decides on which side a value is, and the definition in float64 may decide
     otherwise: only the second is asked then."""
     wide = layer.dtype == torch.float32
-    built = seqkernels._C if PLACE == "cuda" else module()
-    before = built.set_tf32(wide)
-    try:
+    with tf32(wide):
         of = inputs_of(layer)
         with tiers(tier):
             found = everything(layer, of)
@@ -477,8 +485,6 @@ def check_tier(tier: str, layer: Layer) -> None:
         with tiers("steps"):
             for one, other in zip(found, everything(layer, of), strict=True):
                 check(one, other.double(), layer.dtype, "of launches of a step", tolerance)
-    finally:
-        built.set_tf32(before)
 
 
 @pytest.mark.parametrize(
@@ -535,9 +541,8 @@ def test_tiers_that_are_switched_off() -> None:
         pytest.raises(RuntimeError, match=r"float16 or TF32.*; steps: switched off"),
     ):
         ops().lstm(*of.flat(False))
-    built = seqkernels._C if PLACE == "cuda" else module()
     with pytest.raises(ValueError, match="names must name some of cell, cluster, grid and steps, got 'gird'"):
-        built.set_cuda_tiers(["gird"])
+        built().set_cuda_tiers(["gird"])
 
 
 @pytest.mark.parametrize(
@@ -584,8 +589,7 @@ def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
         with machine(**(AMPERE | settings)):
             return everything(layer, of)
 
-    before = module().set_tf32(True)
-    try:
+    with tf32(True):
         first = run(of)
         for settings in ({}, {"seed": 5}, {"backward": 1}, {"multiprocessors": 2}, {"multiprocessors": 6}):
             assert all(torch.equal(a, b) for a, b in zip(first, run(of, **settings)))
@@ -597,8 +601,6 @@ def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
         clipped = dataclasses.replace(of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0]})
         for one, other in zip(first, run(clipped)):
             check(one, other.double(), dtype, "of the kernels with options", tolerance)
-    finally:
-        module().set_tf32(before)
 
 
 @pytest.mark.parametrize("layer", [Layer(kind="gru_before", T=3), Layer(form="packed", T=3, B=18)], ids=str)
@@ -622,14 +624,10 @@ def test_steps_without_races(layer: Layer) -> None:
 )
 def test_tf32(layer: Layer) -> None:
     """float32 on the matrix units: products of 11 significant bits, everything else as before."""
-    built = seqkernels._C if PLACE == "cuda" else module()
-    before = built.set_tf32(True)
-    try:
+    with tf32(True):
         check_layer(layer, tolerance=4e-3)
         with pytest.raises(AssertionError, match="off by"):
             check_layer(layer, tolerance=1e-6)
-    finally:
-        built.set_tf32(before)
 
 
 @pytest.mark.parametrize(
@@ -1031,17 +1029,12 @@ def test_options_of_one_step_in_half_types(kind: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_one_step_in_tf32(kind: str) -> None:
-    built = seqkernels._C if PLACE == "cuda" else module()
     layer = Layer(kind=kind, B=5, T=1, D=67, H=71, state=True)
     of = inputs_of(layer)
     exact = everything(layer, of)
-    before = built.set_tf32(True)
-    try:
-        with tiers("cell"):
-            check_layer(layer, tolerance=4e-3)
-            assert not any(torch.equal(a, b) for a, b in zip(exact, everything(layer, of), strict=True) if a.dim() > 1)
-    finally:
-        built.set_tf32(before)
+    with tf32(True), tiers("cell"):
+        check_layer(layer, tolerance=4e-3)
+        assert not any(torch.equal(a, b) for a, b in zip(exact, everything(layer, of), strict=True) if a.dim() > 1)
 
 
 @pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}], ids=str)

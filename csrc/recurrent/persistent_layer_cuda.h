@@ -85,12 +85,6 @@ struct PersistentShape {
   int64_t dpeephole_bytes() const { return directions * N * (gates - 1) * H * static_cast<int64_t>(sizeof(float)); }
   int64_t weights_bytes() const { return directions * strips * gates * blocks * 512; }
   int64_t tiles(int64_t rows) const { return (B + rows - 1) / rows; }
-  // f(an element of the size that products are made of)
-  template <class F>
-  void with_element(F&& f) const {
-    if (element == 4) return f(float{});
-    f(Half{});
-  }
 };
 
 // Why no such kernel takes the layer, whatever its size.

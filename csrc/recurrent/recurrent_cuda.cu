@@ -809,6 +809,32 @@ void make_saved_again(CellKind kind, const BackwardArgs& args, const CudaLayout&
 
 namespace {
 
+LayerArgs walked_back(CellKind kind, const BackwardArgs& args, const CudaLayout& layout) {
+  LayerArgs layer = layer_args(args, layout, shape_of(kind));
+  layer.y = const_cast<void*>(args.y);
+  layer.cells = const_cast<void*>(args.cells);
+  layer.saved = const_cast<void*>(args.saved);
+  return layer;
+}
+// What every kernel of a step back is told, with a workspace of either kind.
+template <class Places>
+BackwardStepArgs backward_step(const BackwardArgs& args, const LayerArgs& layer, const Places& at) {
+  BackwardStepArgs step{};
+  step.layer = layer;
+  step.dy = args.dy;
+  step.dcells = args.dcells;
+  step.dh_n = args.dh_n;
+  step.dc_n = args.dc_n;
+  step.dgates_x = at.dgates_x;
+  step.dgates_h = at.dgates_h;
+  step.q = at.q;
+  step.direct = at.direct;
+  step.partial_gates = at.partial_gates;
+  step.dpeephole = at.dpeephole;
+  step.dc0 = args.dc0;
+  return step;
+}
+
 void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, void* workspace,
                        void* stream) {
   const StepShape s(kind, args);
@@ -816,11 +842,8 @@ void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout
   Space space(workspace);
   BackwardSpace at{};
   at.carve(space, s, args, args.saved == nullptr);
-  LayerArgs layer = layer_args(args, layout, shape_of(kind));
+  LayerArgs layer = walked_back(kind, args, layout);
   layer.links = at.links;
-  layer.y = const_cast<void*>(args.y);
-  layer.cells = const_cast<void*>(args.cells);
-  layer.saved = const_cast<void*>(args.saved);
   run_links(args, layout, at.links, stream);
   if (s.rows > 0 && s.B > 0) {
     // dgates_x: not in use yet, and wide enough
@@ -838,21 +861,9 @@ void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout
     run_pack(args, layer.tf32, s.gates, true, at.weights, stream);
   }
 
-  BackwardStepArgs step{};
-  step.layer = layer;
-  step.dy = args.dy;
-  step.dcells = args.dcells;
-  step.dh_n = args.dh_n;
-  step.dc_n = args.dc_n;
-  step.dgates_x = at.dgates_x;
-  step.dgates_h = at.dgates_h;
-  step.q = at.q;
+  BackwardStepArgs step = backward_step(args, layer, at);
   step.dc = at.dc;
-  step.direct = at.direct;
-  step.partial_gates = at.partial_gates;
-  step.dpeephole = at.dpeephole;
   step.dh0 = args.dh0;
-  step.dc0 = args.dc0;
   step.last_step = walk.T - 1;
   StepOperands& of = step.product;
   of.weights = at.weights;
@@ -993,23 +1004,8 @@ void backward_by_cell(CellKind kind, const BackwardArgs& args, const CudaLayout&
   Space space(workspace);
   CellBackwardSpace at{};
   at.carve(space, s, args);
-  BackwardStepArgs step{};
-  LayerArgs& layer = step.layer;
-  layer = layer_args(args, layout, shape_of(kind));
-  layer.y = const_cast<void*>(args.y);
-  layer.cells = const_cast<void*>(args.cells);
-  layer.saved = const_cast<void*>(args.saved);
-  step.dy = args.dy;
-  step.dcells = args.dcells;
-  step.dh_n = args.dh_n;
-  step.dc_n = args.dc_n;
-  step.dgates_x = at.dgates_x;
-  step.dgates_h = at.dgates_h;
-  step.q = at.q;
-  step.direct = at.direct;
-  step.partial_gates = at.partial_gates;
-  step.dpeephole = at.dpeephole;
-  step.dc0 = args.dc0;
+  const LayerArgs layer = walked_back(kind, args, layout);
+  BackwardStepArgs step = backward_step(args, layer, at);
   // Gradients of gates times their rows of W_hh: [B, H], wide or narrowed.
   const auto product = [&](int64_t gate, int64_t gates, void* to, Width width) {
     const int64_t G = s.gates * s.H, skip = gate * s.H;

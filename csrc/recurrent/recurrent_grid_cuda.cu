@@ -66,6 +66,12 @@ struct GridShape : PersistentShape {
   // few sequences that have much to tell each other.
   auto cost() const { return std::tuple{!fits, all_streamed() * turns, turns * pairs_of_block, turns}; }
 
+  // f(an element of the size that products are made of)
+  template <class F>
+  void with_element(F&& f) const {
+    if (element == 4) return f(float{});
+    f(Half{});
+  }
   LaunchConfig config(void* stream) const {
     LaunchConfig config;
     config.grid = {directions * teams * team};
