@@ -1,14 +1,24 @@
-# CUDA kernels, csrc/<operator>/*_cuda.cu, in two builds:
+# CUDA kernels, csrc/<operator>/cuda/*.cu, in two builds:
 #   into _C by nvcc, where torch has CUDA: SEQKERNELS_HAVE_CUDA says so to the host sources;
 #   by the C++ compiler over the emulation in tests/cuda_on_cpu, with the host sources once more, into a test module whose
 #   ops are torch.ops.seqkernels_emulated (target cuda_on_cpu). Neither a GPU nor a toolkit is needed for that.
-# nvcc is called by its own rule: CMake's CUDA language wants to link a program first, and nvcc alone must do.
+# nvcc is called by its own rule: CMake's CUDA language links a test program first, which needs more than nvcc.
 set(SEQKERNELS_CUDA_ARCHITECTURES "80;90a;100" CACHE STRING "Compute capabilities to compile for; PTX too for 100")
 set(SEQKERNELS_NVCC "" CACHE FILEPATH "nvcc; found on PATH or in /usr/local/cuda/bin if empty")
 
+# csrc/recurrent/cuda/grid.cu is recurrent_grid: file names repeat across operators.
+function(object_stem variable source)
+  cmake_path(GET source STEM stem)
+  cmake_path(GET source PARENT_PATH folder)
+  if(folder MATCHES "/csrc/([a-z_]+)/cuda$")
+    set(stem "${CMAKE_MATCH_1}_${stem}")
+  endif()
+  set(${variable} "${stem}" PARENT_SCOPE)
+endfunction()
+
 set(cuda_sources)
 foreach(folder IN LISTS SEQKERNELS_OPERATORS)
-  file(GLOB found CONFIGURE_DEPENDS csrc/${folder}/*_cuda.cu)
+  file(GLOB found CONFIGURE_DEPENDS csrc/${folder}/cuda/*.cu)
   list(APPEND cuda_sources ${found})
 endforeach()
 
@@ -77,7 +87,7 @@ else()
       -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-ffile-prefix-map=${CMAKE_CURRENT_SOURCE_DIR}/=)
   set(cuda_objects)
   foreach(source IN LISTS cuda_sources)
-    cmake_path(GET source STEM stem)
+    object_stem(stem "${source}")
     set(object "${CMAKE_CURRENT_BINARY_DIR}/cuda/${stem}.o")
     add_custom_command(
       OUTPUT "${object}"
@@ -106,7 +116,7 @@ set(emulation tests/cuda_on_cpu)
 
 # A .cu file under a name that CMake takes for C++.
 function(emulated_source variable source)
-  cmake_path(GET source STEM stem)
+  object_stem(stem "${source}")
   set(wrapper "${CMAKE_CURRENT_BINARY_DIR}/emulated/${stem}.cpp")
   file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"${source}\"\n" @ONLY)
   set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS "${emulation_flags}")

@@ -12,56 +12,51 @@
 #include "recurrent/recurrent.h"
 #if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_CUDA_KERNELS
-#include "recurrent/recurrent_cuda.h"
+#include "recurrent/cuda/launch.h"
 #endif
 
 namespace py = pybind11;
 
 SEQKERNELS_OPS(m) {
   // Recurrent layers: one layer, both directions. x is [T, B, D], or [N, D] with batch_sizes.
-  const auto list = [](const std::string& type, std::initializer_list<const char*> names, size_t count,
-                       const char* end = "") {
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  // An argument for each letter of `names`.
+  const auto list = [](const std::string& type, const std::string& before, const std::string& names,
+                       const std::string& after) {
     std::string text;
-    for (auto name = names.begin(); name != names.begin() + count; ++name) text += ", " + type + " " + *name + end;
+    for (const char name : names) text += ", " + type + " " + before + name + after;
     return text;
   };
   const std::string options =
       ", bool peephole=False, int heads=1, Tensor? reset=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, Tensor? "
       "candidate=None, Tensor? variational=None, float[] numbers=[]";
-  for (const seqkernels::CellKind kind : seqkernels::kCellKinds) {
-    const std::string name = seqkernels::shape_of(kind).name;
-    const std::string saved = kind == seqkernels::CellKind::kLSTM ? "gates" : "saved";
-    const size_t states = seqkernels::shape_of(kind).states;
-    const std::string inputs = "Tensor x" + list("Tensor?", {"h0", "c0", "s0"}, states) +
+  using seqkernels::CellKind, seqkernels::CellShape, seqkernels::kCellKinds, seqkernels::shape_of;
+  for (const CellKind kind : kCellKinds) {
+    const CellShape cell = shape_of(kind);
+    const std::string name = cell.name, states = cell.state_names, cells = states.substr(1);
+    const std::string inputs = "Tensor x" + list("Tensor?", "", states, "0") +
                                ", Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, bool bidirectional";
-    const std::string outputs = "Tensor y" + list("Tensor", {"h_n", "c_n", "s_n"}, states);
-    const std::string every = list("Tensor", {"cells", "inner"}, states - 1);
-    m.def((name + "(" + inputs + options + ") -> (" + outputs + ")").c_str());
-    m.def((name + "_forward(" + inputs + options + ", bool recompute=False) -> (" + outputs + ", Tensor " + saved +
-           every + ")")
-              .c_str());
-    m.def((name + "_backward(Tensor? dy" + list("Tensor?", {"dh_n", "dc_n", "ds_n"}, states) + ", " + inputs +
-           ", Tensor y, Tensor " + saved + every + ", bool need_dx, bool need_dw" + options +
-           list("Tensor?", {"dcells", "dinner"}, states - 1, "=None") + ") -> (Tensor dx" +
-           list("Tensor", {"dh0", "dc0", "ds0"}, states) + ", Tensor[] dw)")
-              .c_str());
-  }
-  // One step of a plain cell. x is [B, D] or [D]. What backward was not asked for is undefined; db_hh is db_ih but for
-  // GRU.
-  using seqkernels::CellKind;
-  for (const CellKind kind : {CellKind::kLSTM, CellKind::kGRU, CellKind::kRNNTanh, CellKind::kRNNRelu}) {
-    const std::string name = std::string(seqkernels::shape_of(kind).name) + "_cell";
-    const size_t states = seqkernels::shape_of(kind).states;
-    const std::string inputs =
-        "Tensor x" + list("Tensor?", {"h0", "c0"}, states) + ", Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh";
-    const std::string outputs = "Tensor h" + list("Tensor", {"c"}, states - 1);
-    m.def((name + "(" + inputs + ") -> (" + outputs + ")").c_str());
-    m.def((name + "_forward(" + inputs + ") -> (" + outputs + ", Tensor saved)").c_str());
-    m.def((name + "_backward(Tensor? dh" + list("Tensor?", {"dc"}, states - 1) + ", " + inputs + ", " + outputs +
-           ", Tensor saved, bool need_dx, bool need_states, bool need_dw) -> (Tensor dx, Tensor dh0" +
-           list("Tensor", {"dc0"}, states - 1) + ", Tensor dw_ih, Tensor dw_hh, Tensor db_ih" +
-           (kind == CellKind::kGRU ? ", Tensor db_hh)" : ")"))
-              .c_str());
+    const std::string outputs = "Tensor y" + list("Tensor", "", states, "_n");
+    const std::string steps = list("Tensor", "", cells, "_steps");
+    define(name + "(" + inputs + options + ") -> (" + outputs + ")");
+    define(name + "_forward(" + inputs + options + ", bool recompute=False) -> (" + outputs + ", Tensor saved" + steps +
+           ")");
+    define(name + "_backward(Tensor? dy" + list("Tensor?", "d", states, "_n") + ", " + inputs +
+           ", Tensor y, Tensor saved" + steps + ", bool need_dx, bool need_dw" + options +
+           list("Tensor?", "d", cells, "_steps=None") + ") -> (Tensor dx" + list("Tensor", "d", states, "0") +
+           ", Tensor[] dw)");
+    if (!cell.step) continue;
+    // One step without options. x is [B, D] or [D]. Gradients that were not requested are undefined; db_hh is returned
+    // where it differs from db_ih.
+    const std::string step = "Tensor x" + list("Tensor?", "", states, "0") +
+                             ", Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh",
+                      after = "Tensor h" + list("Tensor", "", cells, "");
+    define(name + "_cell(" + step + ") -> (" + after + ")");
+    define(name + "_cell_forward(" + step + ") -> (" + after + ", Tensor saved)");
+    define(name + "_cell_backward(Tensor? dh" + list("Tensor?", "d", cells, "") + ", " + step + ", " + after +
+           ", Tensor saved, bool need_dx, bool need_states, bool need_dw) -> (Tensor dx" +
+           list("Tensor", "d", states, "0") + ", Tensor dw_ih, Tensor dw_hh, Tensor db_ih" +
+           (cell.separate ? ", Tensor db_hh)" : ")"));
   }
 
   // EmbeddingBag. reduction: 0 sum, 1 mean, 2 max, 3 min; mean_by: 0 count, 1 weight; padding_idx -1: none. input is
@@ -70,7 +65,6 @@ SEQKERNELS_OPS(m) {
       "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int reduction, int padding_idx=-1, bool "
       "include_last_offset=False, int mean_by=0";
   const std::string upstream = "Tensor grad, Tensor arg, ", frequency = ", bool scale_grad_by_freq=False";
-  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   define("embedding_bag(Tensor weight, " + bags + ") -> Tensor");
   define("embedding_bag_forward(Tensor weight, " + bags + ") -> (Tensor output, Tensor arg)");
   define("embedding_bag_backward(" + upstream + "int num_embeddings, " + bags + frequency + ") -> Tensor");
@@ -163,7 +157,7 @@ CellKind kind_called(const std::string& who, const std::string& name) {
 }
 
 int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
-  return saved_width(kind_called("recurrent_saved", name), H, options);
+  return saved_width(shape_of(kind_called("recurrent_saved", name)), H, options);
 }
 
 #ifdef SEQKERNELS_CUDA_KERNELS
@@ -188,7 +182,7 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
   args.D = D;
   args.H = H;
   args.P = P == 0 ? H : P;
-  Options& o = args.options;
+  LayerOptions& o = args.options;
   o.cell_clip = o.gate_clip = std::numeric_limits<double>::infinity();
   bool recompute = false;
   for (Weights& weights : args.weights) weights.w_hr = P == 0 ? nullptr : &present;
@@ -205,13 +199,14 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
     if (option == "recurrent_dropout") o.candidate = reinterpret_cast<const uint8_t*>(&present);
     if (option == "variational_dropout") o.variational = &present;
   }
-  args.saved_width = saved_width(kind, H, o.any);
+  args.saved_width = saved_width(shape_of(kind), H, o.any);
   CudaDevice device{major, minor, multiprocessors, shared_bytes};
   device.described = major != 0;
   if (!device.described) device = current_cuda_device();
-  const CudaPlan plan = plan_recurrent_cuda(kind, args, {nullptr, false, 0, 0, tf32}, recompute, device);
   py::dict result;
-  const auto show = [&](const char* of, const CudaPlan::Pass& pass) {
+  const auto show = [&](const char* of, PassKind kind_of_pass) {
+    const CudaPlan pass =
+        plan_recurrent_cuda(kind, kind_of_pass, args, {nullptr, false, 0, 0, tf32}, recompute, device);
     py::dict one;
     one["tier"] = cuda_tier_name(pass.tier);
     if (pass.tier != CudaTier::kNone) {
@@ -226,8 +221,8 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
     one["reasons"] = pass.reasons;
     result[of] = one;
   };
-  show("forward", plan.forward);
-  show("backward", plan.backward);
+  show("forward", PassKind::kForward);
+  show("backward", PassKind::kBackward);
   return result;
 }
 #endif

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
+#include "common/allocate.h"
 #include "common/isa.h"
 #include "common/registration.h"
 
@@ -18,21 +18,7 @@ using Maybe = const std::optional<Tensor>&;
 
 AttentionKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(attention_kernels); }
 
-int32_t code_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
-// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed. Half the time of new_empty, which looks its op
-// up by name.
+// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed.
 Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
   Shape strides(sizes.size());
   int64_t stride = 1;
@@ -44,10 +30,8 @@ Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
     strides[2] = sizes[1] * strides[2];
     strides[1] = sizes[3] > 0 ? sizes[3] : 1;
   }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code_of(type),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  static const DevicePlace cpu = DevicePlace::cpu();
+  return allocate(cpu, dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
 }
 // As x [B, H, T, *] lies in memory, with D columns.
 Tensor like(const Tensor& x, int64_t D) {
@@ -56,7 +40,7 @@ Tensor like(const Tensor& x, int64_t D) {
 void zero(const Tensor& t) { torch::stable::zero_(const_cast<Tensor&>(t)); }
 
 // What every op takes besides q, k and v.
-struct Given {
+struct AttentionOpArgs {
   Maybe mask, slopes, q_lengths, k_lengths, cu_q, cu_k;
   int64_t max_q, max_k;
   double scale;
@@ -72,7 +56,7 @@ struct Call {
   std::vector<AttentionSequence> sequences;
   std::vector<Tensor> held;  // what had to be copied
 
-  Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const Given& given) : op(op) {
+  Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const AttentionOpArgs& given) : op(op) {
     AttentionArgs& a = args;
     a.dtype = dtype_of(op, "q", q);
     a.q = tensor("q", q, q);
@@ -195,7 +179,7 @@ struct Call {
     return all;
   }
 
-  void set_sequences(const Tensor& q, const Given& given) {
+  void set_sequences(const Tensor& q, const AttentionOpArgs& given) {
     AttentionArgs& a = args;
     if (given.cu_q || given.cu_k) {
       if (!given.cu_q || !given.cu_k) fail(op, ": cu_q and cu_k must be given together");
@@ -265,7 +249,7 @@ struct Call {
       double scale, int64_t causal, int64_t window_left, int64_t window_right, double softcap, double dropout_p,    \
       Maybe seed
 #define SEQKERNELS_ATTENTION_GIVEN                                                                                   \
-  Given {                                                                                                            \
+  AttentionOpArgs {                                                                                                  \
     mask, slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k, scale, causal, window_left, window_right, softcap, \
         dropout_p, seed                                                                                              \
   }

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "common/simd.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -27,10 +28,6 @@ constexpr int kTileRows = kVectorBytes == 64   ? (kVectors == 3 ? 8 : 6)
 
 template <class T, int kVectors = kPlainVectors>
 constexpr int64_t kPanel = int64_t{kVectors} * kLanes<T>;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 enum class Into { kReplace, kAdd };
 

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/math.h"
+
 namespace seqkernels {
 
 // Runs body(context, begin, end) over a split of [0, n) on torch's intra-op threads, one piece a thread, all at once
@@ -48,8 +50,5 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) int64_t parties_ = 1;
 };
-
-// Part i of n of [0, total), in whole units.
-inline int64_t part(int64_t total, int64_t n, int64_t i) { return total * i / n; }
 
 }  // namespace seqkernels

@@ -100,7 +100,7 @@ SEQKERNELS_INLINE Native<double> fma(Native<double> a, Native<double> b, Native<
 #endif
 }
 
-// ---- half types: as vectors of float -------------------------------------------------------------------------------
+// ---- half types, as vectors of float ----
 
 typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t Half16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -174,7 +174,7 @@ SEQKERNELS_INLINE void store(Half* p, Native<float> v) {
 #endif
 }
 
-// ---- tails: the first n lanes, the others zero and never touched in memory ------------------------------------------
+// ---- tails: the first n lanes; the others are zero, and their memory is not accessed ----
 
 template <class S>
 SEQKERNELS_INLINE Native<Compute<S>> load(const S* p, int64_t n) {
@@ -232,8 +232,7 @@ inline void convert(To* to, const From* from, int64_t n) {
   if (i < n) store(to + i, load(from + i, n - i), n - i);
 }
 
-// ---- exp, sigmoid, tanh
-// ----------------------------------------------------------------------------------------------
+// ---- exp, sigmoid, tanh, log of sigmoid ----
 
 template <class T>
 struct Reduced {
@@ -272,6 +271,57 @@ SEQKERNELS_INLINE Native<T> sigmoid(Native<T> x) {
   return T(1) / (T(1) + fma(e.scale, e.expm1, e.scale));
 }
 
+// e^x, within a unit in the last place; 0 below the least normal number, infinity from 2^127.5; NaN stays NaN.
+// x = n ln 2 + r, e^r = 1 + r p(r): in float p is a minimax fit, in double Taylor's series.
+template <class T>
+SEQKERNELS_INLINE Native<T> exp(Native<T> x) {
+  using V = Vec<T>;
+  using I = typename V::Int;
+  constexpr I kBias = (I(1) << (sizeof(T) * 8 - 2 - V::kMantissaBits)) - 1;
+  const Native<T> most = broadcast(T((kBias + 0.6) * 0.693147180559945309)), least = broadcast(V::kMinExp);
+  x = x > most ? most : x;
+  const Native<T> shifted = fma(x, broadcast(T(1.4426950408889634)), broadcast(V::kRound));
+  const Native<T> n = shifted - V::kRound;
+  Native<T> r = fma(n, broadcast(T(-V::kLn2Hi)), x);
+  r = fma(n, broadcast(T(-V::kLn2Lo)), r);
+  Native<T> p;
+  if constexpr (sizeof(T) == 4) {
+    constexpr T kFit[] = {T(0.001384364441037178), T(0.008374162949621677), T(0.04166800156235695),
+                          T(0.16666431725025177),  T(0.4999999403953552),   T(1)};
+    p = broadcast(kFit[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < 6; ++i) p = fma(p, r, broadcast(kFit[i]));
+  } else {
+    constexpr auto series = [] {
+      struct {
+        double of[13];
+      } s{};
+      double term = 1;
+      for (int i = 1; i <= 13; ++i) s.of[i - 1] = term = term / i;
+      return s;
+    }();
+    p = broadcast(T(series.of[12]));
+#pragma GCC unroll 16
+    for (int i = 11; i >= 0; --i) p = fma(p, r, broadcast(T(series.of[i])));
+  }
+  const auto exponent = ((typename V::NativeInt)shifted + kBias) << V::kMantissaBits;
+  const Native<T> y = fma(p, r, broadcast(T(1))) * (Native<T>)exponent;
+  return x < least ? Native<T>{} : y;
+}
+
+// ln(1 / (1 + e^-x)) = min(x, 0) - ln(1 + u), u = e^-|x|, with ln(1 + u) = 2 artanh(u / (2 + u)): the series of artanh
+// for arguments of at most 1/3, to the precision of T.
+template <class T>
+SEQKERNELS_INLINE Native<T> log_sigmoid(Native<T> x) {
+  const Native<T> u = exp<T>(x < T(0) ? x : -x), s = u / (u + T(2)), z = s * s;
+  constexpr int kTerms = sizeof(T) == 4 ? 8 : 18;
+  Native<T> p = broadcast(T(1.0 / (2 * kTerms - 1)));
+#pragma GCC unroll 18
+  for (int k = kTerms - 2; k >= 0; --k) p = fma(p, z, broadcast(T(1.0 / (2 * k + 1))));
+  const Native<T> log1p = (s + s) * p;
+  return (x > T(0) ? Native<T>{} : x) - log1p;
+}
+
 // -(e^-2|x| - 1) / ((e^-2|x| - 1) + 2), with the sign of x: 2.5 units in the last place at worst. In float, where gates
 // mostly lie, |x| < 0.625, an odd polynomial (a Chebyshev fit of (tanh(x) / x - 1) / x^2, 1.6e-9 off) halves that.
 template <class T>
@@ -299,8 +349,7 @@ SEQKERNELS_INLINE Native<T> tanh(Native<T> x) {
   }
 }
 
-// ---- transposes
-// --------------------------------------------------------------------------------------------------------
+// ---- transposes ----
 
 #if defined(__AVX512F__)
 SEQKERNELS_INLINE void transpose(Native<float> (&r)[16]) {

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/check.h"
+#include "common/allocate.h"
 #include "common/isa.h"
 #include "common/memory.h"
 #include "common/parallel.h"
@@ -18,7 +18,7 @@
 #include "embedding_bag/rows_sort.h"
 #if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_BAGS_ON_GPU
-#include "embedding_bag/embedding_bag_cuda.h"
+#include "embedding_bag/cuda/launch.h"
 #endif
 
 namespace seqkernels {
@@ -49,39 +49,14 @@ constexpr ScalarType compute_type_of(DType dtype) {
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-int32_t code_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    case ScalarType::Int:
-      return aoti_torch_dtype_int32();
-    case ScalarType::Long:
-      return aoti_torch_dtype_int64();
-    case ScalarType::Byte:
-      return aoti_torch_dtype_uint8();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
-// A new tensor [n] or [n, m] where `like` is. Half the time of new_empty, which looks its op up by name.
+// A new tensor [n] or [n, m] on the device of `like`.
 Tensor make(const Tensor& like, ScalarType type, int64_t n, int64_t m = -1) {
-  const int64_t sizes[] = {n, m}, strides[] = {m < 0 ? 1 : m, 1};
-  int32_t device, index;
-  aoti_torch_get_device_type(like.get(), &device);
-  aoti_torch_get_device_index(like.get(), &index);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(m < 0 ? 1 : 2, sizes, strides, code_of(type), device, index, &handle));
-  return Tensor(handle);
+  return m < 0 ? allocate(DevicePlace(like.get()), dtype_code(type), -1, n)
+               : allocate(DevicePlace(like.get()), dtype_code(type), n, m);
 }
 
 // What every op takes of its bags.
-struct Given {
+struct BagOpArgs {
   const Tensor& indices;
   Maybe offsets;
   Maybe weights;
@@ -99,7 +74,7 @@ struct Bags {
   int64_t B = 0;   // bags of all features
   BagTable all{};  // of one table with every bag, without the table
 
-  Bags(const char* op, const Given& given, DType dtype, const Tensor& device)
+  Bags(const char* op, const BagOpArgs& given, DType dtype, const Tensor& device)
       : op(op), device(device), indices(given.indices) {
     shape.dtype = dtype;
     if (given.mode < 0 || given.mode > 3)
@@ -415,7 +390,7 @@ Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
   const Tensor &indices, Maybe offsets, Maybe weights, int64_t mode, int64_t padding, bool include_last_offset, \
       int64_t mean_by
 #define SEQKERNELS_GIVEN \
-  Given { indices, offsets, weights, mode, padding, include_last_offset, mean_by }
+  BagOpArgs { indices, offsets, weights, mode, padding, include_last_offset, mean_by }
 
 Tensor infer(const Tensor& weight, SEQKERNELS_BAGS) {
   const Bags bags("embedding_bag", SEQKERNELS_GIVEN, dtype_of("embedding_bag", "weight", weight), weight);
@@ -471,7 +446,7 @@ Tensor pack_bytes(const Tensor& weight) {
   return packed;
 }
 
-Tensor forward_collection(const char* op, const Tensors& tables, const Integers& features, const Given& given,
+Tensor forward_collection(const char* op, const Tensors& tables, const Integers& features, const BagOpArgs& given,
                           Tensor* arg) {
   if (tables.empty()) fail(op, ": weights must hold at least one table, got none");
   const Bags bags(op, given, dtype_of(op, "weight", tables[0]), tables[0]);
@@ -590,7 +565,7 @@ struct One {
   const Bags bags;
   const Upstream up;
   BagBackward args;
-  One(const char* op, const Tensor& grad, const Tensor& arg, const Given& given, bool by_frequency)
+  One(const char* op, const Tensor& grad, const Tensor& arg, const BagOpArgs& given, bool by_frequency)
       : bags(op, given, dtype_of(op, "grad", grad), grad),
         up(bags, grad, arg, bags.B, grad.dim() == 2 ? grad.size(1) : -1),
         args{bags.shape, bags.all, by_frequency} {
@@ -658,7 +633,7 @@ void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double
   const char* op = "embedding_bag_renorm_";
   const std::optional<Tensor> none;
   const Tensor flat = indices.dim() == 2 ? indices : torch::stable::reshape(indices, {1, indices.numel()});
-  const Bags bags(op, Given{flat, none, none, 0, -1, false, 0}, dtype_of(op, "weight", weight), weight);
+  const Bags bags(op, BagOpArgs{flat, none, none, 0, -1, false, 0}, dtype_of(op, "weight", weight), weight);
   const BagBackward args{bags.shape, bags.of(weight), false};
   bags.check_own_rows(args.table);
 #ifdef SEQKERNELS_BAGS_ON_GPU
@@ -684,7 +659,7 @@ struct Every {
   const Bags bags;
   Collection all;
   std::optional<Upstream> up;
-  Every(const char* op, const Tensor& grad, const Integers& features, const Given& given, size_t count)
+  Every(const char* op, const Tensor& grad, const Integers& features, const BagOpArgs& given, size_t count)
       : bags(op, given, dtype_of(op, "grad", grad), grad), all(bags, features, count) {}
   void set(const Tensor& grad, const Tensor& arg) { up.emplace(bags, grad, arg, all.batch, all.width); }
   std::vector<BagBackward> with(bool by_frequency) const {
@@ -700,7 +675,7 @@ struct Every {
 };
 
 Every every_with_rows(const char* op, const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
-                      const Integers& features, const Given& given) {
+                      const Integers& features, const BagOpArgs& given) {
   if (E.size() != D.size()) {
     fail(op, ": num_embeddings and dims must be as many as tables, got ", E.size(), " and ", D.size());
   }
@@ -714,7 +689,7 @@ Every every_with_rows(const char* op, const Tensor& grad, const Tensor& arg, con
   return every;
 }
 Every every_with_tables(const char* op, const Tensor& grad, const Tensor& arg, const Tensors& tables,
-                        const Integers& features, const Given& given) {
+                        const Integers& features, const BagOpArgs& given) {
   Every every(op, grad, features, given, tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
     every.bags.set_table(every.all.tables[i], tables[i]);

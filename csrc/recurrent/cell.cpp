@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/check.h"
+#include "common/allocate.h"
 #include "common/parallel.h"
 #include "common/registration.h"
 #include "recurrent/ops.h"
@@ -24,23 +24,13 @@ using Maybe = const std::optional<Tensor>&;
 
 constexpr bool kPlain = false;  // without options
 
-// Where a tensor lies.
-struct Place {
-  int32_t device, index;
-  explicit Place(AtenTensorHandle t) {
-    aoti_torch_get_device_type(t, &device);
-    aoti_torch_get_device_index(t, &index);
-  }
-  bool operator!=(const Place& other) const { return device != other.device || index != other.index; }
-};
-
 // The inputs of a step, checked without touching the heap.
 struct Step {
   const char* const kind;
   const char* const suffix;
   const CellShape cell;
   const Tensor& x;
-  const Place place;
+  const DevicePlace place;
   int32_t dtype;
   bool batched;
   int64_t B, D, H;
@@ -74,7 +64,7 @@ struct Step {
     aoti_torch_get_sizes(h, const_cast<int64_t**>(&sizes));
     aoti_torch_get_dtype(h, &type);
     const bool flat = rows < 0;
-    if (type != dtype || Place(h) != place || dim != 2 - flat || sizes[dim - 1] != columns ||
+    if (type != dtype || DevicePlace(h) != place || dim != 2 - flat || sizes[dim - 1] != columns ||
         (!flat && sizes[0] != rows)) {
       wrong(name, t, rows, columns);
     }
@@ -119,11 +109,11 @@ struct Step {
     w.b_ih = take("bias_ih", b_ih, -1, cell.gates * H);
     w.b_hh = take("bias_hh", b_hh, -1, cell.gates * H);
     args.h0 = take("h0", *states0[0], rows(), H);
-    if (cell.states > 1) args.c0 = take("c0", *states0[1], rows(), H);
+    if (cell.states > 1) args.c0[0] = take("c0", *states0[1], rows(), H);
     args.options.cell_clip = args.options.gate_clip = std::numeric_limits<double>::infinity();
     args.options.candidate_scale = 1;
     args.saved_rows = B;
-    args.saved_width = saved_width(of, H, false);
+    args.saved_width = saved_width(cell, H, false);
 
     if (cuda) {
       args.walk = {B > 0, B, B, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -152,16 +142,7 @@ struct Step {
 
   int64_t rows() const { return batched ? B : -1; }
 
-  // A new tensor [rows, columns], or [columns] where rows is below 0. Half the time of new_empty, which looks its op up
-  // by name.
-  Tensor make(int64_t rows, int64_t columns) const {
-    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-    const int skip = rows < 0;
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(2 - skip, sizes + skip, strides + skip, dtype, place.device, place.index, &handle));
-    return Tensor(handle);
-  }
+  Tensor make(int64_t rows, int64_t columns) const { return allocate(place, dtype, rows, columns); }
 
   void run(CellKind of, const ForwardArgs& args) const {
     if (on_cuda != nullptr) return run_on_cuda(std::string(kind) + suffix, of, args, layout, *on_cuda);
@@ -188,7 +169,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     Step step(kKind, "_cell", x, {&states0...}, w_ih, w_hh, b_ih, b_hh, args);
     States states{Repeat<Tensor, I>(step.make(step.rows(), step.H))...};
     args.y = std::get<0>(states).mutable_data_ptr();
-    if constexpr (kStates > 1) args.cells = std::get<1>(states).mutable_data_ptr();
+    if constexpr (kStates > 1) args.cells[0] = std::get<1>(states).mutable_data_ptr();
     step.run(kKind, args);
     return states;
   }
@@ -199,7 +180,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     Step step(kKind, "_cell_forward", x, {&states0...}, w_ih, w_hh, b_ih, b_hh, args);
     Kept kept{Repeat<Tensor, I>(step.make(step.rows(), step.H))..., step.make(step.B, args.saved_width)};
     args.y = std::get<0>(kept).mutable_data_ptr();
-    if constexpr (kStates > 1) args.cells = std::get<1>(kept).mutable_data_ptr();
+    if constexpr (kStates > 1) args.cells[0] = std::get<1>(kept).mutable_data_ptr();
     args.saved = std::get<kStates>(kept).mutable_data_ptr();
     step.run(kKind, args);
     return kept;
@@ -218,8 +199,8 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     args.dh_n = step.take("dh", *upstream[0], rows, H);
     args.y = step.take("h", *now[0], rows, H);
     if constexpr (kStates > 1) {
-      args.dc_n = step.take("dc", *upstream[1], rows, H);
-      args.cells = step.take("c", *now[1], rows, H);
+      args.dc_n[0] = step.take("dc", *upstream[1], rows, H);
+      args.cells[0] = step.take("c", *now[1], rows, H);
     }
     args.saved = step.take("saved", saved, step.B, args.saved_width);
     args.weights_wanted = need_dw;
@@ -230,12 +211,12 @@ struct CellOps<kKind, std::index_sequence<I...>> {
       return t;
     };
     WeightGradients& dw = args.dw[0];
-    void** const dstates0[] = {&args.dh0, &args.dc0};
+    void** const dstates0[] = {&args.dh0, &args.dc0[0]};
     Tensor dx = give(need_dx, rows, step.D, args.dx);
     std::array<Tensor, kStates> ds{give(need_states && *before[I], rows, H, *dstates0[I])...};
     Tensor dw_ih = give(need_dw, G, step.D, dw.w_ih), dw_hh = give(need_dw, G, H, dw.w_hh);
     Tensor db_ih = give(need_dw && b_ih, -1, G, dw.b_ih);
-    if constexpr (kKind == CellKind::kGRU) {
+    if constexpr (shape_of(kKind).separate) {
       Tensor db_hh = give(need_dw && b_hh, -1, G, dw.b_hh);
       step.run(kKind, args);
       return std::make_tuple(dx, ds[I]..., dw_ih, dw_hh, db_ih, db_hh);
@@ -256,18 +237,20 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl((name + "_backward").c_str(), TORCH_BOX(&Ops::backward));
 }
 
-void implement_all(torch::stable::detail::StableLibrary& m) {
-  implement<CellKind::kLSTM>(m);
-  implement<CellKind::kGRU>(m);
-  implement<CellKind::kRNNTanh>(m);
-  implement<CellKind::kRNNRelu>(m);
+template <size_t... K>
+void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<K...>) {
+  const auto one = [&m](auto k) {
+    constexpr CellKind kKind = kCellKinds[decltype(k)::value];
+    if constexpr (shape_of(kKind).step) implement<kKind>(m);
+  };
+  (one(std::integral_constant<size_t, K>{}), ...);
 }
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) { implement_all(m); }
+SEQKERNELS_OPS_ON(CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
 #if defined(SEQKERNELS_HAVE_CUDA)
-SEQKERNELS_OPS_ON(CUDA, m) { implement_all(m); }
+SEQKERNELS_OPS_ON(CUDA, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
 #endif
 
 }  // namespace seqkernels

@@ -5,8 +5,8 @@
 #include <string>
 
 #include "common/check.h"
+#include "recurrent/cuda/launch.h"
 #include "recurrent/recurrent.h"
-#include "recurrent/recurrent_cuda.h"
 
 namespace seqkernels {
 

@@ -18,13 +18,13 @@ constexpr double kTileRows = 6;
 
 Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
   const Walk& walk = args.walk;
-  const int64_t strands = args.directions * args.heads, H = args.H / args.heads, P = args.P / args.heads;
+  const int64_t streams = args.directions * args.heads, H = args.H / args.heads, P = args.P / args.heads;
   const double steps = std::max<int64_t>(walk.T, 1), rows = walk.N / steps;
   const double step = rows * gates * H * P, total = walk.N * double(gates) * H * (args.D + P);
   Plan plan{1, 1, 1};
-  if (threads <= 1 || total * strands < kWorthAThread) return plan;
+  if (threads <= 1 || total * streams < kWorthAThread) return plan;
   plan.threads = threads;
-  const int64_t each = std::max<int64_t>(threads / strands, 1);
+  const int64_t each = std::max<int64_t>(threads / streams, 1);
   const int64_t element = args.dtype == DType::kFloat64 ? 8 : 4;
   const double weights = double(gates) * H * P * element;
   const bool rows_suffice = rows >= each * kTileRows || (rows >= each && weights <= kWeightsPerCore / 2);
@@ -38,7 +38,7 @@ Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
   } else {
     plan.row_groups = std::min(each, std::max<int64_t>(walk.B, 1));
   }
-  if (plan.row_groups * plan.unit_groups * strands == 1) plan.threads = 1;
+  if (plan.row_groups * plan.unit_groups * streams == 1) plan.threads = 1;
   return plan;
 }
 

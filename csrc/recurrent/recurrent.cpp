@@ -36,28 +36,28 @@ bool runs_on_cuda([[maybe_unused]] const Tensor& x) {
 
 namespace {
 template <class Args, class Launch>
-void run_on_cuda(const std::string& op, CellKind kind, const Args& args, const CudaLayout& layout, const Tensor& like,
-                 bool recompute, const CudaPlan::Pass CudaPlan::* pass, Launch launch) {
+void run_on_cuda(const std::string& op, CellKind kind, PassKind pass, const Args& args, const CudaLayout& layout,
+                 const Tensor& like, bool recompute, Launch launch) {
   const OnDevice device(like);
-  const CudaPlan plan = plan_recurrent_cuda(kind, args, layout, recompute, current_cuda_device());
-  const CudaPlan::Pass& of = plan.*pass;
-  if (of.tier == CudaTier::kNone) {
+  const CudaPlan plan = plan_recurrent_cuda(kind, pass, args, layout, recompute, current_cuda_device());
+  if (plan.tier == CudaTier::kNone) {
     std::string text;
-    for (const std::string& reason : of.reasons) text += (text.empty() ? "" : "; ") + reason;
-    fail(op, ": no CUDA kernel takes these inputs: ", text);
+    for (const std::string& reason : plan.reasons) text += (text.empty() ? "" : "; ") + reason;
+    fail(op, ": no CUDA kernel supports these inputs: ", text);
   }
-  const Tensor workspace = torch::stable::new_empty(like, Shape{of.workspace}, ScalarType::Byte);
+  const Tensor workspace = torch::stable::new_empty(like, Shape{plan.workspace}, ScalarType::Byte);
   launch(kind, args, layout, plan, workspace.mutable_data_ptr(), device.stream);
 }
 }  // namespace
 
 void run_on_cuda(const std::string& op, CellKind kind, const ForwardArgs& args, const CudaLayout& layout,
                  const Tensor& like) {
-  run_on_cuda(op, kind, args, layout, like, false, &CudaPlan::forward, launch_recurrent_forward);
+  run_on_cuda(op, kind, PassKind::kForward, args, layout, like, false, launch_recurrent_forward);
 }
 void run_on_cuda(const std::string& op, CellKind kind, const BackwardArgs& args, const CudaLayout& layout,
                  const Tensor& like) {
-  run_on_cuda(op, kind, args, layout, like, args.saved == nullptr, &CudaPlan::backward, launch_recurrent_backward);
+  const bool recompute = args.saved == nullptr;
+  run_on_cuda(op, kind, PassKind::kBackward, args, layout, like, recompute, launch_recurrent_backward);
 }
 #else
 bool runs_on_cuda(const Tensor&) { return false; }
@@ -69,7 +69,7 @@ void run_on_cuda(const std::string&, CellKind, const BackwardArgs&, const CudaLa
 namespace {
 
 // What an op takes beside x, states, weights and lengths; all of it off by default.
-struct Variant {
+struct OptionOpArgs {
   bool peephole;
   int64_t heads;
   const std::optional<Tensor>&reset, &zoneout_h, &zoneout_c, &candidate, &variational;
@@ -77,13 +77,13 @@ struct Variant {
 };
 
 // The inputs of an op as they came.
-struct Given {
+struct LayerOpArgs {
   const Tensor& x;
   std::array<const std::optional<Tensor>*, kMaxStates> states0;
   const std::vector<Tensor>& weights;
   const std::optional<Tensor>&batch_sizes, &lengths;
   bool bidirectional;
-  const Variant& variant;
+  const OptionOpArgs& variant;
 };
 
 // A weight: its name in messages, where it goes, its shape.
@@ -111,7 +111,7 @@ struct LayerInputs {
   std::vector<uint8_t> reset;
   Shape outer;  // [T, B] or [N]: the leading dimensions of x and y
 
-  LayerInputs(const std::string& op, CellKind kind, const Given& given, RecurrentArgs& args)
+  LayerInputs(const std::string& op, CellKind kind, const LayerOpArgs& given, RecurrentArgs& args)
       : op(op), kind(kind), x(given.x), packed(given.batch_sizes.has_value()) {
     args.dtype = dtype_of(op, "x", x);
     args.directions = given.bidirectional ? 2 : 1;
@@ -139,12 +139,11 @@ struct LayerInputs {
     }
     outer = shape_of(x);
     outer.pop_back();
-    constexpr const char* kNames[] = {"h0", "c0", "s0"};
-    const void** pointers[] = {&args.h0, &args.c0, &args.s0};
     for (int64_t i = 0; i < cell.states; ++i) {
       if (!*given.states0[i]) continue;
-      states0[i] = checked(op, kNames[i], **given.states0[i], x.scalar_type(), state_shape(args, i), x);
-      *pointers[i] = states0[i]->const_data_ptr();
+      const std::string name = std::string(1, cell.state_names[i]) + "0";
+      states0[i] = checked(op, name.c_str(), **given.states0[i], x.scalar_type(), state_shape(args, i), x);
+      (i == 0 ? args.h0 : args.c0[i - 1]) = states0[i]->const_data_ptr();
     }
     args.x = x.const_data_ptr();
     args.walk.batch_sizes = batch_sizes.data();
@@ -153,15 +152,15 @@ struct LayerInputs {
     args.walk.rows = rows.data();
     args.walk.x_offsets = x_offsets.data();
     take_options(given.variant, args);
-    args.saved_width = saved_width(kind, args.H, args.options.any);
+    args.saved_width = saved_width(cell, args.H, args.options.any);
     if (!cuda) args.plan = plan_recurrent(args, cell.gates, thread_count());
   }
 
-  // Of h (0), c (1) or s (2).
+  // Of state `which`: 0 is h, the others are the cells.
   Shape state_shape(const RecurrentArgs& args, int64_t which) const {
     return {args.directions, args.walk.B, which == 0 ? args.P : args.H};
   }
-  // Of y (0), or of every c (1) or s (2), laid out like it.
+  // Of state `which` at every step: y, or a cell laid out like it.
   Shape output_shape(const RecurrentArgs& args, int64_t which) const {
     Shape shape = outer;
     shape.push_back(args.directions * (which == 0 ? args.P : args.H));
@@ -176,23 +175,23 @@ struct LayerInputs {
 
  private:
   void take_weights(const std::vector<Tensor>& given, bool peephole, RecurrentArgs& args) {
-    if (peephole && !cell.peephole) fail(op, ": peephole must be false for this cell, got true");
+    if (peephole && cell.peepholes == 0) fail(op, ": peephole must be false for this cell, got true");
     if (args.heads < 1 || (args.heads > 1 && !cell.heads)) {
       fail(op, ": heads must be ", cell.heads ? "positive" : "1 for this cell", ", got ", args.heads);
     }
-    const bool nested = kind == CellKind::kLSTMNested;
+    const bool nested = cell.inner_gates > 0;
     const int64_t count = static_cast<int64_t>(given.size()), each = count / args.directions;
-    const int64_t fixed = peephole + (kind == CellKind::kLSTMNorm ? 4 : kind == CellKind::kGRUNorm ? 2 : 0);
+    const int64_t fixed = peephole + (cell.norm_groups > 0 ? 2 : 0) + 2 * cell.norm_c;
     const int64_t core = nested ? each / 2 : each - fixed;
     if (core < 2 || core > 5 || each * args.directions != count || (nested && (each != 4 && each != 8))) {
       fail(op, ": weights must hold ", expected_weights(peephole), " for each of ", args.directions,
            " directions, got ", count, " tensors");
     }
     const bool bias = core >= 4, projected = core == 3 || core == 5;
-    if (projected && cell.projection == CellShape::kNever) {
+    if (projected && cell.projection == Projection::kNever) {
       fail(op, ": weights must not hold a projection, got ", each, " tensors per direction");
     }
-    if (!projected && cell.projection == CellShape::kAlways) {
+    if (!projected && cell.projection == Projection::kAlways) {
       fail(op, ": weights must hold a projection w_hr, got ", each, " tensors per direction");
     }
     if (projected && args.heads > 1) fail(op, ": heads must be 1 where there is a projection, got ", args.heads);
@@ -218,12 +217,12 @@ struct LayerInputs {
       add({"bias_hh", &W::b_hh, &D::b_hh, {G}});
     }
     if (projected) add({"weight_hr", &W::w_hr, &D::w_hr, {P, H}});
-    if (peephole) add({"weight_ph", &W::peephole, &D::peephole, {(cell.gates - 1) * H}});
-    if (kind == CellKind::kLSTMNorm || kind == CellKind::kGRUNorm) {
+    if (peephole) add({"weight_ph", &W::peephole, &D::peephole, {cell.peepholes * H}});
+    if (cell.norm_groups > 0) {
       add({"gain_ih", &W::gain_ih, &D::gain_ih, {G}});
       add({"gain_hh", &W::gain_hh, &D::gain_hh, {G}});
     }
-    if (kind == CellKind::kLSTMNorm) {
+    if (cell.norm_c) {
       add({"gain_c", &W::gain_c, &D::gain_c, {H}});
       add({"bias_c", &W::bias_c, &D::bias_c, {H}});
     }
@@ -247,17 +246,17 @@ struct LayerInputs {
 
   std::string expected_weights(bool peephole) const {
     std::string text = "w_ih, w_hh[, b_ih, b_hh]";
-    if (cell.projection == CellShape::kMaybe) text += "[, w_hr]";
-    if (cell.projection == CellShape::kAlways) text += ", w_hr";
-    if (peephole) text += ", w_ph";
-    if (kind == CellKind::kLSTMNorm) text += ", gain_ih, gain_hh, gain_c, bias_c";
-    if (kind == CellKind::kGRUNorm) text += ", gain_ih, gain_hh";
-    if (kind == CellKind::kLSTMNested) text += ", inner_ih, inner_hh[, inner_b_ih, inner_b_hh]";
+    if (cell.projection == Projection::kMaybe) text += "[, w_hr]";
+    if (cell.projection == Projection::kAlways) text += ", w_hr";
+    if (peephole) text += ", weight_ph";
+    if (cell.norm_groups > 0) text += ", gain_ih, gain_hh";
+    if (cell.norm_c) text += ", gain_c, bias_c";
+    if (cell.inner_gates > 0) text += ", inner_ih, inner_hh[, inner_b_ih, inner_b_hh]";
     return text;
   }
 
-  void take_options(const Variant& variant, RecurrentArgs& args) {
-    Options& o = args.options;
+  void take_options(const OptionOpArgs& variant, RecurrentArgs& args) {
+    LayerOptions& o = args.options;
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     o = {};
     o.cell_clip = o.gate_clip = kInfinity;
@@ -310,7 +309,7 @@ struct LayerInputs {
     if (!cell.cell_options && (o.zoneout_c != nullptr || o.zoneout_c_rate > 0 || o.cell_clip < kInfinity)) {
       fail(op, ": cell_clip and zoneout_c must be absent for this cell");
     }
-    if (kind == CellKind::kLSTMNested && o.gate_clip < kInfinity) fail(op, ": gate_clip must be absent for this cell");
+    if (!cell.gate_clip && o.gate_clip < kInfinity) fail(op, ": gate_clip must be absent for this cell");
     const bool projected = args.weights[0].w_hr != nullptr;
     if (projected && (o.zoneout_h != nullptr || o.zoneout_h_rate > 0)) {
       fail(op, ": zoneout_h must be absent where there is a projection");
@@ -412,7 +411,7 @@ struct LayerOutputs {
   std::vector<Tensor> tensors;  // y, last states[, saved, every c[, every s]]
 };
 
-LayerOutputs forward_layer(CellKind kind, Keep keep, const Given& given) {
+LayerOutputs forward_layer(CellKind kind, Keep keep, const LayerOpArgs& given) {
   ForwardArgs args{};
   const std::string op = std::string(shape_of(kind).name) + (keep == Keep::kNothing ? "" : "_forward");
   const LayerInputs in(op, kind, given, args);
@@ -424,8 +423,8 @@ LayerOutputs forward_layer(CellKind kind, Keep keep, const Given& given) {
     return out.tensors.back().mutable_data_ptr();
   };
   args.y = make(in.output_shape(args, 0), true);
-  void** const last[] = {&args.h_n, &args.c_n, &args.s_n};
-  for (int64_t i = 0; i < in.cell.states; ++i) *last[i] = make(in.state_shape(args, i), false);
+  args.h_n = make(in.state_shape(args, 0), false);
+  for (int64_t k = 0; k < in.cell.cells; ++k) args.c_n[k] = make(in.state_shape(args, 1 + k), false);
   if (keep != Keep::kNothing) {
     args.saved_rows = in.saved_rows();
     Shape shape = in.saved_shape(args);
@@ -433,8 +432,7 @@ LayerOutputs forward_layer(CellKind kind, Keep keep, const Given& given) {
     void* const saved = make(shape, false);
     if (keep == Keep::kForBackward) args.saved = saved;
     if (in.padding_exists(args.walk)) zero_unused(out.tensors.back(), args);
-    void** const every[] = {&args.cells, &args.inner};
-    for (int64_t i = 1; i < in.cell.states; ++i) *every[i - 1] = make(in.output_shape(args, i), true);
+    for (int64_t k = 0; k < in.cell.cells; ++k) args.cells[k] = make(in.output_shape(args, 1 + k), true);
   }
   if (in.cuda) {
     args.saved_rows = args.walk.N;
@@ -470,12 +468,9 @@ void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
     static_cast<RecurrentArgs&>(again) = args;
     again.walk = {1, count, count, sizes, offsets, identity.data(), walk.rows + first, walk.x_offsets + first};
     again.options.reset = nullptr;
-    const char* const initial[] = {static_cast<const char*>(args.h0), static_cast<const char*>(args.c0),
-                                   static_cast<const char*>(args.s0)};
-    const char* const every[] = {static_cast<const char*>(args.y), static_cast<const char*>(args.cells),
-                                 static_cast<const char*>(args.inner)};
-    const void** const started[] = {&again.h0, &again.c0, &again.s0};
     for (int64_t i = 0; i < in.cell.states; ++i) {
+      const char* const initial = static_cast<const char*>(i == 0 ? args.h0 : args.c0[i - 1]);
+      const char* const every = static_cast<const char*>(i == 0 ? args.y : args.cells[i - 1]);
       const int64_t width = i == 0 ? args.P : args.H;
       states[i].resize(args.directions * count * width * element);
       for (int64_t d = 0; d < args.directions; ++d) {
@@ -485,10 +480,10 @@ void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
           const char* from = nullptr;
           switch (previous_row(args, d, t, j, before)) {
             case Previous::kRow:
-              from = every[i] + (walk.rows[before] * args.directions + d) * width * element;
+              from = every + (walk.rows[before] * args.directions + d) * width * element;
               break;
             case Previous::kInitial:
-              if (initial[i] != nullptr) from = initial[i] + (d * walk.B + walk.sequence[j]) * width * element;
+              if (initial != nullptr) from = initial + (d * walk.B + walk.sequence[j]) * width * element;
               break;
             case Previous::kReset:
               break;
@@ -496,7 +491,7 @@ void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
           copy(states[i], d * count + k, from, width);
         }
       }
-      *started[i] = states[i].data();
+      (i == 0 ? again.h0 : again.c0[i - 1]) = states[i].data();
     }
     if (args.options.variational != nullptr) {
       variational.resize(args.directions * count * args.P * element);
@@ -520,7 +515,7 @@ struct LayerGradients {
   std::vector<Tensor> dstates, dw;
 };
 
-LayerGradients backward_layer(CellKind kind, const Given& given,
+LayerGradients backward_layer(CellKind kind, const LayerOpArgs& given,
                               const std::array<const std::optional<Tensor>*, 2 * kMaxStates>& upstream,
                               const std::array<const Tensor*, kMaxStates + 1>& kept, bool need_dx, bool need_dw) {
   const std::string op = std::string(shape_of(kind).name) + "_backward";
@@ -529,24 +524,25 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
   const int64_t states = in.cell.states;
   const ScalarType dtype = in.x.scalar_type();
   std::vector<Tensor> alive;
-  const auto take = [&](const char* name, const Tensor& t, const Shape& shape) {
-    alive.push_back(checked(op, name, t, dtype, shape, in.x));
+  const auto take = [&](const std::string& name, const Tensor& t, const Shape& shape) {
+    alive.push_back(checked(op, name.c_str(), t, dtype, shape, in.x));
     return alive.back().const_data_ptr();
   };
-  const auto maybe = [&](const char* name, const std::optional<Tensor>* t, const Shape& shape) -> const void* {
+  const auto maybe = [&](const std::string& name, const std::optional<Tensor>* t, const Shape& shape) -> const void* {
     return t == nullptr || !*t ? nullptr : take(name, **t, shape);
   };
   args.dy = maybe("dy", upstream[0], in.output_shape(args, 0));
+  const auto name = [&](const char* before, int64_t i, const char* after) {
+    return std::string(before) + in.cell.state_names[i] + after;
+  };
   args.dh_n = maybe("dh_n", upstream[1], in.state_shape(args, 0));
-  args.dc_n = maybe("dc_n", upstream[2], in.state_shape(args, 1));
-  args.ds_n = maybe("ds_n", upstream[3], in.state_shape(args, 2));
-  args.dcells = maybe("dcells", upstream[4], in.output_shape(args, 1));
-  args.dinner = maybe("dinner", upstream[5], in.output_shape(args, 2));
   args.y = take("y", *kept[0], in.output_shape(args, 0));
-  if (states > 1) args.cells = take("cells", *kept[2], in.output_shape(args, 1));
-  if (states > 2) args.inner = take("inner", *kept[3], in.output_shape(args, 2));
+  for (int64_t i = 1; i < states; ++i) {
+    args.dc_n[i - 1] = maybe(name("d", i, "_n"), upstream[1 + i], in.state_shape(args, i));
+    args.dcells[i - 1] = maybe(name("d", i, "_steps"), upstream[kMaxStates + i], in.output_shape(args, i));
+    args.cells[i - 1] = take(name("", i, "_steps"), *kept[1 + i], in.output_shape(args, i));
+  }
   args.saved_rows = in.saved_rows();
-  const char* saved_name = kind == CellKind::kLSTM ? "gates" : "saved";
   const bool again = kept[1]->dim() == 3 && kept[1]->size(2) == 0 && args.saved_width > 0;
   if (again && in.cuda) {
     args.saved = nullptr;  // made again by the launcher
@@ -555,7 +551,7 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
     recompute(in, args, static_cast<char*>(alive.back().mutable_data_ptr()));
     args.saved = alive.back().const_data_ptr();
   } else {
-    args.saved = take(saved_name, *kept[1], in.saved_shape(args));
+    args.saved = take("saved", *kept[1], in.saved_shape(args));
   }
 
   const Shape none{0};
@@ -564,10 +560,9 @@ LayerGradients backward_layer(CellKind kind, const Given& given,
            : in.padding_exists(args.walk) ? zeros_like_dtype(in.x, shape_of(in.x))
                                           : empty_like_dtype(in.x, shape_of(in.x));
   args.dx = need_dx ? out.dx.mutable_data_ptr() : nullptr;
-  void** const dstates[] = {&args.dh0, &args.dc0, &args.ds0};
   for (int64_t i = 0; i < states; ++i) {
     out.dstates.push_back(empty_like_dtype(in.x, in.states0[i] ? in.state_shape(args, i) : none));
-    *dstates[i] = in.states0[i] ? out.dstates.back().mutable_data_ptr() : nullptr;
+    (i == 0 ? args.dh0 : args.dc0[i - 1]) = in.states0[i] ? out.dstates.back().mutable_data_ptr() : nullptr;
   }
   args.weights_wanted = need_dw;
   if (need_dw) {
@@ -605,8 +600,8 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
                       const std::vector<Tensor>& weights, Maybe batch_sizes, Maybe lengths, bool bidirectional,
                       bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
                       Maybe variational, const std::vector<double>& numbers) {
-    const Variant variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
-    const Given given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
+    const OptionOpArgs variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const LayerOpArgs given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
     const auto out = forward_layer(kKind, Keep::kNothing, given).tensors;
     return {out[0], out[1 + I]...};
   }
@@ -615,8 +610,8 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
                        const std::vector<Tensor>& weights, Maybe batch_sizes, Maybe lengths, bool bidirectional,
                        bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
                        Maybe variational, const std::vector<double>& numbers, bool recompute) {
-    const Variant variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
-    const Given given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
+    const OptionOpArgs variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const LayerOpArgs given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
     const auto out = forward_layer(kKind, recompute ? Keep::kStates : Keep::kForBackward, given).tensors;
     return {out[0], out[1 + I]..., out[1 + kStates], out[2 + kStates + J]...};
   }
@@ -628,8 +623,8 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
                             int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
                             Maybe variational, const std::vector<double>& numbers,
                             const Repeat<std::optional<Tensor>, J>&... dmemories) {
-    const Variant variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
-    const Given given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
+    const OptionOpArgs variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const LayerOpArgs given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
     std::array<const std::optional<Tensor>*, 2 * kMaxStates> upstream{&dy};
     ((upstream[1 + I] = &dstates), ...);
     ((upstream[1 + kMaxStates + J] = &dmemories), ...);

@@ -7,11 +7,11 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "recurrent/cells/list.h"
 
 namespace seqkernels {
 
 constexpr int kMaxDirections = 2;
-constexpr int kMaxStates = 3;
 
 // The order in which a layer visits its rows, dense, padded or packed alike. Sequences are taken longest first, so
 // those that have a step t are the first batch_sizes[t]; row n = offsets[t] + j is step t of the j-th longest.
@@ -25,7 +25,7 @@ struct Walk {
 };
 
 // How the work is cut: row_groups sets of sequences that never meet, each walked by unit_groups threads that own a
-// share of the hidden units and meet at a barrier once a step. One strand (a direction of a head) after the other in
+// share of the hidden units and meet at a barrier once a step. One stream (a direction of a head) after the other in
 // the numbering: heads never meet either.
 struct Plan {
   int64_t row_groups, unit_groups;
@@ -49,7 +49,7 @@ using Weights = WeightsOf<const void*>;
 using WeightGradients = WeightsOf<void*>;
 
 // What a plain layer does without: null and neutral where it is off.
-struct Options {
+struct LayerOptions {
   bool any;
   const uint8_t* reset;                              // [N] in the order of the walk: before that step states are zero
   const uint8_t *zoneout_h, *zoneout_c, *candidate;  // [rows, directions * H] 0 or 1, rows as in y
@@ -68,32 +68,29 @@ struct RecurrentArgs {
   int64_t saved_rows;   // between one direction and the next in saved: N or more
   int64_t saved_width;  // of a row of saved
   const void* x;
-  const void* h0;  // [directions, B, P] or null for zeros
-  const void* c0;  // [directions, B, H] or null for zeros
-  const void* s0;  // like c0: the inner state of a nested cell
+  const void* h0;             // [directions, B, P] or null for zeros
+  const void* c0[kMaxCells];  // [directions, B, H] each, or null for zeros
   Weights weights[kMaxDirections];
-  Options options;
+  LayerOptions options;
 };
 
 struct ForwardArgs : RecurrentArgs {
-  void* y;      // [rows, directions * P]
-  void* h_n;    // [directions, B, P]
-  void* c_n;    // [directions, B, H]; null in a cell without c
-  void* s_n;    // like c_n
-  void* saved;  // [directions, saved_rows, saved_width], or null: nothing is saved
-  void* cells;  // [rows, directions * H] every c, or null
-  void* inner;  // like cells: every s
+  void* y;                 // [rows, directions * P]
+  void* h_n;               // [directions, B, P]
+  void* c_n[kMaxCells];    // [directions, B, H] each
+  void* saved;             // [directions, saved_rows, saved_width], or null: nothing is saved
+  void* cells[kMaxCells];  // [rows, directions * H] each: the cells at every step, or null
 };
 
 struct BackwardArgs : RecurrentArgs {
-  const void *y, *saved, *cells, *inner;
-  const void* dy;               // [rows, directions * P] or null for zeros
-  const void *dcells, *dinner;  // like cells, or null
-  const void* dh_n;             // [directions, B, P] or null
-  const void *dc_n, *ds_n;      // [directions, B, H] or null
-  void* dx;                     // [rows, D] or null: not wanted
-  void* dh0;                    // [directions, B, P] or null: not wanted
-  void *dc0, *ds0;              // [directions, B, H] or null
+  const void *y, *saved, *cells[kMaxCells];
+  const void* dy;                 // [rows, directions * P] or null for zeros
+  const void* dcells[kMaxCells];  // like cells, or null
+  const void* dh_n;               // [directions, B, P] or null
+  const void* dc_n[kMaxCells];    // [directions, B, H] each, or null
+  void* dx;                       // [rows, D] or null: not wanted
+  void* dh0;                      // [directions, B, P] or null: not wanted
+  void* dc0[kMaxCells];           // [directions, B, H] each, or null
   bool weights_wanted;
   WeightGradients dw[kMaxDirections];
 };
@@ -112,70 +109,6 @@ inline Previous previous_row(const RecurrentArgs& args, int64_t direction, int64
     }
   }
   return exists ? Previous::kRow : Previous::kInitial;
-}
-
-enum class CellKind {
-  kLSTM,
-  kLSTMCoupled,
-  kLSTMNorm,
-  kLSTMNested,
-  kGRU,
-  kGRUBefore,
-  kGRUNorm,
-  kGRUProjected,
-  kMGU,
-  kMGUBefore,
-  kRNNTanh,
-  kRNNRelu,
-};
-
-// What the op files know of a cell; the kernels have it from csrc/recurrent/cells.h.
-struct CellShape {
-  const char* name;
-  int64_t gates, states;
-  int64_t saved;          // vectors of H per row that forward keeps for backward
-  int64_t saved_scalars;  // and numbers
-  enum Projection { kNever, kMaybe, kAlways } projection;
-  bool heads, peephole;  // may have
-  bool cell_options;     // cell_clip and zoneout_c
-};
-constexpr CellShape shape_of(CellKind kind) {
-  switch (kind) {
-    case CellKind::kLSTM:
-      return {"lstm", 4, 2, 4, 0, CellShape::kMaybe, true, true, true};
-    case CellKind::kLSTMCoupled:
-      return {"lstm_coupled", 3, 2, 3, 0, CellShape::kMaybe, true, true, true};
-    case CellKind::kLSTMNorm:
-      return {"lstm_norm", 4, 2, 12, 4, CellShape::kNever, false, false, true};
-    case CellKind::kLSTMNested:
-      return {"lstm_nested", 4, 3, 8, 0, CellShape::kNever, false, false, false};
-    case CellKind::kGRU:
-      return {"gru", 3, 1, 4, 0, CellShape::kNever, true, false, false};
-    case CellKind::kGRUBefore:
-      return {"gru_before", 3, 1, 3, 0, CellShape::kNever, true, false, false};
-    case CellKind::kGRUNorm:
-      return {"gru_norm", 3, 1, 9, 4, CellShape::kNever, false, false, false};
-    case CellKind::kGRUProjected:
-      return {"gru_projected", 3, 2, 4, 0, CellShape::kAlways, false, false, false};
-    case CellKind::kMGU:
-      return {"mgu", 2, 1, 3, 0, CellShape::kNever, true, false, false};
-    case CellKind::kMGUBefore:
-      return {"mgu_before", 2, 1, 2, 0, CellShape::kNever, true, false, false};
-    case CellKind::kRNNTanh:
-      return {"rnn_tanh", 1, 1, 0, 0, CellShape::kNever, true, false, false};
-    case CellKind::kRNNRelu:
-      return {"rnn_relu", 1, 1, 0, 0, CellShape::kNever, true, false, false};
-  }
-  return {};
-}
-constexpr CellKind kCellKinds[] = {CellKind::kLSTM,       CellKind::kLSTMCoupled,  CellKind::kLSTMNorm,
-                                   CellKind::kLSTMNested, CellKind::kGRU,          CellKind::kGRUBefore,
-                                   CellKind::kGRUNorm,    CellKind::kGRUProjected, CellKind::kMGU,
-                                   CellKind::kMGUBefore,  CellKind::kRNNTanh,      CellKind::kRNNRelu};
-// A plain RNN's y tells all; options hide the activation, so it is kept.
-constexpr int64_t saved_width(CellKind kind, int64_t H, bool options) {
-  const CellShape shape = shape_of(kind);
-  return (shape.saved + (shape.gates == 1 && options)) * H + shape.saved_scalars;
 }
 
 // The cut of a layer for so many threads: a function of the shape alone.

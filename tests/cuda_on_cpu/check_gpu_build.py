@@ -120,7 +120,7 @@ def main() -> int:
     options = parser.parse_args()
 
     nvcc = find_nvcc()
-    everything = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+    everything = sorted(ROOT.glob("csrc/*/cuda/*.cu"))
     sources = [source for source in everything if options.only in str(source.relative_to(ROOT))]
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"nvcc": "", "hot": [], "kernels": {}}
     kernels: Kernels = {}

@@ -1,0 +1,506 @@
+// Attention forward: softmax(Q K^T) V by blocks of queries and keys that stay in first-level cache, the softmax
+// running. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+// 2022.
+//
+// Keys are taken in chunks of kChunkKeys, counted from a sequence's first key: within a chunk one running softmax,
+// chunks merged in order. So a chunk may be a task of its own (few queries, many keys), and a row has the same bits
+// either way.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "attention/attention.h"
+#include "attention/cpu/blocks.h"
+#include "attention/cpu/schedule.h"
+#include "attention/cpu/tiles.h"
+#include "common/memory.h"
+#include "common/parallel.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+AttentionKernels attention_kernels();
+void attention_backward(const AttentionBackwardArgs& args);
+void attention_weights(const AttentionArgs& args, void* weights);
+
+namespace {
+
+// What a running softmax knows of its rows: the largest score, the sum of exponentials (lane by lane) and of values.
+template <class T>
+struct Running {
+  T* top;     // [kRows]
+  T* sum;     // [kRows][kLanes]
+  T* values;  // [kRows][ldv]
+};
+
+template <class S>
+class Forward {
+ public:
+  using T = Compute<S>;
+  using V = Native<T>;
+  static constexpr int kWidth = kLanes<T>;
+
+  explicit Forward(const AttentionArgs& args)
+      : a(args),
+        scores(args),
+        dropout(args),
+        ldq(leading<T>(args.D)),
+        ldv(leading<T>(args.Dv)),
+        stripsv(ceil_div(largest(args.Dv, int64_t{1}), kStrip<T>)),
+        factor(scores.left_scale()) {}
+
+  void run() {
+    const int64_t threads = thread_count(), groups = a.B * a.Hk;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < a.B; ++b) longest = largest(longest, a.sequences[b].k_length);
+    if (threads > 1 && groups < 2 * threads) return run_split(threads, longest);
+    Tasks tasks(groups);
+    for (int64_t g = 0; g < groups; ++g) tasks.set(g, cost_of(a, a.sequences[g / a.Hk]));
+    tasks.sort();
+    run_tasks<T>(threads, groups, scratch_size() + packed_size(longest), [&](int64_t task, T* memory) {
+      const int64_t g = tasks.at(task), b = g / a.Hk, hk = g % a.Hk;
+      const Blocks blocks(a, b);
+      Scratch& s = carve(memory);
+      fill(b, hk);
+      if (blocks.count == 0) return;
+      QueryBlock q;
+      if (blocks.count == 1) {
+        blocks.set(q, a, hk, 0);
+        return write(q, block(q, hk, nullptr, s));
+      }
+      const Packed packed = packed_at(memory, longest);
+      const KeyRange keys = blocks.keys(a);
+      for (int64_t j0 = keys.lo / kKeys * kKeys; j0 < keys.hi; j0 += kKeys) pack_block(b, hk, j0, packed);
+      for (int64_t i = 0; i < blocks.count; ++i) {
+        blocks.set(q, a, hk, i);
+        write(q, block(q, hk, &packed, s));
+      }
+    });
+  }
+
+ private:
+  const AttentionArgs& a;
+  const Scores<S> scores;
+  const Dropout dropout;
+  const int64_t ldq, ldv, stripsv;
+  const T factor;  // of a difference of scores in a tile
+
+  // ---- memory, in elements of T
+
+  static int64_t taken(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
+  struct Packed {
+    T* keys;       // strips of kStrip keys, [D][kStrip] each
+    T* values;     // [n][ldv]
+    T* finite;     // [blocks of kKeys] whether the values are: 1 or 0
+    int64_t from;  // the first key
+  };
+  struct Scratch {
+    T *q, *tile, *alpha;
+    Packed block;  // of one block of keys
+    Running<T>*chunk, *total;
+    Running<T> runs[2];
+  };
+  int64_t running_size() const { return taken(kRows) + taken(kRows * kWidth) + taken(kRows * ldv); }
+  int64_t scratch_size() const {
+    return taken(kRows * ldq) + taken(kRows * kKeys) + taken(kRows) + packed_size(kKeys) + 2 * running_size() +
+           taken(sizeof(Scratch) / sizeof(T) + 1);
+  }
+  int64_t packed_size(int64_t n) const {
+    const int64_t whole = round_up(n, kKeys);
+    return taken(whole * a.D) + taken(whole * ldv) + taken(whole / kKeys);
+  }
+  Running<T> take_running(T*& at) const {
+    Running<T> r;
+    r.top = take(at, kRows);
+    r.sum = take(at, kRows * kWidth);
+    r.values = take(at, kRows * ldv);
+    return r;
+  }
+  Scratch& carve(T*& at) const {
+    Scratch& s = *reinterpret_cast<Scratch*>(take(at, sizeof(Scratch) / sizeof(T) + 1));
+    s.q = take(at, kRows * ldq);
+    s.tile = take(at, kRows * kKeys);
+    s.alpha = take(at, kRows);
+    s.block = packed_at(at, kKeys);
+    s.runs[0] = take_running(at);
+    s.runs[1] = take_running(at);
+    s.chunk = &s.runs[0];
+    s.total = &s.runs[1];
+    return s;
+  }
+  Packed packed_at(T*& at, int64_t n) const {
+    const int64_t whole = round_up(n, kKeys);
+    Packed p;
+    p.keys = take(at, whole * a.D);
+    p.values = take(at, whole * ldv);
+    p.finite = take(at, whole / kKeys);
+    p.from = 0;
+    return p;
+  }
+  void pack_block(int64_t b, int64_t hk, int64_t j0, const Packed& p) const {
+    const AttentionSequence& s = a.sequences[b];
+    const int64_t n = min(kKeys, s.k_length - j0), at = j0 - p.from;
+    pack_strips(row_of<S>(a.k, b, hk, s.k_begin + j0), a.k.t, a.k.d, n, a.D, p.keys + at * a.D);
+    p.finite[at / kKeys] =
+        T(pack_rows(row_of<S>(a.v, b, hk, s.k_begin + j0), a.v.t, a.v.d, n, a.Dv, p.values + at * ldv, ldv));
+  }
+
+  // ---- one block of keys
+
+  void load_queries(const QueryBlock& q, T* to) const {
+    const AttentionSequence& s = a.sequences[q.b];
+    for (int64_t r = 0; r < q.n; ++r) {
+      pack_rows(row_of<S>(a.q, q.b, q.head[r], s.q_begin + q.i[r]), a.q.t, a.q.d, 1, a.D, to + r * ldq, ldq);
+    }
+  }
+
+  // The largest of each row of the tile and of what was the largest.
+  template <bool kWhole>
+  static void row_tops(int64_t n, KeyRange columns, const T* tile, const T* before, T* top) {
+    const int64_t end = (kWhole ? kKeys : columns.hi) - (kWhole ? 0 : columns.lo);
+    if (!kWhole) tile += columns.lo;
+    int64_t r = 0;
+    for (; r + kWidth <= n; r += kWidth) {
+      V most[kWidth];
+      for (int l = 0; l < kWidth; ++l) {
+        const T* row = tile + (r + l) * kKeys;
+        V m = load(row);
+#pragma GCC unroll 16
+        for (int64_t j = kWidth; j < end; j += kWidth) {
+          const V x = load(row + j);
+          m = x > m ? x : m;
+        }
+        most[l] = m;
+      }
+      turn(most);
+      V m = load(before + r);
+      for (int l = 0; l < kWidth; ++l) m = most[l] > m ? most[l] : m;
+      store(top + r, m);
+    }
+    for (; r < n; ++r) {
+      const T* row = tile + r * kKeys;
+      V m = load(row);
+#pragma GCC unroll 16
+      for (int64_t j = kWidth; j < end; j += kWidth) {
+        const V x = load(row + j);
+        m = x > m ? x : m;
+      }
+      T lanes[kWidth], most = before[r];
+      store(lanes, m);
+      for (int l = 0; l < kWidth; ++l) most = largest(lanes[l], most);
+      top[r] = most;
+    }
+  }
+
+  // top becomes next, and alpha what that multiplies sums by.
+  void rescale(int64_t n, T* top, const T* next, T* alpha) const {
+    const V nothing = broadcast(-std::numeric_limits<T>::infinity());
+    for (int64_t r = 0; r < n; r += kWidth) {  // up to a vector more than there are rows
+      const V after = load(next + r);
+      const V safe = after == nothing ? V{} : after;
+      store(alpha + r, exp<T>((load(top + r) - safe) * factor));
+      store(top + r, after);
+    }
+  }
+
+  // From scores to what multiplies values.
+  template <bool kWhole>
+  void softmax(const QueryBlock& q, int64_t j0, KeyRange columns, bool first, const Scratch& s) const {
+    const int64_t begin = kWhole ? 0 : columns.lo, end = kWhole ? kKeys : columns.hi;
+    const Running<T>& run = *s.chunk;
+    const T nothing = -std::numeric_limits<T>::infinity();
+    alignas(64) T next[kRows];
+    if (first) {
+      for (int64_t r = 0; r < kRows; ++r) run.top[r] = nothing;
+    }
+    row_tops<kWhole>(q.n, columns, s.tile, run.top, next);
+    rescale(q.n, run.top, next, s.alpha);
+    for (int64_t r = 0; r < q.n; ++r) {
+      T* row = s.tile + r * kKeys;
+      const V top = broadcast(run.top[r] == nothing ? T(0) : run.top[r]), by = broadcast(factor);
+      V sum = {};
+#pragma GCC unroll 8
+      for (int64_t j = begin; j < end; j += kWidth) {
+        const V e = exp<T>((load(row + j) - top) * by);
+        sum += e;
+        store(row + j, e);
+      }
+      T* sums = run.sum + r * kWidth;
+      store(sums, first ? sum : fma(load(sums), broadcast(s.alpha[r]), sum));
+    }
+    if (dropout.on) {
+      for (int64_t r = 0; r < q.n; ++r) {
+        uint32_t words[kKeys];
+        dropout.draw(q, r, j0, words);
+        T* row = s.tile + r * kKeys;
+        for (int64_t j = begin; j < end; j += kWidth) {
+          store(row + j, kept<T>(words + j, dropout.threshold) ? load(row + j) : V{});
+        }
+      }
+    }
+  }
+
+  // values: rows of ld elements.
+  void keys_block(const QueryBlock& q, int64_t j0, int64_t n, bool some, bool first, const T* keys, const T* values,
+                  int64_t ld, bool finite, const Scratch& s) const {
+    const Running<T>& run = *s.chunk;
+    const KeyRange columns = Scores<S>::columns(q, j0);
+    product_of_seen(q, j0, a.D, s.q, ldq, Right<T>{keys, kStrip<T>, a.D * kStrip<T>}, s.tile);
+    scores.finish(q, j0, n, some, columns, s.tile, nullptr);
+    uint64_t seen[kRows];
+    const bool careful = !finite && (some || !q.sees_all(j0) || a.mask_kind == MaskKind::kFloat);
+    if (careful) Scores<S>::seen_words(q.n, columns, s.tile, seen);
+    if (columns.hi - columns.lo == kKeys) {
+      softmax<true>(q, j0, columns, first, s);
+    } else {
+      softmax<false>(q, j0, columns, first, s);
+    }
+    const Update update = first ? Update::kReplace : Update::kScale;
+    if (careful) {
+      seen_product<Left::kRows>(q.n, n, s.tile, kKeys, seen, values, ld, stripsv * kStrip<T>, run.values, ldv, update,
+                                s.alpha);
+    } else {
+      product_with_seen(q, j0, n, s.tile, Right<T>{values, ld, kStrip<T>}, stripsv, run.values, ldv, update, s.alpha);
+    }
+  }
+
+  // Whether a few rows that see every key of a block may read values where they stand.
+  bool in_place(const QueryBlock& q, int64_t j0) const {
+    return sizeof(S) == sizeof(T) && q.n <= kHeight && q.sees_all(j0) && a.mask_kind != MaskKind::kFloat &&
+           a.v.d == 1 && a.Dv == stripsv * kStrip<T>;
+  }
+
+  // A chunk's keys; whether any was seen. packed: null where they are to be packed block by block.
+  bool chunk(const QueryBlock& q, int64_t hk, int64_t chunk, const Packed* packed, const Scratch& s) const {
+    const int64_t lo = largest(chunk * kChunkKeys, q.every.lo / kKeys * kKeys),
+                  hi = min((chunk + 1) * kChunkKeys, q.every.hi), end = a.sequences[q.b].k_length;
+    bool first = true;
+    for (int64_t j0 = lo; j0 < hi; j0 += kKeys) {
+      const Seen seen = scores.look(q, j0, min(kKeys, q.every.hi - j0));
+      if (seen == Seen::kNone) continue;
+      const int64_t n = min(kKeys, end - j0);
+      const bool some = seen == Seen::kSome;
+      if (packed != nullptr) {
+        const int64_t at = j0 - packed->from;
+        keys_block(q, j0, n, some, first, packed->keys + at * a.D, packed->values + at * ldv, ldv,
+                   packed->finite[at / kKeys] != 0, s);
+      } else if (!some && in_place(q, j0)) {
+        const AttentionSequence& of = a.sequences[q.b];
+        pack_strips(row_of<S>(a.k, q.b, hk, of.k_begin + j0), a.k.t, a.k.d, n, a.D, s.block.keys);
+        if constexpr (sizeof(S) == sizeof(T)) {
+          keys_block(q, j0, n, some, first, s.block.keys, row_of<S>(a.v, q.b, hk, of.k_begin + j0), a.v.t, true, s);
+        }
+      } else {
+        Packed here = s.block;
+        here.from = j0;
+        pack_block(q.b, hk, j0, here);
+        keys_block(q, j0, n, some, first, here.keys, here.values, ldv, here.finite[0] != 0, s);
+      }
+      first = false;
+    }
+    return !first;
+  }
+
+  // total = total merged with what a later chunk found.
+  void merge(int64_t n, const Running<T>& total, const Running<T>& found) const {
+    alignas(64) T top[kRows] = {}, alpha[kRows], beta[kRows];
+    for (int64_t r = 0; r < n; ++r) top[r] = largest(found.top[r], total.top[r]);
+    rescale(n, found.top, top, beta);
+    rescale(n, total.top, top, alpha);
+    for (int64_t r = 0; r < n; ++r) {
+      const V of_total = broadcast(alpha[r]), of_found = broadcast(beta[r]);
+      const auto add = [&](T* to, const T* from) { store(to, fma(load(to), of_total, load(from) * of_found)); };
+      add(total.sum + r * kWidth, found.sum + r * kWidth);
+      for (int64_t d = 0; d < stripsv * kStrip<T>; d += kWidth) {
+        add(total.values + r * ldv + d, found.values + r * ldv + d);
+      }
+    }
+  }
+
+  // The softmax of a block of queries; null: no key was seen.
+  const Running<T>* block(const QueryBlock& q, int64_t hk, const Packed* packed, const Scratch& scratch) const {
+    if (q.every.lo >= q.every.hi) return nullptr;
+    Scratch s = scratch;
+    load_queries(q, s.q);
+    bool any = false;
+    for (int64_t c = q.every.lo / kChunkKeys; c * kChunkKeys < q.every.hi; ++c) {
+      if (!chunk(q, hk, c, packed, s)) continue;
+      if (any) {
+        merge(q.n, *s.total, *s.chunk);
+      } else {
+        Running<T>* const found = s.chunk;
+        s.chunk = s.total;
+        s.total = found;
+      }
+      any = true;
+    }
+    return any ? s.total : nullptr;
+  }
+
+  // ---- results
+
+  void write(const QueryBlock& q, const Running<T>* found) const {
+    const AttentionSequence& s = a.sequences[q.b];
+    const T natural = scores.left_scale();
+    for (int64_t r = 0; r < q.n; ++r) {
+      const int64_t at = s.q_begin + q.i[r];
+      S* out = mutable_row_of<S>(a.out, q.b, q.head[r], at);
+      T& lse = static_cast<T*>(a.lse)[q.b * a.lse_b + q.head[r] * a.lse_h + at];
+      const T sum = found == nullptr ? T(0) : sum_of<T>(load(found->sum + r * kWidth));
+      if (sum == 0) {
+        for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
+        lse = -std::numeric_limits<T>::infinity();
+        continue;
+      }
+      lse = T(double(found->top[r]) * double(natural) + log(double(sum)));
+      const V by = broadcast(T(dropout.on ? dropout.inverse : 1)), over = broadcast(sum);
+      for (int64_t d = 0; d < a.Dv; d += kWidth) {
+        V v = load(found->values + r * ldv + d);
+        if (dropout.on) v *= by;
+        v = v / over;
+        if (a.out.d == 1) {
+          store(out + d, v, a.Dv - d);
+        } else {
+          S lanes[kWidth];
+          store(lanes, v);
+          for (int64_t l = 0; l < kWidth && d + l < a.Dv; ++l) out[(d + l) * a.out.d] = lanes[l];
+        }
+      }
+    }
+  }
+
+  // Rows behind the length.
+  void fill(int64_t b, int64_t hk) const {
+    if (a.packed) return;
+    for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
+      for (int64_t i = a.sequences[b].q_length; i < a.Tq; ++i) {
+        S* out = mutable_row_of<S>(a.out, b, h, i);
+        for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
+        static_cast<T*>(a.lse)[b * a.lse_b + h * a.lse_h + i] = -std::numeric_limits<T>::infinity();
+      }
+    }
+  }
+
+  // ---- few groups: blocks are tasks, or, where a group is one block, chunks of keys are
+
+  struct Task {
+    int64_t g, block, chunk;  // chunk -1: all
+  };
+  void run_split(int64_t threads, int64_t longest) const {
+    const int64_t groups = a.B * a.Hk, size = packed_size(longest);
+    int64_t packing = 0, count = 0, parts = 0;
+    bool any_packed = false;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Blocks blocks(a, g / a.Hk);
+      const int64_t chunks = ceil_div(a.sequences[g / a.Hk].k_length, kChunkKeys);
+      packing += 1 + (blocks.count > 1 ? chunks : 0);
+      any_packed |= blocks.count > 1;
+      count += blocks.count == 1 ? largest(chunks, int64_t{1}) : blocks.count;
+      parts += blocks.count == 1 ? chunks : 0;
+    }
+    // Filling and packing.
+    const Memory packed_memory(any_packed ? size_t(groups * size) * sizeof(T) : 64);
+    const auto packed_of = [&](int64_t g) {
+      T* at = reinterpret_cast<T*>(packed_memory.get()) + g * size;
+      return packed_at(at, longest);
+    };
+    const Memory first_memory(size_t(packing + count) * sizeof(Task));
+    Task* const first = reinterpret_cast<Task*>(first_memory.get());
+    int64_t n = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      first[n++] = {g, 0, -1};
+      if (Blocks(a, g / a.Hk).count <= 1) continue;
+      for (int64_t c = 0; c * kChunkKeys < a.sequences[g / a.Hk].k_length; ++c) first[n++] = {g, 0, c};
+    }
+    run_tasks<T>(threads, n, 0, [&](int64_t task, T*) {
+      const auto [g, block, chunk] = first[task];
+      const int64_t b = g / a.Hk, hk = g % a.Hk;
+      if (chunk < 0) return fill(b, hk);
+      const KeyRange keys = Blocks(a, b).keys(a);
+      const int64_t lo = largest(keys.lo / kKeys * kKeys, chunk * kChunkKeys);
+      for (int64_t j0 = lo; j0 < min(keys.hi, (chunk + 1) * kChunkKeys); j0 += kKeys)
+        pack_block(b, hk, j0, packed_of(g));
+    });
+    // Attention.
+    Task* const second = first + packing;
+    Tasks tasks(count);
+    const Memory parts_memory(size_t(parts * running_size() + 64) * sizeof(T));
+    const Memory found_memory(size_t(parts + 1));
+    const auto part_of = [&](int64_t part) {
+      T* at = reinterpret_cast<T*>(parts_memory.get()) + part * running_size();
+      return take_running(at);
+    };
+    const Memory begin_memory(size_t(groups + 1) * sizeof(int64_t));
+    int64_t* const begin = reinterpret_cast<int64_t*>(begin_memory.get());
+    n = parts = 0;
+    QueryBlock q;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t b = g / a.Hk, hk = g % a.Hk;
+      const Blocks blocks(a, b);
+      begin[g] = parts;
+      if (blocks.count == 1) {
+        const int64_t chunks = ceil_div(a.sequences[b].k_length, kChunkKeys);
+        if (chunks == 0) {
+          tasks.set(n, 0);
+          second[n++] = {g, 0, -1};
+        }
+        for (int64_t c = 0; c < chunks; ++c) {
+          tasks.set(n, kChunkKeys);
+          second[n++] = {g, 0, c};
+        }
+        parts += chunks;
+        continue;
+      }
+      for (int64_t i = 0; i < blocks.count; ++i) {
+        blocks.set(q, a, hk, i);
+        tasks.set(n, double(q.every.hi - q.every.lo) * double(q.n));
+        second[n++] = {g, i, -1};
+      }
+    }
+    begin[groups] = parts;
+    tasks.sort();
+    run_tasks<T>(threads, count, scratch_size(), [&](int64_t place, T* memory) {
+      const auto [g, i, c] = second[tasks.at(place)];
+      const int64_t b = g / a.Hk, hk = g % a.Hk;
+      Scratch& s = carve(memory);
+      QueryBlock mine;
+      const Blocks blocks(a, b);
+      blocks.set(mine, a, hk, i);
+      if (c < 0) {
+        const Packed packed = packed_of(g);
+        return write(mine, block(mine, hk, blocks.count == 1 ? nullptr : &packed, s));
+      }
+      Running<T> part = part_of(begin[g] + c);
+      s.chunk = &part;
+      load_queries(mine, s.q);
+      found_memory.get()[begin[g] + c] = chunk(mine, hk, c, nullptr, s);
+    });
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t b = g / a.Hk, hk = g % a.Hk;
+      if (begin[g] == begin[g + 1]) continue;
+      Blocks(a, b).set(q, a, hk, 0);
+      Running<T> total;
+      bool any = false;
+      for (int64_t part = begin[g]; part < begin[g + 1]; ++part) {
+        if (!found_memory.get()[part]) continue;
+        const Running<T> found = part_of(part);
+        if (any) {
+          merge(q.n, total, found);
+        } else {
+          total = found;
+        }
+        any = true;
+      }
+      write(q, any ? &total : nullptr);
+    }
+  }
+};
+
+void attention_forward(const AttentionArgs& args) {
+  dispatch(args.dtype, [&](auto s) { Forward<decltype(s)>(args).run(); });
+}
+
+}  // namespace
+
+AttentionKernels attention_kernels() { return {&attention_forward, &attention_weights, &attention_backward}; }
+
+}  // namespace seqkernels::SEQKERNELS_ISA

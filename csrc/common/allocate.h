@@ -1,0 +1,51 @@
+// New tensors through torch's C interface: half the time of new_empty, which looks its op up by name. Not for kernels.
+#pragma once
+
+#include "common/check.h"
+
+namespace seqkernels {
+
+inline int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+struct DevicePlace {
+  int32_t type, index;
+  DevicePlace(int32_t of_type, int32_t of_index) : type(of_type), index(of_index) {}
+  explicit DevicePlace(AtenTensorHandle t) {
+    aoti_torch_get_device_type(t, &type);
+    aoti_torch_get_device_index(t, &index);
+  }
+  static DevicePlace cpu() { return DevicePlace(aoti_torch_device_type_cpu(), 0); }
+  bool operator!=(const DevicePlace& other) const { return type != other.type || index != other.index; }
+};
+
+// Uninitialised. dtype: as dtype_code gives it.
+inline Tensor allocate(DevicePlace place, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, place.type, place.index, &handle));
+  return Tensor(handle);
+}
+// [rows, columns], contiguous; [columns] where rows is below 0.
+inline Tensor allocate(DevicePlace place, int32_t dtype, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  const int skip = rows < 0;
+  return allocate(place, dtype, 2 - skip, sizes + skip, strides + skip);
+}
+
+}  // namespace seqkernels

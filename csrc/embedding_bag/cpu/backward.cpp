@@ -1,0 +1,736 @@
+// Backward of EmbeddingBag by rows: a stable radix sort brings together where a row occurs, then each row's gradient is
+// summed in the order of positions and goes where it is wanted, once: into a dense or a sparse gradient, or into a step
+// of an optimiser. Threads share the rows by how much work they are; a row that occurs often is summed in chunks of
+// fixed size, merged in order, so that the result does not depend on how many threads there are.
+#include "common/memory.h"
+#include "embedding_bag/cpu/bags.h"
+#include "embedding_bag/rows_sort.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+namespace {
+
+constexpr int kMostDigitBits = 11;              // 2,048 counters and as many places that are written side by side
+constexpr int kSinglePassBits = 13;             // counters still lie in the first level of cache
+constexpr int kCounters = 6 << kMostDigitBits;  // of 62 bits in six digits, or of fewer
+constexpr int64_t kMostRanges = 32;
+constexpr int kBucketBits = 11;  // of rows that one thread has all of
+
+template <class U>
+struct Pair {
+  U row, what;
+};
+
+template <class S>
+SEQKERNELS_INLINE Compute<S> value_of(const S* p) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    return *p;
+  } else {
+    return load(p, 1)[0];
+  }
+}
+SEQKERNELS_INLINE float value_of(const Half* p) { return half_to_float(p->bits); }
+SEQKERNELS_INLINE float value_of(const BFloat16* p) {
+  const uint32_t bits = uint32_t(p->bits) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// A row that occurs more often than this is summed in chunks of so many. A chunk begins at a place of its own among the
+// sorted pairs: no two first chunks, and no two later ones, share kRowChunk of them.
+constexpr int64_t kRowChunk = 512;
+SEQKERNELS_INLINE int64_t partial_slots(int64_t n) { return 2 * (n / kRowChunk + 1); }
+SEQKERNELS_INLINE int64_t partial_slot(int64_t begin, bool first) { return 2 * (begin / kRowChunk) + first; }
+
+SEQKERNELS_INLINE int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The weight at a position.
+template <class S>
+SEQKERNELS_INLINE Compute<S> weight_at(const BagBackward& args, int64_t position) {
+  if (args.shape.wide_weights) return static_cast<const Compute<S>*>(args.table.weights)[position];
+  return value_of(static_cast<const S*>(args.table.weights) + position);
+}
+
+template <class F>
+void on_threads(int64_t threads, F&& f) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) f(thread);
+  };
+  parallel_pieces(threads, body);
+}
+
+// The first pair of this row or a later one.
+template <class U>
+inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (int64_t(pairs[middle].row) < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// ---- sort -----------------------------------------------------------------------------------------------------------
+
+// Needs positions, not only bags: to find weights, or which position won a column.
+bool by_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
+
+// Rows are dealt to threads in ranges that are equally much work; each thread then looks through all indices for those
+// of its range and sorts them alone, in memory that no other one writes. To look costs a small part of what the rest
+// does as long as threads are few.
+template <class S, class U>
+struct Sorter {
+  using T = Compute<S>;
+  const BagBackward& args;
+  const BagTable& t = args.table;
+  const Bounds bounds{t, args.shape.wide_offsets};
+  RowSort& out;
+  int64_t first, last, threads;  // positions that belong to bags
+  int bucket_shift;              // of a row: ranges end between buckets
+  int64_t buckets;
+  Pair<U>* pairs[2];
+  int64_t* counts;  // [threads][buckets]
+  U* counters;      // [threads][kCounters]
+  U* bag_of;
+  T* scale;
+  Faults faults;
+
+  Sorter(const BagBackward& args, RowSort& out) : args(args), out(out) {
+    first = bounds.begin(0);
+    last = bounds.begin(t.bags);
+    const int64_t n = last - first;
+    threads = min(kMostRanges, threads_for(max(n, out.dense ? t.E : 0) * t.D * int64_t(sizeof(S))));
+    const int width = bits_of(t.E);
+    bucket_shift = threads == 1 ? width : width > kBucketBits ? width - kBucketBits : 0;
+    buckets = (max(t.E - 1, 0) >> bucket_shift) + 1;
+
+    const bool positions = by_position(args), mean = args.shape.mode == BagMode::kMean;
+    const int64_t pair_bytes = rounded_up(n * sizeof(Pair<U>));
+    const int64_t count_bytes = rounded_up(threads * buckets * 8);
+    const int64_t counter_bytes = kCounters * sizeof(U);
+    const int64_t bag_bytes = positions ? rounded_up(n * sizeof(U)) : 0,
+                  scale_bytes = mean ? rounded_up(t.bags * sizeof(T)) : 0;
+    const int64_t cut_bytes = rounded_up(3 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
+    out.memory = new Memory(2 * pair_bytes + count_bytes + threads * counter_bytes + bag_bytes + scale_bytes +
+                            cut_bytes + partial_bytes);
+    char* p = out.memory->get();
+    const auto take = [&](int64_t bytes) {
+      p += bytes;
+      return p - bytes;
+    };
+    pairs[0] = reinterpret_cast<Pair<U>*>(take(pair_bytes));
+    pairs[1] = reinterpret_cast<Pair<U>*>(take(pair_bytes));
+    counts = reinterpret_cast<int64_t*>(take(count_bytes));
+    counters = reinterpret_cast<U*>(take(threads * counter_bytes));
+    bag_of = positions ? reinterpret_cast<U*>(take(bag_bytes)) - first : nullptr;
+    scale = mean ? reinterpret_cast<T*>(take(scale_bytes)) : nullptr;
+    out.rows = reinterpret_cast<int64_t*>(take(cut_bytes));
+    out.begins = out.rows + threads + 1;
+    out.unique_before = out.begins + threads + 1;
+    out.partials = take(partial_bytes);
+    out.threads = threads;
+  }
+
+  // How rows of [0, range) are cut into digits, each sorted by in one pass.
+  struct Digits {
+    int passes, bits;
+    explicit Digits(int64_t range) {
+      const int width = bits_of(range);
+      passes = width <= kSinglePassBits ? 1 : (width + kMostDigitBits - 1) / kMostDigitBits;
+      bits = (width + passes - 1) / passes;
+    }
+  };
+  static int bits_of(int64_t range) {
+    int width = 1;
+    while (width < 62 && (range - 1) >> width > 0) ++width;
+    return width;
+  }
+
+  BagFault run() {
+    on_threads(threads, [&](int64_t thread) {
+      if (args.shape.wide_indices) {
+        count_indices<int64_t>(thread);
+      } else {
+        count_indices<int32_t>(thread);
+      }
+      if (scale != nullptr) set_scales(thread);
+      if (bag_of != nullptr) {
+        each_bag(share(thread), share(thread + 1), [&](int64_t bag, int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) bag_of[i] = U(bag);
+        });
+      }
+    });
+    if (faults.first().what != BagFault::kNone) return faults.first();
+    const int64_t widest = deal();
+    const Digits digits(widest);
+    on_threads(threads, [&](int64_t thread) {
+      if (args.shape.wide_indices) {
+        pick<int64_t>(thread);
+      } else {
+        pick<int32_t>(thread);
+      }
+      sort_range(thread, digits);
+    });
+    out.unique_before[0] = 0;
+    for (int64_t thread = 0; thread < threads; ++thread) out.unique_before[thread + 1] += out.unique_before[thread];
+    out.wide = sizeof(U) == 8;
+    out.pairs = pairs[digits.passes % 2];
+    out.n = out.begins[threads];
+    out.bag_of = bag_of;
+    out.scale = scale;
+    return {};
+  }
+
+  SEQKERNELS_INLINE int64_t bucket(int64_t row) const { return row >> bucket_shift; }
+  SEQKERNELS_INLINE int64_t share(int64_t thread) const { return first + part(last - first, threads, thread); }
+
+  template <class I>
+  __attribute__((noinline)) void count_indices(int64_t thread) {
+    const I* indices = static_cast<const I*>(t.indices);
+    int64_t* mine = counts + thread * buckets;
+    memset(mine, 0, 8 * buckets);
+    BagFault fault{};
+    for (int64_t i = share(thread), end = share(thread + 1); i < end; ++i) {
+      const int64_t index = indices[i];
+      if (uint64_t(index) >= uint64_t(t.E)) {
+        note(fault, BagFault::kIndex, i, index);
+      } else if (index != t.padding) {
+        ++mine[bucket(index)];
+      }
+    }
+    faults.add(fault);
+  }
+
+  // Gives each thread a range of rows, and the place of its pairs. Returns the rows of the widest range.
+  int64_t deal() const {
+    const int64_t of_row = out.dense ? 1 : 0;
+    int64_t n = 0;
+    for (int64_t i = 0; i < threads * buckets; ++i) n += counts[i];
+    const int64_t total = n + of_row * t.E;
+    int64_t owner = 0, before = 0, widest = 0;
+    out.rows[0] = out.begins[0] = 0;
+    for (int64_t b = 0; b < buckets; ++b) {
+      const int64_t row = b << bucket_shift;
+      while (owner + 1 < threads && before + of_row * row >= part(total, threads, owner + 1)) {
+        out.rows[++owner] = row;
+        out.begins[owner] = before;
+      }
+      for (int64_t thread = 0; thread < threads; ++thread) before += counts[thread * buckets + b];
+    }
+    while (owner < threads) {
+      out.rows[++owner] = t.E;
+      out.begins[owner] = before;
+    }
+    for (owner = 0; owner < threads; ++owner) widest = max(widest, out.rows[owner + 1] - out.rows[owner]);
+    return widest;
+  }
+
+  // Calls f(bag, begin, end) for the positions of each bag in [from, stop).
+  template <class F>
+  SEQKERNELS_INLINE void each_bag(int64_t from, int64_t stop, F&& f) const {
+    if (from >= stop) return;
+    // The last bag that begins here or before: the ones in front of it are empty.
+    for (int64_t bag = t.offsets == nullptr ? (from - t.first) / t.length : bag_with(from); from < stop; ++bag) {
+      const int64_t end = min(stop, bounds.begin(bag + 1));
+      f(bag, from, end);
+      from = end;
+    }
+  }
+  int64_t bag_with(int64_t position) const {
+    int64_t low = 0, high = t.bags;  // begin(low) <= position < begin(high)
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (bounds.begin(middle) <= position ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // The pairs of a thread's range, in the order of positions.
+  template <class I>
+  void pick(int64_t thread) const {
+    if (bag_of == nullptr) {
+      pick_as<I, false>(thread);
+    } else {
+      pick_as<I, true>(thread);
+    }
+  }
+  template <class I, bool kPositions>
+  __attribute__((noinline)) void pick_as(int64_t thread) const {
+    const I* indices = static_cast<const I*>(t.indices);
+    const U low = U(out.rows[thread]), range = U(out.rows[thread + 1]) - low;
+    const int64_t padding = t.padding;  // none: -1, which no index is
+    Pair<U>* to = pairs[0] + out.begins[thread];
+    const Pair<U>* const stop = pairs[0] + out.begins[thread + 1];
+    if (to == stop) return;
+    each_bag(first, last, [&](int64_t bag, int64_t begin, int64_t end) __attribute__((always_inline)) {
+      for (int64_t i = begin; i < end && to < stop; ++i) {  // without a branch, which would be guessed wrong
+        const int64_t index = indices[i];
+        *to = {U(index), kPositions ? U(i) : U(bag)};
+        to += (U(index) - low < range) & (index != padding);
+      }
+    });
+  }
+
+  // Sorts the pairs of a thread's range, all passes having been counted at once.
+  void sort_range(int64_t thread, const Digits digits) const {
+    const int64_t begin = out.begins[thread], end = out.begins[thread + 1], size = int64_t(1) << digits.bits;
+    const U low = U(out.rows[thread]), mask = U(size - 1);
+    U* const mine = counters + thread * kCounters;
+    memset(static_cast<void*>(mine), 0, digits.passes * size * sizeof(U));
+    for (int64_t i = begin; i < end; ++i) {
+      U row = pairs[0][i].row - low;
+      for (int pass = 0; pass < digits.passes; ++pass, row >>= digits.bits) ++mine[pass * size + (row & mask)];
+    }
+    for (int pass = 0; pass < digits.passes; ++pass) {
+      U* const place = mine + pass * size;
+      U before = U(begin);
+      for (int64_t d = 0; d < size; ++d) {
+        const U count = place[d];
+        place[d] = before;
+        before += count;
+      }
+      const Pair<U>* from = pairs[pass % 2];
+      Pair<U>* to = pairs[1 - pass % 2];
+      const int shift = pass * digits.bits;
+      for (int64_t i = begin; i < end; ++i) to[place[(from[i].row - low) >> shift & mask]++] = from[i];
+    }
+    const Pair<U>* sorted = pairs[digits.passes % 2];
+    int64_t unique = 0;
+    for (int64_t i = begin; out.numbered && i < end; ++i) unique += i == begin || sorted[i].row != sorted[i - 1].row;
+    out.unique_before[thread + 1] = unique;
+    bool often = false;  // it may be
+    constexpr int64_t kHalf = kRowChunk / 2;
+    for (int64_t i = begin; i + kHalf < end; i += kHalf) often |= sorted[i + kHalf].row == sorted[i].row;
+    if (often) __atomic_store_n(&out.any_often, true, __ATOMIC_RELAXED);
+  }
+
+  void set_scales(int64_t thread) const {
+    for (int64_t bag = part(t.bags, threads, thread), last_bag = part(t.bags, threads, thread + 1); bag < last_bag;
+         ++bag) {
+      const int64_t begin = bounds.begin(bag), end = bounds.begin(bag + 1);
+      const bool weighted = t.weights != nullptr && args.shape.mean_by == MeanBy::kWeight;
+      if (!weighted && t.padding < 0) {
+        scale[bag] = T(1) / T(end - begin);
+        continue;
+      }
+      T sum = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        if (integer(t.indices, args.shape.wide_indices, i) == t.padding) continue;
+        sum += weighted ? weight_at<S>(args, i) : T(1);
+      }
+      scale[bag] = T(1) / sum;
+    }
+  }
+};
+
+template <class S>
+BagFault sort_of(const BagBackward& args, RowSort& out) {
+  int64_t longest = 0;
+  const BagFault fault = check_offsets(args.table, args.shape.wide_offsets, longest);
+  if (fault.what != BagFault::kNone) return fault;
+  constexpr int64_t kNarrow = int64_t(1) << 32;
+  if (args.table.E < kNarrow && args.table.N < kNarrow && args.table.bags < kNarrow) {
+    return Sorter<S, uint32_t>(args, out).run();
+  }
+  return Sorter<S, uint64_t>(args, out).run();
+}
+
+// ---- sums of rows
+// ----------------------------------------------------------------------------------------------------
+
+// The next pairs, with what each adds to its row: coefficient * grad, where `arg` is `where` if columns were won.
+template <class S, class U>
+struct Additions {
+  using T = Compute<S>;
+  static constexpr int64_t kNear = 8;
+  const BagBackward& args;
+  const RowSort& sort;
+  int64_t begin = 0, end = 0;  // pairs that are here
+  int64_t grads[kRowChunk + kNear];
+  int64_t argument_rows[kRowChunk + kNear];
+  T coefficients[kRowChunk];
+  int32_t where[kRowChunk];
+
+  Additions(const BagBackward& args, const RowSort& sort) : args(args), sort(sort) {}
+  // Where [from, to) lies in the arrays.
+  SEQKERNELS_INLINE int64_t at(int64_t from, int64_t to) {
+    if (from < begin || to > end) fill(from);
+    return from - begin;
+  }
+
+  __attribute__((noinline)) void fill(int64_t from) {
+    const BagTable& t = args.table;
+    const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
+    const U* bag_of = static_cast<const U*>(sort.bag_of);
+    const T* scale = static_cast<const T*>(sort.scale);
+    const Bounds bounds{t, args.shape.wide_offsets};
+    begin = from;
+    end = min(sort.n, from + kRowChunk);
+    const int64_t ahead = min(sort.n, end + kNear);
+    for (int64_t i = ahead; i < end + kNear; ++i) grads[i - begin] = argument_rows[i - begin] = 0;
+    if (bag_of == nullptr && scale == nullptr && t.batch == t.bags) {  // plain sums
+      for (int64_t i = begin; i < ahead; ++i) grads[i - begin] = int64_t(pairs[i].what) * t.out_stride;
+      return;
+    }
+    for (int64_t i = begin; i < ahead; ++i) {
+      const int64_t what = pairs[i].what, bag = bag_of == nullptr ? what : bag_of[what];
+      grads[i - begin] = row_of(t, bag, t.out_stride);
+      if (t.arg != nullptr) argument_rows[i - begin] = row_of(t, bag, t.arg_stride);
+      if (i >= end) continue;
+      T coefficient = scale == nullptr ? T(1) : scale[bag];
+      if (t.weights != nullptr) coefficient *= weight_at<S>(args, what);
+      coefficients[i - begin] = coefficient;
+      if (t.arg != nullptr) where[i - begin] = int32_t(what - bounds.begin(bag));
+    }
+  }
+};
+
+enum class Adds { kPlain, kScaled, kWon };
+
+template <class S, class U>
+struct Reducer {
+  using T = Compute<S>;
+  using Int = typename Vec<T>::NativeInt;
+  static constexpr int kWidest = kVectorBytes == 64 ? 8 : 4;
+
+  const BagBackward& args;
+  const RowSort& sort;
+  const RowTarget& to;
+  const BagTable& t = args.table;
+  const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
+  const Adds adds = t.arg != nullptr                                ? Adds::kWon
+                    : sort.scale != nullptr || t.weights != nullptr ? Adds::kScaled
+                                                                    : Adds::kPlain;
+
+  void run() const {
+    if (sort.any_often) on_threads(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
+    on_threads(sort.threads, [&](int64_t thread) { sum_rows(thread); });
+  }
+
+  int64_t end_of(int64_t begin) const {
+    const U row = pairs[begin].row;
+    const int64_t near = min(sort.n, begin + 64);
+    int64_t i = begin + 1;
+    while (i < near && pairs[i].row == row) ++i;
+    return i < near ? i : first_at_least(pairs, sort.n, int64_t(row) + 1);
+  }
+
+  // The chunks of rows that occur often, of which this thread takes an even share whatever the rows.
+  void sum_chunks(int64_t thread) const {
+    const int64_t low = part(sort.n, sort.threads, thread), high = part(sort.n, sort.threads, thread + 1);
+    Additions<S, U> additions(args, sort);
+    for (int64_t begin = low < high ? first_at_least(pairs, sort.n, pairs[low].row) : high; begin < high;) {
+      const int64_t end = end_of(begin);
+      for (int64_t from = begin; end - begin > kRowChunk && from < end; from += kRowChunk) {
+        if (from < low || from >= high) continue;
+        T* partial = static_cast<T*>(sort.partials) + partial_slot(from, from == begin) * t.D;
+        sum(additions, from, min(end, from + kRowChunk), T(1), partial);
+      }
+      begin = end;
+    }
+  }
+  void merge_chunks(int64_t begin, int64_t end, T* sums) const {
+    memcpy(sums, static_cast<T*>(sort.partials) + partial_slot(begin, true) * t.D, sizeof(T) * t.D);
+    for (int64_t from = begin + kRowChunk; from < end; from += kRowChunk) {
+      const T* more = static_cast<T*>(sort.partials) + partial_slot(from, false) * t.D;
+      for (int64_t d = 0; d < t.D; ++d) sums[d] += more[d];
+    }
+    if (args.by_frequency) {
+      for (int64_t d = 0; d < t.D; ++d) sums[d] /= T(end - begin);
+    }
+  }
+
+  // The rows of this thread.
+  void sum_rows(int64_t thread) const {
+    Additions<S, U> additions(args, sort);
+    Memory memory(sizeof(T) * t.D);
+    T* const sums = reinterpret_cast<T*>(memory.get());
+    int64_t ordinal = sort.unique_before[thread], done = sort.rows[thread];
+    const int64_t stop = sort.begins[thread + 1];
+    for (int64_t begin = sort.begins[thread]; begin < stop; ++ordinal) {
+      const int64_t row = pairs[begin].row, end = end_of(begin);
+      if (to.dense != nullptr) {
+        clear(done, row);
+        done = row + 1;
+      } else {
+        ask_for_row<2>(min(begin + kRowsFar, sort.n - 1));
+        ask_for_row<3>(min(begin + kRowsNear, sort.n - 1));
+      }
+      if (end - begin > kRowChunk) {
+        merge_chunks(begin, end, sums);
+        if (to.step != nullptr) {
+          step(row, sums);
+        } else {
+          convert(target(row, ordinal), sums, t.D);
+        }
+      } else {
+        const T divisor = args.by_frequency ? T(end - begin) : T(1);
+        if (to.step != nullptr) {
+          sum(additions, begin, end, divisor, sums);
+          step(row, sums);
+        } else {
+          sum(additions, begin, end, divisor, target(row, ordinal));
+        }
+      }
+      begin = end;
+    }
+    if (to.dense != nullptr) clear(done, sort.rows[thread + 1]);
+  }
+
+  // What a step will change some rows from here.
+  static constexpr int64_t kRowsNear = 8, kRowsFar = 64;
+  template <int kLevel>
+  SEQKERNELS_INLINE void ask_for_row(int64_t pair) const {
+    if (to.step == nullptr) return;
+    const char* p = reinterpret_cast<const char*>(static_cast<const S*>(t.table) + pairs[pair].row * t.row_stride);
+    for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(S))); b += 64)
+      __builtin_prefetch(p + b, kLevel == 3, kLevel);
+    if (to.step->state1 == nullptr) return;
+    for (T* state : {static_cast<T*>(to.step->state1), static_cast<T*>(to.step->state2)}) {
+      if (state == nullptr || to.step->optimizer == RowOptimizer::kRowwiseAdagrad) continue;
+      p = reinterpret_cast<const char*>(state + pairs[pair].row * t.D);
+      for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(T))); b += 64)
+        __builtin_prefetch(p + b, kLevel == 3, kLevel);
+    }
+  }
+
+  // Rows [from, end) do not occur.
+  SEQKERNELS_INLINE void clear(int64_t from, int64_t end) const {
+    if (from < end)
+      memset(static_cast<void*>(static_cast<S*>(to.dense) + from * t.D), 0, sizeof(S) * (end - from) * t.D);
+  }
+
+  SEQKERNELS_INLINE S* target(int64_t row, int64_t ordinal) const {
+    if (to.dense != nullptr) return static_cast<S*>(to.dense) + row * t.D;
+    to.rows[ordinal] = row;
+    return static_cast<S*>(to.values) + ordinal * t.D;
+  }
+
+  // ---- the sum of [from, to) of the pairs, all of one row
+
+  template <class To>
+  SEQKERNELS_INLINE void sum(Additions<S, U>& additions, int64_t from, int64_t end, T divisor, To* out) const {
+    const int64_t at = additions.at(from, end), n = end - from;
+    switch (adds) {
+      case Adds::kPlain:
+        return sum_as<Adds::kPlain>(additions, at, n, divisor, out);
+      case Adds::kScaled:
+        return sum_as<Adds::kScaled>(additions, at, n, divisor, out);
+      case Adds::kWon:
+        return sum_as<Adds::kWon>(additions, at, n, divisor, out);
+    }
+  }
+  template <Adds kAdds, class To>
+  SEQKERNELS_INLINE void sum_as(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
+    const int64_t vectors = t.D / kLanes<T>;
+    if (vectors >= kWidest) return blocks<kAdds, kWidest>(a, at, n, divisor, out);
+    if (vectors >= 4) return blocks<kAdds, 4>(a, at, n, divisor, out);
+    if (vectors >= 2) return blocks<kAdds, 2>(a, at, n, divisor, out);
+    if (vectors >= 1) return blocks<kAdds, 1>(a, at, n, divisor, out);
+    block<kAdds, true, 1>(a, at, n, divisor, out, 0);
+  }
+  // As in forward: the last block ends at D and does some columns again.
+  template <Adds kAdds, int kWidth, class To>
+  __attribute__((noinline)) void blocks(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
+    constexpr int64_t kColumns = kWidth * kLanes<T>;
+    for (int64_t done = 0; done < t.D; done += kColumns) {
+      block<kAdds, false, kWidth>(a, at, n, divisor, out, min(done, t.D - kColumns));
+    }
+  }
+  template <Adds kAdds, bool kPartial, int kWidth, class To>
+  SEQKERNELS_INLINE void block(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out,
+                               int64_t column) const {
+    constexpr int kBytes = kWidth * kLanes<T> * int(sizeof(S));
+    const S* grads = static_cast<const S*>(t.out) + column;
+    const int64_t lanes = kPartial ? t.D : kLanes<T>;
+    Native<T> sums[kWidth];
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) sums[v] = Native<T>{};
+    for (int64_t i = at; i < at + n; ++i) {
+      const char* near = reinterpret_cast<const char*>(grads + a.grads[i + Additions<S, U>::kNear]);
+#pragma GCC unroll 16
+      for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(near + b, 0, 3);
+      if constexpr (kAdds == Adds::kWon) {
+        const char* won = reinterpret_cast<const char*>(t.arg + a.argument_rows[i + Additions<S, U>::kNear] + column);
+#pragma GCC unroll 16
+        for (int b = 0; b < kWidth * kLanes<T> * 4; b += 64) __builtin_prefetch(won + b, 0, 3);
+      }
+      const S* grad = grads + a.grads[i];
+      const Native<T> coefficient = broadcast(kAdds == Adds::kPlain ? T(1) : a.coefficients[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kWidth; ++v) {
+        Native<T> g = load(grad + v * kLanes<T>, lanes);
+        if constexpr (kAdds == Adds::kWon) {
+          const Int won = load_positions<T>(t.arg + a.argument_rows[i] + column + v * kLanes<T>, lanes);
+          g = won == Int{} + typename Vec<T>::Int(a.where[i]) ? g : Native<T>{};
+        }
+        sums[v] = kAdds == Adds::kPlain ? sums[v] + g : fma(coefficient, g, sums[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) {
+      if (args.by_frequency) sums[v] = sums[v] / divisor;
+      store(out + column + v * kLanes<T>, sums[v], lanes);
+    }
+  }
+
+  // ---- a step of an optimiser on one row
+
+  void step(int64_t row, const T* g) const {
+    const RowStep& s = *to.step;
+    S* w = static_cast<S*>(const_cast<void*>(t.table)) + row * t.row_stride;
+    T* state1 = static_cast<T*>(s.state1);
+    T* state2 = static_cast<T*>(s.state2);
+    const T lr = T(s.lr), eps = T(s.eps);
+    switch (s.optimizer) {
+      case RowOptimizer::kSGD:
+        return move(w, [&](int64_t d) { return -lr * g[d]; });
+      case RowOptimizer::kAdagrad:
+        state1 += row * t.D;
+        for (int64_t d = 0; d < t.D; ++d) state1[d] += g[d] * g[d];
+        return move(w, [&](int64_t d) { return -lr * (g[d] / (root(state1[d]) + eps)); });
+      case RowOptimizer::kRowwiseAdagrad: {
+        T squares = 0;
+        for (int64_t d = 0; d < t.D; ++d) squares += g[d] * g[d];
+        state1[row] += squares / T(t.D);
+        const T factor = -lr / (root(state1[row]) + eps);
+        return move(w, [&](int64_t d) { return factor * g[d]; });
+      }
+      case RowOptimizer::kAdam: {
+        state1 += row * t.D;
+        state2 += row * t.D;
+        const T rest1 = T(1 - s.beta1), rest2 = T(1 - s.beta2);
+        for (int64_t d = 0; d < t.D; ++d) {
+          state1[d] += (g[d] - state1[d]) * rest1;
+          state2[d] += (g[d] * g[d] - state2[d]) * rest2;
+        }
+        const T size = -lr * T(__builtin_sqrt(s.correction2) / s.correction1);
+        return move(w, [&](int64_t d) { return size * (state1[d] / (root(state2[d]) + eps)); });
+      }
+    }
+  }
+  static SEQKERNELS_INLINE T root(T x) {
+    if constexpr (sizeof(T) == 4) {
+      return __builtin_sqrtf(x);
+    } else {
+      return __builtin_sqrt(x);
+    }
+  }
+  // Adds f(d) to each element: 64 at a time, so that types are converted as vectors.
+  template <class F>
+  SEQKERNELS_INLINE void move(S* w, F&& f) const {
+    constexpr int64_t kSome = 64;
+    S gathered[kSome];
+    T values[kSome];
+    for (int64_t from = 0; from < t.D; from += kSome) {
+      const int64_t n = min(kSome, t.D - from), stride = t.column_stride;
+      S* here = w + from * stride;
+      for (int64_t d = 0; stride != 1 && d < n; ++d) gathered[d] = here[d * stride];
+      convert(values, stride != 1 ? gathered : here, n);
+      for (int64_t d = 0; d < n; ++d) values[d] += f(from + d);
+      convert(stride != 1 ? gathered : here, values, n);
+      for (int64_t d = 0; stride != 1 && d < n; ++d) here[d * stride] = gathered[d];
+    }
+  }
+
+  // ---- max_norm: rows whose norm is larger are scaled down to it
+
+  void renorm(double max_norm, double p) const {
+    on_threads(sort.threads, [&](int64_t thread) {
+      for (int64_t begin = sort.begins[thread]; begin < sort.begins[thread + 1]; begin = end_of(begin)) {
+        S* w = static_cast<S*>(const_cast<void*>(t.table)) + int64_t(pairs[begin].row) * t.row_stride;
+        const auto value = [&](int64_t d) { return double(value_of(w + d * t.column_stride)); };
+        const double norm = norm_of(value, p);
+        if (!(norm > max_norm)) continue;
+        const T factor = T(max_norm / (norm + 1e-7));
+        for (int64_t d = 0; d < t.D; ++d) {
+          const T scaled = value_of(w + d * t.column_stride) * factor;
+          convert(w + d * t.column_stride, &scaled, 1);
+        }
+      }
+    });
+  }
+  template <class F>
+  double norm_of(F&& value, double p) const {
+    double sum = 0;
+    for (int64_t d = 0; d < t.D; ++d) {
+      const double x = __builtin_fabs(value(d));
+      if (p == 2) {
+        sum += x * x;
+      } else if (p == 1) {
+        sum += x;
+      } else if (__builtin_isinf(p)) {
+        sum = p > 0 ? (x > sum || x != x ? x : sum) : (d == 0 || x < sum || x != x ? x : sum);
+      } else if (p == 0) {
+        sum += x != 0;
+      } else {
+        sum += __builtin_pow(x, p);
+      }
+    }
+    return p == 2 ? __builtin_sqrt(sum) : p == 1 || p == 0 || __builtin_isinf(p) ? sum : __builtin_pow(sum, 1 / p);
+  }
+};
+
+template <class F>
+void reducer_of(const BagBackward& args, const RowSort& sort, const RowTarget& to, F&& f) {
+  dispatch(args.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (sort.wide) {
+      Reducer<S, uint64_t> reducer{args, sort, to};
+      f(reducer);
+    } else {
+      Reducer<S, uint32_t> reducer{args, sort, to};
+      f(reducer);
+    }
+  });
+}
+
+}  // namespace
+
+BagFault bag_sort(const BagBackward& args, RowSort& out) {
+  return dispatch(args.shape.dtype, [&](auto storage) { return sort_of<decltype(storage)>(args, out); });
+}
+
+void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to) {
+  reducer_of(args, sort, to, [](auto& reducer) { reducer.run(); });
+}
+
+BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type) {
+  RowSort sort;
+  const BagFault fault = bag_sort(args, sort);
+  if (fault.what != BagFault::kNone) return fault;
+  reducer_of(args, sort, {}, [&](auto& reducer) { reducer.renorm(max_norm, norm_type); });
+  return fault;
+}
+
+// A byte is (x - min) * 255 / (max - min), to nearest.
+void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed) {
+  dispatch(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const int64_t threads = threads_for(t.E * t.D * int64_t(sizeof(S)));
+    on_threads(threads, [&](int64_t thread) {
+      for (int64_t row = part(t.E, threads, thread), last = part(t.E, threads, thread + 1); row < last; ++row) {
+        const S* from = static_cast<const S*>(t.table) + row * t.row_stride;
+        uint8_t* to = packed + row * (t.D + 8);
+        const auto value = [&](int64_t d) { return float(value_of(from + d * t.column_stride)); };
+        float least = value(0), most = least;
+        for (int64_t d = 1; d < t.D; ++d) {
+          const float x = value(d);
+          least = x < least ? x : least;
+          most = x > most ? x : most;
+        }
+        const float range = most - least, numbers[2] = {range / 255.0f, least};
+        const float inverse = 255.0f / (range + 1e-8f);
+        for (int64_t d = 0; d < t.D; ++d) to[d] = uint8_t(__builtin_lrintf((value(d) - least) * inverse));
+        memcpy(to + t.D, numbers, sizeof(numbers));
+      }
+    });
+  });
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,379 @@
+// How CPU kernels walk bags: units of work, their cut among threads, and indices turned into places of memory.
+#pragma once
+
+#include "common/math.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "embedding_bag/embedding_bag.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// A bag of more indices than this is reduced in chunks of so many, which are then merged in order: several threads may
+// take part and the result does not depend on how many.
+constexpr int64_t kChunk = 2048;
+constexpr int64_t kWorthAThread = 64 << 10;  // bytes of rows
+
+SEQKERNELS_INLINE int64_t chunks_of(int64_t n) { return n > kChunk ? (n + kChunk - 1) / kChunk : 1; }
+
+template <class T>
+SEQKERNELS_INLINE int64_t integer(const void* p, int64_t i) {
+  return static_cast<const T*>(p)[i];
+}
+SEQKERNELS_INLINE int64_t integer(const void* p, bool wide, int64_t i) {
+  return wide ? integer<int64_t>(p, i) : integer<int32_t>(p, i);
+}
+
+// Where bags begin and end. Held by value: what is in registers need not be read again after every row that is written.
+struct Bounds {
+  const void* offsets;
+  int64_t offset_count, N, length, base, bags;
+  bool wide;
+
+  Bounds(const BagTable& t, bool wide)
+      : offsets(t.offsets),
+        offset_count(t.offset_count),
+        N(t.N),
+        length(t.length),
+        base(t.first),
+        bags(t.bags),
+        wide(wide) {}
+
+  SEQKERNELS_INLINE int64_t begin(int64_t bag) const {
+    if (offsets == nullptr) return base + bag * length;
+    return bag < offset_count ? integer(offsets, wide, bag) : N;
+  }
+  // Bags in front of this one, and their indices: grows by at least one with each bag, empty or not.
+  SEQKERNELS_INLINE int64_t key(int64_t bag) const { return begin(bag) + bag; }
+  SEQKERNELS_INLINE int64_t first() const { return key(0); }
+  SEQKERNELS_INLINE int64_t work() const { return key(bags) - key(0); }
+  // The first bag whose key is at least this.
+  inline int64_t bag_at(int64_t wanted) const {
+    int64_t low = 0, high = bags;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (key(middle) < wanted) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+// The first fault by position, whoever finds it.
+SEQKERNELS_INLINE void note(BagFault& fault, BagFault::What what, int64_t at, int64_t value) {
+  if (fault.what == BagFault::kNone || what < fault.what || (what == fault.what && at < fault.at)) {
+    fault = {what, at, value};
+  }
+}
+
+// Faults of all threads.
+class Faults {
+ public:
+  void add(const BagFault& fault) {
+    if (fault.what == BagFault::kNone) return;
+    while (__atomic_test_and_set(&held_, __ATOMIC_ACQUIRE)) {
+    }
+    note(first_, fault.what, fault.at, fault.value);
+    __atomic_clear(&held_, __ATOMIC_RELEASE);
+  }
+  const BagFault& first() const { return first_; }
+
+ private:
+  BagFault first_{};
+  bool held_ = false;
+};
+
+// Whether bags lie one after another within the indices; `longest` becomes that of the longest bag if it is longer.
+inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
+  BagFault fault{};
+  if (t.bags == 0) return fault;
+  if (t.E == 0 && Bounds(t, wide).work() > t.bags) {  // from here on there is a first row
+    return {BagFault::kIndex, Bounds(t, wide).begin(0), 0};
+  }
+  if (t.offsets == nullptr) {
+    longest = max(longest, t.length);
+    return fault;
+  }
+  const Bounds bounds{t, wide};
+  int64_t before = bounds.begin(0);
+  if (before < 0 || before > t.N) return {BagFault::kOffset, 0, before};
+  bool wrong = false;
+  int64_t most = longest;
+  for (int64_t bag = 1; bag <= t.bags; ++bag) {
+    const int64_t now = bounds.begin(bag);
+    wrong |= now < before || now > t.N;
+    most = max(most, now - before);
+    before = now;
+  }
+  longest = most;
+  if (!wrong) return fault;
+  for (int64_t bag = 1; bag <= t.bags; ++bag) {
+    const int64_t now = bounds.begin(bag);
+    if (now < bounds.begin(bag - 1) || now > t.N) return {BagFault::kOffset, bag, now};
+  }
+  return fault;
+}
+
+// ---- units: a bag, or a chunk of a long one -------------------------------------------------------------------------
+
+struct Unit {
+  int64_t bag, begin, end;  // end - begin <= kChunk
+  int64_t chunk, chunks;
+};
+
+// Calls f(unit) for every unit whose key, that of its bag and its place in it, lies in [low, high).
+template <class F>
+SEQKERNELS_INLINE void each_unit(const Bounds bounds, int64_t low, int64_t high, F&& f) {
+  int64_t bag = bounds.bag_at(low);
+  if (bag > 0) --bag;  // chunks of the bag in front may reach in here
+  int64_t begin = bounds.begin(bag);
+  for (; bag < bounds.bags; ++bag) {
+    const int64_t end = bounds.begin(bag + 1), chunks = chunks_of(end - begin);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t from = begin + chunk * kChunk, key = from + bag;
+      if (key >= high) return;
+      if (key >= low) f(Unit{bag, from, chunks == 1 ? end : min(end, from + kChunk), chunk, chunks});
+    }
+    begin = end;
+  }
+}
+
+// Threads that n bytes of rows are worth.
+inline int64_t threads_for(int64_t bytes) {
+  if (bytes < 2 * kWorthAThread) return 1;
+  return min(thread_count(), bytes / kWorthAThread);
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+struct Byte {  // an element of a row of bytes
+  uint8_t bits;
+};
+}  // namespace seqkernels::SEQKERNELS_ISA
+
+namespace seqkernels {
+template <>
+struct ComputeOf<SEQKERNELS_ISA::Byte> {
+  using type = float;
+};
+}  // namespace seqkernels
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// One row from some column on, as vectors of what it is computed in.
+template <class S>
+struct Row {
+  const S* p;
+  SEQKERNELS_INLINE Row(const S* row, int64_t, int64_t first) : p(row + first) {}
+  SEQKERNELS_INLINE Native<Compute<S>> operator()(int64_t column) const { return load(p + column); }
+  SEQKERNELS_INLINE Native<Compute<S>> operator()(int64_t column, int64_t n) const { return load(p + column, n); }
+};
+template <>
+struct Row<Byte> {
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+  const Byte* p;
+  Native<float> scale, bias;
+  SEQKERNELS_INLINE Row(const Byte* row, int64_t D, int64_t first) : p(row + first) {
+    float numbers[2];
+    memcpy(numbers, row + D, sizeof(numbers));
+    scale = broadcast(numbers[0]);
+    bias = broadcast(numbers[1]);
+  }
+  SEQKERNELS_INLINE Native<float> value(Bytes bytes) const {
+#if defined(__AVX512F__)
+    const Native<float> f = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
+#else
+    const Native<float> f = __builtin_convertvector(__builtin_convertvector(bytes, Bits32), Native<float>);
+#endif
+    return fma(f, scale, bias);
+  }
+  SEQKERNELS_INLINE Native<float> operator()(int64_t column) const {
+    return value(*reinterpret_cast<const Bytes*>(p + column));
+  }
+  SEQKERNELS_INLINE Native<float> operator()(int64_t column, int64_t n) const {
+    uint8_t lanes[kLanes<float>] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[column + i].bits;
+    return value(*reinterpret_cast<const Bytes*>(lanes));
+  }
+};
+
+// What an output of a table of S is stored as.
+template <class S>
+struct OutputOf {
+  using type = S;
+};
+template <>
+struct OutputOf<Byte> {
+  using type = float;
+};
+
+// ---- indices as places ----------------------------------------------------------------------------------------------
+
+constexpr int64_t kAhead = 32;  // rows that are asked for before they are needed
+constexpr int64_t kPlaces = 2 * kChunk;
+constexpr int64_t kFill = 512;  // places made at once, if no unit has more
+
+// The next indices of a table as the places of their rows, with their weights.
+template <class S>
+struct Stream {
+  using T = Compute<S>;
+  const BagTable& t;
+  const BagShape& shape;
+  const int64_t limit;  // positions from here on belong to nobody or to another thread
+  BagFault& fault;
+  int64_t begin = 0, end = 0;        // positions that are here
+  int64_t places[kPlaces + kAhead];  // of the row in the table, in elements; -1: padding
+  T weights[kPlaces];
+
+  Stream(const BagTable& t, const BagShape& shape, int64_t limit, BagFault& fault)
+      : t(t), shape(shape), limit(limit), fault(fault) {}
+
+  // From here on, places[i] is of position begin + i; those of [from, to) are among them.
+  SEQKERNELS_INLINE const int64_t* at(int64_t from, int64_t to) {
+    if (from < begin || to > end) fill(from, to);
+    return places + (from - begin);
+  }
+  SEQKERNELS_INLINE const T* weights_at(int64_t from) const { return weights + (from - begin); }
+
+  __attribute__((noinline)) void fill(int64_t from, int64_t to) {
+    begin = from;
+    end = max(to, min(limit, from + kFill));
+    const int64_t ahead = min(t.N, end + kAhead);
+    if (shape.wide_indices) {
+      fill_from<int64_t>(ahead);
+    } else {
+      fill_from<int32_t>(ahead);
+    }
+    for (int64_t i = ahead; i < end + kAhead; ++i) places[i - begin] = 0;
+    if (t.weights == nullptr) return;
+    if (shape.wide_weights) {
+      memcpy(weights, static_cast<const T*>(t.weights) + begin, sizeof(T) * (end - begin));
+    } else {
+      using W = typename OutputOf<S>::type;
+      convert(weights, static_cast<const W*>(t.weights) + begin, end - begin);
+    }
+  }
+
+  template <class I>
+  SEQKERNELS_INLINE void fill_from(int64_t ahead) {
+    const I* indices = static_cast<const I*>(t.indices);
+    const int64_t E = t.E, stride = t.row_stride, padding = t.padding;
+    int64_t wrong = 0;
+    for (int64_t i = begin; i < ahead; ++i) {
+      const int64_t index = indices[i];
+      wrong |= uint64_t(index) >= uint64_t(E);
+      places[i - begin] = index == padding ? -1 : index * stride;
+    }
+    if (wrong == 0) return;
+    for (int64_t i = begin; i < ahead; ++i) {
+      const int64_t index = indices[i];
+      if (uint64_t(index) < uint64_t(E)) continue;
+      if (i < end) note(fault, BagFault::kIndex, i, index);
+      places[i - begin] = 0;  // what comes of it is thrown away
+    }
+  }
+};
+
+// How many of n rows count.
+SEQKERNELS_INLINE int64_t counted(int64_t padding, const int64_t* places, int64_t n) {
+  if (padding < 0) return n;
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += places[i] >= 0;
+  return count;
+}
+template <class T>
+SEQKERNELS_INLINE T summed_weights(const int64_t* places, const T* weights, int64_t n) {
+  T sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += places[i] >= 0 ? weights[i] : T(0);
+  return sum;
+}
+
+// Where a bag's row of the output begins.
+SEQKERNELS_INLINE int64_t row_of(const BagTable& t, int64_t bag, int64_t stride) {
+  if (t.batch == t.bags) return bag * stride;
+  return bag % t.batch * stride + bag / t.batch * t.D;
+}
+
+// Positions of winners are kept as int32, and compared in lanes as wide as the values are.
+template <class T>
+SEQKERNELS_INLINE void store_positions(int32_t* to, typename Vec<T>::NativeInt at, int64_t lanes) {
+  typedef int32_t Narrow __attribute__((vector_size(4 * kLanes<T>), aligned(4), may_alias));
+  if (lanes >= kLanes<T>) {
+    *reinterpret_cast<Narrow*>(to) = __builtin_convertvector(at, Narrow);
+  } else {
+    for (int64_t i = 0; i < lanes; ++i) to[i] = int32_t(at[i]);
+  }
+}
+template <class T>
+SEQKERNELS_INLINE typename Vec<T>::NativeInt load_positions(const int32_t* p, int64_t lanes) {
+  using Int = typename Vec<T>::NativeInt;
+  typedef int32_t Narrow __attribute__((vector_size(4 * kLanes<T>), aligned(4), may_alias));
+  if (lanes >= kLanes<T>) return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Int);
+  Int at = Int{} - 1;
+  for (int64_t i = 0; i < lanes; ++i) at[i] = p[i];
+  return at;
+}
+
+// x takes the place of a value if it is larger, or the first NaN.
+template <class T, class Int>
+SEQKERNELS_INLINE void take_larger(Native<T>& value, Int& at, Native<T> x, Int where) {
+  const auto better = (x > value) | ((x != x) & (value == value));
+  value = better ? x : value;
+  at = better ? where : at;
+}
+SEQKERNELS_INLINE void take_larger(Native<float>& value, Vec<float>::NativeInt& at, Native<float> x,
+                                   Vec<float>::NativeInt where) {
+#if defined(__AVX512F__)
+  const __mmask16 better = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(value, value, _CMP_ORD_Q), x, value, _CMP_NLE_UQ);
+  value = _mm512_mask_mov_ps(value, better, x);
+  at = (Vec<float>::NativeInt)_mm512_mask_mov_epi32((__m512i)at, better, (__m512i)where);
+#else
+  take_larger<float, Vec<float>::NativeInt>(value, at, x, where);
+#endif
+}
+SEQKERNELS_INLINE void take_larger(Native<double>& value, Vec<double>::NativeInt& at, Native<double> x,
+                                   Vec<double>::NativeInt where) {
+#if defined(__AVX512F__)
+  const __mmask8 better = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(value, value, _CMP_ORD_Q), x, value, _CMP_NLE_UQ);
+  value = _mm512_mask_mov_pd(value, better, x);
+  at = (Vec<double>::NativeInt)_mm512_mask_mov_epi64((__m512i)at, better, (__m512i)where);
+#else
+  take_larger<double, Vec<double>::NativeInt>(value, at, x, where);
+#endif
+}
+
+// Asks for the part of a row that a block of columns will read, at two distances: from afar into the second level of
+// cache, then into the first. Tables that lie in a cache are not asked for.
+struct Prefetch {
+  static constexpr int64_t kNear = 8;
+  static constexpr int64_t kNearFrom = 1 << 20, kFarFrom = 16 << 20;  // bytes of the table
+  bool near, far;
+
+  void set(int64_t bytes) {
+    near = bytes > kNearFrom;
+    far = bytes > kFarFrom;
+  }
+  template <class S, int kBytes>
+  SEQKERNELS_INLINE void operator()(const S* table, const int64_t* places, int64_t i) const {
+    if (near) {
+      const char* p = reinterpret_cast<const char*>(table + places[i + kNear]);
+#pragma GCC unroll 16
+      for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 3);
+    }
+    if (far) {
+      const char* p = reinterpret_cast<const char*>(table + places[i + kAhead]);
+#pragma GCC unroll 16
+      for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 2);
+    }
+  }
+};
+
+// Defined in backward.cpp.
+BagFault bag_sort(const BagBackward& args, RowSort& out);
+void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to);
+BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type);
+void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed);
+
+}  // namespace seqkernels::SEQKERNELS_ISA

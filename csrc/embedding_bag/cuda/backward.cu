@@ -1,0 +1,1099 @@
+// Backward of EmbeddingBag by rows on CUDA: the positions of a call are sorted by row, so that where a row occurs lies
+// side by side; then every group of lanes sums kPerGroup successive places, however often a row occurs. A row that lies
+// within them goes where it is wanted at once. What reaches over an edge becomes partial results, and these are merged
+// in order by a second launch: the same bits in every run, no atomics, and a row that occurs in half of all places
+// costs what others cost. All tables of a collection are sorted and summed together, their rows counted through.
+#include <vector>
+
+#include "embedding_bag/cuda/bags.cuh"
+#include "embedding_bag/cuda/partials.cuh"
+#include "embedding_bag/cuda/radix_sort.cuh"
+
+namespace seqkernels {
+
+namespace bags_cuda {
+namespace {
+
+constexpr int kPerGroup = 32;  // a warp counts the rows that begin among them with one vote
+static_assert(kPerGroup == kWarp, "bag_heads_kernel gives a warp what a group has");
+constexpr int kKeys = 8;  // positions of a thread that makes keys
+
+// ---- keys ------------------------------------------------------------------------------------------------------
+
+struct KeyArgs {
+  ManyTables tables;
+  Bounds bounds;
+  FaultSink faults;
+  bool wide_indices;
+  int64_t N;
+  uint32_t none;     // the key of what does not count: above all rows
+  uint32_t* keys;    // [N]
+  uint32_t* bag_of;  // [N]
+};
+
+// As Bounds::bag_at, by all threads of a block, which must come: a few steps of kThreads parts each.
+SK_DEVICE int64_t block_bag_at(const Bounds& bounds, int64_t position) {
+  int64_t low = 0, high = bounds.bags;
+  while (high - low > 1) {
+    const int64_t part = ceil_div(high - low, kThreads), mine = low + thread_index() * part;
+    const int before = block_sync_count(mine < high && (thread_index() == 0 || bounds.begin(mine) <= position));
+    low += (before - 1) * part;
+    high = min(high, low + part);
+  }
+  return low;
+}
+
+// A block has kThreads * kKeys successive positions: it looks for the first and the last of their bags, and every
+// thread only between these.
+SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
+  const Bounds& bounds = a.bounds;
+  if (a.faults.word != nullptr) {
+    for (int64_t bag = grid_thread_index(); bag < bounds.bags; bag += grid_threads()) bounds.check(bag, a.faults);
+  }
+  const int64_t first = block_index() * (kThreads * kKeys), last = min(first + kThreads * kKeys, a.N) - 1;
+  int64_t low = 0, high = 0;
+  if (bounds.offsets.data != nullptr) {
+    low = block_bag_at(bounds, first);
+    high = max(low, block_bag_at(bounds, last));
+  }
+  const int64_t begin = bounds.clamped(0).begin, end = bounds.clamped(bounds.bags - 1).end;
+  const Integers indices{a.tables.of_bag(0).t.indices, a.N, a.wide_indices};
+  const auto keys = global<uint32_t>(a.keys, a.N), bag_of = global<uint32_t>(a.bag_of, a.N);
+  for (int k = 0; k < kKeys; ++k) {
+    const int64_t position = first + k * kThreads + thread_index();
+    if (position > last) return;
+    uint32_t key = a.none, bag = 0;
+    if (position >= begin && position < end) {
+      bag = static_cast<uint32_t>(bounds.offsets.data == nullptr ? bounds.bag_at(position)
+                                                                 : bounds.bag_at(position, low, high + 1));
+      const PlacedTable table = a.tables.of_bag(bag);
+      const int64_t index = indices[position];
+      if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(table.t.E)) {
+        a.faults.report(BagFault::kIndex, position);
+      } else if (index != table.t.padding) {
+        key = static_cast<uint32_t>(table.rows_before + index);
+      }
+    }
+    keys[position] = key;
+    bag_of[position] = bag;
+  }
+}
+
+// ---- rows that occur -------------------------------------------------------------------------------------------
+
+struct Sorted {
+  const uint32_t* keys_;
+  const uint32_t* places_;  // bags, or positions where something hangs on these
+  int64_t N;
+  uint32_t none;
+
+  SK_DEVICE Global<const uint32_t> keys() const { return global<const uint32_t>(keys_, N); }
+  SK_DEVICE Global<const uint32_t> places() const { return global<const uint32_t>(places_, N); }
+  // The first of [low, high) whose key is at least this.
+  SK_DEVICE int64_t first_at_least(uint32_t key, int64_t low, int64_t high) const {
+    const auto sorted = keys();
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (sorted[middle] < key) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  SK_DEVICE bool begins(int64_t i) const {
+    const auto sorted = keys();
+    return sorted[i] < none && (i == 0 || sorted[i] != sorted[i - 1]);
+  }
+};
+
+struct CountArgs {
+  Sorted sorted;
+  uint32_t* ordinals;  // [groups + 1] rows that begin in each group, then in front of it
+  int64_t groups;
+  ManyTables tables;
+  int64_t* values_before;  // [tables + 1]
+};
+
+SK_KERNEL(kThreads) bag_heads_kernel(const SK_GRID_CONSTANT CountArgs a) {
+  const int64_t i = grid_thread_index();
+  const uint32_t heads = ballot(i < a.sorted.N && a.sorted.begins(i));
+  if (lane_index() == 0 && i < a.sorted.N) {
+    global<uint32_t>(a.ordinals, a.groups + 1)[i / kPerGroup] = static_cast<uint32_t>(popcount(heads));
+  }
+}
+
+// One block.
+SK_KERNEL(kThreads) bag_ordinals_kernel(const SK_GRID_CONSTANT CountArgs a) {
+  constexpr int kSome = 8;  // of a thread at a time
+  SK_SHARED(uint32_t, sums, kWarps);
+  const auto ordinals = global<uint32_t>(a.ordinals, a.groups + 1);
+  uint32_t before = 0;
+  for (int64_t first = 0; first < a.groups; first += kThreads * kSome) {
+    const int64_t mine = first + thread_index() * kSome;
+    uint32_t counts[kSome], sum = 0, total;
+    SK_UNROLL
+    for (int j = 0; j < kSome; ++j) {
+      counts[j] = mine + j < a.groups ? load<Cache::kDefault>(ordinals, mine + j) : 0u;
+      sum += counts[j];
+    }
+    uint32_t place = before + block_scan(sum, total, sums);
+    SK_UNROLL
+    for (int j = 0; j < kSome; ++j) {
+      if (mine + j < a.groups) ordinals[mine + j] = place;
+      place += counts[j];
+    }
+    before += total;
+  }
+  if (thread_index() == 0) ordinals[a.groups] = before;
+}
+
+// A thread has a table, the last one what lies behind all of them.
+SK_KERNEL(kThreads) bag_values_kernel(const SK_GRID_CONSTANT CountArgs a) {
+  const int64_t i = grid_thread_index();
+  if (i > a.tables.count) return;
+  uint32_t row = a.sorted.none;
+  if (i < a.tables.count) {
+    const PlacedTable table = global<const PlacedTable>(a.tables.placed, a.tables.count)[i];
+    row = static_cast<uint32_t>(table.rows_before);
+  }
+  const int64_t at = a.sorted.first_at_least(row, 0, a.sorted.N), group = at / kPerGroup;
+  const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+  int64_t ordinal = in_front;
+  for (int64_t j = group * kPerGroup; j < at; ++j) ordinal += a.sorted.begins(j);
+  global<int64_t>(a.values_before, a.tables.count + 1)[i] = ordinal;
+}
+
+// ---- where sums go ---------------------------------------------------------------------------------------------
+
+// Of a row-wise step over rows that several groups share: the squares of each part of a row, what they come to, the
+// step. A row that one group has whole takes its step at once.
+enum class Phase : int { kStep, kSquares, kStepFromState };
+
+template <class T>
+struct RowsArgs {
+  ManyTables tables;
+  Bounds bounds;
+  Sorted sorted;
+  int64_t groups;
+  const uint32_t* bag_of;    // [N] of positions; null: they are bags already
+  const uint32_t* ordinals;  // [groups + 1]; only where values are wanted
+  const T* scales;           // [bags] or null
+  const void* weights;       // [N] or null
+  bool wide_weights, by_frequency;
+  int group;
+  int reach;  // a row that ends at most so many places behind those of its group is summed by this one
+  Partials<T> partials;
+  RowStep step;
+  Phase phase;
+  T* squares;  // [tiles, N], where a row begins
+};
+
+// A row's summed gradient, what it is of, and how often the row occurs.
+template <class T, int kCount>
+struct RowSum {
+  uint32_t key;
+  int64_t begin, count, ordinal;
+  T values[kCount];
+};
+
+struct NothingAhead {
+  static constexpr bool kHas = false;
+};
+
+template <class S, bool kWide>
+struct StoreRow {
+  using Reads = std::false_type;  // the table and states
+  using C = Columns<S, kWide>;
+  using T = typename Element<S>::T;
+
+  template <class Ahead>
+  static SK_DEVICE void finish(const RowsArgs<T>&, const PlacedTable& table, const C& columns,
+                               const RowSum<T, C::kCount>& sum, const Ahead&) {
+    const RowTarget& to = table.target;
+    const int64_t row = sum.key - table.rows_before, D = table.t.D;
+    if (to.rows == nullptr) {
+      return store_row(columns, global<S>(to.dense, table.t.E * D) + row * D, sum.values, kWide);
+    }
+    const int64_t at = sum.ordinal - table.values_before;
+    if (columns.lane == 0 && columns.first == 0) global<int64_t>(to.rows, at + 1)[at] = row;
+    store_row(columns, global<S>(to.values, (at + 1) * D) + at * D, sum.values, kWide);
+  }
+};
+
+template <class S, bool kWide>
+struct StepRow {
+  using Reads = std::true_type;
+  using C = Columns<S, kWide>;
+  using T = typename Element<S>::T;
+  using Values = T[C::kCount];
+
+  // What a step reads may have been read ahead.
+  template <class Ahead>
+  static SK_DEVICE void finish(const RowsArgs<T>& a, const PlacedTable& table, const C& columns,
+                               const RowSum<T, C::kCount>& sum, const Ahead& ahead) {
+    const BagTable& t = table.t;
+    if (t.D == 0) return;
+    const int64_t row = sum.key - table.rows_before;
+    const auto& g = sum.values;
+    const RowStep& step = a.step;
+    const T lr = T(step.lr), eps = T(step.eps);
+    T factor = 0;
+    if (step.optimizer == RowOptimizer::kRowwiseAdagrad) {
+      T state;
+      if (a.phase == Phase::kStepFromState) {
+        state = global<const T>(a.squares, a.sorted.N)[sum.begin];
+      } else {
+        T squares = 0;
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) {
+          if (columns.has(v)) squares += g[v] * g[v];
+        }
+        squares = group_sum(squares, columns.group);
+        if (a.phase == Phase::kSquares) {
+          const int64_t at = columns.first / C::kTile * a.sorted.N + sum.begin;
+          if (columns.lane == 0) global<T>(a.squares, at + 1)[at] = squares;
+          return;
+        }
+        const auto states = global<T>(table.state1, t.E);
+        T before = 0;
+        if constexpr (Ahead::kHas) {
+          before = ahead.rowwise();
+        } else {
+          if (columns.lane == 0) before = states[row];
+          before = shuffle(before, 0, columns.group, group_mask(columns.group));
+        }
+        state = before + squares / T(t.D);
+        if (columns.lane == 0) states[row] = state;
+      }
+      factor = -lr / (sqrt(state) + eps);
+    }
+    if (!columns.any()) return;
+    const auto weights =
+        global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1);
+    const auto state1 = global<T>(table.state1, table.state1 == nullptr ? 0 : t.E * t.D) + row * t.D;
+    const auto state2 = global<T>(table.state2, table.state2 == nullptr ? 0 : t.E * t.D) + row * t.D;
+    const auto w = weights + row * t.row_stride;
+    Values move;
+    switch (step.optimizer) {
+      case RowOptimizer::kSGD:
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) move[v] = -lr * g[v];
+        break;
+      case RowOptimizer::kAdagrad: {
+        Values s;
+        if constexpr (Ahead::kHas) {
+          ahead.state1(s);
+        } else {
+          read(columns, state1, 1, s);
+        }
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) {
+          s[v] += g[v] * g[v];
+          move[v] = -lr * (g[v] / (sqrt(s[v]) + eps));
+        }
+        store_row(columns, state1, s, kWide);
+        break;
+      }
+      case RowOptimizer::kRowwiseAdagrad:
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) move[v] = factor * g[v];
+        break;
+      case RowOptimizer::kAdam: {
+        Values first, second;
+        if constexpr (Ahead::kHas) {
+          ahead.state1(first);
+          ahead.state2(second);
+        } else {
+          read(columns, state1, 1, first);
+          read(columns, state2, 1, second);
+        }
+        const T rest1 = T(1 - step.beta1), rest2 = T(1 - step.beta2);
+        const T size = -lr * T(sqrt(step.correction2) / step.correction1);
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) {
+          first[v] += (g[v] - first[v]) * rest1;
+          second[v] += (g[v] * g[v] - second[v]) * rest2;
+          move[v] = size * (first[v] / (sqrt(second[v]) + eps));
+        }
+        store_row(columns, state1, first, kWide);
+        store_row(columns, state2, second, kWide);
+        break;
+      }
+    }
+    Values now;
+    if constexpr (Ahead::kHas) {
+      ahead.weights(now);
+    } else {
+      read(columns, w, t.column_stride, now);
+    }
+    SK_UNROLL
+    for (int v = 0; v < C::kCount; ++v) now[v] += move[v];
+    if constexpr (kWide) {
+      store_row(columns, w, now, true);
+    } else {
+      SK_UNROLL
+      for (int v = 0; v < C::kCount; ++v) {
+        if (columns.has(v)) w[columns.at(v) * t.column_stride] = narrow<S>(now[v]);
+      }
+    }
+  }
+
+ private:
+  template <class From>
+  static SK_DEVICE void read(const C& columns, Global<From> from, int64_t stride, Values& values) {
+    if constexpr (kWide) {
+      load_side_by_side<C::kCount>(values, from, columns.at(0));
+    } else {
+      SK_UNROLL
+      for (int v = 0; v < C::kCount; ++v) {
+        values[v] = columns.has(v) ? widen(load<Cache::kDefault>(from, columns.at(v) * stride)) : T(0);
+      }
+    }
+  }
+};
+
+// ---- sums ------------------------------------------------------------------------------------------------------
+
+// Sums of partial results, as merge_chains wants them; reset and merge are those of every sum here.
+template <class S, bool kWide>
+struct RowPartials {
+  using C = Columns<S, kWide>;
+  using T = typename Element<S>::T;
+  struct State {
+    T values[C::kCount];
+  };
+  C columns;
+  Partials<T> partials;
+
+  SK_DEVICE void reset(State& s) const {
+    SK_UNROLL
+    for (int v = 0; v < C::kCount; ++v) s.values[v] = 0;
+  }
+  SK_DEVICE void merge(State& s, const State& later) const {
+    SK_UNROLL
+    for (int v = 0; v < C::kCount; ++v) s.values[v] += later.values[v];
+  }
+  SK_DEVICE State saved(int64_t slot) const {
+    State s;
+    reset(s);
+    load_row(columns, partials.row(slot), s.values, kWide);
+    return s;
+  }
+  SK_DEVICE void save(const State& s, int64_t slot) const { store_row(columns, partials.row(slot), s.values, kWide); }
+};
+
+template <class T, int kCount>
+SK_DEVICE void divide_by_count(const RowsArgs<T>& a, RowSum<T, kCount>& sum) {
+  if (!a.by_frequency) return;
+  SK_UNROLL
+  for (int v = 0; v < kCount; ++v) sum.values[v] = sum.values[v] / T(sum.count);
+}
+
+// kWon: a row has the gradient of those columns that its position won.
+template <class S, bool kWide, bool kWon, template <class, bool> class Target>
+SK_KERNEL(kWalkThreads, kWide && sizeof(S) == 4    ? 4
+                        : !kWide && sizeof(S) == 8 ? 2
+                                                   : 3)  // what registers allow
+bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
+  using C = Columns<S, kWide>;
+  using T = typename Element<S>::T;
+  using Rows = RowLoader<S, kWide>;
+  using Partial = RowPartials<S, kWide>;
+  constexpr int kRows = kWon ? 4 : 8;  // on their way; with the winners of columns as many loads
+  struct Won {
+    int32_t at[C::kCount];
+  };
+
+  const int64_t group = grid_thread_index() / a.group;
+  if (group >= a.groups) return;
+  const int64_t first = group * kPerGroup, N = a.sorted.N;
+  const int stop = static_cast<int>(min(kPerGroup, N - first));
+  const auto keys = a.sorted.keys() + first, positions = a.sorted.places() + first;
+  const auto bag_of = global<const uint32_t>(a.bag_of, N);
+  const auto scales = global<const T>(a.scales, a.bounds.bags);
+  const Weights<S> weights{a.weights, N, a.wide_weights};
+  const uint32_t before = first > 0 ? load<Cache::kReadOnly>(keys, -1) : a.sorted.none;
+
+  Partial partial{{0, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
+  const C& columns = partial.columns;
+  PlacedTable table;
+  Rows rows{};
+  int64_t next_ordinal = 0;
+  if (a.ordinals != nullptr) {
+    const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+    next_ordinal = in_front;
+  }
+  typename Partial::State state;
+  typename Rows::Raw raw[kRows];
+  Won won[kRows];
+  T coefficients[kRows];
+  int32_t within[kRows];
+  uint32_t row[kRows];
+  uint32_t current = a.sorted.none;
+  int at = 0, step = 0, n = 0, begin = 0;  // places, counted from the group's first
+  int64_t ordinal = 0, rows_end = 0;
+  for (;;) {
+    const uint32_t key = at < stop ? load<Cache::kReadOnly>(keys, at) : a.sorted.none;
+    if (key != current || key == a.sorted.none) {
+      if (current != a.sorted.none) {
+        const bool goes_on = at == stop && first + stop < N && load<Cache::kReadOnly>(keys, stop) == current;
+        if (begin == 0 && before == current) {
+          partial.save(state, partial_slot(group, 0) - 1);
+        } else if (goes_on) {
+          partial.save(state, partial_slot(group, 0));
+        } else {
+          RowSum<T, C::kCount> sum{current, first + begin, at - begin, ordinal, {}};
+          SK_UNROLL
+          for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
+          divide_by_count(a, sum);
+          // Read again: what only this needs stays out of registers.
+          Target<S, kWide>::finish(a, a.tables.of_row(current), columns, sum, NothingAhead{});
+        }
+      }
+      if (key == a.sorted.none) return;
+      current = key;
+      begin = at;
+      ordinal = next_ordinal;
+      if (at > 0 || before != key) ++next_ordinal;
+      partial.reset(state);
+      if (key >= rows_end) {
+        table = a.tables.of_row(key);
+        rows_end = table.rows_before + table.t.E;
+        partial.columns.D = table.t.D;
+        rows = Rows{global<const S>(table.t.out, table.rows_end(table.t.out_stride)), 1, columns};
+      }
+    }
+    if (at == step + n) {
+      step = at;
+      n = 0;
+      SK_UNROLL
+      for (int j = 0; j < kRows; ++j) {
+        row[j] = step + j < stop ? load<Cache::kReadOnly>(keys, step + j) : a.sorted.none;
+        if (row[j] >= rows_end) continue;
+        n = j + 1;
+        const uint32_t position = load<Cache::kReadOnly>(positions, step + j);
+        const uint32_t bag = bag_of ? load<Cache::kReadOnly>(bag_of, position) : position;
+        rows.load(raw[j], table.row_of(bag, table.t.out_stride));
+        coefficients[j] = scales ? load<Cache::kReadOnly>(scales, bag) : T(1);
+        if (a.weights != nullptr) coefficients[j] *= weights[position];
+        if constexpr (kWon) {
+          const auto arg = global<const int32_t>(table.t.arg, table.rows_end(table.t.arg_stride));
+          within[j] = static_cast<int32_t>(position - a.bounds.begin(bag));
+          load_row(columns, arg + table.row_of(bag, table.t.arg_stride), won[j].at, kWide);
+        }
+      }
+    }
+    int used = 0;
+    SK_UNROLL
+    for (int j = 0; j < kRows; ++j) {
+      if (step + j < at || j >= n || row[j] != current) continue;
+      ++used;
+      SK_UNROLL
+      for (int v = 0; v < C::kCount; ++v) {
+        const T grad = rows.value(raw[j], v);
+        if constexpr (kWon) {
+          if (won[j].at[v] == within[j]) state.values[v] = fma(coefficients[j], grad, state.values[v]);
+        } else {
+          state.values[v] = fma(coefficients[j], grad, state.values[v]);
+        }
+      }
+    }
+    at += used;
+  }
+}
+
+// What a lane has on its way through shared memory, copied there asynchronously: for each place the gradient of its
+// bag, and where a row ends that will be finished at once, what its step reads. A lane reads what it has copied itself.
+template <class S>
+struct RowsRing {
+  using C = Columns<S, true>;
+  using T = typename Element<S>::T;
+  static constexpr int kStep = 4, kStages = 2;
+  static constexpr int kSlots = kStep * kStages * kWalkThreads;
+
+  struct Wants {
+    bool scales, weights, step, state1, state2, rowwise;
+  };
+  static SK_HOST_DEVICE Wants wants(const RowsArgs<T>& a, bool step) {
+    const RowOptimizer o = a.step.optimizer;
+    return {a.scales != nullptr,
+            a.weights != nullptr,
+            step,
+            step && (o == RowOptimizer::kAdagrad || o == RowOptimizer::kAdam),
+            step && o == RowOptimizer::kAdam,
+            step && o == RowOptimizer::kRowwiseAdagrad};
+  }
+
+  Shared<S> gradients, rows;           // [slots, columns]
+  Shared<T> states1, states2;          // [slots, columns]
+  Shared<T> scales, weights, rowwise;  // [slots]
+
+  template <class Arena>
+  static SK_HOST_DEVICE RowsRing in(Arena& arena, const Wants& w) {
+    RowsRing r;
+    r.gradients = arena.template array<S>(kSlots * C::kCount);
+    r.rows = arena.template array<S>(w.step ? kSlots * C::kCount : 0);
+    r.states1 = arena.template array<T>(w.state1 ? kSlots * C::kCount : 0);
+    r.states2 = arena.template array<T>(w.state2 ? kSlots * C::kCount : 0);
+    r.scales = arena.template array<T>(w.scales ? kSlots : 0);
+    r.weights = arena.template array<T>(w.weights ? kSlots : 0);
+    r.rowwise = arena.template array<T>(w.rowwise ? kSlots : 0);
+    return r;
+  }
+  static SK_DEVICE int slot(int place) { return place % (kStep * kStages) * kWalkThreads + thread_index(); }
+
+  template <class U, class From>
+  static SK_DEVICE void ask(Shared<U> to, Global<From> from, bool has) {
+    constexpr int kPart = 16 / int(sizeof(U));
+    SK_UNROLL
+    for (int p = 0; p < C::kCount; p += kPart) copy_async<16>(to + p, from + p, has);
+  }
+};
+
+// What was read ahead for a place.
+template <class S>
+struct StepAhead {
+  static constexpr bool kHas = true;
+  using C = Columns<S, true>;
+  using T = typename Element<S>::T;
+  const RowsRing<S>& ring;
+  int slot;
+
+  SK_DEVICE T rowwise() const { return ring.rowwise[slot]; }
+  SK_DEVICE void weights(T (&values)[C::kCount]) const { read(values, ring.rows + slot * C::kCount); }
+  SK_DEVICE void state1(T (&values)[C::kCount]) const { read(values, ring.states1 + slot * C::kCount); }
+  SK_DEVICE void state2(T (&values)[C::kCount]) const { read(values, ring.states2 + slot * C::kCount); }
+
+ private:
+  template <class U>
+  static SK_DEVICE void read(T (&values)[C::kCount], Shared<U> from) {
+    constexpr int kPart = 16 / int(sizeof(U));
+    SK_UNROLL
+    for (int p = 0; p < C::kCount; p += kPart) {
+      const Vec<U, kPart> v = load_vec<kPart>(from, p);
+      SK_UNROLL
+      for (int i = 0; i < kPart; ++i) values[p + i] = widen(v[i]);
+    }
+  }
+};
+
+// The same sums over rows of 16 bytes a lane. Rows of the table are read and written once each, far apart: what one
+// costs is hidden only if many are on their way, so they are asked for with the gradients, not when a sum is complete.
+template <class S, template <class, bool> class Target>
+SK_KERNEL(kWalkThreads, Target<S, true>::Reads::value ? 4 : 5)  // what registers allow
+bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
+  using C = Columns<S, true>;
+  using T = typename Element<S>::T;
+  using Ring = RowsRing<S>;
+  using Partial = RowPartials<S, true>;
+  constexpr int kStep = Ring::kStep;
+  constexpr bool kSteps = Target<S, true>::Reads::value;
+
+  const int64_t group = grid_thread_index() / a.group;
+  if (group >= a.groups) return;
+  const int64_t first = group * kPerGroup, N = a.sorted.N;
+  const int stop = static_cast<int>(min(kPerGroup, N - first));
+  const auto keys = a.sorted.keys() + first, places = a.sorted.places() + first;
+  const uint32_t none = a.sorted.none;
+  const auto key_at = [&](int i) -> uint32_t { return first + i < N ? load<Cache::kReadOnly>(keys, i) : none; };
+  const uint32_t before = first > 0 ? load<Cache::kReadOnly>(keys, -1) : none;
+  const auto bag_of = global<const uint32_t>(a.bag_of, N);
+  const auto scales = global<const T>(a.scales, a.bounds.bags);
+  const Weights<S> weights{a.weights, N, a.wide_weights};
+  const typename Ring::Wants wants = Ring::wants(a, kSteps);
+  SharedArena arena;
+  const Ring ring = Ring::in(arena, wants);
+
+  Partial partial{{0, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
+  const C& columns = partial.columns;
+  int64_t next_ordinal = 0;
+  if (a.ordinals != nullptr) {
+    const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+    next_ordinal = in_front;
+  }
+
+  // Rows over an edge: the group in which one begins sums it, unless it goes on behind all places of the next group.
+  const uint32_t last = key_at(stop - 1);
+  const bool goes_on = last != none && last != before && key_at(stop) == last && key_at(stop + kPerGroup) != last;
+  const int most =
+      !goes_on ? stop : int(a.sorted.first_at_least(last + 1, first + stop, min(N, first + stop + kPerGroup)) - first);
+  int from = 0, end = 0;  // places of one table, counted from the group's first
+  if (before != none && key_at(0) == before && key_at(stop) != before &&
+      (first == kPerGroup || load<Cache::kReadOnly>(keys, -kPerGroup - 1) != before)) {
+    from = int(a.sorted.first_at_least(before + 1, first, first + stop) - first);
+  }
+  for (uint32_t key = key_at(from); key != none && from < stop; from = end) {
+    const PlacedTable table = a.tables.of_row(key);
+    const BagTable& t = table.t;
+    const int64_t rows_end = table.rows_before + t.E;
+    end = most;
+    if (last >= rows_end) {
+      end = int(a.sorted.first_at_least(static_cast<uint32_t>(rows_end), first + from, first + stop) - first);
+    }
+    partial.columns.D = t.D;
+    const bool has = columns.wide_has();
+    const int64_t column = has ? columns.at(0) : 0;
+    const auto gradients = global<const S>(t.out, table.rows_end(t.out_stride)) + column;
+    const auto table_rows =
+        global<const S>(t.table, kSteps && t.E > 0 ? (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1 : 0) +
+        column;
+    const auto states1 = global<const T>(table.state1, wants.state1 ? t.E * t.D : 0) + column;
+    const auto states2 = global<const T>(table.state2, wants.state2 ? t.E * t.D : 0) + column;
+    const auto rowwise = global<const T>(table.state1, wants.rowwise ? t.E : 0);
+
+    uint32_t row[kStep + 1], place[kStep];  // of the step that will be asked for
+    const auto fetch = [&](int p) {
+      if (p >= end) return;
+      SK_UNROLL
+      for (int j = 0; j < kStep; ++j) {
+        row[j] = key_at(p + j);
+        place[j] = p + j < end ? load<Cache::kReadOnly>(places, p + j) : 0u;
+      }
+      row[kStep] = key_at(p + kStep);
+    };
+    const auto ask = [&](int p) {
+      if (p < end) {
+        SK_UNROLL
+        for (int j = 0; j < kStep; ++j) {
+          if (p + j >= end) continue;
+          const int to = Ring::slot(p + j - from);
+          const uint32_t bag = bag_of ? load<Cache::kReadOnly>(bag_of, place[j]) : place[j];
+          Ring::ask(ring.gradients + to * C::kCount, gradients + table.row_of(bag, t.out_stride), has);
+          if (wants.scales) copy_async<sizeof(T)>(ring.scales + to, scales + bag);
+          if (wants.weights) {
+            if (a.wide_weights) {
+              copy_async<sizeof(T)>(ring.weights + to, global<const T>(a.weights, N) + place[j]);
+            } else {
+              ring.weights[to] = weights[place[j]];
+            }
+          }
+          if constexpr (kSteps) {
+            if (row[j] == row[j + 1] || row[j] == before) continue;
+            const int64_t r = row[j] - table.rows_before;
+            Ring::ask(ring.rows + to * C::kCount, table_rows + r * t.row_stride, has);
+            if (wants.state1) Ring::ask(ring.states1 + to * C::kCount, states1 + r * t.D, has);
+            if (wants.state2) Ring::ask(ring.states2 + to * C::kCount, states2 + r * t.D, has);
+            if (wants.rowwise) copy_async<sizeof(T)>(ring.rowwise + to, rowwise + r);
+          }
+        }
+      }
+      copy_async_commit();
+      fetch(p + kStep);
+    };
+
+    typename Partial::State state;
+    partial.reset(state);
+    fetch(from);
+    ask(from);
+    ask(from + kStep);
+    uint32_t next = key_at(from + 1);
+    int begin = from;
+    for (int step = from; step < end; step += kStep) {
+      copy_async_wait<Ring::kStages - 1>();
+      const int step_end = step + kStep < end ? step + kStep : end;
+      for (int p = step; p < step_end; ++p) {
+        const uint32_t later = key_at(p + 2);
+        const int slot = Ring::slot(p - from);
+        const auto raw = load_vec<C::kCount>(ring.gradients, slot * C::kCount);
+        T coefficient = 1;
+        if (wants.scales) coefficient = ring.scales[slot];
+        if (wants.weights) {
+          const T weight = ring.weights[slot];
+          coefficient *= weight;
+        }
+        SK_UNROLL
+        for (int v = 0; v < C::kCount; ++v) state.values[v] = fma(coefficient, widen(raw[v]), state.values[v]);
+        if (next != key || p + 1 == most) {
+          if (key == before) {
+            partial.save(state, partial_slot(group, 0) - 1);
+          } else {
+            if (next == key) {
+              partial.save(state, partial_slot(group, 0));
+            } else {
+              RowSum<T, C::kCount> sum{key, first + begin, p + 1 - begin, next_ordinal, {}};
+              SK_UNROLL
+              for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
+              divide_by_count(a, sum);
+              if constexpr (kSteps) {
+                Target<S, true>::finish(a, table, columns, sum, StepAhead<S>{ring, slot});
+              } else {
+                Target<S, true>::finish(a, table, columns, sum, NothingAhead{});
+              }
+            }
+            ++next_ordinal;
+          }
+          partial.reset(state);
+          begin = p + 1;
+        }
+        key = next;
+        next = later;
+      }
+      ask(step + 2 * kStep);
+    }
+    copy_async_wait<0>();
+  }
+}
+
+// Chain q: the row that begins in group q's places and goes on behind them.
+template <class S, template <class, bool> class Target>
+struct LongRows {
+  using Partial = RowPartials<S, false>;
+  using T = typename Partial::T;
+  const RowsArgs<T>& a;
+
+  SK_DEVICE int64_t pieces(int64_t q) const {
+    const int64_t last = (q + 1) * kPerGroup - 1;
+    if (last + 1 >= a.sorted.N) return 0;
+    const auto keys = a.sorted.keys();
+    const uint32_t key = keys[last];
+    if (key >= a.sorted.none || keys[last + 1] != key || (q > 0 && keys[q * kPerGroup - 1] == key)) return 0;
+    if (a.reach > 0 && (last + 1 + a.reach >= a.sorted.N || keys[last + 1 + a.reach] != key)) return 0;
+    return (end(q, key) - 1) / kPerGroup - q + 1;
+  }
+  SK_DEVICE int64_t end(int64_t q, uint32_t key) const {
+    const int64_t from = (q + 1) * kPerGroup, near = min(a.sorted.N, from + kPerGroup);
+    const int64_t found = a.sorted.first_at_least(key + 1, from, near);
+    return found < near ? found : a.sorted.first_at_least(key + 1, near, a.sorted.N);
+  }
+  SK_DEVICE PlacedTable table_of(int64_t q) const { return a.tables.of_row(a.sorted.keys()[(q + 1) * kPerGroup - 1]); }
+  SK_DEVICE Partial reduction(int64_t q) const {
+    using C = typename Partial::C;
+    return {{table_of(q).t.D, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
+  }
+  SK_DEVICE void finish(int64_t q, int64_t, const Partial& r, const typename Partial::State& state) const {
+    RowSum<T, Partial::C::kCount> sum;
+    sum.key = a.sorted.keys()[(q + 1) * kPerGroup - 1];
+    sum.begin = a.sorted.first_at_least(sum.key, q * kPerGroup, (q + 1) * kPerGroup);
+    sum.count = end(q, sum.key) - sum.begin;
+    sum.ordinal = 0;
+    if (a.ordinals != nullptr) {
+      const uint32_t behind = global<const uint32_t>(a.ordinals, a.groups + 1)[q + 1];
+      sum.ordinal = int64_t(behind) - 1;
+    }
+    SK_UNROLL
+    for (int v = 0; v < Partial::C::kCount; ++v) sum.values[v] = state.values[v];
+    divide_by_count(a, sum);
+    Target<S, false>::finish(a, table_of(q), r.columns, sum, NothingAhead{});
+  }
+};
+
+template <class S, template <class, bool> class Target>
+SK_KERNEL(kThreads)
+bag_merge_rows_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
+  merge_chains<RowPartials<S, false>>(LongRows<S, Target>{a}, a.groups, a.group);
+}
+
+// The states of a row-wise step on rows that several groups share: a thread has a place where a row begins.
+template <class T>
+SK_KERNEL(kThreads)
+bag_rowwise_kernel(const SK_GRID_CONSTANT RowsArgs<T> a, int64_t tile) {
+  const int64_t i = grid_thread_index();
+  if (i >= a.sorted.N || !a.sorted.begins(i)) return;
+  const uint32_t key = a.sorted.keys()[i];
+  const PlacedTable table = a.tables.of_row(key);
+  if (table.t.D == 0) return;
+  const int64_t tiles = ceil_div(table.t.D, tile);
+  const auto squares = global<T>(a.squares, tiles * a.sorted.N);
+  T sum = 0;
+  for (int64_t j = 0; j < tiles; ++j) sum += squares[j * a.sorted.N + i];
+  const auto states = global<T>(table.state1, table.t.E);
+  const int64_t row = key - table.rows_before;
+  const T state = states[row] + sum / T(table.t.D);
+  states[row] = state;
+  squares[i] = state;
+}
+
+// ---- max_norm --------------------------------------------------------------------------------------------------
+
+struct RenormArgs {
+  BagTable t;
+  Sorted sorted;
+  double max_norm, p;
+  int group;
+};
+
+// A group has a place; where a row begins it looks after the row.
+template <class S>
+SK_KERNEL(kThreads)
+bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
+  using T = typename Element<S>::T;
+  const BagTable& t = a.t;
+  const int64_t i = grid_thread_index() / a.group;
+  if (i >= a.sorted.N || !a.sorted.begins(i)) return;
+  const int64_t row = a.sorted.keys()[i];
+  const int lane = thread_index() % a.group;
+  const auto w = global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1) +
+                 row * t.row_stride;
+  const bool largest = a.p > 0 && a.p * 2 == a.p, least = a.p < 0 && a.p * 2 == a.p;  // infinite
+  double sum = least ? 1.0 / 0.0 : 0.0;
+  for (int64_t d = lane; d < t.D; d += a.group) {
+    const double x = fabs(double(widen(load<Cache::kDefault>(w, d * t.column_stride))));
+    if (largest) {
+      sum = x > sum || x != x ? x : sum;
+    } else if (least) {
+      sum = x < sum || x != x ? x : sum;
+    } else {
+      sum += a.p == 2 ? x * x : a.p == 1 ? x : a.p == 0 ? double(x != 0) : pow(x, a.p);
+    }
+  }
+  for (int distance = a.group / 2; distance > 0; distance /= 2) {
+    const double x = shuffle_xor(sum, distance, kWarp, group_mask(a.group));
+    if (largest) {
+      sum = x > sum || x != x ? x : sum;
+    } else if (least) {
+      sum = x < sum || x != x ? x : sum;
+    } else {
+      sum += x;
+    }
+  }
+  const double norm = a.p == 2 ? sqrt(sum) : a.p == 1 || a.p == 0 || largest || least ? sum : pow(sum, 1 / a.p);
+  if (!(norm > a.max_norm)) return;
+  const T factor = T(a.max_norm / (norm + 1e-7));
+  for (int64_t d = lane; d < t.D; d += a.group) {
+    const T x = widen(load<Cache::kDefault>(w, d * t.column_stride));
+    w[d * t.column_stride] = narrow<S>(x * factor);
+  }
+}
+
+// ---- host ------------------------------------------------------------------------------------------------------
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // of what it is computed in
+
+int64_t all_rows(const BagForward& bags) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < bags.count; ++i) rows += bags.tables[i].E;
+  return rows;
+}
+
+// The scratch memory of a backward call, the same for whoever asks. What only sums need comes last.
+struct RowsMemory {
+  PlacedTable* tables;
+  uint32_t* bag_of;
+  SortMemory sort;
+  int64_t groups, width, tiles;
+  char* scales;            // [bags]
+  char* tallies;           // scratch of those
+  uint32_t* ordinals;      // [groups + 1]
+  int64_t* values_before;  // [tables + 1]
+  char* partials;          // [2 groups, width]
+  char* squares;           // [tiles, N]
+
+  RowsMemory(const BagForward& bags, Scratch& scratch, bool sums)
+      : tables(scratch.take<PlacedTable>(bags.count)),
+        bag_of(scratch.take<uint32_t>(bags.tables[0].N)),
+        sort(bags.tables[0].N, static_cast<uint32_t>(all_rows(bags)), scratch) {
+    constexpr int64_t kMost = 0xffffffff;
+    const int64_t N = bags.tables[0].N, all = bounds_of(bags).bags, size = size_of(bags.shape.dtype);
+    if (all_rows(bags) >= kMost || N >= kMost || all >= kMost) {
+      throw std::runtime_error("embedding_bag: rows, indices and bags must be below 2^32 - 1 each on CUDA");
+    }
+    const bool mean = bags.shape.mode == BagMode::kMean;
+    groups = ceil_div(N, kPerGroup);
+    width = sums ? ceil_div(most_columns(bags), 16) * 16 : 0;
+    constexpr int64_t kLeastTile = 64;  // of any loader
+    tiles = ceil_div(width, kLeastTile);
+    scales = scratch.take<char>(sums && mean ? all * size : 0);
+    tallies = scratch.take<char>(sums && mean ? bag_scales_scratch_bytes(bags) : 0);
+    ordinals = scratch.take<uint32_t>(sums ? groups + 1 : 0);
+    values_before = scratch.take<int64_t>(sums ? bags.count + 1 : 0);
+    partials = scratch.take<char>(2 * groups * width * size);
+    squares = scratch.take<char>(tiles > 1 ? tiles * N * size : 0);
+  }
+  Sorted sorted(const BagForward& bags) const {
+    return {sort.keys[sort.result], sort.values[sort.result], sort.n, static_cast<uint32_t>(all_rows(bags))};
+  }
+  // Whether a gradient hangs on more than the row and the bag.
+  static bool by_position(const BagForward& bags) { return bags.tables[0].weights != nullptr || bags.shape.extreme(); }
+};
+
+std::vector<PlacedTable> placed_rows(const BagForward& bags) {
+  std::vector<PlacedTable> tables(bags.count);
+  int64_t bags_before = 0, rows_before = 0;
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const BagTable& t = bags.tables[i];
+    tables[i] = {};
+    tables[i].t = t;
+    tables[i].bags_before = bags_before;
+    tables[i].rows_before = rows_before;
+    bags_before += t.bags;
+    rows_before += t.E;
+  }
+  return tables;
+}
+
+void sort_positions(const BagForward& bags, const RowsMemory& m, const ManyTables& tables, BagFaultWord* fault,
+                    void* stream) {
+  KeyArgs args{};
+  args.tables = tables;
+  args.bounds = bounds_of(bags);
+  args.faults.word = fault;
+  args.wide_indices = bags.shape.wide_indices;
+  args.N = bags.tables[0].N;
+  args.none = static_cast<uint32_t>(all_rows(bags));
+  args.keys = m.sort.keys[0];
+  args.bag_of = m.bag_of;
+  launch(bag_keys_kernel, blocks_of(max(1, ceil_div(args.N, kKeys)), stream), args);
+  SortMemory sort = m.sort;
+  if (!RowsMemory::by_position(bags)) sort.first_values = m.bag_of;
+  launch_sort(sort, stream);
+}
+
+// Whether what sums go to can be written, and read, 16 bytes at a time.
+bool wide_targets(const BagForward& bags, const RowTarget* targets) {
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const RowTarget& to = targets[i];
+    if (!aligned(to.dense, 16) || !aligned(to.values, 16)) return false;
+    if (to.step != nullptr && (!aligned(to.step->state1, 16) || !aligned(to.step->state2, 16))) return false;
+  }
+  return true;
+}
+
+template <class S, bool kWide, template <class, bool> class Target, class T>
+void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
+  args.reach = 0;
+  using C = Columns<S, kWide>;
+  using Merging = Columns<S, false>;
+  args.group = group_of<C>(bags);
+  LaunchConfig config = blocks_of(args.groups * args.group, stream, tiles_of<C>(bags), kWalkThreads);
+  if (bags.shape.extreme()) {
+    launch(bag_reduce_kernel<S, kWide, true, Target>, config, args);
+  } else if constexpr (kWide) {
+    SharedBytes bytes;
+    RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::Reads::value));
+    config.shared_bytes = bytes.bytes();
+    if (config.shared_bytes > device_limits().shared_bytes) {  // Adam on 16-bit rows, where a block has 99 KiB
+      return launch_sums<S, false, Target>(bags, args, stream);
+    }
+    args.reach = kPerGroup;
+    launch(bag_reduce_wide_kernel<S, Target>, config, args);
+  } else {
+    launch(bag_reduce_kernel<S, kWide, false, Target>, config, args);
+  }
+  args.group = group_of<Merging>(bags);
+  launch(bag_merge_rows_kernel<S, Target>, blocks_of_chains(args.groups, stream, tiles_of<Merging>(bags)), args);
+}
+
+template <class S, bool kWide, class T>
+void reduce_rows(const BagForward& bags, const RowTarget* targets, RowsArgs<T>& args, void* stream) {
+  if (targets[0].step == nullptr) return launch_sums<S, kWide, StoreRow>(bags, args, stream);
+  constexpr int64_t kTile = Columns<S, false>::kTile;
+  if (args.step.optimizer != RowOptimizer::kRowwiseAdagrad ||
+      most_columns(bags) <= min(kTile, Columns<S, kWide>::kTile)) {
+    return launch_sums<S, kWide, StepRow>(bags, args, stream);
+  }
+  // Both launches of the first phase must cut rows into the same columns.
+  args.phase = Phase::kSquares;
+  launch_sums<S, false, StepRow>(bags, args, stream);
+  launch(bag_rowwise_kernel<T>, blocks_of(args.sorted.N, stream), args, kTile);
+  args.phase = Phase::kStepFromState;
+  launch_sums<S, kWide, StepRow>(bags, args, stream);
+}
+
+}  // namespace
+}  // namespace bags_cuda
+
+using namespace bags_cuda;
+
+int64_t bag_rows_scratch_bytes(const BagForward& bags) {
+  Scratch scratch(nullptr);
+  RowsMemory memory(bags, scratch, true);
+  return scratch.bytes();
+}
+
+void launch_bag_sort(const BagForward& bags, BagFaultWord* fault, void* memory, void* stream) {
+  if (bounds_of(bags).bags == 0) return;
+  Scratch scratch(memory);
+  const RowsMemory m(bags, scratch, true);
+  const std::vector<PlacedTable> tables = placed_rows(bags);
+  const ManyTables placed = place_tables(tables.data(), bags.count, m.tables, stream);
+  sort_positions(bags, m, placed, fault, stream);
+  if (bags.shape.mode == BagMode::kMean) launch_bag_scales(bags, placed, m.scales, m.tallies, stream);
+}
+
+void count_bag_rows(const BagForward& bags, int64_t* counts, void* memory, void* stream) {
+  Scratch scratch(memory);
+  const RowsMemory m(bags, scratch, true);
+  for (int64_t i = 0; i < bags.count; ++i) counts[i] = 0;
+  if (m.groups == 0 || bounds_of(bags).bags == 0) return;
+  const CountArgs args{m.sorted(bags), m.ordinals, m.groups, {m.tables, bags.count}, m.values_before};
+  launch(bag_heads_kernel, blocks_of(m.sort.n, stream), args);
+  launch(bag_ordinals_kernel, blocks_of(1, stream), args);
+  launch(bag_values_kernel, blocks_of(bags.count + 1, stream), args);
+  std::vector<int64_t> before(bags.count + 1);
+  read_back(before.data(), m.values_before, (bags.count + 1) * 8, stream);
+  for (int64_t i = 0; i < bags.count; ++i) counts[i] = before[i + 1] - before[i];
+}
+
+void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarget* targets, void* memory,
+                       void* stream) {
+  const int64_t element = bags.shape.dtype == DType::kFloat64 ? 8 : bags.shape.dtype == DType::kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const BagTable& t = bags.tables[i];
+    if (targets[i].dense != nullptr && t.E * t.D > 0) fill_bytes(targets[i].dense, 0, t.E * t.D * element, stream);
+  }
+  Scratch scratch(memory);
+  const RowsMemory m(bags, scratch, true);
+  if (m.groups == 0 || bounds_of(bags).bags == 0 || all_rows(bags) == 0) return;
+  std::vector<PlacedTable> tables = placed_rows(bags);
+  for (int64_t i = 0; i < bags.count; ++i) {
+    tables[i].target = targets[i];
+    tables[i].target.step = nullptr;
+    if (targets[i].step == nullptr) continue;
+    tables[i].state1 = targets[i].step->state1;
+    tables[i].state2 = targets[i].step->state2;
+  }
+  bool values = false;  // a table of which no row occurs may come without memory for them
+  for (int64_t i = 0; i < bags.count; ++i) values |= targets[i].rows != nullptr;
+  const ManyTables placed =
+      place_tables(tables.data(), bags.count, m.tables, stream, values ? m.values_before : nullptr);
+  const BagTable& t = bags.tables[0];
+  const bool wide = wide_rows(bags, targets[0].step != nullptr) && wide_targets(bags, targets);
+  dispatch(bags.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    using T = Compute<S>;
+    RowsArgs<T> args{};
+    args.tables = placed;
+    args.bounds = bounds_of(bags);
+    args.sorted = m.sorted(bags);
+    args.groups = m.groups;
+    args.bag_of = RowsMemory::by_position(bags) ? m.bag_of : nullptr;
+    args.ordinals = values ? m.ordinals : nullptr;
+    args.scales = bags.shape.mode == BagMode::kMean ? reinterpret_cast<const T*>(m.scales) : nullptr;
+    args.weights = t.weights;
+    args.wide_weights = bags.shape.wide_weights;
+    args.by_frequency = by_frequency;
+    args.partials.values = reinterpret_cast<T*>(m.partials);
+    args.partials.slots = 2 * m.groups;
+    args.partials.width = m.width;
+    if (targets[0].step != nullptr) args.step = *targets[0].step;
+    args.squares = reinterpret_cast<T*>(m.squares);
+    if (wide) {
+      reduce_rows<S, true>(bags, targets, args, stream);
+    } else {
+      reduce_rows<S, false>(bags, targets, args, stream);
+    }
+  });
+}
+
+int64_t bag_renorm_scratch_bytes(const BagForward& bags) {
+  Scratch scratch(nullptr);
+  RowsMemory memory(bags, scratch, false);
+  return scratch.bytes();
+}
+
+void launch_bag_renorm(const BagForward& bags, double max_norm, double norm_type, void* memory, void* stream) {
+  const BagTable& t = bags.tables[0];
+  if (t.N == 0 || t.bags == 0 || t.D == 0 || t.E == 0) return;
+  Scratch scratch(memory);
+  const RowsMemory m(bags, scratch, false);
+  dispatch(bags.shape.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const int group = group_for<Columns<S, false>>(t.D);
+    const RenormArgs args{t, m.sorted(bags), max_norm, norm_type, group};
+    launch(bag_renorm_kernel<S>, blocks_of(t.N * group, stream), args);
+  });
+}
+
+}  // namespace seqkernels

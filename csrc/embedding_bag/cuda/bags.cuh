@@ -1,0 +1,498 @@
+// How CUDA kernels walk bags: tables, bounds, indices, and the columns that a lane has. Shared by the forward and the
+// backward kernels.
+//
+// A group of lanes, a power of two, takes a row: each lane 16 bytes of it, so that narrow rows share a warp. Lanes of a
+// group read the same indices, which the first-level cache gives to all of them at once; no group waits for another
+// one.
+#pragma once
+
+#include "common/device.cuh"
+#include "common/math.h"
+#include "embedding_bag/cuda/launch.h"
+#include "embedding_bag/embedding_bag.h"
+
+namespace seqkernels::bags_cuda {
+
+using namespace device;
+
+constexpr int kThreads = 256;
+constexpr int kWalkThreads = 128;  // of kernels with many registers: smaller blocks fill a multiprocessor better
+
+struct Byte {  // an element of a row of bytes
+  uint8_t bits;
+};
+
+// What an element is computed in, and what results are stored as.
+template <class S>
+struct Element {
+  using T = Compute<S>;
+  using Out = S;
+};
+template <>
+struct Element<Byte> {
+  using T = float;
+  using Out = float;
+};
+
+// ---- faults ----------------------------------------------------------------------------------------------------
+
+// The first kind of fault, and of that kind the first position, is the largest word.
+constexpr int kFaultBits = 60;
+SK_HOST_DEVICE uint64_t fault_word(BagFault::What what, int64_t at) {
+  return ~(static_cast<uint64_t>(what) << kFaultBits | static_cast<uint64_t>(at));
+}
+
+struct FaultSink {
+  BagFaultWord* word;
+
+  SK_DEVICE void report(BagFault::What what, int64_t at) const {
+    if (word != nullptr) atomic_max(global<uint64_t>(word, 1), 0, fault_word(what, at));
+  }
+};
+
+// ---- integers of either width ----------------------------------------------------------------------------------
+
+struct Integers {
+  const void* data;
+  int64_t count;
+  bool wide;
+
+  SK_DEVICE int64_t operator[](int64_t i) const {
+    if (wide) return load<Cache::kReadOnly>(global<const int64_t>(data, count), i);
+    return load<Cache::kReadOnly>(global<const int32_t>(data, count), i);
+  }
+  // kMost of them from `first` on, of which n are there: one branch for all.
+  template <int kMost>
+  SK_DEVICE void read(int64_t (&out)[kMost], int64_t first, int64_t n) const {
+    if (wide) {
+      read_as<int64_t>(out, first, n);
+    } else {
+      read_as<int32_t>(out, first, n);
+    }
+  }
+
+ private:
+  template <class I, int kMost>
+  SK_DEVICE void read_as(int64_t (&out)[kMost], int64_t first, int64_t n) const {
+    const auto from = global<const I>(data, count);
+    SK_UNROLL
+    for (int j = 0; j < kMost; ++j) out[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(-1);
+  }
+};
+
+// ---- bags ------------------------------------------------------------------------------------------------------
+
+struct Span {
+  int64_t begin, end;
+  SK_DEVICE int64_t size() const { return end - begin; }
+};
+
+// Where the bags of a call begin and end; in a collection, of all its tables.
+struct Bounds {
+  Integers offsets;  // data null: bag b begins at first + b * length
+  int64_t bags, N, length, first;
+
+  SK_DEVICE int64_t begin(int64_t bag) const {
+    if (offsets.data == nullptr) return first + bag * length;
+    return bag < offsets.count ? offsets[bag] : N;
+  }
+  // What of a bag lies within the indices: never outside, whatever stands in offsets.
+  SK_DEVICE Span clamped(int64_t bag) const {
+    const int64_t from = max(0, min(begin(bag), N));
+    return {from, max(from, min(begin(bag + 1), N))};
+  }
+  SK_DEVICE void check(int64_t bag, const FaultSink& faults) const {
+    if (offsets.data == nullptr) return;
+    const int64_t from = begin(bag), to = begin(bag + 1);
+    if (bag == 0 && from != 0) faults.report(BagFault::kFirstOffset, 0);
+    if (to < from || to > N) faults.report(BagFault::kOffset, bag + 1);
+  }
+  // The last of the bags [low, high) that begins at this position or before; low if none does.
+  SK_DEVICE int64_t bag_at(int64_t position, int64_t low, int64_t high) const {
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      if (begin(middle) <= position) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  SK_DEVICE int64_t bag_at(int64_t position) const {
+    if (offsets.data == nullptr) return length == 0 ? 0 : max(0, min((position - first) / length, bags - 1));
+    return bag_at(position, 0, bags);
+  }
+};
+
+// ---- tables ----------------------------------------------------------------------------------------------------
+
+// A table among those of a call: what lies before it, and where its rows' gradients go.
+struct PlacedTable {
+  BagTable t;
+  int64_t bags_before, rows_before;
+  int64_t units_before;   // forward: units of work
+  int64_t values_before;  // sparse gradients: rows of other tables that occur
+  RowTarget target;       // without its step
+  void* state1;
+  void* state2;
+
+  // Where the row of a bag begins among those that are `stride` apart.
+  SK_DEVICE int64_t row_of(int64_t bag, int64_t stride) const {
+    const int64_t j = bag - bags_before;
+    if (t.batch == t.bags) return j * stride;
+    return j % t.batch * stride + j / t.batch * t.D;
+  }
+  SK_HOST_DEVICE int64_t rows_end(int64_t stride) const {  // elements
+    return t.bags == 0 ? 0 : (t.batch - 1) * stride + t.bags / t.batch * t.D;
+  }
+};
+
+// The tables of a call, by what counts through all of them.
+struct OneTable {
+  PlacedTable only;
+  SK_DEVICE PlacedTable of_unit(int64_t) const { return only; }
+  SK_DEVICE PlacedTable of_bag(int64_t) const { return only; }
+};
+struct ManyTables {
+  const PlacedTable* placed;  // [count], device memory
+  int64_t count;
+
+  SK_DEVICE PlacedTable of_unit(int64_t unit) const { return last<&PlacedTable::units_before>(unit); }
+  SK_DEVICE PlacedTable of_bag(int64_t bag) const { return last<&PlacedTable::bags_before>(bag); }
+  SK_DEVICE PlacedTable of_row(int64_t row) const { return last<&PlacedTable::rows_before>(row); }
+
+ private:
+  // The last table before which there are at most so many: the one that has it, for those without any share their
+  // number with the next one.
+  template <int64_t PlacedTable::* kBefore>
+  SK_DEVICE PlacedTable last(int64_t wanted) const {
+    const auto tables = global<const PlacedTable>(placed, count);
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      if (before(tables, middle, kBefore) <= wanted) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return tables[low];
+  }
+  static SK_DEVICE int64_t before(Global<const PlacedTable> tables, int64_t i, int64_t PlacedTable::* what) {
+    const PlacedTable& table = tables[i];
+    return table.*what;
+  }
+};
+
+// ---- columns ---------------------------------------------------------------------------------------------------
+
+// Wide: 16 bytes a lane (4 of rows of bytes, whose rows begin at multiples of 4), side by side. Narrow: single
+// elements with any stride, those of a lane a group apart.
+template <class S, bool kWide>
+struct Columns {
+  static constexpr int kCount = kWide && sizeof(S) != 1 ? 16 / int(sizeof(S)) : 4;
+  static constexpr int kTile = kCount * kWarp;  // columns that a group has at most
+
+  int64_t D, first;  // of the tile
+  int lane, group;
+
+  SK_DEVICE bool wide_has() const { return first + lane * kCount < D; }
+  SK_DEVICE int64_t at(int v) const { return kWide ? first + lane * kCount + v : first + v * group + lane; }
+  SK_DEVICE bool has(int v) const { return at(v) < D; }
+  SK_DEVICE bool any() const { return has(0); }
+};
+
+// Lanes of a group: those that one row of D columns is worth.
+template <class C>
+inline int group_for(int64_t D) {
+  int group = 1;
+  while (group < kWarp && group * C::kCount < D) group *= 2;
+  return group;
+}
+
+// Up to 16 bytes at a time, as many as there are columns of a lane.
+template <int kCount, class To, class T>
+SK_DEVICE void store_side_by_side(Global<To> to, int64_t i, const T (&values)[kCount]) {
+  constexpr int kPart = kCount * int(sizeof(To)) > 16 ? 16 / int(sizeof(To)) : kCount;
+  SK_UNROLL
+  for (int p = 0; p < kCount; p += kPart) {
+    Vec<To, kPart> v;
+    SK_UNROLL
+    for (int j = 0; j < kPart; ++j) {
+      if constexpr (std::is_integral<To>::value) {
+        v[j] = values[p + j];
+      } else {
+        v[j] = narrow<To>(values[p + j]);
+      }
+    }
+    store_vec(to, i + p, v);
+  }
+}
+template <int kCount, class From, class T>
+SK_DEVICE void load_side_by_side(T (&values)[kCount], Global<From> from, int64_t i) {
+  using Stored = std::remove_const_t<From>;
+  constexpr int kPart = kCount * int(sizeof(From)) > 16 ? 16 / int(sizeof(From)) : kCount;
+  SK_UNROLL
+  for (int p = 0; p < kCount; p += kPart) {
+    const Vec<Stored, kPart> v = load_vec<kPart>(from, i + p);
+    SK_UNROLL
+    for (int j = 0; j < kPart; ++j) {
+      if constexpr (std::is_integral<Stored>::value) {
+        values[p + j] = v[j];
+      } else {
+        values[p + j] = widen(v[j]);
+      }
+    }
+  }
+}
+
+// A lane's columns of a row of results, which lie side by side.
+template <class C, class To, class T>
+SK_DEVICE void store_row(const C& columns, Global<To> row, const T (&values)[C::kCount], bool wide) {
+  if (wide) {
+    if (columns.wide_has()) store_side_by_side<C::kCount>(row, columns.at(0), values);
+    return;
+  }
+  SK_UNROLL
+  for (int v = 0; v < C::kCount; ++v) {
+    if (!columns.has(v)) continue;
+    if constexpr (std::is_integral<To>::value) {
+      row[columns.at(v)] = values[v];
+    } else {
+      row[columns.at(v)] = narrow<To>(values[v]);
+    }
+  }
+}
+
+// The lanes of this thread's group.
+SK_DEVICE uint32_t group_mask(int group) {
+  const uint32_t lanes = group == kWarp ? kAllLanes : (1u << group) - 1;
+  return lanes << (lane_index() & ~(group - 1));
+}
+// The same sum for every lane of the group, which must all come.
+template <class T>
+SK_DEVICE T group_sum(T x, int group) {
+  for (int distance = group / 2; distance > 0; distance /= 2) {
+    x += shuffle_xor(x, distance, kWarp, group_mask(group));
+  }
+  return x;
+}
+
+// ---- rows of a table -------------------------------------------------------------------------------------------
+
+// A lane's columns of a row as they lie in memory: small, for many rows are on their way at once.
+template <class S, bool kWide>
+struct RowLoader {
+  using C = Columns<S, kWide>;
+  using T = typename Element<S>::T;
+  struct Raw {
+    S values[C::kCount];
+  };
+
+  Global<const S> table;
+  int64_t column_stride;
+  C columns;
+
+  SK_DEVICE void load(Raw& raw, int64_t place) const {
+    if constexpr (kWide) {
+      if (columns.wide_has()) {
+        const Vec<S, C::kCount> v = load_vec<C::kCount, Cache::kReadOnly>(table, place + columns.at(0));
+        SK_UNROLL
+        for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
+      }
+    } else {
+      SK_UNROLL
+      for (int v = 0; v < C::kCount; ++v) {
+        if (columns.has(v)) {
+          raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v) * column_stride);
+        }
+      }
+    }
+  }
+  SK_DEVICE T value(const Raw& raw, int v) const { return widen(raw.values[v]); }
+};
+
+// Rows of bytes: the two numbers behind them come with every row.
+template <bool kWide>
+struct RowLoader<Byte, kWide> {
+  using C = Columns<Byte, kWide>;
+  using T = float;
+  struct Raw {
+    uint8_t values[C::kCount];
+    float scale, bias;
+  };
+
+  Global<const uint8_t> table;
+  C columns;
+
+  SK_DEVICE void load(Raw& raw, int64_t place) const {
+    if constexpr (kWide) {
+      if (!columns.wide_has()) return;
+      const Vec<uint8_t, 4> v = load_vec<4, Cache::kReadOnly>(table, place + columns.at(0));
+      SK_UNROLL
+      for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
+    } else {
+      SK_UNROLL
+      for (int v = 0; v < C::kCount; ++v) {
+        if (columns.has(v)) raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v));
+      }
+    }
+    raw.scale = number(place + columns.D);
+    raw.bias = number(place + columns.D + 4);
+  }
+  SK_DEVICE float value(const Raw& raw, int v) const { return fmaf(float(raw.values[v]), raw.scale, raw.bias); }
+
+ private:
+  SK_DEVICE float number(int64_t place) const {
+    if constexpr (kWide) {
+      return bit_cast<float>(load_vec<4, Cache::kReadOnly>(table, place));
+    } else {
+      Vec<uint8_t, 4> bytes;
+      SK_UNROLL
+      for (int i = 0; i < 4; ++i) bytes[i] = device::load<Cache::kReadOnly>(table, place + i);
+      return bit_cast<float>(bytes);
+    }
+  }
+};
+
+template <class S>
+struct StoredAs {
+  using type = S;
+};
+template <>
+struct StoredAs<Byte> {
+  using type = uint8_t;
+};
+
+template <class S, bool kWide>
+SK_DEVICE RowLoader<S, kWide> row_loader(const BagTable& t, const Columns<S, kWide>& columns) {
+  const auto table = global<const typename StoredAs<S>::type>(
+      t.table, t.E == 0 ? 0 : (t.E - 1) * t.row_stride + (sizeof(S) == 1 ? t.D + 8 : (t.D - 1) * t.column_stride + 1));
+  if constexpr (sizeof(S) == 1) {
+    return {table, columns};
+  } else {
+    return {table, t.column_stride, columns};
+  }
+}
+
+// ---- weights ---------------------------------------------------------------------------------------------------
+
+// Per-sample weights in the compute type: stored as such, or as the table's elements.
+template <class S>
+struct Weights {
+  using T = typename Element<S>::T;
+  using Narrow = typename Element<S>::Out;
+  const void* data;
+  int64_t count;
+  bool wide;
+
+  SK_DEVICE T operator[](int64_t i) const {
+    if (wide) return load<Cache::kReadOnly>(global<const T>(data, count), i);
+    return widen(load<Cache::kReadOnly>(global<const Narrow>(data, count), i));
+  }
+};
+
+// ---- host ------------------------------------------------------------------------------------------------------
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Scratch memory, handed out in the same order by whoever measures it and whoever uses it.
+class Scratch {
+ public:
+  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = bytes_;
+    bytes_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + at);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+inline LaunchConfig blocks_of(int64_t threads, void* stream, int64_t tiles = 1, int block = kThreads) {
+  LaunchConfig config;
+  config.grid = {ceil_div(threads, block), tiles};
+  config.block = block;
+  config.stream = stream;
+  return config;
+}
+
+// The bounds of all bags of a call.
+inline Bounds bounds_of(const BagForward& bags) {
+  const BagTable& first = bags.tables[0];
+  Bounds b{{first.offsets, 0, bags.shape.wide_offsets}, 0, first.N, first.length, first.first};
+  const int64_t size = bags.shape.wide_offsets ? 8 : 4;
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const BagTable& t = bags.tables[i];
+    if (i > 0 && t.offsets != static_cast<const char*>(first.offsets) + b.bags * size) {
+      throw std::logic_error("embedding_bag: the tables of a collection must share one array of offsets");
+    }
+    b.offsets.count = first.offsets == nullptr ? 0 : b.bags + t.offset_count;
+    b.bags += t.bags;
+  }
+  return b;
+}
+
+// Descriptors on the device. Defined in forward.cu, for all kernels.
+ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
+                        const int64_t* values_before = nullptr);
+
+inline int64_t most_columns(const BagForward& bags) {
+  int64_t D = 0;
+  for (int64_t i = 0; i < bags.count; ++i) D = max(D, bags.tables[i].D);
+  return D;
+}
+template <class C>
+inline int group_of(const BagForward& bags) {
+  return group_for<C>(most_columns(bags));
+}
+template <class C>
+inline int64_t tiles_of(const BagForward& bags) {
+  return max(1, ceil_div(most_columns(bags), C::kTile));
+}
+
+// Whether 16 bytes can be read and stored at once everywhere.
+inline bool wide_rows(const BagForward& bags, bool reads_tables) {
+  const BagShape& shape = bags.shape;
+  const int64_t size = shape.byte_rows                  ? 1
+                       : shape.dtype == DType::kFloat64 ? 8
+                       : shape.dtype == DType::kFloat32 ? 4
+                                                        : 2;
+  const int64_t out_size = shape.byte_rows ? 4 : size, columns = shape.byte_rows ? 4 : 16 / size;
+  const int64_t row_bytes = shape.byte_rows ? 4 : 16, arg_bytes = min(16, 4 * columns);
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const BagTable& t = bags.tables[i];
+    if (t.D % columns != 0) return false;
+    if (!aligned(t.out, 16) || t.out_stride * out_size % 16 != 0) return false;
+    if (t.arg != nullptr && (!aligned(t.arg, arg_bytes) || t.arg_stride * 4 % arg_bytes != 0)) return false;
+    if (!reads_tables) continue;
+    if (t.column_stride != 1 || !aligned(t.table, row_bytes) || t.row_stride * size % row_bytes != 0) return false;
+  }
+  return true;
+}
+
+// Calls f with a value of the rows' element type and with whether rows are wide: the one place where both become types.
+template <class F>
+inline void dispatch_rows(const BagForward& bags, bool reads_tables, F&& f) {
+  const bool wide = wide_rows(bags, reads_tables);
+  const auto by_width = [&](auto storage) {
+    if (wide) {
+      f(storage, std::true_type{});
+    } else {
+      f(storage, std::false_type{});
+    }
+  };
+  if (bags.shape.byte_rows) return by_width(Byte{});
+  dispatch(bags.shape.dtype, by_width);
+}
+
+// What a mean multiplies gradients by, [bags] in the compute type. Of the tables, wherever they lie, bags are read.
+int64_t bag_scales_scratch_bytes(const BagForward& bags);
+void launch_bag_scales(const BagForward& bags, const ManyTables& tables, void* scales, void* scratch, void* stream);
+
+}  // namespace seqkernels::bags_cuda

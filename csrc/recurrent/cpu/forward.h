@@ -1,0 +1,501 @@
+// A recurrent layer forward.
+//
+// A thread walks the whole sequence. Time is taken in chunks of rows: the input's share of the gates is one product for
+// a chunk (it stays in the second-level cache), then each step adds h W_hh^T panel by panel and runs the cell on the
+// panel while it is hot. A cell of two stages makes its second product once all units have done the first, and a
+// projection follows the same way.
+#pragma once
+
+#include "recurrent/cpu/layer.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// The weights of one stage of a cell, packed, for all streams: gates [Of::kGate, Of::kGate + Of::kGates) of W_ih and of
+// kFactors matrices of the recurrent product. inner: that they are the inner weights, without a share of the input.
+template <class Cell, class Of, int kFactors, bool kInner>
+struct Stage {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  using V = Native<T>;
+  static constexpr int kGates = Of::kGates, kUnits = Of::kUnits, kVectors = kUnits * kGates;
+  static constexpr int64_t kWidth = kLanes<T>, kWidthOfPanel = kPanel<T, kVectors>, kPanelUnits = kUnits * kWidth;
+
+  const Layer<Cell>& layer;
+  const bool pack_first;  // weights used for one step only are packed as they are used, not beforehand
+  T *packed_x = nullptr, *packed_h[kFactors] = {}, *bias_x = nullptr, *bias_h = nullptr;
+
+  Stage(const Layer<Cell>& of, bool pack) : layer(of), pack_first(pack) {}
+
+  Columns columns() const { return {layer.H, kUnits, layer.all_H}; }
+  int64_t panels() const { return columns().template panels<T>(); }
+  int64_t row0(int64_t stream) const { return Of::kGate * layer.all_H + layer.unit0(stream); }
+  const Weights& weights(int64_t stream) const { return layer.args.weights[layer.direction(stream)]; }
+
+  Operand<S, kVectors> of_x(int64_t stream) const {
+    const S* w = static_cast<const S*>(weights(stream).w_ih);
+    return {w + row0(stream) * layer.D, layer.D, layer.D, columns(), Side::kRowsAreColumns};
+  }
+  Operand<S, kVectors> of_h(int64_t stream, int factor) const {
+    const Weights& all = weights(stream);
+    const void* w = !kInner ? all.w_hh : factor == 0 ? all.inner_ih : all.inner_hh;
+    const int64_t depth = kInner ? layer.H : layer.P;
+    return {static_cast<const S*>(w) + row0(stream) * depth, depth, depth, columns(), Side::kRowsAreColumns};
+  }
+  int64_t x_size() const { return panels() * layer.D * kWidthOfPanel; }
+  int64_t h_size() const { return panels() * (kInner ? layer.H : layer.P) * kWidthOfPanel; }
+
+  void carve(Arena& arena) {
+    if (pack_first) {
+      if (!kInner) packed_x = arena.take<T>(layer.streams * x_size());
+      for (int f = 0; f < kFactors; ++f) packed_h[f] = arena.take<T>(layer.streams * h_size());
+    }
+    bias_x = arena.take<T>(layer.streams * panels() * kWidthOfPanel);
+    bias_h = arena.take<T>(layer.streams * panels() * kWidthOfPanel);
+  }
+
+  void pack(int64_t stream, Range range) const {
+    pack_bias(stream, range);
+    if (!pack_first) return;
+    if (!kInner) of_x(stream).pack_panels(range.begin, range.end, packed_x + stream * x_size());
+    for (int f = 0; f < kFactors; ++f) {
+      of_h(stream, f).pack_panels(range.begin, range.end, packed_h[f] + stream * h_size());
+    }
+  }
+
+  // Both biases where the cell tells the products apart, else their sum beside the product with h.
+  void pack_bias(int64_t stream, Range range) const {
+    const Weights& w = weights(stream);
+    const S* b_ih = static_cast<const S*>(kInner ? w.inner_b_ih : w.b_ih);
+    const S* b_hh = static_cast<const S*>(kInner ? w.inner_b_hh : w.b_hh);
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t n = columns().template valid<T>(p, v), at = (stream * panels() + p) * kWidthOfPanel + v * kWidth;
+        const int64_t first = row0(stream) + columns().template first<T>(p, v);
+        V of_x = {}, of_h = {};
+        if (b_ih != nullptr && n > 0) {
+          of_x = load(b_ih + first, n);
+          of_h = load(b_hh + first, n);
+        }
+        store(bias_x + at, of_x);
+        store(bias_h + at, Cell::kSeparate ? of_h : of_x + of_h);
+      }
+    }
+  }
+
+  void product_x(int64_t stream, int64_t panel, int64_t rows, const T* x, T* scratch, T* to) const {
+    const T* packed = pack_first ? packed_x + stream * x_size() : nullptr;
+    panel_product(of_x(stream), packed, scratch, panel, rows, x, layer.D, to, kWidthOfPanel, Into::kReplace);
+  }
+  void product_h(int64_t stream, int factor, int64_t panel, int64_t rows, const T* h, int64_t ld, T* scratch, T* to,
+                 Into into) const {
+    const T* packed = pack_first ? packed_h[factor] + stream * h_size() : nullptr;
+    panel_product(of_h(stream, factor), packed, scratch, panel, rows, h, ld, to, kWidthOfPanel, into);
+  }
+
+  // The two products with their biases, of the unit-th vector of units of a panel of one row. Null: zero.
+  SEQKERNELS_INLINE void gates(int64_t stream, int64_t panel, int unit, const T* from_x, const T* from_h, V* x,
+                               V* h) const {
+    const int64_t bias = (stream * panels() + panel) * kWidthOfPanel;
+    for (int g = 0; g < kGates; ++g) {
+      const int64_t at = (g * kUnits + unit) * kWidth;
+      if (!kInner) {
+        x[g] = load(from_x + at);
+        if (Cell::kSeparate) x[g] += load(bias_x + bias + at);
+      }
+      h[g] = load(bias_h + bias + at);
+      if (from_h != nullptr) h[g] += load(from_h + at);
+    }
+  }
+
+  Range share_of(const Member& member) const {
+    return share(panels(), layer.args.plan.unit_groups, member.first, member.last);
+  }
+  Range units_of(Range range) const {
+    return {min(layer.H, range.begin * kPanelUnits), min(layer.H, range.end * kPanelUnits)};
+  }
+  int64_t member_panels() const { return ceil_div(panels(), layer.args.plan.unit_groups); }
+};
+
+template <class Cell, bool kTwo = Cell::kTwoStages>
+struct SecondStage {
+  static constexpr int64_t kWidthOfPanel = 0;
+  SecondStage(const Layer<Cell>&, bool) {}
+  void carve(Arena&) {}
+};
+template <class Cell>
+struct SecondStage<Cell, true> : Stage<Cell, typename Cell::Second, Cell::kFactors, Cell::kInner> {
+  using Stage<Cell, typename Cell::Second, Cell::kFactors, Cell::kInner>::Stage;
+};
+
+// What a member works with: its team's states and its own buffers.
+template <class T>
+struct Workspace {
+  int64_t stream;
+  Rows rows;
+  T *h = nullptr, *h_next = nullptr;                  // [rows, PV]
+  T *recurrent = nullptr, *recurrent_next = nullptr;  // what the products see: h, unless a mask is on it
+  T* c[kMaxCells] = {};                               // [rows, HV] each
+  T* m = nullptr;                                     // [rows, HV] before the projection
+  T *q = nullptr, *carried = nullptr;  // between the stages: [rows, kFactors * HV], [rows, kCarried * HV]
+  T *x_chunk = nullptr, *from_x = nullptr, *from_x2 = nullptr, *from_h = nullptr, *scratch = nullptr;
+};
+
+template <class Cell>
+struct Forward : Layer<Cell> {
+  using L = Layer<Cell>;
+  using L::args, L::walk, L::D, L::H, L::P, L::all_H, L::projected, L::HV, L::PV, L::group_rows, L::kGates, L::kWidth;
+  using L::kCells, L::kOptions, L::masks_h, L::streams;
+  using typename L::S;
+  using typename L::T;
+  using typename L::V;
+  using FirstStage = Stage<Cell, typename Cell::First, 1, false>;
+  static constexpr int64_t kWide1 = FirstStage::kWidthOfPanel, kWide2 = SecondStage<Cell>::kWidthOfPanel;
+  static constexpr int64_t kWidest12 = kWide1 > kWide2 ? kWide1 : kWide2;
+  static constexpr int64_t kWidest = kWidest12 > kPanel<T> ? kWidest12 : kPanel<T>;
+
+  const ForwardArgs& out;
+  Teams teams;
+  const bool pack_first = walk.T > 1;
+  const int64_t chunk_rows = group_rows > kChunkRows ? group_rows : min(kChunkRows, walk.N);
+  FirstStage first;
+  SecondStage<Cell> second;
+  T *packed_hr, *states, *x_rows, *products;
+  int64_t team_size, member_size;  // of states and products
+
+  explicit Forward(const ForwardArgs& a)
+      : L{a}, out(a), teams{a}, first(*this, walk.T > 1), second(*this, walk.T > 1) {}
+
+  Operand<S> hr(int64_t stream) const {
+    const S* w = static_cast<const S*>(args.weights[this->direction(stream)].w_hr);
+    return {w, H, H, {P, kPlainVectors}, Side::kRowsAreColumns};
+  }
+
+  void carve(Arena& arena) {
+    first.carve(arena);
+    second.carve(arena);
+    packed_hr = pack_first && projected ? arena.take<T>(streams * hr(0).packed_size()) : nullptr;
+    Workspace<T> work{0, {walk, 1, 0}};
+    Arena team, member;
+    states_of(team, work);
+    products_of(member, work);
+    team_size = reinterpret_cast<int64_t>(team.at) / int64_t{sizeof(T)};
+    member_size = reinterpret_cast<int64_t>(member.at) / int64_t{sizeof(T)};
+    states = arena.take<T>(teams.count() * team_size);
+    products = arena.take<T>(teams.members() * member_size);
+    teams.barriers = arena.take<Barrier>(teams.count());
+  }
+  void states_of(Arena& arena, Workspace<T>& work) const {
+    work.h = arena.take<T>(group_rows * PV);
+    work.h_next = arena.take<T>(group_rows * PV);
+    work.recurrent = masks_h ? arena.take<T>(group_rows * PV) : work.h;
+    work.recurrent_next = masks_h ? arena.take<T>(group_rows * PV) : work.h_next;
+    for (int k = 0; k < kCells; ++k) work.c[k] = arena.take<T>(group_rows * HV);
+    work.m = projected ? arena.take<T>(group_rows * HV) : nullptr;
+    if constexpr (Cell::kTwoStages) {
+      work.q = arena.take<T>(group_rows * Cell::kFactors * HV);
+      work.carried = arena.take<T>(group_rows * Cell::kCarried * HV);
+    }
+  }
+  void products_of(Arena& arena, Workspace<T>& work) const {
+    work.x_chunk = arena.take<T>(chunk_rows * D);
+    work.from_x = arena.take<T>(first.member_panels() * chunk_rows * kWide1);
+    if constexpr (Cell::kTwoStages) work.from_x2 = arena.take<T>(second.member_panels() * chunk_rows * kWide2);
+    work.from_h = arena.take<T>(group_rows * kWidest);
+    work.scratch = arena.take<T>(kBlock * kWidest);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    pack(begin, end);
+    teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
+  }
+
+  void pack(int64_t begin, int64_t end) {
+    for (int64_t stream = 0; stream < streams; ++stream) {
+      // In members' order: with one row group, a member packs the very panels that it will read.
+      const int64_t each = teams.members() / streams;
+      const Range mine = within({begin, end}, stream * each, each);
+      if (mine.size() <= 0) continue;
+      first.pack(stream, share(first.panels(), each, mine.begin, mine.end));
+      if constexpr (Cell::kTwoStages) second.pack(stream, share(second.panels(), each, mine.begin, mine.end));
+      if (packed_hr == nullptr) continue;
+      const Range outputs = share(hr(stream).panels(), each, mine.begin, mine.end);
+      hr(stream).pack_panels(outputs.begin, outputs.end, packed_hr + stream * hr(stream).packed_size());
+    }
+    teams.everyone.arrive_and_wait(end - begin);
+  }
+
+  void run_sequences(const Member& member, int64_t slot) {
+    Workspace<T> work{member.stream, {walk, args.plan.row_groups, member.group}};
+    Arena team{reinterpret_cast<char*>(states + teams.team(member) * team_size)};
+    Arena own{reinterpret_cast<char*>(products + slot * member_size)};
+    states_of(team, work);
+    products_of(own, work);
+    const Rows& rows = work.rows;
+    const int64_t stream = member.stream;
+    const Range panels = first.share_of(member);
+    // The units whose h, c and s this member keeps: those of its last panels.
+    Range panels2 = panels, own_c = first.units_of(panels), outputs = {0, 0};
+    if constexpr (Cell::kTwoStages) {
+      panels2 = second.share_of(member);
+      own_c = second.units_of(panels2);
+    }
+    if (projected) outputs = share(hr(stream).panels(), args.plan.unit_groups, member.first, member.last);
+    const Range own_h = projected ? Range{min(P, outputs.begin * kPanel<T>), min(P, outputs.end * kPanel<T>)} : own_c;
+
+    begin_sequences(work, own_h, own_c);
+    member.sync();
+
+    bool zero_h = args.h0 == nullptr;
+    for (int64_t s = 0, next; s < walk.T; s = next) {
+      const int64_t in_chunk = gather_chunk(work, s, next);
+      if (in_chunk == 0) continue;
+      for (int64_t p = panels.begin; p < panels.end; ++p) {
+        T* to = work.from_x + (p - panels.begin) * chunk_rows * kWide1;
+        first.product_x(stream, p, in_chunk, work.x_chunk, work.scratch, to);
+      }
+      if constexpr (Cell::kTwoStages && !Cell::kInner) {
+        for (int64_t p = panels2.begin; p < panels2.end; ++p) {
+          T* to = work.from_x2 + (p - panels2.begin) * chunk_rows * kWide2;
+          second.product_x(stream, p, in_chunk, work.x_chunk, work.scratch, to);
+        }
+      }
+      for (int64_t row = 0; s < next; ++s) {
+        const int64_t t = this->step(s, stream), active = rows.at(t);
+        if (active == 0) continue;
+        for (int64_t p = panels.begin; p < panels.end; ++p) {
+          const T* from_x = work.from_x + ((p - panels.begin) * chunk_rows + row) * kWide1;
+          if (!zero_h) {
+            first.product_h(stream, 0, p, active, work.recurrent, PV, work.scratch, work.from_h, Into::kReplace);
+          }
+          first_cells(work, t, p, active, from_x, zero_h ? nullptr : work.from_h);
+        }
+        if constexpr (Cell::kTwoStages) {
+          member.sync();
+          for (int64_t p = panels2.begin; p < panels2.end; ++p) {
+            const T* from_x = work.from_x2 + ((p - panels2.begin) * chunk_rows + row) * kWide2;
+            for (int f = 0; f < Cell::kFactors; ++f) {
+              second.product_h(stream, f, p, active, work.q + f * HV, Cell::kFactors * HV, work.scratch, work.from_h,
+                               f == 0 ? Into::kReplace : Into::kAdd);
+            }
+            second_cells(work, t, p, active, from_x);
+          }
+        }
+        if (projected) {
+          member.sync();
+          for (int64_t p = outputs.begin; p < outputs.end; ++p) project(work, t, p, active);
+        }
+        end_of_step(work, t, active, own_h, own_c);
+        swap(work.h, work.h_next);
+        swap(work.recurrent, work.recurrent_next);
+        zero_h = false;
+        row += active;
+        member.sync();
+      }
+    }
+  }
+
+  void begin_sequences(const Workspace<T>& work, Range own_h, Range own_c) const {
+    for (int64_t i = 0; i < work.rows.all(); ++i) start(work, i, own_h, own_c);
+    for (int64_t i = walk.T > 0 ? work.rows.at(0) : 0; i < work.rows.all(); ++i) {  // sequences of length zero
+      finish(work, i, work.h, own_h, own_c);
+    }
+  }
+
+  static void swap(T*& a, T*& b) {
+    T* const kept = a;
+    a = b;
+    b = kept;
+  }
+
+  // Copies the rows of x of as many steps from s on as fit a chunk, in the order of the walk; next: the first that did
+  // not.
+  int64_t gather_chunk(const Workspace<T>& work, int64_t s, int64_t& next) const {
+    int64_t count = 0;
+    for (next = s; next < walk.T; ++next) {
+      const int64_t t = this->step(next, work.stream), active = work.rows.at(t);
+      if (next > s && count + active > chunk_rows) break;
+      for (int64_t i = 0; i < active; ++i, ++count) {
+        const S* from = static_cast<const S*>(args.x) + walk.x_offsets[work.rows.packed(t, i)];
+        convert(work.x_chunk + count * D, from, D);
+      }
+    }
+    return count;
+  }
+
+  static void start_state(const void* from, int64_t at, Range own, T* to) {
+    if (from == nullptr) {
+      for (int64_t u = own.begin; u < own.end; ++u) to[u] = 0;
+    } else {
+      convert(to + own.begin, static_cast<const S*>(from) + at + own.begin, own.size());
+    }
+  }
+
+  // The states that the i-th sequence starts from. Lanes beyond the last unit hold zeros.
+  void start(const Workspace<T>& work, int64_t i, Range own_h, Range own_c) const {
+    const int64_t b = work.rows.sequence(i), stream = work.stream;
+    T *h = work.h + i * PV, *h_next = work.h_next + i * PV;
+    start_state(args.h0, this->h_at(stream, b), own_h, h);
+    for (int64_t u = own_h.end; u < round_up(own_h.end, kWidth); ++u) h[u] = h_next[u] = 0;
+    for (int k = 0; k < kCells; ++k) {
+      start_state(args.c0[k], this->c_at(stream, b), own_c, work.c[k] + i * HV);
+      for (int64_t u = own_c.end; u < round_up(own_c.end, kWidth); ++u) work.c[k][i * HV + u] = 0;
+    }
+    const int64_t j = work.rows.group + i * work.rows.groups;
+    const bool there = walk.T > 0 && i < work.rows.at(0);
+    if (there && this->direction(stream) == 0 && this->restarts(stream, 0, j)) restart(work, i, own_h, own_c, work.h);
+    memcpy(h_next + own_h.begin, h + own_h.begin, own_h.size() * sizeof(T));
+    if (masks_h) {
+      mask_h(work, i, own_h, h, work.recurrent + i * PV);
+      mask_h(work, i, own_h, h, work.recurrent_next + i * PV);
+    }
+  }
+
+  void restart(const Workspace<T>& work, int64_t i, Range own_h, Range own_c, T* h) const {
+    memset(h + i * PV + own_h.begin, 0, own_h.size() * sizeof(T));
+    for (int k = 0; k < kCells; ++k) memset(work.c[k] + i * HV + own_c.begin, 0, own_c.size() * sizeof(T));
+  }
+
+  // h times its mask. Ranges start at whole vectors.
+  void mask_h(const Workspace<T>& work, int64_t i, Range own, const T* h, T* to) const {
+    const S* mask = static_cast<const S*>(args.options.variational) + this->h_at(work.stream, work.rows.sequence(i));
+    for (int64_t u = own.begin; u < own.end; u += kWidth) store(to + u, load(h + u) * load(mask + u, own.end - u));
+  }
+
+  void finish(const Workspace<T>& work, int64_t i, const T* h_rows, Range own_h, Range own_c) const {
+    if (out.h_n == nullptr) return;
+    const int64_t b = work.rows.sequence(i), stream = work.stream;
+    const auto write = [](void* to, int64_t at, const T* from, Range own) {
+      convert(static_cast<S*>(to) + at + own.begin, from + own.begin, own.size());
+    };
+    write(out.h_n, this->h_at(stream, b), h_rows + i * PV, own_h);
+    for (int k = 0; k < kCells; ++k) write(out.c_n[k], this->c_at(stream, b), work.c[k] + i * HV, own_c);
+  }
+
+  // Sequences end where the walk meets their last step; others may restart before the next.
+  void end_of_step(const Workspace<T>& work, int64_t t, int64_t active, Range own_h, Range own_c) const {
+    const bool onward = this->direction(work.stream) == 0;
+    const int64_t next = onward ? t + 1 : t - 1;
+    const int64_t staying = next < 0 || next == walk.T ? 0 : min(active, work.rows.at(next));
+    for (int64_t i = staying; i < active; ++i) finish(work, i, work.h_next, own_h, own_c);
+    if (!kOptions || args.options.reset == nullptr) return;
+    for (int64_t i = 0; i < staying; ++i) {
+      if (!this->restarts(work.stream, next, work.rows.group + i * work.rows.groups)) continue;
+      restart(work, i, own_h, own_c, work.h_next);
+      if (masks_h) memset(work.recurrent_next + i * PV + own_h.begin, 0, own_h.size() * sizeof(T));
+    }
+  }
+
+  // The cell (of two stages, its first) on one panel of units, from the two products (from_h null: zero).
+  void first_cells(const Workspace<T>& work, int64_t t, int64_t panel, int64_t active, const T* from_x,
+                   const T* from_h) const {
+    constexpr int kUnits = FirstStage::kUnits;
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t n = work.rows.packed(t, i);
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const int64_t u = panel * FirstStage::kPanelUnits + unit * kWidth, valid = min(kWidth, H - u);
+        if (kUnits > 1 && valid <= 0) break;
+        V x[FirstStage::kGates], h[FirstStage::kGates], saved[Cell::kSaved + 1];
+        first.gates(work.stream, panel, unit, from_x + i * kWide1, from_h == nullptr ? nullptr : from_h + i * kWide1, x,
+                    h);
+        const auto e = this->options_at(work.stream, n, work.rows.sequence(i), u, valid);
+        V c[Cell::kCellArray] = {};
+        for (int k = 0; k < kCells; ++k) c[k] = load(work.c[k] + i * HV + u);
+        const bool direct = Cell::kDirect && !projected;
+        const V h_prev = direct ? load(work.h + i * PV + u) : V{};
+        if constexpr (Cell::kTwoStages) {
+          V q[Cell::kFactors], carried[Cell::kCarried];
+          Cell::forward_first(x, h, e, h_prev, c, saved, q, carried);
+          for (int f = 0; f < Cell::kFactors; ++f) store(work.q + (i * Cell::kFactors + f) * HV + u, q[f]);
+          for (int k = 0; k < Cell::kCarried; ++k) store(work.carried + (i * Cell::kCarried + k) * HV + u, carried[k]);
+          save(work.stream, n, u, valid, saved, 0, Cell::kSavedFirst);
+        } else {
+          const V hidden = Cell::forward(x, h, e, h_prev, c, saved);
+          store_cells(work, i, n, u, valid, c);
+          save(work.stream, n, u, valid, saved, 0, Cell::kStored ? Cell::kSaved : 0);
+          if (projected) {
+            store(work.m + i * HV + u, hidden);
+          } else {
+            store_h(work, i, n, u, valid, e, h_prev, hidden);
+          }
+        }
+      }
+    }
+  }
+
+  void second_cells(const Workspace<T>& work, int64_t t, int64_t panel, int64_t active, const T* from_x) const {
+    if constexpr (Cell::kTwoStages) {
+      using Second = SecondStage<Cell>;
+      for (int64_t i = 0; i < active; ++i) {
+        const int64_t n = work.rows.packed(t, i);
+        for (int unit = 0; unit < Second::kUnits; ++unit) {
+          const int64_t u = panel * Second::kPanelUnits + unit * kWidth, valid = min(kWidth, H - u);
+          if (valid <= 0) break;
+          V x[Second::kGates], h[Second::kGates], saved[Cell::kSaved], carried[Cell::kCarried];
+          second.gates(work.stream, panel, unit, from_x + i * kWide2, work.from_h + i * kWide2, x, h);
+          for (int k = 0; k < Cell::kCarried; ++k) carried[k] = load(work.carried + (i * Cell::kCarried + k) * HV + u);
+          const auto e = this->options_at(work.stream, n, work.rows.sequence(i), u, valid);
+          const V h_prev = load(work.h + i * PV + u);
+          V c[Cell::kCellArray] = {};
+          for (int k = 0; k < kCells; ++k) c[k] = load(work.c[k] + i * HV + u);
+          const V hidden = Cell::forward_second(x, h, e, h_prev, carried, c, saved);
+          store_cells(work, i, n, u, valid, c);
+          save(work.stream, n, u, valid, saved, Cell::kSavedFirst, Cell::kSaved);
+          store_h(work, i, n, u, valid, e, h_prev, hidden);
+        }
+      }
+    }
+  }
+
+  // Stores the new cells of a vector of units.
+  SEQKERNELS_INLINE void store_cells(const Workspace<T>& work, int64_t i, int64_t n, int64_t u, int64_t valid,
+                                     const V* c) const {
+    for (int k = 0; k < kCells; ++k) {
+      store(work.c[k] + i * HV + u, c[k]);
+      if (out.cells[k] != nullptr) {
+        store(static_cast<S*>(out.cells[k]) + this->cell_at(n, work.stream) + u, c[k], valid);
+      }
+    }
+  }
+
+  // Vectors [from, to) of what is saved, the first of which is saved[0].
+  SEQKERNELS_INLINE void save(int64_t stream, int64_t n, int64_t u, int64_t valid, const V* saved, int from,
+                              int to) const {
+    if (from == to || out.saved == nullptr) return;
+    S* at = static_cast<S*>(out.saved) + this->saved_at(n, stream) + u;
+    for (int k = from; k < to; ++k) store(at + k * all_H, saved[k - from], valid);
+  }
+
+  // The new h of a vector of units, where there is no projection.
+  SEQKERNELS_INLINE void store_h(const Workspace<T>& work, int64_t i, int64_t n, int64_t u, int64_t valid,
+                                 const typename L::O& e, V h_prev, V hidden) const {
+    hidden = zoneout_h(e, h_prev, hidden);
+    if (out.y != nullptr) store(static_cast<S*>(out.y) + this->y_at(n, work.stream) + u, hidden, valid);
+    store(work.h_next + i * PV + u, hidden);
+    if constexpr (kOptions) {
+      if (masks_h) store(work.recurrent_next + i * PV + u, recurrent_input(e, hidden));
+    }
+  }
+
+  // One panel of h = m W_hr^T.
+  void project(const Workspace<T>& work, int64_t t, int64_t panel, int64_t active) const {
+    const auto operand = hr(work.stream);
+    const T* packed = packed_hr == nullptr ? nullptr : packed_hr + work.stream * operand.packed_size();
+    panel_product(operand, packed, work.scratch, panel, active, work.m, HV, work.from_h, kPanel<T>, Into::kReplace);
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t n = work.rows.packed(t, i);
+      for (int v = 0; v < kPlainVectors; ++v) {
+        const int64_t u = panel * kPanel<T> + v * kWidth, valid = min(kWidth, P - u);
+        if (valid <= 0) break;
+        const V value = rounded<S>(load(work.from_h + i * kPanel<T> + v * kWidth));
+        if (out.y != nullptr) store(static_cast<S*>(out.y) + this->y_at(n, work.stream) + u, value, valid);
+        store(work.h_next + i * PV + u, value);
+      }
+      if (masks_h) {
+        const Range own = {panel * kPanel<T>, min(P, (panel + 1) * kPanel<T>)};
+        mask_h(work, i, own, work.h_next + i * PV, work.recurrent_next + i * PV);
+      }
+    }
+  }
+};
+
+}  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,204 @@
+// What the passes over a recurrent layer share: working memory, who plays what, where things lie.
+//
+// A stream is one direction of one head: hidden units that recur among themselves. Threads form teams, one per stream
+// and row group (see Plan); the members of a team own disjoint hidden units and meet at a barrier once a step. All
+// threads fork once for the whole layer. Who owns what never enters into a sum.
+#pragma once
+
+#include <new>
+
+#include "common/gemm.h"
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "recurrent/cpu/arithmetic.h"
+#include "recurrent/recurrent.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// Rows per chunk of products with the input: large enough to read the weights seldom, small enough that a chunk of
+// pre-activations stays in a second-level cache of 1 MiB.
+constexpr int64_t kChunkRows = 96;
+
+struct Arena {
+  char* at = nullptr;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(at);
+    at += round_up(n * int64_t{sizeof(T)}, 64);
+    return p;
+  }
+};
+
+// A share [begin, end) of something.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+inline Range share(int64_t total, int64_t parts, int64_t first, int64_t last) {
+  return {part(total, parts, first), part(total, parts, last)};
+}
+// The part of a range that lies in [start, start + size), counted from start.
+inline Range within(Range range, int64_t start, int64_t size) {
+  const int64_t begin = range.begin > start ? range.begin - start : 0;
+  return {begin, min(size, range.end - start)};
+}
+
+// What one thread plays of one team: members [first, last) of its unit_groups, in one stream and row group.
+struct Member {
+  int64_t stream, group, first, last;
+  Barrier* barrier;
+  void sync() const { barrier->arrive_and_wait(last - first); }
+};
+
+struct Teams {
+  const RecurrentArgs& args;
+  Barrier* barriers = nullptr;  // one per team
+  Barrier everyone = {};
+
+  int64_t streams() const { return args.directions * args.heads; }
+  int64_t count() const { return streams() * args.plan.row_groups; }
+  int64_t members() const { return count() * args.plan.unit_groups; }
+  int64_t team(const Member& member) const { return member.stream * args.plan.row_groups + member.group; }
+
+  void start() {
+    for (int64_t i = 0; i < count(); ++i) (new (barriers + i) Barrier)->reset(args.plan.unit_groups);
+    everyone.reset(members());
+  }
+
+  // Calls f for each team that members [begin, end) of all take part in.
+  template <class F>
+  void each(int64_t begin, int64_t end, F&& f) const {
+    const int64_t units = args.plan.unit_groups;
+    for (int64_t team = begin / units; team * units < end; ++team) {
+      const int64_t first = team * units < begin ? begin - team * units : 0;
+      const int64_t last = min(units, end - team * units);
+      f(Member{team / args.plan.row_groups, team % args.plan.row_groups, first, last, barriers + team});
+    }
+  }
+};
+
+// Gives a pass its memory and plays all of its members.
+template <class Pass>
+void run_pass(Pass& pass) {
+  Arena arena;
+  pass.carve(arena);
+  const Memory memory(reinterpret_cast<int64_t>(arena.at));
+  arena.at = memory.get();
+  pass.carve(arena);
+  pass.teams.start();
+  auto body = [&pass](int64_t begin, int64_t end) { pass.run(begin, end); };
+  if (pass.args.plan.threads == 1) return body(0, pass.teams.members());
+  parallel_pieces(pass.teams.members(), body);
+}
+
+// Every row_groups-th of the sequences, longest first: the row groups get nearly the same number of tokens.
+struct Rows {
+  const Walk& walk;
+  int64_t groups, group;
+
+  int64_t upto(int64_t count) const { return (count - group + groups - 1) / groups; }  // of the first count sequences
+  int64_t at(int64_t t) const { return upto(walk.batch_sizes[t]); }                    // active at step t
+  int64_t all() const { return upto(walk.B); }
+  int64_t sequence(int64_t i) const { return walk.sequence[group + i * groups]; }
+  int64_t packed(int64_t t, int64_t i) const { return walk.offsets[t] + group + i * groups; }
+};
+
+template <class Cell>
+struct Layer {
+  using S = typename Cell::Storage;
+  using T = Compute<S>;
+  using V = Native<T>;
+  using O = typename Cell::Options;
+  static constexpr int64_t kWidth = kLanes<T>;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr bool kOptions = Cell::kOptions;
+  static constexpr int kCells = Cell::kCells;
+
+  const RecurrentArgs& args;
+  const Walk& walk = args.walk;
+  const int64_t D = args.D, all_H = args.H, all_P = args.P;
+  const int64_t H = all_H / args.heads, P = all_P / args.heads;      // of a stream
+  const int64_t HV = round_up(H, kWidth), PV = round_up(P, kWidth);  // row lengths of padded buffers
+  const bool projected = Cell::kProjects && args.weights[0].w_hr != nullptr;
+  const bool masks_h = kOptions && args.options.variational != nullptr;  // what the products see is not h itself
+  const int64_t streams = args.directions * args.heads;
+  const int64_t group_rows = ceil_div(walk.B, args.plan.row_groups);
+  UnitOptions<typename Cell::Arithmetic> constants = {};  // what masks and weights do not change
+
+  explicit Layer(const RecurrentArgs& a) : args(a) {
+    if constexpr (kOptions) {
+      const LayerOptions& o = args.options;
+      constants.zoneout_h = broadcast(T(o.zoneout_h_rate));
+      constants.zoneout_c = broadcast(T(o.zoneout_c_rate));
+      constants.candidate = constants.recurrent = broadcast(T(1));
+      constants.cell_clip = broadcast(T(o.cell_clip));
+      constants.gate_clip = broadcast(T(o.gate_clip));
+      constants.sigmoid_low = sigmoid<T>(-constants.gate_clip);
+      constants.sigmoid_high = sigmoid<T>(constants.gate_clip);
+      constants.tanh_high = tanh<T>(constants.gate_clip);
+    }
+  }
+
+  int64_t direction(int64_t stream) const { return stream / args.heads; }
+  int64_t unit0(int64_t stream) const { return stream % args.heads * H; }  // the stream's first unit
+  int64_t step(int64_t s, int64_t stream) const { return direction(stream) == 0 ? s : walk.T - 1 - s; }
+
+  // Places of a stream's share of a row.
+  int64_t h_at(int64_t stream, int64_t b) const {  // in h0, h_n
+    return (direction(stream) * walk.B + b) * all_P + stream % args.heads * P;
+  }
+  int64_t c_at(int64_t stream, int64_t b) const {  // in c0, c_n and the like
+    return (direction(stream) * walk.B + b) * all_H + unit0(stream);
+  }
+  int64_t y_at(int64_t n, int64_t stream) const {
+    return (walk.rows[n] * args.directions + direction(stream)) * all_P + stream % args.heads * P;
+  }
+  int64_t cell_at(int64_t n, int64_t stream) const {  // in every c, every s and the masks
+    return (walk.rows[n] * args.directions + direction(stream)) * all_H + unit0(stream);
+  }
+  int64_t saved_at(int64_t n, int64_t stream) const {  // vector k is k * all_H further
+    return (direction(stream) * args.saved_rows + n) * args.saved_width + unit0(stream);
+  }
+  int64_t gates_at(int64_t n, int64_t stream) const {  // in [directions, N, kGates * all_H]
+    return (direction(stream) * walk.N + n) * kGates * all_H + unit0(stream);
+  }
+
+  // The options at units [u, u + valid) of packed row n, of sequence b.
+  O options_at(int64_t stream, int64_t n, int64_t b, int64_t u, int64_t valid) const {
+    if constexpr (kOptions) {
+      const LayerOptions& o = args.options;
+      O e = constants;
+      const int64_t at = cell_at(n, stream) + u;
+      if (o.zoneout_h != nullptr) e.zoneout_h = mask(o.zoneout_h + at, valid);
+      if (o.zoneout_c != nullptr) e.zoneout_c = mask(o.zoneout_c + at, valid);
+      if (o.candidate != nullptr) e.candidate = mask(o.candidate + at, valid) * T(o.candidate_scale);
+      if (o.variational != nullptr && !projected) {
+        e.recurrent = load(static_cast<const S*>(o.variational) + h_at(stream, b) + u, valid);
+      }
+      if (const void* peephole = args.weights[direction(stream)].peephole) {
+        for (int k = 0; k < Cell::kPeepholes; ++k) {
+          e.peephole[k] = load(static_cast<const S*>(peephole) + k * all_H + unit0(stream) + u, valid);
+        }
+      }
+      return e;
+    } else {
+      return {};
+    }
+  }
+
+  static V mask(const uint8_t* p, int64_t valid) {
+    typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+    Bytes bytes = {};
+    memcpy(&bytes, p, min(valid, kWidth));
+    return __builtin_convertvector(bytes, V);
+  }
+
+  // Whether the states of step t start from zeros, and not from a step or the initial states.
+  bool restarts(int64_t stream, int64_t t, int64_t j) const {
+    if (!kOptions || args.options.reset == nullptr) return false;
+    int64_t row;
+    return previous_row(args, direction(stream), t, j, row) == Previous::kReset;
+  }
+};
+
+}  // namespace seqkernels::SEQKERNELS_ISA
