@@ -249,7 +249,7 @@ struct LayerInputs {
     std::string text = "w_ih, w_hh[, b_ih, b_hh]";
     if (cell.projection == CellShape::kMaybe) text += "[, w_hr]";
     if (cell.projection == CellShape::kAlways) text += ", w_hr";
-    if (peephole) text += ", w_ph";
+    if (peephole) text += ", weight_ph";
     if (kind == CellKind::kLSTMNorm) text += ", gain_ih, gain_hh, gain_c, bias_c";
     if (kind == CellKind::kGRUNorm) text += ", gain_ih, gain_hh";
     if (kind == CellKind::kLSTMNested) text += ", inner_ih, inner_hh[, inner_b_ih, inner_b_hh]";

@@ -158,9 +158,9 @@ constexpr CellShape shape_of(CellKind kind) {
     case CellKind::kGRUProjected:
       return {"gru_projected", 3, 2, 4, 0, CellShape::kAlways, false, false, false};
     case CellKind::kMGU:
-      return {"mgu", 2, 1, 3, 0, CellShape::kNever, true, false, false};
+      return {"mgu_after", 2, 1, 3, 0, CellShape::kNever, true, false, false};
     case CellKind::kMGUBefore:
-      return {"mgu_before", 2, 1, 2, 0, CellShape::kNever, true, false, false};
+      return {"mgu", 2, 1, 2, 0, CellShape::kNever, true, false, false};
     case CellKind::kRNNTanh:
       return {"rnn_tanh", 1, 1, 0, 0, CellShape::kNever, true, false, false};
     case CellKind::kRNNRelu:

@@ -1150,7 +1150,7 @@ CudaPlan plan_recurrent_cuda(CellKind kind, const RecurrentArgs& args, const Cud
     case CellKind::kLSTMNested:
     case CellKind::kGRUNorm:
     case CellKind::kGRUProjected:
-      why_not(std::string("nobody wrote ") + shape_of(kind).name + " for CUDA");
+      why_not(std::string(shape_of(kind).name) + " has no CUDA kernel");
       break;
     default:
       break;
