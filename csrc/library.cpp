@@ -6,9 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "attention/plan.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/registration.h"
+#include "embedding_bag/embedding_bag.h"
 #include "recurrent/recurrent.h"
 #if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_CUDA_KERNELS
@@ -227,6 +229,27 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
 }
 #endif
 
+// N indices of a table with D columns, reduced to B bags.
+py::dict explain_embedding_bag(int64_t N, int64_t B, int64_t D, int64_t element_size) {
+  py::dict result;
+  result["isa"] = isa_name(current_isa());
+  result["threads"] = threads_for((N + B) * D * element_size);
+  return result;
+}
+
+py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk) {
+  const attention::Plan plan = attention::plan_forward(B, Hq, Hk, Tq, Tk, thread_count());
+  py::dict result;
+  result["isa"] = isa_name(current_isa());
+  result["threads"] = plan.threads;
+  result["tasks"] = plan.tasks;
+  result["unit"] = plan.unit == attention::Unit::kGroup   ? std::string("groups of heads that share keys")
+                   : plan.unit == attention::Unit::kBlock ? "blocks of " + std::to_string(attention::kRows) + " queries"
+                                                          : "chunks of " + std::to_string(attention::kChunkKeys) + " keys";
+  result["block"] = py::make_tuple(attention::kRows, attention::kKeys);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
@@ -244,4 +267,8 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
         py::arg("options") = std::vector<std::string>(), py::arg("tf32") = false, py::arg("major") = 0,
         py::arg("minor") = 0, py::arg("multiprocessors") = 0, py::arg("shared_bytes") = 0);
 #endif
+  m.def("explain_embedding_bag", &explain_embedding_bag, py::arg("N"), py::arg("B"), py::arg("D"),
+        py::arg("element_size"));
+  m.def("explain_attention", &explain_attention, py::arg("B"), py::arg("Hq"), py::arg("Hk"), py::arg("Tq"),
+        py::arg("Tk"));
 }

@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from seqkernels import functional, nn, reference
-from seqkernels.backend import explain
+from seqkernels.explain import explain
 
 __version__ = "0.1.0"
 __all__ = ["build_info", "explain", "functional", "nn", "reference"]

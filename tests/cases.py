@@ -283,7 +283,7 @@ def make_inputs(case: Case, dtype: torch.dtype, *, seed: int = 0, padding: float
 def run(lstm: Callable, inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n")) -> dict[str, Tensor]:
     """Outputs and all gradients by name. `upstream` names the gradients that come from above."""
     inputs = inputs.map(lambda t: t.detach().requires_grad_())
-    y, states = lstm(inputs.x, inputs.weights, inputs.state_argument(), **inputs.keywords())
+    y, states = lstm(inputs.x, inputs.state_argument(), inputs.weights, **inputs.keywords())
     outputs = dict(zip(("dy", "dh_n", "dc_n"), (y, *tuple_of(states)), strict=False))
     pairs = [(outputs[u], getattr(inputs, u).detach()) for u in upstream if u in outputs]
     pairs = [(output, g) for output, g in pairs if output.requires_grad]  # T = 0: not all

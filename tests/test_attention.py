@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import random
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqkernels
-from seqkernels import reference
+from seqkernels import backend, reference
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._attention_ops import How, Inputs
 from seqkernels.reference.attention import dropout_keep
@@ -347,7 +348,7 @@ def test_bits_do_not_depend_on_threads(case: AttentionCase, dtype: torch.dtype) 
 
 def test_two_threads_really_run() -> None:
     torch.set_num_threads(2)
-    assert seqkernels.explain("attention", B=1, Hq=8, Tq=128, Tk=128, D=64)["threads"] == 2
+    assert seqkernels.explain("scaled_dot_product_attention", B=1, Hq=8, Tq=128, Tk=128, D=64)["threads"] == 2
 
 
 # ---- what a row may not see
@@ -673,7 +674,7 @@ def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"\w*a
 
 GOOD: dict[str, Any] = dict(query=Q, key=K, value=K, enable_gqa=True)
 ERRORS: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "query a list": (dict(query=[1.0]), TypeError, form("query", "be a tensor", "list")),
+    "query a list": (dict(query=[1.0]), TypeError, form("query", "be a tensor", "a list")),
     "query of integers": (dict(query=Q.long()), NotImplementedError, "no backend takes a query .*int64"),
     "query 1-D": (dict(query=R(8)), ValueError, form("query", "have at least 2 dimensions")),
     "key of another dtype": (dict(key=K.double()), TypeError, form("key", "be of query's dtype")),
@@ -814,23 +815,28 @@ def test_packed_rows_have_no_mask_anywhere() -> None:
 # ---- backends
 
 
-def test_backends() -> None:
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
     assert torch.equal(sdpa(q, k, v, backend="cpu"), sdpa(q, k, v))
     assert torch.equal(sdpa(q, k, v, backend="torch"), F.scaled_dot_product_attention(q, k, v))
-    choose = functools.partial(seqkernels.backend.choose_attention, "attention", None)
-    cuda = torch.device("cuda")
-    assert choose(cuda, torch.bfloat16, [], False) == "torch"
-    assert choose(cuda, torch.bfloat16, [], True) == choose(cuda, torch.float32, [], False) == "triton"
-    assert choose(cuda, torch.float16, ["lengths"], False) == "triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # as where Triton is installed
+
+    def choose(dtype: torch.dtype, extras: list[str], masked: bool) -> str:
+        request = backend.Request(torch.device("cuda"), dtype, None, extras, masked)
+        return backend.choose("attention", backend.ATTENTION, request)
+
+    assert choose(torch.bfloat16, [], False) == "torch"
+    assert choose(torch.bfloat16, [], True) == choose(torch.float32, [], False) == "triton"
+    assert choose(torch.float16, ["lengths"], False) == "triton"
 
 
 def test_explain(isa: str) -> None:
-    answer = seqkernels.explain("attention", B=4, Hq=8, Tq=512, Tk=512, D=64, extras=["lengths"])
+    explain = functools.partial(seqkernels.explain, "scaled_dot_product_attention")
+    answer = explain(B=4, Hq=8, Tq=512, Tk=512, D=64, extras=["lengths"])
     assert answer["kernel"] == "cpu" and answer["isa"] == isa
     assert answer["unsupported"]["torch"] == ["it has no lengths"]
     torch.set_num_threads(4)
-    assert seqkernels.explain("attention", B=1, Hq=1, Tq=1, Tk=4096, D=64)["tasks"] == "chunks of 512 keys"
-    assert seqkernels.explain("attention", B=1, Hq=1, Tq=400, Tk=4096, D=64)["tasks"] == "blocks of 48 queries"
+    assert explain(B=1, Hq=1, Tq=1, Tk=4096, D=64)["tasks"] == "chunks of 512 keys"
+    assert explain(B=1, Hq=1, Tq=400, Tk=4096, D=64)["tasks"] == "blocks of 48 queries"
     with pytest.raises(NotImplementedError, match="it has no softcap"):
-        seqkernels.explain("attention", B=1, Hq=1, Tq=1, Tk=1, D=1, extras=["softcap"], backend="torch")
+        explain(B=1, Hq=1, Tq=1, Tk=1, D=1, extras=["softcap"], backend="torch")

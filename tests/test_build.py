@@ -221,7 +221,7 @@ def test_importing_and_running_needs_torch_alone() -> None:
 
         x = torch.zeros(4, 3, 5, requires_grad=True)
         LSTM(5, 6)(x)[0].sum().backward()
-        seqkernels.reference.lstm(x, list(LSTM(5, 6).parameters()))
+        seqkernels.reference.lstm(x, None, list(LSTM(5, 6).parameters()))
         print("fine")
         """
     )

@@ -67,9 +67,9 @@ def test_layers(kind: str, size: tuple[int, ...], form: str, dtype: torch.dtype)
     name = "rnn_tanh" if kind == "RNN" else kind.lower()
     function = getattr(seqkernels.functional, name)
     options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": many, "bidirectional": True}
-    output, states = function(leaves[0], leaves[1:], **options)
+    output, states = function(leaves[0], None, leaves[1:], **options)
     wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    wanted, wanted_states = getattr(reference, name)(wide[0], wide[1:], **options)
+    wanted, wanted_states = getattr(reference, name)(wide[0], None, wide[1:], **options)
     upstream = torch.randn_like(output)
     close(output, wanted, dtype, "output")
     for a, b in zip(*([s] if isinstance(s, Tensor) else s for s in (states, wanted_states))):

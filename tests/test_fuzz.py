@@ -198,7 +198,7 @@ def test_a_wrong_tensor_among_the_weights_is_survived(case: Case, data: st.DataO
     for _ in range(data.draw(st.integers(1, 2))):
         i = data.draw(st.integers(0, len(weights) - 1))
         weights[i] = data.draw(odd_tensors())
-    tried(functional.lstm, EXCEPTIONS, inputs.x, weights, inputs.hx, **inputs.keywords())
+    tried(functional.lstm, EXCEPTIONS, inputs.x, inputs.hx, weights, **inputs.keywords())
     weights = weights[: len(weights) // case.L]
     h0, c0 = (h[: case.directions] for h in inputs.hx) if inputs.hx else (None, None)
     for op in (ops.lstm, ops.lstm_forward):
@@ -249,7 +249,7 @@ def test_batch_sizes_are_either_right_or_refused(batch_sizes: list[int], N: int)
     weights = list(LSTM(2, 5).parameters())
     for call in (
         lambda: LSTM(2, 5)(PackedSequence(*packed)),
-        lambda: functional.lstm(packed[0], weights, batch_sizes=packed[1]),
+        lambda: functional.lstm(packed[0], None, weights, batch_sizes=packed[1]),
         lambda: ops.lstm(packed[0], None, None, weights, packed[1], None, False),
         lambda: ops.lstm_forward(packed[0], None, None, weights, packed[1], None, False),
     ):

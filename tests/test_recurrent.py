@@ -113,7 +113,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted: str) -> N
     names = ["dx", "dh0", "dc0", *weight_names(case)]
     for name, tensor in zip(names, inputs.differentiable(), strict=True):
         tensor.requires_grad_(name == wanted)
-    y, (h_n, c_n) = functional.lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
+    y, (h_n, c_n) = functional.lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
     torch.autograd.backward([y, h_n, c_n], [inputs.dy, inputs.dh_n, inputs.dc_n])
     for name, tensor in zip(names, inputs.differentiable(), strict=True):
         if name == wanted:
@@ -156,7 +156,7 @@ def of_tensors(inputs: Inputs):
 
     def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         state, weights = (rest[:2], rest[2:]) if hx else (None, rest)
-        y, (h_n, c_n) = functional.lstm(x, list(weights), state, **inputs.keywords())
+        y, (h_n, c_n) = functional.lstm(x, state, list(weights), **inputs.keywords())
         return y, h_n, c_n
 
     return function, [t.detach().requires_grad_() for t in inputs.differentiable()]
@@ -180,7 +180,7 @@ def test_a_gradient_penalty_is_the_definitions(case: Case) -> None:
 
     def penalty(lstm) -> list[Tensor]:
         inputs = make_inputs(case, torch.float64, padding=0.0).map(lambda t: t.detach().requires_grad_())
-        y, (h_n, c_n) = lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
+        y, (h_n, c_n) = lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
         wanted = inputs.differentiable()
         first = torch.autograd.grad([y, h_n, c_n], wanted, [inputs.dy, inputs.dh_n, inputs.dc_n], create_graph=True)
         loss = sum(g.square().sum() for g in first)
@@ -193,7 +193,7 @@ def test_a_gradient_penalty_is_the_definitions(case: Case) -> None:
 def test_backward_twice_through_a_kept_graph() -> None:
     inputs = make_inputs(CASES[0], torch.float32)
     x = inputs.x.requires_grad_()
-    y, _ = functional.lstm(x, inputs.weights, inputs.hx, **inputs.keywords())
+    y, _ = functional.lstm(x, inputs.hx, inputs.weights, **inputs.keywords())
     (first,) = torch.autograd.grad(y, x, inputs.dy, retain_graph=True)
     (second,) = torch.autograd.grad(y, x, inputs.dy)
     assert torch.equal(first, second)
@@ -201,7 +201,7 @@ def test_backward_twice_through_a_kept_graph() -> None:
 
 def test_a_weight_changed_in_place_before_backward_is_refused() -> None:
     inputs = make_inputs(CASES[0], torch.float32).map(lambda t: t.detach().requires_grad_())
-    y, _ = functional.lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
+    y, _ = functional.lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
     with torch.no_grad():
         inputs.weights[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -535,7 +535,7 @@ def test_inference_equals_training(case: Case, dtype: torch.dtype, isa: str) -> 
     inputs = make_inputs(case, dtype)
     training = run(functional.lstm, inputs)
     with torch.no_grad():
-        y, (h_n, c_n) = functional.lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
+        y, (h_n, c_n) = functional.lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
     assert_same_bits({"y": y, "h_n": h_n, "c_n": c_n}, training, ("y", "h_n", "c_n"))
 
 
@@ -705,7 +705,7 @@ def test_inputs_are_never_written(case: Case) -> None:
 def test_outputs_share_no_memory_with_inputs_or_each_other() -> None:
     for case in (CASES[0], Case(B=3, T=0, D=3, H=5, why="h_n is h0"), Case(B=2, T=3, D=2, H=3, lengths=(0, 0), why="")):
         inputs = make_inputs(case, torch.float32)
-        y, (h_n, c_n) = functional.lstm(inputs.x, inputs.weights, inputs.hx, **inputs.keywords())
+        y, (h_n, c_n) = functional.lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
         every = [t.untyped_storage().data_ptr() for t in (y, h_n, c_n, *inputs.differentiable()) if t.numel()]
         assert len(set(every)) == len(every)
 

@@ -127,12 +127,12 @@ MODULE = {
     "input device": (
         lambda m: m(zeros(T, B, D, device="meta")),
         (ValueError, TypeError, NotImplementedError),
-        r"lstm: .*(device|meta)",
+        r"LSTM: .*(device|meta)",
     ),
     "packed input device": (
         lambda m: m(PackedSequence(zeros(7, D, device="meta"), torch.tensor([3, 2, 1, 1]))),
         (ValueError, TypeError, NotImplementedError),
-        r"lstm: .*(device|meta)",
+        r"LSTM: .*(device|meta)",
     ),
     "packed state of another batch": (
         lambda m: m(packed_of(D), (zeros(1, B + 1, H), zeros(1, B + 1, H))),
@@ -296,7 +296,7 @@ def test_functional_errors(case: Case, change: Callable[[dict], dict], error, te
 def test_functional_dropout_is_a_probability(dropout: float) -> None:
     inputs = make_inputs(Case(B=B, T=T, D=D, H=H, L=2, why="stacked"), torch.float32)
     with pytest.raises(ValueError, match="dropout"):
-        functional.lstm(inputs.x, inputs.weights, num_layers=2, dropout=dropout, training=True)
+        functional.lstm(inputs.x, None, inputs.weights, num_layers=2, dropout=dropout, training=True)
 
 
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
@@ -333,10 +333,10 @@ def test_extreme_gates_saturate_as_in_torch(size: float, isa: str) -> None:
         if size == torch.inf:  # inf times the zero weights would be NaN in any matrix product
             inputs.x = inputs.x[:, :, :1]
             inputs.weights[0] = inputs.weights[0][:, :1]
-            y, _ = functional.lstm(inputs.x, inputs.weights)
+            y, _ = functional.lstm(inputs.x, None, inputs.weights)
             assert y.isfinite().all()
             return
-        y, _ = functional.lstm(inputs.x, inputs.weights)
+        y, _ = functional.lstm(inputs.x, None, inputs.weights)
         torch.testing.assert_close(y, module(inputs.x)[0])
 
 
@@ -506,22 +506,22 @@ def on_cuda(module: torch.nn.Module) -> torch.nn.Module:
 
 
 NOT_ON_CUDA = {
-    "heads": (lambda: LSTM(D, H, num_heads=2), r"lstm: .*heads must be 1, got 2"),
-    "projection": (lambda: LSTM(D, H, proj_size=2), r"lstm: .*a projection must be absent"),
+    "heads": (lambda: LSTM(D, H, num_heads=2), r"LSTM: .*heads must be 1, got 2"),
+    "projection": (lambda: LSTM(D, H, proj_size=2), r"LSTM: .*a projection must be absent"),
     "projection and peephole": (
         lambda: LSTM(D, H, 2, proj_size=2, peephole=True),
-        "lstm: .*a projection must be absent",
+        "LSTM: .*a projection must be absent",
     ),
-    "projection without biases": (lambda: LSTM(D, H, proj_size=2, bias=False), "lstm: .*a projection must be absent"),
-    "layer norm": (lambda: LSTM(D, H, layer_norm=True), "lstm_norm: .*nobody wrote lstm_norm for CUDA"),
-    "layer norm of a GRU": (lambda: GRU(D, H, layer_norm=True), "gru_norm: .*nobody wrote gru_norm for CUDA"),
-    "GRU with a projection": (lambda: GRU(D, H, proj_size=2), "gru_projected: .*nobody wrote gru_projected for CUDA"),
-    "nested": (lambda: NestedLSTM(D, H), "lstm_nested: .*nobody wrote lstm_nested for CUDA"),
+    "projection without biases": (lambda: LSTM(D, H, proj_size=2, bias=False), "LSTM: .*a projection must be absent"),
+    "layer norm": (lambda: LSTM(D, H, layer_norm=True), "LSTM: .*lstm_norm has no CUDA kernel"),
+    "layer norm of a GRU": (lambda: GRU(D, H, layer_norm=True), "GRU: .*gru_norm has no CUDA kernel"),
+    "GRU with a projection": (lambda: GRU(D, H, proj_size=2), "GRU: .*gru_projected has no CUDA kernel"),
+    "nested": (lambda: NestedLSTM(D, H), "NestedLSTM: .*lstm_nested has no CUDA kernel"),
 }
 
 
 @pytest.mark.parametrize(("make", "text"), NOT_ON_CUDA.values(), ids=NOT_ON_CUDA)
-def test_layers_that_nobody_wrote_for_cuda(make: Callable, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_without_cuda_kernels(make: Callable, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_CUDA_BUILT", True)
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(T, B, D, device="cuda")
@@ -532,11 +532,11 @@ def test_layers_that_nobody_wrote_for_cuda(make: Callable, text: str, monkeypatc
         assert "cpu: the tensors are on cuda" in said
 
 
-def test_cells_that_nobody_wrote_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_CUDA_BUILT", True)
     with FakeTensorMode(), torch.no_grad():
         for options, text in (
-            (dict(layer_norm=True), "nobody wrote lstm_norm"),
+            (dict(layer_norm=True), "lstm_norm has no CUDA kernel"),
             (dict(num_heads=2), "heads must be 1"),
         ):
             with pytest.raises(NotImplementedError, match=f"LSTMCell: no backend takes an input.*{text}"):

@@ -202,7 +202,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(kind: Kind) -> No
     everything = run(kind.function, inputs)
     for name, wanted in zip(["dx", "dh0", *list(everything)[4:]], inputs.differentiable(), strict=True):
         wanted.requires_grad_()
-        y, h_n = kind.function(inputs.x, inputs.weights, inputs.state_argument(), **inputs.keywords())
+        y, h_n = kind.function(inputs.x, inputs.state_argument(), inputs.weights, **inputs.keywords())
         (got,) = torch.autograd.grad([y, h_n], wanted, [inputs.dy, inputs.dh_n])
         wanted.requires_grad_(False)
         assert_same_bits({name: got}, everything, [name])
@@ -236,7 +236,7 @@ def of_tensors(kind: Kind, inputs: Inputs):
 
     def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         hx = None if not n else rest[0] if n == 1 else rest[:n]
-        y, states = kind.function(x, list(rest[n:]), hx, **inputs.keywords())
+        y, states = kind.function(x, hx, list(rest[n:]), **inputs.keywords())
         return y, *tuple_of(states)
 
     return function, tuple(t.detach() for t in inputs.differentiable())
@@ -267,7 +267,7 @@ def test_gradgradcheck(kind: Kind, case: Case) -> None:
 @kinds
 def test_a_weight_changed_in_place_before_backward_is_refused(kind: Kind) -> None:
     inputs = kind.inputs(CHOSEN[0], torch.float32).map(lambda t: t.detach().requires_grad_())
-    y, _ = kind.function(inputs.x, inputs.weights, inputs.state_argument())
+    y, _ = kind.function(inputs.x, inputs.state_argument(), inputs.weights)
     with torch.no_grad():
         inputs.weights[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -402,7 +402,7 @@ def test_inference_equals_training(kind: Kind, case: Case, dtype: torch.dtype) -
     inputs = kind.inputs(case, dtype)
     training = run(kind.function, inputs)
     with torch.no_grad():
-        y, h_n = kind.function(inputs.x, inputs.weights, inputs.state_argument(), **inputs.keywords())
+        y, h_n = kind.function(inputs.x, inputs.state_argument(), inputs.weights, **inputs.keywords())
     assert_same_bits({"y": y, "h_n": h_n}, training, ("y", "h_n"))
 
 
@@ -927,5 +927,14 @@ def test_explain(kind: Kind, isa: str) -> None:
 
 
 def test_explain_names_the_ops_it_knows() -> None:
-    with pytest.raises(ValueError, match=r"op must be one of lstm, .*, rnn_relu, embedding_bag, attention, got 'rnn'"):
-        seqkernels.explain("rnn", T=1, B=1, D=1, H=1)
+    names = "lstm, .*, rnn_relu, nested_lstm, rnn, embedding_bag, scaled_dot_product_attention"
+    with pytest.raises(ValueError, match=f"op must be one of {names}, got 'attention'"):
+        seqkernels.explain("attention", T=1, B=1, D=1, H=1)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "mgu", "nested_lstm", "rnn", "rnn_tanh", "rnn_relu"])
+def test_a_name_explains_what_the_default_module_runs(name: str) -> None:
+    modules = {"lstm": "LSTM", "gru": "GRU", "mgu": "MGU", "nested_lstm": "NestedLSTM"}
+    options = {"nonlinearity": "relu"} if name == "rnn_relu" else {}
+    module = getattr(seqkernels.nn, modules.get(name, "RNN"))(3, 4, **options)
+    assert seqkernels.explain(name, T=2, B=2, D=3, H=4)["op"] == module._kind.name

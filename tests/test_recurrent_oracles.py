@@ -107,7 +107,7 @@ def of_ours(side: str, name: str, layer: Layer, lengths: Sequence[int] | None, *
         x, *states = (t.double() for t in (layer.x, *layer.hx))
         weights = [w.double() for w in layer.parameters.values()]
         hx = tuple(states) if len(states) > 1 else states[0]
-        y, states = function(x, weights, hx, lengths=lengths, bidirectional=layer.bidirectional, **options)
+        y, states = function(x, hx, weights, lengths=lengths, bidirectional=layer.bidirectional, **options)
     else:
         module = getattr(seqkernels.nn, name)(D, H, bidirectional=layer.bidirectional, **options)
         module.load_state_dict(layer.parameters)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import seqkernels
 from seqkernels import functional, reference
-from seqkernels.functional import _recurrent_options as families
+from seqkernels.functional import _recurrent_extras
 from seqkernels.reference import recurrent as definition
 
 ops = torch.ops.seqkernels
@@ -65,7 +65,7 @@ class Variant:
             )
         if self.module == "GRU":
             return "gru" + after + "_norm" * self.option("layer_norm", False) + "_projected" * self.projected
-        names = {"NestedLSTM": "lstm_nested", "MGU": "mgu" + after}
+        names = {"NestedLSTM": "lstm_nested", "MGU": "mgu" + "_after" * self.option("reset_after", False)}
         return names.get(self.module) or "rnn_" + self.options["nonlinearity"]
 
     @property
@@ -703,14 +703,14 @@ WRONG_CALLS = [
     ("lstm_norm", dict(heads=2), "lstm_norm: heads must be 1 for this cell, got 2"),
     ("gru", dict(heads=0), "gru: heads must be positive, got 0"),
     ("gru", dict(heads=4), "gru: heads must divide H = 6, got 4"),
-    ("mgu", dict(heads=2), r"mgu: weight_hh must have shape \[2H, H / heads\] = \[12, 3\], got \[12, 6\]"),
+    ("mgu_after", dict(heads=2), r"mgu_after: weight_hh must have shape \[2H, H / heads\] = \[12, 3\], got \[12, 6\]"),
     ("gru_projected", dict(heads=2), "gru_projected: heads must be 1 for this cell, got 2"),
     ("lstm", dict(reset=torch.zeros(3, 2)), "lstm: reset must be bool, got float32"),
     ("lstm", dict(reset=torch.zeros(2, 3).bool()), r"lstm: reset must have shape \[3, 2\], got \[2, 3\]"),
     ("gru", dict(zoneout_h=torch.zeros(3, 2, 6)), "gru: zoneout_h must be uint8, got float32"),
     ("gru", dict(zoneout_h=torch.zeros(3, 2, 7).byte()), r"gru: zoneout_h must have shape \[3, 2, 6\]"),
     ("lstm", dict(zoneout_c=torch.zeros(3, 1, 6).byte()), r"lstm: zoneout_c must have shape \[3, 2, 6\]"),
-    ("mgu", dict(candidate=torch.zeros(6).byte()), r"mgu: candidate must have shape \[3, 2, 6\]"),
+    ("mgu_after", dict(candidate=torch.zeros(6).byte()), r"mgu_after: candidate must have shape \[3, 2, 6\]"),
     ("rnn_tanh", dict(variational=torch.ones(1, 2, 5)), r"rnn_tanh: variational must have shape \[1, 2, 6\]"),
     ("rnn_tanh", dict(variational=torch.ones(1, 2, 6).double()), "rnn_tanh: variational must be float32, got float64"),
     ("lstm", dict(numbers=[1.0]), "lstm: numbers must be empty or hold .*, got 1 numbers"),
@@ -718,7 +718,7 @@ WRONG_CALLS = [
     ("lstm", dict(numbers=[1.0, math.nan, 0.0, 0.0, 0.0]), "lstm: gate_clip must be positive, got -?nan"),
     ("gru", dict(numbers=inf(1.0, 0.0, 0.0)), r"gru: zoneout_h must lie in \[0, 1\), got 1"),
     ("lstm", dict(numbers=inf(0.0, -0.5, 0.0)), r"lstm: zoneout_c must lie in \[0, 1\), got -0.5"),
-    ("mgu", dict(numbers=inf(0.0, 0.0, 2.0)), r"mgu: recurrent_dropout must lie in \[0, 1\), got 2"),
+    ("mgu_after", dict(numbers=inf(0.0, 0.0, 2.0)), r"mgu_after: recurrent_dropout must lie in \[0, 1\), got 2"),
     ("gru", dict(numbers=inf(0.0, 0.1, 0.0)), "gru: cell_clip and zoneout_c must be absent for this cell"),
     ("lstm_nested", dict(numbers=[math.inf, 1.0, 0.0, 0.0, 0.0]), "lstm_nested: gate_clip must be absent"),
     (
@@ -779,7 +779,7 @@ def defined(module: torch.nn.Module, variant: Variant, x: Tensor, hx, **keywords
     function = SHARED.get(variant.module) or getattr(reference, variant.kind)
     weights = weights_of(module, variant)
     common = dict(num_layers=module.num_layers, bidirectional=module.bidirectional, return_all_states=True)
-    return function(x, weights, hx, **common, **options, **keywords)
+    return function(x, hx, weights, **common, **options, **keywords)
 
 
 def states_for(variant: Variant, B: int, L: int, directions: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -853,7 +853,7 @@ def test_a_function_is_its_module(variant: Variant) -> None:
     options = {k: o for k, o in variant.options.items() if k not in ("proj_size", "bias", "nonlinearity")}
     x, hx = torch.randn(4, 5, D), as_argument(states_for(variant, 4, 2, 2, torch.float32))
     keywords = dict(lengths=torch.tensor([3, 0, 5, 1]), reset=torch.rand(4, 5) < 0.3)
-    got = getattr(functional, name)(x, weights_of(module, variant), hx, num_layers=2, **common, **options, **keywords)
+    got = getattr(functional, name)(x, hx, weights_of(module, variant), num_layers=2, **common, **options, **keywords)
     assert all(torch.equal(g, w) for g, w in zip(flat(got), flat(module(x, hx, **keywords)), strict=True))
 
 
@@ -904,7 +904,8 @@ def test_memory_efficient_keeps_less(variant: Variant) -> None:
     [
         *itertools.product(["lstm"], ["dense", "lengths", "packed"]),
         *zip(
-            ["lstm_norm", "lstm_nested", "gru_before", "gru_projected", "mgu"], itertools.cycle(["packed", "lengths"])
+            ["lstm_norm", "lstm_nested", "gru_before", "gru_projected", "mgu_after"],
+            itertools.cycle(["packed", "lengths"]),
         ),
     ],
 )
@@ -1097,8 +1098,8 @@ def test_variational_dropout_of_the_input(form: str) -> None:
 def test_places_in_steps_are_those_that_the_cpu_finds(batch_sizes: list[int]) -> None:
     """As a CUDA device is told of them, without a copy."""
     sizes, x = torch.tensor(batch_sizes, dtype=torch.int64), torch.zeros(sum(batch_sizes), 1)
-    _, wanted = families.sequences_of(x, None, sizes)
-    found = families.places_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
+    _, wanted = _recurrent_extras.sequences_of(x, None, sizes)
+    found = _recurrent_extras.places_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
     assert torch.equal(found, wanted)
     assert found.tolist() == [j for size in batch_sizes for j in range(size)]
 
@@ -1160,7 +1161,7 @@ def test_parameters_begin_as_told(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("form", ["dense", "lengths", "packed", "unbatched"])
-@pytest.mark.parametrize("kind", ["lstm", "lstm_nested", "gru", "gru_projected", "mgu_before", "rnn_tanh"])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_nested", "gru", "gru_projected", "mgu", "rnn_tanh"])
 def test_a_learned_initial_state(kind: str, form: str) -> None:
     """Zero at first; where hx is absent it is every sequence's, and its gradient is the sum of theirs."""
     variant, L = FULLEST[kind], 2

@@ -20,7 +20,7 @@ from seqkernels import reference
 from seqkernels.reference import recurrent as definition
 
 B, T, D, H, P = 3, 5, 4, 6, 3
-RESET_BEFORE = ("gru_before", "mgu_before")
+RESET_BEFORE = ("gru_before", "mgu")
 Array = np.ndarray
 
 
@@ -93,7 +93,7 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
         c = sigmoid(inner[3]) * np.tanh(s)
         new = [out * np.tanh(c), c, s]
     elif kind.startswith("lstm"):
-        p = np.split(w["w_p"], len(w["w_p"]) // H) if "w_p" in w else [np.zeros(H)] * 3
+        p = np.split(w["w_ph"], len(w["w_ph"]) // H) if "w_ph" in w else [np.zeros(H)] * 3
         old = states[1]
         i = sigmoid(o.gate(pre[0] + p[0] * old))
         f = 1 - i if kind == "lstm_coupled" else sigmoid(o.gate(pre[1] + p[1] * old))
@@ -188,7 +188,7 @@ class Drawn:
             torch.from_numpy(valid.sum(1)) if packed else None,
             None if packed else torch.tensor(self.lengths),
             self.directions == 2,
-            peephole="w_p" in self.names,
+            peephole="w_ph" in self.names,
             heads=self.heads,
             reset=None if self.reset is None else rows(self.reset),
             numbers=self.numbers,
@@ -220,7 +220,7 @@ def drawn(kind: str, seed: int) -> Drawn:
     shapes: dict[str, tuple[int, ...]] = {"w_ih": (G * H, D), "w_hh": (G * H, fed // heads)}
     shapes |= {"b_ih": (G * H,), "b_hh": (G * H,)} if bias else {}
     shapes |= {"w_hr": (P, H)} if projected else {}
-    shapes |= {"w_p": ((G - 1) * H,)} if peephole else {}
+    shapes |= {"w_ph": ((G - 1) * H,)} if peephole else {}
     of_cell = {"gain_c": (H,), "bias_c": (H,)} if lstm else {}
     shapes |= {"gain_ih": (G * H,), "gain_hh": (G * H,), **of_cell} if normed else {}
     shapes |= {"inner_ih": (4 * H, H), "inner_hh": (4 * H, H)} if nested else {}
@@ -308,13 +308,13 @@ def test_coupled_gates_are_an_lstm_whose_forget_gate_is_turned_round() -> None:
     assert_same(got, definition.layer("lstm", x, (None, None), turned, peephole=True))
 
 
-@pytest.mark.parametrize("suffix", ["", "_before"])
-def test_a_minimal_gated_unit_is_a_gru_of_one_gate(suffix: str) -> None:
+@pytest.mark.parametrize(("mgu", "gru"), [("mgu_after", "gru"), ("mgu", "gru_before")])
+def test_a_minimal_gated_unit_is_a_gru_of_one_gate(mgu: str, gru: str) -> None:
     """r = f, z = 1 - f."""
     x, weights = uniform(T, B, D), [uniform(2 * H, D), uniform(2 * H, H), uniform(2 * H), uniform(2 * H)]
     three = [torch.cat([w[:H], -w[:H], w[H:]]) for w in weights]
-    got = definition.layer("mgu" + suffix, x, (None,), weights)
-    assert_same(got, definition.layer("gru" + suffix, x, (None,), three))
+    got = definition.layer(mgu, x, (None,), weights)
+    assert_same(got, definition.layer(gru, x, (None,), three))
 
 
 def test_a_projection_onto_everything_is_none() -> None:
@@ -336,7 +336,7 @@ def of_tensors(case: Drawn) -> tuple[Callable, list[Tensor]]:
     def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         return definition.layer(
             *(case.kind, x, rest[:n], rest[n:], None, torch.tensor(case.lengths), case.directions == 2),
-            peephole="w_p" in case.names,
+            peephole="w_ph" in case.names,
             heads=case.heads,
             reset=reset,
             numbers=case.numbers,
@@ -398,7 +398,7 @@ def test_public_functions_choose_their_kind() -> None:
     def same(name: str, kind: str, states: int, weights: list[Tensor], **options) -> None:
         options_of_layer = {"peephole": True} if options.get("peephole") else {}
         want = definition.layer(kind, x, (None,) * states, weights, **options_of_layer)
-        y, last = getattr(reference, name)(x, weights, **options)
+        y, last = getattr(reference, name)(x, None, weights, **options)
         last = last if isinstance(last, tuple) else (last,)
         assert len(last) == states
         assert_same((y, *last), want)
@@ -417,8 +417,8 @@ def test_public_functions_choose_their_kind() -> None:
     same("gru", "gru_before", 1, gates(3), reset_after=False)
     same("gru", "gru_norm", 1, [*gates(3), uniform(3 * H), uniform(3 * H)], layer_norm=True)
     same("gru", "gru_projected", 2, projection)
-    same("mgu", "mgu_before", 1, gates(2))
-    same("mgu", "mgu", 1, gates(2), reset_after=True)
+    same("mgu", "mgu", 1, gates(2))
+    same("mgu", "mgu_after", 1, gates(2), reset_after=True)
     same("rnn_tanh", "rnn_tanh", 1, gates(1))
     same("rnn_relu", "rnn_relu", 1, gates(1))
 
@@ -432,7 +432,7 @@ def test_layers_on_layers_with_masks() -> None:
         for width in (D, H)
     ]
     common = dict(num_layers=2, masks=masks, return_all_states=True, recurrent_dropout=0.5, gate_clip=0.5)
-    y, h_n, every = reference.gru(x.transpose(0, 1), weights, batch_first=True, reset=reset.t(), **common)
+    y, h_n, every = reference.gru(x.transpose(0, 1), None, weights, batch_first=True, reset=reset.t(), **common)
     numbers = (math.inf, 0.5, 0.0, 0.0, 0.5)
     of_input, last = x, []
     for i, mask in enumerate(masks):

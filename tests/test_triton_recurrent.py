@@ -13,7 +13,7 @@ from cases import assert_near, assert_same_bits, batch_sizes_of
 from torch import Tensor
 from triton_on_cpu import DEVICE, load, on_hardware
 
-from seqkernels.functional._recurrent_ops import Extras
+from seqkernels.functional._recurrent_extras import Extras
 from seqkernels.reference import recurrent as definition
 
 recurrent = load("recurrent")

@@ -23,6 +23,11 @@
 
 namespace seqkernels {
 
+int64_t threads_for(int64_t bytes) {
+  constexpr int64_t kBytesPerThread = 64 << 10;  // less is not worth waking a thread
+  return bytes < 2 * kBytesPerThread ? 1 : std::min(thread_count(), bytes / kBytesPerThread);
+}
+
 namespace {
 
 using Maybe = const std::optional<Tensor>&;

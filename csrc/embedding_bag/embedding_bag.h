@@ -52,6 +52,9 @@ struct BagFault {
   int64_t at, value;  // position, and what stood there
 };
 
+// Threads that share a pass over so many bytes of rows.
+int64_t threads_for(int64_t bytes);
+
 struct BagForward {
   BagShape shape;
   const BagTable* tables;

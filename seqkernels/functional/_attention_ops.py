@@ -1,7 +1,7 @@
-"""The ops of attention: how they are reached, fakes, autograd, torch.func.
+"""The ops of attention: calls, fakes, autograd, torch.func.
 
-Every op takes `How` and the tensors that `Inputs` lists. Backward is first order and needs out and lse; where it is to
-be differentiated again the gradient goes through the reference.
+Every op takes `How` and the tensors that `Inputs` lists. Backward is first order and needs out and lse; under
+create_graph the gradient is that of the reference definition.
 
 Dimensions: B batch, Hq heads of queries, Hk of keys, Tq queries, Tk keys, D and Dv columns.
 """
@@ -13,10 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from seqkernels import _C  # noqa: F401  (importing it registers the ops)
-from seqkernels.functional._recurrent_ops import _vmap_rule
+from seqkernels.functional._autograd import (
+    below_autograd,
+    jvp_by_definition,
+    op,
+    recorded,
+    transformed,
+    vjp_by_definition,
+    vmap_rule,
+)
 from seqkernels.reference.attention import attention as attention_definition
 from seqkernels.reference.attention import attention_weights as weights_definition
 
@@ -24,11 +30,11 @@ NAMES = ("attention_forward", "attention_backward", "attention_weights", "attent
 
 
 class Ops:
-    """The ops of one namespace, by their `.default` overloads: half the cost of a call."""
+    """The ops of one namespace, by their `.default` overloads."""
 
     def __init__(self, namespace: str) -> None:
         for name in NAMES:
-            setattr(self, name.removeprefix("attention_"), getattr(getattr(torch.ops, namespace), name).default)
+            setattr(self, name.removeprefix("attention_"), op(name, namespace))
 
     def __getattr__(self, name: str) -> Any:  # what __init__ sets
         raise AttributeError(name)
@@ -64,33 +70,19 @@ class How(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, how: How, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """out and lse, however it is traced, transformed or recorded."""
     mask = inputs.attn_mask
-    if _transformed():
+    if transformed():
         return _Attention.apply(how, seed, *inputs[1:], q, k, v, mask)
-    if not torch.compiler.is_compiling() and not _recorded(q, k, v, mask):
-        with _below_autograd():
+    if not torch.compiler.is_compiling() and not recorded(q, k, v, mask):
+        with below_autograd():
             return ops.forward(q, k, v, *inputs, *how, seed)
     return ops.forward(q, k, v, *inputs, *how, seed)
 
 
 def weights_of(q: Tensor, k: Tensor, inputs: Inputs, how: How, seed: Tensor | None, lse: Tensor) -> Tensor:
     """[B, Hq, Tq, Tk], after dropout."""
-    if _transformed():
+    if transformed():
         return _Weights.apply(how, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
     return ops.weights(q, k, *inputs, *how, seed, lse)
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work. A compiler traces both through the ops."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
-
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 # ---- gradients, by the kernels and by the definition
@@ -137,49 +129,6 @@ def _weights_backward(
     return tuple(g if need else None for g, need in zip((dq, dk, dmask if of_mask else None, dlse), needs))
 
 
-def _by_definition(
-    function: Callable[..., Any],
-    primals: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradient of the primals that need one, differentiable. A grad that is None is of zeros."""
-    wanted = [i for i, need in enumerate(needs) if need and primals[i] is not None]
-
-    def of_wanted(*moving: Tensor) -> Any:
-        return function(*_replaced(primals, wanted, moving))
-
-    outputs, pull, *_ = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
-    given: Any
-    if isinstance(outputs, tuple):
-        given = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads))
-    else:
-        given = grads[0]
-    return tuple(_replaced([None] * len(needs), wanted, pull(given)))
-
-
-def _push(function: Callable[..., Any], primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Any:
-    """The tangents of the outputs: a vector-Jacobian product is linear in its vector, and its transpose is this."""
-    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-
-    def of_moving(*values: Tensor) -> Any:
-        return function(*_replaced(primals, moving, values))
-
-    outputs, pull, *_ = torch.func.vjp(of_moving, *(primals[i] for i in moving))
-    several = isinstance(outputs, tuple)
-    zeros = tuple(torch.zeros_like(o) for o in outputs) if several else (torch.zeros_like(outputs),)
-    _, push, *_ = torch.func.vjp(lambda *vectors: pull(vectors if several else vectors[0]), *zeros)
-    pushed = push(tuple(tangents[i] for i in moving))
-    return pushed if several else pushed[0]
-
-
-def _replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
-    values = list(values)
-    for i, value in zip(at, by):
-        values[i] = value
-    return values
-
-
 def _of_attention(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         given: Any = (*inputs[1:], *how, seed)
@@ -200,7 +149,7 @@ FIRST = 7  # of the arguments below that have a gradient
 
 
 class _Attention(torch.autograd.Function):
-    """Attention under torch.func's transforms and forward-mode AD, which the op's own formula does not serve."""
+    """Attention under torch.func's transforms and forward-mode AD, which the registered autograd does not support."""
 
     generate_vmap_rule = True
 
@@ -234,8 +183,9 @@ class _Attention(torch.autograd.Function):
         needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
         if grads[0] is None and grads[1] is None:
             return (None,) * len(ctx.needs_input_grad)
+        found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = _by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, mask), grads, needs)
+            found = vjp_by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, mask), grads, needs)
         else:
             found = _backward(ctx.how, seed, inputs, q, k, v, (out, lse), grads, needs)
         return *[None] * FIRST, *found
@@ -243,7 +193,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         seed, *rest, q, k, v, mask = ctx.saved_tensors
-        return _push(_of_attention(ctx.how, seed, Inputs(mask, *rest)), (q, k, v, mask), tangents[FIRST:])
+        return jvp_by_definition(_of_attention(ctx.how, seed, Inputs(mask, *rest)), (q, k, v, mask), tangents[FIRST:])
 
 
 class _Weights(torch.autograd.Function):
@@ -278,8 +228,9 @@ class _Weights(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seed, *rest, q, k, mask, lse = ctx.saved_tensors
         needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
+        found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = _by_definition(_of_weights(ctx.how, seed, inputs), (q, k, mask, lse), (grad,), needs)
+            found = vjp_by_definition(_of_weights(ctx.how, seed, inputs), (q, k, mask, lse), (grad,), needs)
         else:
             found = _weights_backward(ctx.how, seed, inputs, q, k, lse, grad, needs)
         return *[None] * FIRST, *found
@@ -287,7 +238,9 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         seed, *rest, q, k, mask, lse = ctx.saved_tensors
-        return _push(_of_weights(ctx.how, seed, Inputs(mask, *rest)), (q, k, mask, lse), tangents[FIRST:])
+        return jvp_by_definition(_of_weights(ctx.how, seed, Inputs(mask, *rest)), (q, k, mask, lse), tangents[FIRST:])[
+            0
+        ]
 
 
 # ---- the ops' fakes, autograd and vmap
@@ -361,10 +314,10 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, *tensors, seed, out, lse = ctx.saved_tensors
     needs, inputs = ctx.needs_input_grad[:4], Inputs(*tensors)
-    found: tuple[Tensor | None, ...] = (None,) * 4
+    found: Sequence[Tensor | None] = (None,) * 4
     if grads[0] is not None or grads[1] is not None:
         if torch.is_grad_enabled():
-            found = _by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
+            found = vjp_by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
         else:
             found = _backward(ctx.how, seed, inputs, q, k, v, (out, lse), grads, needs)
     return *found, *[None] * (len(ctx.needs_input_grad) - 4)
@@ -380,8 +333,9 @@ def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_of_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, *tensors, seed, lse = ctx.saved_tensors
     needs, inputs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[-1]), Inputs(*tensors)
+    found: Sequence[Tensor | None]
     if torch.is_grad_enabled():
-        found = _by_definition(_of_weights(ctx.how, seed, inputs), (q, k, inputs.attn_mask, lse), (grad,), needs)
+        found = vjp_by_definition(_of_weights(ctx.how, seed, inputs), (q, k, inputs.attn_mask, lse), (grad,), needs)
     else:
         found = _weights_backward(ctx.how, seed, inputs, q, k, lse, grad, needs)
     return *found[:3], *[None] * (len(ctx.needs_input_grad) - 4), found[3]
@@ -391,8 +345,8 @@ def register(namespace: str) -> None:
     """Fakes, autograd and vmap rules of a namespace's ops."""
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}")(fake)
-        op = getattr(getattr(torch.ops, namespace), name).default
-        torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(op))
+        overload = op(name, namespace)
+        torch.library.register_vmap(f"{namespace}::{name}", vmap_rule(overload))
     torch.library.register_autograd(
         f"{namespace}::attention_forward", _attention_backward, setup_context=_setup_attention
     )

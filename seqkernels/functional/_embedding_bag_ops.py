@@ -1,7 +1,8 @@
-"""The ops of embedding bags: how they are reached, fakes, autograd, torch.func.
+"""The ops of embedding bags: calls, fakes, autograd, torch.func.
 
-Every op takes its bags as `Bags` lists them. `embedding_bag` saves nothing; `embedding_bag_forward` also tells who won
-each column, which is all that backward needs of it. The ops named `embedding_bags` take several tables.
+Every op takes its bags as `Bags` lists them. `embedding_bag` saves nothing; `embedding_bag_forward` also returns `arg`,
+the position of the row that won each column, which is all that backward needs. The ops named `embedding_bags` take
+several tables.
 
 Dimensions: E table rows, D columns, N indices, B bags, U rows that occur.
 """
@@ -13,10 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from seqkernels import _C  # noqa: F401  (importing it registers the ops)
-from seqkernels.functional._recurrent_ops import _vmap_rule
+from seqkernels.functional import _autograd
+from seqkernels.functional._autograd import (
+    below_autograd,
+    jvp_by_definition,
+    op,
+    transformed,
+    vjp_by_definition,
+    vmap_rule,
+)
 from seqkernels.reference.embedding_bag import bags_of
 from seqkernels.reference.embedding_bag import embedding as embedding_definition
 from seqkernels.reference.embedding_bag import embedding_bag as embedding_bag_definition
@@ -29,11 +36,11 @@ NO_PADDING = -1
 
 
 class Ops:
-    """The ops of one namespace, by their `.default` overloads: half the cost of a call."""
+    """The ops of one namespace, by their `.default` overloads."""
 
     def __init__(self, namespace: str) -> None:
         for name in NAMES:
-            setattr(self, name, getattr(getattr(torch.ops, namespace), name).default)
+            setattr(self, name, op(name, namespace))
 
     def __getattr__(self, name: str) -> Any:  # what __init__ sets
         raise AttributeError(name)
@@ -115,17 +122,8 @@ Step = Callable[..., None]  # (tables, grad, arg, bags, by_frequency): an optimi
 
 
 def recorded(tables: Sequence[Tensor], weights: Tensor | None) -> bool:
-    """Whether a gradient can be asked for."""
-    return torch.is_grad_enabled() and (
-        any(t.requires_grad for t in tables) or (weights is not None and weights.requires_grad)
-    )
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work. A compiler traces both through the ops."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    """Whether autograd records a lookup."""
+    return _autograd.recorded(weights, *tables)
 
 
 def lookup(
@@ -227,17 +225,10 @@ def _backward_by_definition(
     tables: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The same, differentiable. A table whose values nobody kept is not needed: a lookup is linear in it."""
+    """`_backward`, itself differentiable. Values of tables that were not saved are not needed: a lookup is linear."""
     zero = grad.new_zeros(())
     primals = [bags.weights, *(zero.expand(shape) if t is None else t for t, shape in zip(tables, shapes))]
-    wanted = [i for i, need in enumerate(needs) if need]
-    function = how.definition(bags, arg)
-
-    def of_wanted(*moving: Tensor) -> Tensor:
-        return function(*_replaced(primals, wanted, moving))
-
-    _, pull, *_ = torch.func.vjp(of_wanted, *(primals[i] for i in wanted))
-    found = _replaced([None] * len(needs), wanted, pull(grad))
+    found = vjp_by_definition(how.definition(bags, arg), primals, (grad,), needs)
     if how.sparse:
         found[1:] = (None if g is None else _rows_of(g, t, how, bags) for t, g in enumerate(found[1:]))
     return found
@@ -255,16 +246,6 @@ def _rows_of(dense: Tensor, table: int, how: How, bags: Bags) -> Tensor:
     return _sparse(rows, dense.index_select(0, rows), dense.shape)
 
 
-def _replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
-    values = list(values)
-    for i, value in zip(at, by):
-        values[i] = value
-    return values
-
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
 class _Recorded(torch.autograd.Function):
     """A lookup in eager mode."""
 
@@ -280,7 +261,7 @@ class _Recorded(torch.autograd.Function):
     ) -> Any:
         if torch.compiler.is_compiling():  # one that has left `lookup` to eager mode leaves this frame too, silently
             raise NotImplementedError("embedding_bag: this call is not traced")
-        with _below_autograd():
+        with below_autograd():
             if how.features:
                 output, arg = ops.embedding_bags_forward(tables, how.features, indices, offsets, weights, *how[:4])
             else:
@@ -302,7 +283,7 @@ class _Recorded(torch.autograd.Function):
         if step is not None and True in needs[1:]:
             found = _Recorded.stepped(ctx, grad, arg, bags, tables, needs)
         else:
-            # create_graph: the fused backward is first order, the definition is of any
+            # create_graph: the fused backward is first order, the definition is of any order
             backward = _backward_by_definition if torch.is_grad_enabled() else _backward
             found = backward(how, grad, arg, bags, ctx.shapes, tables, needs)
         return *[None] * FIRST, *found
@@ -332,12 +313,12 @@ class _Recorded(torch.autograd.Function):
 
 FIRST = 4  # of the arguments that have a gradient: weights, then tables
 
-# Not _Recorded.apply, which first looks for wrappers that torch.func left behind: that costs as much as the rest of it.
+# _Recorded.apply first looks for wrappers of torch.func, which doubles the time of the call.
 record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Transformed(torch.autograd.Function):
-    """A lookup under torch.func's transforms and forward-mode AD, which the ops' own formula does not serve."""
+    """A lookup under torch.func's transforms and forward-mode AD, which the registered autograd does not support."""
 
     generate_vmap_rule = True
 
@@ -367,18 +348,9 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        """A vector-Jacobian product is linear in its vector, and its transpose is this."""
         indices, offsets, weights, *tables, arg = ctx.saved_tensors
         function = ctx.how.definition(Bags(indices, offsets, weights, *ctx.how[:4]), arg, derivative=True)
-        primals, given = [weights, *tables], tangents[3:]
-        moving = [i for i, tangent in enumerate(given) if tangent is not None]
-
-        def of_moving(*values: Tensor) -> Tensor:
-            return function(*_replaced(primals, moving, values))
-
-        output, pull, *_ = torch.func.vjp(of_moving, *(primals[i] for i in moving))
-        _, push, *_ = torch.func.vjp(pull, torch.zeros_like(output))
-        return push(tuple(given[i] for i in moving))[0], None
+        return jvp_by_definition(function, [weights, *tables], tangents[3:])[0], None
 
 
 # ---- the ops' fakes, autograd and vmap
@@ -509,7 +481,7 @@ def _register_autograd(name: str, several: bool) -> None:
 
 def _fold_rule(op: Callable[..., Any]) -> Callable[..., Any]:
     """Samples that share a table become more bags of one call, where each has [B, L] indices; else one call each."""
-    one_by_one = _vmap_rule(op)
+    one_by_one = vmap_rule(op)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         shared, of_indices, of_offsets, of_weights = in_dims[:4]
@@ -540,7 +512,7 @@ def register(namespace: str) -> None:
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}")(fake)
         if not name.endswith("_"):
-            rule = _fold_rule if name in ("embedding_bag", "embedding_bag_forward") else _vmap_rule
+            rule = _fold_rule if name in ("embedding_bag", "embedding_bag_forward") else vmap_rule
             torch.library.register_vmap(f"{namespace}::{name}", rule(getattr(here, name)))
     _register_autograd(f"{namespace}::embedding_bag_forward", several=False)
     _register_autograd(f"{namespace}::embedding_bags_forward", several=True)

@@ -1,156 +1,34 @@
-"""The ops of recurrent layers: their kinds, fakes, autograd, torch.func.
+"""The ops of recurrent layers: calls, fakes, autograd, torch.func.
 
-Every kind of layer has three ops, of the same form: `<kind>` saves nothing, `<kind>_forward` also returns what backward
-needs, `<kind>_backward`. They take one layer, both directions.
+Every kind has three ops of the same form: `<kind>` saves nothing, `<kind>_forward` also returns what backward needs,
+`<kind>_backward`. An op runs one layer, both directions.
 
-Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P what is fed back (the projection size, or H).
+Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P fed-back size (the projection size, or H).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
-from seqkernels import _C  # importing it registers the ops
+from seqkernels import _C
+from seqkernels.functional._autograd import (
+    below_autograd,
+    follow_tf32,
+    jvp_by_definition,
+    vjp_by_definition,
+    vmap_rule,
+)
+from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
+from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
 from seqkernels.reference import recurrent as reference
 
-# ---- kinds
-
-
-class Weight(NamedTuple):
-    """A weight of one layer and direction."""
-
-    name: str
-    shape: tuple[tuple[int, str], ...]  # ((4, "H"), (1, "D")) is [4H, D]
-    start: float | None = None  # its first value; None: drawn as torch draws
-
-    def sizes(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple([count * sizes[letter] for count, letter in self.shape])
-
-    def __str__(self) -> str:
-        return f"[{', '.join(f'{count}{letter}' if count > 1 else letter for count, letter in self.shape)}]"
-
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """A kind of layer: what Python has to know of its cell."""
-
-    name: str
-    gates: str  # in the order of its weights
-    states: str  # h, c, s
-    tables: Mapping[tuple[bool, ...], list[Weight]]
-    infer: Callable[..., Any]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-    def weights(self, bias: bool, projected: bool, peephole: bool, heads: bool) -> list[Weight]:
-        """One layer and direction's, in the order of the ops."""
-        return self.tables[bias, projected, peephole, heads]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return kind_named, (self.name,)  # copied or pickled, a kind stays the one it is
-
-
-def kind_named(name: str) -> Kind:
-    return KINDS[name]
-
-
-def _kind(name: str, gates: str, states: str, *own: Weight) -> Kind:
-    """`own` are the weights beside those that torch's layers have."""
-    # .default: half the cost of a call
-    of = (getattr(getattr(torch.ops.seqkernels, name + suffix), "default") for suffix in ("", "_forward", "_backward"))  # noqa: B009
-    tables = {with_: _weights(len(gates), own, *with_) for with_ in itertools.product((False, True), repeat=4)}
-    return Kind(name, gates, states, tables, *of)
-
-
-def _weights(
-    gates: int, own: Sequence[Weight], bias: bool, projected: bool, peephole: bool, heads: bool
-) -> list[Weight]:
-    rows, H = (gates, "H"), (1, "H")
-    fed_back = (1, "P" if projected else "H/heads" if heads else "H")
-    every = [
-        (True, Weight("weight_ih", (rows, (1, "D")))),
-        (True, Weight("weight_hh", (rows, fed_back))),
-        (bias, Weight("bias_ih", (rows,))),
-        (bias, Weight("bias_hh", (rows,))),
-        (projected, Weight("weight_hr", ((1, "P"), H))),
-        (peephole, Weight("weight_ph", ((gates - 1, "H"),))),  # of every gate but g
-        *((bias or not w.name.startswith("bias_inner"), w) for w in own),
-    ]
-    return [w for present, w in every if present]
-
-
-def _gains(gates: int) -> tuple[Weight, Weight]:
-    return Weight("gain_ih", ((gates, "H"),), 1.0), Weight("gain_hh", ((gates, "H"),), 1.0)
-
-
-_INNER = (
-    Weight("weight_inner_ih", ((4, "H"), (1, "H"))),
-    Weight("weight_inner_hh", ((4, "H"), (1, "H"))),
-    Weight("bias_inner_ih", ((4, "H"),)),
-    Weight("bias_inner_hh", ((4, "H"),)),
-)
-_OF_CELL = (Weight("gain_c", ((1, "H"),), 1.0), Weight("bias_c", ((1, "H"),), 0.0))
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        _kind("lstm", "ifgo", "hc"),
-        _kind("lstm_coupled", "igo", "hc"),
-        _kind("lstm_norm", "ifgo", "hc", *_gains(4), *_OF_CELL),
-        _kind("lstm_nested", "ifgo", "hcs", *_INNER),
-        _kind("gru", "rzn", "h"),
-        _kind("gru_before", "rzn", "h"),
-        _kind("gru_norm", "rzn", "h", *_gains(3)),
-        _kind("gru_projected", "rzn", "hc"),
-        _kind("mgu", "fn", "h"),
-        _kind("mgu_before", "fn", "h"),
-        _kind("rnn_tanh", "n", "h"),
-        _kind("rnn_relu", "n", "h"),
-    )
-}
-
-
-class Extras(NamedTuple):
-    """The ops' last arguments: what a plain layer does without, and leaves out of its calls."""
-
-    peephole: bool = False
-    heads: int = 1
-    reset: Tensor | None = None  # bool [T, B] or [N]: before such a step the states are zero
-    zoneout_h: Tensor | None = None  # uint8 [.., directions * H]: where it is 1, h keeps its old value
-    zoneout_c: Tensor | None = None
-    candidate: Tensor | None = None  # uint8 [.., directions * H]: where it is 0, the candidate is dropped
-    variational: Tensor | None = None  # [directions, B, P] factors of h in the recurrent products
-    numbers: Sequence[float] = []  # cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout
-
-
-NO_EXTRAS = Extras()
-
-
 # ---- one layer
-
-_SET_TF32 = getattr(_C, "set_tf32", None)  # of a build with CUDA kernels
-
-
-def follow_precision(x: Tensor, of: Any) -> None:
-    """float32 products on CUDA are made of TF32 where torch makes its own so: `of` is what says that in torch.backends.
-    A compiled graph keeps what was last followed.
-    """
-    if _SET_TF32 is not None and x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        _SET_TF32(allows_tf32(of))
-
-
-def allows_tf32(of: Any) -> bool:
-    allowed: bool = of.fp32_precision == "tf32"
-    return allowed
 
 
 def layer(
@@ -165,11 +43,11 @@ def layer(
     recompute: bool = False,
     every: bool = False,
 ) -> tuple[Tensor, ...]:
-    """y and the last states; with `every` also c (and s) of every step.
+    """y and the last states; with `every` also the states but h at every step.
 
-    Saves what backward needs only where a gradient can be asked for; with `recompute` no gates.
+    What backward needs is saved only where autograd records the call; with `recompute` the gates are not saved.
     """
-    follow_precision(x, torch.backends.cudnn.rnn)
+    follow_tf32(x, torch.backends.cudnn.rnn)
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     recorded = torch.is_grad_enabled() and (
@@ -182,7 +60,7 @@ def layer(
             x, *states0, weights, batch_sizes, lengths, bidirectional, *(extras or ())
         )
         return result
-    recompute = recompute or not (recorded or transformed)  # no backward: nothing is kept for it
+    recompute = recompute or not (recorded or transformed)  # without backward nothing is saved
     call = Call(x, states0, weights, batch_sizes, lengths, bidirectional, extras, recompute)
     if transformed:
         outputs = _Transformed.apply(kind, *call.flat())
@@ -195,7 +73,7 @@ def layer(
 
 
 class Call(NamedTuple):
-    """What the ops take of one layer."""
+    """The arguments of one layer's ops."""
 
     x: Tensor  # [T, B, D], or [N, D] with batch_sizes
     states0: Sequence[Tensor | None]  # each [directions, B, P or H]
@@ -207,7 +85,7 @@ class Call(NamedTuple):
     recompute: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As autograd needs it: what is no tensor, then all tensors, of which the first FIXED have no gradient."""
+        """Arguments of an autograd.Function: constants, then all tensors. The first FIXED tensors have no gradient."""
         peephole, heads, *masks, numbers = self.extras or NO_EXTRAS
         scalars = (peephole, heads, numbers) if self.extras else None
         constants = self.bidirectional, scalars, self.recompute
@@ -215,7 +93,7 @@ class Call(NamedTuple):
 
     @staticmethod
     def nested(kind: Kind, constants: tuple[Any, ...], *tensors: Any) -> Call:
-        """From what `flat` gives."""
+        """The inverse of `flat`."""
         bidirectional, scalars, recompute = constants
         batch_sizes, lengths, *masks = tensors[:FIXED]
         extras = Extras._make((*scalars[:2], *masks, scalars[2])) if scalars else None
@@ -234,7 +112,7 @@ class Call(NamedTuple):
         return self.x, *self.states0, self.weights, self.batch_sizes, self.lengths, self.bidirectional
 
     def forward(self, kind: Kind) -> tuple[Tensor, ...]:
-        """(y, last states, what backward needs, and of that as well every c and s)."""
+        """(y, last states, saved, states but h at every step)."""
         last = (*(self.extras or NO_EXTRAS), True) if self.recompute else self.extras or ()
         result: tuple[Tensor, ...] = kind.forward(*self.inputs, *last)
         return result
@@ -242,10 +120,10 @@ class Call(NamedTuple):
     def backward(
         self, kind: Kind, upstream: Sequence[Tensor | None], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of `differentiable`. Upstream are those of y, the last states, every c and s."""
-        if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any
+        """Gradients of `differentiable`. upstream: of y, the last states, the states but h at every step."""
+        if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any order
             return self.backward_by_definition(kind, upstream, needs)
-        follow_precision(self.x, torch.backends.cudnn.rnn)
+        follow_tf32(self.x, torch.backends.cudnn.rnn)
         states = len(kind.states)
         last: tuple[Any, ...] = self.extras or ()
         if any(g is not None for g in upstream[1 + states :]):
@@ -260,32 +138,16 @@ class Call(NamedTuple):
     def backward_by_definition(
         self, kind: Kind, upstream: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """By torch.func.vjp: it takes each input for itself (one may come from another) and nests in any transform."""
-        wanted = [i for i, needed in enumerate(needs) if needed]
-        given = [i for i, g in enumerate(upstream) if g is not None]
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-        if given:
-            outputs_of = self.definition(kind, wanted)
-            primals = [self.differentiable[i] for i in wanted]
-            _, pull, *_ = torch.func.vjp(lambda *p: tuple(outputs_of(*p)[i] for i in given), *primals)
-            found = pull(tuple(upstream[i] for i in given))
-        return _replaced([None] * len(needs), wanted, found)
+        return vjp_by_definition(self.definition(kind), self.differentiable, upstream, needs)
 
     def jvp_by_definition(self, kind: Kind, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """A vector-Jacobian product is linear in its vector, and its transpose is this."""
-        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-        primals = [self.differentiable[i] for i in moving]
-        outputs, pull, *_ = torch.func.vjp(self.definition(kind, moving), *primals)
-        _, push, *_ = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
-        result: tuple[Tensor, ...] = push(tuple(tangents[i] for i in moving))[0]
-        return result
+        return jvp_by_definition(self.definition(kind), self.differentiable, tangents)
 
-    def definition(self, kind: Kind, moving: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
-        """The layer as the reference defines it, as a function of some of `differentiable`."""
+    def definition(self, kind: Kind) -> Callable[..., tuple[Tensor, ...]]:
+        """The layer as the reference defines it, as a function of `differentiable`."""
         states, extras = len(kind.states), (self.extras or NO_EXTRAS)._asdict()
 
-        def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
-            x, *rest = _replaced(self.differentiable, moving, primals)
+        def outputs_of(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             fixed = self.batch_sizes, self.lengths, self.bidirectional
             return reference.layer(kind.name, x, rest[:states], rest[states:], *fixed, **extras)
 
@@ -293,13 +155,6 @@ class Call(NamedTuple):
 
 
 FIXED = 7  # batch_sizes, lengths and the tensors of Extras
-
-
-def _replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
-    values = list(values)
-    for i, value in zip(at, by):
-        values[i] = value
-    return values
 
 
 # ---- autograd
@@ -315,17 +170,17 @@ def _keep(ctx: Any, kind: Kind, flat: Sequence[Any], outputs: Sequence[Tensor]) 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     kind, saved = ctx.kind, 1 + len(ctx.kind.states)
-    tensors = ctx.saved_tensors  # the last: y, what forward saved, every c and s
+    tensors = ctx.saved_tensors  # the last: y, saved, the states but h at every step
     call = Call.nested(kind, ctx.constants, *tensors[:-saved])
     return call.backward(kind, (*grads[:saved], *grads[saved + 1 :]), tensors[-saved:], needs)
 
 
 class _Recorded(torch.autograd.Function):
-    """A layer in eager mode: a third of the time that the ops' own formula takes to record a call."""
+    """A layer in eager mode: recording takes a third of the time of the ops' registered autograd."""
 
     @staticmethod
     def forward(ctx: Any, kind: Kind, *flat: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             outputs = Call.nested(kind, *flat).forward(kind)
         _keep(ctx, kind, flat, outputs)
         return outputs
@@ -337,7 +192,7 @@ class _Recorded(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """A layer under torch.func's transforms and forward-mode AD, which the ops' own formula does not serve."""
+    """A layer under torch.func's transforms and forward-mode AD, which the registered autograd does not support."""
 
     generate_vmap_rule = True
 
@@ -393,7 +248,8 @@ def _register(kind: Kind) -> None:
             B = torch.library.get_ctx().new_dynamic_size()  # batch_sizes[0]: not known while tracing
         directions, H, P = 2 if bidirectional else 1, _hidden(weights), weights[1].shape[1] * heads
         y = x.new_empty(*x.shape[:-1], directions * P)
-        return y, *(x.new_empty(directions, B, width) for width in (P, H, H)[:states])
+        sizes = {"P": P, "H": H}
+        return y, *(x.new_empty(directions, B, sizes[size_of_state(state)]) for state in kind.states)
 
     def fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         weights, _, _, bidirectional, *last = args[states:]
@@ -428,7 +284,7 @@ def _register(kind: Kind) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         need_x, *need_states, need_weights = ctx.needs_input_grad[: 2 + states]
         dx, *rest = _backward(ctx, grads, (need_x, *need_states, *need_weights))
-        # As many as the arguments that were given, and where one is a list, a list: torch's wrapper compares.
+        # torch's wrapper expects one entry for each argument, and a list where the argument is one.
         others: list[Any] = [[] if isinstance(need, list) else None for need in ctx.needs_input_grad[2 + states :]]
         return dx, *rest[:states], rest[states:], *others
 
@@ -437,26 +293,7 @@ def _register(kind: Kind) -> None:
     torch.library.register_fake(name + "_backward")(fake_backward)
     torch.library.register_autograd(name + "_forward", backward, setup_context=setup_context)
     for suffix, op in (("", kind.infer), ("_forward", kind.forward), ("_backward", kind.backward)):
-        torch.library.register_vmap(name + suffix, _vmap_rule(op))
-
-
-def _vmap_rule(op: Callable[..., Any]) -> Callable[..., Any]:
-    """One call per sample: each may have weights of its own, and a weight gradient of its own."""
-
-    def one(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, (list, tuple)):
-            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(value)
-            return [one(v, d, i) for v, d in zip(value, dims)]
-        return value if dim is None else value.select(dim, i).contiguous()
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        results = [op(*(one(a, d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)]
-        flat = [pytree.tree_flatten(result)[0] for result in results]
-        spec = pytree.tree_flatten(results[0])[1]
-        stacked = pytree.tree_unflatten([torch.stack(column) for column in zip(*flat)], spec)
-        return stacked, pytree.tree_map(lambda _: 0, stacked)
-
-    return rule
+        torch.library.register_vmap(name + suffix, vmap_rule(op))
 
 
 for _each in KINDS.values():

@@ -1,6 +1,8 @@
-"""What a recurrent layer can have beyond torch's: which option belongs to which layer, their checks, their masks.
+"""The options that recurrent layers have beyond torch's: values, descriptions, checks.
 
-Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P what is fed back (the projection size, or H).
+Which layer takes which option, and which kind an option chooses: _recurrent_kinds.py.
+
+Dimensions: D input, H hidden, P fed-back size (the projection size, or H), L layers.
 """
 
 from __future__ import annotations
@@ -9,18 +11,13 @@ import dataclasses
 import math
 import numbers
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from seqkernels.functional._recurrent_ops import KINDS, Extras, Kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """As the user gives them; the defaults are torch's layers."""
+    """Options of a layer; the defaults are those of torch's layers."""
 
     peephole: bool = False
     coupled_gates: bool = False
@@ -37,8 +34,10 @@ class Options:
     learn_initial_state: bool = False
     return_all_states: bool = False
     memory_efficient: bool = False
-    asked: frozenset[str] = dataclasses.field(init=False, repr=False, compare=False)  # those not as torch has them
-    plain: bool = dataclasses.field(init=False, repr=False, compare=False)  # the ops need no word of any
+    asked: frozenset[str] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )  # names of those that differ from the defaults
+    plain: bool = dataclasses.field(init=False, repr=False, compare=False)  # the ops need no argument for them
 
     def __post_init__(self) -> None:
         asked = frozenset(name for name, neutral in _NEUTRAL.items() if getattr(self, name) != neutral)
@@ -48,7 +47,8 @@ class Options:
 
 _NEUTRAL = {field.name: field.default for field in dataclasses.fields(Options) if field.init}
 _IN_WEIGHTS = {"coupled_gates", "layer_norm", "reset_after", "forget_bias", "learn_initial_state"}
-FUNCTIONAL = _NEUTRAL.keys() - {"forget_bias", "learn_initial_state"}
+OF_MODULES = ("forget_bias", "learn_initial_state")  # functions do not take them
+OF_SEQUENCES = ("variational_dropout", "learn_initial_state", "return_all_states", "memory_efficient")  # not of cells
 _RATES = ("zoneout_h", "zoneout_c", "recurrent_dropout", "variational_dropout")
 _CLIPS = ("cell_clip", "gate_clip")
 
@@ -84,30 +84,13 @@ ABOUT = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Family:
-    """A layer as the user knows it: one function or module, and a kind for each combination of options."""
-
-    name: str
-    kind: str
-    takes: tuple[str, ...]  # names of Options; a function takes those of FUNCTIONAL alone
-    variants: tuple[tuple[str, Any, str], ...] = ()  # where the option has the value, it is this kind
-    projections: tuple[bool, ...] = (False,)
-    plain: Options = Options()
-
-    def kind_of(self, options: Options, projected: bool = False) -> Kind:
-        for name, value, kind in self.variants:
-            if (projected if name == "proj_size" else getattr(options, name)) == value:
-                return KINDS[kind]
-        return KINDS[self.kind]
-
-    def about(self, names: Iterable[str], indent: int = 8) -> str:
-        """The options' part of a docstring, a line for each."""
-        return ("\n" + " " * indent).join(f"{name}={getattr(self.plain, name)}: {ABOUT[name]}" for name in names)
+def about(plain: Options, names: tuple[str, ...], indent: int = 8) -> str:
+    """The options' part of a docstring, one line each."""
+    return ("\n" + " " * indent).join(f"{name}={getattr(plain, name)}: {ABOUT[name]}" for name in names)
 
 
 def wrapped(doc: str) -> str:
-    """Each line within 120 columns; what does not fit goes on four columns further in."""
+    """doc with lines of at most 120 columns; a continued line is indented by four more."""
     lines: list[str] = []
     for line in doc.splitlines():
         further = " " * (4 + len(line) - len(line.lstrip()))
@@ -115,47 +98,18 @@ def wrapped(doc: str) -> str:
     return "\n".join(lines) + "\n    "
 
 
-def _family(name: str, kind: str, takes: str, *variants: tuple[str, Any, str], **more: Any) -> Family:
-    every = f"{takes} learn_initial_state return_all_states memory_efficient"
-    return Family(name, kind, tuple(every.split()), variants, **more)
-
-
-_DROPOUTS = "recurrent_dropout variational_dropout"
-LSTM = _family(
-    "lstm",
-    "lstm",
-    f"peephole coupled_gates layer_norm forget_bias cell_clip gate_clip zoneout_h zoneout_c {_DROPOUTS} num_heads",
-    ("layer_norm", True, "lstm_norm"),
-    ("coupled_gates", True, "lstm_coupled"),
-    projections=(False, True),
-)
-NESTED_LSTM = _family("nested_lstm", "lstm_nested", f"forget_bias zoneout_h {_DROPOUTS}")
-GRU = _family(
-    "gru",
-    "gru",
-    f"reset_after layer_norm gate_clip zoneout_h {_DROPOUTS} num_heads",
-    ("layer_norm", True, "gru_norm"),
-    ("reset_after", False, "gru_before"),
-    ("proj_size", True, "gru_projected"),
-    projections=(False, True),
-)
-MGU = _family(
-    "mgu",
-    "mgu",
-    f"reset_after gate_clip zoneout_h {_DROPOUTS} num_heads",
-    ("reset_after", False, "mgu_before"),
-    plain=Options(reset_after=False),
-)
-_RNN = "gate_clip zoneout_h variational_dropout num_heads"
-RNN_TANH = _family("rnn_tanh", "rnn_tanh", _RNN)
-RNN_RELU = _family("rnn_relu", "rnn_relu", _RNN)
-
-
 # ---- checks
 
 
-def options_of(who: str, family: Family, given: dict[str, Any]) -> Options:
-    """The options given to `who`, each checked for itself."""
+def options_of(who: str, plain: Options, given: Mapping[str, Any]) -> Options:
+    """`plain` with the given options, each checked on its own."""
+    defaults = vars(plain)
+    for name, value in given.items():
+        default = defaults[name]
+        if value is not default and (type(value) is not type(default) or value != default):
+            break
+    else:
+        return plain
     for name, value in given.items():
         if name in _RATES:
             _check_number(who, name, value, "lie in [0, 1)", lambda v: 0 <= v < 1)
@@ -167,23 +121,7 @@ def options_of(who: str, family: Family, given: dict[str, Any]) -> Options:
             _check_number(who, name, value, "be an integer above 0", lambda v: v > 0, numbers.Integral)
         elif isinstance(_NEUTRAL[name], bool) and not isinstance(value, bool):
             raise TypeError(f"{who}: {name} must be a bool, got {type(value).__name__}")
-    return dataclasses.replace(family.plain, **given)
-
-
-# Said by the kind of a layer, or by a number.
-_IN_KIND = {"coupled_gates", "layer_norm", "reset_after", "num_heads"}
-
-
-def check_named(who: str, kind: str, names: Sequence[str]) -> None:
-    """Options by their names, of a layer of this kind."""
-    if isinstance(names, str):
-        raise TypeError(f"{who}: options must be a sequence of names, got {names!r}")
-    families = (LSTM, NESTED_LSTM, GRU, MGU, RNN_TANH, RNN_RELU)
-    family = next(f for f in families if kind in (f.kind, *(variant for *_, variant in f.variants)))
-    known = [*(name for name in family.takes if name not in _IN_KIND), "reset"]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{who}: options of {kind} must be some of {', '.join(known)}, got {name!r}")
+    return dataclasses.replace(plain, **given)
 
 
 def _check_number(
@@ -213,74 +151,3 @@ def check_together(who: str, options: Options, hidden_size: int = 0, *, bias: bo
                 raise ValueError(f"{who}: {one} excludes {_SAID.get(other, other)}, got both")
     if hidden_size % options.num_heads:
         raise ValueError(f"{who}: num_heads must divide hidden_size, {hidden_size}, got {options.num_heads}")
-
-
-# ---- what the ops are given
-
-
-def extras_of(
-    kind: Kind,
-    options: Options,
-    training: bool,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bidirectional: bool = False,
-    reset: Tensor | None = None,
-    packed: tuple[int, Tensor] | None = None,
-) -> tuple[Tensor, Extras | None]:
-    """One layer's input, which variational dropout masks, and what its op needs beyond a plain layer: here the masks
-    are drawn. `packed` is what `sequences_of` says of a packed input, wanted for variational dropout alone.
-    """
-    directions, heads = 2 if bidirectional else 1, options.num_heads
-    H, P = weights[1].shape[0] // len(kind.gates), weights[1].shape[1] * heads
-    drop = options.recurrent_dropout if training else 0.0
-    zones = options.zoneout_h, options.zoneout_c
-    rates = (*zones, 1 - drop) if training else (0.0, 0.0, 1.0)
-    masks = [_mask((*x.shape[:-1], directions * H), rate, x) if 0 < rate < 1 else None for rate in rates]
-    variational = None
-    if training and options.variational_dropout:
-        keep, B = 1 - options.variational_dropout, x.shape[1] if packed is None else packed[0]
-        of_input = _mask((B, x.shape[-1]), keep, x).to(x.dtype) / keep
-        variational = _mask((directions, B, P), keep, x).to(x.dtype) / keep
-        x = x * (of_input if packed is None else of_input.index_select(0, packed[1]))
-    limits = (math.inf if limit is None else float(limit) for limit in (options.cell_clip, options.gate_clip))
-    values = [*limits, *map(float, zones), float(drop)]
-    scalars = values if values != [math.inf, math.inf, 0.0, 0.0, 0.0] else []
-    extras = Extras._make((options.peephole, heads, reset, *masks, variational, scalars))
-    needed = options.peephole or heads > 1 or scalars or any(t is not None for t in extras[2:-1])
-    return x, extras if needed else None
-
-
-def _mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
-    """uint8 of the shape, on the device of like: each is 1 with probability p, else 0."""
-    return (torch.rand(shape, device=like.device) < p).to(torch.uint8)
-
-
-def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
-    """B of a time-major or packed input. Once a call: a compiler would not know that two are the same."""
-    if batch_sizes is None or not batch_sizes.shape[0]:
-        return x.shape[1] if batch_sizes is None else 0
-    B: Any = batch_sizes[0].item()  # int() could not be traced
-    return B
-
-
-def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor) -> tuple[int, Tensor]:
-    """B of a packed input, and [N] the sequence, by its place in the batch, that each row belongs to."""
-    N, first = x.shape[0], batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
-    if x.is_cuda and not torch.compiler.is_compiling():
-        of_row = places_in_steps(first, batch_sizes, N, x.device)
-    else:
-        of_row = torch.arange(N) - first.repeat_interleave(batch_sizes, output_size=N)
-        of_row = of_row.to(x.device)
-    return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row
-
-
-def places_in_steps(first: Tensor, batch_sizes: Tensor, N: int, device: torch.device) -> Tensor:
-    """[N] how far behind the first row of its step each row is, on the device. The numbers of the steps go there as
-    arguments of kernels, of some hundred steps each, and not by a copy from the host, which would be waited for and has
-    no place in a CUDA graph.
-    """
-    rows = torch.arange(N, device=device)
-    if N:
-        torch._foreach_sub_(rows.split(batch_sizes.tolist()), first.tolist())
-    return rows

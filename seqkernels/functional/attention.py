@@ -1,13 +1,14 @@
-"""Scaled-dot-product attention as functions: checks, and the way to the ops.
+"""Scaled-dot-product attention as functions: checks, and the calls of the ops.
 
-Where these differ from torch.nn.functional's, on purpose:
-- A NaN in a key or value that a row may not see does not reach the row, nor its gradients.
+Intended differences from torch.nn.functional:
+- A NaN in a key or value that a query may not attend to affects neither its output nor its gradients.
 - is_causal and attn_mask go together; causality and windows can be aligned with the last key (causal_alignment).
 - There are gradients of any order, forward-mode ones, and torch.func's transforms; gradients of a float mask, of the
   logarithm of the denominator, of the weights.
 - Dropout draws one number from torch's generator and counts from there: its mask is not that of torch's function, and
   the same for any number of threads, on any device and in backward.
-- A wrong dtype is a TypeError, a wrong shape a ValueError, where torch has a RuntimeError.
+
+Exceptions: docs/errors.md.
 
 Dimensions: B batch, Hq heads of queries, Hk of keys (head h reads keys h // (Hq / Hk)), Tq queries, Tk keys, D and Dv
 columns; Nq and Nk rows of all sequences one after another.
@@ -25,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from seqkernels import backend as backends
 from seqkernels.functional._attention_ops import How, Inputs, attend, weights_of
+from seqkernels.functional._autograd import autocast, autocast_dtype
+from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
 
@@ -77,9 +80,11 @@ def scaled_dot_product_attention(
         is. With return_lse also [B, Hq, Tq], float32 or wider, the logarithm of the denominator before dropout, -inf
         where a row sees no key; with return_weights also [B, Hq, Tq, Tk], after dropout. Gradient of each: yes.
     Raises:
-        ValueError: a shape, a length or a value does not fit. TypeError: a dtype does not fit.
-        RuntimeError: lengths are out of range, on a CPU; on a GPU, where nobody looks at them, they are cut off.
-        NotImplementedError: no backend takes these inputs; the message lists why.
+        ValueError: a shape, a length or a value does not fit. On a GPU the values of lengths are not checked, but
+            clamped.
+        TypeError: a type or a dtype does not fit.
+        NotImplementedError: no implementation takes these inputs; the message lists why.
+        Where torch raises RuntimeError, the exception is a RuntimeError too.
     Equivalent to: torch.nn.functional.scaled_dot_product_attention, but for what the module's text lists.
     Deterministic: yes; the same bits for any number of threads, and a row alone or in a batch.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html;
@@ -88,7 +93,7 @@ def scaled_dot_product_attention(
     who = "scaled_dot_product_attention"
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+            raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
     if query.is_nested or key.is_nested or value.is_nested:
         if attn_mask is not None or lengths is not None or return_weights:
             raise ValueError(
@@ -114,12 +119,16 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     seed = _seed(dropout_p, query.device)
-    out, lse = attend(q, k, v, inputs, how, seed)
+    try:
+        out, lse = attend(q, k, v, inputs, how, seed)
+        weights = weights_of(q, k, inputs, how, seed, lse) if return_weights else None
+    except RuntimeError as error:
+        raise of_op(who, error) from None
     results = [_restored(out, lead, q)]
     if return_lse:
         results.append(_restored(lse, lead, q))
-    if return_weights:
-        results.append(_restored(weights_of(q, k, inputs, how, seed, lse), lead, q))
+    if weights is not None:
+        results.append(_restored(weights, lead, q))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -163,7 +172,7 @@ def varlen_attention(
     who = "varlen_attention"
     for name, t in (("query", query), ("key", key), ("value", value), ("cu_seqlens_q", cu_seqlens_q)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+            raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
     query, key, value, _ = _autocast(query, key, value, None)
     _check_tensors(who, query, key, value)
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -196,7 +205,10 @@ def varlen_attention(
     slopes = _slopes(who, alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
     inputs = Inputs(None, slopes, None, None, cu_seqlens_q, cu_seqlens_k)
     _choose(who, backend, query, inputs, how, return_lse, key, value)
-    out, lse = attend(q, k, v, inputs, how, _seed(dropout_p, query.device))
+    try:
+        out, lse = attend(q, k, v, inputs, how, _seed(dropout_p, query.device))
+    except RuntimeError as error:
+        raise of_op(who, error) from None
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -205,17 +217,21 @@ def varlen_attention(
 
 
 def _check_tensors(who: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    backends.require_attention(who, query.device, query.dtype, query.shape)
+    if query.device.type != "meta" or query.dtype not in backends.DTYPES:
+        request = backends.Request(query.device, query.dtype)
+        backends.choose(who, backends.ATTENTION, request, None, "a query", query.shape)
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype:
-            raise TypeError(f"{who}: {name} must be of query's dtype {query.dtype}, got {t.dtype}")
+            raise TypeRuntimeError(f"{who}: {name} must be of query's dtype {query.dtype}, got {t.dtype}")
         if t.device != query.device:
-            raise ValueError(f"{who}: {name} must be on query's device {query.device}, got {t.device}")
+            raise ValueRuntimeError(f"{who}: {name} must be on query's device {query.device}, got {t.device}")
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
-            raise ValueError(f"{who}: {name} must have at least 2 dimensions, got {list(t.shape)}")
+            raise ValueRuntimeError(f"{who}: {name} must have at least 2 dimensions, got {list(t.shape)}")
     if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"{who}: key must have as many columns as query, {query.shape[-1]}, got {key.shape[-1]}")
+        raise ValueRuntimeError(
+            f"{who}: key must have as many columns as query, {query.shape[-1]}, got {key.shape[-1]}"
+        )
 
 
 def _how(
@@ -233,7 +249,7 @@ def _how(
     if causal_alignment not in ALIGNMENTS:
         raise ValueError(f"{who}: causal_alignment must be upper_left or lower_right, got {causal_alignment!r}")
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{who}: dropout_p must be between 0 and 1, got {dropout_p}")
+        raise ValueRuntimeError(f"{who}: dropout_p must be between 0 and 1, got {dropout_p}")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{who}: softcap must be finite and not negative, got {softcap}")
     left, right = (-1, -1) if window is None else _window(who, window)
@@ -258,14 +274,14 @@ def _four_dimensions(
 ) -> tuple[tuple[Any, ...], Tensor, Tensor, Tensor]:
     """What stands in front of [Hq, Tq, D] or, where there are fewer dimensions, of [Tq, D]; and q, k, v in 4."""
     if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"{who}: value must have as many rows as key, {key.shape[-2]}, got {value.shape[-2]}")
+        raise ValueRuntimeError(f"{who}: value must have as many rows as key, {key.shape[-2]}, got {value.shape[-2]}")
     dims = max(t.dim() for t in (query, key, value))
     heads = 1 if dims > 3 or enable_gqa else 0  # [B, T, D]: of one head each, but for grouped heads
     of = [t.shape[: max(t.dim() - 2 - heads, 0)] for t in (query, key, value)]
     try:
         lead = torch.broadcast_shapes(*of)
     except RuntimeError:
-        raise ValueError(
+        raise ValueRuntimeError(
             f"{who}: batch dimensions of query, key and value must be equal or 1, got {list(query.shape)}, "
             f"{list(key.shape)} and {list(value.shape)}"
         ) from None
@@ -294,15 +310,17 @@ def _heads(who: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple
         elif Hv == 1:
             v = v.expand(-1, Hk, -1, -1)
         else:
-            raise ValueError(f"{who}: value must have as many heads as key, {Hk}, got {Hv}")
+            raise ValueRuntimeError(f"{who}: value must have as many heads as key, {Hk}, got {Hv}")
     if Hq == Hk or Hk == 1:
         return q, k, v
     if Hq == 1:
         return q.expand(-1, Hk, -1, -1), k, v
     if not enable_gqa:
-        raise ValueError(f"{who}: key must have as many heads as query, {Hq}, or enable_gqa must be set, got {Hk}")
+        raise ValueRuntimeError(
+            f"{who}: key must have as many heads as query, {Hq}, or enable_gqa must be set, got {Hk}"
+        )
     if Hq % Hk:
-        raise ValueError(f"{who}: query's heads must be a multiple of key's with enable_gqa, got {Hq} and {Hk}")
+        raise ValueRuntimeError(f"{who}: query's heads must be a multiple of key's with enable_gqa, got {Hq} and {Hk}")
     return q, k, v
 
 
@@ -320,11 +338,11 @@ def _mask(
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{who}: attn_mask must be a tensor, got {type(mask).__name__}")
+        raise TypeError(f"{who}: attn_mask must be a tensor, got {describe(mask)}")
     if mask.dtype not in (torch.bool, query.dtype):
-        raise TypeError(f"{who}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
+        raise TypeRuntimeError(f"{who}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
     if mask.device != query.device:
-        raise ValueError(f"{who}: attn_mask must be on query's device {query.device}, got {mask.device}")
+        raise ValueRuntimeError(f"{who}: attn_mask must be on query's device {query.device}, got {mask.device}")
     headless = bool(lead) and lead[-1] is None
     lead = lead[:-1] if headless else lead
     full = (*lead, *last) if headless else (*lead, q.shape[1], *last)
@@ -333,7 +351,7 @@ def _mask(
         or mask.dim() > len(full)
         or any(m != 1 and m != f for m, f in zip(reversed(mask.shape), reversed(full)))
     ):
-        raise ValueError(
+        raise ValueRuntimeError(
             f"{who}: attn_mask must have at least 2 dimensions and broadcast to {list(full)}, got {list(mask.shape)}"
         )
     mask = mask[(None,) * (len(full) - mask.dim())]
@@ -348,7 +366,7 @@ def _mask(
 
 def _check_integers(who: str, name: str, t: Any, device: torch.device) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+        raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{who}: {name} must be int32 or int64, got {t.dtype}")
     if t.device != device:
@@ -375,7 +393,7 @@ def _slopes(who: str, slopes: Tensor | None, q: Tensor, B: Any) -> Tensor | None
     if slopes is None:
         return None
     if not isinstance(slopes, Tensor):
-        raise TypeError(f"{who}: alibi_slopes must be a tensor, got {type(slopes).__name__}")
+        raise TypeError(f"{who}: alibi_slopes must be a tensor, got {describe(slopes)}")
     if slopes.dtype != torch.float32:
         raise TypeError(f"{who}: alibi_slopes must be float32, got {slopes.dtype}")
     if slopes.device != q.device:
@@ -411,13 +429,12 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 def _autocast(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    kind = query.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    dtype, device = autocast_dtype(query.device), query.device
+    if dtype is None:
         return query, key, value, mask
-    dtype = torch.get_autocast_dtype(kind)
 
     def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind else t
+        return autocast(t, dtype) if t.device.type == device.type else t
 
     return cast(query), cast(key), cast(value), None if mask is None else cast(mask)
 
@@ -428,7 +445,7 @@ def _autocast(
 def _choose(
     who: str, backend: str | None, query: Tensor, inputs: Inputs, how: How, more: bool, key: Tensor, value: Tensor
 ) -> str:
-    """cpu, triton or torch."""
+    """The implementation that runs, or meta: of tensors without data there are shapes only."""
     extras = [
         name
         for name, given in (
@@ -443,7 +460,10 @@ def _choose(
         if given
     ]
     masked = inputs.attn_mask is not None or how.dropout_p > 0 or key.shape[-1] != value.shape[-1]
-    return backends.choose_attention(who, backend, query.device, query.dtype, extras, masked)
+    if backend is None and query.is_meta:
+        return "meta"
+    request = backends.Request(query.device, query.dtype, None, extras, masked)
+    return backends.choose(who, backends.ATTENTION, request, backend, "a query", query.shape)
 
 
 # ---- nested tensors

@@ -1,20 +1,21 @@
-"""Rows of a table, reduced bag by bag, as functions: checks, and the way to the ops.
+"""Rows of a table, reduced bag by bag, as functions: checks, and the calls of the ops.
 
-A call on one row computes for a fraction of a microsecond: in eager mode the op is called at once, and what is wrong
-with the arguments is looked for once it has refused.
+A call on one row computes for a fraction of a microsecond. In eager mode the op is called at once, and the arguments
+are checked only after it has raised.
 
-Where these differ from torch.nn.functional's, on purpose:
+Intended differences from torch.nn.functional:
 - per_sample_weights in every mode; float32 ones beside a 16-bit table as well. Mode min. weight_norm.
 - sparse gradients are coalesced, and are given for max and min too; scale_grad_by_freq works in every mode, dense and
   sparse, and divides by the counts of the rows themselves.
-- What lies behind the last offset (include_last_offset) is ignored in every mode, not looked at, and has no gradient.
+- Indices beyond the last offset (include_last_offset) are not read in any mode and get no gradient.
 - max and min give NaN where a bag has one; among equal ones the first wins and has the whole gradient.
 - Offsets must begin with 0 and neither decrease nor exceed the number of indices, in every mode.
 - Gradients are summed in float32 or wider and rounded once; there are gradients of any order, forward-mode ones, and
   torch.func's transforms.
 - indices and offsets may be int32 and int64 in any mixture; a table may have any strides and is not copied.
-- A wrong dtype is a TypeError, where torch has a RuntimeError; a padding_idx outside the table a ValueError. The old
-  order of arguments (weight, input) is refused.
+- The old order of arguments (weight, input) is refused.
+
+Exceptions: docs/errors.md.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, T tables, F features.
 """
@@ -28,10 +29,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seqkernels import backend
+from seqkernels import backend as backends
 from seqkernels.functional import _embedding_bag_ops as O
+from seqkernels.functional._checks import (
+    TypeRuntimeError,
+    ValueAssertionError,
+    ValueRuntimeError,
+    describe,
+    of_op,
+)
 from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, How, Step, lookup, record
-from seqkernels.functional.recurrent import describe
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
 
@@ -52,6 +59,7 @@ def embedding_bag(
     padding_idx: int | None = None,
     *,
     weight_norm: str = "count",
+    backend: str | None = None,
 ) -> Tensor:
     """Rows of a table, reduced bag by bag.
 
@@ -73,18 +81,23 @@ def embedding_bag(
         padding_idx: a row that does not count, neither in a sum nor in a mean's number; may be negative.
         weight_norm: what a mean of weighted rows is divided by: their number ("count") or the sum of weights
             ("weight").
+        backend: name of the implementation that must run, such as "cpu" or "cuda"; None chooses, see
+            seqkernels.explain.
     Returns:
         [B, D], dtype of weight, computed in float32 or wider and rounded once. Zeros where a bag is empty or holds only
         padding. max and min: the first of equals; NaN if there is one.
     Raises:
-        ValueError: a shape, a mode or the like does not fit.
+        ValueError: a shape, an offset, a mode or another value does not fit.
         TypeError: a dtype does not fit, or an argument is no tensor.
-        RuntimeError: an index or an offset is out of range.
-        NotImplementedError: no backend takes these inputs; the message lists why.
+        IndexError: an index is out of range.
+        NotImplementedError: no implementation takes these inputs; the message lists why.
+        Where torch raises RuntimeError, the exception is a RuntimeError too.
     Equivalent to: torch.nn.functional.embedding_bag, but for what the module's text lists.
     Deterministic: yes; the same bits for any number of threads.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding_bag.html
     """
+    if backend is not None:
+        _require("embedding_bag", weight, backend)
     if type(input) is Tensor and max_norm is None and not _special():
         last = include_last_offset and offsets is not None
         try:
@@ -98,9 +111,9 @@ def embedding_bag(
                 weight, input, offsets, per_sample_weights, MODES[mode], padding, last, NORMS[weight_norm]
             )
             return result
-        except ERRORS:
+        except ERRORS as error:
             check("embedding_bag", input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
-            raise
+            raise of_op("embedding_bag", error) from None
     return bag(
         input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
         include_last_offset, padding_idx, weight_norm,
@@ -115,6 +128,8 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Rows of a table.
 
@@ -122,15 +137,16 @@ def embedding(
         input: [*] int32 or int64 of any shape, each in [0, E); or a jagged torch.nested tensor.
         weight: [E, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes.
         padding_idx: a row that is found as any other but has no gradient; may be negative.
-        max_norm, norm_type, scale_grad_by_freq, sparse: as in embedding_bag.
+        max_norm, norm_type, scale_grad_by_freq, sparse, backend: as in embedding_bag.
     Returns:
         [*, D], dtype of weight; jagged if input is.
-    Raises:
-        IndexError: an index is out of range. Others as embedding_bag.
+    Raises: as embedding_bag.
     Equivalent to: torch.nn.functional.embedding, but for what the module's text lists.
     Deterministic: yes; the same bits for any number of threads.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding.html
     """
+    if backend is not None:
+        _require("embedding", weight, backend)
     return rows(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
@@ -139,12 +155,13 @@ def embedding_bags(
     weights: Sequence[Tensor],
     offsets: Tensor,
     features: Sequence[int] | None = None,
-    mode: str = "sum",
+    mode: str = "mean",
     per_sample_weights: Tensor | None = None,
     *,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
     weight_norm: str = "count",
+    backend: str | None = None,
 ) -> Tensor:
     """embedding_bag over several tables in one call; a feature has one bag per sample.
 
@@ -153,17 +170,20 @@ def embedding_bags(
         weights: T tables [E_t, D_t] of one dtype, as in embedding_bag; gradient: yes.
         offsets: [F * B + 1] where each bag begins, and where the last one ends, which may be in front of N.
         features: [T] how many features each table has, one after another; one each if absent. F is their sum.
-        mode, per_sample_weights [N], scale_grad_by_freq, sparse, weight_norm: as in embedding_bag.
+        mode, per_sample_weights [N], scale_grad_by_freq, sparse, weight_norm, backend: as in embedding_bag.
     Returns:
         [B, sum of features_t * D_t]: the features side by side.
     Raises: as embedding_bag.
     Equivalent to: torch.cat of an embedding_bag of each feature.
     Deterministic: yes; the same bits for any number of threads, and as one table at a time.
     """
+    if backend is not None:
+        for table in weights:
+            _require("embedding_bags", table, backend)
     return bags(input, weights, offsets, features, mode, per_sample_weights, scale_grad_by_freq, sparse, weight_norm)
 
 
-def quantize_rows(weight: Tensor) -> Tensor:
+def quantize_rows(weight: Tensor, *, backend: str | None = None) -> Tensor:
     """A table whose elements are bytes, with a scale and a bias for each row, for `embedding_bag_bytes`.
 
     Args:
@@ -177,6 +197,8 @@ def quantize_rows(weight: Tensor) -> Tensor:
     """
     who = "quantize_rows"
     check_table(who, weight)
+    if backend is not None:
+        _require(who, weight, backend)
     if weight.shape[1] < 1:
         raise ValueError(f"{who}: weight must have columns, got {list(weight.shape)}")
     result: Tensor = O.ops.embedding_bag_pack_bytes(weight.detach())
@@ -193,6 +215,7 @@ def embedding_bag_bytes(
     padding_idx: int | None = None,
     *,
     weight_norm: str = "count",
+    backend: str | None = None,
 ) -> Tensor:
     """embedding_bag of a table of bytes; inference only.
 
@@ -206,6 +229,8 @@ def embedding_bag_bytes(
     Equivalent to: torch.ops.quantized.embedding_bag_byte_rowwise_offsets, in every mode.
     Deterministic: yes; the same bits for any number of threads.
     """
+    if backend is not None:
+        _require("embedding_bag_bytes", packed, backend, dtype=torch.float32)
     if isinstance(input, Tensor) and input.is_nested:
         input, offsets, per_sample_weights = of_nested("embedding_bag_bytes", input, offsets, per_sample_weights)
         include_last_offset = True
@@ -218,12 +243,12 @@ def embedding_bag_bytes(
             packed, input, offsets, per_sample_weights, MODES[mode], padding, last, NORMS[weight_norm]
         )
         return result
-    except ERRORS:
+    except ERRORS as error:
         check("embedding_bag_bytes", input, packed, offsets, per_sample_weights, mode, padding_idx, weight_norm)
-        raise
+        raise of_op("embedding_bag_bytes", error) from None
 
 
-# ---- eager calls: looking a name up takes time too
+# ---- eager calls; names of modules are looked up once, as each lookup costs time
 
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
@@ -231,14 +256,14 @@ _transforms = torch._C._are_functorch_transforms_active
 
 
 def _special() -> bool:
-    """Whether something looks on, or transforms: then the op is not called at once."""
+    """Whether a compiler traces or a transform is active; the op is then not called at once."""
     return _compiling() or _transforms() or forward_ad._current_level >= 0
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:
-    """As ops take it; what is no row fits no op either."""
+    """padding_idx as ops take it."""
     E = table.shape[0]
-    if -E <= padding_idx < E:
+    if -E <= padding_idx < E and type(padding_idx) is not float:
         return padding_idx if padding_idx >= 0 else padding_idx + E
     raise ValueError(f"padding_idx {padding_idx}")
 
@@ -270,9 +295,12 @@ def bag(
     padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
     last = include_last_offset and offsets is not None
     how = How(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
-    if max_norm is not None:
-        renorm(weight, input, max_norm, norm_type)
-    return lookup((weight,), per_sample_weights, input, offsets, how, step)
+    try:
+        if max_norm is not None:
+            renorm(weight, input, max_norm, norm_type)
+        return lookup((weight,), per_sample_weights, input, offsets, how, step)
+    except RuntimeError as error:
+        raise of_op(who, error) from None
 
 
 def rows(
@@ -312,9 +340,7 @@ def rows(
         return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
     except ERRORS as error:
         check_rows(who, input, weight, padding_idx, max_norm)
-        if "input must hold indices" in str(error):  # torch's kind
-            raise IndexError(str(error).replace("embedding_bag_forward", who).replace("embedding_bag", who)) from None
-        raise
+        raise of_op(who, error) from None
 
 
 def bags(
@@ -339,9 +365,9 @@ def bags(
         if _special():
             check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
         return lookup(weights, per_sample_weights, input, offsets, how, step)
-    except ERRORS:
+    except ERRORS as error:
         check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
-        raise
+        raise of_op("embedding_bags", error) from None
 
 
 def renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
@@ -376,7 +402,15 @@ def of_nested(
     return input.values(), input.offsets(), None if weights is None else weights.values()
 
 
-# ---- checks: raise what the user should read; the ops check again what could read outside memory
+# ---- checks: the errors of the public functions; the ops check again what could access memory out of bounds
+
+
+def _require(who: str, table: Any, backend: str, dtype: torch.dtype | None = None) -> None:
+    """dtype: of the output, where that of the table is another."""
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{who}: weight must be a tensor, got {describe(table)}")
+    request = backends.Request(table.device, dtype or table.dtype)
+    backends.choose(who, backends.EMBEDDING_BAG, request, backend, "a table", table.shape)
 
 
 def check(
@@ -463,7 +497,7 @@ def check_integers(who: str, name: str, t: Any) -> None:
         raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
     if t.dtype not in (torch.int64, torch.int32):
         hint = "; the table is the second argument" if name == "input" and t.is_floating_point() else ""
-        raise TypeError(f"{who}: {name} must be int64 or int32, got {t.dtype}{hint}")
+        raise TypeRuntimeError(f"{who}: {name} must be int64 or int32, got {t.dtype}{hint}")
 
 
 def check_table(who: str, table: Any, name: str = "weight") -> None:
@@ -471,9 +505,9 @@ def check_table(who: str, table: Any, name: str = "weight") -> None:
         raise TypeError(f"{who}: {name} must be a tensor, got {describe(table)}")
     if table.layout != torch.strided:
         raise TypeError(f"{who}: {name} must be dense, got layout {table.layout}")
-    backend.require(who, table, "a table")
+    backends.require(who, backends.EMBEDDING_BAG, table, "a table")
     if table.dim() != 2:
-        raise ValueError(f"{who}: {name} must have shape [E, D], got {list(table.shape)}")
+        raise ValueRuntimeError(f"{who}: {name} must have shape [E, D], got {list(table.shape)}")
 
 
 def check_options(who: str, mode: Any, weight_norm: Any) -> None:
@@ -497,7 +531,9 @@ def check_weights(who: str, weights: Any, input: Tensor, dtype: torch.dtype) -> 
         dtype = torch.float32
     if weights.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         also = " or float32" if dtype.itemsize == 2 else ""
-        raise TypeError(f"{who}: per_sample_weights must be of the table's dtype, {dtype}{also}, got {weights.dtype}")
+        raise TypeRuntimeError(
+            f"{who}: per_sample_weights must be of the table's dtype, {dtype}{also}, got {weights.dtype}"
+        )
 
 
 def check_devices(who: str, table: Tensor, **others: Tensor | None) -> None:
@@ -512,7 +548,8 @@ def check_rest(who: str, table: Tensor, padding_idx: Any, max_norm: Any) -> None
         if not isinstance(padding_idx, (int, torch.SymInt)) or isinstance(padding_idx, bool):
             raise TypeError(f"{who}: padding_idx must be an integer, got {padding_idx!r}")
         if not -E <= padding_idx < E:
-            raise ValueError(f"{who}: padding_idx must be within the table, [-E, E) = [-{E}, {E}), got {padding_idx}")
+            error = ValueAssertionError if who == "embedding" else ValueRuntimeError  # as torch
+            raise error(f"{who}: padding_idx must be within the table, [-E, E) = [-{E}, {E}), got {padding_idx}")
     if max_norm is not None and not max_norm >= 0:
         raise ValueError(f"{who}: max_norm must be at least 0, got {max_norm}")
 

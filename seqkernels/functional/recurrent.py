@@ -1,123 +1,94 @@
-"""Recurrent layers as functions: checks, and the way to the ops."""
+"""Recurrent layers as functions: checks, and the calls of the ops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels import backend
-from seqkernels.functional import _recurrent_options as families
-from seqkernels.functional._recurrent_ops import Kind, Weight, layer
+from seqkernels import backend as backends
+from seqkernels.functional import _recurrent_kinds as families
+from seqkernels.functional._autograd import autocast, autocast_dtype
+from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from seqkernels.functional._recurrent_extras import extras_of, sequences_of
+from seqkernels.functional._recurrent_kinds import Family, Kind, Weight, size_of_state
+from seqkernels.functional._recurrent_ops import layer
 from seqkernels.functional._recurrent_options import (
-    FUNCTIONAL,
-    Family,
+    OF_MODULES,
     Options,
+    about,
     check_together,
-    extras_of,
     options_of,
-    sequences_of,
     wrapped,
 )
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
+Output = tuple[Any, ...]  # output, last states[, states at every step]
 PLAIN = Options()
 
 
 # ---- public functions
 
-_DOC = """{title}: over whole sequences, dense, padded or packed; the cost is that of the real tokens.
+_DOC = """{title}, over dense, padded or packed sequences; padding costs nothing.
 
     Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P {fed_back}, L layers.
 
     Args:
         input: [T, B, D], or [B, T, D] with batch_first, or [N, D] with batch_sizes; float32, float64, bfloat16 or
             float16 (half types compute in float32); gradient: yes.
+        hx: {hx}; zeros where hx is None. Gradient: yes.
         weights: for each layer and direction, in this order: weight_ih [{rows}, D], weight_hh [{rows}, P], then \
 bias_ih and bias_hh [{rows}] unless there are no biases{more_weights}. {gates}Gradient: yes.
-        hx: {hx}; zeros if absent. Gradient: yes.
         batch_sizes: [T] int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
-        lengths: [B] integers in [0, T], in any order, on any device: the real steps of each row of a padded input. What
-            lies beyond them is never read. Where lengths and input are on a CUDA device nobody looks at them: outside
-            [0, T] they count as the nearest within. Those on the host are checked and copied there, without waiting for
-            the device; a CUDA graph must be given them on the device.
+        lengths: [B] integers in [0, T], in any order, on any device: the real steps of each row of a padded input.
+            Steps beyond them are never read. Where lengths and input are both on a CUDA device, the values are not
+            checked and are clamped to [0, T]. Lengths on the host are checked and copied to the device without
+            synchronizing; a CUDA graph needs lengths on the device.
+        num_layers, bidirectional, batch_first: as in torch.nn.
         dropout: probability of zeroing an element of the output of each layer but the last, while training.
-        reset: bool, [T, B] ([B, T] with batch_first) or [N] with batch_sizes: where it is True the states are zero
-            before that step, so that a new sequence starts there; in the reverse direction it ends there. No gradient
-            passes.
+        training: whether dropouts, zoneout and recurrent_dropout draw masks.
+        reset: bool, [T, B] ([B, T] with batch_first) or [N] with batch_sizes: the states are zero before a step where
+            it is True: a new sequence starts there. In the reverse direction it ends there. No gradient passes.
+        backend: name of the implementation that must run, such as "cpu" or "cuda"; None chooses, see
+            seqkernels.explain.
     Options:
         {options}
     Returns:
         output [T, B, directions * P] (or laid out like input), zero beyond each length;
         {states}, shaped like hx, at the last step of each sequence (hx where its length is zero);
-        with return_all_states that option's third.
+        with return_all_states that option's third output.
     Raises:
-        ValueError: a shape, a length, a number of weights or an option does not fit, or two options exclude each other.
-        TypeError: a dtype does not fit, hx or weights are not tensors, or an option is none of these.
-        NotImplementedError: no backend takes these inputs; the message lists why.
+        ValueError: a shape, a length, the number of weights or an option does not fit, or two options exclude each
+            other.
+        TypeError: a dtype does not fit, or hx or weights are not tensors.
+        NotImplementedError: no implementation takes these inputs; the message lists why.
     Equivalent to: {equivalent}seqkernels.reference.{name} defines it.
-    Deterministic: yes, but for what dropouts and zoneout draw. The output, the states and the gradients of input and hx
-        of a sequence are the same bits in any batch, padding and number of threads; all gradients are the same bits
-        from run to run.
+    Deterministic: yes, except for the masks that dropouts and zoneout draw. The output, the states and the gradients
+        of input and hx of a sequence have the same bits in any batch, padding and number of threads; all gradients have
+        the same bits from run to run.
     Source: {source}
     """
 
 
-def _function(family: Family, **about: str) -> Callable[..., Any]:
-    def function(
-        input: Tensor,
-        weights: Sequence[Tensor],
-        hx: Tensor | tuple[Tensor, ...] | None = None,
-        *,
-        batch_sizes: Tensor | None = None,
-        lengths: Lengths = None,
-        num_layers: int = 1,
-        bidirectional: bool = False,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        training: bool = False,
-        reset: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        who = family.name
-        backend.require(who, input)
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"{who}: dropout must lie in [0, 1], got {dropout}")
-        for name in options:
-            if name not in takes:
-                raise TypeError(f"{who}() got an unexpected keyword argument {name!r}")
-        chosen = options_of(who, family, options) if options else family.plain
-        check_together(who, chosen)
-        weights = list(weights)
-        directions = 2 if bidirectional else 1
-        kind, table = _kind_of(family, chosen, weights, hx, num_layers, directions)
-        states0 = states_of(kind, hx)
-        transposed = batch_first and batch_sizes is None and input.dim() == 3
-        x = input.transpose(0, 1) if transposed else input
-        _check(kind, chosen, table, x, weights, states0, batch_sizes, lengths, num_layers * directions, directions)
-        if reset is not None:
-            check_reset(who, reset, input)
-            reset = reset.transpose(0, 1) if transposed else reset
-        y, states, every = stack(
-            *(kind, x, weights, states0, batch_sizes, lengths, num_layers, bidirectional),
-            *(dropout if training else 0.0, chosen, training, reset),
-        )
-        if transposed:
-            y, every = y.transpose(0, 1), tuple(tuple(s.transpose(0, 1) for s in of_layer) for of_layer in every)
-        last = states if len(states) > 1 else states[0]
-        return (y, last, every) if chosen.return_all_states else (y, last)
-
-    takes = [name for name in family.takes if name in FUNCTIONAL]
-    function.__name__ = function.__qualname__ = family.name
-    function.__doc__ = wrapped(_DOC.format(name=family.name, options=family.about(takes), **about))
-    return function
+F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
-lstm = _function(
+def _documented(family: Family, **text: str) -> Callable[[F_], F_]:
+    """Gives a function the docstring of its family."""
+    takes = tuple(name for name in family.takes if name not in OF_MODULES)
+
+    def document(function: F_) -> F_:
+        function.__doc__ = wrapped(_DOC.format(name=family.name, options=about(family.plain, takes), **text))
+        return function
+
+    return document
+
+
+@_documented(
     families.LSTM,
     title="Long short-term memory",
     rows="4H",
@@ -129,7 +100,54 @@ lstm = _function(
     equivalent="torch.nn.LSTM, where no option is on; ",
     source='Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers, Schmidhuber and Cummins, 2000.',
 )
-nested_lstm = _function(
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    peephole: bool = False,
+    coupled_gates: bool = False,
+    layer_norm: bool = False,
+    cell_clip: float | None = None,
+    gate_clip: float | None = None,
+    zoneout_h: float = 0.0,
+    zoneout_c: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        peephole=peephole,
+        coupled_gates=coupled_gates,
+        layer_norm=layer_norm,
+        cell_clip=cell_clip,
+        gate_clip=gate_clip,
+        zoneout_h=zoneout_h,
+        zoneout_c=zoneout_c,
+        recurrent_dropout=recurrent_dropout,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.LSTM, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+@_documented(
     families.NESTED_LSTM,
     title="Nested LSTM, whose cell is the output of an inner LSTM",
     rows="4H",
@@ -142,7 +160,40 @@ nested_lstm = _function(
     equivalent="",
     source='Moniz and Krueger, "Nested LSTMs", arXiv 1801.10308.',
 )
-gru = _function(
+def nested_lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    zoneout_h: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: float = 0.0,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        zoneout_h=zoneout_h,
+        recurrent_dropout=recurrent_dropout,
+        variational_dropout=variational_dropout,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.NESTED_LSTM, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+@_documented(
     families.GRU,
     title="Gated recurrent unit",
     rows="3H",
@@ -155,7 +206,48 @@ gru = _function(
     source="Cho et al., arXiv 1406.1078. The projection is that of Sak, Senior and Beaufays, arXiv 1402.1128: h = w_hr "
     "c is fed back, c carried.",
 )
-mgu = _function(
+def gru(
+    input: Tensor,
+    hx: Tensor | tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    reset_after: bool = True,
+    layer_norm: bool = False,
+    gate_clip: float | None = None,
+    zoneout_h: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        reset_after=reset_after,
+        layer_norm=layer_norm,
+        gate_clip=gate_clip,
+        zoneout_h=zoneout_h,
+        recurrent_dropout=recurrent_dropout,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.GRU, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+@_documented(
     families.MGU,
     title="Minimal gated unit",
     rows="2H",
@@ -167,20 +259,196 @@ mgu = _function(
     equivalent="",
     source='Zhou, Wu, Zhang and Zhou, "Minimal Gated Unit for Recurrent Neural Networks", arXiv 1603.09420.',
 )
-_RNN = dict(rows="H", fed_back="= H", more_weights="", gates="", hx="h0 [L * directions, B, H]", states="h_n")
-_RNN["equivalent"] = "torch.nn.RNN, where no option is on; "
-rnn_tanh = _function(
-    families.RNN_TANH, title="Elman network, tanh", source='Elman, "Finding Structure in Time", 1990.', **_RNN
-)
-rnn_relu = _function(
-    families.RNN_RELU, title="Elman network, relu", source="Le, Jaitly and Hinton, arXiv 1504.00941.", **_RNN
-)
+def mgu(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    reset_after: bool = False,
+    gate_clip: float | None = None,
+    zoneout_h: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        reset_after=reset_after,
+        gate_clip=gate_clip,
+        zoneout_h=zoneout_h,
+        recurrent_dropout=recurrent_dropout,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.MGU, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
 
 
-# ---- the way to the ops
+@_documented(
+    families.RNN_TANH,
+    title="Elman network, tanh",
+    source='Elman, "Finding Structure in Time", 1990.',
+    rows="H",
+    fed_back="= H",
+    more_weights="",
+    gates="",
+    hx="h0 [L * directions, B, H]",
+    states="h_n",
+    equivalent="torch.nn.RNN, where no option is on; ",
+)
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    gate_clip: float | None = None,
+    zoneout_h: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        gate_clip=gate_clip,
+        zoneout_h=zoneout_h,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.RNN_TANH, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+@_documented(
+    families.RNN_RELU,
+    title="Elman network, relu",
+    source="Le, Jaitly and Hinton, arXiv 1504.00941.",
+    rows="H",
+    fed_back="= H",
+    more_weights="",
+    gates="",
+    hx="h0 [L * directions, B, H]",
+    states="h_n",
+    equivalent="torch.nn.RNN, where no option is on; ",
+)
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    gate_clip: float | None = None,
+    zoneout_h: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        gate_clip=gate_clip,
+        zoneout_h=zoneout_h,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.RNN_RELU, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+# ---- from a public function to the ops
+
+
+def _run(
+    family: Family,
+    input: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Lengths,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    reset: Tensor | None,
+    backend: str | None,
+    given: Mapping[str, Any],
+) -> Output:
+    who = family.name
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"{who}: dropout must lie in [0, 1], got {dropout}")
+    options = options_of(who, family.plain, given)
+    check_together(who, options)
+    weights = list(weights)
+    directions = 2 if bidirectional else 1
+    kind, projected, table = _kind_of(family, options, weights, hx, num_layers, directions)
+    choose(who, kind, input, options.num_heads, projected, backend)
+    states0 = states_of(who, kind, hx)
+    transposed = batch_first and batch_sizes is None and input.dim() == 3
+    x = input.transpose(0, 1) if transposed else input
+    check(who, kind, options, table, x, weights, states0, batch_sizes, lengths, num_layers * directions, directions)
+    if reset is not None:
+        check_reset(who, reset, input)
+        reset = reset.transpose(0, 1) if transposed else reset
+    y, states, every = stack(
+        who, kind, x, weights, states0, batch_sizes, lengths, num_layers, bidirectional, dropout if training else 0.0,
+        options, training, reset,
+    )  # fmt: skip
+    if transposed:
+        y, every = y.transpose(0, 1), tuple(tuple(s.transpose(0, 1) for s in of_layer) for of_layer in every)
+    last = states if len(states) > 1 else states[0]
+    return (y, last, every) if options.return_all_states else (y, last)
+
+
+def choose(who: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> str:
+    """The implementation that runs a layer, or one step of it; raises where none does."""
+    if backend is None and x.is_cpu and x.dtype in backends.DTYPES:
+        return "cpu"  # the first of the table, without the time to make a request
+    request = backends.Request(x.device, x.dtype, (kind, num_heads, projected))
+    return backends.choose(who, backends.RECURRENT, request, backend, shape=x.shape)
 
 
 def stack(
+    who: str,
     kind: Kind,
     x: Tensor,
     weights: list[Tensor],
@@ -194,23 +462,25 @@ def stack(
     training: bool = False,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """The layers of a time-major or packed input, unchecked but for lengths: the output, the last states, and if they
-    are asked for each layer's states at every step.
+    """Runs the layers of a time-major or packed input. Of the arguments only lengths are checked here.
+
+    Returns:
+        The output, the last states and, with return_all_states, each layer's states at every step.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *weights = (_autocast(t, dtype) for t in (x, *weights))
-        hx = None if hx is None else [_autocast(s, dtype) for s in hx]
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
+        x, *weights = (autocast(t, dtype) for t in (x, *weights))
+        hx = None if hx is None else [autocast(s, dtype) for s in hx]
     if lengths is not None:
-        lengths = _check_lengths(kind, lengths, x)
+        lengths = _check_lengths(who, lengths, x)
     each, directions = len(weights) // num_layers, 2 if bidirectional else 1
-    if x.is_cuda:
-        projected = (each // directions - options.peephole) % 2 == 1  # weight_hr: those beside it come in pairs
-        backend.require_layer(kind.name, x, kind.name, options.num_heads, projected)
     plain = options.plain and reset is None
     none = (None,) * len(kind.states)
     if num_layers == 1 and plain:
-        y, *states = layer(kind, x, none if hx is None else hx, weights, batch_sizes, lengths, bidirectional)
+        try:
+            y, *states = layer(kind, x, none if hx is None else hx, weights, batch_sizes, lengths, bidirectional)
+        except RuntimeError as error:
+            raise of_op(who, error) from None
         return y, tuple(states), ()
     packed = None
     if batch_sizes is not None and training and options.variational_dropout:
@@ -226,52 +496,52 @@ def stack(
         if not plain:
             x, extras = extras_of(kind, options, training, x, of_layer, bidirectional, reset, packed)
         asked = options.memory_efficient, options.return_all_states
-        x, *states = layer(kind, x, states0, of_layer, batch_sizes, lengths, bidirectional, extras, *asked)
+        try:
+            x, *states = layer(kind, x, states0, of_layer, batch_sizes, lengths, bidirectional, extras, *asked)
+        except RuntimeError as error:
+            raise of_op(who, error) from None
         last.append(states[: len(kind.states)])
         every.append((x, *states[len(kind.states) :]))
     together = last[0] if num_layers == 1 else (torch.cat(of_state) for of_state in zip(*last))
     return x, tuple(together), tuple(every) if options.return_all_states else ()
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
 # ---- checks
 
 
-def states_of(kind: Kind, hx: Any) -> States | None:
-    """hx as the user gave it, as a tuple of tensors."""
+def states_of(who: str, kind: Kind, hx: Any) -> States | None:
+    """hx as a tuple of tensors."""
     if hx is None:
         return None
     if len(kind.states) == 1:
         if not isinstance(hx, Tensor):
-            raise TypeError(f"{kind.name}: hx must be a tensor h0, got {describe(hx)}")
+            raise TypeRuntimeError(f"{who}: hx must be a tensor h0, got {describe(hx)}")
         return (hx,)
     given = isinstance(hx, (tuple, list)) and len(hx) == len(kind.states) and all(isinstance(s, Tensor) for s in hx)
     if not given:
-        count = "pair" if len(kind.states) == 2 else "triple"
-        names = ", ".join(f"{state}0" for state in kind.states)
-        raise TypeError(f"{kind.name}: hx must be a {count} of tensors ({names}), got {describe(hx)}")
+        count = {2: "pair", 3: "triple"}.get(len(kind.states), f"tuple of {len(kind.states)}")
+        names = ", ".join(kind.initial_states)
+        raise TypeRuntimeError(f"{who}: hx must be a {count} of tensors ({names}), got {describe(hx)}")
     return tuple(hx)
 
 
 def _kind_of(
     family: Family, options: Options, weights: list[Tensor], hx: Any, num_layers: int, directions: int
-) -> tuple[Kind, list[Weight]]:
-    """The kind that the options and the number of weights make, and the weights of a layer and direction."""
+) -> tuple[Kind, bool, list[Weight]]:
+    """The kind that the options and the number of weights choose, whether it is projected, and the weights of one layer
+    and direction.
+    """
     kinds = [(family.kind_of(options, projected), projected) for projected in family.projections]
-    if isinstance(hx, Tensor):  # of a GRU: it is not projected
+    if isinstance(hx, Tensor):  # a GRU with one state is not projected
         kinds = [k for k in kinds if len(k[0].states) == 1] or kinds
-    forms = [
-        (kind, kind.weights(bias, projected, options.peephole, options.num_heads > 1))
-        for kind, projected in kinds
-        for bias in (False, True)
-    ]
-    for kind, table in forms:
-        if num_layers > 0 and len(table) * num_layers * directions == len(weights):
-            return kind, table
-    least, most = ([w.name for w in table] for _, table in (forms[0], forms[-1]))
+    for kind, projected in kinds:
+        for bias in (False, True):
+            table = _weights(kind, options, bias, projected)
+            if num_layers > 0 and len(table) * num_layers * directions == len(weights):
+                return kind, projected, table
+    (kind, projected), (most_kind, most_projected) = kinds[0], kinds[-1]
+    least = [w.name for w in _weights(kind, options, False, projected)]
+    most = [w.name for w in _weights(most_kind, options, True, most_projected)]
     more = [name for name in most if name not in least]
     raise ValueError(
         f"{family.name}: weights must hold {', '.join(least)} and, if there are such, {', '.join(more)} for each of "
@@ -279,7 +549,12 @@ def _kind_of(
     )
 
 
-def _check(
+def _weights(kind: Kind, options: Options, bias: bool, projected: bool) -> list[Weight]:
+    return kind.weights(bias, projected, options.peephole, options.num_heads > 1)
+
+
+def check(
+    who: str,
     kind: Kind,
     options: Options,
     table: list[Weight],
@@ -291,48 +566,49 @@ def _check(
     states: int,
     directions: int,
 ) -> None:
-    """Raises what the user should read; the ops check again what could read outside memory."""
+    """Raises the errors of the public functions; the ops check again what could access memory out of bounds."""
     for w in weights:
         if not isinstance(w, Tensor):
-            raise TypeError(f"{kind.name}: weights must be tensors, got {describe(w)}")
-        check_like(kind.name, "weights", w, x)
+            raise TypeError(f"{who}: weights must be tensors, got {describe(w)}")
+        check_like(who, "weights", w, x)
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
         wanted = "[N, D] with batch_sizes" if packed else "[T, B, D] (or [B, T, D] with batch_first)"
-        raise ValueError(f"{kind.name}: input must have shape {wanted}, got {list(x.shape)}")
-    P, H = _check_weights(kind, options, table, x.shape[-1], weights, directions)
+        raise ValueError(f"{who}: input must have shape {wanted}, got {list(x.shape)}")
+    P, H = _check_weights(who, kind, options, table, x.shape[-1], weights, directions)
     for state, given in zip(kind.states, hx or ()):
-        name, width, letter = f"{state}0", *((P, "P") if state == "h" else (H, "H"))
-        check_like(kind.name, name, given, x)
+        name, letter = f"{state}0", size_of_state(state)
+        width = {"P": P, "H": H}[letter]
+        check_like(who, name, given, x)
         B = x.shape[1] if not packed else given.shape[1] if given.dim() == 3 else 0  # packed: checked by the op
         if given.shape != (states, B, width):
             wanted = f"[L * directions, B, {letter}] = {[states, 'B' if packed else B, width]}"
-            raise ValueError(f"{kind.name}: {name} must have shape {wanted}, got {list(given.shape)}")
+            raise ValueError(f"{who}: {name} must have shape {wanted}, got {list(given.shape)}")
     if batch_sizes is not None:
         if lengths is not None:
-            raise ValueError(f"{kind.name}: lengths must be absent where batch_sizes is given, got {describe(lengths)}")
+            raise ValueError(f"{who}: lengths must be absent where batch_sizes is given, got {describe(lengths)}")
         if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-            raise TypeError(f"{kind.name}: batch_sizes must be an int64 tensor on the CPU, got {describe(batch_sizes)}")
+            raise TypeError(f"{who}: batch_sizes must be an int64 tensor on the CPU, got {describe(batch_sizes)}")
 
 
 def check_like(who: str, name: str, t: Tensor, x: Tensor) -> None:
     if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{who}: {name} must have the dtype of input, {x.dtype}, got {t.dtype}")
+        raise TypeRuntimeError(f"{who}: {name} must have the dtype of input, {x.dtype}, got {t.dtype}")
     if t.device != x.device:
-        raise ValueError(f"{who}: {name} must be on the device of input, {x.device}, got {t.device}")
+        raise ValueRuntimeError(f"{who}: {name} must be on the device of input, {x.device}, got {t.device}")
 
 
 def _check_weights(
-    kind: Kind, options: Options, table: list[Weight], D: int, weights: list[Tensor], directions: int
+    who: str, kind: Kind, options: Options, table: list[Weight], D: int, weights: list[Tensor], directions: int
 ) -> tuple[int, int]:
-    """P and H, of which weight_hh tells."""
+    """P and H, from the shape of weight_hh."""
     w_hh, gates = weights[1], len(kind.gates)
     projected = "weight_hr" in (w.name for w in table)
     if w_hh.dim() != 2 or w_hh.shape[0] % gates or 0 in w_hh.shape:
-        raise ValueError(f"{kind.name}: weight_hh must have shape {table[1]}, got {list(w_hh.shape)}")
+        raise ValueRuntimeError(f"{who}: weight_hh must have shape {table[1]}, got {list(w_hh.shape)}")
     H = w_hh.shape[0] // gates
     P = w_hh.shape[1] if projected else H
-    check_together(kind.name, options, H, proj_size=P if projected else 0)
+    check_together(who, options, H, proj_size=P if projected else 0)
     sizes = {"D": D, "H": H, "P": P, "H/heads": H // options.num_heads}
     shapes = [wanted.sizes(sizes) for wanted in table]
     for i, w in enumerate(weights):
@@ -341,39 +617,39 @@ def _check_weights(
             shapes[0] = table[0].sizes(sizes | {"D": directions * P})
         if w.shape != shapes[at]:
             wanted = f"{table[at]} = {list(shapes[at])}"
-            raise ValueError(f"{kind.name}: {table[at].name} must have shape {wanted}, got {list(w.shape)}")
+            raise ValueRuntimeError(f"{who}: {table[at].name} must have shape {wanted}, got {list(w.shape)}")
     return P, H
 
 
-def _check_lengths(kind: Kind, lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+def _check_lengths(who: str, lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     T, B = x.shape[:2]
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{kind.name}: lengths must be integers, got {lengths!r}") from error
+            raise TypeError(f"{who}: lengths must be integers, got {lengths!r}") from error
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and lengths.numel():
-        raise TypeError(f"{kind.name}: lengths must be integers, got {lengths.dtype}")
+        raise TypeError(f"{who}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
-        raise ValueError(f"{kind.name}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+        raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
     if not x.is_cuda:
         lengths = lengths.cpu()
-    elif lengths.is_cuda:  # nobody waits for the device: kernels take what lies outside [0, T] as the nearest within
+    elif lengths.is_cuda:  # the values are not read: kernels clamp them to [0, T]
         return lengths.to(x.device, torch.int64)
     lengths = lengths.to(torch.int64)
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
-    if B and not traced:  # else the op looks at its values
+    if B and not traced:  # in a graph the op checks the values
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
-            raise ValueError(f"{kind.name}: lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")
+            raise ValueError(f"{who}: lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")
     if not x.is_cuda:
         return lengths
-    # Nobody waits for a copy from pinned memory either.
+    # A copy from pinned memory does not synchronize.
     return lengths.to(x.device) if traced else lengths.pin_memory().to(x.device, non_blocking=True)
 
 
 def check_reset(who: str, reset: Any, input: Tensor) -> None:
-    """As the user gave both."""
+    """Both in the layout of the caller."""
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         raise TypeError(f"{who}: reset must be a bool tensor, got {describe(reset)}")
     if reset.shape != input.shape[:-1]:
@@ -381,11 +657,3 @@ def check_reset(who: str, reset: Any, input: Tensor) -> None:
         raise ValueError(f"{who}: reset must have shape {wanted}, got {list(reset.shape)}")
     if reset.device != input.device:
         raise ValueError(f"{who}: reset must be on the device of input, {input.device}, got {reset.device}")
-
-
-def describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
-    return type(value).__name__

@@ -1,9 +1,9 @@
 """Recurrent cells: one step of a layer, as functions.
 
-A step at B = 1 computes for a microsecond: what surrounds the computation is what counts. In eager mode a plain cell
-has ops of its own, `<kind>_cell`, `<kind>_cell_forward` and `<kind>_cell_backward`, and what is wrong with the
-arguments is looked for once they have refused. Where torch traces, transforms or differentiates forward, and where a
-cell has options, a step is a layer with T = 1; the bits are the same.
+A step at B = 1 computes for a microsecond, so the overhead of the call decides its speed. In eager mode a plain cell
+has its own ops, `<kind>_cell`, `<kind>_cell_forward` and `<kind>_cell_backward`, and the arguments are checked only
+after an op has raised. Under tracing, transforms and forward-mode AD, and for a cell with options, a step is a layer
+with T = 1; the bits are the same.
 
 Dimensions: B sequences, D input, H hidden.
 """
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seqkernels import _C, backend
-from seqkernels.functional import _recurrent_options as families
+from seqkernels import _C
 from seqkernels.functional import recurrent as F
-from seqkernels.functional._recurrent_ops import KINDS, Call, Kind, follow_precision, layer
-from seqkernels.functional._recurrent_options import Options, extras_of
+from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, op
+from seqkernels.functional._checks import TypeRuntimeError, describe, of_op
+from seqkernels.functional._recurrent_extras import extras_of
+from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
+from seqkernels.functional._recurrent_ops import Call, layer
+from seqkernels.functional._recurrent_options import Options
 
 States = tuple[Tensor | None, ...]
 Weights = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh
@@ -30,7 +33,7 @@ Weights = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A plain cell: its kind, its op, and the same with its gradient recorded."""
+    """A plain cell: its kind, its op, and the op with its gradient recorded."""
 
     kind: Kind
     infer: Callable[..., Any]
@@ -45,17 +48,17 @@ _DOC = """{title}: one step.
 
     Args:
         input: [B, D] or [D]; float32, float64, bfloat16 or float16 (half types compute in float32); gradient: yes.
-        hx: {hx}, of input's leading dimension and dtype; None: zeros. Gradient: yes.
+        hx: {hx}, with the leading dimension and dtype of input; None: zeros. Gradient: yes.
         w_ih: [{rows}, D]. w_hh: [{rows}, H]. {gates}Gradient: yes.
         b_ih, b_hh: [{rows}], both or neither. Gradient: yes.
+        backend: name of the implementation that must run, such as "cpu" or "cuda"; None chooses.
     Returns:
-        {returns}, of input's leading dimension and dtype.
+        {returns}, with the leading dimension and dtype of input.
     Raises:
-        ValueError, RuntimeError: a shape does not fit; as torch.nn.{torch} where that would.
-        TypeError: a dtype does not fit, or an argument is no tensor.
-        NotImplementedError: no backend takes these inputs; the message lists why.
-    Equivalent to: torch.{name}; a layer with T = 1, of the same bits.
-    Deterministic: yes. What a sequence gives does not depend on its batch, nor on the number of threads.
+        As torch.{name}. ValueError: a shape does not fit. TypeError: a dtype or a type does not fit.
+        NotImplementedError: no implementation takes these inputs; the message lists why.
+    Equivalent to: torch.{name}; a layer with T = 1, with the same bits.
+    Deterministic: yes. The result for a sequence depends neither on its batch nor on the number of threads.
     Source: {source}
     """
 
@@ -67,47 +70,96 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    states0 = (None, None) if hx is None else pair("lstm_cell", hx)
+    states0 = (None, None) if hx is None else states_of("lstm_cell", LSTM.kind, hx)
+    if backend is not None:
+        _require("lstm_cell", LSTM, input, backend)
     result: tuple[Tensor, Tensor] = step("lstm_cell", LSTM, input, states0, (w_ih, w_hh, b_ih, b_hh))
     return result
 
 
-def _one_state_function(name: str, cell: Cell) -> Callable[..., Tensor]:
-    def function(
-        input: Tensor,
-        hx: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> Tensor:
-        result: Tensor = step(name, cell, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
-        return result
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    if backend is not None:
+        _require("gru_cell", GRU, input, backend)
+    result: Tensor = step("gru_cell", GRU, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+    return result
 
-    function.__name__ = function.__qualname__ = name
-    return function
+
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    if backend is not None:
+        _require("rnn_tanh_cell", RNN_TANH, input, backend)
+    result: Tensor = step("rnn_tanh_cell", RNN_TANH, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+    return result
 
 
-def pair(who: str, hx: Any) -> tuple[Tensor, ...]:
-    """An LSTM's hx as the user gave it; what it holds is checked later."""
-    if type(hx) is tuple and len(hx) == 2:
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    if backend is not None:
+        _require("rnn_relu_cell", RNN_RELU, input, backend)
+    result: Tensor = step("rnn_relu_cell", RNN_RELU, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+    return result
+
+
+def states_of(who: str, kind: Kind, hx: Any) -> tuple[Tensor, ...]:
+    """hx of a kind with several states; its tensors are checked later."""
+    if type(hx) is tuple and len(hx) == len(kind.states):
         return hx
-    if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-        raise TypeError(f"{who}: hx must be {_WANTED[2]}, got {F.describe(hx)}")
+    if not (isinstance(hx, (tuple, list)) and len(hx) == len(kind.states)):
+        raise TypeRuntimeError(f"{who}: hx must be {_wanted(kind)}, got {describe(hx)}")
     return tuple(hx)
+
+
+def _wanted(kind: Kind) -> str:
+    names = ", ".join(kind.initial_states)
+    if len(kind.states) == 1:
+        return f"a tensor {names}"
+    return f"a {'pair' if len(kind.states) == 2 else f'tuple of {len(kind.states)}'} of tensors ({names})"
+
+
+def _require(who: str, cell: Cell, input: Tensor, backend: str) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
+    F.choose(who, cell.kind, input, 1, False, backend)
 
 
 # ---- one step
 
 
 def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights) -> Any:
-    """The new states of a plain cell; a tuple if they are two."""
+    """The new states of a plain cell; a tuple where there are several."""
     if _compiling() or _transforms() or forward_ad._current_level >= 0:
         return as_layer(who, cell.kind, input, states0, weights)
     try:
         if input.is_cuda:
-            follow_precision(input, torch.backends.cudnn.rnn)
+            follow_tf32(input, torch.backends.cudnn.rnn)
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, states0, weights = _autocast(input, states0, weights)
         if _recording():
@@ -115,9 +167,9 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights)
                 if t is not None and t.requires_grad:
                     return cell.record(input, *states0, *weights)
         return cell.infer(input, *states0, *weights)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         check(who, cell.kind, input, states0, weights)
-        raise
+        raise of_op(who, error) from None
 
 
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled  # looking a name up takes time too
@@ -130,20 +182,21 @@ def as_layer(
     input: Tensor,
     states0: States,
     weights: Weights,
-    options: Options = families.LSTM.plain,
+    options: Options = F.PLAIN,
     training: bool = False,
 ) -> Any:
     """`step`, by the layer's ops, and with the options of a layer."""
     check(who, kind, input, states0, weights, options)
-    if input.is_cuda:
-        backend.require_layer(who, input, kind.name, options.num_heads, projected=False)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_dtype(input.device) is not None:
         input, states0, weights = _autocast(input, states0, weights)
     x, before = _lift(input, input.dim()), [_lift(s, input.dim()) for s in states0]
     given, extras = [w for w in weights if w is not None], None
     if not options.plain:
         x, extras = extras_of(kind, options, training, x, given)
-    states = layer(kind, x, before, given, None, None, False, extras)[1:]
+    try:
+        states = layer(kind, x, before, given, None, None, False, extras)[1:]
+    except RuntimeError as error:
+        raise of_op(who, error) from None
     return _lower(states[0], input.dim()) if len(states) == 1 else tuple(_lower(s, input.dim()) for s in states)
 
 
@@ -151,7 +204,7 @@ def _autocast(input: Tensor, states0: States, weights: Weights) -> tuple[Tensor,
     dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(t: Tensor | None) -> Any:
-        return None if t is None else F._autocast(t, dtype)
+        return None if t is None else autocast(t, dtype)
 
     return cast(input), tuple(map(cast, states0)), tuple(map(cast, weights))
 
@@ -171,23 +224,25 @@ def check(
     input: Tensor,
     states0: States,
     weights: Weights,
-    options: Options = families.LSTM.plain,
+    options: Options = F.PLAIN,
 ) -> None:
-    """Raises what the user should read: torch's words where torch has any."""
-    backend.require(who, input)
+    """Raises the errors of the public functions and modules, with torch's text where torch has one."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{who}: input must be a tensor, got {describe(input)}")
+    F.choose(who, kind, input, options.num_heads, False)
     if input.dim() not in (1, 2):
         raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     given = [s for s in states0 if s is not None]
     for i, state in enumerate(given):
         if not isinstance(state, Tensor):
-            raise TypeError(f"{who}: hx must be {_WANTED[len(states0)]}, got {F.describe(state)}")
+            raise TypeError(f"{who}: hx must be {_wanted(kind)}, got {describe(state)}")
         if state.dim() not in (1, 2):
             which = f"hx[{i}]" if len(states0) > 1 else "hidden"
             raise ValueError(f"{who}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
     present = [w for w in weights if w is not None]
     for w in present:
         if not isinstance(w, Tensor):
-            raise TypeError(f"{who}: weights must be tensors, got {F.describe(w)}")
+            raise TypeError(f"{who}: weights must be tensors, got {describe(w)}")
     tables = [kind.weights(bias, False, options.peephole, options.num_heads > 1) for bias in (False, True)]
     table = next((table for table in tables if len(table) == len(present)), None)
     if table is None or any(w is None for w in weights[:2]):
@@ -205,26 +260,22 @@ def check(
         if H and state.shape[-1] != H:
             raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}")
     before = tuple(_lift(s, input.dim()) for s in given)
-    F._check(kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
-
-
-_WANTED = {1: "a tensor h0", 2: "a pair of tensors (h0, c0)"}
+    F.check(who, kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
 
 
 # ---- the plain cells' ops and their gradients
 
 
 def _cell(name: str) -> Cell:
-    kind, ops = KINDS[name], torch.ops.seqkernels
-    # .default: half the cost of a call
-    infer, forward, backward = (getattr(ops, f"{name}_cell{end}").default for end in ("", "_forward", "_backward"))
+    kind = KINDS[name]
+    infer, forward, backward = (op(f"{name}_cell{end}") for end in ("", "_forward", "_backward"))
     _register_fakes(kind)
     return Cell(kind, infer, _recorded(kind, forward, backward))
 
 
 def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[..., Any]) -> Callable[..., Any]:
     states, weights_from = len(kind.states), 1 + len(kind.states)
-    one_bias = _one_bias_gradient(kind)
+    one_bias = kind.one_bias_gradient
 
     class Step(torch.autograd.Function):
         """A step in eager mode."""
@@ -239,21 +290,18 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
-            if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any
+            if (
+                torch.is_grad_enabled()
+            ):  # create_graph: the fused backward is first order, the definition is of any order
                 return _by_definition(kind, tensors[: weights_from + 4], grads, needs)
             if tensors[0].is_cuda:
-                follow_precision(tensors[0], torch.backends.cudnn.rnn)
+                follow_tf32(tensors[0], torch.backends.cudnn.rnn)
             found = backward_op(*grads, *tensors, needs[0], True in needs[1:weights_from], True in needs[weights_from:])
             return (*found, found[-1]) if one_bias else found
 
-    # Not Step.apply, which first looks for wrappers that torch.func left behind: that costs as much as the rest of it.
+    # Step.apply first looks for wrappers of torch.func, which doubles the time of the call.
     apply: Callable[..., Any] = super(torch.autograd.Function, Step).apply
     return apply
-
-
-def _one_bias_gradient(kind: Kind) -> bool:
-    """Both biases are added to the same, but for GRU's candidate."""
-    return kind.name != "gru"
 
 
 def _by_definition(
@@ -272,7 +320,7 @@ def _by_definition(
 
 
 def _register_fakes(kind: Kind) -> None:
-    """For fake tensors in eager mode; a compiler meets the layer's ops, which have autograd and vmap rules too."""
+    """For fake tensors in eager mode. A compiler traces the layer's ops, which also have autograd and vmap rules."""
     name, states = f"seqkernels::{kind.name}_cell", len(kind.states)
 
     def infer(x: Tensor, *rest: Tensor | None) -> Any:
@@ -295,7 +343,7 @@ def _register_fakes(kind: Kind) -> None:
     def backward(*args: Any) -> Any:
         x, *states0 = args[states : 1 + 2 * states]
         weights, (need_dx, need_states, need_dw) = args[1 + 2 * states : 5 + 2 * states], args[-3:]
-        weights = weights[:3] if _one_bias_gradient(kind) else weights
+        weights = weights[:3] if kind.one_bias_gradient else weights
         wanted = (need_dx and x, *(need_states and s for s in states0), *(need_dw and w for w in weights))
         return tuple(x.new_empty(t.shape) if isinstance(t, Tensor) else None for t in wanted)
 
@@ -304,11 +352,7 @@ def _register_fakes(kind: Kind) -> None:
     torch.library.register_fake(name + "_backward")(backward)
 
 
-LSTM, GRU, RNN_TANH, RNN_RELU = (_cell(name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
-
-gru_cell = _one_state_function("gru_cell", GRU)
-rnn_tanh_cell = _one_state_function("rnn_tanh_cell", RNN_TANH)
-rnn_relu_cell = _one_state_function("rnn_relu_cell", RNN_RELU)
+LSTM, GRU, RNN_TANH, RNN_RELU = map(_cell, PLAIN_CELLS)
 
 lstm_cell.__doc__ = _DOC.format(
     title="Long short-term memory",

@@ -7,7 +7,8 @@ Where it differs from torch's, on purpose:
 - is_causal needs no attn_mask. Beside one of two dimensions that has no gradient it says, as in torch, that this is the
   causal mask, which is then not read; beside any other mask it holds as well.
 - key_padding_mask and attn_mask may be of different types; masks have gradients.
-- A wrong shape is a ValueError, a wrong dtype a TypeError, where torch has an AssertionError or a RuntimeError.
+
+Exceptions: docs/errors.md.
 
 Dimensions: B batch, T queries, S keys, E embed_dim, H heads, D = E / H; Nq and Nk rows of all sequences one after
 another.
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 
@@ -45,8 +47,8 @@ class KeyValueCache:
         head_dim: int,
         value_dim: int | None = None,
         *,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         sizes = batch_size, num_heads, capacity
         self.keys = torch.zeros(*sizes, head_dim, device=device, dtype=dtype)
@@ -149,7 +151,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is all you need", arXiv 1706.03762.
     """
 
-    def new_cache(self, batch_size: int, capacity: int, *, dtype: Any = None) -> KeyValueCache:
+    def new_cache(self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None) -> KeyValueCache:
         """An empty cache for `capacity` steps, of the parameters' dtype unless another is given."""
         of = self.out_proj.weight
         return KeyValueCache(
@@ -374,7 +376,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _check(self, who: str, query: Tensor, key: Tensor | None, value: Tensor | None, dims: int) -> None:
         if query.dim() != dims:
             wanted = "2 or 3 dimensions" if dims == 3 else "2 dimensions with cu_seqlens_q"
-            raise ValueError(f"{who}: query must have {wanted}, got {list(query.shape)}")
+            raise ValueAssertionError(f"{who}: query must have {wanted}, got {list(query.shape)}")
         if (key is None) != (value is None):
             raise ValueError(f"{who}: key and value must both be None, or neither")
         given = [("query", query, self.embed_dim)]
@@ -382,18 +384,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             given += [("key", key, self.kdim), ("value", value, self.vdim)]
         for name, t, size in given:
             if t.dim() != dims:
-                raise ValueError(f"{who}: {name} must have as many dimensions as query, {dims}, got {list(t.shape)}")
+                raise ValueAssertionError(
+                    f"{who}: {name} must have as many dimensions as query, {dims}, got {list(t.shape)}"
+                )
             if t.shape[-1] != size:
-                raise ValueError(f"{who}: {name} must have {size} columns, got {t.shape[-1]}")
+                error = ValueAssertionError if name == "query" else ValueRuntimeError  # as torch
+                raise error(f"{who}: {name} must have {size} columns, got {t.shape[-1]}")
         if key is None or value is None:
             return
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
+            raise ValueAssertionError(
                 f"{who}: value must have as many rows as key, {list(key.shape[:-1])}, got {list(value.shape[:-1])}"
             )
         of = 0 if self.batch_first else 1
         if dims == 3 and key.shape[of] != query.shape[of]:
-            raise ValueError(
+            raise ValueRuntimeError(
                 f"{who}: key must be of as many sequences as query, {query.shape[of]}, got {key.shape[of]} "
                 f"(batch_first is {self.batch_first})"
             )
@@ -406,10 +411,12 @@ def _check_mask(who: str, name: str, mask: Any, shapes: Sequence[list[Any]]) -> 
     if not isinstance(mask, Tensor):
         raise TypeError(f"{who}: {name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{who}: {name} must be bool or floating, got {mask.dtype}")
+        raise TypeAssertionError(f"{who}: {name} must be bool or floating, got {mask.dtype}")
     if list(mask.shape) not in list(shapes):
         wanted = " or ".join(str(shape) for shape in shapes)
-        raise ValueError(f"{who}: {name} must have shape {wanted}, got {list(mask.shape)}")
+        of_rank = len(mask.shape) in [len(shape) for shape in shapes] and name == "attn_mask"
+        error = ValueRuntimeError if of_rank else ValueAssertionError  # as torch
+        raise error(f"{who}: {name} must have shape {wanted}, got {list(mask.shape)}")
 
 
 def _merged(

@@ -1,9 +1,8 @@
 """EmbeddingBag and Embedding in place of torch.nn's, with the same constructors, parameters and state_dict; several
 tables in one call; tables of bytes.
 
-Where they differ from torch's: as seqkernels.functional.embedding_bag lists it, and
-- a mode, a padding_idx or a shape that does not fit is a ValueError, at construction;
-- options weight_norm and fused_optimizer.
+Intended differences from torch: those of seqkernels.functional.embedding_bag, a mode that does not fit raises at
+construction, and the options weight_norm and fused_optimizer.
 
 Dimensions: E table rows, D columns, N indices, B bags, T tables, F features.
 """
@@ -21,9 +20,11 @@ from torch.nn import Module, ModuleDict, Parameter, init
 
 from seqkernels.functional import embedding_bag as _embedding_bag
 from seqkernels.functional import embedding_bag_bytes, quantize_rows
+from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError, describe
 from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
-from seqkernels.functional.recurrent import describe
 from seqkernels.nn.fused_optimizer import FusedOptimizer, FusedState, check_optimizer, step_one, step_several
+
+Device = torch.device | str | int | None
 
 
 class _Table(Module):
@@ -49,17 +50,19 @@ class _Table(Module):
         who, E, D = type(self).__name__, self.num_embeddings, self.embedding_dim
         for name, size in (("num_embeddings", E), ("embedding_dim", D)):
             if size < 0:
-                raise ValueError(f"{who}: {name} must be at least 0, got {size}")
+                raise ValueRuntimeError(f"{who}: {name} must be at least 0, got {size}")
         if padding_idx is not None:
             if not -E <= padding_idx < E:
-                raise ValueError(f"{who}: padding_idx must be within num_embeddings, [-{E}, {E}), got {padding_idx}")
+                raise ValueAssertionError(
+                    f"{who}: padding_idx must be within num_embeddings, [-{E}, {E}), got {padding_idx}"
+                )
             padding_idx += E if padding_idx < 0 else 0
         self.padding_idx = padding_idx
         check_optimizer(who, fused_optimizer, sparse)
         shape = self._rows_here(), D
         if weight is not None and tuple(weight.shape) != shape:
             wanted = f"[num_embeddings, embedding_dim] = [{E}, {D}]"
-            raise ValueError(f"{who}: _weight must have shape {wanted}, got {list(weight.shape)}")
+            raise ValueAssertionError(f"{who}: _weight must have shape {wanted}, got {list(weight.shape)}")
         fresh = weight is None
         weight = torch.empty(shape, device=device, dtype=dtype) if weight is None else weight
         self.weight = Parameter(weight, requires_grad=not freeze)
@@ -144,8 +147,8 @@ class EmbeddingBag(_Table):
         _weight: Tensor | None = None,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         weight_norm: str = "count",
         fused_optimizer: FusedOptimizer | None = None,
@@ -242,8 +245,8 @@ class Embedding(_Table):
         sparse: bool = False,
         _weight: Tensor | None = None,
         _freeze: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         fused_optimizer: FusedOptimizer | None = None,
     ) -> None:
@@ -303,7 +306,7 @@ def _shown(text: str, **values: tuple[Any, Any]) -> str:
 
 def _check_pretrained(who: str, embeddings: Any) -> None:
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
-        raise ValueError(f"{who}: embeddings must be a tensor of 2 dimensions, got {describe(embeddings)}")
+        raise ValueAssertionError(f"{who}: embeddings must be a tensor of 2 dimensions, got {describe(embeddings)}")
 
 
 # ---- several tables
@@ -358,8 +361,8 @@ class EmbeddingBagCollection(Module):
         self,
         tables: Sequence[EmbeddingBagConfig],
         mode: str = "sum",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         weight_norm: str = "count",
         scale_grad_by_freq: bool = False,
@@ -522,7 +525,7 @@ class QuantizedEmbeddingBag(Module):
         mode: str = "mean",
         include_last_offset: bool = False,
         padding_idx: int | None = None,
-        device: Any = None,
+        device: Device = None,
         *,
         weight_norm: str = "count",
     ) -> None:

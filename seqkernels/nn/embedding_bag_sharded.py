@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqkernels.functional import _embedding_bag_ops as O
+from seqkernels.functional._checks import IndexRuntimeError, ValueAssertionError, ValueRuntimeError
 from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, How
 from seqkernels.functional.embedding_bag import check, of_nested, renorm
-from seqkernels.nn.embedding_bag import EmbeddingBag
+from seqkernels.nn.embedding_bag import Device, EmbeddingBag
 from seqkernels.nn.fused_optimizer import FusedOptimizer
 from seqkernels.reference.embedding_bag import bags_of
 
@@ -59,8 +60,8 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         _weight: Tensor | None = None,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         weight_norm: str = "count",
         fused_optimizer: FusedOptimizer | None = None,
@@ -74,7 +75,7 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         if _weight is not None:
             if list(_weight.shape) != [num_embeddings, embedding_dim]:
                 wanted = f"[num_embeddings, embedding_dim] = [{num_embeddings}, {embedding_dim}]"
-                raise ValueError(f"{who}: _weight must have shape {wanted}, got {list(_weight.shape)}")
+                raise ValueAssertionError(f"{who}: _weight must have shape {wanted}, got {list(_weight.shape)}")
             first, count = self._block_of(self._rank, num_embeddings)
             _weight = _weight.detach()[first : first + count].clone()
         super().__init__(
@@ -196,7 +197,7 @@ class RowShardedEmbeddingBag(EmbeddingBag):
             wrong = (ends.diff() < 0) if int(offsets[0]) == 0 else torch.ones(1, dtype=torch.bool)
             if bool(wrong.any()):
                 at = int(wrong.nonzero()[0])
-                raise RuntimeError(
+                raise ValueRuntimeError(
                     f"{who}: offsets must begin with 0 and neither decrease nor exceed the length of input, "
                     f"{input.numel()}, got {ends[at : at + 2].tolist()} at position {at}"
                 )
@@ -206,7 +207,9 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         wrong = bags.counted & ((bags.rows < 0) | (bags.rows >= E))
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
-            raise RuntimeError(f"{who}: input must hold indices in [0, {E}), got {int(bags.rows[at])} at position {at}")
+            raise IndexRuntimeError(
+                f"{who}: input must hold indices in [0, {E}), got {int(bags.rows[at])} at position {at}"
+            )
         return Bags(bags.rows, bags.bag, bags.begin, bags.counted)
 
     def _route(self, bags: Bags, error: Exception | None) -> Route:

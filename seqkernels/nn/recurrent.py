@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,30 +12,48 @@ from torch import Tensor
 from torch.nn import Parameter, RNNBase, init
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import backend
-from seqkernels.functional import _recurrent_options as families
+from seqkernels.functional import _recurrent_kinds as families
 from seqkernels.functional import recurrent as F
-from seqkernels.functional._recurrent_ops import Kind, Weight
+from seqkernels.functional._checks import ValueRuntimeError, describe
+from seqkernels.functional._recurrent_extras import batch_of
+from seqkernels.functional._recurrent_kinds import Kind, Weight, size_of_state
+from seqkernels.functional._recurrent_options import Options, about, check_together, options_of, wrapped
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
+Device = torch.device | str | int | None
 
 
 class _Recurrent(RNNBase):
-    """What the layers share: states are a tuple here, whatever the user sees."""
+    """What the layers share. Inside the class states are a tuple, also where the public form is one tensor."""
 
-    _name: str  # as torch's messages say it
+    _name: str  # in messages, as torch's have it
     _family: families.Family
     _kind: Kind
-    options: families.Options
+    options: Options
 
-    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        given = {name: kwargs.pop(name) for name in self._family.takes if name in kwargs}
-        super().__init__(mode, *args, **kwargs)  # its checks; the parameters that it makes are not kept
-        if self.proj_size and True not in self._family.projections:
-            raise ValueError(f"{self._name}: proj_size must be 0, got {self.proj_size}")
-        self.options = families.options_of(self._name, self._family, given)
-        families.check_together(self._name, self.options, self.hidden_size, bias=self.bias, proj_size=self.proj_size)
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Device,
+        dtype: torch.dtype | None,
+        given: Mapping[str, Any],
+    ) -> None:
+        # torch's constructor checks the arguments; the parameters that it creates are replaced below.
+        super().__init__(
+            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
+            dtype,
+        )  # fmt: skip
+        self.options = options_of(self._name, self._family.plain, given)
+        check_together(self._name, self.options, self.hidden_size, bias=self.bias, proj_size=self.proj_size)
         self._kind = self._family.kind_of(self.options, self.proj_size > 0)
         self._make_parameters()
         self.reset_parameters()
@@ -43,7 +61,7 @@ class _Recurrent(RNNBase):
     # ---- parameters
 
     def _table(self) -> list[list[tuple[str, Weight]]]:
-        """For each layer and direction its weights, by their names here."""
+        """For each layer and direction the names of its parameters with their weights."""
         weights = self._kind.weights(self.bias, self.proj_size > 0, self.options.peephole, self.options.num_heads > 1)
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
         return [[(f"{w.name}_l{i}{s}", w) for w in weights] for i in range(self.num_layers) for s in suffixes]
@@ -57,7 +75,7 @@ class _Recurrent(RNNBase):
             sizes["D"] = self.input_size if i < directions else directions * P
             shapes |= {name: weight.sizes(sizes) for name, weight in of_one}
         if self.options.learn_initial_state:
-            shapes |= {f"initial_{s}": (len(table), P if s == "h" else H) for s in self._kind.states}
+            shapes |= {f"initial_{s}": (len(table), sizes[size_of_state(s)]) for s in self._kind.states}
         like: Any = self.weight_ih_l0
         self._flat_weights_names = []
         self._parameters.clear()
@@ -83,7 +101,7 @@ class _Recurrent(RNNBase):
                 init.zeros_(getattr(self, f"initial_{state}"))
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: parameters are read where they are."""
+        """No effect: the kernels read parameters where they are."""
 
     def extra_repr(self) -> str:
         of_plain = vars(self._family.plain)
@@ -99,8 +117,8 @@ class _Recurrent(RNNBase):
         *,
         lengths: Lengths = None,
         reset: Tensor | None = None,
-    ) -> Any:
-        output, states, every = self._run(input, F.states_of(self._kind, hx), lengths, reset)
+    ) -> F.Output:
+        output, states, every = self._run(input, F.states_of(self._name, self._kind, hx), lengths, reset)
         last = states if len(states) > 1 else states[0]
         return (output, last, every) if every else (output, last)
 
@@ -109,7 +127,9 @@ class _Recurrent(RNNBase):
     ) -> tuple[Any, States, Any]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
-                raise ValueError(f"{self._name}: lengths must be absent beside a PackedSequence, got {lengths}")
+                raise ValueError(
+                    f"{self._name}: lengths must be absent beside a PackedSequence, got {describe(lengths)}"
+                )
             return self._run_packed(input, hx, reset)
         if not isinstance(input, Tensor):
             raise TypeError(f"{self._name}: input must be a tensor or PackedSequence, got {type(input).__name__}")
@@ -120,10 +140,12 @@ class _Recurrent(RNNBase):
         if reset is not None:
             F.check_reset(self._name, reset, input)
         if hx is not None and any(s.dim() != input.dim() for s in hx):
-            raise RuntimeError(_wrong_dimensions("batched 3-D" if batched else "unbatched 2-D", hx, input))
+            raise RuntimeError(_wrong_dimensions(self._kind, "batched 3-D" if batched else "unbatched 2-D", hx, input))
         if not batched:
             if lengths is not None:
-                raise ValueError(f"{self._name}: lengths must be absent where input is one sequence, got {lengths}")
+                raise ValueError(
+                    f"{self._name}: lengths must be absent where input is one sequence, got {describe(lengths)}"
+                )
             of_batch = 0 if batch_first else 1
             input = input.unsqueeze(of_batch)
             hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
@@ -167,26 +189,33 @@ class _Recurrent(RNNBase):
         reset: Tensor | None,
     ) -> tuple[Tensor, States, tuple[States, ...]]:
         kind, options, parameters = self._kind, self.options, self._parameters
-        backend.require(kind.name, x)
+        F.choose(self._name, kind, x, options.num_heads, self.proj_size > 0)
         weights = []
         for name in self._flat_weights_names:
-            weight = parameters.get(name)  # absent where a parametrization, pruning or the like computes it
+            weight = parameters.get(name)  # absent where a parametrization or pruning computes it
             weights.append(getattr(self, name) if weight is None else weight)
         if options.learn_initial_state:
             if reset is not None:
                 raise ValueError(f"{self._name}: reset excludes learn_initial_state, got both")
             if hx is None:
-                B = families.batch_of(x, batch_sizes)
+                B = batch_of(x, batch_sizes)
                 hx = tuple(getattr(self, f"initial_{s}").unsqueeze(1).expand(-1, B, -1) for s in kind.states)
         training = self.training
         dropout = self.dropout if training else 0.0
         L, bidirectional = self.num_layers, self.bidirectional
-        return F.stack(kind, x, weights, hx, batch_sizes, lengths, L, bidirectional, dropout, options, training, reset)
+        return F.stack(
+            self._name, kind, x, weights, hx, batch_sizes, lengths, L, bidirectional, dropout, options, training, reset
+        )
 
-    # ---- torch's own checks, whose messages its users know
+    # ---- torch's own checks, with their messages
 
     def _check(self, input: Tensor, hx: States | None, batch_sizes: Tensor | None) -> None:
-        self.check_input(input, batch_sizes)
+        try:
+            self.check_input(input, batch_sizes)
+        except ValueError as error:
+            if batch_sizes is None:
+                raise
+            raise ValueRuntimeError(str(error)) from None  # torch raises RuntimeError for a packed input
         if hx is None:
             return
         if batch_sizes is not None:
@@ -194,24 +223,23 @@ class _Recurrent(RNNBase):
         else:
             batch = input.shape[0 if self.batch_first else 1]
         count, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
-        messages = _EXPECTED if len(hx) > 1 else ("Expected hidden size {}, got {}",)
-        for name, state, message in zip(self._kind.states, hx, messages):
-            self.check_hidden_size(state, (count, batch, (self.proj_size or H) if name == "h" else H), message)
+        sizes = {"P": self.proj_size or H, "H": H}
+        for i, (name, state) in enumerate(zip(self._kind.states, hx)):
+            which = f"hidden[{i}]" if len(hx) > 1 else "hidden"
+            wanted = count, batch, sizes[size_of_state(name)]
+            self.check_hidden_size(state, wanted, f"Expected {which} size {{}}, got {{}}")
         for name, state in zip(self._kind.states, hx):
             if state.device != input.device:
-                raise ValueError(
+                raise ValueRuntimeError(
                     f"{self._name}: {name}0 must be on the device of input, {input.device}, got {state.device}"
                 )
 
 
-_EXPECTED = tuple(f"Expected hidden[{i}] size {{}}, got {{}}" for i in range(3))
-
-
-def _wrong_dimensions(form: str, hx: States, input: Tensor) -> str:
+def _wrong_dimensions(kind: Kind, form: str, hx: States, input: Tensor) -> str:
     wanted = f"{input.dim()}-D but got"
     if len(hx) == 1:
         return f"For {form} input, hx should also be {wanted} {hx[0].dim()}-D tensor"
-    names = " and ".join(("hx", "cx", "sx")[: len(hx)])
+    names = " and ".join("hx" if state == "h" else f"{state}x" for state in kind.states)
     return f"For {form} input, {names} should also be {wanted} ({', '.join(f'{s.dim()}-D' for s in hx)}) tensors"
 
 
@@ -219,7 +247,7 @@ def _each(every: tuple[States, ...], function: Callable[[Tensor], Any]) -> tuple
     return tuple(tuple(function(state) for state in of_layer) for of_layer in every)
 
 
-for _option in dataclasses.fields(families.Options):
+for _option in dataclasses.fields(Options):
     if _option.init:  # module.peephole and so on
         setattr(_Recurrent, _option.name, property(operator.attrgetter(f"options.{_option.name}")))
 
@@ -255,10 +283,54 @@ class LSTM(_Recurrent):
 
     _name, _family = "LSTM", families.LSTM
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "mode" in kwargs:
-            raise TypeError("LSTM.__init__() got an unexpected keyword argument 'mode'")
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+        coupled_gates: bool = False,
+        layer_norm: bool = False,
+        forget_bias: float | None = None,
+        cell_clip: float | None = None,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        num_heads: int = 1,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype,
+            dict(
+                peephole=peephole,
+                coupled_gates=coupled_gates,
+                layer_norm=layer_norm,
+                forget_bias=forget_bias,
+                cell_clip=cell_clip,
+                gate_clip=gate_clip,
+                zoneout_h=zoneout_h,
+                zoneout_c=zoneout_c,
+                recurrent_dropout=recurrent_dropout,
+                variational_dropout=variational_dropout,
+                num_heads=num_heads,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
 
 
 class GRU(_Recurrent):
@@ -267,8 +339,8 @@ class GRU(_Recurrent):
     Inputs, outputs and what goes beyond torch: as seqkernels.nn.LSTM, with one state h [num_layers * directions, B,
     hidden_size]. It is a torch.nn.RNNBase but not a torch.nn.GRU, which torch.compile refuses.
 
-    With proj_size, which torch.nn.GRU has not, what is fed back and given out is h = w_hr c, where c is what a GRU
-    carries: hx is (h_0 [.., proj_size], c_0 [.., hidden_size]), and (h_n, c_n) is returned.
+    proj_size (keyword; torch.nn.GRU does not have it) projects the state c of the GRU: h = weight_hr c is the output
+    and is fed back. hx is (h_0 [.., proj_size], c_0 [.., hidden_size]), and (h_n, c_n) is returned.
 
     Options, by keyword, the same for all layers and directions:
         {options}
@@ -280,8 +352,46 @@ class GRU(_Recurrent):
 
     _name, _family = "GRU", families.GRU
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        reset_after: bool = True,
+        layer_norm: bool = False,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        num_heads: int = 1,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype,
+            dict(
+                reset_after=reset_after,
+                layer_norm=layer_norm,
+                gate_clip=gate_clip,
+                zoneout_h=zoneout_h,
+                recurrent_dropout=recurrent_dropout,
+                variational_dropout=variational_dropout,
+                num_heads=num_heads,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
 
 
 class MGU(_Recurrent):
@@ -298,8 +408,43 @@ class MGU(_Recurrent):
 
     _name, _family = "MGU", families.MGU
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = False,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        num_heads: int = 1,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0,
+            device, dtype,
+            dict(
+                reset_after=reset_after,
+                gate_clip=gate_clip,
+                zoneout_h=zoneout_h,
+                recurrent_dropout=recurrent_dropout,
+                variational_dropout=variational_dropout,
+                num_heads=num_heads,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
         self.mode = "MGU"
 
 
@@ -319,8 +464,39 @@ class NestedLSTM(_Recurrent):
 
     _name, _family = "NestedLSTM", families.NESTED_LSTM
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        forget_bias: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0,
+            device, dtype,
+            dict(
+                forget_bias=forget_bias,
+                zoneout_h=zoneout_h,
+                recurrent_dropout=recurrent_dropout,
+                variational_dropout=variational_dropout,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
         self.mode = "NestedLSTM"
 
 
@@ -339,17 +515,43 @@ class RNN(_Recurrent):
 
     _name = "RNN"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
-        if len(args) > 3:  # torch's order: nonlinearity is the fourth
-            nonlinearity, args = args[3], args[:3] + args[4:]
-        else:
-            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        variational_dropout: float = 0.0,
+        num_heads: int = 1,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, 0, device, dtype,
+            dict(
+                gate_clip=gate_clip,
+                zoneout_h=zoneout_h,
+                variational_dropout=variational_dropout,
+                num_heads=num_heads,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
 
     @property
     def _family(self) -> families.Family:  # type: ignore[override]
@@ -364,4 +566,4 @@ for _module, _of in (
     (RNN, families.RNN_TANH),
 ):
     if _module.__doc__:  # absent under python -OO
-        _module.__doc__ = families.wrapped(_module.__doc__.format(options=_of.about(_of.takes)))
+        _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _of.takes)))

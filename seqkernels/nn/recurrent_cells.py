@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter, RNNCellBase, init
 
-from seqkernels.functional import _recurrent_options as families
+from seqkernels.functional import _recurrent_kinds as families
 from seqkernels.functional import recurrent_cells as F
-from seqkernels.functional._recurrent_ops import Kind, Weight
+from seqkernels.functional._recurrent_kinds import Kind, Weight
+from seqkernels.functional._recurrent_options import (
+    OF_SEQUENCES,
+    Options,
+    about,
+    check_together,
+    options_of,
+    wrapped,
+)
 
-# Options of a layer that mean nothing to one step.
-_OF_SEQUENCES = ("variational_dropout", "learn_initial_state", "return_all_states", "memory_efficient")
+Device = torch.device | str | int | None
 
 
 class _Cell(RNNCellBase):
-    """What the cells share: states are a tuple here, whatever the user sees."""
+    """What the cells share. Inside the class states are a tuple, also where the public form is one tensor."""
 
-    _name: str  # as torch's messages say it
+    _name: str  # in messages, as torch's have it
     _family: families.Family
-    options: families.Options
+    options: Options
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, given: dict[str, Any]
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Device,
+        dtype: torch.dtype | None,
+        given: Mapping[str, Any],
     ) -> None:
-        for name in given:
-            if name not in _takes(self._family):
-                raise TypeError(f"{self._name}.__init__() got an unexpected keyword argument '{name}'")
-        options = families.options_of(self._name, self._family, given)
-        families.check_together(self._name, options, hidden_size, bias=bool(bias))
+        options = options_of(self._name, self._family.plain, given)
+        check_together(self._name, options, hidden_size, bias=bool(bias))
         kind = self._family.kind_of(options)
         super().__init__(input_size, hidden_size, bias, len(kind.gates), device=device, dtype=dtype)
         self.options, self._plain = options, options.plain and kind.name == self._family.kind
@@ -66,7 +77,7 @@ class _Cell(RNNCellBase):
         return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
 
     def _run(self, cell: F.Cell, input: Tensor, states0: F.States) -> Any:
-        """One step; `cell` is what it takes without options."""
+        """One step; `cell` has the ops of the cell without options."""
         if self._plain:
             parameters = self._parameters
             try:
@@ -76,15 +87,15 @@ class _Cell(RNNCellBase):
                     parameters["bias_ih"],
                     parameters["bias_hh"],
                 )
-            except KeyError:  # a parametrization, pruning or the like computes one of them
+            except KeyError:  # a parametrization or pruning computes one of them
                 weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
             return F.step(self._name, cell, input, states0, weights)
         weights = [getattr(self, weight.name) for weight in self._table()]
         return F.as_layer(self._name, self._kind, input, states0, weights, self.options, self.training)
 
 
-def _takes(family: families.Family) -> list[str]:
-    return [name for name in family.takes if name not in _OF_SEQUENCES]
+def _takes(family: families.Family) -> tuple[str, ...]:
+    return tuple(name for name in family.takes if name not in OF_SEQUENCES)
 
 
 class LSTMCell(_Cell):
@@ -113,14 +124,38 @@ class LSTMCell(_Cell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+        coupled_gates: bool = False,
+        layer_norm: bool = False,
+        forget_bias: float | None = None,
+        cell_clip: float | None = None,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None:
+        options = dict(
+            peephole=peephole,
+            coupled_gates=coupled_gates,
+            layer_norm=layer_norm,
+            forget_bias=forget_bias,
+            cell_clip=cell_clip,
+            gate_clip=gate_clip,
+            zoneout_h=zoneout_h,
+            zoneout_c=zoneout_c,
+            recurrent_dropout=recurrent_dropout,
+            num_heads=num_heads,
+        )
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self._run(F.LSTM, input, (None, None) if hx is None else F.pair(self._name, hx))
+        result: tuple[Tensor, Tensor] = self._run(
+            F.LSTM, input, (None, None) if hx is None else F.states_of(self._name, F.LSTM.kind, hx)
+        )
         return result
 
 
@@ -145,10 +180,24 @@ class GRUCell(_Cell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        layer_norm: bool = False,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None:
+        options = dict(
+            reset_after=reset_after,
+            layer_norm=layer_norm,
+            gate_clip=gate_clip,
+            zoneout_h=zoneout_h,
+            recurrent_dropout=recurrent_dropout,
+            num_heads=num_heads,
+        )
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -177,11 +226,19 @@ class RNNCell(_Cell):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        num_heads: int = 1,
     ) -> None:
         self.nonlinearity = nonlinearity
+        options = dict(
+            gate_clip=gate_clip,
+            zoneout_h=zoneout_h,
+            num_heads=num_heads,
+        )
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -201,4 +258,4 @@ class RNNCell(_Cell):
 
 for _module, _of in ((LSTMCell, families.LSTM), (GRUCell, families.GRU), (RNNCell, families.RNN_TANH)):
     if _module.__doc__:  # absent under python -OO
-        _module.__doc__ = _module.__doc__.format(options=_of.about(_takes(_of), 8))
+        _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _takes(_of))))

@@ -63,8 +63,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         batch_first: bool = False,
         norm_first: bool = False,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -72,7 +72,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         )  # fmt: skip
         _take_over(self.self_attn)
 
-    def new_cache(self, batch_size: int, capacity: int, *, dtype: Any = None) -> KeyValueCache:
+    def new_cache(self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None) -> KeyValueCache:
         """An empty cache for `capacity` steps."""
         return self.self_attn.new_cache(batch_size, capacity, dtype=dtype)  # type: ignore[operator]
 
@@ -143,8 +143,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         batch_first: bool = False,
         norm_first: bool = False,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -154,7 +154,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         _take_over(self.multihead_attn)
 
     def new_cache(
-        self, batch_size: int, capacity: int, memory_capacity: int, *, dtype: Any = None
+        self, batch_size: int, capacity: int, memory_capacity: int, *, dtype: torch.dtype | None = None
     ) -> tuple[KeyValueCache, KeyValueCache]:
         """Empty caches for `capacity` steps of tgt and `memory_capacity` of memory."""
         own: Any = self.self_attn
@@ -253,8 +253,8 @@ class PositionalEncoding(torch.nn.Module):
         dropout: float = 0.0,
         max_len: int = 5000,
         batch_first: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("d_model", d_model), ("max_len", max_len)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def zoned_out(new: Tensor, old: Tensor, k: Tensor | float | None) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a cell reads: B sequences at one step."""
+    """Inputs of a cell: B sequences at one step."""
 
     x: Tensor  # [B, G * H] share of the input: x W_ih^T + b_ih, or its normalised form
     h: Tensor  # [B, P] the fed-back state as the products see it: under the variational mask, if there is one
@@ -81,10 +81,10 @@ class Step:
         return self.tanh(v) if self.keep is None else self.tanh(v) * self.keep
 
     def peek(self, v: Tensor, at: int, c: Tensor) -> Tensor:
-        """v with its peephole, the one at that place of w_p: Gers and Schmidhuber, "Recurrent nets that time and
+        """v with its peephole, the one at that place of w_ph: Gers and Schmidhuber, "Recurrent nets that time and
         count", 2000."""
-        w_p, H = self.weights.get("w_p"), c.shape[-1]
-        return v if w_p is None else v + w_p[at * H : (at + 1) * H] * c
+        w_ph, H = self.weights.get("w_ph"), c.shape[-1]
+        return v if w_ph is None else v + w_ph[at * H : (at + 1) * H] * c
 
 
 Cell = Callable[[Step], States]  # the new states; h before the projection, if there is one
@@ -172,7 +172,7 @@ def gru_projected_cell(s: Step) -> States:
     return c, c
 
 
-def mgu_cell(s: Step) -> States:
+def mgu_after_cell(s: Step) -> States:
     """One gate, after the product, as torch's GRU has its reset gate. Source: Zhou et al., 2016, arXiv 1603.09420."""
     x_f, x_n = s.x.chunk(2, dim=-1)
     h_f, h_n = s.from_h(s.h).chunk(2, dim=-1)
@@ -180,7 +180,7 @@ def mgu_cell(s: Step) -> States:
     return ((1 - f) * s.states[0] + f * s.candidate(x_n + f * h_n),)
 
 
-def mgu_before_cell(s: Step) -> States:
+def mgu_cell(s: Step) -> States:
     """One gate, before the product. Source: Zhou et al., 2016, arXiv 1603.09420."""
     x_f, x_n = s.x.chunk(2, dim=-1)
     f = s.sigmoid(x_f + s.from_h(s.h, 0, 1))
@@ -208,7 +208,7 @@ KINDS = {
     "gru_norm": Kind(gru_cell, 3, 1, (2, 1), ("gain_ih", "gain_hh")),
     "gru_projected": Kind(gru_projected_cell, 3, 2),
     "mgu": Kind(mgu_cell, 2),
-    "mgu_before": Kind(mgu_before_cell, 2),
+    "mgu_after": Kind(mgu_after_cell, 2),
     "rnn_tanh": Kind(rnn_tanh_cell, 1),
     "rnn_relu": Kind(rnn_relu_cell, 1),
 }
@@ -221,7 +221,7 @@ def weight_names(kind: Kind, count: int, peephole: bool = False) -> list[str]:
     """The names of one direction's weights, of which there are `count`: biases and a projection may be absent."""
     for bias in (False, True):
         for projected in (False, True):
-            names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * bias, *["w_hr"] * projected, *["w_p"] * peephole]
+            names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * bias, *["w_hr"] * projected, *["w_ph"] * peephole]
             names += [*kind.own_weights, *kind.own_biases * bias]
             if len(names) == count:
                 return names
@@ -260,9 +260,10 @@ def layer(
     Args:
         kind_name: one of KINDS.
         x: [T, B, D], or [N, D] with batch_sizes.
-        states0: [directions, B, P] h0 and, where the kind has them, [directions, B, H] c0 and s0; None is zeros.
+        states0: [directions, B, P] h0 and, where the kind has them, [directions, B, H] the other states, such as c0;
+            None is zeros.
         weights: per direction w_ih [G * H, D], w_hh [G * H, P / heads], b_ih and b_hh [G * H] or absent, w_hr [P, H] or
-            absent, with peephole w_p [3H] ([2H] of a coupled LSTM), then the kind's own.
+            absent, with peephole w_ph (weight_ph) [3H] ([2H] of a coupled LSTM), then the kind's own.
         batch_sizes: [T] as in torch.nn.utils.rnn.PackedSequence.
         lengths: [B] real steps of each row of a padded batch.
         reset: [T, B] or [N] True where a sequence starts anew: no state passes from the step before, in either
@@ -308,12 +309,13 @@ def layer(
         names = weight_names(kind, each, peephole)
         w = dict(zip(names, weights[d * each : (d + 1) * each]))
         P, H = w["w_hh"].shape[1] * heads, w["w_hh"].shape[0] // kind.gates
-        widths = (P, H, H)[: kind.states]
+        widths = P, *[H] * (kind.states - 1)
         states = tuple(x.new_zeros(B, width) if s is None else s[d] for s, width in zip(states0, widths))
         from_x = kind.affine(F.linear(x, w["w_ih"]), w, "ih")
         of_x = from_x.unbind(0)
         keep = each_step(None if candidate is None else candidate.to(x.dtype) / (1 - p), d)
-        zones = each_step(zoneout_h, d, constant_h), each_step(zoneout_c, d, constant_c), [None] * T
+        zones = [each_step(zoneout_h, d, constant_h), each_step(zoneout_c, d, constant_c)]
+        zones += [[None] * T] * (kind.states - 2)
         if restarts is not None:  # walking back, a sequence ends before the step at which the next one starts
             before = restarts if d == 0 else torch.cat((restarts[1:], no_restart))[:T]
         steps: list[States] = [()] * T
@@ -394,18 +396,28 @@ def stack(
     return y, tuple(torch.cat(of_state) for of_state in zip(*last)), tuple(every)
 
 
-def _function(name: str, choose: Callable[..., str]) -> Callable[..., Any]:
-    def function(
+class Definition(Protocol):
+    """Signature of the definitions of all layers. An option that a layer does not have must keep its default."""
+
+    def __call__(
+        self,
         input: Tensor,
+        hx: Tensor | States | None,
         weights: Sequence[Tensor],
-        hx: Tensor | tuple[Tensor, ...] | None = None,
         *,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        training: bool = False,
+        reset: Tensor | None = None,
+        masks: Sequence[Mapping[str, Tensor]] | None = None,
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
         reset_after: bool | None = None,
-        num_layers: int = 1,
-        bidirectional: bool = False,
         cell_clip: float | None = None,
         gate_clip: float | None = None,
         zoneout_h: float = 0.0,
@@ -413,19 +425,53 @@ def _function(name: str, choose: Callable[..., str]) -> Callable[..., Any]:
         recurrent_dropout: float = 0.0,
         num_heads: int = 1,
         return_all_states: bool = False,
-        **options: Any,
-    ) -> Any:
+    ) -> tuple[Any, ...]: ...
+
+
+def _function(name: str, choose: Callable[..., str]) -> Definition:
+    def function(
+        input: Tensor,
+        hx: Tensor | States | None,
+        weights: Sequence[Tensor],
+        *,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        training: bool = False,
+        reset: Tensor | None = None,
+        masks: Sequence[Mapping[str, Tensor]] | None = None,
+        peephole: bool = False,
+        coupled_gates: bool = False,
+        layer_norm: bool = False,
+        reset_after: bool | None = None,
+        cell_clip: float | None = None,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        num_heads: int = 1,
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
         each = len(weights) // (num_layers * (2 if bidirectional else 1))
         kind_name = choose(coupled_gates=coupled_gates, layer_norm=layer_norm, reset_after=reset_after, each=each)
         limits = (math.inf if limit is None else limit for limit in (cell_clip, gate_clip))
         y, states, every = stack(
             *(kind_name, input, weights, (hx,) if isinstance(hx, Tensor) else hx),
+            batch_sizes=batch_sizes,
+            lengths=lengths,
             num_layers=num_layers,
             bidirectional=bidirectional,
+            batch_first=batch_first,
+            dropout=dropout,
+            training=training,
+            reset=reset,
+            masks=masks,
             peephole=peephole,
             heads=num_heads,
             numbers=(*limits, zoneout_h, zoneout_c, recurrent_dropout),
-            **options,
         )
         last = states if len(states) > 1 else states[0]
         return (y, last, every) if return_all_states else (y, last)
@@ -436,8 +482,8 @@ def _function(name: str, choose: Callable[..., str]) -> Callable[..., Any]:
     Args: as there, but masks are given: see `stack`. A rate of zoneout is the share of the old value that stays where
         there is no mask; a rate of recurrent dropout counts only beside its mask.
     Returns:
-        output, the last states (a tensor where there is but one) and, with return_all_states, for each layer a tuple of
-        its states at every step.
+        output, the last states (a tensor where there is one state) and, with return_all_states, for each layer a tuple
+        of its states at every step.
     """
     return function
 
@@ -455,6 +501,6 @@ def _gru(layer_norm: bool, reset_after: bool | None, each: int, **_: Any) -> str
 lstm = _function("lstm", _lstm)
 nested_lstm = _function("nested_lstm", lambda **_: "lstm_nested")
 gru = _function("gru", _gru)
-mgu = _function("mgu", lambda reset_after, **_: "mgu" if reset_after else "mgu_before")
+mgu = _function("mgu", lambda reset_after, **_: "mgu_after" if reset_after else "mgu")
 rnn_tanh = _function("rnn_tanh", lambda **_: "rnn_tanh")
 rnn_relu = _function("rnn_relu", lambda **_: "rnn_relu")

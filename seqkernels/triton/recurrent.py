@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from seqkernels.functional import _recurrent_ops
-from seqkernels.functional._recurrent_ops import NO_EXTRAS, Extras
+from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
+from seqkernels.functional._recurrent_kinds import Kind, kind_named
 from seqkernels.reference import recurrent as definition
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -2084,9 +2085,9 @@ def _call(kind_name: str, x: Tensor, *args: Any) -> _Call:
     return _Call(kind_name, x, args[:states], weights, batch_sizes, lengths, bidirectional, Extras(*extras))
 
 
-def _kind(name: str) -> _recurrent_ops.Kind:
+def _kind(name: str) -> Kind:
     infer, forward, backward = (functools.partial(f, name) for f in (_infer, _forward, _backward))
-    return dataclasses.replace(_recurrent_ops.KINDS[name], infer=infer, forward=forward, backward=backward)
+    return dataclasses.replace(kind_named(name), infer=infer, forward=forward, backward=backward)
 
 
 # Each has infer, forward and backward with the arguments of the ops seqkernels::<kind>, <kind>_forward and

@@ -141,7 +141,7 @@ inline void product_by_seen(const QueryBlock& q, int64_t j0, int64_t n, const T*
 struct Blocks {
   int64_t b, heads, rows, of_heads, of_rows, count;
   Blocks(const AttentionArgs& a, int64_t sequence) : b(sequence), rows(a.sequences[sequence].q_length) {
-    heads = rows >= kRows || rows == 0 ? 1 : min(a.group(), kRows / rows);
+    heads = attention::heads_of_block(rows, a.group());
     of_heads = ceil_div(a.group(), heads);
     of_rows = ceil_div(rows, kRows);
     count = of_heads * of_rows;

@@ -52,7 +52,7 @@ class Forward {
     const int64_t threads = thread_count(), groups = a.B * a.Hk;
     int64_t longest = 0;
     for (int64_t b = 0; b < a.B; ++b) longest = largest(longest, a.sequences[b].k_length);
-    if (threads > 1 && groups < 2 * threads) return run_split(threads, longest);
+    if (!attention::group_is_task(groups, threads)) return run_split(threads, longest);
     Tasks tasks(groups);
     for (int64_t g = 0; g < groups; ++g) tasks.set(g, cost_of(a, a.sequences[g / a.Hk]));
     tasks.sort();
@@ -391,10 +391,10 @@ class Forward {
     bool any_packed = false;
     for (int64_t g = 0; g < groups; ++g) {
       const Blocks blocks(a, g / a.Hk);
-      const int64_t chunks = ceil_div(a.sequences[g / a.Hk].k_length, kChunkKeys);
+      const int64_t keys = a.sequences[g / a.Hk].k_length, chunks = attention::chunks_of(keys);
       packing += 1 + (blocks.count > 1 ? chunks : 0);
       any_packed |= blocks.count > 1;
-      count += blocks.count == 1 ? largest(chunks, int64_t{1}) : blocks.count;
+      count += attention::tasks_of_group(blocks.count, keys);
       parts += blocks.count == 1 ? chunks : 0;
     }
     // Filling and packing.
@@ -438,7 +438,7 @@ class Forward {
       const Blocks blocks(a, b);
       begin[g] = parts;
       if (blocks.count == 1) {
-        const int64_t chunks = ceil_div(a.sequences[b].k_length, kChunkKeys);
+        const int64_t chunks = attention::chunks_of(a.sequences[b].k_length);
         if (chunks == 0) {
           tasks.set(n, 0);
           second[n++] = {g, 0, -1};

@@ -6,15 +6,16 @@
 
 #include <cstdint>
 
+#include "attention/plan.h"
 #include "common/gemm.h"
 #include "common/simd.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-constexpr int64_t kRows = 48;        // queries of a block
-constexpr int64_t kKeys = 64;        // keys of a block: one bit each of a word
-constexpr int64_t kChunkKeys = 512;  // keys whose softmax is one running one; chunks are merged in order
-constexpr int64_t kTerms = 128;      // of one chain
+using attention::kChunkKeys;
+using attention::kKeys;
+using attention::kRows;
+constexpr int64_t kTerms = 128;  // of one chain
 
 template <class T>
 constexpr int64_t kStrip = 2 * kLanes<T>;  // columns of a product's tile

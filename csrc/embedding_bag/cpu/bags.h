@@ -11,7 +11,6 @@ namespace seqkernels::SEQKERNELS_ISA {
 // A bag of more indices than this is reduced in chunks of so many, which are then merged in order: several threads may
 // take part and the result does not depend on how many.
 constexpr int64_t kChunk = 2048;
-constexpr int64_t kWorthAThread = 64 << 10;  // bytes of rows
 
 SEQKERNELS_INLINE int64_t chunks_of(int64_t n) { return n > kChunk ? (n + kChunk - 1) / kChunk : 1; }
 
@@ -138,12 +137,6 @@ SEQKERNELS_INLINE void each_unit(const Bounds bounds, int64_t low, int64_t high,
     }
     begin = end;
   }
-}
-
-// Threads that n bytes of rows are worth.
-inline int64_t threads_for(int64_t bytes) {
-  if (bytes < 2 * kWorthAThread) return 1;
-  return min(thread_count(), bytes / kWorthAThread);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@
   CELL(LSTM)                   \
   CELL(LSTMCoupled)            \
   CELL(LSTMNorm)               \
-  CELL(LSTMNested)             \
+  CELL(NestedLSTM)             \
   CELL(GRU)                    \
   CELL(GRUBefore)              \
   CELL(GRUNorm)                \
   CELL(GRUProjected)           \
   CELL(MGU)                    \
-  CELL(MGUBefore)              \
+  CELL(MGUAfter)               \
   CELL(RNNTanh)                \
   CELL(RNNRelu)                \
   CELL(SLSTM)                  \

@@ -6,8 +6,8 @@
 
 namespace seqkernels {
 
-struct LSTMNested : CellDefaults {
-  static constexpr const char* kName = "lstm_nested";
+struct NestedLSTM : CellDefaults {
+  static constexpr const char* kName = "nested_lstm";
   static constexpr int kGates = 4, kFirst = 4, kInnerGates = 4, kCells = 2;  // c, s
   static constexpr int kSaved = 8, kSavedFirst = 4;                          // i, f, g, o; the inner i, f, g, o
   static constexpr int kFactors = 2, kCarried = 1;                           // i g, f c; o

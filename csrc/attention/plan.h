@@ -1,0 +1,50 @@
+// How the forward pass of attention on a CPU is cut into tasks: by the sizes alone. The kernels and seqkernels.explain
+// both call these functions.
+//
+// Dimensions: B sequences, Hq heads of queries, Hk of keys, Tq queries, Tk keys.
+#pragma once
+
+#include <cstdint>
+
+namespace seqkernels::attention {
+
+constexpr int64_t kRows = 48;        // queries of a block
+constexpr int64_t kKeys = 64;        // keys of a block: one bit each of a word
+constexpr int64_t kChunkKeys = 512;  // keys of one running softmax; chunks are merged in order
+
+// A group is the heads of queries that share a head of keys. With few groups for the threads, groups are cut further.
+constexpr bool group_is_task(int64_t groups, int64_t threads) { return threads == 1 || groups >= 2 * threads; }
+
+// Heads of one block: several where a sequence has few queries.
+constexpr int64_t heads_of_block(int64_t queries, int64_t group) {
+  return queries >= kRows || queries == 0 ? 1 : group < kRows / queries ? group : kRows / queries;
+}
+
+constexpr int64_t chunks_of(int64_t keys) { return (keys + kChunkKeys - 1) / kChunkKeys; }
+
+// Tasks of a group that is cut: its blocks, or the chunks of keys of its only block.
+constexpr int64_t tasks_of_group(int64_t blocks, int64_t keys) {
+  return blocks != 1 ? blocks : keys > 0 ? chunks_of(keys) : 1;
+}
+
+enum class Unit { kGroup, kBlock, kChunk };
+
+struct Plan {
+  Unit unit;
+  int64_t tasks, threads;
+};
+
+constexpr Plan plan_forward(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk, int64_t threads) {
+  const int64_t groups = B * Hk;
+  Plan plan{Unit::kGroup, groups, 1};
+  if (groups > 0 && !group_is_task(groups, threads)) {
+    const int64_t group = Hq / Hk, heads = heads_of_block(Tq, group);
+    const int64_t blocks = (group + heads - 1) / heads * ((Tq + kRows - 1) / kRows);
+    plan.unit = blocks == 1 ? Unit::kChunk : Unit::kBlock;
+    plan.tasks = groups * tasks_of_group(blocks, Tk);
+  }
+  plan.threads = plan.tasks < 1 ? 1 : plan.tasks < threads ? plan.tasks : threads;
+  return plan;
+}
+
+}  // namespace seqkernels::attention

@@ -1,0 +1,248 @@
+"""Which kernel serves an operator of a given shape, and how its work is cut. Every number comes from seqkernels._C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from seqkernels import _C
+from seqkernels.backend import ATTENTION, EMBEDDING_BAG, RECURRENT, Implementations, Request, choose, unsupported
+from seqkernels.functional._autograd import allows_tf32
+from seqkernels.functional._recurrent_kinds import ALIASES, KINDS, Kind, family_of
+
+_BAG, _ATTENTION = "embedding_bag", "scaled_dot_product_attention"
+_MODES = ("sum", "mean", "max", "min")
+
+
+def explain(
+    op: str,
+    *,
+    B: int | None = None,
+    T: int | None = None,
+    D: int | None = None,
+    H: int | None = None,
+    proj_size: int | None = None,
+    num_heads: int | None = None,
+    bidirectional: bool | None = None,
+    lengths: Sequence[int] | None = None,
+    options: Sequence[str] | None = None,
+    capability: tuple[int, int] | None = None,
+    multiprocessors: int | None = None,
+    shared_memory: int | None = None,
+    E: int | None = None,
+    N: int | None = None,
+    mode: str | None = None,
+    Hq: int | None = None,
+    Hk: int | None = None,
+    Tq: int | None = None,
+    Tk: int | None = None,
+    Dv: int | None = None,
+    is_causal: bool | None = None,
+    masked: bool | None = None,
+    extras: Sequence[str] | None = None,
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """Which kernel serves an operator of a given shape, and how its work is cut among threads.
+
+    Args:
+        op: a recurrent layer: lstm, lstm_coupled, lstm_norm, lstm_nested, gru, gru_before, gru_norm, gru_projected,
+            mgu, mgu_after, rnn_tanh or rnn_relu. lstm, gru and mgu are what the default modules run; rnn (rnn_tanh) and
+            nested_lstm (lstm_nested) too. Or embedding_bag, or scaled_dot_product_attention.
+        dtype, device: of the input.
+    Of a recurrent layer:
+        T, B, D, H: steps, sequences, input size, hidden size.
+        proj_size=0, num_heads=1, bidirectional=False: as in the modules.
+        lengths: [B] real steps of each sequence; all T if absent. On CUDA they make no difference.
+        options: names of the options that are on, such as "peephole", "zoneout_h", "reset" or "memory_efficient"
+            (dropouts are on in training only). Options that choose a kind, such as layer_norm, are part of `op`.
+        capability=(9, 0), multiprocessors=132, shared_memory=232448: a CUDA device, with the bytes of shared memory
+            that a block may use. It need not exist. Absent: the current device.
+    Of embedding_bag:
+        E, D, N, B: table rows, columns, indices, bags.
+        mode="mean": sum, mean, max or min.
+    Of scaled_dot_product_attention:
+        B, Hq, Tq, Tk, D: as there. Hk=Hq, Dv=D, is_causal=False.
+        masked=False: whether there is a mask or dropout.
+        extras: other arguments that are given, such as "lengths".
+        backend: as there.
+    Returns:
+        kernel: the implementation that runs: cpu or cuda; of attention cpu, triton or torch.
+        unsupported: for each other implementation the reasons why it does not run.
+        On a CPU also isa, the instruction set, and threads, how many run:
+            of a layer row_groups (sets of independent sequences) x unit_groups (shares of the hidden units, with a
+            barrier at every step) x directions;
+            of attention tasks, what the threads share, and block, queries and keys of one block.
+        Of a layer on CUDA forward and backward, each with tier (cluster or grid: one launch for all steps; steps: one
+            launch a step; none), reasons (why the tiers before it do not run), grid, block and shared_bytes of the
+            launch, cluster (blocks of a cluster, or of one of the `teams` that share a direction of a grid), rows
+            (sequences of one cluster or team) and workspace (bytes).
+    Raises:
+        ValueError: no such op, option or mode, a size is out of range, or a device is described in part or absent.
+        TypeError: a size is absent, or is none of this op.
+        NotImplementedError: no implementation takes such inputs, or this build has no CUDA kernels.
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in dict(
+            B=B, T=T, D=D, H=H, proj_size=proj_size, num_heads=num_heads, bidirectional=bidirectional, lengths=lengths,
+            options=options, capability=capability, multiprocessors=multiprocessors, shared_memory=shared_memory, E=E,
+            N=N, mode=mode, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, Dv=Dv, is_causal=is_causal, masked=masked, extras=extras,
+            backend=backend,
+        ).items()
+        if value is not None
+    }  # fmt: skip
+    kind = KINDS.get(ALIASES.get(op, op))
+    if kind is None and op not in (_BAG, _ATTENTION):
+        names = ", ".join((*KINDS, *ALIASES, _BAG, _ATTENTION))
+        raise ValueError(f"explain: op must be one of {names}, got {op!r}")
+    needed, optional = _SIZES.get(op, _OF_LAYERS)
+    for name in needed:
+        if name not in given:
+            raise TypeError(f"explain: {name} must be given for {op}, got {', '.join(given) or 'none'}")
+    for name in given:
+        if name not in needed and name not in optional:
+            raise TypeError(f"explain: {name} must be absent for {op}, got {given[name]!r}")
+    where = torch.device(device)
+    if kind is not None:
+        return {"op": kind.name, **_explain_recurrent(kind, dtype=dtype, device=where, **given)}
+    if op == _BAG:
+        return {"op": op, **_explain_embedding_bag(dtype=dtype, device=where, **given)}
+    return {"op": op, **_explain_attention(dtype=dtype, device=where, **given)}
+
+
+_OF_LAYERS = (
+    ("T", "B", "D", "H"),
+    (
+        *("proj_size", "num_heads", "bidirectional", "lengths", "options"),
+        *("capability", "multiprocessors", "shared_memory"),
+    ),
+)
+_SIZES = {
+    _BAG: (("E", "D", "N", "B"), ("mode",)),
+    _ATTENTION: (("B", "Hq", "Tq", "Tk", "D"), ("Hk", "Dv", "is_causal", "masked", "extras", "backend")),
+}
+
+
+def _answer(implementations: Implementations, request: Request, kernel: str, plan: Any) -> dict[str, Any]:
+    reasons = unsupported(implementations, request)
+    return {"kernel": kernel, **plan, "unsupported": {name: why for name, why in reasons.items() if name != kernel}}
+
+
+# ---- recurrent layers
+
+_CHOOSE_THE_KIND = ("coupled_gates", "layer_norm", "reset_after", "num_heads")
+
+
+def _check_options(kind: Kind, names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise TypeError(f"explain: options must be a sequence of names, got {names!r}")
+    known = [*(name for name in family_of(kind).takes if name not in _CHOOSE_THE_KIND), "reset"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"explain: options of {kind.name} must be some of {', '.join(known)}, got {name!r}")
+
+
+def _explain_recurrent(
+    kind: Kind,
+    *,
+    T: int,
+    B: int,
+    D: int,
+    H: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    proj_size: int = 0,
+    num_heads: int = 1,
+    bidirectional: bool = False,
+    lengths: Sequence[int] | None = None,
+    options: Sequence[str] = (),
+    capability: tuple[int, int] | None = None,
+    multiprocessors: int | None = None,
+    shared_memory: int | None = None,
+) -> dict[str, Any]:
+    _check_options(kind, options)
+    for least, of in ((0, {"T": T, "B": B, "D": D, "proj_size": proj_size}), (1, {"H": H, "num_heads": num_heads})):
+        for name, size in of.items():
+            if size < least:
+                raise ValueError(f"explain: {name} must be at least {least}, got {size}")
+    request = Request(device, dtype)
+    kernel = choose(f"explain: {kind.name}", RECURRENT, request, what="a layer")
+    described = capability, multiprocessors, shared_memory
+    directions = 2 if bidirectional else 1
+    if kernel == "cpu":
+        if described != (None, None, None):
+            raise ValueError(f"explain: a description must be of a CUDA device, got one for {device}")
+        tokens = T * B if lengths is None else sum(lengths)
+        plan = _C.explain_recurrent(
+            gates=len(kind.gates), T=T, B=B, N=tokens, D=D, H=H, P=proj_size or H, directions=directions,
+            heads=num_heads, float64=dtype == torch.float64,
+        )  # fmt: skip
+        return _answer(RECURRENT, request, kernel, plan)
+    wanted: dict[str, Any] = dict(kind=kind.name, dtype=str(dtype).removeprefix("torch."), T=T, B=B, D=D, H=H)
+    wanted.update(P=proj_size, directions=directions, heads=num_heads, options=list(options))
+    wanted["tf32"] = dtype == torch.float32 and allows_tf32(torch.backends.cudnn.rnn)
+    if capability is not None and multiprocessors is not None and shared_memory is not None:
+        major, minor = capability
+        if min(major, multiprocessors, shared_memory) < 1:
+            raise ValueError(
+                "explain: capability, multiprocessors and shared_memory must be above 0, got "
+                f"{capability}, {multiprocessors} and {shared_memory}"
+            )
+        wanted.update(major=major, minor=minor, multiprocessors=multiprocessors, shared_bytes=shared_memory)
+        return _answer(RECURRENT, request, kernel, _C.explain_recurrent_cuda(**wanted))
+    if described != (None, None, None) or not torch.cuda.is_available():
+        why = "together" if described != (None, None, None) else "where there is no CUDA device"
+        raise ValueError(
+            f"explain: capability, multiprocessors and shared_memory must be given {why}, got "
+            f"{capability}, {multiprocessors} and {shared_memory}"
+        )
+    with torch.cuda.device(device):
+        return _answer(RECURRENT, request, kernel, _C.explain_recurrent_cuda(**wanted))
+
+
+# ---- other operators
+
+
+def _explain_embedding_bag(
+    *, E: int, D: int, N: int, B: int, dtype: torch.dtype, device: torch.device, mode: str = "mean"
+) -> dict[str, Any]:
+    if mode not in _MODES:
+        raise ValueError(f"explain: mode must be one of {', '.join(_MODES)}, got {mode!r}")
+    request = Request(device, dtype)
+    kernel = choose(f"explain: {_BAG}", EMBEDDING_BAG, request, what="a table")
+    plan = _C.explain_embedding_bag(N=N, B=B, D=D, element_size=dtype.itemsize) if kernel == "cpu" else {}
+    return _answer(EMBEDDING_BAG, request, kernel, plan)
+
+
+def _explain_attention(
+    *,
+    B: int,
+    Hq: int,
+    Tq: int,
+    Tk: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    Hk: int | None = None,
+    Dv: int | None = None,
+    is_causal: bool = False,
+    masked: bool = False,
+    extras: Sequence[str] = (),
+    backend: str | None = None,
+) -> dict[str, Any]:
+    request = Request(device, dtype, None, extras, masked or Dv not in (None, D))
+    Hk = Hq if Hk is None else Hk
+    if Hk < 1 or Hq % Hk:
+        raise ValueError(f"explain: Hq must be a multiple of Hk, got {Hq} and {Hk}")
+    kernel = choose(f"explain: {_ATTENTION}", ATTENTION, request, backend, "a query")
+    plan: dict[str, Any] = {}
+    if kernel == "cpu":
+        found = _C.explain_attention(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk)
+        plan = {"isa": found["isa"], "block": found["block"], "tasks": found["unit"], "threads": found["threads"]}
+    elif kernel == "torch" and device.type == "cuda" and backend is None:
+        plan = {"why": "dense and of a half type: torch's cuDNN or flash kernels; backend='triton' runs ours"}
+    return _answer(ATTENTION, request, kernel, plan)

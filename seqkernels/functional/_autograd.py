@@ -1,0 +1,151 @@
+"""What the operators share: op handles, gradients by definition, the vmap rule, casts of autocast, TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from seqkernels import _C  # importing it registers the ops
+
+Function = Callable[..., Any]
+
+
+def op(name: str, namespace: str = "seqkernels") -> Function:
+    """The `.default` overload of an op. A call through it takes half the time of a call through the packet."""
+    overload: Function = getattr(getattr(torch.ops, namespace), name).default
+    return overload
+
+
+# ---- how a call is differentiated
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD transforms the call. A compiler traces both through the ops."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
+    """`values` with those at the positions `at` replaced."""
+    values = list(values)
+    for i, value in zip(at, by):
+        values[i] = value
+    return values
+
+
+def vjp_by_definition(
+    function: Function,
+    primals: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Vector-Jacobian product of a reference definition: differentiable to any order, inside any transform.
+
+    Args:
+        function: of the primals; returns a tensor or a tuple of tensors.
+        grads: upstream gradient of each output; None is zero.
+        needs: for each primal whether its gradient is wanted.
+    """
+    wanted = [i for i, need in enumerate(needs) if need and primals[i] is not None]
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if given and wanted:
+
+        def outputs_of(*moving: Tensor) -> tuple[Tensor, ...]:
+            outputs = _as_tuple(function(*replaced(primals, wanted, moving)))
+            return tuple(outputs[i] for i in given)
+
+        _, pull, *_ = torch.func.vjp(outputs_of, *(primals[i] for i in wanted))
+        found = pull(tuple(grads[i] for i in given))
+    return replaced([None] * len(needs), wanted, found)
+
+
+def jvp_by_definition(
+    function: Function, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Tangents of the outputs of a reference definition.
+
+    A vector-Jacobian product is linear in its vector; its transpose is the Jacobian-vector product.
+    """
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def outputs_of(*values: Tensor) -> tuple[Tensor, ...]:
+        return _as_tuple(function(*replaced(primals, moving, values)))
+
+    outputs, pull, *_ = torch.func.vjp(outputs_of, *(primals[i] for i in moving))
+    _, push, *_ = torch.func.vjp(pull, tuple(torch.zeros_like(output) for output in outputs))
+    result: tuple[Tensor, ...] = push(tuple(tangents[i] for i in moving))[0]
+    return result
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def vmap_rule(op: Function) -> Function:
+    """One call per sample: each may have its own weights, and gets its own weight gradient."""
+
+    def one(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(value)
+            return [one(v, d, i) for v, d in zip(value, dims)]
+        return value if dim is None else value.select(dim, i).contiguous()
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        results = [op(*(one(a, d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)]
+        flat = [pytree.tree_flatten(result)[0] for result in results]
+        spec = pytree.tree_flatten(results[0])[1]
+        stacked = pytree.tree_unflatten([torch.stack(column) for column in zip(*flat)], spec)
+        return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+    return rule
+
+
+# ---- autocast
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast casts the inputs of a matrix product on this device; None where it is off."""
+    kind = device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t as autocast passes it on; integers and float64 stay."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+# ---- TF32
+
+_SET_TF32 = getattr(_C, "set_tf32", None)  # in builds with CUDA kernels
+
+
+def follow_tf32(x: Tensor, setting: Any) -> None:
+    """Makes float32 products on CUDA use TF32 where torch's products do.
+
+    Args:
+        setting: the part of torch.backends that holds `fp32_precision` for the operator. A compiled graph keeps the
+            value of the last eager call.
+    """
+    if _SET_TF32 is not None and x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        _SET_TF32(allows_tf32(setting))
+
+
+def allows_tf32(setting: Any) -> bool:
+    allowed: bool = setting.fp32_precision == "tf32"
+    return allowed

@@ -1,0 +1,192 @@
+"""Recurrent kinds: everything that Python has to know of each cell, and which options of a layer lead to which kind.
+
+A kind is one cell, one set of ops and one name in seqkernels.explain. A family is a layer as users call it (a function
+and a module); its options choose the kind. The name of a family is the kind that its default options choose.
+
+Dimensions: D input, H hidden, P fed-back size (the projection size, or H), G gates.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from seqkernels.functional._autograd import op
+from seqkernels.functional._recurrent_options import Options
+
+
+class Weight(NamedTuple):
+    """A weight of one layer and direction."""
+
+    name: str
+    shape: tuple[tuple[int, str], ...]  # ((4, "H"), (1, "D")) is [4H, D]
+    start: float | None = None  # initial value; None: uniform, as in torch
+
+    def sizes(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple([count * sizes[letter] for count, letter in self.shape])
+
+    def __str__(self) -> str:
+        return f"[{', '.join(f'{count}{letter}' if count > 1 else letter for count, letter in self.shape)}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One recurrent cell, as a layer of one or two directions."""
+
+    name: str
+    gates: str  # one letter each, in the order of the weights
+    states: str  # one letter each, h first: "hc" has the initial states h0, c0 and the last states h_n, c_n
+    cuda: bool  # has CUDA kernels
+    one_bias_gradient: bool  # the gradients of bias_ih and bias_hh are equal
+    tables: Mapping[tuple[bool, ...], list[Weight]]
+    infer: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+    def weights(self, bias: bool, projected: bool, peephole: bool, heads: bool) -> list[Weight]:
+        """The weights of one layer and direction, in the order of the ops."""
+        return self.tables[bias, projected, peephole, heads]
+
+    @property
+    def initial_states(self) -> tuple[str, ...]:
+        """Names of the states that hx holds: h0, c0 and so on."""
+        return tuple(f"{state}0" for state in self.states)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return kind_named, (self.name,)  # a copy or an unpickled kind is the one of this module
+
+
+def size_of_state(state: str) -> str:
+    """Letter of a state's size: h is fed back and has P columns, every other state has H."""
+    return "P" if state == "h" else "H"
+
+
+def kind_named(name: str) -> Kind:
+    return KINDS[name]
+
+
+def _kind(name: str, gates: str, states: str, *own: Weight, cuda: bool = True, one_bias_gradient: bool = True) -> Kind:
+    """`own` are the weights that torch's layers do not have."""
+    tables = {with_: _weights(len(gates), own, *with_) for with_ in itertools.product((False, True), repeat=4)}
+    ops = (op(name + suffix) for suffix in ("", "_forward", "_backward"))
+    return Kind(name, gates, states, cuda, one_bias_gradient, tables, *ops)
+
+
+def _weights(
+    gates: int, own: Sequence[Weight], bias: bool, projected: bool, peephole: bool, heads: bool
+) -> list[Weight]:
+    rows, H = (gates, "H"), (1, "H")
+    fed_back = (1, "P" if projected else "H/heads" if heads else "H")
+    every = [
+        (True, Weight("weight_ih", (rows, (1, "D")))),
+        (True, Weight("weight_hh", (rows, fed_back))),
+        (bias, Weight("bias_ih", (rows,))),
+        (bias, Weight("bias_hh", (rows,))),
+        (projected, Weight("weight_hr", ((1, "P"), H))),
+        (peephole, Weight("weight_ph", ((gates - 1, "H"),))),  # of every gate but g
+        *((bias or not w.name.startswith("bias_inner"), w) for w in own),
+    ]
+    return [w for present, w in every if present]
+
+
+def _gains(gates: int) -> tuple[Weight, Weight]:
+    return Weight("gain_ih", ((gates, "H"),), 1.0), Weight("gain_hh", ((gates, "H"),), 1.0)
+
+
+_INNER = (
+    Weight("weight_inner_ih", ((4, "H"), (1, "H"))),
+    Weight("weight_inner_hh", ((4, "H"), (1, "H"))),
+    Weight("bias_inner_ih", ((4, "H"),)),
+    Weight("bias_inner_hh", ((4, "H"),)),
+)
+_NORM_OF_CELL = (Weight("gain_c", ((1, "H"),), 1.0), Weight("bias_c", ((1, "H"),), 0.0))
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        _kind("lstm", "ifgo", "hc"),
+        _kind("lstm_coupled", "igo", "hc"),
+        _kind("lstm_norm", "ifgo", "hc", *_gains(4), *_NORM_OF_CELL, cuda=False),
+        _kind("lstm_nested", "ifgo", "hcs", *_INNER, cuda=False),
+        _kind("gru", "rzn", "h", one_bias_gradient=False),
+        _kind("gru_before", "rzn", "h"),
+        _kind("gru_norm", "rzn", "h", *_gains(3), cuda=False, one_bias_gradient=False),
+        _kind("gru_projected", "rzn", "hc", cuda=False, one_bias_gradient=False),
+        _kind("mgu", "fn", "h"),
+        _kind("mgu_after", "fn", "h", one_bias_gradient=False),
+        _kind("rnn_tanh", "n", "h"),
+        _kind("rnn_relu", "n", "h"),
+    )
+}
+PLAIN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # kinds with the ops <kind>_cell, one step without options
+
+
+# ---- families: layers as users call them
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A layer as users call it: one function and one module, and a kind for each combination of options."""
+
+    name: str
+    kind: str  # of the default options
+    takes: tuple[str, ...]  # names of Options
+    variants: tuple[tuple[str, Any, str], ...] = ()  # (option, value, the kind that this value chooses), first match
+    projections: tuple[bool, ...] = (False,)  # whether a projection may be absent, present
+    plain: Options = field(default_factory=Options)  # the default options
+
+    def kind_of(self, options: Options, projected: bool = False) -> Kind:
+        for name, value, kind in self.variants:
+            if (projected if name == "proj_size" else getattr(options, name)) == value:
+                return KINDS[kind]
+        return KINDS[self.kind]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.kind, *(kind for *_, kind in self.variants)
+
+
+def _family(name: str, kind: str, takes: str, *variants: tuple[str, Any, str], **more: Any) -> Family:
+    every = f"{takes} learn_initial_state return_all_states memory_efficient"
+    return Family(name, kind, tuple(every.split()), variants, **more)
+
+
+_DROPOUTS = "recurrent_dropout variational_dropout"
+LSTM = _family(
+    "lstm",
+    "lstm",
+    f"peephole coupled_gates layer_norm forget_bias cell_clip gate_clip zoneout_h zoneout_c {_DROPOUTS} num_heads",
+    ("layer_norm", True, "lstm_norm"),
+    ("coupled_gates", True, "lstm_coupled"),
+    projections=(False, True),
+)
+NESTED_LSTM = _family("nested_lstm", "lstm_nested", f"forget_bias zoneout_h {_DROPOUTS}")
+GRU = _family(
+    "gru",
+    "gru",
+    f"reset_after layer_norm gate_clip zoneout_h {_DROPOUTS} num_heads",
+    ("layer_norm", True, "gru_norm"),
+    ("reset_after", False, "gru_before"),
+    ("proj_size", True, "gru_projected"),
+    projections=(False, True),
+)
+MGU = _family(
+    "mgu",
+    "mgu",
+    f"reset_after gate_clip zoneout_h {_DROPOUTS} num_heads",
+    ("reset_after", True, "mgu_after"),
+    plain=Options(reset_after=False),
+)
+_RNN = "gate_clip zoneout_h variational_dropout num_heads"
+RNN_TANH = _family("rnn_tanh", "rnn_tanh", _RNN)
+RNN_RELU = _family("rnn_relu", "rnn_relu", _RNN)
+FAMILIES = (LSTM, NESTED_LSTM, GRU, MGU, RNN_TANH, RNN_RELU)
+
+# Public names that are not kinds, with the kind that runs by default.
+ALIASES = {"nested_lstm": "lstm_nested", "rnn": "rnn_tanh"}
+
+
+def family_of(kind: Kind) -> Family:
+    return next(family for family in FAMILIES if kind.name in family.kinds)
