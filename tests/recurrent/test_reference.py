@@ -13,11 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import one_thread
 from torch import Tensor
 
 from seqkernels import reference
 from seqkernels.reference import recurrent as definition
+from support.cases import one_thread
 
 B, T, D, H, P = 3, 5, 4, 6, 3
 RESET_BEFORE = ("gru_before", "mgu_before")

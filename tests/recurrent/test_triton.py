@@ -9,12 +9,12 @@ import re
 
 import pytest
 import torch
-from cases import assert_near, assert_same_bits, batch_sizes_of
 from torch import Tensor
-from triton_on_cpu import DEVICE, load, on_hardware
 
 from seqkernels.functional._recurrent_ops import Extras
 from seqkernels.reference import recurrent as definition
+from support.cases import assert_near, assert_same_bits, batch_sizes_of
+from support.triton_on_cpu import DEVICE, load, on_hardware
 
 recurrent = load("recurrent")
 KINDS = recurrent.SUPPORTED
