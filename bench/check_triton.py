@@ -8,6 +8,8 @@ Prints the worst of each kernel, type and architecture; --write keeps a row for 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -64,6 +66,32 @@ class Usage:
     error: str = ""
 
 
+# ---- parameters of kernels
+
+
+@functools.cache
+def groups() -> dict[str, Any]:
+    """The named tuples that kernels take, by the name of the parameter."""
+    from seqkernels.triton.recurrent import layer, step
+
+    return dict(
+        inputs=layer.Inputs,
+        outputs=layer.Outputs,
+        gradients=layer.Gradients,
+        sequences=step.Sequences,
+        masks=step.Masks,
+        rows=step.Rows,
+        initial=step.Initial,
+        upstream=step.Upstream,
+        written=step.Written,
+    )
+
+
+def parameters(kernel: Any) -> list[str]:
+    """Names of parameters, of groups, and of what groups hold."""
+    return [n for name in kernel.arg_names for n in (name, *getattr(groups().get(name), "_fields", ()))]
+
+
 # ---- what there is
 
 
@@ -101,30 +129,41 @@ def bag_jobs(arch: int) -> Iterator[Job]:
             )
 
 
-TYPES = dict(p_lengths="*i64", p_starts="*i64", p_reset="*u8", p_zone_h="*u8", p_zone_c="*u8", p_keep="*u8")
+TYPES = dict(p_lengths="*i64", p_starts="*i64", p_reset="*u8", p_zoneout_h="*u8", p_zoneout_c="*u8", p_candidate="*u8")
+RECURRENT = ("layer_forward", "layer_backward", "step_forward", "step_backward")  # files with kernels
 
 
-def recurrence_jobs(arch: int) -> Iterator[Job]:
-    from seqkernels.triton import recurrent as module
+def recurrent_kernel(name: str) -> tuple[str, Any]:
+    """The module of a kernel of recurrent layers, and the kernel."""
+    for file in RECURRENT:
+        module = importlib.import_module(f"seqkernels.triton.recurrent.{file}")
+        if hasattr(module, name):
+            return f"recurrent.{file}", getattr(module, name)
+    raise ValueError(f"no kernel {name}")
 
-    for dtype, kind in itertools.product((torch.float32, torch.float16, torch.bfloat16), module.GATES):
+
+def layer_jobs(arch: int) -> Iterator[Job]:
+    """Kernels that run all steps of a recurrent layer."""
+    from seqkernels.triton.recurrent import launch
+
+    for dtype, kind in itertools.product((torch.float32, torch.float16, torch.bfloat16), launch.GATES):
         for H, way, everything in itertools.product((16, 32, 64, 128), ("forward", "backward"), (True, False)):
-            chosen = module.config(kind, dtype, H, SHARED[arch])
+            chosen = launch.config(kind, dtype, H, SHARED[arch])
             if chosen is None:
                 continue
             family = kind.partition("_")[0]
-            constexprs: dict[str, Any] = dict(BB=chosen.BB, BH=chosen.BH, PRECISION=module.PRECISION)
+            constexprs: dict[str, Any] = dict(BB=chosen.BB, BH=chosen.BH, PRECISION=launch.PRECISION)
             if family == "rnn":
                 constexprs["RELU"] = kind == "rnn_relu"
-            unused = {"lstm": ("p_bias", "p_dhn"), "gru": ("p_c0", "p_cells", "p_c_n", "p_dc_n", "p_dc0")}
-            unused["rnn"] = (*unused["lstm"], *unused["gru"], "p_saved")
-            absent = (
-                unused[family] if everything else (*unused[family], "p_lengths", "p_starts", "p_reset", "p_h0", "p_c0")
-            )
-            names = getattr(module, f"{family}_{way}_kernel").arg_names
-            constexprs.update((name, None) for name in absent if name in names)
+            unused: tuple[str, ...] = () if family in ("gru", "mgu") else ("p_bias", "p_dh_of_n")
+            unused += () if family == "lstm" else ("p_c0", "p_cells", "p_c_n", "p_dc_n", "p_dc0")
+            unused += ("p_saved",) if family == "rnn" else ()
+            unused += ("p_h_n", "p_c_n") if way == "backward" else ()
+            absent = unused if everything else (*unused, "p_lengths", "p_starts", "p_reset", "p_h0", "p_c0")
+            module, kernel = recurrent_kernel(f"{family}_{way}_kernel")
+            constexprs.update((name, None) for name in absent if name in parameters(kernel))
             yield Job(
-                "recurrent",
+                module,
                 f"{family}_{way}_kernel",
                 dtype,
                 constexprs,
@@ -132,37 +171,52 @@ def recurrence_jobs(arch: int) -> Iterator[Job]:
                 chosen.num_warps,
                 chosen.maxnreg,
                 dict(TYPES, p_x="*fp32", N="i64"),
-                module.needed(kind, dtype, chosen.BH),
+                launch.needed(kind, dtype, chosen.BH),
             )
 
 
-CELLS = ("lstm_cell", "gru_cell", "gru_before_cell", "gru_before_cell_gates", "rnn_cell")
-COMPUTED = ("p_x", "p_product", "p_direct", "p_dc", "p_dpeephole", "p_dq", "p_numbers")
+STEPS = (
+    *(f"{cell}_step_{way}_kernel" for cell in ("lstm", "gru", "mgu", "rnn") for way in ("forward", "backward")),
+    *(f"reset_before_{part}_kernel" for part in ("gates", "forward", "backward", "gates_backward")),
+)
+COMPUTED = ("p_x", "p_product", "p_direct", "p_dc", "p_dpeephole", "p_dreset_h", "p_dgate", "p_numbers", "p_gate_clip")
 
 
-def cell_jobs(arch: int) -> Iterator[Job]:
-    from seqkernels.triton import recurrent as module
+def step_jobs(arch: int) -> Iterator[Job]:
+    """Kernels that run one step of a recurrent layer."""
+    from seqkernels.triton.recurrent import launch, step
 
-    for cell, way, dtype, everything, variant in itertools.product(
-        CELLS, ("forward", "backward"), module.DTYPES, (True, False), (True, False)
-    ):
-        name = f"{cell}_{way}_kernel".replace("_gates_forward", "_gates")
-        names = getattr(module, name).arg_names
-        constexprs: dict[str, Any] = dict(OPTIONS=everything, BU=module.BU)
-        if "COUPLED" in names:
-            constexprs["COUPLED"] = variant
-        elif "RELU" in names:
-            constexprs["RELU"] = variant
+    for name, dtype, everything, variant in itertools.product(STEPS, launch.DTYPES, (True, False), (True, False)):
+        module, kernel = recurrent_kernel(name)
+        names = parameters(kernel)
+        constexprs: dict[str, Any] = dict(BU=launch.BU)
+        flag = next((flag for flag in ("COUPLED", "RELU", "MINIMAL") if flag in names), None)
+        if flag is not None:
+            constexprs[flag] = variant
         elif variant:
             continue
+        unused: tuple[str, ...] = (
+            () if name.startswith("lstm") else ("p_c0", "p_cells", "p_dcells", "p_dc", "p_dpeephole")
+        )
+        unused += () if name.startswith("lstm") else ("p_peephole", "p_zoneout_c")
+        unused += () if name.startswith(("gru", "mgu")) else ("p_dh_of_n",)
+        unused += ("p_candidate",) if name.startswith("rnn") else ()
+        unused += ("p_dgate",) if flag == "MINIMAL" and not variant else ()
         if not everything:
-            optional = ("p_peephole", "p_zone_h", "p_zone_c", "p_keep", "p_numbers", "p_variational", "p_dpeephole")
-            optional += ("p_lengths", "p_reset", "p_dcells")
-            constexprs.update((name, None) for name in optional if name in names)
+            unused += (
+                *step.Masks._fields,
+                "p_gate_clip",
+                "p_variational",
+                "p_dpeephole",
+                "p_lengths",
+                "p_reset",
+                "p_dcells",
+            )
+        constexprs.update((name, None) for name in unused if name in names)
         compute = "*fp64" if dtype == torch.float64 else "*fp32"
         types = dict(TYPES, **dict.fromkeys(COMPUTED, compute))
         types.update({n: "i64" for n in names if n.startswith("row")})
-        yield Job("recurrent", name, dtype, constexprs, arch, 1, module.MOST_REGISTERS, types)
+        yield Job(module, name, dtype, constexprs, arch, 1, launch.MOST_REGISTERS, types)
 
 
 # What a call of attention may have besides q, k and v: pointers that are given, and constexprs.
@@ -258,25 +312,30 @@ def attention_jobs(arch: int) -> Iterator[Job]:
 
 
 def compile_one(job: Job) -> Usage:
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"seqkernels.triton.{job.module}"), job.kernel)
-    constexprs = {k: v for k, v in job.constexprs.items() if k in kernel.arg_names}
-    signature = {}
-    for name in kernel.arg_names:
-        pointer = name.startswith("p_")
-        signature[name] = job.types.get(name, POINTER[job.dtype] if pointer else "i32")
-        if name in constexprs:
-            signature[name] = "constexpr"
-    # As for tensors that torch has allocated and sizes that are multiples of 16.
-    even = [n.startswith("p_") or n in ("H", "D", "s_y", "s_row", "first", *job.even) for n in kernel.arg_names]
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if even[i] and n not in constexprs
-    }
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(name: str, path: tuple[int, ...]) -> str:
+        if name in job.constexprs:
+            constexprs[path] = job.constexprs[name]
+            return "constexpr"
+        # As for tensors that torch has allocated and sizes that are multiples of 16.
+        if name.startswith("p_") or name in ("H", "D", "s_row", "stride", "first", *job.even):
+            attributes[path] = [["tt.divisibility", 16]]
+        return job.types.get(name, POINTER[job.dtype] if name.startswith("p_") else "i32")
+
+    for i, name in enumerate(kernel.arg_names):
+        group = groups().get(name)
+        if group is None or name in job.constexprs:
+            signature[name] = type_of(name, (i,))
+        else:
+            signature[name] = group(*(type_of(field, (i, j)) for j, field in enumerate(group._fields)))
     try:
         built = triton.compile(
             ASTSource(kernel, signature, constexprs, attributes),
@@ -319,7 +378,7 @@ def main() -> int:
     every = (
         job
         for arch in options.archs
-        for part in (bag_jobs, recurrence_jobs, cell_jobs, attention_jobs)
+        for part in (bag_jobs, layer_jobs, step_jobs, attention_jobs)
         for job in part(arch)
     )
     jobs = [job for job in every if re.search(options.only, str(job))]

@@ -162,6 +162,31 @@ int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
   return saved_width(shape_of(kind_called("recurrent_saved", name)), H, options);
 }
 
+// The list of cells as Python has it.
+py::list recurrent_kinds() {
+  py::list kinds;
+  for (const CellKind kind : kCellKinds) {
+    const CellShape cell = shape_of(kind);
+    py::dict one;
+    one["name"] = cell.name;
+    one["gates"] = cell.gate_names;
+    one["states"] = cell.state_names;
+    one["peepholes"] = cell.peepholes;
+    one["inner_gates"] = cell.inner_gates;
+    one["norm_groups"] = cell.norm_groups;
+    one["norm_c"] = cell.norm_c;
+    one["heads"] = cell.heads;
+    one["projection"] = cell.projection == Projection::kNever   ? "never"
+                        : cell.projection == Projection::kMaybe ? "maybe"
+                                                                : "always";
+    one["one_bias_gradient"] = !cell.separate;
+    one["cuda"] = cell.cuda;
+    one["step"] = cell.step;
+    kinds.append(one);
+  }
+  return kinds;
+}
+
 #ifdef SEQKERNELS_CUDA_KERNELS
 // Which CUDA kernels run a layer on a device of that compute capability; 0: on the current one. options: of
 // functional/_recurrent_options.py, those in force; of other names nothing depends on them.
@@ -243,9 +268,10 @@ py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_
   result["isa"] = isa_name(current_isa());
   result["threads"] = plan.threads;
   result["tasks"] = plan.tasks;
-  result["unit"] = plan.unit == attention::Unit::kGroup   ? std::string("groups of heads that share keys")
-                   : plan.unit == attention::Unit::kBlock ? "blocks of " + std::to_string(attention::kRows) + " queries"
-                                                          : "chunks of " + std::to_string(attention::kChunkKeys) + " keys";
+  result["unit"] = plan.unit == attention::Unit::kGroup ? std::string("groups of heads that share keys")
+                   : plan.unit == attention::Unit::kBlock
+                       ? "blocks of " + std::to_string(attention::kRows) + " queries"
+                       : "chunks of " + std::to_string(attention::kChunkKeys) + " keys";
   result["block"] = py::make_tuple(attention::kRows, attention::kKeys);
   return result;
 }
@@ -257,6 +283,7 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
   m.def("build_info", &build_info);
   m.def("explain_recurrent", &explain_recurrent, py::arg("gates"), py::arg("T"), py::arg("B"), py::arg("N"),
         py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("heads") = 1, py::arg("float64"));
+  m.def("recurrent_kinds", &recurrent_kinds);
   m.def("recurrent_saved", &recurrent_saved, py::arg("kind"), py::arg("H"), py::arg("options"));
   m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
 #ifdef SEQKERNELS_CUDA_KERNELS

@@ -49,9 +49,10 @@ def explain(
     """Which kernel serves an operator of a given shape, and how its work is cut among threads.
 
     Args:
-        op: a recurrent layer: lstm, lstm_coupled, lstm_norm, lstm_nested, gru, gru_before, gru_norm, gru_projected,
-            mgu, mgu_after, rnn_tanh or rnn_relu. lstm, gru and mgu are what the default modules run; rnn (rnn_tanh) and
-            nested_lstm (lstm_nested) too. Or embedding_bag, or scaled_dot_product_attention.
+        op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm,
+            slstm_exp, gru, gru_before, gru_norm, gru_projected, mgu, mgu_after, rnn_tanh or rnn_relu. The name of a
+            module is the kind that its default options run; rnn is rnn_tanh. Or embedding_bag, or
+            scaled_dot_product_attention.
         dtype, device: of the input.
     Of a recurrent layer:
         T, B, D, H: steps, sequences, input size, hidden size.

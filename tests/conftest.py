@@ -15,8 +15,9 @@ ISAS = tuple(seqkernels.build_info()["isas"])
 
 
 def pytest_configure() -> None:
-    """Triton defines its own functions as interpreted ones or not when it is first imported, by whomever: here first,
-    for triton_on_cpu.
+    """Imports Triton with TRITON_INTERPRET set, for support.triton_on_cpu.
+
+    Triton chooses between interpreted and compiled functions when it is first imported.
     """
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
         with pytest.MonkeyPatch.context() as patch:

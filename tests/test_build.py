@@ -13,27 +13,9 @@ import pytest
 import torch
 
 import seqkernels
+from support.python import output, python
 
 ISAS = tuple(seqkernels.build_info()["isas"])
-
-
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a fresh interpreter that finds the same packages."""
-    paths = [p for p in sys.path if p and pathlib.Path(p) != pathlib.Path(__file__).parent]
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def output(code: str, *arguments: str, **environment: str) -> str:
-    result = python(code, *arguments, **environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
 def test_build_info_says_what_was_built() -> None:
@@ -241,7 +223,7 @@ GUARDED = """
     # Each input lies against a page that may not be touched, once before and once after it.
     import ctypes, mmap, sys
     import torch, seqkernels
-    from cases import CASES, make_inputs, run
+    from support.cases import CASES, make_inputs, run
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -288,7 +270,7 @@ def test_nothing_outside_an_input_is_read(isa: str, dtype: str) -> None:
 CHECKED = """
     import sys
     import torch, seqkernels
-    from cases import CASES, make_inputs, run
+    from support.cases import CASES, make_inputs, run
 
     seqkernels._C.set_isa(sys.argv[1])
     for case in CASES:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TOLERANCE, ragged
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels
 from seqkernels import reference
+from support.cases import TOLERANCE, ragged
 
 pytestmark = pytest.mark.cuda
 

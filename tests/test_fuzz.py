@@ -1,6 +1,6 @@
 """Drawn inputs: what is valid equals the definition, what is not raises, and nothing crashes.
 
-A found example becomes a row of `cases.CASES`, `cases.BAG_CASES` or `cases.ATTENTION_CASES`, or of the tables in the
+A found example becomes a row of CASES, BAG_CASES or ATTENTION_CASES in tests/support/cases.py, or of the tables in the
 files of errors.
 """
 
@@ -10,9 +10,17 @@ import dataclasses
 import itertools
 
 import pytest
-import test_recurrent_variants as variants
 import torch
-from cases import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+import seqkernels
+from seqkernels import functional, reference
+from seqkernels.nn import LSTM
+from support import variants
+from support.cases import (
     BAG_MODES,
     DTYPES,
     AttentionCase,
@@ -33,14 +41,6 @@ from cases import (
     run_attention,
     run_bag,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
-
-import seqkernels
-from seqkernels import functional, reference
-from seqkernels.nn import LSTM
 
 ops = torch.ops.seqkernels
 

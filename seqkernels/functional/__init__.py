@@ -8,7 +8,7 @@ from seqkernels.functional.embedding_bag import (
     embedding_bags,
     quantize_rows,
 )
-from seqkernels.functional.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh
+from seqkernels.functional.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
 from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "rnn_tanh",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",
+    "slstm",
     "varlen_attention",
 ]

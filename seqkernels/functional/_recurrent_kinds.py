@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from seqkernels import _C
 from seqkernels.functional._autograd import op
 from seqkernels.functional._recurrent_options import Options
 
@@ -67,15 +68,26 @@ def kind_named(name: str) -> Kind:
     return KINDS[name]
 
 
-def _kind(name: str, gates: str, states: str, *own: Weight, cuda: bool = True, one_bias_gradient: bool = True) -> Kind:
-    """`own` are the weights that torch's layers do not have."""
-    tables = {with_: _weights(len(gates), own, *with_) for with_ in itertools.product((False, True), repeat=4)}
-    ops = (op(name + suffix) for suffix in ("", "_forward", "_backward"))
-    return Kind(name, gates, states, cuda, one_bias_gradient, tables, *ops)
+def _kind(cell: Mapping[str, Any]) -> Kind:
+    """A kind from what the kernels say of its cell."""
+    gates = len(cell["gates"])
+    own: list[Weight] = []  # weights that torch's layers do not have
+    if cell["norm_groups"]:
+        own += [Weight(name, ((gates, "H"),), 1.0) for name in ("gain_ih", "gain_hh")]
+    if cell["norm_c"]:
+        own += [Weight("gain_c", ((1, "H"),), 1.0), Weight("bias_c", ((1, "H"),), 0.0)]
+    if inner := cell["inner_gates"]:
+        own += [Weight(f"weight_inner_{of}", ((inner, "H"), (1, "H"))) for of in ("ih", "hh")]
+        own += [Weight(f"bias_inner_{of}", ((inner, "H"),)) for of in ("ih", "hh")]
+    tables = {
+        with_: _weights(gates, cell["peepholes"], own, *with_) for with_ in itertools.product((False, True), repeat=4)
+    }
+    ops = (op(cell["name"] + suffix) for suffix in ("", "_forward", "_backward"))
+    return Kind(cell["name"], cell["gates"], cell["states"], cell["cuda"], cell["one_bias_gradient"], tables, *ops)
 
 
 def _weights(
-    gates: int, own: Sequence[Weight], bias: bool, projected: bool, peephole: bool, heads: bool
+    gates: int, peepholes: int, own: Sequence[Weight], bias: bool, projected: bool, peephole: bool, heads: bool
 ) -> list[Weight]:
     rows, H = (gates, "H"), (1, "H")
     fed_back = (1, "P" if projected else "H/heads" if heads else "H")
@@ -85,42 +97,16 @@ def _weights(
         (bias, Weight("bias_ih", (rows,))),
         (bias, Weight("bias_hh", (rows,))),
         (projected, Weight("weight_hr", ((1, "P"), H))),
-        (peephole, Weight("weight_ph", ((gates - 1, "H"),))),  # of every gate but g
+        (peephole, Weight("weight_ph", ((peepholes, "H"),))),
         *((bias or not w.name.startswith("bias_inner"), w) for w in own),
     ]
     return [w for present, w in every if present]
 
 
-def _gains(gates: int) -> tuple[Weight, Weight]:
-    return Weight("gain_ih", ((gates, "H"),), 1.0), Weight("gain_hh", ((gates, "H"),), 1.0)
-
-
-_INNER = (
-    Weight("weight_inner_ih", ((4, "H"), (1, "H"))),
-    Weight("weight_inner_hh", ((4, "H"), (1, "H"))),
-    Weight("bias_inner_ih", ((4, "H"),)),
-    Weight("bias_inner_hh", ((4, "H"),)),
-)
-_NORM_OF_CELL = (Weight("gain_c", ((1, "H"),), 1.0), Weight("bias_c", ((1, "H"),), 0.0))
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        _kind("lstm", "ifgo", "hc"),
-        _kind("lstm_coupled", "igo", "hc"),
-        _kind("lstm_norm", "ifgo", "hc", *_gains(4), *_NORM_OF_CELL, cuda=False),
-        _kind("lstm_nested", "ifgo", "hcs", *_INNER, cuda=False),
-        _kind("gru", "rzn", "h", one_bias_gradient=False),
-        _kind("gru_before", "rzn", "h"),
-        _kind("gru_norm", "rzn", "h", *_gains(3), cuda=False, one_bias_gradient=False),
-        _kind("gru_projected", "rzn", "hc", cuda=False, one_bias_gradient=False),
-        _kind("mgu", "fn", "h"),
-        _kind("mgu_after", "fn", "h", one_bias_gradient=False),
-        _kind("rnn_tanh", "n", "h"),
-        _kind("rnn_relu", "n", "h"),
-    )
-}
-PLAIN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # kinds with the ops <kind>_cell, one step without options
+_CELLS = _C.recurrent_kinds()
+KINDS = {cell["name"]: _kind(cell) for cell in _CELLS}
+# Kinds with the ops <kind>_cell: one step without options.
+PLAIN_CELLS = tuple(cell["name"] for cell in _CELLS if cell["step"])
 
 
 # ---- families: layers as users call them
@@ -162,7 +148,7 @@ LSTM = _family(
     ("coupled_gates", True, "lstm_coupled"),
     projections=(False, True),
 )
-NESTED_LSTM = _family("nested_lstm", "lstm_nested", f"forget_bias zoneout_h {_DROPOUTS}")
+NESTED_LSTM = _family("nested_lstm", "nested_lstm", f"forget_bias zoneout_h {_DROPOUTS}")
 GRU = _family(
     "gru",
     "gru",
@@ -179,13 +165,19 @@ MGU = _family(
     ("reset_after", True, "mgu_after"),
     plain=Options(reset_after=False),
 )
+SLSTM = _family(
+    "slstm",
+    "slstm",
+    f"forget_gate forget_bias zoneout_h {_DROPOUTS} num_heads",
+    ("forget_gate", "exp", "slstm_exp"),
+)
 _RNN = "gate_clip zoneout_h variational_dropout num_heads"
 RNN_TANH = _family("rnn_tanh", "rnn_tanh", _RNN)
 RNN_RELU = _family("rnn_relu", "rnn_relu", _RNN)
-FAMILIES = (LSTM, NESTED_LSTM, GRU, MGU, RNN_TANH, RNN_RELU)
+FAMILIES = (LSTM, NESTED_LSTM, SLSTM, GRU, MGU, RNN_TANH, RNN_RELU)
 
 # Public names that are not kinds, with the kind that runs by default.
-ALIASES = {"nested_lstm": "lstm_nested", "rnn": "rnn_tanh"}
+ALIASES = {"rnn": "rnn_tanh"}
 
 
 def family_of(kind: Kind) -> Family:

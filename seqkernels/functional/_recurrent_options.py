@@ -23,6 +23,7 @@ class Options:
     coupled_gates: bool = False
     layer_norm: bool = False
     reset_after: bool = True
+    forget_gate: str = "sigmoid"
     forget_bias: float | None = None
     cell_clip: float | None = None
     gate_clip: float | None = None
@@ -46,7 +47,7 @@ class Options:
 
 
 _NEUTRAL = {field.name: field.default for field in dataclasses.fields(Options) if field.init}
-_IN_WEIGHTS = {"coupled_gates", "layer_norm", "reset_after", "forget_bias", "learn_initial_state"}
+_IN_WEIGHTS = {"coupled_gates", "layer_norm", "reset_after", "forget_gate", "forget_bias", "learn_initial_state"}
 OF_MODULES = ("forget_bias", "learn_initial_state")  # functions do not take them
 OF_SEQUENCES = ("variational_dropout", "learn_initial_state", "return_all_states", "memory_efficient")  # not of cells
 _RATES = ("zoneout_h", "zoneout_c", "recurrent_dropout", "variational_dropout")
@@ -62,6 +63,7 @@ ABOUT = {
     '"Layer Normalization", arXiv 1607.06450.',
     "reset_after": "the gate that resets h acts after the product with weight_hh, as in torch.nn.GRU, or before it. "
     "Source: Cho et al., arXiv 1406.1078 (before); Zhou et al., arXiv 1603.09420 (MGU, before).",
+    "forget_gate": "sigmoid or exp: the activation of the forget gate.",
     "forget_bias": "after initialisation the forget gate's part of bias_ih is this, that of bias_hh zero. Source: "
     'Jozefowicz, Zaremba and Sutskever, "An Empirical Exploration of Recurrent Network Architectures", 2015.',
     "cell_clip": "the cell stays in [-cell_clip, cell_clip]. Source: Sak, Senior and Beaufays, arXiv 1402.1128.",
@@ -117,6 +119,9 @@ def options_of(who: str, plain: Options, given: Mapping[str, Any]) -> Options:
             _check_number(who, name, value, "be None or above 0", lambda v: v > 0)
         elif name == "forget_bias" and value is not None:
             _check_number(who, name, value, "be None or finite", math.isfinite)
+        elif name == "forget_gate":
+            if value not in ("sigmoid", "exp"):
+                raise ValueError(f"{who}: forget_gate must be sigmoid or exp, got {value!r}")
         elif name == "num_heads":
             _check_number(who, name, value, "be an integer above 0", lambda v: v > 0, numbers.Integral)
         elif isinstance(_NEUTRAL[name], bool) and not isinstance(value, bool):

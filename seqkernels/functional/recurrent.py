@@ -194,6 +194,55 @@ def nested_lstm(
 
 
 @_documented(
+    families.SLSTM,
+    title="sLSTM, the scalar LSTM of xLSTM, with exponential gates",
+    rows="4H",
+    fed_back="= H",
+    more_weights="",
+    gates="Gates are i, f, z, o. ",
+    hx="h0, c0, n0 and m0, the normaliser and the stabiliser of the cell, each [L * directions, B, H]",
+    states="(h_n, c_n, n_n, m_n)",
+    equivalent="",
+    source="Beck et al., arXiv 2405.04517; as a recurrent layer: Poeppel, Beck and Hochreiter, arXiv 2412.07752.",
+)
+def slstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    forget_gate: str = "sigmoid",
+    zoneout_h: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        forget_gate=forget_gate,
+        zoneout_h=zoneout_h,
+        recurrent_dropout=recurrent_dropout,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.SLSTM, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+@_documented(
     families.GRU,
     title="Gated recurrent unit",
     rows="3H",

@@ -10,7 +10,7 @@ from seqkernels.nn.embedding_bag import (
 )
 from seqkernels.nn.embedding_bag_sharded import RowShardedEmbeddingBag
 from seqkernels.nn.fused_optimizer import FusedAdagrad, FusedAdam, FusedRowwiseAdagrad, FusedSGD
-from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, NestedLSTM
+from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, SLSTM, NestedLSTM
 from seqkernels.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
 from seqkernels.nn.transformer import PositionalEncoding, TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -19,6 +19,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "RNN",
+    "SLSTM",
     "Embedding",
     "EmbeddingBag",
     "EmbeddingBagCollection",

@@ -394,6 +394,65 @@ class GRU(_Recurrent):
         )  # fmt: skip
 
 
+class SLSTM(_Recurrent):
+    """sLSTM, the scalar LSTM of xLSTM: exponential gates, a normaliser n and a stabiliser m.
+
+        z = tanh(z~), o = sigmoid(o~), log f = log sigmoid(f~), or f~ with forget_gate="exp"
+        m' = max(log f + m, i~), or i~ where n = 0
+        i = exp(i~ - m'), f = exp(log f + m - m'), at most 1 where n = 0
+        c' = f c + i z, n' = f n + i, h' = o c' / n'
+
+    Constructor, parameters, inputs and outputs: as seqkernels.nn.LSTM without proj_size, with gates i, f, z, o. hx is
+    (h_0, c_0, n_0, m_0), zeros if absent, and (h_n, c_n, n_n, m_n) is returned. num_heads makes weight_hh
+    block-diagonal. The cells of the packages xlstm and flashrnn have one bias: bias_ih, with bias_hh zero.
+
+    Options, by keyword, the same for all layers and directions:
+        {options}
+        forget_bias excludes bias=False.
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.slstm.
+    Source: Beck et al., "xLSTM", arXiv 2405.04517; Poeppel, Beck and Hochreiter, "FlashRNN", arXiv 2412.07752.
+    """
+
+    _name, _family = "SLSTM", families.SLSTM
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        forget_gate: str = "sigmoid",
+        forget_bias: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        num_heads: int = 1,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
+            dict(
+                forget_gate=forget_gate,
+                forget_bias=forget_bias,
+                zoneout_h=zoneout_h,
+                recurrent_dropout=recurrent_dropout,
+                variational_dropout=variational_dropout,
+                num_heads=num_heads,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
+
+
 class MGU(_Recurrent):
     """Minimal gated unit: a GRU whose one gate f is both update and reset.
 

@@ -12,7 +12,7 @@ from seqkernels.reference.embedding_bag import (
     rowwise_adagrad_step,
     sgd_step,
 )
-from seqkernels.reference.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh
+from seqkernels.reference.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
 
 __all__ = [
     "adagrad_step",
@@ -32,4 +32,5 @@ __all__ = [
     "rnn_tanh",
     "rowwise_adagrad_step",
     "sgd_step",
+    "slstm",
 ]

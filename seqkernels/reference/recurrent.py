@@ -137,7 +137,7 @@ def lstm_norm_cell(s: Step) -> States:
     return s.sigmoid(o) * torch.tanh(s.weights["gain_c"] * norm(c) + s.weights["bias_c"]), c
 
 
-def lstm_nested_cell(s: Step) -> States:
+def nested_lstm_cell(s: Step) -> States:
     """The cell is itself the output of an LSTM, whose cell is s. Source: Moniz and Krueger, 2017, arXiv 1801.10308."""
     i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
     _, c, inner = s.states
@@ -148,6 +148,28 @@ def lstm_nested_cell(s: Step) -> States:
     inner = torch.sigmoid(inner_f) * inner + torch.sigmoid(inner_i) * torch.tanh(inner_g)
     c = torch.sigmoid(inner_o) * torch.tanh(inner)
     return s.sigmoid(o) * torch.tanh(c), c, inner
+
+
+def slstm_cell(s: Step) -> States:
+    """The scalar LSTM of xLSTM, with normaliser n and stabiliser m. Source: Beck et al., arXiv 2405.04517."""
+    i, f, z, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    return _slstm(s, i, F.logsigmoid(f), z, o)
+
+
+def slstm_exp_cell(s: Step) -> States:
+    """The same with an exponential forget gate."""
+    return _slstm(s, *(s.x + s.from_h(s.h)).chunk(4, dim=-1))
+
+
+def _slstm(s: Step, i: Tensor, log_f: Tensor, z: Tensor, o: Tensor) -> States:
+    _, c, n, m = s.states
+    decayed = log_f + m
+    m = torch.where((n == 0) | (i >= decayed), i, decayed)
+    f = torch.exp(torch.where(n == 0, (decayed - m).clamp(max=0), decayed - m))  # of an empty state at most 1
+    i = torch.exp(i - m)
+    z = torch.tanh(z) if s.keep is None else torch.tanh(z) * s.keep
+    c, n = f * c + i * z, f * n + i
+    return torch.sigmoid(o) * (c / n), c, n, m
 
 
 def gru_cell(s: Step) -> States:
@@ -202,7 +224,9 @@ KINDS = {
     "lstm": Kind(lstm_cell, 4, 2),
     "lstm_coupled": Kind(lstm_coupled_cell, 3, 2),
     "lstm_norm": Kind(lstm_norm_cell, 4, 2, (4,), ("gain_ih", "gain_hh", "gain_c", "bias_c")),
-    "lstm_nested": Kind(lstm_nested_cell, 4, 3, (), *_INNER),
+    "nested_lstm": Kind(nested_lstm_cell, 4, 3, (), *_INNER),
+    "slstm": Kind(slstm_cell, 4, 4),
+    "slstm_exp": Kind(slstm_exp_cell, 4, 4),
     "gru": Kind(gru_cell, 3),
     "gru_before": Kind(gru_before_cell, 3),
     "gru_norm": Kind(gru_cell, 3, 1, (2, 1), ("gain_ih", "gain_hh")),
@@ -418,6 +442,7 @@ class Definition(Protocol):
         coupled_gates: bool = False,
         layer_norm: bool = False,
         reset_after: bool | None = None,
+        forget_gate: str = "sigmoid",
         cell_clip: float | None = None,
         gate_clip: float | None = None,
         zoneout_h: float = 0.0,
@@ -447,6 +472,7 @@ def _function(name: str, choose: Callable[..., str]) -> Definition:
         coupled_gates: bool = False,
         layer_norm: bool = False,
         reset_after: bool | None = None,
+        forget_gate: str = "sigmoid",
         cell_clip: float | None = None,
         gate_clip: float | None = None,
         zoneout_h: float = 0.0,
@@ -456,7 +482,13 @@ def _function(name: str, choose: Callable[..., str]) -> Definition:
         return_all_states: bool = False,
     ) -> tuple[Any, ...]:
         each = len(weights) // (num_layers * (2 if bidirectional else 1))
-        kind_name = choose(coupled_gates=coupled_gates, layer_norm=layer_norm, reset_after=reset_after, each=each)
+        kind_name = choose(
+            coupled_gates=coupled_gates,
+            layer_norm=layer_norm,
+            reset_after=reset_after,
+            forget_gate=forget_gate,
+            each=each,
+        )
         limits = (math.inf if limit is None else limit for limit in (cell_clip, gate_clip))
         y, states, every = stack(
             *(kind_name, input, weights, (hx,) if isinstance(hx, Tensor) else hx),
@@ -499,7 +531,8 @@ def _gru(layer_norm: bool, reset_after: bool | None, each: int, **_: Any) -> str
 
 
 lstm = _function("lstm", _lstm)
-nested_lstm = _function("nested_lstm", lambda **_: "lstm_nested")
+nested_lstm = _function("nested_lstm", lambda **_: "nested_lstm")
+slstm = _function("slstm", lambda forget_gate, **_: "slstm_exp" if forget_gate == "exp" else "slstm")
 gru = _function("gru", _gru)
 mgu = _function("mgu", lambda reset_after, **_: "mgu_after" if reset_after else "mgu")
 rnn_tanh = _function("rnn_tanh", lambda **_: "rnn_tanh")

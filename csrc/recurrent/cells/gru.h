@@ -11,6 +11,7 @@ namespace seqkernels {
 // https://arxiv.org/abs/1402.1128.
 template <bool kProjected>
 struct GRUCell : CellDefaults {
+  static constexpr const char* kGateNames = "rzn";
   static constexpr int kGates = 3, kFirst = 3, kSaved = 4;  // r, z, n and h_n, which r multiplied
   static constexpr int kCells = kProjected ? 1 : 0;
   static constexpr const char* kStateNames = kProjected ? "hc" : "h";
@@ -73,6 +74,7 @@ struct GRUProjected : GRUCell<true> {
 // Source: Cho et al., https://arxiv.org/abs/1406.1078
 struct GRUBefore : CellDefaults {
   static constexpr const char* kName = "gru_before";
+  static constexpr const char* kGateNames = "rzn";
   static constexpr int kGates = 3, kFirst = 2, kSaved = 3, kSavedFirst = 2;  // r, z; n
   static constexpr int kFactors = 1, kCarried = 1;                           // r h; z
   static constexpr bool kPassesH = true, kReadsH = true, kHeads = true, kHasPlain = false;

@@ -54,7 +54,7 @@ constexpr auto with_cell(CellKind kind, F&& f) {
 
 // A cell's constants as values.
 struct CellShape {
-  const char *name, *state_names;
+  const char *name, *gate_names, *state_names;
   int64_t gates, first, cells, states;  // states: h and cells
   int64_t saved;                        // vectors of H per row that forward keeps for backward
   int64_t saved_scalars;                // and single numbers: means and deviations of normalisations
@@ -74,12 +74,14 @@ constexpr CellShape shape_of(CellKind kind) {
     using C = decltype(cell);
     static_assert(C::kGates <= 4 && C::kPeepholes <= 3, "StepGradient has room for 4 gates and 3 peepholes");
     static_assert(length(C::kStateNames) == 1 + C::kCells, "each state has a letter");
+    static_assert(length(C::kGateNames) == C::kGates, "each gate has a letter");
     static_assert(C::kFirst <= C::kGates, "the first stage has gates of the cell");
     static_assert((C::kFactors > 0) == (C::kFirst < C::kGates || C::kInnerGates > 0), "a second stage has inputs");
     static_assert(C::kSavedFirst <= C::kSaved, "the first stage saves some of the values");
     static_assert(!C::kSavesOutput || C::kSaved == 1, "a cell that saves y saves nothing else");
     CellShape shape{};
     shape.name = C::kName;
+    shape.gate_names = C::kGateNames;
     shape.state_names = C::kStateNames;
     shape.gates = C::kGates;
     shape.first = C::kFirst;

@@ -13,7 +13,7 @@ struct LSTMCell : CellDefaults {
   static constexpr int kGates = kCoupled ? 3 : 4, kFirst = kGates, kSaved = kGates, kCells = 1;
   static constexpr int kPeepholes = kGates - 1;  // of every gate but g
   static constexpr int kI = 0, kF = 1, kG = kCoupled ? 1 : 2, kO = kCoupled ? 2 : 3;
-  static constexpr const char* kStateNames = "hc";
+  static constexpr const char *kGateNames = kCoupled ? "igo" : "ifgo", *kStateNames = "hc";
   static constexpr Projection kProjection = Projection::kMaybe;
   static constexpr bool kHeads = true, kCellOptions = true;
 

@@ -9,6 +9,7 @@ namespace seqkernels {
 // The gate after the product: n = tanh(x_n + f h_n).
 struct MGUAfter : CellDefaults {
   static constexpr const char* kName = "mgu_after";
+  static constexpr const char* kGateNames = "fn";
   static constexpr int kGates = 2, kFirst = 2, kSaved = 3;  // f, n and h_n, which f multiplied
   static constexpr bool kSeparate = true, kPassesH = true, kReadsH = true, kHeads = true, kHasPlain = false;
 
@@ -38,6 +39,7 @@ struct MGUAfter : CellDefaults {
 // The gate before the product: n = tanh(x_n + W_hn (f h)).
 struct MGU : CellDefaults {
   static constexpr const char* kName = "mgu";
+  static constexpr const char* kGateNames = "fn";
   static constexpr int kGates = 2, kFirst = 1, kSaved = 2, kSavedFirst = 1;  // f; n
   static constexpr int kFactors = 1, kCarried = 1;                           // f h; f
   static constexpr bool kPassesH = true, kReadsH = true, kHeads = true, kHasPlain = false;

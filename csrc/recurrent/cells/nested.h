@@ -11,7 +11,7 @@ struct NestedLSTM : CellDefaults {
   static constexpr int kGates = 4, kFirst = 4, kInnerGates = 4, kCells = 2;  // c, s
   static constexpr int kSaved = 8, kSavedFirst = 4;                          // i, f, g, o; the inner i, f, g, o
   static constexpr int kFactors = 2, kCarried = 1;                           // i g, f c; o
-  static constexpr const char* kStateNames = "hcs";
+  static constexpr const char *kGateNames = "ifgo", *kStateNames = "hcs";
   static constexpr bool kGateClip = false, kCuda = false, kHasPlain = false;
 
   template <class O, class V>

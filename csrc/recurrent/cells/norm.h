@@ -11,7 +11,7 @@ namespace seqkernels {
 struct LSTMNorm : CellDefaults {
   static constexpr const char* kName = "lstm_norm";
   static constexpr int kGates = 4, kFirst = 4, kSaved = 12, kValues = 4, kCells = 1, kNormGroups = 1;
-  static constexpr const char* kStateNames = "hc";
+  static constexpr const char *kGateNames = "ifgo", *kStateNames = "hc";
   static constexpr bool kSeparate = true, kNormC = true, kCellOptions = true, kCuda = false, kHasPlain = false;
   static constexpr int group_of(int /*gate*/) { return 0; }
 

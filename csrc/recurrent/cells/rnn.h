@@ -8,6 +8,7 @@ namespace seqkernels {
 
 template <class Activation>
 struct RNNCell : CellDefaults {
+  static constexpr const char* kGateNames = "n";
   static constexpr int kGates = 1, kFirst = 1, kSaved = 1;  // the activation
   static constexpr bool kSavesOutput = true, kHeads = true, kStep = true;
 

@@ -14,7 +14,7 @@ template <bool kExponential>
 struct SLSTMCell : CellDefaults {
   static constexpr int kGates = 4, kFirst = 4, kCells = 3;  // c, n, m
   static constexpr int kSaved = 5;                          // i, f, z, o, the slope of log f: negative where m' = i~
-  static constexpr const char* kStateNames = "hcnm";
+  static constexpr const char *kGateNames = "ifzo", *kStateNames = "hcnm";
   static constexpr bool kHeads = true, kGateClip = false;
 
   template <class O, class V>

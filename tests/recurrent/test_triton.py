@@ -9,16 +9,17 @@ import re
 
 import pytest
 import torch
-from cases import assert_near, assert_same_bits, batch_sizes_of
 from torch import Tensor
-from triton_on_cpu import DEVICE, load, on_hardware
 
 from seqkernels.functional._recurrent_extras import Extras
 from seqkernels.reference import recurrent as definition
+from support.cases import assert_near, assert_same_bits, batch_sizes_of
+from support.triton_on_cpu import DEVICE, load, on_hardware
 
 recurrent = load("recurrent")
+launch = load("recurrent.launch")
 KINDS = recurrent.SUPPORTED
-WHOLE = tuple(recurrent.GATES)  # kinds that a single kernel walks through
+WHOLE = tuple(recurrent.GATES)  # kinds with kernels that run all steps
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -144,7 +145,7 @@ def check(kind: str, case: Case, dtype: torch.dtype = torch.float64, *names: str
 @pytest.fixture
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where W_hh does not fit into shared memory."""
-    monkeypatch.setattr(recurrent, "shared_memory", lambda device, dtype: 0)
+    monkeypatch.setattr(launch, "shared_memory", lambda device, dtype: 0)
 
 
 # ---- parity
@@ -274,9 +275,9 @@ def test_nothing_to_do(kind: str):
 @pytest.mark.parametrize(
     "kind, change, message",
     [
-        ("mgu", {}, "mgu is none of lstm, lstm_coupled, gru"),
-        ("lstm", dict(extras=Extras(heads=3)), "there is more than one head"),
-        ("lstm", dict(projected=True), "there is a projection"),
+        ("lstm_norm", {}, "lstm_norm is none of lstm, lstm_coupled, gru"),
+        ("lstm", dict(extras=Extras(heads=3)), "heads must be 1, got 3"),
+        ("lstm", dict(projected=True), "a projection must be absent"),
         ("lstm", dict(dtype=torch.int32), "dtype torch.int32 is none of"),
     ],
 )

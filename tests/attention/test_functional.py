@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import seqkernels
+from seqkernels import backend, reference
+from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+from seqkernels.functional._attention_ops import How, Inputs
+from seqkernels.reference.attention import dropout_keep
+from support.cases import (
     ATTENTION_CASES,
     ATTENTION_ERROR_RATIO,
     DTYPES,
@@ -26,14 +34,6 @@ from cases import (
     make_attention_inputs,
     run_attention,
 )
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import seqkernels
-from seqkernels import backend, reference
-from seqkernels.functional import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional._attention_ops import How, Inputs
-from seqkernels.reference.attention import dropout_keep
 
 ops = torch.ops.seqkernels
 sdpa = scaled_dot_product_attention
@@ -800,7 +800,7 @@ def test_op_errors(name: str) -> None:
 
 
 def test_packed_rows_have_no_mask_anywhere() -> None:
-    """Not in the op, above, nor its fake, nor the definition; in Triton: tests/test_triton_attention.py."""
+    """Not in the op, above, nor its fake, nor the definition; in Triton: tests/attention/test_triton.py."""
     mask, message = torch.ones(1, 1, 6, 7) > 0, "attn_mask must be absent where rows are packed"
     more = changed(cu_q=OF_Q, cu_k=OF_K, max_q=9, max_k=9, attn_mask=mask)
     with pytest.raises(ValueError, match=message):

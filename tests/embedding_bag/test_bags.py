@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+from seqkernels import functional, reference
+from support.cases import (
     BAG_CASES,
     BAG_MODES,
     BAG_REALISTIC,
@@ -34,9 +37,6 @@ from cases import (
     make_bag_inputs,
     run_bag,
 )
-from torch import Tensor
-
-from seqkernels import functional, reference
 
 ops = torch.ops.seqkernels
 HALVES = (torch.bfloat16, torch.float16)

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BAG_MODES, DTYPES, assert_same_bits
 from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 
 from seqkernels import functional, nn, reference
+from support.cases import BAG_MODES, DTYPES, assert_same_bits
 
 # Said once a process, by torch.optim's steps on sparse gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_build import output as python_output
-from test_recurrent_kinds import directions_like, weighted
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels
+from support.python import output as python_output
+from support.recurrent import directions_like, weighted
 
 D, H = 6, 8
 RATE = 0.3

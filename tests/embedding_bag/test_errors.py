@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import BAG_MODES, BagCase, assert_same_bits, make_bag_inputs, run_bag
 from torch import Tensor
 
 from seqkernels import functional, nn
+from support.cases import BAG_MODES, BagCase, assert_same_bits, make_bag_inputs, run_bag
 
 ops = torch.ops.seqkernels
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, make_inputs, run
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import backend, functional
 from seqkernels.nn import GRU, LSTM, LSTMCell, NestedLSTM
+from support.cases import Case, make_inputs, run
+from support.recurrent_errors import CALLS, CONSTRUCTORS, form, packed_of, raised, zeros
 
 ops = torch.ops.seqkernels
 
@@ -22,42 +23,7 @@ DENSE = Case(B=B, T=T, D=D, H=H, why="dense")
 PROJECTED = Case(B=B, T=T, D=D, H=H, P=2, bidirectional=True, why="projection")
 
 
-def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"(LSTM|lstm\w*)") -> str:
-    """The house's one form of an error."""
-    return rf"{op}: {argument} must {condition}, got {got}"
-
-
-def zeros(*shape: int, **options) -> torch.Tensor:
-    return torch.zeros(shape, **options)
-
-
 # ---- the module, where torch has the same argument: the same exception
-
-
-CONSTRUCTORS = {
-    "input_size 0": dict(input_size=0, hidden_size=3),
-    "input_size float": dict(input_size=2.0, hidden_size=3),
-    "hidden_size 0": dict(input_size=2, hidden_size=0),
-    "hidden_size negative": dict(input_size=2, hidden_size=-3),
-    "hidden_size string": dict(input_size=2, hidden_size="3"),
-    "num_layers 0": dict(input_size=2, hidden_size=3, num_layers=0),
-    "bias int": dict(input_size=2, hidden_size=3, bias=1),
-    "batch_first int": dict(input_size=2, hidden_size=3, batch_first=1),
-    "dropout above 1": dict(input_size=2, hidden_size=3, num_layers=2, dropout=1.5),
-    "dropout bool": dict(input_size=2, hidden_size=3, num_layers=2, dropout=True),
-    "dropout negative": dict(input_size=2, hidden_size=3, num_layers=2, dropout=-0.1),
-    "proj_size negative": dict(input_size=2, hidden_size=3, proj_size=-1),
-    "proj_size as large as hidden_size": dict(input_size=2, hidden_size=3, proj_size=3),
-    "integer dtype": dict(input_size=2, hidden_size=3, dtype=torch.int64),
-    "unknown argument": dict(input_size=2, hidden_size=3, hidden=4),
-    "missing argument": dict(input_size=2),
-}
-
-
-def raised(call: Callable[[], object]) -> tuple[type[BaseException], str]:
-    with pytest.raises(Exception) as info:  # noqa: PT011
-        call()
-    return info.type, str(info.value)
 
 
 @pytest.mark.parametrize("arguments", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
@@ -70,32 +36,6 @@ def test_constructor_refuses_what_torch_refuses_in_its_words(arguments: dict) ->
 def test_constructor_warns_where_torch_warns() -> None:
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
         LSTM(2, 3, dropout=0.5)
-
-
-def packed_of(features: int, **options) -> PackedSequence:
-    return pack_sequence([torch.zeros(n, features, **options) for n in (4, 2, 1)])
-
-
-CALLS = {
-    "1-D input": ({}, lambda: (zeros(D),)),
-    "4-D input": ({}, lambda: (zeros(T, B, D, 1),)),
-    "input size": ({}, lambda: (zeros(T, B, D + 1),)),
-    "input size, unbatched": ({}, lambda: (zeros(T, D - 1),)),
-    "input dtype": ({}, lambda: (zeros(T, B, D, dtype=torch.float64),)),
-    "integer input": ({}, lambda: (zeros(T, B, D, dtype=torch.int64),)),
-    "3-D state, 2-D input": ({}, lambda: (zeros(T, D), (zeros(1, B, H), zeros(1, B, H)))),
-    "2-D state, 3-D input": ({}, lambda: (zeros(T, B, D), (zeros(1, H), zeros(1, H)))),
-    "2-D cell, 3-D input": ({}, lambda: (zeros(T, B, D), (zeros(1, B, H), zeros(1, H)))),
-    "h0 of another batch": ({}, lambda: (zeros(T, B, D), (zeros(1, B + 1, H), zeros(1, B, H)))),
-    "c0 of another batch": ({}, lambda: (zeros(T, B, D), (zeros(1, B, H), zeros(1, B + 1, H)))),
-    "h0 of another size": ({}, lambda: (zeros(T, B, D), (zeros(1, B, H + 1), zeros(1, B, H)))),
-    "c0 of another size": ({}, lambda: (zeros(T, B, D), (zeros(1, B, H), zeros(1, B, H - 1)))),
-    "h0 of other layers": ({"num_layers": 2}, lambda: (zeros(T, B, D), (zeros(1, B, H), zeros(1, B, H)))),
-    "h0 of one direction": ({"bidirectional": True}, lambda: (zeros(T, B, D), (zeros(1, B, H), zeros(2, B, H)))),
-    "h0 not projected": ({"proj_size": 2}, lambda: (zeros(T, B, D), (zeros(1, B, H), zeros(1, B, H)))),
-    "batch first, state": ({"batch_first": True}, lambda: (zeros(B, T, D), (zeros(1, T, H), zeros(1, T, H)))),
-    "unbatched state": ({}, lambda: (zeros(T, D), (zeros(2, H), zeros(1, H)))),
-}
 
 
 @pytest.mark.parametrize(("constructor", "call"), CALLS.values(), ids=CALLS)
@@ -516,7 +456,7 @@ NOT_ON_CUDA = {
     "layer norm": (lambda: LSTM(D, H, layer_norm=True), "LSTM: .*lstm_norm has no CUDA kernel"),
     "layer norm of a GRU": (lambda: GRU(D, H, layer_norm=True), "GRU: .*gru_norm has no CUDA kernel"),
     "GRU with a projection": (lambda: GRU(D, H, proj_size=2), "GRU: .*gru_projected has no CUDA kernel"),
-    "nested": (lambda: NestedLSTM(D, H), "NestedLSTM: .*lstm_nested has no CUDA kernel"),
+    "nested": (lambda: NestedLSTM(D, H), "NestedLSTM: .*nested_lstm has no CUDA kernel"),
 }
 
 

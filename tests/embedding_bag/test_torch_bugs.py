@@ -9,10 +9,10 @@ import math
 
 import pytest
 import torch
-from cases import BAG_MODES, DTYPES, BagCase, assert_bag_near, bag_definition, make_bag_inputs, run_bag
 from torch import Tensor
 
 from seqkernels import functional
+from support.cases import BAG_MODES, DTYPES, BagCase, assert_bag_near, bag_definition, make_bag_inputs, run_bag
 
 theirs = torch.nn.functional.embedding_bag
 ours = functional.embedding_bag

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import DTYPES, assert_near, assert_same_bits, tuple_of
-from test_recurrent import compiled, spread
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
@@ -27,6 +25,8 @@ from seqkernels import functional, reference
 from seqkernels.functional import _recurrent_ops as layer_ops
 from seqkernels.nn import recurrent as layers
 from seqkernels.nn import recurrent_cells as cells
+from support.cases import DTYPES, assert_near, assert_same_bits, tuple_of
+from support.recurrent import compiled, spread
 
 ops = torch.ops.seqkernels
 

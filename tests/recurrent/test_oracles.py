@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from cases import assert_near, tuple_of
 from torch import Tensor
 
 import seqkernels
 from seqkernels import reference
+from support.cases import assert_near, tuple_of
 
 onnx = pytest.importorskip("onnx", reason="onnx, which builds the models, is not installed")
 runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, the other side of every comparison, is not installed")

@@ -18,7 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 import cuda_on_cpu
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+from seqkernels import functional, reference
+from seqkernels.functional import _embedding_bag_ops
+from support.cases import (
     BAG_CASES,
     BAG_MODES,
     BAG_TINY,
@@ -32,11 +36,7 @@ from cases import (
     make_bag_inputs,
     run_bag,
 )
-from on_cuda import ONLY_EMULATED, PLACES, OnCuda, sanitized
-from torch import Tensor
-
-from seqkernels import functional, reference
-from seqkernels.functional import _embedding_bag_ops
+from support.on_cuda import ONLY_EMULATED, PLACES, OnCuda, sanitized
 
 cpu = torch.ops.seqkernels
 HALVES = (torch.bfloat16, torch.float16)

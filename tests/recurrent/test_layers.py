@@ -10,7 +10,14 @@ import itertools
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqkernels
+from seqkernels import functional, reference
+from seqkernels.nn import LSTM
+from support.cases import (
     CASES,
     DTYPES,
     ERROR_RATIO,
@@ -21,7 +28,6 @@ from cases import (
     Inputs,
     assert_near,
     assert_same_bits,
-    batch_sizes_of,
     defined,
     make_inputs,
     module_of,
@@ -30,13 +36,7 @@ from cases import (
     run_module,
     weight_names,
 )
-from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import seqkernels
-from seqkernels import functional, reference
-from seqkernels.nn import LSTM
+from support.recurrent import OP_CASES, SEQUENCE, as_batch, as_packed, compiled, kind, negated, spread
 
 ops = torch.ops.seqkernels
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -120,11 +120,6 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted: str) -> N
             assert_same_bits({name: tensor.grad}, everything, [name])
         else:
             assert tensor.grad is None
-
-
-def kind(name: str) -> str:
-    """What a tensor is, whatever its layer and direction; torch's two bias gradients differ by its own rounding."""
-    return "db" if name.startswith("db_") else name.partition("_l0")[0]
 
 
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=lambda d: str(d).removeprefix("torch."))
@@ -236,16 +231,6 @@ def backward_arguments(case: Case, dtype: torch.dtype = torch.float32) -> list:
     return [*upstream, x, h0, c0, weights, batch_sizes, lengths, bidirectional, y, gates, cells, True, True]
 
 
-OP_CASES = [
-    Case(B=3, T=4, D=5, H=6, why="dense"),
-    Case(B=3, T=4, D=5, H=6, state=False, bias=False, why="neither bias nor state"),
-    Case(B=3, T=4, D=5, H=6, P=2, bidirectional=True, why="projection, both directions"),
-    Case(B=3, T=4, D=5, H=6, lengths=(2, 4, 0), why="lengths"),
-    Case(B=3, T=4, D=5, H=6, lengths=(4, 2, 1), packed=True, why="packed"),
-    Case(B=3, T=4, D=5, H=6, lengths=(4, 2, 1), packed=True, state=False, bidirectional=True, why="packed, no state"),
-]
-
-
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_opcheck_inference(case: Case) -> None:
     torch.library.opcheck(ops.lstm.default, op_arguments(case))
@@ -314,11 +299,6 @@ def test_inference_and_training_ops_agree_and_inference_saves_nothing() -> None:
     assert "seqkernels.lstm_forward.default" in recorder.names
 
 
-def compiled(function, backend: str = "aot_eager"):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend=backend)
-
-
 @pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
 @pytest.mark.parametrize(
     "case",
@@ -376,65 +356,6 @@ def canonical(case: Case, dtype: torch.dtype) -> Inputs:
     """A ragged batch, time first, with states: what the forms below rearrange."""
     assert case.lengths is not None and not case.packed and not case.batch_first
     return make_inputs(case, dtype)
-
-
-def as_packed(inputs: Inputs, function=functional.lstm) -> dict[str, Tensor]:
-    """Runs the batch packed, longest first, and puts the results back in the batch's order and padding."""
-    case, lengths = inputs.case, inputs.lengths
-    order = torch.argsort(lengths, descending=True, stable=True)
-    batch_sizes = batch_sizes_of(lengths.tolist())
-    valid = torch.arange(case.T).unsqueeze(1) < lengths[order]  # [T, B]
-
-    def rows(t: Tensor) -> Tensor:
-        return t[:, order][valid]
-
-    packed = Inputs(
-        case,
-        rows(inputs.x),
-        tuple(h[:, order] for h in inputs.hx),
-        inputs.weights,
-        batch_sizes,
-        None,
-        rows(inputs.dy),
-        inputs.dh_n[:, order],
-        inputs.dc_n[:, order],
-    )
-    result = run(function, packed)
-    back = torch.argsort(order)
-    for name in ("y", "dx"):
-        padded = result[name].new_zeros(case.T, case.B, result[name].shape[-1])
-        padded[valid] = result[name]
-        result[name] = padded[:, back]
-    for name in ("h_n", "c_n", "dh0", "dc0"):
-        if name in result:
-            result[name] = result[name][:, back]
-    return result
-
-
-def as_batch(
-    inputs: Inputs, chosen: list[int], T: int, *, lengths: bool, function=functional.lstm
-) -> dict[str, Tensor]:
-    """Runs the chosen sequences as one batch padded or cut to T; without lengths all must be T long."""
-    pad = max(0, T - inputs.case.T)
-
-    def select(t: Tensor) -> Tensor:
-        return torch.cat([t, t.new_full((pad, *t.shape[1:]), float("nan"))])[:T, chosen]
-
-    sub = Inputs(
-        inputs.case,
-        select(inputs.x),
-        tuple(h[:, chosen] for h in inputs.hx),
-        inputs.weights,
-        None,
-        inputs.lengths[chosen] if lengths else None,
-        select(inputs.dy).nan_to_num(),
-        inputs.dh_n[:, chosen],
-        inputs.dc_n[:, chosen],
-    )
-    return run(function, sub)
-
-
-SEQUENCE = ("y", "h_n", "c_n", "dx", "dh0", "dc0")  # what belongs to one sequence, unlike a weight's gradient
 
 
 @dtypes
@@ -628,14 +549,6 @@ def test_module_equals_functional() -> None:
 # ---- memory
 
 
-def spread(t: Tensor) -> Tensor:
-    """The same values, every second element of every dimension of something larger, that holds NaN."""
-    whole = t.new_full([2 * n + 1 for n in t.shape], float("nan"))
-    view = whole[tuple(slice(1, None, 2) for _ in t.shape)]
-    view.copy_(t)
-    return view
-
-
 def turned(t: Tensor) -> Tensor:
     """The same values with the dimensions laid out in reverse order."""
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
@@ -644,11 +557,6 @@ def turned(t: Tensor) -> Tensor:
 def expanded(t: Tensor) -> Tensor:
     """The first entry of the first dimension for all of them, with stride 0."""
     return t[:1].expand_as(t)
-
-
-def negated(t: Tensor) -> Tensor:
-    """The same values behind torch's lazy negation."""
-    return torch._neg_view(-t)
 
 
 @pytest.mark.parametrize("layout", [spread, turned, expanded, negated], ids=lambda f: f.__name__)

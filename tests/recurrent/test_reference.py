@@ -13,11 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import one_thread
 from torch import Tensor
 
 from seqkernels import reference
 from seqkernels.reference import recurrent as definition
+from support.cases import one_thread
 
 B, T, D, H, P = 3, 5, 4, 6, 3
 RESET_BEFORE = ("gru_before", "mgu")
@@ -85,7 +85,7 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
     h, fed = states[0], states[0] * o.fed
     of_x, of_h = gates_of(kind, w, x, fed, o.heads)
     pre = [a + b for a, b in zip(of_x, of_h, strict=True)]
-    if kind == "lstm_nested":
+    if kind == "nested_lstm":
         i, f, g, out = sigmoid(pre[0]), sigmoid(pre[1]), np.tanh(pre[2]), sigmoid(pre[3])
         inner = w["inner_ih"] @ (i * g * o.candidate) + w.get("inner_b_ih", 0)
         inner = np.split(inner + w["inner_hh"] @ (f * states[1]) + w.get("inner_b_hh", 0), 4)
@@ -207,7 +207,7 @@ class Drawn:
 def drawn(kind: str, seed: int) -> Drawn:
     rng = np.random.default_rng([seed, list(definition.KINDS).index(kind)])
     has = definition.KINDS[kind]
-    lstm, normed, nested = kind.startswith("lstm"), bool(has.norms), kind == "lstm_nested"
+    lstm, normed, nested = kind.startswith("lstm"), bool(has.norms), kind == "nested_lstm"
 
     def maybe(possible: bool = True) -> bool:
         return bool(rng.integers(2)) and possible
@@ -412,7 +412,7 @@ def test_public_functions_choose_their_kind() -> None:
     same("lstm", "lstm", 2, [*gates(4), uniform(3 * H)], peephole=True)
     same("lstm", "lstm_coupled", 2, gates(3), coupled_gates=True)
     same("lstm", "lstm_norm", 2, [*gates(4), *(uniform(n * H) for n in (4, 4, 1, 1))], layer_norm=True)
-    same("nested_lstm", "lstm_nested", 3, [*gates(4), *inner])
+    same("nested_lstm", "nested_lstm", 3, [*gates(4), *inner])
     same("gru", "gru", 1, gates(3))
     same("gru", "gru_before", 1, gates(3), reset_after=False)
     same("gru", "gru_norm", 1, [*gates(3), uniform(3 * H), uniform(3 * H)], layer_norm=True)

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as given_drawn
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_on_cpu import DEVICE, load, on_hardware
+
+from support.triton_on_cpu import DEVICE, load, on_hardware
 
 attention = load("attention")
 reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name

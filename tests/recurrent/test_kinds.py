@@ -18,7 +18,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import seqkernels
+from seqkernels import functional, reference
+from support.cases import (
     DTYPES,
     ERROR_RATIO,
     RAGGED,
@@ -37,16 +43,19 @@ from cases import (
     run_module,
     tuple_of,
 )
-from test_recurrent import OP_CASES, as_batch, as_packed, compiled, negated, spread
-from test_recurrent import kind as kind_of_tensor
-from test_recurrent_errors import CALLS, CONSTRUCTORS, form, packed_of, raised, zeros
-from test_torch_lstm import everything
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
-
-import seqkernels
-from seqkernels import functional, reference
+from support.recurrent import (
+    OP_CASES,
+    as_batch,
+    as_packed,
+    compiled,
+    directions_like,
+    everything,
+    negated,
+    spread,
+    weighted,
+)
+from support.recurrent import kind as kind_of_tensor
+from support.recurrent_errors import CALLS, CONSTRUCTORS, form, packed_of, raised, zeros
 
 ops = torch.ops.seqkernels
 
@@ -700,16 +709,6 @@ FUNC_CASES = [
 ]
 func_cases = pytest.mark.parametrize("case", FUNC_CASES, ids=str)
 close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
-
-
-def directions_like(tensors: tuple[Tensor, ...], seed: int = 1) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(t.shape, generator=g, dtype=t.dtype) for t in tensors)
-
-
-def weighted(outputs: tuple[Tensor, ...]) -> Tensor:
-    """A scalar to which every output counts, not linearly."""
-    return sum((o * (i + 1 + o) * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for i, o in enumerate(outputs))
 
 
 def loss_of(module: torch.nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -9,24 +9,42 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import DTYPES, assert_near, assert_same_bits, batch_sizes_of, one_thread, tuple_of
-from test_recurrent import compiled, spread
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import seqkernels
 from seqkernels import functional, reference
 from seqkernels.functional import _recurrent_extras
-from seqkernels.reference import recurrent as definition
+from support.cases import DTYPES, assert_near, assert_same_bits, batch_sizes_of, one_thread, tuple_of
+from support.recurrent import compiled, spread
+from support.variants import (
+    CASES,
+    EMPTY,
+    FULLEST,
+    HALF,
+    OF_SEQUENCE,
+    RAGGED,
+    TINY,
+    VARIANTS,
+    Call,
+    Case,
+    Variant,
+    arguments,
+    by_definition,
+    by_op,
+    expected,
+    make_call,
+    op,
+    outputs_alone,
+    packed,
+    run,
+)
 
 ops = torch.ops.seqkernels
-HALF = (torch.bfloat16, torch.float16)
-MASKS = ("reset", "zoneout_h", "zoneout_c", "candidate", "variational")
 
 
 @pytest.fixture(autouse=True)
@@ -38,149 +56,6 @@ def few_threads(threads: None) -> None:
 # ---- the table of variants
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Variant:
-    """A module with constructor arguments. proj_size=True is a projection whose size the case says."""
-
-    module: str
-    options: dict
-
-    def __str__(self) -> str:
-        return "-".join([self.module, *(k if v is True else f"{k}={v}" for k, v in self.options.items())])
-
-    def option(self, name: str, default=0.0):
-        return self.options.get(name, default)
-
-    @property
-    def projected(self) -> bool:
-        return self.option("proj_size", False)
-
-    @property
-    def kind(self) -> str:
-        """The name of its op."""
-        after = "" if self.option("reset_after", self.module == "GRU") else "_before"
-        if self.module == "LSTM":
-            return (
-                "lstm" + "_coupled" * self.option("coupled_gates", False) + "_norm" * self.option("layer_norm", False)
-            )
-        if self.module == "GRU":
-            return "gru" + after + "_norm" * self.option("layer_norm", False) + "_projected" * self.projected
-        names = {"NestedLSTM": "lstm_nested", "MGU": "mgu" + "_after" * self.option("reset_after", False)}
-        return names.get(self.module) or "rnn_" + self.options["nonlinearity"]
-
-    @property
-    def states(self) -> str:
-        return {"lstm": "hc", "lstm_nested": "hcs", "gru_projected": "hc"}.get(
-            self.kind, "hc" if "lstm" in self.kind else "h"
-        )
-
-    @property
-    def gates(self) -> int:
-        return definition.KINDS[self.kind].gates
-
-    @property
-    def kinked(self) -> bool:
-        """Its slope jumps: beside a jump, the rounding of a half type gives another gradient."""
-        return self.kind == "rnn_relu" or "cell_clip" in self.options or "gate_clip" in self.options
-
-    @property
-    def numbers(self) -> list[float]:
-        clips = [self.option(name, math.inf) for name in ("cell_clip", "gate_clip")]
-        numbers = clips + [self.option(name) for name in ("zoneout_h", "zoneout_c", "recurrent_dropout")]
-        return [] if numbers == [math.inf, math.inf, 0.0, 0.0, 0.0] else numbers
-
-    @property
-    def random(self) -> bool:
-        return any(re.search("zoneout|dropout", name) for name in self.options)
-
-    def without_masks(self) -> Variant:
-        """What is left of it where nothing is random: zoneout by its constant."""
-        options = {k: v for k, v in self.options.items() if "dropout" not in k}
-        return Variant(self.module, options)
-
-    def weights(self, D: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
-        """Names (as a module has them) and shapes of one direction's weights, in the op's order."""
-        G, fed_back = self.gates, P if self.projected else H
-        rows, bias = (G * H,), self.option("bias", True)
-        shapes = {"weight_ih": (G * H, D), "weight_hh": (G * H, fed_back // self.option("num_heads", 1))}
-        shapes |= {"bias_ih": rows, "bias_hh": rows} if bias else {}
-        shapes |= {"weight_hr": (P, H)} if self.projected else {}
-        shapes |= {"weight_ph": ((G - 1) * H,)} if self.option("peephole", False) else {}
-        if self.option("layer_norm", False):
-            shapes |= {"gain_ih": rows, "gain_hh": rows}
-            shapes |= {"gain_c": (H,), "bias_c": (H,)} if self.module == "LSTM" else {}
-        if self.module == "NestedLSTM":
-            shapes |= {"weight_inner_ih": (4 * H, H), "weight_inner_hh": (4 * H, H)}
-            shapes |= {"bias_inner_ih": (4 * H,), "bias_inner_hh": (4 * H,)} if bias else {}
-        return shapes
-
-
-def v(module: str, **options) -> Variant:
-    return Variant(module, options)
-
-
-LSTM_DROPS = dict(zoneout_h=0.3, zoneout_c=0.2, recurrent_dropout=0.4, variational_dropout=0.5)
-DROPS = dict(zoneout_h=0.3, recurrent_dropout=0.4, variational_dropout=0.5)
-
-VARIANTS = [
-    v("LSTM"),
-    v("LSTM", peephole=True),
-    v("LSTM", peephole=True, proj_size=True),
-    v("LSTM", peephole=True, bias=False),
-    v("LSTM", coupled_gates=True),
-    v("LSTM", coupled_gates=True, peephole=True),
-    v("LSTM", coupled_gates=True, peephole=True, proj_size=True, bias=False),
-    v("LSTM", layer_norm=True),
-    v("LSTM", layer_norm=True, bias=False),
-    v("LSTM", cell_clip=0.4),
-    v("LSTM", gate_clip=0.6),
-    v("LSTM", zoneout_h=0.3),
-    v("LSTM", zoneout_c=0.2),
-    v("LSTM", recurrent_dropout=0.4),
-    v("LSTM", variational_dropout=0.5),
-    v("LSTM", num_heads=2),
-    v("LSTM", num_heads=3, peephole=True, cell_clip=0.4, **LSTM_DROPS),
-    v("LSTM", peephole=True, cell_clip=0.4, gate_clip=0.6, **LSTM_DROPS),
-    v("LSTM", coupled_gates=True, peephole=True, cell_clip=0.4, gate_clip=0.6, **LSTM_DROPS),
-    v("LSTM", coupled_gates=True, num_heads=2, zoneout_c=0.2),
-    v("LSTM", layer_norm=True, cell_clip=0.4, gate_clip=0.6, **LSTM_DROPS),
-    v("LSTM", proj_size=True, cell_clip=0.4, zoneout_c=0.2, recurrent_dropout=0.4, variational_dropout=0.5),
-    v("NestedLSTM"),
-    v("NestedLSTM", bias=False),
-    v("NestedLSTM", **DROPS),
-    v("GRU"),
-    v("GRU", bias=False, gate_clip=0.6),
-    v("GRU", zoneout_h=0.3),
-    v("GRU", recurrent_dropout=0.4),
-    v("GRU", variational_dropout=0.5),
-    v("GRU", num_heads=3),
-    v("GRU", num_heads=2, gate_clip=0.6, **DROPS),
-    v("GRU", reset_after=False),
-    v("GRU", reset_after=False, bias=False),
-    v("GRU", reset_after=False, zoneout_h=0.3, variational_dropout=0.5),
-    v("GRU", reset_after=False, num_heads=3),
-    v("GRU", reset_after=False, num_heads=2, gate_clip=0.6, **DROPS),
-    v("GRU", layer_norm=True),
-    v("GRU", layer_norm=True, bias=False),
-    v("GRU", layer_norm=True, gate_clip=0.6, **DROPS),
-    v("GRU", proj_size=True),
-    v("GRU", proj_size=True, bias=False, gate_clip=0.6, recurrent_dropout=0.4, variational_dropout=0.5),
-    v("MGU", reset_after=True),
-    v("MGU", reset_after=True, num_heads=2, gate_clip=0.6, **DROPS),
-    v("MGU"),
-    v("MGU", bias=False, num_heads=3),
-    v("MGU", num_heads=2, gate_clip=0.6, **DROPS),
-    v("RNN", nonlinearity="tanh"),
-    v("RNN", nonlinearity="tanh", zoneout_h=0.3),
-    v("RNN", nonlinearity="tanh", num_heads=3),
-    v("RNN", nonlinearity="tanh", num_heads=2, gate_clip=0.6, zoneout_h=0.3, variational_dropout=0.5),
-    v("RNN", nonlinearity="relu", gate_clip=0.6, zoneout_h=0.3, variational_dropout=0.5),
-    v("RNN", nonlinearity="relu", num_heads=2, bias=False),
-]  # fmt: skip
-
-# One of each kind, with as much of the rest as goes with it.
-FULLEST = {variant.kind: variant for variant in sorted(VARIANTS, key=lambda variant: len(variant.options))}
-
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 fullest = pytest.mark.parametrize("variant", FULLEST.values(), ids=FULLEST)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -190,224 +65,7 @@ float_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16
 # ---- the ops: one layer, every mask given
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """H is a multiple of 2 and 3, for the heads. `drawn`: masks as in training; else the constants of zoneout."""
-
-    B: int
-    T: int
-    D: int
-    H: int
-    P: int
-    why: str
-    lengths: tuple[int, ...] | None = None
-    packed: bool = False
-    bidirectional: bool = True
-    drawn: bool = True
-    reset: bool = True
-    state: bool = True
-
-    def __str__(self) -> str:
-        form = "packed" if self.packed else "dense" if self.lengths is None else "lengths"
-        flags = ["bi"] * self.bidirectional + ["constant"] * (not self.drawn) + ["reset"] * self.reset
-        return "-".join([f"B{self.B}", f"T{self.T}", f"D{self.D}", f"H{self.H}", *flags, form])
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    def valid(self) -> Tensor:
-        """[T, B] True where there is a token."""
-        lengths = torch.tensor(self.lengths if self.lengths is not None else [self.T] * self.B, dtype=torch.int64)
-        return torch.arange(self.T).unsqueeze(1) < lengths
-
-
-CASES = [
-    Case(B=3, T=7, D=5, H=18, P=5, why="a tail in every direction"),
-    Case(
-        B=7, T=4, D=9, H=66, P=35, lengths=(0, 4, 2, 4, 1, 3, 4), bidirectional=False, drawn=False,
-        why="two panels, the second all tail; more rows than a register tile",
-    ),
-    Case(B=5, T=5, D=16, H=96, P=32, lengths=(5, 5, 4, 2, 1), packed=True, reset=False, why="whole vectors"),
-    Case(B=1, T=4, D=24, H=198, P=70, state=False, why="the units of one sequence among two threads"),
-]  # fmt: skip
-EMPTY = [
-    Case(B=0, T=3, D=5, H=18, P=5, why="no sequence"),
-    Case(B=2, T=0, D=5, H=18, P=5, why="no step"),
-    Case(B=0, T=0, D=5, H=18, P=5, lengths=(), packed=True, why="nothing, packed"),
-    Case(B=3, T=3, D=5, H=18, P=5, lengths=(0, 0, 0), why="nothing but zero lengths"),
-]
-TINY = [
-    Case(B=2, T=3, D=2, H=6, P=2, bidirectional=False, why="dense"),
-    Case(B=2, T=2, D=1, H=6, P=2, lengths=(2, 1), packed=True, drawn=False, why="packed, both directions"),
-]
-RAGGED = Case(B=6, T=7, D=9, H=66, P=35, lengths=(3, 7, 1, 7, 5, 2), why="in no order")
 cases = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What one layer is called with, and a gradient for each output."""
-
-    variant: Variant
-    x: Tensor  # [T, B, D] or [N, D]
-    states0: tuple[Tensor | None, ...]  # [directions, B, P] h0, then [directions, B, H]
-    weights: tuple[Tensor, ...]
-    batch_sizes: Tensor | None
-    lengths: Tensor | None
-    bidirectional: bool
-    masks: dict[str, Tensor]
-    numbers: list[float]
-    upstream: dict[str, Tensor]  # of y, h_n, ..., then of cells and inner
-
-    def options(self) -> dict:
-        heads, peephole = self.variant.option("num_heads", 1), self.variant.option("peephole", False)
-        return dict(peephole=peephole, heads=heads, numbers=self.numbers, **self.masks)
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with f applied to every floating-point tensor, but not to the gradients from above."""
-        masks = {name: f(m) if m.is_floating_point() else m for name, m in self.masks.items()}
-        return dataclasses.replace(
-            self,
-            x=f(self.x),
-            states0=tuple(None if s is None else f(s) for s in self.states0),
-            weights=tuple(map(f, self.weights)),
-            masks=masks,
-        )
-
-    def by_row(self, f: Callable[[Tensor], Tensor], by_sequence: Callable[[Tensor], Tensor], **others) -> Call:
-        """f on what has a row for each token, by_sequence on what has one for each sequence, [directions, B, ..]."""
-        rows = {name: (by_sequence if name == "variational" else f)(m) for name, m in self.masks.items()}
-        upstream = {n: (by_sequence if n.endswith("_n") else f)(g) for n, g in self.upstream.items()}
-        states0 = tuple(None if s is None else by_sequence(s) for s in self.states0)
-        return dataclasses.replace(self, x=f(self.x), states0=states0, masks=rows, upstream=upstream, **others)
-
-
-OF_SEQUENCE = ("y", "h_n", "c_n", "s_n", "cells", "inner", "dx", "dh0", "dc0", "ds0")  # unlike a weight's gradient
-
-
-@functools.cache
-def make_call(variant: Variant, case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
-    """Random; NaN wherever a length says that nothing is."""
-    g = torch.Generator().manual_seed(seed)
-    directions, T, B, H = case.directions, case.T, case.B, case.H
-    P = case.P if variant.projected else H
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-    def ones(rate: float, *shape: int) -> Tensor:
-        return (torch.rand(shape, generator=g) < rate).to(torch.uint8)
-
-    weights = []
-    for _ in range(directions):
-        for name, shape in variant.weights(case.D, H, P).items():
-            scale = 1.0 if name in ("weight_ph", "bias_c") or "bias" in name else 2 / math.sqrt(shape[-1])
-            weights.append((1 if "gain" in name else 0) + 0.5 * normal(*shape) * scale)
-    widths = (P, H, H)[: len(variant.states)]
-    states0 = tuple(normal(directions, B, width) if case.state else None for width in widths)
-    x = normal(T, B, case.D)
-    masks = {}
-    if case.reset:
-        masks["reset"] = ones(0.3, T, B).bool()
-    if case.drawn:
-        for name in ("zoneout_h", "zoneout_c"):
-            if variant.option(name):
-                masks[name] = ones(variant.option(name), T, B, directions * H)
-        if variant.option("recurrent_dropout"):
-            masks["candidate"] = ones(1 - variant.option("recurrent_dropout"), T, B, directions * H)
-        if variant.option("variational_dropout"):
-            keep = 1 - variant.option("variational_dropout")
-            masks["variational"] = ones(keep, directions, B, P).to(dtype) / keep
-    upstream = {"y": normal(T, B, directions * P)}
-    upstream |= {f"{s}_n": normal(directions, B, width) for s, width in zip(variant.states, widths)}
-    upstream |= {n: normal(T, B, directions * H) for n in ("cells", "inner")[: len(variant.states) - 1]}
-    lengths = None if case.lengths is None else torch.tensor(case.lengths)
-    call = Call(
-        variant, x, states0, tuple(weights), None, lengths, case.bidirectional, masks, variant.numbers, upstream
-    )
-    if lengths is not None and not case.packed:
-        padding = ~case.valid()
-
-        def spoiled(t: Tensor) -> Tensor:
-            t[padding] = math.nan if t.is_floating_point() else 1
-            return t
-
-        call = call.by_row(spoiled, lambda t: t)
-    return packed(call, case) if case.packed else call
-
-
-def packed(call: Call, case: Case) -> Call:
-    """The padded call as packed rows, the longest sequence first."""
-    lengths = torch.tensor(case.lengths)
-    order = torch.argsort(lengths, descending=True, stable=True)
-    valid = case.valid()[:, order]
-    batch_sizes = batch_sizes_of(lengths.tolist())
-    return call.by_row(lambda t: t[:, order][valid], lambda t: t[:, order], batch_sizes=batch_sizes, lengths=None)
-
-
-def by_definition(call: Call) -> dict[str, Tensor]:
-    outputs = definition.layer(
-        *(call.variant.kind, call.x, call.states0, call.weights, call.batch_sizes, call.lengths, call.bidirectional),
-        **call.options(),
-    )
-    return dict(zip(call.upstream, outputs, strict=True))
-
-
-def arguments(call: Call) -> tuple:
-    """Of the ops K and K_forward."""
-    options = call.options()
-    masks = [options.get(name) for name in MASKS]
-    return (
-        *(call.x, *call.states0, list(call.weights), call.batch_sizes, call.lengths, call.bidirectional),
-        *(options["peephole"], options["heads"], *masks, options["numbers"]),
-    )
-
-
-def op(call: Call, suffix: str = "") -> Callable:
-    return getattr(ops, call.variant.kind + suffix).default
-
-
-def by_op(call: Call, recompute: bool = False) -> dict[str, Tensor]:
-    """By K_forward, whose autograd formula calls K_backward."""
-    outputs = list(op(call, "_forward")(*arguments(call), recompute))
-    saved = outputs.pop(1 + len(call.states0))
-    assert saved.shape[-1] == 0 or not recompute
-    return dict(zip(call.upstream, outputs, strict=True))
-
-
-def run(
-    call: Call, function: Callable[[Call], dict[str, Tensor]] = by_op, upstream: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Outputs and all gradients by name; upstream names the outputs that have a gradient."""
-    call = call.map(lambda t: t.detach().requires_grad_(t is not call.masks.get("variational")))
-    outputs = function(call)
-    used = [n for n in (upstream or outputs) if outputs[n].requires_grad]
-    names = [f"d{s}0" for s, state in zip(call.variant.states, call.states0) if state is not None]
-    names = ["dx", *names, *(f"d{w}" for w in named_weights(call))]
-    wanted = [call.x, *(s for s in call.states0 if s is not None), *call.weights]
-    from_above = [call.upstream[n].to(outputs[n].dtype) for n in used]
-    grads: Sequence[Tensor | None] = [None] * len(wanted)
-    if used:
-        grads = torch.autograd.grad([outputs[n] for n in used], wanted, from_above, allow_unused=True)
-    grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
-    return {n: o.detach() for n, o in outputs.items()} | dict(zip(names, grads, strict=True))
-
-
-def named_weights(call: Call) -> list[str]:
-    names = list(call.variant.weights(1, 6, 2))
-    return [n + suffix for suffix in ("", "_reverse")[: 1 + call.bidirectional] for n in names]
-
-
-@functools.cache
-def expected(variant: Variant, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the definition says, in float64, of the inputs as dtype has rounded them."""
-    with one_thread():
-        return run(make_call(variant, case, dtype).map(Tensor.double), by_definition)
-
-
-def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: result[name] for name in call.upstream}
 
 
 @pytest.mark.parametrize(
@@ -720,7 +378,7 @@ WRONG_CALLS = [
     ("lstm", dict(numbers=inf(0.0, -0.5, 0.0)), r"lstm: zoneout_c must lie in \[0, 1\), got -0.5"),
     ("mgu_after", dict(numbers=inf(0.0, 0.0, 2.0)), r"mgu_after: recurrent_dropout must lie in \[0, 1\), got 2"),
     ("gru", dict(numbers=inf(0.0, 0.1, 0.0)), "gru: cell_clip and zoneout_c must be absent for this cell"),
-    ("lstm_nested", dict(numbers=[math.inf, 1.0, 0.0, 0.0, 0.0]), "lstm_nested: gate_clip must be absent"),
+    ("nested_lstm", dict(numbers=[math.inf, 1.0, 0.0, 0.0, 0.0]), "nested_lstm: gate_clip must be absent"),
     (
         "gru_projected",
         dict(numbers=inf(0.1, 0.0, 0.0)),
@@ -904,7 +562,7 @@ def test_memory_efficient_keeps_less(variant: Variant) -> None:
     [
         *itertools.product(["lstm"], ["dense", "lengths", "packed"]),
         *zip(
-            ["lstm_norm", "lstm_nested", "gru_before", "gru_projected", "mgu_after"],
+            ["lstm_norm", "nested_lstm", "gru_before", "gru_projected", "mgu_after"],
             itertools.cycle(["packed", "lengths"]),
         ),
     ],
@@ -1161,7 +819,7 @@ def test_parameters_begin_as_told(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("form", ["dense", "lengths", "packed", "unbatched"])
-@pytest.mark.parametrize("kind", ["lstm", "lstm_nested", "gru", "gru_projected", "mgu", "rnn_tanh"])
+@pytest.mark.parametrize("kind", ["lstm", "nested_lstm", "gru", "gru_projected", "mgu", "rnn_tanh"])
 def test_a_learned_initial_state(kind: str, form: str) -> None:
     """Zero at first; where hx is absent it is every sequence's, and its gradient is the sum of theirs."""
     variant, L = FULLEST[kind], 2

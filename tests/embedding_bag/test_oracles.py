@@ -19,7 +19,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+from seqkernels import functional, nn, reference
+from support.cases import (
     BAG_CASES,
     BAG_MODES,
     DTYPES,
@@ -30,9 +33,6 @@ from cases import (
     make_bag_inputs,
     run_bag,
 )
-from torch import Tensor
-
-from seqkernels import functional, nn, reference
 
 ops = torch.ops.seqkernels
 modes = pytest.mark.parametrize("mode", BAG_MODES)

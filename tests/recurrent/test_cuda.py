@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import importlib.machinery
 import importlib.util
 import itertools
@@ -20,14 +19,14 @@ from typing import Any
 import cuda_on_cpu
 import pytest
 import torch
-from cases import TOLERANCE, ragged
-from on_cuda import ONLY_EMULATED, PLACES, OnCuda, sanitized
-from test_recurrent import spread
 from torch import Tensor
 
 import seqkernels
 from seqkernels import backend, reference
 from seqkernels.functional._recurrent_kinds import KINDS
+from support.cases import TOLERANCE, ragged
+from support.on_cuda import ONLY_EMULATED, PLACES, OnCuda, sanitized
+from support.recurrent import spread
 
 
 @functools.cache

@@ -10,11 +10,11 @@ import warnings
 
 import pytest
 import torch
-from cases import Case, assert_near, make_inputs, module_of, ragged, run_module, tuple_of
-from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from seqkernels.nn import LSTM
+from support.cases import Case, assert_near, make_inputs, module_of, ragged, run_module
+from support.recurrent import everything
 
 CONSTRUCTORS = [
     dict(input_size=5, hidden_size=7),
@@ -32,31 +32,6 @@ def pair(seed: int = 0, **arguments) -> tuple[LSTM, torch.nn.LSTM]:
     ours = LSTM(**arguments)
     torch.manual_seed(seed)
     return ours, torch.nn.LSTM(**arguments)
-
-
-def everything(module: torch.nn.Module, *arguments) -> dict[str, Tensor]:
-    """Outputs, and the gradients of parameters and arguments under fixed upstream gradients."""
-    leaves: list[Tensor] = []
-
-    def leaf(t: Tensor) -> Tensor:
-        leaves.append(t.detach().requires_grad_())
-        return leaves[-1]
-
-    def rebuild(a):
-        if isinstance(a, PackedSequence):
-            return PackedSequence(leaf(a.data), a.batch_sizes, a.sorted_indices, a.unsorted_indices)
-        return tuple(map(rebuild, a)) if isinstance(a, tuple) else leaf(a)
-
-    y, states = module(*map(rebuild, arguments))
-    y = y.data if isinstance(y, PackedSequence) else y
-    g = torch.Generator().manual_seed(7)
-    outputs = dict(zip(("y", "h_n", "c_n"), (y, *tuple_of(states)), strict=False))
-    upstream = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in outputs.values()]
-    names = [n for n, p in module.named_parameters() if p.requires_grad]
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(list(outputs.values()), leaves + parameters, upstream)
-    result = {name: output.detach() for name, output in outputs.items()}
-    return result | dict(zip([f"argument {i}" for i in range(len(leaves))] + names, grads, strict=True))
 
 
 # ---- torch's own tests

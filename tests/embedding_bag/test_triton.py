@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from cases import BAG_CASES, BAG_MODES, BagCase, assert_bag_near, make_bag_inputs
 from torch import Tensor
-from triton_on_cpu import DEVICE, load, on_hardware
 
 from seqkernels import reference
+from support.cases import BAG_CASES, BAG_MODES, BagCase, assert_bag_near, make_bag_inputs
+from support.triton_on_cpu import DEVICE, load, on_hardware
 
 bags = load("embedding_bag")
 SUM, MEAN, MAX, MIN = range(4)

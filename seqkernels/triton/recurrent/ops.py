@@ -1,0 +1,131 @@
+"""The layers in the form of the ops seqkernels::<kind>, <kind>_forward and <kind>_backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from seqkernels.functional import _recurrent_ops
+from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
+from seqkernels.functional._recurrent_kinds import Kind, kind_named
+from seqkernels.reference import recurrent as definition
+from seqkernels.triton.recurrent.launch import (
+    DTYPES,
+    SUPPORTED,
+    Layer,
+    LayerArgs,
+    backward,
+    forward,
+    interpreted,
+)
+
+
+def unsupported(
+    kind: str, x: Tensor, weights: Sequence[Tensor], bidirectional: bool = False, extras: Extras | None = None
+) -> list[str]:
+    """Reasons why these kernels do not support such inputs; an empty list: they do."""
+    extras = extras or NO_EXTRAS
+    reasons = []
+    if x.device.type != "cuda" and not interpreted():
+        reasons.append(f"the tensors are on {x.device}")
+    if x.dtype not in DTYPES:
+        reasons.append(f"dtype {x.dtype} is none of {', '.join(str(d) for d in DTYPES)}")
+    if kind not in SUPPORTED:
+        reasons.append(f"{kind} is none of {', '.join(SUPPORTED)}")
+        return reasons
+    if extras.heads != 1:
+        reasons.append(f"heads must be 1, got {extras.heads}")
+    else:
+        each = len(weights) // (2 if bidirectional else 1)
+        if "w_hr" in definition.weight_names(definition.KINDS[kind], each, extras.peephole):
+            reasons.append("a projection must be absent")
+    return reasons
+
+
+def _layer(kind: str, x: Tensor, *args: Any) -> Layer:
+    states = definition.KINDS[kind].states
+    weights, batch_sizes, lengths, bidirectional, *rest = args[states:]
+    extras = Extras(*rest)
+    if reasons := unsupported(kind, x, weights, bidirectional, extras):
+        raise NotImplementedError(f"{kind}: the Triton kernels do not run: {'; '.join(reasons)}")
+    options = {name: value for name, value in extras._asdict().items() if name != "heads"}
+    return Layer(kind, LayerArgs(x, args[:states], weights, batch_sizes, lengths, bidirectional, **options))
+
+
+def infer_op(kind: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    y, last, *_ = forward(_layer(kind, x, *args), save=False)
+    return y, *last
+
+
+def forward_op(kind: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = definition.KINDS[kind].states + 4 + len(NO_EXTRAS)  # arguments before `recompute`
+    recompute = bool(args[inputs]) if len(args) > inputs else False
+    y, last, saved, cells = forward(_layer(kind, x, *args[:inputs]), save=not recompute)
+    return y, *last, saved, *cells
+
+
+def backward_op(kind: str, dy: Tensor | None, *args: Any) -> tuple[Any, ...]:
+    states = definition.KINDS[kind].states
+    d_last, args = args[:states], args[states:]
+    inputs, (y, saved, *rest) = args[: states + 5], args[states + 5 :]
+    cells, (need_dx, need_dw, *rest) = rest[: states - 1], rest[states - 1 :]
+    extras, upstream = rest[: len(NO_EXTRAS)], rest[len(NO_EXTRAS) :]
+    layer = _layer(kind, *inputs, *extras)
+    if layer.saved_width and not saved.shape[-1]:  # recomputed
+        saved = forward(layer, save=True)[2]
+    dcells = upstream[0] if upstream else None
+    dx, dstates, dw = backward(layer, dy, d_last, y, saved, cells, dcells, need_dx, need_dw)
+    return dx, *dstates, dw
+
+
+def _kind(name: str) -> Kind:
+    infer, forward_, backward_ = (functools.partial(f, name) for f in (infer_op, forward_op, backward_op))
+    return dataclasses.replace(kind_named(name), infer=infer, forward=forward_, backward=backward_)
+
+
+# Each has infer, forward and backward with the arguments of the ops seqkernels::<kind>, <kind>_forward and
+# <kind>_backward. The layout of `saved` is that of these kernels.
+KINDS = {name: _kind(name) for name in SUPPORTED}
+
+
+def layer(
+    kind: str,
+    x: Tensor,
+    states0: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    bidirectional: bool = False,
+    extras: Extras | None = None,
+    recompute: bool = False,
+    every: bool = False,
+) -> tuple[Tensor, ...]:
+    """One layer, both directions, as `seqkernels.functional` runs it on the ops; the arguments are not checked again.
+
+    Args:
+        kind: lstm, lstm_coupled, gru, gru_before, mgu, mgu_after, rnn_tanh or rnn_relu.
+        x: [T, B, D], or [N, D] with batch_sizes; float64, float32, float16 or bfloat16; gradient: yes.
+        states0: [directions, B, H] h0 and of an LSTM c0, None for zeros. Gradient: yes.
+        weights: per direction w_ih [G * H, D], w_hh [G * H, H], b_ih and b_hh [G * H] or absent, with a peephole
+            w_p [3H] ([2H] of a coupled LSTM). Gradient: yes.
+        batch_sizes: [T] int64 on the CPU, of packed rows. lengths: [B] integers, of a padded batch.
+        extras: masks and options, as the ops take them; heads are not supported.
+        recompute: backward recomputes the gates.
+        every: also return c at every step.
+    Returns:
+        y like x, zero beyond each length; the last states; with `every` c at every step, laid out like y.
+    Raises:
+        NotImplementedError: these kernels do not support such inputs; the message lists why.
+    Deterministic: yes. Second derivatives are those of the definition in seqkernels.reference. torch.func's transforms
+    are not supported.
+    """
+    if kind not in KINDS:
+        raise NotImplementedError(f"{kind}: the Triton kernels do not run: " + unsupported(kind, x, weights)[-1])
+    return _recurrent_ops.layer(
+        *(KINDS[kind], x, states0, list(weights), batch_sizes, lengths, bidirectional),
+        *(extras, recompute, every),
+    )

@@ -1,0 +1,152 @@
+"""What the kernels share that run one step of one direction: all of it but the matrix products.
+
+Grid: (sequences that may have the step, units / BU). Tensors of rows are whole; `row` is the first row of the step. A
+neighbouring step (t_..., row_... and n_..., its number of sequences) may not exist: then n_... is 0. With lengths, rows
+that are not written are zero already.
+
+Kernels take pointers in the groups below. The numbers of a step stay ordinary arguments: Triton 3.6 ignores
+do_not_specialize for what is inside a tuple.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from seqkernels.triton.recurrent.arithmetic import load, store
+from seqkernels.triton.recurrent.cells import Options
+
+# Not specialized. t, row: this step. t_reset, ..: the step whose reset makes this step start from zero states.
+FORWARD = ["t", "row", "t_reset", "row_reset", "n_reset", "row_saved"]
+# t_before, ..: the step whose states this one read. t_after, ..: the step whose reset keeps the states of this step
+# from the step that would read them.
+BACKWARD = [*FORWARD[:-1], "t_before", "row_before", "n_before", "t_after", "row_after", "n_after"]
+
+
+class Step(NamedTuple):
+    """A step, which may not exist."""
+
+    t: tl.tensor
+    row: tl.tensor  # its first row
+    n: tl.tensor  # sequences that may have it; 0 where it does not exist
+
+
+class Sequences(NamedTuple):
+    p_lengths: Any  # [B] or None
+    p_reset: Any  # uint8 [N] or None
+
+
+class Masks(NamedTuple):
+    """Options of the cell as the kernels read them; without options p_numbers is None."""
+
+    p_peephole: Any  # [(G - 1) * H] or None: of an LSTM
+    p_zoneout_h: Any  # uint8 [N, directions * H] or None, as p_zoneout_c and p_candidate
+    p_zoneout_c: Any
+    p_candidate: Any
+    p_numbers: Any  # [5] gate_clip, cell_clip, the shares of the old h and c, the factor of a kept candidate
+
+
+class Rows(NamedTuple):
+    """Rows of y and of what is laid out like it."""
+
+    p_y: Any  # [N, directions * H], as p_cells
+    p_cells: Any  # of an LSTM
+    stride: Any  # of a row
+    first: Any  # this direction's first unit
+
+
+class Initial(NamedTuple):
+    p_h0: Any  # [B, H] or None, as p_c0
+    p_c0: Any  # of an LSTM
+
+
+class Upstream(NamedTuple):
+    """Gradients that reach a step."""
+
+    p_dy: Any  # like y, or None
+    p_dcells: Any  # like y, or None: of an LSTM
+    p_product: Any  # [B, H] of h, through the products of the step after
+    p_direct: Any  # [B, H] of h, by other ways; each step replaces it, as p_dc
+    p_dc: Any  # [B, H] of c: of an LSTM
+    p_variational: Any  # [B, H] factors of h in the products, or None
+
+
+class Written(NamedTuple):
+    """What a step of backward writes besides the gradients of the states."""
+
+    p_dx: Any  # [N, G * H] gradients of the pre-activations, as x sees them
+    p_dh_of_n: Any  # [N, H] of the share of h in n: of a GRU or an MGU
+    p_h: Any  # [N, H] the h that the products read
+    p_dpeephole: Any  # [N, (G - 1) * H] each row's part of that gradient, or None: of an LSTM
+
+
+@triton.jit
+def has_step(sequences, i_b, step):
+    """Whether sequence i_b has the step."""
+    has = i_b < step.n
+    if sequences.p_lengths is not None:
+        has = has & (step.t < tl.load(sequences.p_lengths + i_b))
+    return has
+
+
+@triton.jit
+def reset_at(sequences, i_b, step):
+    """Whether sequence i_b has a reset at the step."""
+    m = has_step(sequences, i_b, step)
+    return tl.load(sequences.p_reset + step.row + i_b, mask=m, other=0) != 0
+
+
+@triton.jit
+def options_of(masks, o_mask, i_h, m, H, COUPLED: tl.constexpr, ACC: tl.constexpr):
+    """The options' values, neutral where an option is off."""
+    gate_clip = tl.load(masks.p_numbers)
+    cell_clip = tl.load(masks.p_numbers + 1)
+    peephole_i = 0.0
+    peephole_f = 0.0
+    peephole_o = 0.0
+    if masks.p_peephole is not None:
+        peephole_i = load(masks.p_peephole, i_h, m, ACC)
+        if COUPLED:
+            peephole_o = load(masks.p_peephole, H + i_h, m, ACC)
+        else:
+            peephole_f = load(masks.p_peephole, H + i_h, m, ACC)
+            peephole_o = load(masks.p_peephole, 2 * H + i_h, m, ACC)
+    zoneout_h = tl.load(masks.p_numbers + 2)
+    if masks.p_zoneout_h is not None:
+        zoneout_h = load(masks.p_zoneout_h, o_mask, m, ACC)
+    zoneout_c = tl.load(masks.p_numbers + 3)
+    if masks.p_zoneout_c is not None:
+        zoneout_c = load(masks.p_zoneout_c, o_mask, m, ACC)
+    keep = 1.0
+    if masks.p_candidate is not None:
+        keep = load(masks.p_candidate, o_mask, m, ACC) * tl.load(masks.p_numbers + 4)
+    return Options(peephole_i, peephole_f, peephole_o, keep, zoneout_h, zoneout_c, gate_clip, cell_clip)
+
+
+@triton.jit
+def dh_of(upstream, sequences, after, i_b, o_y, o_state, m, m_h, ACC: tl.constexpr):
+    """Gradient of this step's h. A sequence without this step keeps in p_direct what later steps left there."""
+    b_product = load(upstream.p_product, o_state, m_h, ACC)
+    if sequences.p_reset is not None:
+        b_product = tl.where(reset_at(sequences, i_b, after), 0.0, b_product)
+    if upstream.p_variational is not None:
+        b_product *= load(upstream.p_variational, o_state, m_h, ACC)
+    b_dh = load(upstream.p_direct, o_state, m_h, ACC) + b_product
+    store(upstream.p_direct, o_state, b_dh, m_h)
+    if upstream.p_dy is not None:
+        b_dh += load(upstream.p_dy, o_y, m, ACC)
+    return b_dh
+
+
+@triton.jit
+def state_before(p_rows, p_initial, sequences, reset, before, i_b, o_before, o_state, m, ACC: tl.constexpr):
+    """The state that this step read. reset: the step whose reset makes it zero; before: the step that computed it."""
+    m_before = m & has_step(sequences, i_b, before)
+    b_state = load(p_rows, o_before, m_before, ACC)
+    if p_initial is not None:
+        b_state = tl.where(m_before, b_state, load(p_initial, o_state, m, ACC))
+    if sequences.p_reset is not None:
+        b_state = tl.where(reset_at(sequences, i_b, reset), 0.0, b_state)
+    return b_state

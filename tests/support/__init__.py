@@ -1,0 +1,1 @@
+"""Cases, inputs, comparisons and devices that several test files use."""
