@@ -100,8 +100,11 @@ GATES = {
     "mgu": 2,
     "rnn_tanh": 1,
     "rnn_relu": 1,
+    "slstm": 4,
+    "slstm_exp": 4,
 }
 LSTMS = ("lstm", "lstm_coupled")
+SLSTMS = ("slstm", "slstm_exp")
 PLAIN = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -145,6 +148,7 @@ def inputs_of(layer: Layer) -> Inputs:
     B, T, D, H, G = layer.B, layer.T, layer.D, layer.H, GATES[layer.kind]
     directions = 2 if layer.bidirectional else 1
     has_c = layer.kind in LSTMS
+    states_of = KINDS[layer.kind].states
     some = B > 0 and T > 0
     lengths = torch.tensor(
         ragged(B, T, zeros=layer.form == "lengths", ordered=layer.form == "packed") if some else (0,) * B
@@ -166,7 +170,9 @@ def inputs_of(layer: Layer) -> Inputs:
     x = draw(*leading, D)
     if "strided" in layer.options:  # as batch_first leaves it
         x = x.transpose(0, 1).contiguous().transpose(0, 1) if layer.form != "packed" else draw(leading[0], 2 * D)[:, :D]
-    states = [draw(directions, B, H) if layer.state else None for _ in range(1 + has_c)]
+    states = [draw(directions, B, H) if layer.state else None for _ in states_of]
+    if layer.state:  # a normaliser is positive
+        states = [s.abs() + 0.5 if name == "n" else s for name, s in zip(states_of, states)]
 
     def mask(p: float) -> Tensor:
         return (torch.rand(*leading, directions * H) < p).to(torch.uint8)
@@ -191,7 +197,7 @@ def inputs_of(layer: Layer) -> Inputs:
         elif option == "variational":
             extras["variational"] = (torch.rand(directions, B, H) < 0.7).to(layer.dtype) / 0.7
         elif option == "clip":
-            numbers[1] = 0.5
+            numbers[1] = 0.5 if layer.kind not in SLSTMS else float("inf")
             if has_c:
                 numbers[0] = 0.3
     if any(n not in (0.0, float("inf")) for n in numbers):
@@ -209,7 +215,8 @@ def backward(
     """Gradients of x, states and weights; kept: all that forward returned."""
     states = len(of.states)
     memories = kept[2 + states :]
-    extras = dict(of.extras, **dict(zip(("dcells",), upstream[1 + states :])))
+    names = [f"d{name}_steps" for name in KINDS[layer.kind].states[1:]]
+    extras = dict(of.extras, **dict(zip(names, upstream[1 + states :])))
     dx, *rest = getattr(ops(), layer.kind + "_backward")(
         *upstream[: 1 + states],
         *of.flat(layer.bidirectional),
@@ -257,7 +264,8 @@ def check_layer(layer: Layer, tolerance: float | None = None, recompute: bool = 
     outputs, upstream, gradients = expected(layer, of)
     last = 1 + len(of.states)
     kept = forward(layer, of, **({"recompute": True} if recompute else {}))
-    names = [*["y", "h_n", "c_n"][:last], "cells"]
+    letters = KINDS[layer.kind].states
+    names = ["y", *(f"{s}_n" for s in letters), *(f"{s}_steps" for s in letters[1:])]
     for name, found, wanted in zip(names, (*kept[:last], *kept[last + 1 :]), outputs):
         check(found, wanted, layer.dtype, name, tolerance)
     inferred = getattr(ops(), layer.kind)(*of.flat(layer.bidirectional), **of.extras)

@@ -383,13 +383,13 @@ BACKWARD = {
     "y": (10, lambda t: t[1:], form("y")),
     "y features": (10, lambda t: t[..., 1:], form("y")),
     "y dtype": (10, lambda t: t.double(), form("y")),
-    "gates": (11, lambda t: t[..., 1:], form("gates")),
-    "gates rows": (11, lambda t: t[:, 1:] if t.dim() > 2 else t[1:], form("gates")),
-    "gates empty": (11, lambda t: t.new_empty(0), form("gates")),
-    "gates dtype": (11, lambda t: t.double(), form("gates")),
-    "cells": (12, lambda t: t[..., 1:], form("cells")),
-    "cells empty": (12, lambda t: t.new_empty(0), form("cells")),
-    "cells dtype": (12, lambda t: t.double(), form("cells")),
+    "gates": (11, lambda t: t[..., 1:], form("saved")),
+    "gates rows": (11, lambda t: t[:, 1:] if t.dim() > 2 else t[1:], form("saved")),
+    "gates empty": (11, lambda t: t.new_empty(0), form("saved")),
+    "gates dtype": (11, lambda t: t.double(), form("saved")),
+    "cells": (12, lambda t: t[..., 1:], form("c_steps")),
+    "cells empty": (12, lambda t: t.new_empty(0), form("c_steps")),
+    "cells dtype": (12, lambda t: t.double(), form("c_steps")),
 }
 
 

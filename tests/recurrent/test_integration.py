@@ -68,6 +68,7 @@ CELLS = [
     Layer("LSTM", {"coupled_gates": True}),
     Layer("LSTM", {"layer_norm": True}),
     Layer("NestedLSTM"),
+    Layer("SLSTM"),
     Layer("GRU", {"reset_after": False}),
     Layer("GRU", {"layer_norm": True}),
     Layer("GRU", {"proj_size": 4}),

@@ -926,14 +926,14 @@ def test_explain(kind: Kind, isa: str) -> None:
 
 
 def test_explain_names_the_ops_it_knows() -> None:
-    names = "lstm, .*, rnn_relu, nested_lstm, rnn, embedding_bag, scaled_dot_product_attention"
+    names = "lstm, .*, rnn_relu, .*rnn, embedding_bag, scaled_dot_product_attention"
     with pytest.raises(ValueError, match=f"op must be one of {names}, got 'attention'"):
         seqkernels.explain("attention", T=1, B=1, D=1, H=1)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "mgu", "nested_lstm", "rnn", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "mgu", "nested_lstm", "slstm", "rnn", "rnn_tanh", "rnn_relu"])
 def test_a_name_explains_what_the_default_module_runs(name: str) -> None:
-    modules = {"lstm": "LSTM", "gru": "GRU", "mgu": "MGU", "nested_lstm": "NestedLSTM"}
+    modules = {"lstm": "LSTM", "gru": "GRU", "mgu": "MGU", "nested_lstm": "NestedLSTM", "slstm": "SLSTM"}
     options = {"nonlinearity": "relu"} if name == "rnn_relu" else {}
     module = getattr(seqkernels.nn, modules.get(name, "RNN"))(3, 4, **options)
     assert seqkernels.explain(name, T=2, B=2, D=3, H=4)["op"] == module._kind.name

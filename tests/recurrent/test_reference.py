@@ -101,6 +101,16 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
         c = np.clip(f * old + i * g, -o.cell_clip, o.cell_clip)
         out = sigmoid(o.gate(pre[-1] + p[-1] * c))
         new = [out * np.tanh(w["gain_c"] * normalised(c) + w["bias_c"] if kind == "lstm_norm" else c), c]
+    elif kind.startswith("slstm"):
+        i, log_f, z, out = pre[0], pre[1], np.tanh(pre[2]) * o.candidate, sigmoid(pre[3])
+        if kind == "slstm":
+            log_f = -np.log1p(np.exp(-log_f))
+        _, c, n, m = states
+        new_m = np.where(n == 0, i, np.maximum(log_f + m, i))
+        f = np.exp(np.where(n == 0, np.minimum(log_f + m - new_m, 0), log_f + m - new_m))
+        i = np.exp(i - new_m)
+        c, n = f * c + i * z, f * n + i
+        new = [out * c / n, c, n, new_m]
     elif kind.startswith("rnn"):
         new = [np.tanh(o.gate(pre[0])) if kind == "rnn_tanh" else np.maximum(o.gate(pre[0]), 0)]
     else:
@@ -114,7 +124,7 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
         new = [value, value] if kind == "gru_projected" else [value]
     if "w_hr" in w:
         new[0] = w["w_hr"] @ new[0]
-    keeps = (o.keep_h, o.keep_c, 0.0)
+    keeps = (o.keep_h, o.keep_c, 0.0, 0.0)
     return [k * before + (1 - k) * after for k, before, after in zip(keeps, (h, *states[1:]), new, strict=False)]
 
 
@@ -208,6 +218,7 @@ def drawn(kind: str, seed: int) -> Drawn:
     rng = np.random.default_rng([seed, list(definition.KINDS).index(kind)])
     has = definition.KINDS[kind]
     lstm, normed, nested = kind.startswith("lstm"), bool(has.norms), kind == "nested_lstm"
+    slstm = kind.startswith("slstm")
 
     def maybe(possible: bool = True) -> bool:
         return bool(rng.integers(2)) and possible
@@ -239,18 +250,21 @@ def drawn(kind: str, seed: int) -> Drawn:
         masks["variational"] = rng.integers(0, 2, (directions, B, fed)) * 2.0
     numbers = [
         0.5 if maybe(lstm and not nested) else math.inf,
-        0.7 if maybe(not nested) else math.inf,
+        0.7 if maybe(not nested and not slstm) else math.inf,
         0.3 if maybe(not projected) else 0.0,
         0.2 if maybe(lstm and not nested) else 0.0,
         0.4 if maybe("candidate" in masks) else 0.0,
     ]
-    widths = (fed, H, H)[: has.states]
+    widths = (fed, H, H, H)[: has.states]
+    states0 = [rng.normal(size=(directions, B, width)) for width in widths]
+    if slstm:
+        states0[2] = np.abs(states0[2]) * rng.integers(0, 2)  # a normaliser: positive, or zero in an empty state
     return Drawn(
         kind=kind,
         names=list(shapes),
         weights=[rng.normal(size=shape) for _ in range(directions) for shape in shapes.values()],
         x=rng.normal(size=(T, B, D)),
-        states0=[rng.normal(size=(directions, B, width)) for width in widths],
+        states0=states0,
         lengths=lengths,
         directions=directions,
         heads=heads,
@@ -413,6 +427,8 @@ def test_public_functions_choose_their_kind() -> None:
     same("lstm", "lstm_coupled", 2, gates(3), coupled_gates=True)
     same("lstm", "lstm_norm", 2, [*gates(4), *(uniform(n * H) for n in (4, 4, 1, 1))], layer_norm=True)
     same("nested_lstm", "nested_lstm", 3, [*gates(4), *inner])
+    same("slstm", "slstm", 4, gates(4))
+    same("slstm", "slstm_exp", 4, gates(4), forget_gate="exp")
     same("gru", "gru", 1, gates(3))
     same("gru", "gru_before", 1, gates(3), reset_after=False)
     same("gru", "gru_norm", 1, [*gates(3), uniform(3 * H), uniform(3 * H)], layer_norm=True)

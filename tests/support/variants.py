@@ -53,14 +53,15 @@ class Variant:
             )
         if self.module == "GRU":
             return "gru" + after + "_norm" * self.option("layer_norm", False) + "_projected" * self.projected
+        if self.module == "SLSTM":
+            return "slstm" + "_exp" * (self.option("forget_gate") == "exp")
         names = {"NestedLSTM": "nested_lstm", "MGU": "mgu" + "_after" * self.option("reset_after", False)}
         return names.get(self.module) or "rnn_" + self.options["nonlinearity"]
 
     @property
     def states(self) -> str:
-        return {"lstm": "hc", "nested_lstm": "hcs", "gru_projected": "hc"}.get(
-            self.kind, "hc" if "lstm" in self.kind else "h"
-        )
+        kinds = {"nested_lstm": "hcs", "slstm": "hcnm", "slstm_exp": "hcnm", "gru_projected": "hc"}
+        return kinds.get(self.kind, "hc" if "lstm" in self.kind else "h")
 
     @property
     def gates(self) -> int:
@@ -139,6 +140,11 @@ VARIANTS = [
     v("NestedLSTM"),
     v("NestedLSTM", bias=False),
     v("NestedLSTM", **DROPS),
+    v("SLSTM"),
+    v("SLSTM", bias=False, num_heads=3),
+    v("SLSTM", forget_gate="exp"),
+    v("SLSTM", num_heads=2, **DROPS),
+    v("SLSTM", forget_gate="exp", num_heads=2, **DROPS),
     v("GRU"),
     v("GRU", bias=False, gate_clip=0.6),
     v("GRU", zoneout_h=0.3),
@@ -247,7 +253,7 @@ class Call:
     bidirectional: bool
     masks: dict[str, Tensor]
     numbers: list[float]
-    upstream: dict[str, Tensor]  # of y, h_n, ..., then of cells and inner
+    upstream: dict[str, Tensor]  # of y, h_n, ..., then of the cells at every step
 
     def options(self) -> dict:
         heads, peephole = self.variant.option("num_heads", 1), self.variant.option("peephole", False)
@@ -272,7 +278,8 @@ class Call:
         return dataclasses.replace(self, x=f(self.x), states0=states0, masks=rows, upstream=upstream, **others)
 
 
-OF_SEQUENCE = ("y", "h_n", "c_n", "s_n", "cells", "inner", "dx", "dh0", "dc0", "ds0")  # unlike a weight's gradient
+# Outputs and gradients of one sequence, unlike a weight's gradient.
+OF_SEQUENCE = ("y", "dx", *(f"{s}_n" for s in "hcsnm"), *(f"{s}_steps" for s in "csnm"), *(f"d{s}0" for s in "hcsnm"))
 
 
 @functools.cache
@@ -293,8 +300,10 @@ def make_call(variant: Variant, case: Case, dtype: torch.dtype, seed: int = 0) -
         for name, shape in variant.weights(case.D, H, P).items():
             scale = 1.0 if name in ("weight_ph", "bias_c") or "bias" in name else 2 / math.sqrt(shape[-1])
             weights.append((1 if "gain" in name else 0) + 0.5 * normal(*shape) * scale)
-    widths = (P, H, H)[: len(variant.states)]
+    widths = [P if s == "h" else H for s in variant.states]
     states0 = tuple(normal(directions, B, width) if case.state else None for width in widths)
+    if case.state:  # a normaliser is positive
+        states0 = tuple(t.abs() + 0.5 if s == "n" else t for s, t in zip(variant.states, states0))
     x = normal(T, B, case.D)
     masks = {}
     if case.reset:
@@ -310,7 +319,7 @@ def make_call(variant: Variant, case: Case, dtype: torch.dtype, seed: int = 0) -
             masks["variational"] = ones(keep, directions, B, P).to(dtype) / keep
     upstream = {"y": normal(T, B, directions * P)}
     upstream |= {f"{s}_n": normal(directions, B, width) for s, width in zip(variant.states, widths)}
-    upstream |= {n: normal(T, B, directions * H) for n in ("cells", "inner")[: len(variant.states) - 1]}
+    upstream |= {f"{s}_steps": normal(T, B, directions * H) for s in variant.states[1:]}
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
     call = Call(
         variant, x, states0, tuple(weights), None, lengths, case.bidirectional, masks, variant.numbers, upstream
