@@ -258,7 +258,7 @@ def drawn(kind: str, seed: int) -> Drawn:
     widths = (fed, H, H, H)[: has.states]
     states0 = [rng.normal(size=(directions, B, width)) for width in widths]
     if slstm:
-        states0[2] = np.abs(states0[2]) * rng.integers(0, 2)  # a normaliser: positive, or zero in an empty state
+        states0[2] = np.abs(states0[2]) + 0.5  # a normaliser is positive; zero, after a reset, is a discontinuity
     return Drawn(
         kind=kind,
         names=list(shapes),
