@@ -1,4 +1,4 @@
-// EmbeddingBag: checks, allocation, launch. Ops of one table, and the same over a list of tables.
+// EmbeddingBag operators: checks, allocation, launch. For one table, and for collections of tables.
 #include "embedding_bag/embedding_bag.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@
 namespace seqkernels {
 
 int64_t threads_for(int64_t bytes) {
-  constexpr int64_t kBytesPerThread = 64 << 10;  // less is not worth waking a thread
+  constexpr int64_t kBytesPerThread = 64 << 10;  // less does not outweigh the cost of starting a thread
   return bytes < 2 * kBytesPerThread ? 1 : std::min(thread_count(), bytes / kBytesPerThread);
 }
 
@@ -54,13 +54,13 @@ constexpr ScalarType compute_type_of(DType dtype) {
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// A new tensor [n] or [n, m] on the device of `like`.
+// Allocates [n] or [n, m] on the device of `like`.
 Tensor make(const Tensor& like, ScalarType type, int64_t n, int64_t m = -1) {
   return m < 0 ? allocate(DevicePlace(like.get()), dtype_code(type), -1, n)
                : allocate(DevicePlace(like.get()), dtype_code(type), n, m);
 }
 
-// What every op takes of its bags.
+// Arguments that describe the bags, shared by all ops.
 struct BagOpArgs {
   const Tensor& indices;
   Maybe offsets;
@@ -70,14 +70,14 @@ struct BagOpArgs {
   int64_t mean_by;
 };
 
-// The bags of a call, checked; holds what had to be copied, and the address of what did not.
+// The checked bags of a call. Holds tensors that had to be copied and pointers to those that did not.
 struct Bags {
   const char* const op;
-  const Tensor device;  // whatever is computed is where this tensor is
+  const Tensor device;  // all tensors must be on the device of this one
   BagShape shape{};
   Tensor indices, offsets, weights;
   int64_t B = 0;   // bags of all features
-  BagTable all{};  // of one table with every bag, without the table
+  BagTable all{};  // every bag, as one table whose `table` is not set
 
   Bags(const char* op, const BagOpArgs& given, DType dtype, const Tensor& device)
       : op(op), device(device), indices(given.indices) {
@@ -108,7 +108,7 @@ struct Bags {
       B = count - given.include_last_offset;
       all.offsets = offsets.const_data_ptr();
       all.offset_count = count;
-      if (count > 0 && device.is_cpu()) {  // elsewhere kernels look
+      if (count > 0 && device.is_cpu()) {  // on a GPU the kernels check it
         const int64_t first =
             shape.wide_offsets ? *static_cast<const int64_t*>(all.offsets) : *static_cast<const int32_t*>(all.offsets);
         raise({first == 0 ? BagFault::kNone : BagFault::kFirstOffset, 0, first}, 0);
@@ -161,7 +161,7 @@ struct Bags {
     check_device("weight", table);
     if (table.dim() != 2) fail(op, ": weight must have 2 dimensions, got ", show(shape_of(table)));
     if (type_of(shape.dtype) != table.scalar_type()) {
-      fail(op, ": weight must be ", dtype_name(type_of(shape.dtype)), " as the others are, got ",
+      fail(op, ": weight must be ", dtype_name(type_of(shape.dtype)), " like the other tables, got ",
            dtype_name(table.scalar_type()));
     }
     set_rows(t, table.size(0), table.size(1));
@@ -169,7 +169,7 @@ struct Bags {
     t.row_stride = table.stride(0);
     t.column_stride = t.D == 1 ? 1 : table.stride(1);
   }
-  // A table that is written to: no element of it twice.
+  // For tables that are written: elements must not overlap.
   void check_own_rows(const BagTable& t) const {
     if ((t.E > 1 && t.row_stride == 0) || (t.D > 1 && t.column_stride == 0)) {
       fail(op, ": weight must not be expanded, its rows are written to, got strides ",
@@ -183,7 +183,7 @@ struct Bags {
   }
 
   Tensor output(int64_t D) const { return make(device, type_of(shape.dtype), B, D); }
-  // Which position won each column; nothing where columns are not won.
+  // arg for max and min; an empty tensor for other modes.
   Tensor positions(int64_t batch, int64_t D) const {
     return shape.extreme() ? make(device, ScalarType::Int, batch, D) : make(device, ScalarType::Int, 0);
   }
@@ -200,7 +200,7 @@ struct Bags {
   }
 };
 
-// The gradient of an output, as kernels read it: [B, D], rows at any distance.
+// The gradient of an output as kernels read it: [B, D] with any row stride.
 struct Upstream {
   Tensor grad, arg;
   Upstream(const Bags& bags, const Tensor& grad_, const Tensor& arg_, int64_t batch, int64_t D)
@@ -213,7 +213,7 @@ struct Upstream {
     if (D > 1 && grad.stride(1) != 1) grad = torch::stable::contiguous(grad);
     if (bags.shape.extreme()) arg = checked(bags.op, "arg", arg, ScalarType::Int, {batch, D}, bags.device);
   }
-  // For kernels of a table whose columns begin there.
+  // Sets the pointers for a table whose columns begin at `column`.
   void set(const Bags& bags, BagTable& t, int64_t column) const {
     const int64_t size = bytes_of(bags.shape.dtype);
     t.out = const_cast<char*>(static_cast<const char*>(grad.const_data_ptr())) + size * column;
@@ -224,10 +224,10 @@ struct Upstream {
   }
 };
 
-// The tables of a collection: each with the bags of its features, side by side in the output.
+// The tables of a collection, each with the bags of its features, side by side in the output.
 struct Collection {
   std::vector<BagTable> tables;
-  std::vector<int64_t> columns;  // where each begins
+  std::vector<int64_t> columns;  // first column of each
   const Integers& features;
   int64_t batch, width = 0, most_rows = 0;
 
@@ -268,7 +268,7 @@ struct Collection {
   }
 };
 
-// ---- where kernels run ----------------------------------------------------------------------------------------------
+// Device dispatch.
 
 #ifdef SEQKERNELS_BAGS_ON_GPU
 #ifdef SEQKERNELS_EMULATE_CUDA
@@ -277,11 +277,11 @@ bool on_gpu(const Tensor&) { return true; }
 bool on_gpu(const Tensor& t) { return !t.is_cpu(); }
 #endif
 
-// The device and the stream of a tensor for as long as this lives, and what launchers want beside arguments.
+// Selects the device and stream of a tensor for its lifetime and provides scratch memory and the fault word.
 struct Gpu : OnDevice {
   const Tensor& like;
   std::optional<Tensor> word;
-  // Kernels skip what is out of range. With this in the environment it raises, for which every call waits.
+  // Kernels skip indices that are out of range. SEQKERNELS_CHECKED makes them raise, which waits for the stream.
 #ifdef SEQKERNELS_EMULATE_CUDA
   const bool checked = true;
 #else
@@ -317,7 +317,7 @@ void run_forward(const Bags& bags, const BagTable* tables, int64_t count, int64_
   bags.raise(kernels().forward(args), most_rows);
 }
 
-// The rows that occur in some tables, sorted, and their gradients on the way to where they go.
+// Gradients by rows: sorts the rows that occur in some tables and sums their gradients.
 class RowPass {
  public:
   enum class For { kDense, kSparse, kStep };
@@ -361,7 +361,8 @@ class RowPass {
     }
 #endif
     for (size_t i = 0; i < targets.size(); ++i) {
-      const bool nothing = tables_[i].table.D == 0 && targets[i].rows == nullptr;  // rows have numbers, if no columns
+      const bool nothing =
+          tables_[i].table.D == 0 && targets[i].rows == nullptr;  // row numbers are written even if D is 0
       if (!nothing && tables_[i].table.E > 0) kernels().reduce(tables_[i], *sorted_[i], targets[i]);
     }
   }
@@ -377,7 +378,7 @@ class RowPass {
 #endif
 };
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// Forward.
 
 Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
   Tensor out = bags.output(t.D);
@@ -483,9 +484,9 @@ std::tuple<Tensor, Tensor> forward_all(const Tensors& tables, const Integers& fe
   return {out, arg};
 }
 
-// ---- backward by rows -----------------------------------------------------------------------------------------------
+// Backward by rows.
 
-// A new gradient, whose pages will be written once.
+// Allocates a gradient. Its pages are written once, so large pages pay off.
 Tensor make_gradient(const Bags& bags, int64_t rows, int64_t D) {
   Tensor t = make(bags.device, type_of(bags.shape.dtype), rows, D);
   if (t.is_cpu()) advise_large_pages(t.mutable_data_ptr(), size_t(rows * D * bytes_of(bags.shape.dtype)));
@@ -519,7 +520,7 @@ std::tuple<Tensors, Tensors> sparse_gradients(const Bags& bags, const std::vecto
   return {rows, values};
 }
 
-// A step of an optimiser as ops take it, for one table.
+// An optimizer step on one table, checked.
 struct Step {
   RowStep step{};
   Step(const Bags& bags, int64_t optimizer, const std::vector<double>& numbers, Maybe state1, Maybe state2,
@@ -565,7 +566,7 @@ void update(const Bags& bags, const std::vector<BagBackward>& tables, const std:
   pass.reduce(targets);
 }
 
-// One table's backward.
+// Backward pass of one table.
 struct One {
   const Bags bags;
   const Upstream up;
@@ -658,7 +659,7 @@ void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double
   bags.raise(kernels().renorm(args, max_norm, norm_type), args.table.E);
 }
 
-// ---- backward of collections ----------------------------------------------------------------------------------------
+// Backward pass of collections.
 
 struct Every {
   const Bags bags;
@@ -728,7 +729,7 @@ void update_all(const Tensors& tables, const Tensors& state1, const Tensors& sta
   const auto state_of = [](const Tensors& states, size_t i) {
     return i < states.size() ? std::optional<Tensor>(states[i]) : std::nullopt;
   };
-  std::vector<Step> steps;  // all are checked before the first table moves
+  std::vector<Step> steps;  // checks all tables before the first one changes
   for (size_t i = 0; i < tables.size(); ++i) {
     steps.emplace_back(every.bags, optimizer, numbers, state_of(state1, i), state_of(state2, i), every.all.tables[i]);
   }

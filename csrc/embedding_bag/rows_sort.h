@@ -1,4 +1,4 @@
-// What the backward of EmbeddingBag works from: the rows that occur, in order, with where each occurs.
+// Input of the backward pass of EmbeddingBag: the rows that occur, sorted, and the positions where they occur.
 #pragma once
 
 #include "common/memory.h"
@@ -6,8 +6,8 @@
 
 namespace seqkernels {
 
-// Filled by BagKernels::sort. A row, and the bag or, where a weight or the winner of a column hangs on it, the position
-// in which it occurs; equal rows in the order of positions.
+// The result of BagKernels::sort: pairs of a row and the bag in which it occurs, or the position if the gradient
+// depends on it (per-sample weights, max, min). Pairs are sorted by row, and pairs of one row by position.
 class RowSort {
  public:
   RowSort() = default;
@@ -15,19 +15,19 @@ class RowSort {
   RowSort& operator=(const RowSort&) = delete;
   ~RowSort() { delete memory; }
 
-  // Set by who asks: the gradient of every row will be written; the rows that occur are to be numbered.
+  // Set by the caller: the gradient of every row is written; distinct rows are counted.
   bool dense = false, numbered = false;
 
   Memory* memory = nullptr;
-  bool wide = false;            // all integers below are uint64; else uint32
+  bool wide = false;            // the integers below are uint64; else uint32
   const void* pairs = nullptr;  // [n] of (row, bag or position)
   int64_t n = 0;
-  const void* bag_of = nullptr;  // [N], if pairs hold positions
-  const void* scale = nullptr;   // [bags] what a mean multiplies gradients by, in the compute type; null: 1
-  void* partials = nullptr;      // of rows that occur often
-  bool any_often = false;        // else none does
-  // What each thread takes, rows and their pairs: [threads + 1], with the rows that occur before, where they are
-  // numbered; the last of these is U.
+  const void* bag_of = nullptr;  // [N], if the pairs hold positions
+  const void* scale = nullptr;   // [bags] factor of a mean's gradients, in the compute type; null: 1
+  void* partials = nullptr;      // partial sums of frequent rows
+  bool any_often = false;        // whether any row may be frequent
+  // Ranges of rows and of pairs per thread, [threads + 1], and the number of distinct rows before each range if they
+  // are counted (`unique_before`); its last element is U.
   int64_t threads = 1;
   int64_t *rows = nullptr, *begins = nullptr, *unique_before = nullptr;
 };

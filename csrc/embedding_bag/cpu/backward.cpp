@@ -1,7 +1,7 @@
-// Backward of EmbeddingBag by rows: a stable radix sort brings together where a row occurs, then each row's gradient is
-// summed in the order of positions and goes where it is wanted, once: into a dense or a sparse gradient, or into a step
-// of an optimiser. Threads share the rows by how much work they are; a row that occurs often is summed in chunks of
-// fixed size, merged in order, so that the result does not depend on how many threads there are.
+// Backward pass of EmbeddingBag by rows. A stable radix sort groups the occurrences of each row; each row's gradient is
+// then summed in the order of positions and written once, to a dense or sparse gradient or as an optimizer step. Rows
+// are distributed among threads by work. Frequent rows are summed in chunks of fixed size and merged in order, so that
+// the result does not depend on the number of threads.
 #include "common/memory.h"
 #include "embedding_bag/cpu/bags.h"
 #include "embedding_bag/rows_sort.h"
@@ -10,11 +10,11 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 namespace {
 
-constexpr int kMostDigitBits = 11;              // 2,048 counters and as many places that are written side by side
-constexpr int kSinglePassBits = 13;             // counters still lie in the first level of cache
-constexpr int kCounters = 6 << kMostDigitBits;  // of 62 bits in six digits, or of fewer
+constexpr int kMostDigitBits = 11;              // 2,048 counters and write positions
+constexpr int kSinglePassBits = 13;             // counters fit into the L1 cache
+constexpr int kCounters = 6 << kMostDigitBits;  // 62 bits in at most six digits
 constexpr int64_t kMostRanges = 32;
-constexpr int kBucketBits = 11;  // of rows that one thread has all of
+constexpr int kBucketBits = 11;  // of rows; a bucket belongs to one thread
 
 template <class U>
 struct Pair {
@@ -37,15 +37,15 @@ SEQKERNELS_INLINE float value_of(const BFloat16* p) {
   return value;
 }
 
-// A row that occurs more often than this is summed in chunks of so many. A chunk begins at a place of its own among the
-// sorted pairs: no two first chunks, and no two later ones, share kRowChunk of them.
+// A row that occurs more often than this is summed in chunks of this size. Slots of partial sums are derived from the
+// chunk's place among the sorted pairs: no two first chunks and no two later chunks share kRowChunk places.
 constexpr int64_t kRowChunk = 512;
 SEQKERNELS_INLINE int64_t partial_slots(int64_t n) { return 2 * (n / kRowChunk + 1); }
 SEQKERNELS_INLINE int64_t partial_slot(int64_t begin, bool first) { return 2 * (begin / kRowChunk) + first; }
 
 SEQKERNELS_INLINE int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// The weight at a position.
+// The per-sample weight at a position.
 template <class S>
 SEQKERNELS_INLINE Compute<S> weight_at(const BagBackward& args, int64_t position) {
   if (args.shape.wide_weights) return static_cast<const Compute<S>*>(args.table.weights)[position];
@@ -60,7 +60,7 @@ void on_threads(int64_t threads, F&& f) {
   parallel_pieces(threads, body);
 }
 
-// The first pair of this row or a later one.
+// The first pair with this row or a later one.
 template <class U>
 inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
   int64_t low = 0, high = n;
@@ -75,14 +75,13 @@ inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
   return low;
 }
 
-// ---- sort -----------------------------------------------------------------------------------------------------------
+// Sort.
 
-// Needs positions, not only bags: to find weights, or which position won a column.
+// Whether gradients depend on the position and not only on the bag: per-sample weights, max and min.
 bool by_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
 
-// Rows are dealt to threads in ranges that are equally much work; each thread then looks through all indices for those
-// of its range and sorts them alone, in memory that no other one writes. To look costs a small part of what the rest
-// does as long as threads are few.
+// Rows are assigned to threads in ranges of equal work. Each thread scans all indices for rows of its range and sorts
+// them in memory of its own. With few threads, the scan takes a small part of the time.
 template <class S, class U>
 struct Sorter {
   using T = Compute<S>;
@@ -90,8 +89,8 @@ struct Sorter {
   const BagTable& t = args.table;
   const Bounds bounds{t, args.shape.wide_offsets};
   RowSort& out;
-  int64_t first, last, threads;  // positions that belong to bags
-  int bucket_shift;              // of a row: ranges end between buckets
+  int64_t first, last, threads;  // positions within bags are [first, last)
+  int bucket_shift;              // bucket = row >> bucket_shift; ranges end between buckets
   int64_t buckets;
   Pair<U>* pairs[2];
   int64_t* counts;  // [threads][buckets]
@@ -136,7 +135,7 @@ struct Sorter {
     out.threads = threads;
   }
 
-  // How rows of [0, range) are cut into digits, each sorted by in one pass.
+  // Splits the rows [0, range) into digits; one pass sorts by one digit.
   struct Digits {
     int passes, bits;
     explicit Digits(int64_t range) {
@@ -206,7 +205,7 @@ struct Sorter {
     faults.add(fault);
   }
 
-  // Gives each thread a range of rows, and the place of its pairs. Returns the rows of the widest range.
+  // Assigns a range of rows and of pairs to each thread. Returns the number of rows of the widest range.
   int64_t deal() const {
     const int64_t of_row = out.dense ? 1 : 0;
     int64_t n = 0;
@@ -230,11 +229,11 @@ struct Sorter {
     return widest;
   }
 
-  // Calls f(bag, begin, end) for the positions of each bag in [from, stop).
+  // Calls f(bag, begin, end) for the positions of each bag within [from, stop).
   template <class F>
   SEQKERNELS_INLINE void each_bag(int64_t from, int64_t stop, F&& f) const {
     if (from >= stop) return;
-    // The last bag that begins here or before: the ones in front of it are empty.
+    // The last bag that begins at or before `from`; the bags between have no indices.
     for (int64_t bag = t.offsets == nullptr ? (from - t.first) / t.length : bag_with(from); from < stop; ++bag) {
       const int64_t end = min(stop, bounds.begin(bag + 1));
       f(bag, from, end);
@@ -250,7 +249,7 @@ struct Sorter {
     return low;
   }
 
-  // The pairs of a thread's range, in the order of positions.
+  // Collects the pairs of a thread's range in the order of positions.
   template <class I>
   void pick(int64_t thread) const {
     if (bag_of == nullptr) {
@@ -263,12 +262,12 @@ struct Sorter {
   __attribute__((noinline)) void pick_as(int64_t thread) const {
     const I* indices = static_cast<const I*>(t.indices);
     const U low = U(out.rows[thread]), range = U(out.rows[thread + 1]) - low;
-    const int64_t padding = t.padding;  // none: -1, which no index is
+    const int64_t padding = t.padding;  // -1 if there is none, which no valid index equals
     Pair<U>* to = pairs[0] + out.begins[thread];
     const Pair<U>* const stop = pairs[0] + out.begins[thread + 1];
     if (to == stop) return;
     each_bag(first, last, [&](int64_t bag, int64_t begin, int64_t end) __attribute__((always_inline)) {
-      for (int64_t i = begin; i < end && to < stop; ++i) {  // without a branch, which would be guessed wrong
+      for (int64_t i = begin; i < end && to < stop; ++i) {  // branch-free: the branch would be mispredicted
         const int64_t index = indices[i];
         *to = {U(index), kPositions ? U(i) : U(bag)};
         to += (U(index) - low < range) & (index != padding);
@@ -276,7 +275,7 @@ struct Sorter {
     });
   }
 
-  // Sorts the pairs of a thread's range, all passes having been counted at once.
+  // Sorts the pairs of a thread's range; the digits of all passes are counted in one scan.
   void sort_range(int64_t thread, const Digits digits) const {
     const int64_t begin = out.begins[thread], end = out.begins[thread + 1], size = int64_t(1) << digits.bits;
     const U low = U(out.rows[thread]), mask = U(size - 1);
@@ -303,7 +302,7 @@ struct Sorter {
     int64_t unique = 0;
     for (int64_t i = begin; out.numbered && i < end; ++i) unique += i == begin || sorted[i].row != sorted[i - 1].row;
     out.unique_before[thread + 1] = unique;
-    bool often = false;  // it may be
+    bool often = false;  // conservative
     constexpr int64_t kHalf = kRowChunk / 2;
     for (int64_t i = begin; i + kHalf < end; i += kHalf) often |= sorted[i + kHalf].row == sorted[i].row;
     if (often) __atomic_store_n(&out.any_often, true, __ATOMIC_RELAXED);
@@ -340,24 +339,24 @@ BagFault sort_of(const BagBackward& args, RowSort& out) {
   return Sorter<S, uint64_t>(args, out).run();
 }
 
-// ---- sums of rows
-// ----------------------------------------------------------------------------------------------------
+// Sums of rows.
 
-// The next pairs, with what each adds to its row: coefficient * grad, where `arg` is `where` if columns were won.
+// The next pairs as terms of a row's sum: coefficient * grad; for max and min, only in columns where arg equals
+// `where`.
 template <class S, class U>
 struct Additions {
   using T = Compute<S>;
   static constexpr int64_t kNear = 8;
   const BagBackward& args;
   const RowSort& sort;
-  int64_t begin = 0, end = 0;  // pairs that are here
+  int64_t begin = 0, end = 0;  // pairs that are loaded
   int64_t grads[kRowChunk + kNear];
   int64_t argument_rows[kRowChunk + kNear];
   T coefficients[kRowChunk];
   int32_t where[kRowChunk];
 
   Additions(const BagBackward& args, const RowSort& sort) : args(args), sort(sort) {}
-  // Where [from, to) lies in the arrays.
+  // Index of pair `from` in the arrays; loads the pairs [from, to) if needed.
   SEQKERNELS_INLINE int64_t at(int64_t from, int64_t to) {
     if (from < begin || to > end) fill(from);
     return from - begin;
@@ -420,7 +419,7 @@ struct Reducer {
     return i < near ? i : first_at_least(pairs, sort.n, int64_t(row) + 1);
   }
 
-  // The chunks of rows that occur often, of which this thread takes an even share whatever the rows.
+  // Sums the chunks of frequent rows. Each thread has an equal part of the pairs, independent of the rows.
   void sum_chunks(int64_t thread) const {
     const int64_t low = part(sort.n, sort.threads, thread), high = part(sort.n, sort.threads, thread + 1);
     Additions<S, U> additions(args, sort);
@@ -445,7 +444,7 @@ struct Reducer {
     }
   }
 
-  // The rows of this thread.
+  // Sums the rows of this thread.
   void sum_rows(int64_t thread) const {
     Additions<S, U> additions(args, sort);
     Memory memory(sizeof(T) * t.D);
@@ -482,7 +481,7 @@ struct Reducer {
     if (to.dense != nullptr) clear(done, sort.rows[thread + 1]);
   }
 
-  // What a step will change some rows from here.
+  // Prefetches the table row and states that a later step will change.
   static constexpr int64_t kRowsNear = 8, kRowsFar = 64;
   template <int kLevel>
   SEQKERNELS_INLINE void ask_for_row(int64_t pair) const {
@@ -499,7 +498,7 @@ struct Reducer {
     }
   }
 
-  // Rows [from, end) do not occur.
+  // Zeroes rows [from, end), which do not occur.
   SEQKERNELS_INLINE void clear(int64_t from, int64_t end) const {
     if (from < end)
       memset(static_cast<void*>(static_cast<S*>(to.dense) + from * t.D), 0, sizeof(S) * (end - from) * t.D);
@@ -511,7 +510,7 @@ struct Reducer {
     return static_cast<S*>(to.values) + ordinal * t.D;
   }
 
-  // ---- the sum of [from, to) of the pairs, all of one row
+  // The sum of the pairs [from, end), all of one row.
 
   template <class To>
   SEQKERNELS_INLINE void sum(Additions<S, U>& additions, int64_t from, int64_t end, T divisor, To* out) const {
@@ -534,7 +533,7 @@ struct Reducer {
     if (vectors >= 1) return blocks<kAdds, 1>(a, at, n, divisor, out);
     block<kAdds, true, 1>(a, at, n, divisor, out, 0);
   }
-  // As in forward: the last block ends at D and does some columns again.
+  // As in the forward pass, the last block ends at D and may recompute some columns.
   template <Adds kAdds, int kWidth, class To>
   __attribute__((noinline)) void blocks(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
     constexpr int64_t kColumns = kWidth * kLanes<T>;
@@ -579,7 +578,7 @@ struct Reducer {
     }
   }
 
-  // ---- a step of an optimiser on one row
+  // One optimizer step on one row.
 
   void step(int64_t row, const T* g) const {
     const RowStep& s = *to.step;
@@ -621,7 +620,7 @@ struct Reducer {
       return __builtin_sqrt(x);
     }
   }
-  // Adds f(d) to each element: 64 at a time, so that types are converted as vectors.
+  // Adds f(d) to each element, 64 at a time, so that the conversion between types is vectorised.
   template <class F>
   SEQKERNELS_INLINE void move(S* w, F&& f) const {
     constexpr int64_t kSome = 64;
@@ -638,7 +637,7 @@ struct Reducer {
     }
   }
 
-  // ---- max_norm: rows whose norm is larger are scaled down to it
+  // max_norm: scales rows with a larger norm down to it.
 
   void renorm(double max_norm, double p) const {
     on_threads(sort.threads, [&](int64_t thread) {
@@ -708,7 +707,7 @@ BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type) 
   return fault;
 }
 
-// A byte is (x - min) * 255 / (max - min), to nearest.
+// Quantises rows: byte = round((x - min) * 255 / (max - min)).
 void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed) {
   dispatch(dtype, [&](auto storage) {
     using S = decltype(storage);

@@ -1,7 +1,7 @@
-// Forward of EmbeddingBag and the gradient of its weights: what passes over bags and reads the rows of the table.
+// Forward pass of EmbeddingBag.
 //
-// A bag's rows are summed (or compared) in registers, a block of columns at a time; what it needs of memory is asked
-// for rows ahead, across the ends of bags. The work is cut among threads by indices, not by bags.
+// The rows of a bag are summed or compared in registers, one block of columns at a time. Rows are prefetched across the
+// ends of bags. Work is distributed among threads by number of indices, not by number of bags.
 #include "common/memory.h"
 #include "embedding_bag/cpu/bags.h"
 
@@ -9,30 +9,29 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 namespace {
 
-// ---- a block of columns of a bag
-// -------------------------------------------------------------------------------------
+// One block of columns of a bag.
 
-// The rows of a unit, as far as one block of columns goes.
+// The rows of a unit, restricted to one block of columns.
 template <class S>
 struct Block {
   using T = Compute<S>;
   const S* table;
   int64_t D, column_stride;
-  int64_t column, lanes;  // lanes: below one vector if the table is narrower
+  int64_t column, lanes;  // lanes: fewer than a vector if the table is narrower
   const int64_t* places;
   const T* weights;
   int64_t n;
   Prefetch prefetch;
-  bool plain;  // every row counts, and columns lie side by side
+  bool plain;  // no padding, contiguous columns
 };
 
-// The row at a place from the block's first column on; gathered if columns do not lie side by side.
+// Reads the row at an offset, from the block's first column on; gathers columns that are not contiguous.
 template <class S, int kWidth>
 struct Fetch {
   const Block<S>& b;
   S gathered[kWidth * kLanes<Compute<S>>];
 
-  SEQKERNELS_INLINE explicit Fetch(const Block<S>& b) : b(b) {}  // and leaves the rest as it is
+  SEQKERNELS_INLINE explicit Fetch(const Block<S>& b) : b(b) {}  // leaves `gathered` uninitialised
   SEQKERNELS_INLINE Row<S> operator()(int64_t place) {
     if constexpr (sizeof(S) != 1) {
       if (b.column_stride != 1) {
@@ -52,8 +51,8 @@ SEQKERNELS_INLINE Native<Compute<S>> vector_of(const Row<S>& row, int v, int64_t
   return row(v * kLanes<Compute<S>>);
 }
 
-// Adds rows [i, end). kPlain: every row counts, and its columns lie side by side. A `prefetch` of constants costs no
-// branch: loops over a table that lies in a cache are short of branches that are guessed.
+// Adds rows [i, end). kPlain: no padding, contiguous columns. A compile-time constant `prefetch` removes its branches,
+// which would limit loops over a table that fits into a cache.
 template <bool kWeighted, bool kPartial, bool kPlain, class S, int kWidth>
 SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, const Prefetch prefetch,
                                 Native<Compute<S>> (&sums)[kWidth]) {
@@ -73,8 +72,8 @@ SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, const
   }
 }
 
-// Rows are summed kFold at a time and the sums then added up, so that the error of a long bag grows as that of two
-// short ones. Sums start from -0, to which any first row adds as itself.
+// Sums rows in groups of kFold and then adds the groups' sums, which halves the error growth of long bags. Sums start
+// from -0, so that the first row is added exactly.
 template <bool kWeighted, bool kPartial, class S, int kWidth>
 SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
@@ -105,7 +104,7 @@ SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kW
   for (int v = 0; v < kWidth; ++v) sums[v] += total[v];
 }
 
-// `first`: the position in its bag of the unit's first row. A minimum is the maximum of what is negated.
+// `first` is the position of the unit's first row in its bag. A minimum is the maximum of the negated values.
 template <bool kWeighted, bool kPartial, class S, int kWidth>
 SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t first,
                                     Native<Compute<S>> (&values)[kWidth],
@@ -147,10 +146,9 @@ SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t fir
   for (int v = 0; v < kWidth; ++v) values[v] = (Native<T>)((Int)values[v] ^ sign);
 }
 
-// ---- partial results of long bags
-// ------------------------------------------------------------------------------------
+// Partial results of long bags.
 
-// What one chunk of a long bag came to.
+// Result of one chunk of a long bag.
 template <class T>
 struct Partial {
   T* values;    // [D]
@@ -159,7 +157,7 @@ struct Partial {
   int64_t* count;
 };
 
-// A chunk begins at a position of its own: no two first chunks, and no two later ones, share kChunk positions.
+// Slots are derived from the chunk's position: no two first chunks and no two later chunks share kChunk positions.
 template <class T>
 struct Partials {
   char* base;
@@ -174,8 +172,7 @@ struct Partials {
   }
 };
 
-// ---- one table on one thread
-// -----------------------------------------------------------------------------------------
+// One table on one thread.
 
 template <class S>
 struct Forward {
@@ -188,14 +185,14 @@ struct Forward {
   const Bounds bounds;
   const Partials<T> partials;
   Prefetch prefetch;
-  const bool whole;  // no bag is cut in chunks
+  const bool whole;  // no bag is split into chunks
 
   Forward(const BagTable& t, const BagShape& shape, char* scratch, bool whole)
       : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D}, whole(whole) {
     prefetch.set(t.E * t.D * int64_t(sizeof(S)));
   }
 
-  // What does not change from bag to bag is settled before the first.
+  // Selects a kernel by what is constant over all bags.
   void run(int64_t low, int64_t high, BagFault& fault) const {
     if (t.weights == nullptr) {
       run_as<false>(low, high, fault);
@@ -225,7 +222,7 @@ struct Forward {
 
   bool plain() const { return t.padding < 0 && t.column_stride == 1; }
 
-  // Bags in one piece, each one block of columns wide, of which every row counts: little is done beside adding rows.
+  // Fast path for bags that are not split, have no padding and exactly one block of columns: minimal work per bag.
   template <bool kWeighted, int kWidth>
   __attribute__((noinline)) void narrow_bags(int64_t low, int64_t high, BagFault& fault) const {
     const Bounds bounds = this->bounds;
@@ -257,7 +254,7 @@ struct Forward {
     if (at != nullptr) memset(at, 0xff, 4 * t.D);
   }
 
-  // Blocks of equal width; the last one ends at D and does some columns again, with the same result.
+  // Iterates over blocks of equal width. The last block ends at D and may recompute some columns, with the same result.
   template <bool kPartial, int kWidth, class F>
   SEQKERNELS_INLINE static void each_block(Block<S>& block, F&& f) {
     constexpr int64_t kColumns = kWidth * kLanes<T>;
@@ -307,7 +304,7 @@ struct Forward {
   template <bool kWeighted, bool kPartial, int kWidth, bool kExtreme>
   __attribute__((noinline)) void units(int64_t low, int64_t high, BagFault& fault) const {
     Stream<S> stream(this->t, this->shape, min(bounds.begin(bounds.bags), high), fault);
-    const BagTable t = this->t;  // copies of which the compiler knows that no row it writes changes them
+    const BagTable t = this->t;  // copies that the compiler knows are not aliased by the output
     const BagShape shape = this->shape;
     Block<S> block{
         static_cast<const S*>(t.table), t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, plain()};
@@ -340,7 +337,7 @@ struct Forward {
     });
   }
 
-  // The chunks of long bags, in order. The thread that has a bag's first chunk merges it.
+  // Merges the chunks of long bags in order. The thread that owns a bag's first chunk merges the bag.
   void merge(int64_t low, int64_t high) const {
     each_unit(bounds, low, high, [&](const Unit& unit) {
       if (unit.chunks == 1 || unit.chunk != 0) return;
@@ -377,14 +374,13 @@ struct Forward {
   }
 };
 
-// ---- all tables, all threads
-// -----------------------------------------------------------------------------------------
+// All tables, all threads.
 
-// Calls f(table, low, high) with each thread's share of every table's keys.
+// Calls f(table, low, high) with each thread's range of keys of every table.
 template <class F>
 void each_share(const BagForward& args, int64_t threads, F&& f) {
   const auto bounds_of = [&](int64_t i) { return Bounds{args.tables[i], args.shape.wide_offsets}; };
-  int64_t total = 0;  // a key of a wide table is more work
+  int64_t total = 0;  // work per key is proportional to D
   for (int64_t i = 0; i < args.count; ++i) total += bounds_of(i).work() * max(1, args.tables[i].D);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -434,11 +430,11 @@ BagFault forward_of(const BagForward& args) {
   return fault;
 }
 
-// ---- the gradient of weights
-// -----------------------------------------------------------------------------------------
+// The gradient of per-sample weights.
 
-// A weight's gradient is the product of its row with its bag's gradient, where that row won if columns are won; a mean
-// divides it, by the sum of weights after the part of every weight in that sum is taken off.
+// The gradient of a weight is the dot product of its row and its bag's gradient; for max and min, over the columns that
+// the row provides. A mean divides by the count, or, by the sum of weights after subtracting the weighted mean of the
+// dot products.
 template <class S>
 struct WeightGradient {
   using T = Compute<S>;
@@ -572,7 +568,7 @@ BagFault weights_of(const BagBackward& args, void* dweights) {
   if (!in_place || args.shape.mode == BagMode::kMean) {
     each([&](int64_t low, int64_t high, BagFault& found) { gradient.finish(low, high, found); });
   }
-  // Indices behind the last bag belong to none.
+  // Positions behind the last bag have a zero gradient.
   const int64_t end = gradient.bounds.begin(t.bags), size = in_place ? sizeof(T) : sizeof(S);
   memset(static_cast<char*>(dweights) + end * size, 0, (t.N - end) * size);
   return {};

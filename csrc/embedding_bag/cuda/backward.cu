@@ -1,8 +1,10 @@
-// Backward of EmbeddingBag by rows on CUDA: the positions of a call are sorted by row, so that where a row occurs lies
-// side by side; then every group of lanes sums kPerGroup successive places, however often a row occurs. A row that lies
-// within them goes where it is wanted at once. What reaches over an edge becomes partial results, and these are merged
-// in order by a second launch: the same bits in every run, no atomics, and a row that occurs in half of all places
-// costs what others cost. All tables of a collection are sorted and summed together, their rows counted through.
+// Backward pass of EmbeddingBag by rows on CUDA.
+//
+// The positions of a call are sorted by row, so that the occurrences of a row are contiguous. Each group of lanes then
+// sums kPerGroup consecutive places, however often a row occurs. A row within the places of one group is written
+// directly. Rows that extend over several groups produce partial results, which a second launch merges in order. The
+// result has the same bits in every run, without atomics, and the cost does not depend on the distribution of rows. The
+// tables of a collection are processed together, with their rows numbered consecutively.
 #include <vector>
 
 #include "embedding_bag/cuda/bags.cuh"
@@ -14,11 +16,11 @@ namespace seqkernels {
 namespace bags_cuda {
 namespace {
 
-constexpr int kPerGroup = 32;  // a warp counts the rows that begin among them with one vote
-static_assert(kPerGroup == kWarp, "bag_heads_kernel gives a warp what a group has");
-constexpr int kKeys = 8;  // positions of a thread that makes keys
+constexpr int kPerGroup = 32;  // places per group; a warp counts the rows that begin in them by one ballot
+static_assert(kPerGroup == kWarp, "bag_heads_kernel assigns one warp to the places of one group");
+constexpr int kKeys = 8;  // positions per thread
 
-// ---- keys ------------------------------------------------------------------------------------------------------
+// Keys.
 
 struct KeyArgs {
   ManyTables tables;
@@ -26,12 +28,13 @@ struct KeyArgs {
   FaultSink faults;
   bool wide_indices;
   int64_t N;
-  uint32_t none;     // the key of what does not count: above all rows
+  uint32_t none;     // key of positions that do not count; above all rows
   uint32_t* keys;    // [N]
   uint32_t* bag_of;  // [N]
 };
 
-// As Bounds::bag_at, by all threads of a block, which must come: a few steps of kThreads parts each.
+// Bounds::bag_at by all threads of a block, which must all call it: a few steps that divide the range into kThreads
+// parts.
 SK_DEVICE int64_t block_bag_at(const Bounds& bounds, int64_t position) {
   int64_t low = 0, high = bounds.bags;
   while (high - low > 1) {
@@ -43,8 +46,8 @@ SK_DEVICE int64_t block_bag_at(const Bounds& bounds, int64_t position) {
   return low;
 }
 
-// A block has kThreads * kKeys successive positions: it looks for the first and the last of their bags, and every
-// thread only between these.
+// Each block handles kThreads * kKeys consecutive positions. It finds the bags of the first and the last position; each
+// thread searches only between these two.
 SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
   const Bounds& bounds = a.bounds;
   if (a.faults.word != nullptr) {
@@ -79,17 +82,17 @@ SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
   }
 }
 
-// ---- rows that occur -------------------------------------------------------------------------------------------
+// Rows that occur.
 
 struct Sorted {
   const uint32_t* keys_;
-  const uint32_t* places_;  // bags, or positions where something hangs on these
+  const uint32_t* places_;  // bags, or positions if gradients depend on the position
   int64_t N;
   uint32_t none;
 
   SK_DEVICE Global<const uint32_t> keys() const { return global<const uint32_t>(keys_, N); }
   SK_DEVICE Global<const uint32_t> places() const { return global<const uint32_t>(places_, N); }
-  // The first of [low, high) whose key is at least this.
+  // The first place in [low, high) whose key is at least `key`.
   SK_DEVICE int64_t first_at_least(uint32_t key, int64_t low, int64_t high) const {
     const auto sorted = keys();
     while (low < high) {
@@ -110,7 +113,7 @@ struct Sorted {
 
 struct CountArgs {
   Sorted sorted;
-  uint32_t* ordinals;  // [groups + 1] rows that begin in each group, then in front of it
+  uint32_t* ordinals;  // [groups + 1] rows that begin in each group, later in preceding groups
   int64_t groups;
   ManyTables tables;
   int64_t* values_before;  // [tables + 1]
@@ -124,9 +127,9 @@ SK_KERNEL(kThreads) bag_heads_kernel(const SK_GRID_CONSTANT CountArgs a) {
   }
 }
 
-// One block.
+// Prefix sums over all groups; launched with one block.
 SK_KERNEL(kThreads) bag_ordinals_kernel(const SK_GRID_CONSTANT CountArgs a) {
-  constexpr int kSome = 8;  // of a thread at a time
+  constexpr int kSome = 8;  // groups per thread and step
   SK_SHARED(uint32_t, sums, kWarps);
   const auto ordinals = global<uint32_t>(a.ordinals, a.groups + 1);
   uint32_t before = 0;
@@ -149,7 +152,7 @@ SK_KERNEL(kThreads) bag_ordinals_kernel(const SK_GRID_CONSTANT CountArgs a) {
   if (thread_index() == 0) ordinals[a.groups] = before;
 }
 
-// A thread has a table, the last one what lies behind all of them.
+// One thread per table, and one for the end of the last table.
 SK_KERNEL(kThreads) bag_values_kernel(const SK_GRID_CONSTANT CountArgs a) {
   const int64_t i = grid_thread_index();
   if (i > a.tables.count) return;
@@ -165,10 +168,10 @@ SK_KERNEL(kThreads) bag_values_kernel(const SK_GRID_CONSTANT CountArgs a) {
   global<int64_t>(a.values_before, a.tables.count + 1)[i] = ordinal;
 }
 
-// ---- where sums go ---------------------------------------------------------------------------------------------
+// Destinations of sums.
 
-// Of a row-wise step over rows that several groups share: the squares of each part of a row, what they come to, the
-// step. A row that one group has whole takes its step at once.
+// Phases of a row-wise step on rows that several groups share: sum the squares of each part of a row, compute the
+// state, apply the step. A row within one group takes its step in a single phase (kStep).
 enum class Phase : int { kStep, kSquares, kStepFromState };
 
 template <class T>
@@ -177,20 +180,20 @@ struct RowsArgs {
   Bounds bounds;
   Sorted sorted;
   int64_t groups;
-  const uint32_t* bag_of;    // [N] of positions; null: they are bags already
-  const uint32_t* ordinals;  // [groups + 1]; only where values are wanted
+  const uint32_t* bag_of;    // [N] bag of each position; null: the places hold bags
+  const uint32_t* ordinals;  // [groups + 1]; for sparse gradients
   const T* scales;           // [bags] or null
   const void* weights;       // [N] or null
   bool wide_weights, by_frequency;
   int group;
-  int reach;  // a row that ends at most so many places behind those of its group is summed by this one
+  int reach;  // a row that extends at most this many places past its group is summed by it
   Partials<T> partials;
   RowStep step;
   Phase phase;
-  T* squares;  // [tiles, N], where a row begins
+  T* squares;  // [tiles, N], set where a row begins
 };
 
-// A row's summed gradient, what it is of, and how often the row occurs.
+// The summed gradient of a row, its key, its first place, and its number of occurrences.
 template <class T, int kCount>
 struct RowSum {
   uint32_t key;
@@ -204,7 +207,7 @@ struct NothingAhead {
 
 template <class S, bool kWide>
 struct StoreRow {
-  using Reads = std::false_type;  // the table and states
+  using Reads = std::false_type;  // whether it reads the table and states
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
 
@@ -229,7 +232,7 @@ struct StepRow {
   using T = typename Element<S>::T;
   using Values = T[C::kCount];
 
-  // What a step reads may have been read ahead.
+  // `ahead` holds operands of the step that were prefetched, if any.
   template <class Ahead>
   static SK_DEVICE void finish(const RowsArgs<T>& a, const PlacedTable& table, const C& columns,
                                const RowSum<T, C::kCount>& sum, const Ahead& ahead) {
@@ -354,9 +357,9 @@ struct StepRow {
   }
 };
 
-// ---- sums ------------------------------------------------------------------------------------------------------
+// Sums.
 
-// Sums of partial results, as merge_chains wants them; reset and merge are those of every sum here.
+// Partial sums in the form that merge_chains requires; reset and merge serve all sums here.
 template <class S, bool kWide>
 struct RowPartials {
   using C = Columns<S, kWide>;
@@ -391,17 +394,17 @@ SK_DEVICE void divide_by_count(const RowsArgs<T>& a, RowSum<T, kCount>& sum) {
   for (int v = 0; v < kCount; ++v) sum.values[v] = sum.values[v] / T(sum.count);
 }
 
-// kWon: a row has the gradient of those columns that its position won.
+// kWon (max and min): a row receives the gradient of the columns that its position won.
 template <class S, bool kWide, bool kWon, template <class, bool> class Target>
 SK_KERNEL(kWalkThreads, kWide && sizeof(S) == 4    ? 4
                         : !kWide && sizeof(S) == 8 ? 2
-                                                   : 3)  // what registers allow
+                                                   : 3)  // as registers allow
 bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
   using Rows = RowLoader<S, kWide>;
   using Partial = RowPartials<S, kWide>;
-  constexpr int kRows = kWon ? 4 : 8;  // on their way; with the winners of columns as many loads
+  constexpr int kRows = kWon ? 4 : 8;  // rows in flight; with positions there are as many loads
   struct Won {
     int32_t at[C::kCount];
   };
@@ -432,7 +435,7 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   int32_t within[kRows];
   uint32_t row[kRows];
   uint32_t current = a.sorted.none;
-  int at = 0, step = 0, n = 0, begin = 0;  // places, counted from the group's first
+  int at = 0, step = 0, n = 0, begin = 0;  // places, relative to the group's first
   int64_t ordinal = 0, rows_end = 0;
   for (;;) {
     const uint32_t key = at < stop ? load<Cache::kReadOnly>(keys, at) : a.sorted.none;
@@ -448,7 +451,7 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
           SK_UNROLL
           for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
           divide_by_count(a, sum);
-          // Read again: what only this needs stays out of registers.
+          // The table is read again to save registers.
           Target<S, kWide>::finish(a, a.tables.of_row(current), columns, sum, NothingAhead{});
         }
       }
@@ -504,8 +507,8 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   }
 }
 
-// What a lane has on its way through shared memory, copied there asynchronously: for each place the gradient of its
-// bag, and where a row ends that will be finished at once, what its step reads. A lane reads what it has copied itself.
+// Shared-memory ring of a lane, filled by asynchronous copies: for each place the gradient of its bag; at the end of a
+// row that is finished directly, also the operands of its step. Each lane reads only what it copied itself.
 template <class S>
 struct RowsRing {
   using C = Columns<S, true>;
@@ -552,7 +555,7 @@ struct RowsRing {
   }
 };
 
-// What was read ahead for a place.
+// The prefetched operands of a step at one place.
 template <class S>
 struct StepAhead {
   static constexpr bool kHas = true;
@@ -579,10 +582,10 @@ struct StepAhead {
   }
 };
 
-// The same sums over rows of 16 bytes a lane. Rows of the table are read and written once each, far apart: what one
-// costs is hidden only if many are on their way, so they are asked for with the gradients, not when a sum is complete.
+// The same sums for wide rows. Rows of the table are read and written once and are far apart, so their latency is
+// hidden only if many are in flight: they are prefetched together with the gradients, not when a sum is complete.
 template <class S, template <class, bool> class Target>
-SK_KERNEL(kWalkThreads, Target<S, true>::Reads::value ? 4 : 5)  // what registers allow
+SK_KERNEL(kWalkThreads, Target<S, true>::Reads::value ? 4 : 5)  // as registers allow
 bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   using C = Columns<S, true>;
   using T = typename Element<S>::T;
@@ -614,12 +617,12 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
     next_ordinal = in_front;
   }
 
-  // Rows over an edge: the group in which one begins sums it, unless it goes on behind all places of the next group.
+  // Rows that extend over an edge are summed by the group in which they begin, unless they extend past the next group.
   const uint32_t last = key_at(stop - 1);
   const bool goes_on = last != none && last != before && key_at(stop) == last && key_at(stop + kPerGroup) != last;
   const int most =
       !goes_on ? stop : int(a.sorted.first_at_least(last + 1, first + stop, min(N, first + stop + kPerGroup)) - first);
-  int from = 0, end = 0;  // places of one table, counted from the group's first
+  int from = 0, end = 0;  // places of one table, relative to the group's first
   if (before != none && key_at(0) == before && key_at(stop) != before &&
       (first == kPerGroup || load<Cache::kReadOnly>(keys, -kPerGroup - 1) != before)) {
     from = int(a.sorted.first_at_least(before + 1, first, first + stop) - first);
@@ -643,7 +646,7 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
     const auto states2 = global<const T>(table.state2, wants.state2 ? t.E * t.D : 0) + column;
     const auto rowwise = global<const T>(table.state1, wants.rowwise ? t.E : 0);
 
-    uint32_t row[kStep + 1], place[kStep];  // of the step that will be asked for
+    uint32_t row[kStep + 1], place[kStep];  // of the next step to prefetch
     const auto fetch = [&](int p) {
       if (p >= end) return;
       SK_UNROLL
@@ -736,7 +739,7 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
   }
 }
 
-// Chain q: the row that begins in group q's places and goes on behind them.
+// Chain q: the row that begins in group q and extends past it.
 template <class S, template <class, bool> class Target>
 struct LongRows {
   using Partial = RowPartials<S, false>;
@@ -785,7 +788,7 @@ bag_merge_rows_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a)
   merge_chains<RowPartials<S, false>>(LongRows<S, Target>{a}, a.groups, a.group);
 }
 
-// The states of a row-wise step on rows that several groups share: a thread has a place where a row begins.
+// The states of a row-wise step on rows that several groups share. One thread per place; it acts where a row begins.
 template <class T>
 SK_KERNEL(kThreads)
 bag_rowwise_kernel(const SK_GRID_CONSTANT RowsArgs<T> a, int64_t tile) {
@@ -805,7 +808,7 @@ bag_rowwise_kernel(const SK_GRID_CONSTANT RowsArgs<T> a, int64_t tile) {
   squares[i] = state;
 }
 
-// ---- max_norm --------------------------------------------------------------------------------------------------
+// max_norm.
 
 struct RenormArgs {
   BagTable t;
@@ -814,7 +817,7 @@ struct RenormArgs {
   int group;
 };
 
-// A group has a place; where a row begins it looks after the row.
+// One group per place; it acts where a row begins.
 template <class S>
 SK_KERNEL(kThreads)
 bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
@@ -826,7 +829,7 @@ bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
   const int lane = thread_index() % a.group;
   const auto w = global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1) +
                  row * t.row_stride;
-  const bool largest = a.p > 0 && a.p * 2 == a.p, least = a.p < 0 && a.p * 2 == a.p;  // infinite
+  const bool largest = a.p > 0 && a.p * 2 == a.p, least = a.p < 0 && a.p * 2 == a.p;  // p is infinite
   double sum = least ? 1.0 / 0.0 : 0.0;
   for (int64_t d = lane; d < t.D; d += a.group) {
     const double x = fabs(double(widen(load<Cache::kDefault>(w, d * t.column_stride))));
@@ -857,9 +860,9 @@ bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
   }
 }
 
-// ---- host ------------------------------------------------------------------------------------------------------
+// Host functions.
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // of what it is computed in
+int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // size of the compute type
 
 int64_t all_rows(const BagForward& bags) {
   int64_t rows = 0;
@@ -867,14 +870,14 @@ int64_t all_rows(const BagForward& bags) {
   return rows;
 }
 
-// The scratch memory of a backward call, the same for whoever asks. What only sums need comes last.
+// Scratch memory of a backward pass; its layout is the same for all callers. Arrays that only sums need come last.
 struct RowsMemory {
   PlacedTable* tables;
   uint32_t* bag_of;
   SortMemory sort;
   int64_t groups, width, tiles;
   char* scales;            // [bags]
-  char* tallies;           // scratch of those
+  char* tallies;           // scratch memory to compute them
   uint32_t* ordinals;      // [groups + 1]
   int64_t* values_before;  // [tables + 1]
   char* partials;          // [2 groups, width]
@@ -892,7 +895,7 @@ struct RowsMemory {
     const bool mean = bags.shape.mode == BagMode::kMean;
     groups = ceil_div(N, kPerGroup);
     width = sums ? ceil_div(most_columns(bags), 16) * 16 : 0;
-    constexpr int64_t kLeastTile = 64;  // of any loader
+    constexpr int64_t kLeastTile = 64;  // the smallest tile of any loader
     tiles = ceil_div(width, kLeastTile);
     scales = scratch.take<char>(sums && mean ? all * size : 0);
     tallies = scratch.take<char>(sums && mean ? bag_scales_scratch_bytes(bags) : 0);
@@ -904,7 +907,7 @@ struct RowsMemory {
   Sorted sorted(const BagForward& bags) const {
     return {sort.keys[sort.result], sort.values[sort.result], sort.n, static_cast<uint32_t>(all_rows(bags))};
   }
-  // Whether a gradient hangs on more than the row and the bag.
+  // Whether gradients depend on the position and not only on the row and the bag.
   static bool by_position(const BagForward& bags) { return bags.tables[0].weights != nullptr || bags.shape.extreme(); }
 };
 
@@ -940,7 +943,7 @@ void sort_positions(const BagForward& bags, const RowsMemory& m, const ManyTable
   launch_sort(sort, stream);
 }
 
-// Whether what sums go to can be written, and read, 16 bytes at a time.
+// Whether the destinations of sums can be accessed 16 bytes at a time.
 bool wide_targets(const BagForward& bags, const RowTarget* targets) {
   for (int64_t i = 0; i < bags.count; ++i) {
     const RowTarget& to = targets[i];
@@ -963,7 +966,7 @@ void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
     SharedBytes bytes;
     RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::Reads::value));
     config.shared_bytes = bytes.bytes();
-    if (config.shared_bytes > device_limits().shared_bytes) {  // Adam on 16-bit rows, where a block has 99 KiB
+    if (config.shared_bytes > device_limits().shared_bytes) {  // e.g. Adam on 16-bit rows with 99 KiB per block
       return launch_sums<S, false, Target>(bags, args, stream);
     }
     args.reach = kPerGroup;
@@ -983,7 +986,7 @@ void reduce_rows(const BagForward& bags, const RowTarget* targets, RowsArgs<T>& 
       most_columns(bags) <= min(kTile, Columns<S, kWide>::kTile)) {
     return launch_sums<S, kWide, StepRow>(bags, args, stream);
   }
-  // Both launches of the first phase must cut rows into the same columns.
+  // Both launches of the first phase must cut rows into the same tiles of columns.
   args.phase = Phase::kSquares;
   launch_sums<S, false, StepRow>(bags, args, stream);
   launch(bag_rowwise_kernel<T>, blocks_of(args.sorted.N, stream), args, kTile);
@@ -1044,7 +1047,7 @@ void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarge
     tables[i].state1 = targets[i].step->state1;
     tables[i].state2 = targets[i].step->state2;
   }
-  bool values = false;  // a table of which no row occurs may come without memory for them
+  bool values = false;  // a table without rows that occur may have a null pointer
   for (int64_t i = 0; i < bags.count; ++i) values |= targets[i].rows != nullptr;
   const ManyTables placed =
       place_tables(tables.data(), bags.count, m.tables, stream, values ? m.values_before : nullptr);

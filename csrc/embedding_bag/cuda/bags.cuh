@@ -1,9 +1,8 @@
-// How CUDA kernels walk bags: tables, bounds, indices, and the columns that a lane has. Shared by the forward and the
-// backward kernels.
+// Shared by the forward and backward CUDA kernels of EmbeddingBag: tables, bounds, indices, and the columns of a lane.
 //
-// A group of lanes, a power of two, takes a row: each lane 16 bytes of it, so that narrow rows share a warp. Lanes of a
-// group read the same indices, which the first-level cache gives to all of them at once; no group waits for another
-// one.
+// A group of lanes (a power of two) processes one row, 16 bytes per lane, so that narrow rows share a warp. The lanes
+// of a group read the same indices, which the L1 cache serves with one access. Groups do not synchronise with each
+// other.
 #pragma once
 
 #include "common/device.cuh"
@@ -16,13 +15,13 @@ namespace seqkernels::bags_cuda {
 using namespace device;
 
 constexpr int kThreads = 256;
-constexpr int kWalkThreads = 128;  // of kernels with many registers: smaller blocks fill a multiprocessor better
+constexpr int kWalkThreads = 128;  // for kernels with many registers: smaller blocks raise occupancy
 
-struct Byte {  // an element of a row of bytes
+struct Byte {  // an element of a quantised row
   uint8_t bits;
 };
 
-// What an element is computed in, and what results are stored as.
+// Compute type of an element, and the dtype in which results are stored.
 template <class S>
 struct Element {
   using T = Compute<S>;
@@ -34,9 +33,9 @@ struct Element<Byte> {
   using Out = float;
 };
 
-// ---- faults ----------------------------------------------------------------------------------------------------
+// Faults.
 
-// The first kind of fault, and of that kind the first position, is the largest word.
+// Fault words order by kind, then by position: the first fault has the largest word, so atomic_max keeps it.
 constexpr int kFaultBits = 60;
 SK_HOST_DEVICE uint64_t fault_word(BagFault::What what, int64_t at) {
   return ~(static_cast<uint64_t>(what) << kFaultBits | static_cast<uint64_t>(at));
@@ -50,7 +49,7 @@ struct FaultSink {
   }
 };
 
-// ---- integers of either width ----------------------------------------------------------------------------------
+// Integers of either width.
 
 struct Integers {
   const void* data;
@@ -61,7 +60,7 @@ struct Integers {
     if (wide) return load<Cache::kReadOnly>(global<const int64_t>(data, count), i);
     return load<Cache::kReadOnly>(global<const int32_t>(data, count), i);
   }
-  // kMost of them from `first` on, of which n are there: one branch for all.
+  // Reads kMost integers from `first` on, of which n exist. Branches once on the width.
   template <int kMost>
   SK_DEVICE void read(int64_t (&out)[kMost], int64_t first, int64_t n) const {
     if (wide) {
@@ -80,14 +79,14 @@ struct Integers {
   }
 };
 
-// ---- bags ------------------------------------------------------------------------------------------------------
+// Bags.
 
 struct Span {
   int64_t begin, end;
   SK_DEVICE int64_t size() const { return end - begin; }
 };
 
-// Where the bags of a call begin and end; in a collection, of all its tables.
+// Begin and end of the bags of a call; of a collection, those of all tables.
 struct Bounds {
   Integers offsets;  // data null: bag b begins at first + b * length
   int64_t bags, N, length, first;
@@ -96,7 +95,7 @@ struct Bounds {
     if (offsets.data == nullptr) return first + bag * length;
     return bag < offsets.count ? offsets[bag] : N;
   }
-  // What of a bag lies within the indices: never outside, whatever stands in offsets.
+  // The bag's positions, clamped to the indices, so that invalid offsets cannot cause reads outside of them.
   SK_DEVICE Span clamped(int64_t bag) const {
     const int64_t from = max(0, min(begin(bag), N));
     return {from, max(from, min(begin(bag + 1), N))};
@@ -107,7 +106,7 @@ struct Bounds {
     if (bag == 0 && from != 0) faults.report(BagFault::kFirstOffset, 0);
     if (to < from || to > N) faults.report(BagFault::kOffset, bag + 1);
   }
-  // The last of the bags [low, high) that begins at this position or before; low if none does.
+  // The last of the bags [low, high) that begins at or before this position; `low` if there is none.
   SK_DEVICE int64_t bag_at(int64_t position, int64_t low, int64_t high) const {
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
@@ -125,19 +124,19 @@ struct Bounds {
   }
 };
 
-// ---- tables ----------------------------------------------------------------------------------------------------
+// Tables.
 
-// A table among those of a call: what lies before it, and where its rows' gradients go.
+// A table with its offsets among the tables of a call, and the destination of its rows' gradients.
 struct PlacedTable {
   BagTable t;
   int64_t bags_before, rows_before;
-  int64_t units_before;   // forward: units of work
-  int64_t values_before;  // sparse gradients: rows of other tables that occur
-  RowTarget target;       // without its step
+  int64_t units_before;   // forward: units of work of preceding tables
+  int64_t values_before;  // sparse gradients: distinct rows of preceding tables
+  RowTarget target;       // its `step` is not set
   void* state1;
   void* state2;
 
-  // Where the row of a bag begins among those that are `stride` apart.
+  // Offset of a bag's row in an array whose rows are `stride` apart.
   SK_DEVICE int64_t row_of(int64_t bag, int64_t stride) const {
     const int64_t j = bag - bags_before;
     if (t.batch == t.bags) return j * stride;
@@ -148,7 +147,7 @@ struct PlacedTable {
   }
 };
 
-// The tables of a call, by what counts through all of them.
+// The tables of a call, found by a unit, bag or row numbered across all tables.
 struct OneTable {
   PlacedTable only;
   SK_DEVICE PlacedTable of_unit(int64_t) const { return only; }
@@ -163,8 +162,8 @@ struct ManyTables {
   SK_DEVICE PlacedTable of_row(int64_t row) const { return last<&PlacedTable::rows_before>(row); }
 
  private:
-  // The last table before which there are at most so many: the one that has it, for those without any share their
-  // number with the next one.
+  // The last table with at most `wanted` before it. Tables without units, bags or rows share that number with the next
+  // table and are skipped by this.
   template <int64_t PlacedTable::* kBefore>
   SK_DEVICE PlacedTable last(int64_t wanted) const {
     const auto tables = global<const PlacedTable>(placed, count);
@@ -185,16 +184,16 @@ struct ManyTables {
   }
 };
 
-// ---- columns ---------------------------------------------------------------------------------------------------
+// Columns.
 
-// Wide: 16 bytes a lane (4 of rows of bytes, whose rows begin at multiples of 4), side by side. Narrow: single
-// elements with any stride, those of a lane a group apart.
+// The columns of a lane. Wide: 16 contiguous bytes per lane (4 for quantised rows, which begin at multiples of 4).
+// Narrow: single elements with any column stride; the columns of a lane are a group's width apart.
 template <class S, bool kWide>
 struct Columns {
   static constexpr int kCount = kWide && sizeof(S) != 1 ? 16 / int(sizeof(S)) : 4;
-  static constexpr int kTile = kCount * kWarp;  // columns that a group has at most
+  static constexpr int kTile = kCount * kWarp;  // maximum columns of a group
 
-  int64_t D, first;  // of the tile
+  int64_t D, first;  // first column of the tile
   int lane, group;
 
   SK_DEVICE bool wide_has() const { return first + lane * kCount < D; }
@@ -203,7 +202,7 @@ struct Columns {
   SK_DEVICE bool any() const { return has(0); }
 };
 
-// Lanes of a group: those that one row of D columns is worth.
+// Number of lanes for a row of D columns.
 template <class C>
 inline int group_for(int64_t D) {
   int group = 1;
@@ -211,7 +210,7 @@ inline int group_for(int64_t D) {
   return group;
 }
 
-// Up to 16 bytes at a time, as many as there are columns of a lane.
+// Stores or loads the contiguous columns of a lane, up to 16 bytes per access.
 template <int kCount, class To, class T>
 SK_DEVICE void store_side_by_side(Global<To> to, int64_t i, const T (&values)[kCount]) {
   constexpr int kPart = kCount * int(sizeof(To)) > 16 ? 16 / int(sizeof(To)) : kCount;
@@ -247,7 +246,7 @@ SK_DEVICE void load_side_by_side(T (&values)[kCount], Global<From> from, int64_t
   }
 }
 
-// A lane's columns of a row of results, which lie side by side.
+// Stores a lane's columns of a row of results with contiguous columns.
 template <class C, class To, class T>
 SK_DEVICE void store_row(const C& columns, Global<To> row, const T (&values)[C::kCount], bool wide) {
   if (wide) {
@@ -265,12 +264,12 @@ SK_DEVICE void store_row(const C& columns, Global<To> row, const T (&values)[C::
   }
 }
 
-// The lanes of this thread's group.
+// Lane mask of this thread's group.
 SK_DEVICE uint32_t group_mask(int group) {
   const uint32_t lanes = group == kWarp ? kAllLanes : (1u << group) - 1;
   return lanes << (lane_index() & ~(group - 1));
 }
-// The same sum for every lane of the group, which must all come.
+// Sum over the lanes of the group, returned to each of them. All lanes of the group must call this.
 template <class T>
 SK_DEVICE T group_sum(T x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) {
@@ -279,9 +278,9 @@ SK_DEVICE T group_sum(T x, int group) {
   return x;
 }
 
-// ---- rows of a table -------------------------------------------------------------------------------------------
+// Rows of a table.
 
-// A lane's columns of a row as they lie in memory: small, for many rows are on their way at once.
+// Loads a lane's columns of a row. Raw keeps them in the storage type, because many rows are in flight at once.
 template <class S, bool kWide>
 struct RowLoader {
   using C = Columns<S, kWide>;
@@ -313,7 +312,7 @@ struct RowLoader {
   SK_DEVICE T value(const Raw& raw, int v) const { return widen(raw.values[v]); }
 };
 
-// Rows of bytes: the two numbers behind them come with every row.
+// Quantised rows: scale and bias are loaded with every row.
 template <bool kWide>
 struct RowLoader<Byte, kWide> {
   using C = Columns<Byte, kWide>;
@@ -376,9 +375,9 @@ SK_DEVICE RowLoader<S, kWide> row_loader(const BagTable& t, const Columns<S, kWi
   }
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------
+// Weights.
 
-// Per-sample weights in the compute type: stored as such, or as the table's elements.
+// Per-sample weights, converted to the compute type. They are stored in that type or in the table's dtype.
 template <class S>
 struct Weights {
   using T = typename Element<S>::T;
@@ -393,11 +392,11 @@ struct Weights {
   }
 };
 
-// ---- host ------------------------------------------------------------------------------------------------------
+// Host functions.
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Scratch memory, handed out in the same order by whoever measures it and whoever uses it.
+// Divides scratch memory into arrays. Measuring (null base) and use must request the same arrays in the same order.
 class Scratch {
  public:
   explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
@@ -438,7 +437,7 @@ inline Bounds bounds_of(const BagForward& bags) {
   return b;
 }
 
-// Descriptors on the device. Defined in forward.cu, for all kernels.
+// Writes table descriptors to device memory. Defined in tables.cu.
 ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
                         const int64_t* values_before = nullptr);
 
@@ -456,7 +455,7 @@ inline int64_t tiles_of(const BagForward& bags) {
   return max(1, ceil_div(most_columns(bags), C::kTile));
 }
 
-// Whether 16 bytes can be read and stored at once everywhere.
+// Whether every row can be read and stored in accesses of 16 bytes.
 inline bool wide_rows(const BagForward& bags, bool reads_tables) {
   const BagShape& shape = bags.shape;
   const int64_t size = shape.byte_rows                  ? 1
@@ -476,7 +475,8 @@ inline bool wide_rows(const BagForward& bags, bool reads_tables) {
   return true;
 }
 
-// Calls f with a value of the rows' element type and with whether rows are wide: the one place where both become types.
+// Calls f with a value of the rows' element type and with whether rows are wide. The only place where both become
+// types.
 template <class F>
 inline void dispatch_rows(const BagForward& bags, bool reads_tables, F&& f) {
   const bool wide = wide_rows(bags, reads_tables);
@@ -491,7 +491,8 @@ inline void dispatch_rows(const BagForward& bags, bool reads_tables, F&& f) {
   dispatch(bags.shape.dtype, by_width);
 }
 
-// What a mean multiplies gradients by, [bags] in the compute type. Of the tables, wherever they lie, bags are read.
+// Factors of a mean's gradients, [bags] in the compute type. `tables` is used only to look up bags. Defined in
+// tallies.cu.
 int64_t bag_scales_scratch_bytes(const BagForward& bags);
 void launch_bag_scales(const BagForward& bags, const ManyTables& tables, void* scales, void* scratch, void* stream);
 

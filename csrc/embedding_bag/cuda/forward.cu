@@ -1,11 +1,4 @@
-// Forward of EmbeddingBag on CUDA, the gradient of its weights, and the packing of rows to bytes.
-//
-// Groups of lanes (bags.cuh) walk the indices of one bag, or of several short ones that lie one behind the other,
-// eight rows at a time: all eight are asked for before the first is used, and so are the next indices. Rows are added
-// in the order of their positions, so a sum does not depend on how bags were dealt out. A bag of more than kChunk
-// indices is cut: its pieces but the first are left to the groups of a second launch, and a third one merges them in
-// order. Who meets a long bag names it at each window of kChunk positions that begins within it, so that the later
-// launches look nothing up and are over at once where no bag is long.
+// Forward pass of EmbeddingBag on CUDA. walk.cuh describes the algorithm.
 #include <vector>
 
 #include "embedding_bag/cuda/bags.cuh"
@@ -15,15 +8,15 @@ namespace seqkernels {
 
 namespace bags_cuda {
 
-// Descriptors travel as parameters, a few at a time, so that no memory of the host has to outlive the call.
+// Descriptors are passed as kernel parameters, a few per launch, so that no host memory must outlive the call.
 struct TablePack {
   static constexpr int kMost = 15;
   PlacedTable tables[kMost];
   PlacedTable* to;
   int64_t from, count;
-  const int64_t* values_before;  // null, or of every table
+  const int64_t* values_before;  // null, or an array over all tables
 };
-static_assert(sizeof(TablePack) <= 4096, "what every device takes as parameters");
+static_assert(sizeof(TablePack) <= 4096, "the limit of kernel parameters on every device");
 
 SK_KERNEL(32) bag_tables_kernel(const SK_GRID_CONSTANT TablePack pack) {
   const auto to = global<PlacedTable>(pack.to, pack.from + pack.count);
@@ -55,10 +48,10 @@ ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* t
 
 namespace {
 
-// 16 steps of rows: what is cut more finely has more partial results to write, a few percent of what it reads.
+// 16 steps of rows. Smaller chunks would write more partial results; these are a few percent of what is read.
 constexpr int64_t kChunk = 128;
 constexpr int kRows = 8;
-constexpr int64_t kPerUnit = 64;  // positions, if bags are shorter
+constexpr int64_t kPerUnit = 64;  // positions per unit, if bags are shorter
 constexpr int64_t kWaves = 4;
 
 template <class Tables, class T>
@@ -70,22 +63,22 @@ struct ForwardArgs {
   BagMode mode;
   MeanBy mean_by;
   bool wide_indices, wide_weights, weighted;
-  int64_t ranges, bags_per_unit;  // units of work: so many bags each
+  int64_t ranges, bags_per_unit;  // units of work, of bags_per_unit bags each
   int64_t windows;                // of kChunk positions, in which pieces of long bags begin
-  int64_t* owners;                // [windows] the long bag that reaches over the window's begin, or anything
+  int64_t* owners;                // [windows] the long bag that extends over the window's begin; else arbitrary
   int group;
   Partials<T> partials;
-  T* tallies;     // [bags]; only for what tallies
-  bool inverted;  // one over the tally
+  T* tallies;     // [bags]; for TallyRows
+  bool inverted;  // store 1 / tally
 };
 
-// ---- indices ---------------------------------------------------------------------------------------------------
+// Indices.
 
-// The indices of some positions as rows of the table, with their weights.
+// Loads the indices of some positions as rows of the table, with their weights.
 template <class S>
 struct IndexLoader {
   using T = typename Element<S>::T;
-  static constexpr uint32_t kSkipped = 0xffffffffu;  // does not count
+  static constexpr uint32_t kSkipped = 0xffffffffu;  // padding or out of range
 
   Integers indices;
   Weights<S> weights;
@@ -98,7 +91,7 @@ struct IndexLoader {
         E(t.E),
         padding(t.padding),
         faults(faults_) {}
-  // Those of n positions from `first` on, as far as the array goes.
+  // Loads up to n indices from position `first` on; the others are kSkipped.
   template <int kMost>
   SK_DEVICE void fetch(uint32_t (&rows)[kMost], int64_t first, int n) const {
     if (indices.wide) {
@@ -135,10 +128,9 @@ struct IndexLoader {
   }
 };
 
-// ---- reductions ------------------------------------------------------------------------------------------------
-// What becomes of a bag's rows: Raw as it is loaded, State as it is combined, and the epilogue that stores it.
+// Reductions. Each defines Raw (a row as loaded), State (the running result) and the epilogue that stores it.
 
-// What every reduction counts.
+// Count and sum of weights of the rows of a bag.
 template <class T>
 struct Tally {
   int64_t count;
@@ -178,7 +170,7 @@ struct RowReduction {
   using Loader = RowLoader<S, kWide>;
   using Raw = typename Loader::Raw;
   using Ring = std::bool_constant<kWide && (sizeof(S) > 1)>;
-  // Of a multiprocessor: what registers allow.
+  // Blocks per multiprocessor, as far as the number of registers allows.
   static constexpr int blocks(bool many) {
     return Ring::value ? (many ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3;
   }
@@ -209,7 +201,7 @@ struct RowReduction {
   }
 };
 
-// The sum starts from -0, to which any first row adds as itself.
+// Sum or mean. The sum starts from -0, so that the first row is added exactly.
 template <class S, bool kWide>
 struct SumRows : RowReduction<S, kWide> {
   using Base = RowReduction<S, kWide>;
@@ -267,7 +259,8 @@ struct SumRows : RowReduction<S, kWide> {
   }
 };
 
-// A minimum is the maximum of what is negated. The first NaN wins, and the first of equals.
+// Maximum or minimum; a minimum is the maximum of the negated values. The first NaN wins, then the first of equal
+// values.
 template <class S, bool kWide>
 struct ExtremeRows : RowReduction<S, kWide> {
   using Base = RowReduction<S, kWide>;
@@ -280,7 +273,7 @@ struct ExtremeRows : RowReduction<S, kWide> {
   };
   T sign;
 
-  // Winners of eight columns a lane leave no registers for what goes with the ring.
+  // With eight columns per lane, the positions leave too few registers for the ring.
   using Ring = std::bool_constant<Base::Ring::value && (sizeof(S) > 2)>;
   static constexpr int blocks(bool many) {
     return Ring::value ? 5 - many : Base::Ring::value ? 4 - many : Base::blocks(many);
@@ -335,7 +328,7 @@ struct ExtremeRows : RowReduction<S, kWide> {
   }
 };
 
-// No columns: what a mean divides by.
+// Reads no columns: computes the divisors of means.
 template <class S>
 struct TallyRows {
   using Ring = std::false_type;
@@ -381,11 +374,11 @@ struct TallyRows {
   }
 };
 
-// ---- the walk --------------------------------------------------------------------------------------------------
+// The walk over bags.
 
-// The rows of the bags [bag, stop), whose positions lie one behind the other, n of them from `begin` on; or, where slot
-// is not below 0, of a piece of one bag, `skipped` positions into it. Positions count from `begin`: there are few.
-// ends: where each bag but the last one ends.
+// Reduces the bags [bag, stop), whose n positions are contiguous from `begin`; or, if slot is not negative, a piece of
+// one bag, `skipped` positions into it, whose result goes to that slot. Positions are relative to `begin` and fit into
+// an int. `ends` holds the end of each bag but the last.
 template <class R>
 SK_DEVICE void walk(const R& r, Shared<const int64_t> ends, const IndexLoader<typename R::Storage>& loader, int64_t bag,
                     int64_t stop, int64_t begin, int n, int64_t slot, int64_t skipped) {
@@ -402,7 +395,7 @@ SK_DEVICE void walk(const R& r, Shared<const int64_t> ends, const IndexLoader<ty
   typename R::Raw raw[kRows];
   T weights[kRows];
   uint32_t counted = 0;
-  uint32_t rows[kRows];  // of the next step
+  uint32_t rows[kRows];  // rows of the next step
   loader.fetch(rows, begin, n);
 
   int at = 0, step = 0, step_end = 0, bag_begin = 0, bag_end = end_of(bag);
@@ -439,7 +432,7 @@ SK_DEVICE void walk(const R& r, Shared<const int64_t> ends, const IndexLoader<ty
   }
 }
 
-// Long bags by the windows into which they reach from in front.
+// For each window of kChunk positions, the long bag that extends into it from a preceding window.
 template <class Args>
 struct Owners {
   const Args& a;
@@ -448,7 +441,7 @@ struct Owners {
   SK_DEVICE void name(int64_t bag, const Span& span, int lane) const {
     for (int64_t w = span.begin / kChunk + 1 + lane; w * kChunk < span.end; w += a.group) all()[w] = bag;
   }
-  // What nobody has named may be anything, so it is put to the test.
+  // Windows without a long bag hold arbitrary values, so `named` is validated.
   SK_DEVICE bool find(int64_t w, int64_t named, Span& span) const {
     if (static_cast<uint64_t>(named) >= static_cast<uint64_t>(a.bounds.bags)) return false;
     span = a.bounds.clamped(named);
@@ -456,8 +449,8 @@ struct Owners {
   }
 };
 
-// Rows of 16 bytes a lane pass through shared memory, copied there asynchronously: twice as many are on their way, no
-// register holds them, and bags may end anywhere. A lane reads what it has copied itself, so nobody waits for another.
+// A ring buffer for wide rows, filled by asynchronous copies. Compared with registers, twice as many rows are in
+// flight, and bags may end anywhere. Each lane reads only what it copied itself, so no barrier is needed.
 template <class R>
 struct RowRing {
   using S = typename R::Storage;
@@ -465,7 +458,7 @@ struct RowRing {
   static constexpr int kStages = 2;
 
   Shared<S> rows;                 // [stages, kRows, threads, columns]
-  Shared<typename R::T> weights;  // [stages, kRows, threads], if there are any
+  Shared<typename R::T> weights;  // [stages, kRows, threads], if the bags are weighted
 
   template <class Arena>
   static SK_HOST_DEVICE RowRing in(Arena& arena, bool weighted) {
@@ -478,7 +471,7 @@ struct RowRing {
   static SK_DEVICE int slot(int place) { return place % (kStages * kRows) * kWalkThreads + thread_index(); }
 };
 
-// As walk().
+// Same as walk(), through the ring buffer.
 template <class R>
 SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_t> ends,
                          const IndexLoader<typename R::Storage>& loader, int64_t bag, int64_t stop, int64_t begin,
@@ -494,7 +487,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
   };
   const bool weighted = loader.weights.data != nullptr, has = r.columns.wide_has();
   const auto table = r.loader.table + (has ? r.columns.at(0) : 0);
-  uint32_t rows[kRows];  // of the step that will be asked for
+  uint32_t rows[kRows];  // rows of the next step to prefetch
   T weights[kRows];
   const auto fetch = [&](int from) {
     if (from >= n) return;
@@ -529,7 +522,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
     const int step_end = step + kRows < n ? step + kRows : n;
     for (;;) {
       const int high = bag_end < step_end ? bag_end : step_end;
-      SK_NO_UNROLL  // that would take registers; other warps hide the latency of shared memory
+      SK_NO_UNROLL  // saves registers; other warps hide the latency of shared memory
           for (; at < high; ++at) {
         if ((counted >> (at - step) & 1) == 0) continue;
         const int from = ring.slot(at);
@@ -554,7 +547,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
   }
 }
 
-// The walk that serves, with the shared memory that it wants.
+// Selects the walk for a reduction, and reserves its shared memory.
 template <class R, class Enable = void>
 struct Walk {
   static void reserve(SharedBytes&, bool) {}
@@ -589,8 +582,8 @@ bag_forward_kernel(const SK_GRID_CONSTANT Args a) {
   const int64_t first = table.bags_before + (unit - table.units_before) * a.bags_per_unit;
   const int bags = int(min(a.bags_per_unit, table.bags_before + table.t.bags - first));
 
-  // Where its bags begin and end, asked for at once by all lanes; what is read again later is here, for rows pass
-  // through the first-level cache.
+  // Begin and end of the unit's bags, loaded by all lanes at once. Shared memory holds them for the later reads,
+  // because rows evict them from the L1 cache.
   const int lane = thread_index() % a.group, local = thread_index() / a.group, edge_count = int(a.bags_per_unit) + 1;
   const auto edges = arena.array<int64_t>(kWalkThreads / a.group * edge_count) + local * edge_count;
   for (int i = lane; i <= bags; i += a.group) edges[i] = max(0, min(a.bounds.begin(first + i), a.bounds.N));
@@ -620,8 +613,8 @@ bag_forward_kernel(const SK_GRID_CONSTANT Args a) {
   }
 }
 
-// The later pieces of long bags: at most one begins in a window. A group asks for some windows at once, for most often
-// there is nothing in any.
+// Reduces the later pieces of long bags; at most one begins in each window. Each group checks several windows at once,
+// because most windows have none.
 constexpr int kWindows = 4;
 
 template <class R, class Args>
@@ -654,7 +647,7 @@ bag_pieces_kernel(const SK_GRID_CONSTANT Args a) {
   }
 }
 
-// Chain q: the long bag that begins in window q.
+// Chain q is the long bag that begins in window q.
 template <class R, class Args>
 struct LongBags {
   const Args& a;
@@ -677,7 +670,7 @@ bag_merge_kernel(const SK_GRID_CONSTANT Args a) {
   merge_chains<R>(LongBags<R, Args>{a}, a.windows, a.group);
 }
 
-// ---- the gradient of weights -----------------------------------------------------------------------------------
+// The gradient of per-sample weights.
 
 struct WeightArgs {
   ManyTables tables;
@@ -686,16 +679,16 @@ struct WeightArgs {
   bool extreme, wide_indices, wide_weights;
   int group;
   int64_t N;
-  const void* scales;   // [bags] or null: what a bag's dots are multiplied by
+  const void* scales;   // [bags] or null: factor of a bag's dot products
   void* dots;           // [N]
-  bool wide_dots;       // in the compute type; else in the table's
-  const void* weights;  // [N]; only for
-  void* weighted;       // [N] or null: weights times dots, in the compute type
+  bool wide_dots;       // dots are in the compute type; else in the table's dtype
+  const void* weights;  // [N]; used for `weighted`
+  void* weighted;       // [N] or null: weights * dots, in the compute type
 };
 
-// <grad of the bag, row> for kDots successive positions a group. Rows of the next columns follow until the row is at
-// its end, and only then do lanes add up what each has.
-constexpr int kDots = 4;  // and as many rows of gradients: eight on their way
+// <gradient of the bag, row> for kDots consecutive positions per group. Lanes accumulate over the whole row and are
+// summed once at its end.
+constexpr int kDots = 4;  // with as many rows of gradients, eight loads are in flight
 
 template <class S, bool kWide>
 SK_KERNEL(kWalkThreads, sizeof(S) == 8 && !kWide ? 2 : 3)
@@ -714,7 +707,7 @@ bag_dots_kernel(const SK_GRID_CONSTANT WeightArgs a) {
   int64_t at = max(first, a.bounds.clamped(0).begin);
   const int64_t end = min(stop, a.bounds.clamped(a.bounds.bags - 1).end);
   int64_t bag = at < end ? a.bounds.bag_at(at) : a.bounds.bags;
-  while (bag < a.bounds.bags) {  // once for each table that has some of the positions
+  while (bag < a.bounds.bags) {  // once for each table with some of the positions
     const PlacedTable table = a.tables.of_bag(bag);
     const BagTable& t = table.t;
     const int64_t last_bag = table.bags_before + t.bags;
@@ -772,7 +765,7 @@ bag_dots_kernel(const SK_GRID_CONSTANT WeightArgs a) {
     const int64_t position = first + j;
     if (position >= stop) continue;
     T dot = dots[j];
-    if (scales && dot != 0) {  // a bag of nothing that counts has no scale
+    if (scales && dot != 0) {  // the scale of a bag without counted rows is not finite
       const T scale = scales[a.bounds.bag_at(position)];
       dot *= scale;
     }
@@ -788,14 +781,14 @@ bag_dots_kernel(const SK_GRID_CONSTANT WeightArgs a) {
   }
 }
 
-// A mean by weight moves with w_i as far as row i is off the mean: (d_i - sum w d / sum w) / sum w, d the dots.
+// A mean by weight: dw_i = (d_i - sum(w d) / sum(w)) / sum(w), where d are the dot products.
 struct CenterArgs {
   Bounds bounds;
   Integers indices;
   bool wide_weights;
   int64_t padding, N;
-  const void* scales;  // [bags] one over the sum of weights
-  const void* sums;    // [bags] of weights times dots
+  const void* scales;  // [bags] 1 / sum of weights
+  const void* sums;    // [bags] sum of weights * dots
   const void* dots;    // [N]
   void* dweights;      // [N]
 };
@@ -821,7 +814,7 @@ bag_center_kernel(const SK_GRID_CONSTANT CenterArgs a) {
   }
 }
 
-// ---- rows of bytes ---------------------------------------------------------------------------------------------
+// Quantised rows.
 
 struct PackArgs {
   BagTable t;
@@ -829,8 +822,7 @@ struct PackArgs {
   int group;
 };
 
-// A byte is (x - min) * 255 / (max - min), to nearest; the step and the minimum stand behind the row. A group takes a
-// row.
+// byte = round((x - min) * 255 / (max - min)); the scale and the minimum follow the row. One group per row.
 template <class S>
 SK_KERNEL(kThreads)
 bag_pack_kernel(const SK_GRID_CONSTANT PackArgs a) {
@@ -865,14 +857,15 @@ bag_pack_kernel(const SK_GRID_CONSTANT PackArgs a) {
   }
 }
 
-// ---- host: which kernel serves ---------------------------------------------------------------------------------
+// Host functions.
 
-// One table comes as a parameter, several in memory; so does a single one of narrow rows, for fewer kernels.
+// A single table is passed as a kernel parameter, several in device memory. A single table with narrow rows is also
+// passed in memory, which saves instantiations.
 bool places_tables(const BagForward& bags) {
   return !bags.shape.byte_rows && (bags.count > 1 || !wide_rows(bags, true));
 }
 
-// Windows in which pieces of long bags begin; 0 if no bag can be long.
+// Number of windows in which pieces of long bags may begin; 0 if no bag can be long.
 int64_t windows_of(const BagForward& bags) {
   const BagTable& t = bags.tables[0];
   if (t.N <= kChunk || (t.offsets == nullptr && t.length <= kChunk)) return 0;
@@ -893,8 +886,8 @@ Partials<T> take_partials(Scratch& scratch, const BagForward& bags, bool tally_o
   return partials;
 }
 
-// Several bags a group, so that what stands in front of its first rows, bounds and then indices, is waited for once
-// for all of them; as many groups as the device holds several times over keep it busy to the end.
+// Bags per unit of work. Several bags per group amortise the latency of loading bounds and indices; enough groups to
+// fill the device several times balance the load.
 int64_t bags_per_unit(const Bounds& bounds, int64_t group, int64_t tiles) {
   if (bounds.N == 0) return 1;
   const int64_t held = device_limits().multiprocessors * int64_t{640};  // lanes
@@ -918,7 +911,7 @@ std::vector<PlacedTable> placed(const BagForward& bags, int64_t per_unit) {
   return tables;
 }
 
-// Partial results lie side by side whatever read them, so one form of merging serves both.
+// Partial results have the same layout for all readers, so one (narrow) merge kernel serves both.
 template <class R, class Merging, class Tables>
 void launch_walk(const BagForward& bags, ForwardArgs<Tables, typename R::T>& args, void* stream) {
   using Args = ForwardArgs<Tables, typename R::T>;
@@ -955,7 +948,7 @@ ForwardArgs<Tables, T> forward_args(const BagForward& bags, BagFaultWord* fault)
 
 }  // namespace
 
-// ---- sums over bags of what has no columns ---------------------------------------------------------------------
+// Sums over bags that read no columns.
 
 namespace {
 
@@ -1010,7 +1003,7 @@ void launch_bag_scales(const BagForward& bags, const ManyTables& tables, void* s
   });
 }
 
-// ---- the operator's gradient by weights: memory ----------------------------------------------------------------
+// Scratch memory of the gradient of per-sample weights.
 
 namespace {
 
@@ -1040,7 +1033,7 @@ struct WeightMemory {
 }  // namespace
 }  // namespace bags_cuda
 
-// ---- launchers -------------------------------------------------------------------------------------------------
+// Launchers.
 
 using namespace bags_cuda;
 

@@ -1,9 +1,9 @@
-// A stable sort of 32-bit keys with what belongs to them, by digits from the lowest up, only as many as keys have.
+// Stable LSD radix sort of 32-bit keys with 32-bit values; only the digits that the largest key uses are sorted.
 //
-// A pass counts the digits of every tile, sums the counts of each digit over the tiles in front, and moves the tiles.
-// In a tile a warp has successive elements, 32 at a time: lanes of one digit find each other by a vote, so that equal
-// keys keep their order. A tile is put in order in shared memory first: so what goes to one digit's place is written
-// side by side, a few sectors instead of one for each element.
+// A pass counts the digits of every tile, computes prefix sums of the counts over the tiles, and scatters the tiles.
+// Within a tile, each warp ranks consecutive elements, 32 at a time: lanes with equal digits find each other by
+// match_any, which keeps equal keys in order. The tile is reordered in shared memory first, so that elements with the
+// same digit are written contiguously, in few memory sectors.
 #pragma once
 
 #include "embedding_bag/cuda/bags.cuh"
@@ -12,14 +12,14 @@ namespace seqkernels::bags_cuda {
 
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kItems = 16;  // of a thread
+constexpr int kItems = 16;  // per thread
 constexpr int64_t kTileItems = kThreads * kItems;
 constexpr int kWarps = kThreads / kWarp;
-static_assert(kDigits == kThreads, "a thread looks after a digit");
+static_assert(kDigits == kThreads, "each thread handles one digit");
 
 struct SortPass {
   const uint32_t* keys;
-  const uint32_t* values;  // null: an element's value is its place
+  const uint32_t* values;  // null: the value is the element's index
   uint32_t* sorted_keys;
   uint32_t* sorted_values;
   uint32_t* counts;  // [digits, tiles]
@@ -31,7 +31,7 @@ struct SortPass {
   SK_DEVICE Global<uint32_t> count() const { return global<uint32_t>(counts, kDigits * tiles); }
 };
 
-// The sum over the threads in front, and over all of them.
+// Exclusive prefix sum over the threads of the block; `total` receives the sum over all threads.
 SK_DEVICE uint32_t block_scan(uint32_t x, uint32_t& total, Shared<uint32_t> sums) {
   uint32_t inclusive = x;
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -71,7 +71,7 @@ SK_KERNEL(kThreads) sort_count_kernel(const SK_GRID_CONSTANT SortPass a) {
   a.count()[thread * a.tiles + block_index()] = count;
 }
 
-// A block has a digit: what lies in the tiles in front of each.
+// One block per digit: replaces the counts by prefix sums over the tiles.
 SK_KERNEL(kThreads) sort_scan_kernel(const SK_GRID_CONSTANT SortPass a) {
   SK_SHARED(uint32_t, sums, kWarps);
   const auto counts = a.count() + block_index() * a.tiles;
@@ -89,8 +89,8 @@ SK_KERNEL(kThreads) sort_scan_kernel(const SK_GRID_CONSTANT SortPass a) {
 
 SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   SK_SHARED(uint32_t, sums, kWarps);
-  SK_SHARED(uint32_t, places, kWarps* kDigits);  // how many elements a warp has of each digit, then where in the tile
-  SK_SHARED(uint32_t, shifts, kDigits);          // from a place in the tile to that of all
+  SK_SHARED(uint32_t, places, kWarps* kDigits);  // count of each digit per warp, later the position within the tile
+  SK_SHARED(uint32_t, shifts, kDigits);          // difference between the global position and that within the tile
   SK_SHARED(uint32_t, tile_keys, kTileItems);
   SK_SHARED(uint32_t, tile_values, kTileItems);
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
@@ -143,7 +143,7 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
     rank[k] += places[warp * kDigits + a.digit(key[k])];
     tile_keys[rank[k]] = key[k];
   }
-  // Read this late, values take the registers of keys.
+  // Reading the values this late lets them reuse the registers of the keys.
   SK_UNROLL
   for (int k = 0; k < kItems; ++k) {
     const int64_t i = first + k * kWarp;
@@ -163,9 +163,9 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   }
 }
 
-// ---- host ------------------------------------------------------------------------------------------------------
+// Host functions.
 
-// The memory of a sort. Keys are put into keys[0]; what is sorted lies in keys[result] and values[result].
+// Memory of a sort. The caller writes the keys to keys[0]; the result is in keys[result] and values[result].
 struct SortMemory {
   uint32_t* keys[2];
   uint32_t* values[2];
@@ -173,7 +173,7 @@ struct SortMemory {
   uint32_t* totals;
   int64_t n, tiles;
   int passes, bits, result;
-  const uint32_t* first_values = nullptr;  // what belongs to keys[0]; null: their places
+  const uint32_t* first_values = nullptr;  // values of keys[0]; null: their indices
 
   SortMemory(int64_t n_, uint32_t largest_key, Scratch& scratch) : n(n_), tiles(ceil_div(n_, kTileItems)) {
     int width = 1;
