@@ -49,8 +49,8 @@ struct BagTable {
 
 // An invalid index or offset found by a kernel, and its position.
 struct BagFault {
-  enum What : int { kNone, kFirstOffset, kOffset, kIndex } what;
-  int64_t at, value;  // position of the invalid element, and its value
+  enum Kind : int { kNone, kFirstOffset, kOffset, kIndex } kind;
+  int64_t position, value;  // of the invalid element
 };
 
 // Number of threads for a pass that reads this many bytes of rows.

@@ -4,33 +4,33 @@
 // the result does not depend on the number of threads.
 #include "common/memory.h"
 #include "embedding_bag/cpu/bags.h"
-#include "embedding_bag/rows_sort.h"
+#include "embedding_bag/row_sort.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
 namespace {
 
-constexpr int kMostDigitBits = 11;              // 2,048 counters and write positions
-constexpr int kSinglePassBits = 13;             // counters fit into the L1 cache
-constexpr int kCounters = 6 << kMostDigitBits;  // 62 bits in at most six digits
-constexpr int64_t kMostRanges = 32;
+constexpr int kMaxDigitBits = 11;              // 2,048 counters and write positions
+constexpr int kSinglePassBits = 13;            // counters fit into the L1 cache
+constexpr int kCounters = 6 << kMaxDigitBits;  // 62 bits in at most six digits
+constexpr int64_t kMaxRanges = 32;
 constexpr int kBucketBits = 11;  // of rows; a bucket belongs to one thread
 
 template <class U>
 struct Pair {
-  U row, what;
+  U row, source;  // source: a bag or a position
 };
 
 template <class S>
-SEQKERNELS_INLINE Compute<S> value_of(const S* p) {
+SEQKERNELS_INLINE Compute<S> load_value(const S* p) {
   if constexpr (sizeof(S) == sizeof(Compute<S>)) {
     return *p;
   } else {
     return load(p, 1)[0];
   }
 }
-SEQKERNELS_INLINE float value_of(const Half* p) { return half_to_float(p->bits); }
-SEQKERNELS_INLINE float value_of(const BFloat16* p) {
+SEQKERNELS_INLINE float load_value(const Half* p) { return half_to_float(p->bits); }
+SEQKERNELS_INLINE float load_value(const BFloat16* p) {
   const uint32_t bits = uint32_t(p->bits) << 16;
   float value;
   memcpy(&value, &bits, 4);
@@ -43,17 +43,15 @@ constexpr int64_t kRowChunk = 512;
 SEQKERNELS_INLINE int64_t partial_slots(int64_t n) { return 2 * (n / kRowChunk + 1); }
 SEQKERNELS_INLINE int64_t partial_slot(int64_t begin, bool first) { return 2 * (begin / kRowChunk) + first; }
 
-SEQKERNELS_INLINE int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // The per-sample weight at a position.
 template <class S>
 SEQKERNELS_INLINE Compute<S> weight_at(const BagBackward& args, int64_t position) {
   if (args.shape.wide_weights) return static_cast<const Compute<S>*>(args.table.weights)[position];
-  return value_of(static_cast<const S*>(args.table.weights) + position);
+  return load_value(static_cast<const S*>(args.table.weights) + position);
 }
 
 template <class F>
-void on_threads(int64_t threads, F&& f) {
+void for_each_thread(int64_t threads, F&& f) {
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) f(thread);
   };
@@ -62,7 +60,7 @@ void on_threads(int64_t threads, F&& f) {
 
 // The first pair with this row or a later one.
 template <class U>
-inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
+inline int64_t lower_bound(const Pair<U>* pairs, int64_t n, int64_t row) {
   int64_t low = 0, high = n;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
@@ -78,7 +76,7 @@ inline int64_t first_at_least(const Pair<U>* pairs, int64_t n, int64_t row) {
 // Sort.
 
 // Whether gradients depend on the position and not only on the bag: per-sample weights, max and min.
-bool by_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
+bool depends_on_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
 
 // Rows are assigned to threads in ranges of equal work. Each thread scans all indices for rows of its range and sorts
 // them in memory of its own. With few threads, the scan takes a small part of the time.
@@ -103,18 +101,18 @@ struct Sorter {
     first = bounds.begin(0);
     last = bounds.begin(t.bags);
     const int64_t n = last - first;
-    threads = min(kMostRanges, threads_for(max(n, out.dense ? t.E : 0) * t.D * int64_t(sizeof(S))));
+    threads = min(kMaxRanges, threads_for(max(n, out.dense ? t.E : 0) * t.D * int64_t(sizeof(S))));
     const int width = bits_of(t.E);
     bucket_shift = threads == 1 ? width : width > kBucketBits ? width - kBucketBits : 0;
     buckets = (max(t.E - 1, 0) >> bucket_shift) + 1;
 
-    const bool positions = by_position(args), mean = args.shape.mode == BagMode::kMean;
-    const int64_t pair_bytes = rounded_up(n * sizeof(Pair<U>));
-    const int64_t count_bytes = rounded_up(threads * buckets * 8);
+    const bool positions = depends_on_position(args), mean = args.shape.mode == BagMode::kMean;
+    const int64_t pair_bytes = round_up(n * sizeof(Pair<U>), 64);
+    const int64_t count_bytes = round_up(threads * buckets * 8, 64);
     const int64_t counter_bytes = kCounters * sizeof(U);
-    const int64_t bag_bytes = positions ? rounded_up(n * sizeof(U)) : 0,
-                  scale_bytes = mean ? rounded_up(t.bags * sizeof(T)) : 0;
-    const int64_t cut_bytes = rounded_up(3 * (threads + 1) * 8), partial_bytes = partial_slots(n) * t.D * sizeof(T);
+    const int64_t bag_bytes = positions ? round_up(n * sizeof(U), 64) : 0,
+                  scale_bytes = mean ? round_up(t.bags * sizeof(T), 64) : 0;
+    const int64_t cut_bytes = round_up(3 * (threads + 1) * 8, 64), partial_bytes = partial_slots(n) * t.D * sizeof(T);
     out.memory = new Memory(2 * pair_bytes + count_bytes + threads * counter_bytes + bag_bytes + scale_bytes +
                             cut_bytes + partial_bytes);
     char* p = out.memory->get();
@@ -140,7 +138,7 @@ struct Sorter {
     int passes, bits;
     explicit Digits(int64_t range) {
       const int width = bits_of(range);
-      passes = width <= kSinglePassBits ? 1 : (width + kMostDigitBits - 1) / kMostDigitBits;
+      passes = width <= kSinglePassBits ? 1 : (width + kMaxDigitBits - 1) / kMaxDigitBits;
       bits = (width + passes - 1) / passes;
     }
   };
@@ -151,7 +149,7 @@ struct Sorter {
   }
 
   BagFault run() {
-    on_threads(threads, [&](int64_t thread) {
+    for_each_thread(threads, [&](int64_t thread) {
       if (args.shape.wide_indices) {
         count_indices<int64_t>(thread);
       } else {
@@ -164,14 +162,14 @@ struct Sorter {
         });
       }
     });
-    if (faults.first().what != BagFault::kNone) return faults.first();
-    const int64_t widest = deal();
+    if (faults.first().kind != BagFault::kNone) return faults.first();
+    const int64_t widest = assign_ranges();
     const Digits digits(widest);
-    on_threads(threads, [&](int64_t thread) {
+    for_each_thread(threads, [&](int64_t thread) {
       if (args.shape.wide_indices) {
-        pick<int64_t>(thread);
+        collect_pairs<int64_t>(thread);
       } else {
-        pick<int32_t>(thread);
+        collect_pairs<int32_t>(thread);
       }
       sort_range(thread, digits);
     });
@@ -197,7 +195,7 @@ struct Sorter {
     for (int64_t i = share(thread), end = share(thread + 1); i < end; ++i) {
       const int64_t index = indices[i];
       if (uint64_t(index) >= uint64_t(t.E)) {
-        note(fault, BagFault::kIndex, i, index);
+        record_fault(fault, BagFault::kIndex, i, index);
       } else if (index != t.padding) {
         ++mine[bucket(index)];
       }
@@ -206,7 +204,7 @@ struct Sorter {
   }
 
   // Assigns a range of rows and of pairs to each thread. Returns the number of rows of the widest range.
-  int64_t deal() const {
+  int64_t assign_ranges() const {
     const int64_t of_row = out.dense ? 1 : 0;
     int64_t n = 0;
     for (int64_t i = 0; i < threads * buckets; ++i) n += counts[i];
@@ -251,15 +249,15 @@ struct Sorter {
 
   // Collects the pairs of a thread's range in the order of positions.
   template <class I>
-  void pick(int64_t thread) const {
+  void collect_pairs(int64_t thread) const {
     if (bag_of == nullptr) {
-      pick_as<I, false>(thread);
+      collect_pairs_as<I, false>(thread);
     } else {
-      pick_as<I, true>(thread);
+      collect_pairs_as<I, true>(thread);
     }
   }
   template <class I, bool kPositions>
-  __attribute__((noinline)) void pick_as(int64_t thread) const {
+  __attribute__((noinline)) void collect_pairs_as(int64_t thread) const {
     const I* indices = static_cast<const I*>(t.indices);
     const U low = U(out.rows[thread]), range = U(out.rows[thread + 1]) - low;
     const int64_t padding = t.padding;  // -1 if there is none, which no valid index equals
@@ -286,26 +284,27 @@ struct Sorter {
       for (int pass = 0; pass < digits.passes; ++pass, row >>= digits.bits) ++mine[pass * size + (row & mask)];
     }
     for (int pass = 0; pass < digits.passes; ++pass) {
-      U* const place = mine + pass * size;
+      U* const next_place = mine + pass * size;
       U before = U(begin);
       for (int64_t d = 0; d < size; ++d) {
-        const U count = place[d];
-        place[d] = before;
+        const U count = next_place[d];
+        next_place[d] = before;
         before += count;
       }
       const Pair<U>* from = pairs[pass % 2];
       Pair<U>* to = pairs[1 - pass % 2];
       const int shift = pass * digits.bits;
-      for (int64_t i = begin; i < end; ++i) to[place[(from[i].row - low) >> shift & mask]++] = from[i];
+      for (int64_t i = begin; i < end; ++i) to[next_place[(from[i].row - low) >> shift & mask]++] = from[i];
     }
     const Pair<U>* sorted = pairs[digits.passes % 2];
     int64_t unique = 0;
-    for (int64_t i = begin; out.numbered && i < end; ++i) unique += i == begin || sorted[i].row != sorted[i - 1].row;
+    for (int64_t i = begin; out.counts_unique && i < end; ++i)
+      unique += i == begin || sorted[i].row != sorted[i - 1].row;
     out.unique_before[thread + 1] = unique;
-    bool often = false;  // conservative
+    bool frequent = false;  // conservative
     constexpr int64_t kHalf = kRowChunk / 2;
-    for (int64_t i = begin; i + kHalf < end; i += kHalf) often |= sorted[i + kHalf].row == sorted[i].row;
-    if (often) __atomic_store_n(&out.any_often, true, __ATOMIC_RELAXED);
+    for (int64_t i = begin; i + kHalf < end; i += kHalf) frequent |= sorted[i + kHalf].row == sorted[i].row;
+    if (frequent) __atomic_store_n(&out.any_frequent, true, __ATOMIC_RELAXED);
   }
 
   void set_scales(int64_t thread) const {
@@ -331,7 +330,7 @@ template <class S>
 BagFault sort_of(const BagBackward& args, RowSort& out) {
   int64_t longest = 0;
   const BagFault fault = check_offsets(args.table, args.shape.wide_offsets, longest);
-  if (fault.what != BagFault::kNone) return fault;
+  if (fault.kind != BagFault::kNone) return fault;
   constexpr int64_t kNarrow = int64_t(1) << 32;
   if (args.table.E < kNarrow && args.table.N < kNarrow && args.table.bags < kNarrow) {
     return Sorter<S, uint32_t>(args, out).run();
@@ -344,7 +343,7 @@ BagFault sort_of(const BagBackward& args, RowSort& out) {
 // The next pairs as terms of a row's sum: coefficient * grad; for max and min, only in columns where arg equals
 // `where`.
 template <class S, class U>
-struct Additions {
+struct Contributions {
   using T = Compute<S>;
   static constexpr int64_t kNear = 8;
   const BagBackward& args;
@@ -355,7 +354,7 @@ struct Additions {
   T coefficients[kRowChunk];
   int32_t where[kRowChunk];
 
-  Additions(const BagBackward& args, const RowSort& sort) : args(args), sort(sort) {}
+  Contributions(const BagBackward& args, const RowSort& sort) : args(args), sort(sort) {}
   // Index of pair `from` in the arrays; loads the pairs [from, to) if needed.
   SEQKERNELS_INLINE int64_t at(int64_t from, int64_t to) {
     if (from < begin || to > end) fill(from);
@@ -373,23 +372,23 @@ struct Additions {
     const int64_t ahead = min(sort.n, end + kNear);
     for (int64_t i = ahead; i < end + kNear; ++i) grads[i - begin] = argument_rows[i - begin] = 0;
     if (bag_of == nullptr && scale == nullptr && t.batch == t.bags) {  // plain sums
-      for (int64_t i = begin; i < ahead; ++i) grads[i - begin] = int64_t(pairs[i].what) * t.out_stride;
+      for (int64_t i = begin; i < ahead; ++i) grads[i - begin] = int64_t(pairs[i].source) * t.out_stride;
       return;
     }
     for (int64_t i = begin; i < ahead; ++i) {
-      const int64_t what = pairs[i].what, bag = bag_of == nullptr ? what : bag_of[what];
-      grads[i - begin] = row_of(t, bag, t.out_stride);
-      if (t.arg != nullptr) argument_rows[i - begin] = row_of(t, bag, t.arg_stride);
+      const int64_t source = pairs[i].source, bag = bag_of == nullptr ? source : bag_of[source];
+      grads[i - begin] = output_offset(t, bag, t.out_stride);
+      if (t.arg != nullptr) argument_rows[i - begin] = output_offset(t, bag, t.arg_stride);
       if (i >= end) continue;
       T coefficient = scale == nullptr ? T(1) : scale[bag];
-      if (t.weights != nullptr) coefficient *= weight_at<S>(args, what);
+      if (t.weights != nullptr) coefficient *= weight_at<S>(args, source);
       coefficients[i - begin] = coefficient;
-      if (t.arg != nullptr) where[i - begin] = int32_t(what - bounds.begin(bag));
+      if (t.arg != nullptr) where[i - begin] = int32_t(source - bounds.begin(bag));
     }
   }
 };
 
-enum class Adds { kPlain, kScaled, kWon };
+enum class SumKind { kPlain, kScaled, kWinners };
 
 template <class S, class U>
 struct Reducer {
@@ -402,13 +401,13 @@ struct Reducer {
   const RowTarget& to;
   const BagTable& t = args.table;
   const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
-  const Adds adds = t.arg != nullptr                                ? Adds::kWon
-                    : sort.scale != nullptr || t.weights != nullptr ? Adds::kScaled
-                                                                    : Adds::kPlain;
+  const SumKind sum_kind = t.arg != nullptr                                ? SumKind::kWinners
+                           : sort.scale != nullptr || t.weights != nullptr ? SumKind::kScaled
+                                                                           : SumKind::kPlain;
 
   void run() const {
-    if (sort.any_often) on_threads(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
-    on_threads(sort.threads, [&](int64_t thread) { sum_rows(thread); });
+    if (sort.any_frequent) for_each_thread(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
+    for_each_thread(sort.threads, [&](int64_t thread) { sum_rows(thread); });
   }
 
   int64_t end_of(int64_t begin) const {
@@ -416,19 +415,19 @@ struct Reducer {
     const int64_t near = min(sort.n, begin + 64);
     int64_t i = begin + 1;
     while (i < near && pairs[i].row == row) ++i;
-    return i < near ? i : first_at_least(pairs, sort.n, int64_t(row) + 1);
+    return i < near ? i : lower_bound(pairs, sort.n, int64_t(row) + 1);
   }
 
   // Sums the chunks of frequent rows. Each thread has an equal part of the pairs, independent of the rows.
   void sum_chunks(int64_t thread) const {
     const int64_t low = part(sort.n, sort.threads, thread), high = part(sort.n, sort.threads, thread + 1);
-    Additions<S, U> additions(args, sort);
-    for (int64_t begin = low < high ? first_at_least(pairs, sort.n, pairs[low].row) : high; begin < high;) {
+    Contributions<S, U> contributions(args, sort);
+    for (int64_t begin = low < high ? lower_bound(pairs, sort.n, pairs[low].row) : high; begin < high;) {
       const int64_t end = end_of(begin);
       for (int64_t from = begin; end - begin > kRowChunk && from < end; from += kRowChunk) {
         if (from < low || from >= high) continue;
         T* partial = static_cast<T*>(sort.partials) + partial_slot(from, from == begin) * t.D;
-        sum(additions, from, min(end, from + kRowChunk), T(1), partial);
+        sum(contributions, from, min(end, from + kRowChunk), T(1), partial);
       }
       begin = end;
     }
@@ -446,7 +445,7 @@ struct Reducer {
 
   // Sums the rows of this thread.
   void sum_rows(int64_t thread) const {
-    Additions<S, U> additions(args, sort);
+    Contributions<S, U> contributions(args, sort);
     Memory memory(sizeof(T) * t.D);
     T* const sums = reinterpret_cast<T*>(memory.get());
     int64_t ordinal = sort.unique_before[thread], done = sort.rows[thread];
@@ -454,11 +453,11 @@ struct Reducer {
     for (int64_t begin = sort.begins[thread]; begin < stop; ++ordinal) {
       const int64_t row = pairs[begin].row, end = end_of(begin);
       if (to.dense != nullptr) {
-        clear(done, row);
+        zero_rows(done, row);
         done = row + 1;
       } else {
-        ask_for_row<2>(min(begin + kRowsFar, sort.n - 1));
-        ask_for_row<3>(min(begin + kRowsNear, sort.n - 1));
+        prefetch_row<2>(min(begin + kRowsFar, sort.n - 1));
+        prefetch_row<3>(min(begin + kRowsNear, sort.n - 1));
       }
       if (end - begin > kRowChunk) {
         merge_chunks(begin, end, sums);
@@ -470,21 +469,21 @@ struct Reducer {
       } else {
         const T divisor = args.by_frequency ? T(end - begin) : T(1);
         if (to.step != nullptr) {
-          sum(additions, begin, end, divisor, sums);
+          sum(contributions, begin, end, divisor, sums);
           step(row, sums);
         } else {
-          sum(additions, begin, end, divisor, target(row, ordinal));
+          sum(contributions, begin, end, divisor, target(row, ordinal));
         }
       }
       begin = end;
     }
-    if (to.dense != nullptr) clear(done, sort.rows[thread + 1]);
+    if (to.dense != nullptr) zero_rows(done, sort.rows[thread + 1]);
   }
 
   // Prefetches the table row and states that a later step will change.
   static constexpr int64_t kRowsNear = 8, kRowsFar = 64;
   template <int kLevel>
-  SEQKERNELS_INLINE void ask_for_row(int64_t pair) const {
+  SEQKERNELS_INLINE void prefetch_row(int64_t pair) const {
     if (to.step == nullptr) return;
     const char* p = reinterpret_cast<const char*>(static_cast<const S*>(t.table) + pairs[pair].row * t.row_stride);
     for (int64_t b = 0; b < min(1024, t.D * int64_t(sizeof(S))); b += 64)
@@ -499,7 +498,7 @@ struct Reducer {
   }
 
   // Zeroes rows [from, end), which do not occur.
-  SEQKERNELS_INLINE void clear(int64_t from, int64_t end) const {
+  SEQKERNELS_INLINE void zero_rows(int64_t from, int64_t end) const {
     if (from < end)
       memset(static_cast<void*>(static_cast<S*>(to.dense) + from * t.D), 0, sizeof(S) * (end - from) * t.D);
   }
@@ -513,36 +512,36 @@ struct Reducer {
   // The sum of the pairs [from, end), all of one row.
 
   template <class To>
-  SEQKERNELS_INLINE void sum(Additions<S, U>& additions, int64_t from, int64_t end, T divisor, To* out) const {
-    const int64_t at = additions.at(from, end), n = end - from;
-    switch (adds) {
-      case Adds::kPlain:
-        return sum_as<Adds::kPlain>(additions, at, n, divisor, out);
-      case Adds::kScaled:
-        return sum_as<Adds::kScaled>(additions, at, n, divisor, out);
-      case Adds::kWon:
-        return sum_as<Adds::kWon>(additions, at, n, divisor, out);
+  SEQKERNELS_INLINE void sum(Contributions<S, U>& contributions, int64_t from, int64_t end, T divisor, To* out) const {
+    const int64_t at = contributions.at(from, end), n = end - from;
+    switch (sum_kind) {
+      case SumKind::kPlain:
+        return sum_as<SumKind::kPlain>(contributions, at, n, divisor, out);
+      case SumKind::kScaled:
+        return sum_as<SumKind::kScaled>(contributions, at, n, divisor, out);
+      case SumKind::kWinners:
+        return sum_as<SumKind::kWinners>(contributions, at, n, divisor, out);
     }
   }
-  template <Adds kAdds, class To>
-  SEQKERNELS_INLINE void sum_as(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
+  template <SumKind kSumKind, class To>
+  SEQKERNELS_INLINE void sum_as(const Contributions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
     const int64_t vectors = t.D / kLanes<T>;
-    if (vectors >= kWidest) return blocks<kAdds, kWidest>(a, at, n, divisor, out);
-    if (vectors >= 4) return blocks<kAdds, 4>(a, at, n, divisor, out);
-    if (vectors >= 2) return blocks<kAdds, 2>(a, at, n, divisor, out);
-    if (vectors >= 1) return blocks<kAdds, 1>(a, at, n, divisor, out);
-    block<kAdds, true, 1>(a, at, n, divisor, out, 0);
+    if (vectors >= kWidest) return blocks<kSumKind, kWidest>(a, at, n, divisor, out);
+    if (vectors >= 4) return blocks<kSumKind, 4>(a, at, n, divisor, out);
+    if (vectors >= 2) return blocks<kSumKind, 2>(a, at, n, divisor, out);
+    if (vectors >= 1) return blocks<kSumKind, 1>(a, at, n, divisor, out);
+    block<kSumKind, true, 1>(a, at, n, divisor, out, 0);
   }
   // As in the forward pass, the last block ends at D and may recompute some columns.
-  template <Adds kAdds, int kWidth, class To>
-  __attribute__((noinline)) void blocks(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
+  template <SumKind kSumKind, int kWidth, class To>
+  __attribute__((noinline)) void blocks(const Contributions<S, U>& a, int64_t at, int64_t n, T divisor, To* out) const {
     constexpr int64_t kColumns = kWidth * kLanes<T>;
     for (int64_t done = 0; done < t.D; done += kColumns) {
-      block<kAdds, false, kWidth>(a, at, n, divisor, out, min(done, t.D - kColumns));
+      block<kSumKind, false, kWidth>(a, at, n, divisor, out, min(done, t.D - kColumns));
     }
   }
-  template <Adds kAdds, bool kPartial, int kWidth, class To>
-  SEQKERNELS_INLINE void block(const Additions<S, U>& a, int64_t at, int64_t n, T divisor, To* out,
+  template <SumKind kSumKind, bool kPartial, int kWidth, class To>
+  SEQKERNELS_INLINE void block(const Contributions<S, U>& a, int64_t at, int64_t n, T divisor, To* out,
                                int64_t column) const {
     constexpr int kBytes = kWidth * kLanes<T> * int(sizeof(S));
     const S* grads = static_cast<const S*>(t.out) + column;
@@ -551,24 +550,25 @@ struct Reducer {
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) sums[v] = Native<T>{};
     for (int64_t i = at; i < at + n; ++i) {
-      const char* near = reinterpret_cast<const char*>(grads + a.grads[i + Additions<S, U>::kNear]);
+      const char* near = reinterpret_cast<const char*>(grads + a.grads[i + Contributions<S, U>::kNear]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(near + b, 0, 3);
-      if constexpr (kAdds == Adds::kWon) {
-        const char* won = reinterpret_cast<const char*>(t.arg + a.argument_rows[i + Additions<S, U>::kNear] + column);
+      if constexpr (kSumKind == SumKind::kWinners) {
+        const char* winners =
+            reinterpret_cast<const char*>(t.arg + a.argument_rows[i + Contributions<S, U>::kNear] + column);
 #pragma GCC unroll 16
-        for (int b = 0; b < kWidth * kLanes<T> * 4; b += 64) __builtin_prefetch(won + b, 0, 3);
+        for (int b = 0; b < kWidth * kLanes<T> * 4; b += 64) __builtin_prefetch(winners + b, 0, 3);
       }
       const S* grad = grads + a.grads[i];
-      const Native<T> coefficient = broadcast(kAdds == Adds::kPlain ? T(1) : a.coefficients[i]);
+      const Native<T> coefficient = broadcast(kSumKind == SumKind::kPlain ? T(1) : a.coefficients[i]);
 #pragma GCC unroll 8
       for (int v = 0; v < kWidth; ++v) {
         Native<T> g = load(grad + v * kLanes<T>, lanes);
-        if constexpr (kAdds == Adds::kWon) {
-          const Int won = load_positions<T>(t.arg + a.argument_rows[i] + column + v * kLanes<T>, lanes);
-          g = won == Int{} + typename Vec<T>::Int(a.where[i]) ? g : Native<T>{};
+        if constexpr (kSumKind == SumKind::kWinners) {
+          const Int winners = load_positions<T>(t.arg + a.argument_rows[i] + column + v * kLanes<T>, lanes);
+          g = winners == Int{} + typename Vec<T>::Int(a.where[i]) ? g : Native<T>{};
         }
-        sums[v] = kAdds == Adds::kPlain ? sums[v] + g : fma(coefficient, g, sums[v]);
+        sums[v] = kSumKind == SumKind::kPlain ? sums[v] + g : fma(coefficient, g, sums[v]);
       }
     }
 #pragma GCC unroll 8
@@ -588,17 +588,17 @@ struct Reducer {
     const T lr = T(s.lr), eps = T(s.eps);
     switch (s.optimizer) {
       case RowOptimizer::kSGD:
-        return move(w, [&](int64_t d) { return -lr * g[d]; });
+        return add_to_row(w, [&](int64_t d) { return -lr * g[d]; });
       case RowOptimizer::kAdagrad:
         state1 += row * t.D;
         for (int64_t d = 0; d < t.D; ++d) state1[d] += g[d] * g[d];
-        return move(w, [&](int64_t d) { return -lr * (g[d] / (root(state1[d]) + eps)); });
+        return add_to_row(w, [&](int64_t d) { return -lr * (g[d] / (square_root(state1[d]) + eps)); });
       case RowOptimizer::kRowwiseAdagrad: {
         T squares = 0;
         for (int64_t d = 0; d < t.D; ++d) squares += g[d] * g[d];
         state1[row] += squares / T(t.D);
-        const T factor = -lr / (root(state1[row]) + eps);
-        return move(w, [&](int64_t d) { return factor * g[d]; });
+        const T factor = -lr / (square_root(state1[row]) + eps);
+        return add_to_row(w, [&](int64_t d) { return factor * g[d]; });
       }
       case RowOptimizer::kAdam: {
         state1 += row * t.D;
@@ -609,11 +609,11 @@ struct Reducer {
           state2[d] += (g[d] * g[d] - state2[d]) * rest2;
         }
         const T size = -lr * T(__builtin_sqrt(s.correction2) / s.correction1);
-        return move(w, [&](int64_t d) { return size * (state1[d] / (root(state2[d]) + eps)); });
+        return add_to_row(w, [&](int64_t d) { return size * (state1[d] / (square_root(state2[d]) + eps)); });
       }
     }
   }
-  static SEQKERNELS_INLINE T root(T x) {
+  static SEQKERNELS_INLINE T square_root(T x) {
     if constexpr (sizeof(T) == 4) {
       return __builtin_sqrtf(x);
     } else {
@@ -622,12 +622,12 @@ struct Reducer {
   }
   // Adds f(d) to each element, 64 at a time, so that the conversion between types is vectorised.
   template <class F>
-  SEQKERNELS_INLINE void move(S* w, F&& f) const {
-    constexpr int64_t kSome = 64;
-    S gathered[kSome];
-    T values[kSome];
-    for (int64_t from = 0; from < t.D; from += kSome) {
-      const int64_t n = min(kSome, t.D - from), stride = t.column_stride;
+  SEQKERNELS_INLINE void add_to_row(S* w, F&& f) const {
+    constexpr int64_t kElements = 64;
+    S gathered[kElements];
+    T values[kElements];
+    for (int64_t from = 0; from < t.D; from += kElements) {
+      const int64_t n = min(kElements, t.D - from), stride = t.column_stride;
       S* here = w + from * stride;
       for (int64_t d = 0; stride != 1 && d < n; ++d) gathered[d] = here[d * stride];
       convert(values, stride != 1 ? gathered : here, n);
@@ -640,15 +640,15 @@ struct Reducer {
   // max_norm: scales rows with a larger norm down to it.
 
   void renorm(double max_norm, double p) const {
-    on_threads(sort.threads, [&](int64_t thread) {
+    for_each_thread(sort.threads, [&](int64_t thread) {
       for (int64_t begin = sort.begins[thread]; begin < sort.begins[thread + 1]; begin = end_of(begin)) {
         S* w = static_cast<S*>(const_cast<void*>(t.table)) + int64_t(pairs[begin].row) * t.row_stride;
-        const auto value = [&](int64_t d) { return double(value_of(w + d * t.column_stride)); };
+        const auto value = [&](int64_t d) { return double(load_value(w + d * t.column_stride)); };
         const double norm = norm_of(value, p);
         if (!(norm > max_norm)) continue;
         const T factor = T(max_norm / (norm + 1e-7));
         for (int64_t d = 0; d < t.D; ++d) {
-          const T scaled = value_of(w + d * t.column_stride) * factor;
+          const T scaled = load_value(w + d * t.column_stride) * factor;
           convert(w + d * t.column_stride, &scaled, 1);
         }
       }
@@ -702,7 +702,7 @@ void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& t
 BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type) {
   RowSort sort;
   const BagFault fault = bag_sort(args, sort);
-  if (fault.what != BagFault::kNone) return fault;
+  if (fault.kind != BagFault::kNone) return fault;
   reducer_of(args, sort, {}, [&](auto& reducer) { reducer.renorm(max_norm, norm_type); });
   return fault;
 }
@@ -712,20 +712,20 @@ void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed) {
   dispatch(dtype, [&](auto storage) {
     using S = decltype(storage);
     const int64_t threads = threads_for(t.E * t.D * int64_t(sizeof(S)));
-    on_threads(threads, [&](int64_t thread) {
+    for_each_thread(threads, [&](int64_t thread) {
       for (int64_t row = part(t.E, threads, thread), last = part(t.E, threads, thread + 1); row < last; ++row) {
         const S* from = static_cast<const S*>(t.table) + row * t.row_stride;
         uint8_t* to = packed + row * (t.D + 8);
-        const auto value = [&](int64_t d) { return float(value_of(from + d * t.column_stride)); };
-        float least = value(0), most = least;
+        const auto value = [&](int64_t d) { return float(load_value(from + d * t.column_stride)); };
+        float lowest = value(0), highest = lowest;
         for (int64_t d = 1; d < t.D; ++d) {
           const float x = value(d);
-          least = x < least ? x : least;
-          most = x > most ? x : most;
+          lowest = x < lowest ? x : lowest;
+          highest = x > highest ? x : highest;
         }
-        const float range = most - least, numbers[2] = {range / 255.0f, least};
+        const float range = highest - lowest, numbers[2] = {range / 255.0f, lowest};
         const float inverse = 255.0f / (range + 1e-8f);
-        for (int64_t d = 0; d < t.D; ++d) to[d] = uint8_t(__builtin_lrintf((value(d) - least) * inverse));
+        for (int64_t d = 0; d < t.D; ++d) to[d] = uint8_t(__builtin_lrintf((value(d) - lowest) * inverse));
         memcpy(to + t.D, numbers, sizeof(numbers));
       }
     });

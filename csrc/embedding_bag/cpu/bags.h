@@ -62,9 +62,9 @@ struct Bounds {
 };
 
 // Keeps the first fault by position, independent of the order of reports.
-SEQKERNELS_INLINE void note(BagFault& fault, BagFault::What what, int64_t at, int64_t value) {
-  if (fault.what == BagFault::kNone || what < fault.what || (what == fault.what && at < fault.at)) {
-    fault = {what, at, value};
+SEQKERNELS_INLINE void record_fault(BagFault& fault, BagFault::Kind kind, int64_t position, int64_t value) {
+  if (fault.kind == BagFault::kNone || kind < fault.kind || (kind == fault.kind && position < fault.position)) {
+    fault = {kind, position, value};
   }
 }
 
@@ -72,10 +72,10 @@ SEQKERNELS_INLINE void note(BagFault& fault, BagFault::What what, int64_t at, in
 class Faults {
  public:
   void add(const BagFault& fault) {
-    if (fault.what == BagFault::kNone) return;
+    if (fault.kind == BagFault::kNone) return;
     while (__atomic_test_and_set(&held_, __ATOMIC_ACQUIRE)) {
     }
-    note(first_, fault.what, fault.at, fault.value);
+    record_fault(first_, fault.kind, fault.position, fault.value);
     __atomic_clear(&held_, __ATOMIC_RELEASE);
   }
   const BagFault& first() const { return first_; }
@@ -99,16 +99,16 @@ inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
   const Bounds bounds{t, wide};
   int64_t before = bounds.begin(0);
   if (before < 0 || before > t.N) return {BagFault::kOffset, 0, before};
-  bool wrong = false;
-  int64_t most = longest;
+  bool invalid = false;
+  int64_t longest_bag = longest;
   for (int64_t bag = 1; bag <= t.bags; ++bag) {
     const int64_t now = bounds.begin(bag);
-    wrong |= now < before || now > t.N;
-    most = max(most, now - before);
+    invalid |= now < before || now > t.N;
+    longest_bag = max(longest_bag, now - before);
     before = now;
   }
-  longest = most;
-  if (!wrong) return fault;
+  longest = longest_bag;
+  if (!invalid) return fault;
   for (int64_t bag = 1; bag <= t.bags; ++bag) {
     const int64_t now = bounds.begin(bag);
     if (now < bounds.begin(bag - 1) || now > t.N) return {BagFault::kOffset, bag, now};
@@ -125,7 +125,7 @@ struct Unit {
 
 // Calls f(unit) for every unit whose key (that of its bag, plus the unit's place in it) lies in [low, high).
 template <class F>
-SEQKERNELS_INLINE void each_unit(const Bounds bounds, int64_t low, int64_t high, F&& f) {
+SEQKERNELS_INLINE void for_each_unit(const Bounds bounds, int64_t low, int64_t high, F&& f) {
   int64_t bag = bounds.bag_at(low);
   if (bag > 0) --bag;  // chunks of the preceding bag may lie in this range
   int64_t begin = bounds.begin(bag);
@@ -205,42 +205,42 @@ struct OutputOf<Byte> {
 
 // Indices as row offsets.
 
-constexpr int64_t kAhead = 32;  // prefetch distance in rows
-constexpr int64_t kPlaces = 2 * kChunk;
-constexpr int64_t kFill = 512;  // offsets computed at once, unless a unit has more
+constexpr int64_t kPrefetchDistance = 32;  // prefetch distance in rows
+constexpr int64_t kMaxOffsets = 2 * kChunk;
+constexpr int64_t kOffsetBatch = 512;  // offsets computed at once, unless a unit has more
 
 // Reads the indices of a table in order, as row offsets in the table, with their weights.
 template <class S>
-struct Stream {
+struct IndexStream {
   using T = Compute<S>;
   const BagTable& t;
   const BagShape& shape;
   const int64_t limit;  // positions from here on are outside all bags or belong to another thread
   BagFault& fault;
-  int64_t begin = 0, end = 0;        // positions that are loaded
-  int64_t places[kPlaces + kAhead];  // of the row in the table, in elements; -1: padding index
-  T weights[kPlaces];
+  int64_t begin = 0, end = 0;                            // positions that are loaded
+  int64_t row_offsets[kMaxOffsets + kPrefetchDistance];  // of the row in the table, in elements; -1: padding index
+  T weights[kMaxOffsets];
 
-  Stream(const BagTable& t, const BagShape& shape, int64_t limit, BagFault& fault)
+  IndexStream(const BagTable& t, const BagShape& shape, int64_t limit, BagFault& fault)
       : t(t), shape(shape), limit(limit), fault(fault) {}
 
   // Returns offsets such that offsets[i] belongs to position from + i, for the positions [from, to).
   SEQKERNELS_INLINE const int64_t* at(int64_t from, int64_t to) {
     if (from < begin || to > end) fill(from, to);
-    return places + (from - begin);
+    return row_offsets + (from - begin);
   }
   SEQKERNELS_INLINE const T* weights_at(int64_t from) const { return weights + (from - begin); }
 
   __attribute__((noinline)) void fill(int64_t from, int64_t to) {
     begin = from;
-    end = max(to, min(limit, from + kFill));
-    const int64_t ahead = min(t.N, end + kAhead);
+    end = max(to, min(limit, from + kOffsetBatch));
+    const int64_t ahead = min(t.N, end + kPrefetchDistance);
     if (shape.wide_indices) {
       fill_from<int64_t>(ahead);
     } else {
       fill_from<int32_t>(ahead);
     }
-    for (int64_t i = ahead; i < end + kAhead; ++i) places[i - begin] = 0;
+    for (int64_t i = ahead; i < end + kPrefetchDistance; ++i) row_offsets[i - begin] = 0;
     if (t.weights == nullptr) return;
     if (shape.wide_weights) {
       memcpy(weights, static_cast<const T*>(t.weights) + begin, sizeof(T) * (end - begin));
@@ -254,38 +254,38 @@ struct Stream {
   SEQKERNELS_INLINE void fill_from(int64_t ahead) {
     const I* indices = static_cast<const I*>(t.indices);
     const int64_t E = t.E, stride = t.row_stride, padding = t.padding;
-    int64_t wrong = 0;
+    int64_t invalid = 0;
     for (int64_t i = begin; i < ahead; ++i) {
       const int64_t index = indices[i];
-      wrong |= uint64_t(index) >= uint64_t(E);
-      places[i - begin] = index == padding ? -1 : index * stride;
+      invalid |= uint64_t(index) >= uint64_t(E);
+      row_offsets[i - begin] = index == padding ? -1 : index * stride;
     }
-    if (wrong == 0) return;
+    if (invalid == 0) return;
     for (int64_t i = begin; i < ahead; ++i) {
       const int64_t index = indices[i];
       if (uint64_t(index) < uint64_t(E)) continue;
-      if (i < end) note(fault, BagFault::kIndex, i, index);
-      places[i - begin] = 0;  // the result is discarded, because the call fails
+      if (i < end) record_fault(fault, BagFault::kIndex, i, index);
+      row_offsets[i - begin] = 0;  // the result is discarded, because the call fails
     }
   }
 };
 
 // Number of rows among n that are not padding.
-SEQKERNELS_INLINE int64_t counted(int64_t padding, const int64_t* places, int64_t n) {
+SEQKERNELS_INLINE int64_t count_rows(int64_t padding, const int64_t* row_offsets, int64_t n) {
   if (padding < 0) return n;
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += places[i] >= 0;
+  for (int64_t i = 0; i < n; ++i) count += row_offsets[i] >= 0;
   return count;
 }
 template <class T>
-SEQKERNELS_INLINE T summed_weights(const int64_t* places, const T* weights, int64_t n) {
+SEQKERNELS_INLINE T sum_weights(const int64_t* row_offsets, const T* weights, int64_t n) {
   T sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += places[i] >= 0 ? weights[i] : T(0);
+  for (int64_t i = 0; i < n; ++i) sum += row_offsets[i] >= 0 ? weights[i] : T(0);
   return sum;
 }
 
 // Offset of a bag's row in the output.
-SEQKERNELS_INLINE int64_t row_of(const BagTable& t, int64_t bag, int64_t stride) {
+SEQKERNELS_INLINE int64_t output_offset(const BagTable& t, int64_t bag, int64_t stride) {
   if (t.batch == t.bags) return bag * stride;
   return bag % t.batch * stride + bag / t.batch * t.D;
 }
@@ -312,29 +312,29 @@ SEQKERNELS_INLINE typename Vec<T>::NativeInt load_positions(const int32_t* p, in
 
 // Replaces a value by x if x is larger, or is the first NaN.
 template <class T, class Int>
-SEQKERNELS_INLINE void take_larger(Native<T>& value, Int& at, Native<T> x, Int where) {
+SEQKERNELS_INLINE void update_max(Native<T>& value, Int& at, Native<T> x, Int where) {
   const auto better = (x > value) | ((x != x) & (value == value));
   value = better ? x : value;
   at = better ? where : at;
 }
-SEQKERNELS_INLINE void take_larger(Native<float>& value, Vec<float>::NativeInt& at, Native<float> x,
-                                   Vec<float>::NativeInt where) {
+SEQKERNELS_INLINE void update_max(Native<float>& value, Vec<float>::NativeInt& at, Native<float> x,
+                                  Vec<float>::NativeInt where) {
 #if defined(__AVX512F__)
   const __mmask16 better = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(value, value, _CMP_ORD_Q), x, value, _CMP_NLE_UQ);
   value = _mm512_mask_mov_ps(value, better, x);
   at = (Vec<float>::NativeInt)_mm512_mask_mov_epi32((__m512i)at, better, (__m512i)where);
 #else
-  take_larger<float, Vec<float>::NativeInt>(value, at, x, where);
+  update_max<float, Vec<float>::NativeInt>(value, at, x, where);
 #endif
 }
-SEQKERNELS_INLINE void take_larger(Native<double>& value, Vec<double>::NativeInt& at, Native<double> x,
-                                   Vec<double>::NativeInt where) {
+SEQKERNELS_INLINE void update_max(Native<double>& value, Vec<double>::NativeInt& at, Native<double> x,
+                                  Vec<double>::NativeInt where) {
 #if defined(__AVX512F__)
   const __mmask8 better = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(value, value, _CMP_ORD_Q), x, value, _CMP_NLE_UQ);
   value = _mm512_mask_mov_pd(value, better, x);
   at = (Vec<double>::NativeInt)_mm512_mask_mov_epi64((__m512i)at, better, (__m512i)where);
 #else
-  take_larger<double, Vec<double>::NativeInt>(value, at, x, where);
+  update_max<double, Vec<double>::NativeInt>(value, at, x, where);
 #endif
 }
 
@@ -350,14 +350,14 @@ struct Prefetch {
     far = bytes > kFarFrom;
   }
   template <class S, int kBytes>
-  SEQKERNELS_INLINE void operator()(const S* table, const int64_t* places, int64_t i) const {
+  SEQKERNELS_INLINE void operator()(const S* table, const int64_t* row_offsets, int64_t i) const {
     if (near) {
-      const char* p = reinterpret_cast<const char*>(table + places[i + kNear]);
+      const char* p = reinterpret_cast<const char*>(table + row_offsets[i + kNear]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 3);
     }
     if (far) {
-      const char* p = reinterpret_cast<const char*>(table + places[i + kAhead]);
+      const char* p = reinterpret_cast<const char*>(table + row_offsets[i + kPrefetchDistance]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 2);
     }

@@ -18,7 +18,7 @@ struct Block {
   const S* table;
   int64_t D, column_stride;
   int64_t column, lanes;  // lanes: fewer than a vector if the table is narrower
-  const int64_t* places;
+  const int64_t* row_offsets;
   const T* weights;
   int64_t n;
   Prefetch prefetch;
@@ -27,21 +27,21 @@ struct Block {
 
 // Reads the row at an offset, from the block's first column on; gathers columns that are not contiguous.
 template <class S, int kWidth>
-struct Fetch {
+struct RowReader {
   const Block<S>& b;
   S gathered[kWidth * kLanes<Compute<S>>];
 
-  SEQKERNELS_INLINE explicit Fetch(const Block<S>& b) : b(b) {}  // leaves `gathered` uninitialised
-  SEQKERNELS_INLINE Row<S> operator()(int64_t place) {
+  SEQKERNELS_INLINE explicit RowReader(const Block<S>& b) : b(b) {}  // leaves `gathered` uninitialised
+  SEQKERNELS_INLINE Row<S> operator()(int64_t row_offset) {
     if constexpr (sizeof(S) != 1) {
       if (b.column_stride != 1) {
-        const S* from = b.table + place + b.column * b.column_stride;
+        const S* from = b.table + row_offset + b.column * b.column_stride;
         const int64_t n = kWidth == 1 ? b.lanes : kWidth * kLanes<Compute<S>>;
         for (int64_t c = 0; c < n; ++c) gathered[c] = from[c * b.column_stride];
         return Row<S>(gathered, 0, 0);
       }
     }
-    return Row<S>(b.table + place, b.D, b.column);
+    return Row<S>(b.table + row_offset, b.D, b.column);
   }
 };
 
@@ -54,15 +54,15 @@ SEQKERNELS_INLINE Native<Compute<S>> vector_of(const Row<S>& row, int v, int64_t
 // Adds rows [i, end). kPlain: no padding, contiguous columns. A compile-time constant `prefetch` removes its branches,
 // which would limit loops over a table that fits into a cache.
 template <bool kWeighted, bool kPartial, bool kPlain, class S, int kWidth>
-SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, const Prefetch prefetch,
-                                Native<Compute<S>> (&sums)[kWidth]) {
+SEQKERNELS_INLINE void add_range(const Block<S>& b, int64_t i, int64_t end, const Prefetch prefetch,
+                                 Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
-  Fetch<S, kWidth> fetch(b);
+  RowReader<S, kWidth> reader(b);
   for (; i < end; ++i) {
-    prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
-    const int64_t place = b.places[i];
-    if (!kPlain && place < 0) continue;
-    const Row<S> row = kPlain ? Row<S>(b.table + place, b.D, b.column) : fetch(place);
+    prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.row_offsets, i);
+    const int64_t row_offset = b.row_offsets[i];
+    if (!kPlain && row_offset < 0) continue;
+    const Row<S> row = kPlain ? Row<S>(b.table + row_offset, b.D, b.column) : reader(row_offset);
     const Native<T> w = broadcast(kWeighted ? b.weights[i] : T(1));
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) {
@@ -84,13 +84,13 @@ SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kW
   for (int64_t i = 0; i < b.n;) {
     const int64_t end = min(b.n, i + kFold);
     if (!b.plain || kPartial) {
-      add_some<kWeighted, kPartial, false>(b, i, end, b.prefetch, sums);
+      add_range<kWeighted, kPartial, false>(b, i, end, b.prefetch, sums);
     } else if (b.prefetch.far) {
-      add_some<kWeighted, false, true>(b, i, end, Prefetch{true, true}, sums);
+      add_range<kWeighted, false, true>(b, i, end, Prefetch{true, true}, sums);
     } else if (b.prefetch.near) {
-      add_some<kWeighted, false, true>(b, i, end, Prefetch{true, false}, sums);
+      add_range<kWeighted, false, true>(b, i, end, Prefetch{true, false}, sums);
     } else {
-      add_some<kWeighted, false, true>(b, i, end, Prefetch{false, false}, sums);
+      add_range<kWeighted, false, true>(b, i, end, Prefetch{false, false}, sums);
     }
     i = end;
     if (i == b.n) break;
@@ -111,10 +111,10 @@ SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t fir
                                     typename Vec<Compute<S>>::NativeInt (&at)[kWidth]) {
   using T = Compute<S>;
   using Int = typename Vec<T>::NativeInt;
-  Fetch<S, kWidth> fetch(b);
+  RowReader<S, kWidth> reader(b);
   const Int sign = Int{} + (minimum ? std::numeric_limits<typename Vec<T>::Int>::min() : 0);
   const auto each = [&](int64_t i, auto&& f) __attribute__((always_inline)) {
-    const Row<S> row = fetch(b.places[i]);
+    const Row<S> row = reader(b.row_offsets[i]);
     const Native<T> w = broadcast(kWeighted ? b.weights[i] : T(1));
     const Int where = Int{} + typename Vec<T>::Int(first + i);
 #pragma GCC unroll 8
@@ -125,7 +125,7 @@ SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t fir
     }
   };
   int64_t i = 0;
-  while (i < b.n && b.places[i] < 0) ++i;
+  while (i < b.n && b.row_offsets[i] < 0) ++i;
 #pragma GCC unroll 8
   for (int v = 0; v < kWidth; ++v) {
     values[v] = Native<T>{};
@@ -137,10 +137,10 @@ SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t fir
     at[v] = where;
   });
   for (++i; i < b.n; ++i) {
-    b.prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
-    if (b.places[i] < 0) continue;
-    each(i, [&](int v, Native<T> x, Int where)
-                __attribute__((always_inline)) { take_larger(values[v], at[v], x, where); });
+    b.prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.row_offsets, i);
+    if (b.row_offsets[i] < 0) continue;
+    each(i,
+         [&](int v, Native<T> x, Int where) __attribute__((always_inline)) { update_max(values[v], at[v], x, where); });
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kWidth; ++v) values[v] = (Native<T>)((Int)values[v] ^ sign);
@@ -185,23 +185,23 @@ struct Forward {
   const Bounds bounds;
   const Partials<T> partials;
   Prefetch prefetch;
-  const bool whole;  // no bag is split into chunks
+  const bool unsplit;  // no bag is split into chunks
 
-  Forward(const BagTable& t, const BagShape& shape, char* scratch, bool whole)
-      : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D}, whole(whole) {
+  Forward(const BagTable& t, const BagShape& shape, char* scratch, bool unsplit)
+      : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D}, unsplit(unsplit) {
     prefetch.set(t.E * t.D * int64_t(sizeof(S)));
   }
 
   // Selects a kernel by what is constant over all bags.
   void run(int64_t low, int64_t high, BagFault& fault) const {
     if (t.weights == nullptr) {
-      run_as<false>(low, high, fault);
+      run_weighted<false>(low, high, fault);
     } else {
-      run_as<true>(low, high, fault);
+      run_weighted<true>(low, high, fault);
     }
   }
   template <bool kWeighted>
-  SEQKERNELS_INLINE void run_as(int64_t low, int64_t high, BagFault& fault) const {
+  SEQKERNELS_INLINE void run_weighted(int64_t low, int64_t high, BagFault& fault) const {
     const int64_t vectors = t.D / kLanes<T>;
     if (vectors >= kWidest) return run_width<kWeighted, false, kWidest>(low, high, fault);
     if (vectors >= 4) return run_width<kWeighted, false, 4>(low, high, fault);
@@ -211,12 +211,12 @@ struct Forward {
   template <bool kWeighted, bool kPartial, int kWidth>
   SEQKERNELS_INLINE void run_width(int64_t low, int64_t high, BagFault& fault) const {
     if (shape.extreme()) {
-      units<kWeighted, kPartial, kWidth, true>(low, high, fault);
-    } else if (!kPartial && t.D == kWidth * kLanes<T> && whole && plain() && t.batch == t.bags &&
+      reduce_units<kWeighted, kPartial, kWidth, true>(low, high, fault);
+    } else if (!kPartial && t.D == kWidth * kLanes<T> && unsplit && plain() && t.batch == t.bags &&
                (!kWeighted || shape.mode == BagMode::kSum)) {
-      narrow_bags<kWeighted, kWidth>(low, high, fault);
+      reduce_single_block_bags<kWeighted, kWidth>(low, high, fault);
     } else {
-      units<kWeighted, kPartial, kWidth, false>(low, high, fault);
+      reduce_units<kWeighted, kPartial, kWidth, false>(low, high, fault);
     }
   }
 
@@ -224,10 +224,10 @@ struct Forward {
 
   // Fast path for bags that are not split, have no padding and exactly one block of columns: minimal work per bag.
   template <bool kWeighted, int kWidth>
-  __attribute__((noinline)) void narrow_bags(int64_t low, int64_t high, BagFault& fault) const {
+  __attribute__((noinline)) void reduce_single_block_bags(int64_t low, int64_t high, BagFault& fault) const {
     const Bounds bounds = this->bounds;
     const int64_t first = bounds.bag_at(low), last = bounds.bag_at(high);
-    Stream<S> stream(this->t, this->shape, bounds.begin(last), fault);
+    IndexStream<S> index_stream(this->t, this->shape, bounds.begin(last), fault);
     const BagTable t = this->t;
     const BagMode mode = shape.mode;
     Block<S> block{static_cast<const S*>(t.table), t.D, 1, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, true};
@@ -236,11 +236,11 @@ struct Forward {
     for (int64_t bag = first; bag < last; ++bag, out += t.out_stride) {
       const int64_t end = bounds.begin(bag + 1);
       block.n = end - begin;
-      block.places = stream.at(begin, end);
-      block.weights = stream.weights_at(begin);
+      block.row_offsets = index_stream.at(begin, end);
+      block.weights = index_stream.weights_at(begin);
       begin = end;
       if (block.n == 0) {
-        empty(out, nullptr);
+        write_empty(out, nullptr);
         continue;
       }
       Native<T> sums[kWidth];
@@ -249,7 +249,7 @@ struct Forward {
     }
   }
 
-  void empty(Out* out, int32_t* at) const {
+  void write_empty(Out* out, int32_t* at) const {
     memset(static_cast<void*>(out), 0, sizeof(Out) * t.D);
     if (at != nullptr) memset(at, 0xff, 4 * t.D);
   }
@@ -285,12 +285,12 @@ struct Forward {
     each_block<kPartial, kWidth>(block, [&]() __attribute__((always_inline)) {
       Native<T> values[kWidth];
       if constexpr (kExtreme) {
-        typename Vec<T>::NativeInt won[kWidth];
-        compare_rows<kWeighted, kPartial>(block, mode == BagMode::kMin, first, values, won);
+        typename Vec<T>::NativeInt winners[kWidth];
+        compare_rows<kWeighted, kPartial>(block, mode == BagMode::kMin, first, values, winners);
         if (at != nullptr) {
 #pragma GCC unroll 8
           for (int v = 0; v < kWidth; ++v) {
-            store_positions<T>(at + block.column + v * kLanes<T>, won[v], kPartial ? block.lanes : kLanes<T>);
+            store_positions<T>(at + block.column + v * kLanes<T>, winners[v], kPartial ? block.lanes : kLanes<T>);
           }
         }
         write<kPartial>(block, out, values);
@@ -302,22 +302,22 @@ struct Forward {
   }
 
   template <bool kWeighted, bool kPartial, int kWidth, bool kExtreme>
-  __attribute__((noinline)) void units(int64_t low, int64_t high, BagFault& fault) const {
-    Stream<S> stream(this->t, this->shape, min(bounds.begin(bounds.bags), high), fault);
+  __attribute__((noinline)) void reduce_units(int64_t low, int64_t high, BagFault& fault) const {
+    IndexStream<S> index_stream(this->t, this->shape, min(bounds.begin(bounds.bags), high), fault);
     const BagTable t = this->t;  // copies that the compiler knows are not aliased by the output
     const BagShape shape = this->shape;
     Block<S> block{
         static_cast<const S*>(t.table), t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, plain()};
-    each_unit(bounds, low, high, [&](const Unit& unit) __attribute__((always_inline)) {
+    for_each_unit(bounds, low, high, [&](const Unit& unit) __attribute__((always_inline)) {
       block.n = unit.end - unit.begin;
-      block.places = stream.at(unit.begin, unit.end);
-      block.weights = stream.weights_at(unit.begin);
-      const int64_t count = counted(t.padding, block.places, block.n);
+      block.row_offsets = index_stream.at(unit.begin, unit.end);
+      block.weights = index_stream.weights_at(unit.begin);
+      const int64_t count = count_rows(t.padding, block.row_offsets, block.n);
       T divisor = 1;
       if (!kExtreme && shape.mode == BagMode::kMean) {
         divisor = T(count);
         if (kWeighted && shape.mean_by == MeanBy::kWeight)
-          divisor = summed_weights(block.places, block.weights, block.n);
+          divisor = sum_weights(block.row_offsets, block.weights, block.n);
       }
       if (__builtin_expect(unit.chunks > 1, 0)) {
         const Partial<T> partial = partials.of(unit.begin, unit.chunk == 0);
@@ -327,10 +327,10 @@ struct Forward {
                                                       partial.at);
         return;
       }
-      Out* out = static_cast<Out*>(t.out) + row_of(t, unit.bag, t.out_stride);
-      int32_t* at = t.arg == nullptr ? nullptr : t.arg + row_of(t, unit.bag, t.arg_stride);
+      Out* out = static_cast<Out*>(t.out) + output_offset(t, unit.bag, t.out_stride);
+      int32_t* at = t.arg == nullptr ? nullptr : t.arg + output_offset(t, unit.bag, t.arg_stride);
       if (count == 0) {
-        empty(out, at);
+        write_empty(out, at);
       } else {
         reduce<kWeighted, kPartial, kWidth, kExtreme>(shape.mode, block, 0, divisor, out, at);
       }
@@ -339,10 +339,10 @@ struct Forward {
 
   // Merges the chunks of long bags in order. The thread that owns a bag's first chunk merges the bag.
   void merge(int64_t low, int64_t high) const {
-    each_unit(bounds, low, high, [&](const Unit& unit) {
+    for_each_unit(bounds, low, high, [&](const Unit& unit) {
       if (unit.chunks == 1 || unit.chunk != 0) return;
-      Out* out = static_cast<Out*>(t.out) + row_of(t, unit.bag, t.out_stride);
-      int32_t* at = t.arg == nullptr ? nullptr : t.arg + row_of(t, unit.bag, t.arg_stride);
+      Out* out = static_cast<Out*>(t.out) + output_offset(t, unit.bag, t.out_stride);
+      int32_t* at = t.arg == nullptr ? nullptr : t.arg + output_offset(t, unit.bag, t.arg_stride);
       const Partial<T> all = partials.of(unit.begin, true);
       int64_t count = *all.count;
       T divisor = *all.weight;
@@ -364,7 +364,7 @@ struct Forward {
           }
         }
       }
-      if (count == 0) return empty(out, at);
+      if (count == 0) return write_empty(out, at);
       if (shape.mode == BagMode::kMean) {
         for (int64_t d = 0; d < t.D; ++d) all.values[d] /= divisor;
       }
@@ -378,7 +378,7 @@ struct Forward {
 
 // Calls f(table, low, high) with each thread's range of keys of every table.
 template <class F>
-void each_share(const BagForward& args, int64_t threads, F&& f) {
+void for_each_share(const BagForward& args, int64_t threads, F&& f) {
   const auto bounds_of = [&](int64_t i) { return Bounds{args.tables[i], args.shape.wide_offsets}; };
   int64_t total = 0;  // work per key is proportional to D
   for (int64_t i = 0; i < args.count; ++i) total += bounds_of(i).work() * max(1, args.tables[i].D);
@@ -404,7 +404,7 @@ BagFault forward_of(const BagForward& args) {
   for (int64_t i = 0; i < args.count; ++i) {
     const BagTable& t = args.tables[i];
     const BagFault fault = check_offsets(t, args.shape.wide_offsets, longest);
-    if (fault.what != BagFault::kNone) return fault;
+    if (fault.kind != BagFault::kNone) return fault;
     bytes += Bounds{t, args.shape.wide_offsets}.work() * t.D * int64_t(sizeof(S));
     scratch_bytes += Partials<T>::bytes(t);
   }
@@ -417,14 +417,14 @@ BagFault forward_of(const BagForward& args) {
   };
   const int64_t threads = threads_for(bytes);
   Faults faults;
-  each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
+  for_each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
     BagFault fault{};
     Forward<S>(args.tables[i], args.shape, scratch_of(i), !merges).run(low, high, fault);
     faults.add(fault);
   });
   const BagFault fault = faults.first();
-  if (fault.what != BagFault::kNone || !merges) return fault;
-  each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
+  if (fault.kind != BagFault::kNone || !merges) return fault;
+  for_each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
     Forward<S>(args.tables[i], args.shape, scratch_of(i), false).merge(low, high);
   });
   return fault;
@@ -448,42 +448,42 @@ struct WeightGradient {
   const bool large = t.E * t.D * int64_t(sizeof(S)) > Prefetch::kNearFrom;
 
   void run(int64_t low, int64_t high, BagFault& fault) const {
-    Stream<S> stream(t, args.shape, min(bounds.begin(bounds.bags), high), fault);
+    IndexStream<S> index_stream(t, args.shape, min(bounds.begin(bounds.bags), high), fault);
     Memory memory(2 * sizeof(T) * t.D);
     T *grad = reinterpret_cast<T*>(memory.get()), *gathered = grad + t.D;
-    each_unit(bounds, low, high, [&](const Unit& unit) {
-      const int64_t* places = stream.at(unit.begin, unit.end);
-      convert(grad, static_cast<const S*>(t.out) + row_of(t, unit.bag, t.out_stride), t.D);
-      const int32_t* won = t.arg == nullptr ? nullptr : t.arg + row_of(t, unit.bag, t.arg_stride);
+    for_each_unit(bounds, low, high, [&](const Unit& unit) {
+      const int64_t* row_offsets = index_stream.at(unit.begin, unit.end);
+      convert(grad, static_cast<const S*>(t.out) + output_offset(t, unit.bag, t.out_stride), t.D);
+      const int32_t* winners = t.arg == nullptr ? nullptr : t.arg + output_offset(t, unit.bag, t.arg_stride);
       for (int64_t i = 0; i < unit.end - unit.begin; ++i) {
         const S* table = static_cast<const S*>(t.table);
         for (int64_t b = 0; large && b < t.D * int64_t(sizeof(S)); b += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(table + places[i + Prefetch::kNear]) + b);
+          __builtin_prefetch(reinterpret_cast<const char*>(table + row_offsets[i + Prefetch::kNear]) + b);
         }
-        if (places[i] < 0) {
+        if (row_offsets[i] < 0) {
           dots[unit.begin + i] = 0;
           continue;
         }
-        const S* row = table + places[i];
+        const S* row = table + row_offsets[i];
         if (t.column_stride != 1) {
           S* side = reinterpret_cast<S*>(gathered);
           for (int64_t d = 0; d < t.D; ++d) side[d] = row[d * t.column_stride];
           row = side;
         }
-        dots[unit.begin + i] = won == nullptr ? product<false>(row, grad, nullptr, 0)
-                                              : product<true>(row, grad, won, unit.chunk * kChunk + i);
+        dots[unit.begin + i] = winners == nullptr ? product<false>(row, grad, nullptr, 0)
+                                                  : product<true>(row, grad, winners, unit.chunk * kChunk + i);
       }
     });
   }
 
-  template <bool kWon>
-  SEQKERNELS_INLINE T product(const S* row, const T* grad, const int32_t* won, int64_t where) const {
+  template <bool kWinners>
+  SEQKERNELS_INLINE T product(const S* row, const T* grad, const int32_t* winners, int64_t where) const {
     constexpr int64_t kWide = kLanes<T>;
     Native<T> sums[4] = {};
     const auto add = [&](Native<T>& sum, int64_t d, int64_t n) {
       Native<T> g = load(grad + d, n);
-      if constexpr (kWon) {
-        const Int at = load_positions<T>(won + d, n);
+      if constexpr (kWinners) {
+        const Int at = load_positions<T>(winners + d, n);
         g = at == Int{} + typename Vec<T>::Int(where) ? g : Native<T>{};
       }
       sum = fma(load(row + d, n), g, sum);
@@ -504,37 +504,37 @@ struct WeightGradient {
   }
 
   void finish(int64_t low, int64_t high, BagFault& fault) const {
-    Stream<S> stream(t, args.shape, min(bounds.begin(bounds.bags), high), fault);
-    each_unit(bounds, low, high, [&](const Unit& first) {
+    IndexStream<S> index_stream(t, args.shape, min(bounds.begin(bounds.bags), high), fault);
+    for_each_unit(bounds, low, high, [&](const Unit& first) {
       if (first.chunk != 0) return;
       const int64_t begin = first.begin, end = bounds.begin(first.bag + 1);
-      T divisor = 1, off = 0;
+      T divisor = 1, mean_dot = 0;
       if (args.shape.mode == BagMode::kMean) {
-        T weight = 0, weighed = 0;
+        T weight = 0, weighted_dots = 0;
         int64_t count = 0;
         for (int64_t from = begin; from < end; from += kChunk) {
           const int64_t to = min(end, from + kChunk);
-          const int64_t* places = stream.at(from, to);
-          const T* weights = stream.weights_at(from);
+          const int64_t* row_offsets = index_stream.at(from, to);
+          const T* weights = index_stream.weights_at(from);
           for (int64_t i = 0; i < to - from; ++i) {
-            if (places[i] < 0) continue;
+            if (row_offsets[i] < 0) continue;
             count += 1;
             weight += weights[i];
-            weighed += weights[i] * dots[from + i];
+            weighted_dots += weights[i] * dots[from + i];
           }
         }
         divisor = T(count);
         if (args.shape.mean_by == MeanBy::kWeight) {
           divisor = weight;
-          off = weighed / weight;
+          mean_dot = weighted_dots / weight;
         }
       }
       for (int64_t from = begin; from < end; from += kChunk) {
         const int64_t to = min(end, from + kChunk);
         if (args.shape.mode == BagMode::kMean) {
-          const int64_t* places = stream.at(from, to);
+          const int64_t* row_offsets = index_stream.at(from, to);
           for (int64_t i = 0; i < to - from; ++i) {
-            if (places[i] >= 0) dots[from + i] = (dots[from + i] - off) / divisor;
+            if (row_offsets[i] >= 0) dots[from + i] = (dots[from + i] - mean_dot) / divisor;
           }
         }
         if (dweights != dots) convert(static_cast<S*>(dweights) + from, dots + from, to - from);
@@ -544,12 +544,12 @@ struct WeightGradient {
 };
 
 template <class S>
-BagFault weights_of(const BagBackward& args, void* dweights) {
+BagFault weight_gradient_of(const BagBackward& args, void* dweights) {
   using T = Compute<S>;
   const BagTable& t = args.table;
   int64_t longest = 0;
   const BagFault fault = check_offsets(t, args.shape.wide_offsets, longest);
-  if (fault.what != BagFault::kNone) return fault;
+  if (fault.kind != BagFault::kNone) return fault;
   const bool in_place = sizeof(S) == sizeof(T) || args.shape.wide_weights;
   Memory memory(in_place ? 0 : sizeof(T) * t.N);
   WeightGradient<S> gradient{args, static_cast<T*>(in_place ? dweights : memory.get()), dweights};
@@ -557,14 +557,14 @@ BagFault weights_of(const BagBackward& args, void* dweights) {
   const int64_t threads = threads_for(gradient.bounds.work() * t.D * int64_t(sizeof(S)));
   Faults faults;
   const auto each = [&](auto&& pass) {
-    each_share(all, threads, [&](int64_t, int64_t low, int64_t high) {
+    for_each_share(all, threads, [&](int64_t, int64_t low, int64_t high) {
       BagFault found{};
       pass(low, high, found);
       faults.add(found);
     });
   };
   each([&](int64_t low, int64_t high, BagFault& found) { gradient.run(low, high, found); });
-  if (faults.first().what != BagFault::kNone) return faults.first();
+  if (faults.first().kind != BagFault::kNone) return faults.first();
   if (!in_place || args.shape.mode == BagMode::kMean) {
     each([&](int64_t low, int64_t high, BagFault& found) { gradient.finish(low, high, found); });
   }
@@ -582,7 +582,8 @@ BagFault bag_forward(const BagForward& args) {
 }
 
 BagFault bag_weights(const BagBackward& args, void* dweights) {
-  return dispatch(args.shape.dtype, [&](auto storage) { return weights_of<decltype(storage)>(args, dweights); });
+  return dispatch(args.shape.dtype,
+                  [&](auto storage) { return weight_gradient_of<decltype(storage)>(args, dweights); });
 }
 
 BagKernels bag_kernels() { return {bag_forward, bag_weights, bag_sort, bag_reduce, bag_renorm, bag_pack_bytes}; }

@@ -25,7 +25,7 @@ constexpr int kKeys = 8;  // positions per thread
 struct KeyArgs {
   ManyTables tables;
   Bounds bounds;
-  FaultSink faults;
+  FaultReporter faults;
   bool wide_indices;
   int64_t N;
   uint32_t none;     // key of positions that do not count; above all rows
@@ -69,7 +69,7 @@ SK_KERNEL(kThreads) bag_keys_kernel(const SK_GRID_CONSTANT KeyArgs a) {
     if (position >= begin && position < end) {
       bag = static_cast<uint32_t>(bounds.offsets.data == nullptr ? bounds.bag_at(position)
                                                                  : bounds.bag_at(position, low, high + 1));
-      const PlacedTable table = a.tables.of_bag(bag);
+      const TableDescriptor table = a.tables.of_bag(bag);
       const int64_t index = indices[position];
       if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(table.t.E)) {
         a.faults.report(BagFault::kIndex, position);
@@ -93,7 +93,7 @@ struct Sorted {
   SK_DEVICE Global<const uint32_t> keys() const { return global<const uint32_t>(keys_, N); }
   SK_DEVICE Global<const uint32_t> places() const { return global<const uint32_t>(places_, N); }
   // The first place in [low, high) whose key is at least `key`.
-  SK_DEVICE int64_t first_at_least(uint32_t key, int64_t low, int64_t high) const {
+  SK_DEVICE int64_t lower_bound(uint32_t key, int64_t low, int64_t high) const {
     const auto sorted = keys();
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
@@ -129,21 +129,21 @@ SK_KERNEL(kThreads) bag_heads_kernel(const SK_GRID_CONSTANT CountArgs a) {
 
 // Prefix sums over all groups; launched with one block.
 SK_KERNEL(kThreads) bag_ordinals_kernel(const SK_GRID_CONSTANT CountArgs a) {
-  constexpr int kSome = 8;  // groups per thread and step
+  constexpr int kBatch = 8;  // groups per thread and step
   SK_SHARED(uint32_t, sums, kWarps);
   const auto ordinals = global<uint32_t>(a.ordinals, a.groups + 1);
   uint32_t before = 0;
-  for (int64_t first = 0; first < a.groups; first += kThreads * kSome) {
-    const int64_t mine = first + thread_index() * kSome;
-    uint32_t counts[kSome], sum = 0, total;
+  for (int64_t first = 0; first < a.groups; first += kThreads * kBatch) {
+    const int64_t mine = first + thread_index() * kBatch;
+    uint32_t counts[kBatch], sum = 0, total;
     SK_UNROLL
-    for (int j = 0; j < kSome; ++j) {
+    for (int j = 0; j < kBatch; ++j) {
       counts[j] = mine + j < a.groups ? load<Cache::kDefault>(ordinals, mine + j) : 0u;
       sum += counts[j];
     }
     uint32_t place = before + block_scan(sum, total, sums);
     SK_UNROLL
-    for (int j = 0; j < kSome; ++j) {
+    for (int j = 0; j < kBatch; ++j) {
       if (mine + j < a.groups) ordinals[mine + j] = place;
       place += counts[j];
     }
@@ -158,12 +158,12 @@ SK_KERNEL(kThreads) bag_values_kernel(const SK_GRID_CONSTANT CountArgs a) {
   if (i > a.tables.count) return;
   uint32_t row = a.sorted.none;
   if (i < a.tables.count) {
-    const PlacedTable table = global<const PlacedTable>(a.tables.placed, a.tables.count)[i];
+    const TableDescriptor table = global<const TableDescriptor>(a.tables.descriptors, a.tables.count)[i];
     row = static_cast<uint32_t>(table.rows_before);
   }
-  const int64_t at = a.sorted.first_at_least(row, 0, a.sorted.N), group = at / kPerGroup;
-  const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
-  int64_t ordinal = in_front;
+  const int64_t at = a.sorted.lower_bound(row, 0, a.sorted.N), group = at / kPerGroup;
+  const uint32_t preceding = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+  int64_t ordinal = preceding;
   for (int64_t j = group * kPerGroup; j < at; ++j) ordinal += a.sorted.begins(j);
   global<int64_t>(a.values_before, a.tables.count + 1)[i] = ordinal;
 }
@@ -201,8 +201,8 @@ struct RowSum {
   T values[kCount];
 };
 
-struct NothingAhead {
-  static constexpr bool kHas = false;
+struct NoPrefetch {
+  static constexpr bool kAvailable = false;
 };
 
 template <class S, bool kWide>
@@ -211,9 +211,9 @@ struct StoreRow {
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
 
-  template <class Ahead>
-  static SK_DEVICE void finish(const RowsArgs<T>&, const PlacedTable& table, const C& columns,
-                               const RowSum<T, C::kCount>& sum, const Ahead&) {
+  template <class Prefetched>
+  static SK_DEVICE void finish(const RowsArgs<T>&, const TableDescriptor& table, const C& columns,
+                               const RowSum<T, C::kCount>& sum, const Prefetched&) {
     const RowTarget& to = table.target;
     const int64_t row = sum.key - table.rows_before, D = table.t.D;
     if (to.rows == nullptr) {
@@ -232,10 +232,10 @@ struct StepRow {
   using T = typename Element<S>::T;
   using Values = T[C::kCount];
 
-  // `ahead` holds operands of the step that were prefetched, if any.
-  template <class Ahead>
-  static SK_DEVICE void finish(const RowsArgs<T>& a, const PlacedTable& table, const C& columns,
-                               const RowSum<T, C::kCount>& sum, const Ahead& ahead) {
+  // `prefetched` holds operands of the step that were prefetched, if any.
+  template <class Prefetched>
+  static SK_DEVICE void finish(const RowsArgs<T>& a, const TableDescriptor& table, const C& columns,
+                               const RowSum<T, C::kCount>& sum, const Prefetched& prefetched) {
     const BagTable& t = table.t;
     if (t.D == 0) return;
     const int64_t row = sum.key - table.rows_before;
@@ -251,7 +251,7 @@ struct StepRow {
         T squares = 0;
         SK_UNROLL
         for (int v = 0; v < C::kCount; ++v) {
-          if (columns.has(v)) squares += g[v] * g[v];
+          if (columns.in_row(v)) squares += g[v] * g[v];
         }
         squares = group_sum(squares, columns.group);
         if (a.phase == Phase::kSquares) {
@@ -261,8 +261,8 @@ struct StepRow {
         }
         const auto states = global<T>(table.state1, t.E);
         T before = 0;
-        if constexpr (Ahead::kHas) {
-          before = ahead.rowwise();
+        if constexpr (Prefetched::kAvailable) {
+          before = prefetched.rowwise();
         } else {
           if (columns.lane == 0) before = states[row];
           before = shuffle(before, 0, columns.group, group_mask(columns.group));
@@ -286,8 +286,8 @@ struct StepRow {
         break;
       case RowOptimizer::kAdagrad: {
         Values s;
-        if constexpr (Ahead::kHas) {
-          ahead.state1(s);
+        if constexpr (Prefetched::kAvailable) {
+          prefetched.state1(s);
         } else {
           read(columns, state1, 1, s);
         }
@@ -305,9 +305,9 @@ struct StepRow {
         break;
       case RowOptimizer::kAdam: {
         Values first, second;
-        if constexpr (Ahead::kHas) {
-          ahead.state1(first);
-          ahead.state2(second);
+        if constexpr (Prefetched::kAvailable) {
+          prefetched.state1(first);
+          prefetched.state2(second);
         } else {
           read(columns, state1, 1, first);
           read(columns, state2, 1, second);
@@ -326,8 +326,8 @@ struct StepRow {
       }
     }
     Values now;
-    if constexpr (Ahead::kHas) {
-      ahead.weights(now);
+    if constexpr (Prefetched::kAvailable) {
+      prefetched.weights(now);
     } else {
       read(columns, w, t.column_stride, now);
     }
@@ -338,7 +338,7 @@ struct StepRow {
     } else {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
-        if (columns.has(v)) w[columns.at(v) * t.column_stride] = narrow<S>(now[v]);
+        if (columns.in_row(v)) w[columns.at(v) * t.column_stride] = narrow<S>(now[v]);
       }
     }
   }
@@ -347,11 +347,11 @@ struct StepRow {
   template <class From>
   static SK_DEVICE void read(const C& columns, Global<From> from, int64_t stride, Values& values) {
     if constexpr (kWide) {
-      load_side_by_side<C::kCount>(values, from, columns.at(0));
+      load_contiguous<C::kCount>(values, from, columns.at(0));
     } else {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
-        values[v] = columns.has(v) ? widen(load<Cache::kDefault>(from, columns.at(v) * stride)) : T(0);
+        values[v] = columns.in_row(v) ? widen(load<Cache::kDefault>(from, columns.at(v) * stride)) : T(0);
       }
     }
   }
@@ -394,8 +394,8 @@ SK_DEVICE void divide_by_count(const RowsArgs<T>& a, RowSum<T, kCount>& sum) {
   for (int v = 0; v < kCount; ++v) sum.values[v] = sum.values[v] / T(sum.count);
 }
 
-// kWon (max and min): a row receives the gradient of the columns that its position won.
-template <class S, bool kWide, bool kWon, template <class, bool> class Target>
+// kWinners (max and min): a row receives the gradient of the columns that its position won.
+template <class S, bool kWide, bool kWinners, template <class, bool> class Target>
 SK_KERNEL(kWalkThreads, kWide && sizeof(S) == 4    ? 4
                         : !kWide && sizeof(S) == 8 ? 2
                                                    : 3)  // as registers allow
@@ -404,8 +404,8 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
   using T = typename Element<S>::T;
   using Rows = RowLoader<S, kWide>;
   using Partial = RowPartials<S, kWide>;
-  constexpr int kRows = kWon ? 4 : 8;  // rows in flight; with positions there are as many loads
-  struct Won {
+  constexpr int kRows = kWinners ? 4 : 8;  // rows in flight; with positions there are as many loads
+  struct Winners {
     int32_t at[C::kCount];
   };
 
@@ -421,16 +421,16 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
 
   Partial partial{{0, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
   const C& columns = partial.columns;
-  PlacedTable table;
+  TableDescriptor table;
   Rows rows{};
   int64_t next_ordinal = 0;
   if (a.ordinals != nullptr) {
-    const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
-    next_ordinal = in_front;
+    const uint32_t preceding = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+    next_ordinal = preceding;
   }
   typename Partial::State state;
   typename Rows::Raw raw[kRows];
-  Won won[kRows];
+  Winners winners[kRows];
   T coefficients[kRows];
   int32_t within[kRows];
   uint32_t row[kRows];
@@ -441,10 +441,10 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
     const uint32_t key = at < stop ? load<Cache::kReadOnly>(keys, at) : a.sorted.none;
     if (key != current || key == a.sorted.none) {
       if (current != a.sorted.none) {
-        const bool goes_on = at == stop && first + stop < N && load<Cache::kReadOnly>(keys, stop) == current;
+        const bool continues = at == stop && first + stop < N && load<Cache::kReadOnly>(keys, stop) == current;
         if (begin == 0 && before == current) {
           partial.save(state, partial_slot(group, 0) - 1);
-        } else if (goes_on) {
+        } else if (continues) {
           partial.save(state, partial_slot(group, 0));
         } else {
           RowSum<T, C::kCount> sum{current, first + begin, at - begin, ordinal, {}};
@@ -452,7 +452,7 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
           for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
           divide_by_count(a, sum);
           // The table is read again to save registers.
-          Target<S, kWide>::finish(a, a.tables.of_row(current), columns, sum, NothingAhead{});
+          Target<S, kWide>::finish(a, a.tables.of_row(current), columns, sum, NoPrefetch{});
         }
       }
       if (key == a.sorted.none) return;
@@ -478,13 +478,13 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
         n = j + 1;
         const uint32_t position = load<Cache::kReadOnly>(positions, step + j);
         const uint32_t bag = bag_of ? load<Cache::kReadOnly>(bag_of, position) : position;
-        rows.load(raw[j], table.row_of(bag, table.t.out_stride));
+        rows.load(raw[j], table.output_offset(bag, table.t.out_stride));
         coefficients[j] = scales ? load<Cache::kReadOnly>(scales, bag) : T(1);
         if (a.weights != nullptr) coefficients[j] *= weights[position];
-        if constexpr (kWon) {
+        if constexpr (kWinners) {
           const auto arg = global<const int32_t>(table.t.arg, table.rows_end(table.t.arg_stride));
           within[j] = static_cast<int32_t>(position - a.bounds.begin(bag));
-          load_row(columns, arg + table.row_of(bag, table.t.arg_stride), won[j].at, kWide);
+          load_row(columns, arg + table.output_offset(bag, table.t.arg_stride), winners[j].at, kWide);
         }
       }
     }
@@ -496,8 +496,8 @@ bag_reduce_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a) {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
         const T grad = rows.value(raw[j], v);
-        if constexpr (kWon) {
-          if (won[j].at[v] == within[j]) state.values[v] = fma(coefficients[j], grad, state.values[v]);
+        if constexpr (kWinners) {
+          if (winners[j].at[v] == within[j]) state.values[v] = fma(coefficients[j], grad, state.values[v]);
         } else {
           state.values[v] = fma(coefficients[j], grad, state.values[v]);
         }
@@ -516,10 +516,10 @@ struct RowsRing {
   static constexpr int kStep = 4, kStages = 2;
   static constexpr int kSlots = kStep * kStages * kWalkThreads;
 
-  struct Wants {
+  struct RingArrays {
     bool scales, weights, step, state1, state2, rowwise;
   };
-  static SK_HOST_DEVICE Wants wants(const RowsArgs<T>& a, bool step) {
+  static SK_HOST_DEVICE RingArrays arrays(const RowsArgs<T>& a, bool step) {
     const RowOptimizer o = a.step.optimizer;
     return {a.scales != nullptr,
             a.weights != nullptr,
@@ -534,7 +534,7 @@ struct RowsRing {
   Shared<T> scales, weights, rowwise;  // [slots]
 
   template <class Arena>
-  static SK_HOST_DEVICE RowsRing in(Arena& arena, const Wants& w) {
+  static SK_HOST_DEVICE RowsRing in(Arena& arena, const RingArrays& w) {
     RowsRing r;
     r.gradients = arena.template array<S>(kSlots * C::kCount);
     r.rows = arena.template array<S>(w.step ? kSlots * C::kCount : 0);
@@ -548,17 +548,17 @@ struct RowsRing {
   static SK_DEVICE int slot(int place) { return place % (kStep * kStages) * kWalkThreads + thread_index(); }
 
   template <class U, class From>
-  static SK_DEVICE void ask(Shared<U> to, Global<From> from, bool has) {
+  static SK_DEVICE void prefetch(Shared<U> to, Global<From> from, bool in_row) {
     constexpr int kPart = 16 / int(sizeof(U));
     SK_UNROLL
-    for (int p = 0; p < C::kCount; p += kPart) copy_async<16>(to + p, from + p, has);
+    for (int p = 0; p < C::kCount; p += kPart) copy_async<16>(to + p, from + p, in_row);
   }
 };
 
 // The prefetched operands of a step at one place.
 template <class S>
-struct StepAhead {
-  static constexpr bool kHas = true;
+struct PrefetchedStep {
+  static constexpr bool kAvailable = true;
   using C = Columns<S, true>;
   using T = typename Element<S>::T;
   const RowsRing<S>& ring;
@@ -605,46 +605,46 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
   const auto bag_of = global<const uint32_t>(a.bag_of, N);
   const auto scales = global<const T>(a.scales, a.bounds.bags);
   const Weights<S> weights{a.weights, N, a.wide_weights};
-  const typename Ring::Wants wants = Ring::wants(a, kSteps);
+  const typename Ring::RingArrays arrays = Ring::arrays(a, kSteps);
   SharedArena arena;
-  const Ring ring = Ring::in(arena, wants);
+  const Ring ring = Ring::in(arena, arrays);
 
   Partial partial{{0, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
   const C& columns = partial.columns;
   int64_t next_ordinal = 0;
   if (a.ordinals != nullptr) {
-    const uint32_t in_front = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
-    next_ordinal = in_front;
+    const uint32_t preceding = global<const uint32_t>(a.ordinals, a.groups + 1)[group];
+    next_ordinal = preceding;
   }
 
   // Rows that extend over an edge are summed by the group in which they begin, unless they extend past the next group.
   const uint32_t last = key_at(stop - 1);
-  const bool goes_on = last != none && last != before && key_at(stop) == last && key_at(stop + kPerGroup) != last;
-  const int most =
-      !goes_on ? stop : int(a.sorted.first_at_least(last + 1, first + stop, min(N, first + stop + kPerGroup)) - first);
+  const bool continues = last != none && last != before && key_at(stop) == last && key_at(stop + kPerGroup) != last;
+  const int last_place =
+      !continues ? stop : int(a.sorted.lower_bound(last + 1, first + stop, min(N, first + stop + kPerGroup)) - first);
   int from = 0, end = 0;  // places of one table, relative to the group's first
   if (before != none && key_at(0) == before && key_at(stop) != before &&
       (first == kPerGroup || load<Cache::kReadOnly>(keys, -kPerGroup - 1) != before)) {
-    from = int(a.sorted.first_at_least(before + 1, first, first + stop) - first);
+    from = int(a.sorted.lower_bound(before + 1, first, first + stop) - first);
   }
   for (uint32_t key = key_at(from); key != none && from < stop; from = end) {
-    const PlacedTable table = a.tables.of_row(key);
+    const TableDescriptor table = a.tables.of_row(key);
     const BagTable& t = table.t;
     const int64_t rows_end = table.rows_before + t.E;
-    end = most;
+    end = last_place;
     if (last >= rows_end) {
-      end = int(a.sorted.first_at_least(static_cast<uint32_t>(rows_end), first + from, first + stop) - first);
+      end = int(a.sorted.lower_bound(static_cast<uint32_t>(rows_end), first + from, first + stop) - first);
     }
     partial.columns.D = t.D;
-    const bool has = columns.wide_has();
-    const int64_t column = has ? columns.at(0) : 0;
+    const bool in_row = columns.wide_in_row();
+    const int64_t column = in_row ? columns.at(0) : 0;
     const auto gradients = global<const S>(t.out, table.rows_end(t.out_stride)) + column;
     const auto table_rows =
         global<const S>(t.table, kSteps && t.E > 0 ? (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1 : 0) +
         column;
-    const auto states1 = global<const T>(table.state1, wants.state1 ? t.E * t.D : 0) + column;
-    const auto states2 = global<const T>(table.state2, wants.state2 ? t.E * t.D : 0) + column;
-    const auto rowwise = global<const T>(table.state1, wants.rowwise ? t.E : 0);
+    const auto states1 = global<const T>(table.state1, arrays.state1 ? t.E * t.D : 0) + column;
+    const auto states2 = global<const T>(table.state2, arrays.state2 ? t.E * t.D : 0) + column;
+    const auto rowwise = global<const T>(table.state1, arrays.rowwise ? t.E : 0);
 
     uint32_t row[kStep + 1], place[kStep];  // of the next step to prefetch
     const auto fetch = [&](int p) {
@@ -656,16 +656,16 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
       }
       row[kStep] = key_at(p + kStep);
     };
-    const auto ask = [&](int p) {
+    const auto prefetch = [&](int p) {
       if (p < end) {
         SK_UNROLL
         for (int j = 0; j < kStep; ++j) {
           if (p + j >= end) continue;
           const int to = Ring::slot(p + j - from);
           const uint32_t bag = bag_of ? load<Cache::kReadOnly>(bag_of, place[j]) : place[j];
-          Ring::ask(ring.gradients + to * C::kCount, gradients + table.row_of(bag, t.out_stride), has);
-          if (wants.scales) copy_async<sizeof(T)>(ring.scales + to, scales + bag);
-          if (wants.weights) {
+          Ring::prefetch(ring.gradients + to * C::kCount, gradients + table.output_offset(bag, t.out_stride), in_row);
+          if (arrays.scales) copy_async<sizeof(T)>(ring.scales + to, scales + bag);
+          if (arrays.weights) {
             if (a.wide_weights) {
               copy_async<sizeof(T)>(ring.weights + to, global<const T>(a.weights, N) + place[j]);
             } else {
@@ -675,10 +675,10 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
           if constexpr (kSteps) {
             if (row[j] == row[j + 1] || row[j] == before) continue;
             const int64_t r = row[j] - table.rows_before;
-            Ring::ask(ring.rows + to * C::kCount, table_rows + r * t.row_stride, has);
-            if (wants.state1) Ring::ask(ring.states1 + to * C::kCount, states1 + r * t.D, has);
-            if (wants.state2) Ring::ask(ring.states2 + to * C::kCount, states2 + r * t.D, has);
-            if (wants.rowwise) copy_async<sizeof(T)>(ring.rowwise + to, rowwise + r);
+            Ring::prefetch(ring.rows + to * C::kCount, table_rows + r * t.row_stride, in_row);
+            if (arrays.state1) Ring::prefetch(ring.states1 + to * C::kCount, states1 + r * t.D, in_row);
+            if (arrays.state2) Ring::prefetch(ring.states2 + to * C::kCount, states2 + r * t.D, in_row);
+            if (arrays.rowwise) copy_async<sizeof(T)>(ring.rowwise + to, rowwise + r);
           }
         }
       }
@@ -689,8 +689,8 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
     typename Partial::State state;
     partial.reset(state);
     fetch(from);
-    ask(from);
-    ask(from + kStep);
+    prefetch(from);
+    prefetch(from + kStep);
     uint32_t next = key_at(from + 1);
     int begin = from;
     for (int step = from; step < end; step += kStep) {
@@ -701,14 +701,14 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
         const int slot = Ring::slot(p - from);
         const auto raw = load_vec<C::kCount>(ring.gradients, slot * C::kCount);
         T coefficient = 1;
-        if (wants.scales) coefficient = ring.scales[slot];
-        if (wants.weights) {
+        if (arrays.scales) coefficient = ring.scales[slot];
+        if (arrays.weights) {
           const T weight = ring.weights[slot];
           coefficient *= weight;
         }
         SK_UNROLL
         for (int v = 0; v < C::kCount; ++v) state.values[v] = fma(coefficient, widen(raw[v]), state.values[v]);
-        if (next != key || p + 1 == most) {
+        if (next != key || p + 1 == last_place) {
           if (key == before) {
             partial.save(state, partial_slot(group, 0) - 1);
           } else {
@@ -720,9 +720,9 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
               for (int v = 0; v < C::kCount; ++v) sum.values[v] = state.values[v];
               divide_by_count(a, sum);
               if constexpr (kSteps) {
-                Target<S, true>::finish(a, table, columns, sum, StepAhead<S>{ring, slot});
+                Target<S, true>::finish(a, table, columns, sum, PrefetchedStep<S>{ring, slot});
               } else {
-                Target<S, true>::finish(a, table, columns, sum, NothingAhead{});
+                Target<S, true>::finish(a, table, columns, sum, NoPrefetch{});
               }
             }
             ++next_ordinal;
@@ -733,7 +733,7 @@ bag_reduce_wide_kernel(const SK_GRID_CONSTANT RowsArgs<typename Element<S>::T> a
         key = next;
         next = later;
       }
-      ask(step + 2 * kStep);
+      prefetch(step + 2 * kStep);
     }
     copy_async_wait<0>();
   }
@@ -757,10 +757,12 @@ struct LongRows {
   }
   SK_DEVICE int64_t end(int64_t q, uint32_t key) const {
     const int64_t from = (q + 1) * kPerGroup, near = min(a.sorted.N, from + kPerGroup);
-    const int64_t found = a.sorted.first_at_least(key + 1, from, near);
-    return found < near ? found : a.sorted.first_at_least(key + 1, near, a.sorted.N);
+    const int64_t found = a.sorted.lower_bound(key + 1, from, near);
+    return found < near ? found : a.sorted.lower_bound(key + 1, near, a.sorted.N);
   }
-  SK_DEVICE PlacedTable table_of(int64_t q) const { return a.tables.of_row(a.sorted.keys()[(q + 1) * kPerGroup - 1]); }
+  SK_DEVICE TableDescriptor table_of(int64_t q) const {
+    return a.tables.of_row(a.sorted.keys()[(q + 1) * kPerGroup - 1]);
+  }
   SK_DEVICE Partial reduction(int64_t q) const {
     using C = typename Partial::C;
     return {{table_of(q).t.D, block_index_y() * C::kTile, thread_index() % a.group, a.group}, a.partials};
@@ -768,17 +770,17 @@ struct LongRows {
   SK_DEVICE void finish(int64_t q, int64_t, const Partial& r, const typename Partial::State& state) const {
     RowSum<T, Partial::C::kCount> sum;
     sum.key = a.sorted.keys()[(q + 1) * kPerGroup - 1];
-    sum.begin = a.sorted.first_at_least(sum.key, q * kPerGroup, (q + 1) * kPerGroup);
+    sum.begin = a.sorted.lower_bound(sum.key, q * kPerGroup, (q + 1) * kPerGroup);
     sum.count = end(q, sum.key) - sum.begin;
     sum.ordinal = 0;
     if (a.ordinals != nullptr) {
-      const uint32_t behind = global<const uint32_t>(a.ordinals, a.groups + 1)[q + 1];
-      sum.ordinal = int64_t(behind) - 1;
+      const uint32_t following = global<const uint32_t>(a.ordinals, a.groups + 1)[q + 1];
+      sum.ordinal = int64_t(following) - 1;
     }
     SK_UNROLL
     for (int v = 0; v < Partial::C::kCount; ++v) sum.values[v] = state.values[v];
     divide_by_count(a, sum);
-    Target<S, false>::finish(a, table_of(q), r.columns, sum, NothingAhead{});
+    Target<S, false>::finish(a, table_of(q), r.columns, sum, NoPrefetch{});
   }
 };
 
@@ -795,7 +797,7 @@ bag_rowwise_kernel(const SK_GRID_CONSTANT RowsArgs<T> a, int64_t tile) {
   const int64_t i = grid_thread_index();
   if (i >= a.sorted.N || !a.sorted.begins(i)) return;
   const uint32_t key = a.sorted.keys()[i];
-  const PlacedTable table = a.tables.of_row(key);
+  const TableDescriptor table = a.tables.of_row(key);
   if (table.t.D == 0) return;
   const int64_t tiles = ceil_div(table.t.D, tile);
   const auto squares = global<T>(a.squares, tiles * a.sorted.N);
@@ -829,13 +831,13 @@ bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
   const int lane = thread_index() % a.group;
   const auto w = global<S>(const_cast<void*>(t.table), (t.E - 1) * t.row_stride + (t.D - 1) * t.column_stride + 1) +
                  row * t.row_stride;
-  const bool largest = a.p > 0 && a.p * 2 == a.p, least = a.p < 0 && a.p * 2 == a.p;  // p is infinite
-  double sum = least ? 1.0 / 0.0 : 0.0;
+  const bool largest = a.p > 0 && a.p * 2 == a.p, smallest = a.p < 0 && a.p * 2 == a.p;  // p is infinite
+  double sum = smallest ? 1.0 / 0.0 : 0.0;
   for (int64_t d = lane; d < t.D; d += a.group) {
     const double x = fabs(double(widen(load<Cache::kDefault>(w, d * t.column_stride))));
     if (largest) {
       sum = x > sum || x != x ? x : sum;
-    } else if (least) {
+    } else if (smallest) {
       sum = x < sum || x != x ? x : sum;
     } else {
       sum += a.p == 2 ? x * x : a.p == 1 ? x : a.p == 0 ? double(x != 0) : pow(x, a.p);
@@ -845,13 +847,13 @@ bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
     const double x = shuffle_xor(sum, distance, kWarp, group_mask(a.group));
     if (largest) {
       sum = x > sum || x != x ? x : sum;
-    } else if (least) {
+    } else if (smallest) {
       sum = x < sum || x != x ? x : sum;
     } else {
       sum += x;
     }
   }
-  const double norm = a.p == 2 ? sqrt(sum) : a.p == 1 || a.p == 0 || largest || least ? sum : pow(sum, 1 / a.p);
+  const double norm = a.p == 2 ? sqrt(sum) : a.p == 1 || a.p == 0 || largest || smallest ? sum : pow(sum, 1 / a.p);
   if (!(norm > a.max_norm)) return;
   const T factor = T(a.max_norm / (norm + 1e-7));
   for (int64_t d = lane; d < t.D; d += a.group) {
@@ -864,7 +866,7 @@ bag_renorm_kernel(const SK_GRID_CONSTANT RenormArgs a) {
 
 int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // size of the compute type
 
-int64_t all_rows(const BagForward& bags) {
+int64_t total_rows(const BagForward& bags) {
   int64_t rows = 0;
   for (int64_t i = 0; i < bags.count; ++i) rows += bags.tables[i].E;
   return rows;
@@ -872,7 +874,7 @@ int64_t all_rows(const BagForward& bags) {
 
 // Scratch memory of a backward pass; its layout is the same for all callers. Arrays that only sums need come last.
 struct RowsMemory {
-  PlacedTable* tables;
+  TableDescriptor* tables;
   uint32_t* bag_of;
   SortMemory sort;
   int64_t groups, width, tiles;
@@ -884,12 +886,12 @@ struct RowsMemory {
   char* squares;           // [tiles, N]
 
   RowsMemory(const BagForward& bags, Scratch& scratch, bool sums)
-      : tables(scratch.take<PlacedTable>(bags.count)),
+      : tables(scratch.take<TableDescriptor>(bags.count)),
         bag_of(scratch.take<uint32_t>(bags.tables[0].N)),
-        sort(bags.tables[0].N, static_cast<uint32_t>(all_rows(bags)), scratch) {
-    constexpr int64_t kMost = 0xffffffff;
+        sort(bags.tables[0].N, static_cast<uint32_t>(total_rows(bags)), scratch) {
+    constexpr int64_t kMaxCount = 0xffffffff;
     const int64_t N = bags.tables[0].N, all = bounds_of(bags).bags, size = size_of(bags.shape.dtype);
-    if (all_rows(bags) >= kMost || N >= kMost || all >= kMost) {
+    if (total_rows(bags) >= kMaxCount || N >= kMaxCount || all >= kMaxCount) {
       throw std::runtime_error("embedding_bag: rows, indices and bags must be below 2^32 - 1 each on CUDA");
     }
     const bool mean = bags.shape.mode == BagMode::kMean;
@@ -905,14 +907,14 @@ struct RowsMemory {
     squares = scratch.take<char>(tiles > 1 ? tiles * N * size : 0);
   }
   Sorted sorted(const BagForward& bags) const {
-    return {sort.keys[sort.result], sort.values[sort.result], sort.n, static_cast<uint32_t>(all_rows(bags))};
+    return {sort.keys[sort.result], sort.values[sort.result], sort.n, static_cast<uint32_t>(total_rows(bags))};
   }
   // Whether gradients depend on the position and not only on the row and the bag.
   static bool by_position(const BagForward& bags) { return bags.tables[0].weights != nullptr || bags.shape.extreme(); }
 };
 
-std::vector<PlacedTable> placed_rows(const BagForward& bags) {
-  std::vector<PlacedTable> tables(bags.count);
+std::vector<TableDescriptor> row_descriptors(const BagForward& bags) {
+  std::vector<TableDescriptor> tables(bags.count);
   int64_t bags_before = 0, rows_before = 0;
   for (int64_t i = 0; i < bags.count; ++i) {
     const BagTable& t = bags.tables[i];
@@ -934,7 +936,7 @@ void sort_positions(const BagForward& bags, const RowsMemory& m, const ManyTable
   args.faults.word = fault;
   args.wide_indices = bags.shape.wide_indices;
   args.N = bags.tables[0].N;
-  args.none = static_cast<uint32_t>(all_rows(bags));
+  args.none = static_cast<uint32_t>(total_rows(bags));
   args.keys = m.sort.keys[0];
   args.bag_of = m.bag_of;
   launch(bag_keys_kernel, blocks_of(max(1, ceil_div(args.N, kKeys)), stream), args);
@@ -964,7 +966,7 @@ void launch_sums(const BagForward& bags, RowsArgs<T>& args, void* stream) {
     launch(bag_reduce_kernel<S, kWide, true, Target>, config, args);
   } else if constexpr (kWide) {
     SharedBytes bytes;
-    RowsRing<S>::in(bytes, RowsRing<S>::wants(args, Target<S, true>::Reads::value));
+    RowsRing<S>::in(bytes, RowsRing<S>::arrays(args, Target<S, true>::Reads::value));
     config.shared_bytes = bytes.bytes();
     if (config.shared_bytes > device_limits().shared_bytes) {  // e.g. Adam on 16-bit rows with 99 KiB per block
       return launch_sums<S, false, Target>(bags, args, stream);
@@ -1009,10 +1011,10 @@ void launch_bag_sort(const BagForward& bags, BagFaultWord* fault, void* memory, 
   if (bounds_of(bags).bags == 0) return;
   Scratch scratch(memory);
   const RowsMemory m(bags, scratch, true);
-  const std::vector<PlacedTable> tables = placed_rows(bags);
-  const ManyTables placed = place_tables(tables.data(), bags.count, m.tables, stream);
-  sort_positions(bags, m, placed, fault, stream);
-  if (bags.shape.mode == BagMode::kMean) launch_bag_scales(bags, placed, m.scales, m.tallies, stream);
+  const std::vector<TableDescriptor> tables = row_descriptors(bags);
+  const ManyTables descriptors = upload_tables(tables.data(), bags.count, m.tables, stream);
+  sort_positions(bags, m, descriptors, fault, stream);
+  if (bags.shape.mode == BagMode::kMean) launch_bag_scales(bags, descriptors, m.scales, m.tallies, stream);
 }
 
 void count_bag_rows(const BagForward& bags, int64_t* counts, void* memory, void* stream) {
@@ -1038,8 +1040,8 @@ void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarge
   }
   Scratch scratch(memory);
   const RowsMemory m(bags, scratch, true);
-  if (m.groups == 0 || bounds_of(bags).bags == 0 || all_rows(bags) == 0) return;
-  std::vector<PlacedTable> tables = placed_rows(bags);
+  if (m.groups == 0 || bounds_of(bags).bags == 0 || total_rows(bags) == 0) return;
+  std::vector<TableDescriptor> tables = row_descriptors(bags);
   for (int64_t i = 0; i < bags.count; ++i) {
     tables[i].target = targets[i];
     tables[i].target.step = nullptr;
@@ -1049,15 +1051,15 @@ void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarge
   }
   bool values = false;  // a table without rows that occur may have a null pointer
   for (int64_t i = 0; i < bags.count; ++i) values |= targets[i].rows != nullptr;
-  const ManyTables placed =
-      place_tables(tables.data(), bags.count, m.tables, stream, values ? m.values_before : nullptr);
+  const ManyTables descriptors =
+      upload_tables(tables.data(), bags.count, m.tables, stream, values ? m.values_before : nullptr);
   const BagTable& t = bags.tables[0];
   const bool wide = wide_rows(bags, targets[0].step != nullptr) && wide_targets(bags, targets);
   dispatch(bags.shape.dtype, [&](auto storage) {
     using S = decltype(storage);
     using T = Compute<S>;
     RowsArgs<T> args{};
-    args.tables = placed;
+    args.tables = descriptors;
     args.bounds = bounds_of(bags);
     args.sorted = m.sorted(bags);
     args.groups = m.groups;

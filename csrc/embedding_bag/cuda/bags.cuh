@@ -37,15 +37,15 @@ struct Element<Byte> {
 
 // Fault words order by kind, then by position: the first fault has the largest word, so atomic_max keeps it.
 constexpr int kFaultBits = 60;
-SK_HOST_DEVICE uint64_t fault_word(BagFault::What what, int64_t at) {
-  return ~(static_cast<uint64_t>(what) << kFaultBits | static_cast<uint64_t>(at));
+SK_HOST_DEVICE uint64_t fault_word(BagFault::Kind kind, int64_t position) {
+  return ~(static_cast<uint64_t>(kind) << kFaultBits | static_cast<uint64_t>(position));
 }
 
-struct FaultSink {
+struct FaultReporter {
   BagFaultWord* word;
 
-  SK_DEVICE void report(BagFault::What what, int64_t at) const {
-    if (word != nullptr) atomic_max(global<uint64_t>(word, 1), 0, fault_word(what, at));
+  SK_DEVICE void report(BagFault::Kind kind, int64_t position) const {
+    if (word != nullptr) atomic_max(global<uint64_t>(word, 1), 0, fault_word(kind, position));
   }
 };
 
@@ -60,9 +60,9 @@ struct Integers {
     if (wide) return load<Cache::kReadOnly>(global<const int64_t>(data, count), i);
     return load<Cache::kReadOnly>(global<const int32_t>(data, count), i);
   }
-  // Reads kMost integers from `first` on, of which n exist. Branches once on the width.
-  template <int kMost>
-  SK_DEVICE void read(int64_t (&out)[kMost], int64_t first, int64_t n) const {
+  // Reads kMaxCount integers from `first` on, of which n exist. Branches once on the width.
+  template <int kMaxCount>
+  SK_DEVICE void read(int64_t (&out)[kMaxCount], int64_t first, int64_t n) const {
     if (wide) {
       read_as<int64_t>(out, first, n);
     } else {
@@ -71,11 +71,11 @@ struct Integers {
   }
 
  private:
-  template <class I, int kMost>
-  SK_DEVICE void read_as(int64_t (&out)[kMost], int64_t first, int64_t n) const {
+  template <class I, int kMaxCount>
+  SK_DEVICE void read_as(int64_t (&out)[kMaxCount], int64_t first, int64_t n) const {
     const auto from = global<const I>(data, count);
     SK_UNROLL
-    for (int j = 0; j < kMost; ++j) out[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(-1);
+    for (int j = 0; j < kMaxCount; ++j) out[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(-1);
   }
 };
 
@@ -100,7 +100,7 @@ struct Bounds {
     const int64_t from = max(0, min(begin(bag), N));
     return {from, max(from, min(begin(bag + 1), N))};
   }
-  SK_DEVICE void check(int64_t bag, const FaultSink& faults) const {
+  SK_DEVICE void check(int64_t bag, const FaultReporter& faults) const {
     if (offsets.data == nullptr) return;
     const int64_t from = begin(bag), to = begin(bag + 1);
     if (bag == 0 && from != 0) faults.report(BagFault::kFirstOffset, 0);
@@ -127,7 +127,7 @@ struct Bounds {
 // Tables.
 
 // A table with its offsets among the tables of a call, and the destination of its rows' gradients.
-struct PlacedTable {
+struct TableDescriptor {
   BagTable t;
   int64_t bags_before, rows_before;
   int64_t units_before;   // forward: units of work of preceding tables
@@ -137,7 +137,7 @@ struct PlacedTable {
   void* state2;
 
   // Offset of a bag's row in an array whose rows are `stride` apart.
-  SK_DEVICE int64_t row_of(int64_t bag, int64_t stride) const {
+  SK_DEVICE int64_t output_offset(int64_t bag, int64_t stride) const {
     const int64_t j = bag - bags_before;
     if (t.batch == t.bags) return j * stride;
     return j % t.batch * stride + j / t.batch * t.D;
@@ -149,24 +149,24 @@ struct PlacedTable {
 
 // The tables of a call, found by a unit, bag or row numbered across all tables.
 struct OneTable {
-  PlacedTable only;
-  SK_DEVICE PlacedTable of_unit(int64_t) const { return only; }
-  SK_DEVICE PlacedTable of_bag(int64_t) const { return only; }
+  TableDescriptor only;
+  SK_DEVICE TableDescriptor of_unit(int64_t) const { return only; }
+  SK_DEVICE TableDescriptor of_bag(int64_t) const { return only; }
 };
 struct ManyTables {
-  const PlacedTable* placed;  // [count], device memory
+  const TableDescriptor* descriptors;  // [count], device memory
   int64_t count;
 
-  SK_DEVICE PlacedTable of_unit(int64_t unit) const { return last<&PlacedTable::units_before>(unit); }
-  SK_DEVICE PlacedTable of_bag(int64_t bag) const { return last<&PlacedTable::bags_before>(bag); }
-  SK_DEVICE PlacedTable of_row(int64_t row) const { return last<&PlacedTable::rows_before>(row); }
+  SK_DEVICE TableDescriptor of_unit(int64_t unit) const { return last<&TableDescriptor::units_before>(unit); }
+  SK_DEVICE TableDescriptor of_bag(int64_t bag) const { return last<&TableDescriptor::bags_before>(bag); }
+  SK_DEVICE TableDescriptor of_row(int64_t row) const { return last<&TableDescriptor::rows_before>(row); }
 
  private:
   // The last table with at most `wanted` before it. Tables without units, bags or rows share that number with the next
   // table and are skipped by this.
-  template <int64_t PlacedTable::* kBefore>
-  SK_DEVICE PlacedTable last(int64_t wanted) const {
-    const auto tables = global<const PlacedTable>(placed, count);
+  template <int64_t TableDescriptor::* kBefore>
+  SK_DEVICE TableDescriptor last(int64_t wanted) const {
+    const auto tables = global<const TableDescriptor>(descriptors, count);
     int64_t low = 0, high = count;
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
@@ -178,9 +178,9 @@ struct ManyTables {
     }
     return tables[low];
   }
-  static SK_DEVICE int64_t before(Global<const PlacedTable> tables, int64_t i, int64_t PlacedTable::* what) {
-    const PlacedTable& table = tables[i];
-    return table.*what;
+  static SK_DEVICE int64_t before(Global<const TableDescriptor> tables, int64_t i, int64_t TableDescriptor::* member) {
+    const TableDescriptor& table = tables[i];
+    return table.*member;
   }
 };
 
@@ -196,10 +196,10 @@ struct Columns {
   int64_t D, first;  // first column of the tile
   int lane, group;
 
-  SK_DEVICE bool wide_has() const { return first + lane * kCount < D; }
+  SK_DEVICE bool wide_in_row() const { return first + lane * kCount < D; }
   SK_DEVICE int64_t at(int v) const { return kWide ? first + lane * kCount + v : first + v * group + lane; }
-  SK_DEVICE bool has(int v) const { return at(v) < D; }
-  SK_DEVICE bool any() const { return has(0); }
+  SK_DEVICE bool in_row(int v) const { return at(v) < D; }
+  SK_DEVICE bool any() const { return in_row(0); }
 };
 
 // Number of lanes for a row of D columns.
@@ -212,7 +212,7 @@ inline int group_for(int64_t D) {
 
 // Stores or loads the contiguous columns of a lane, up to 16 bytes per access.
 template <int kCount, class To, class T>
-SK_DEVICE void store_side_by_side(Global<To> to, int64_t i, const T (&values)[kCount]) {
+SK_DEVICE void store_contiguous(Global<To> to, int64_t i, const T (&values)[kCount]) {
   constexpr int kPart = kCount * int(sizeof(To)) > 16 ? 16 / int(sizeof(To)) : kCount;
   SK_UNROLL
   for (int p = 0; p < kCount; p += kPart) {
@@ -229,7 +229,7 @@ SK_DEVICE void store_side_by_side(Global<To> to, int64_t i, const T (&values)[kC
   }
 }
 template <int kCount, class From, class T>
-SK_DEVICE void load_side_by_side(T (&values)[kCount], Global<From> from, int64_t i) {
+SK_DEVICE void load_contiguous(T (&values)[kCount], Global<From> from, int64_t i) {
   using Stored = std::remove_const_t<From>;
   constexpr int kPart = kCount * int(sizeof(From)) > 16 ? 16 / int(sizeof(From)) : kCount;
   SK_UNROLL
@@ -250,12 +250,12 @@ SK_DEVICE void load_side_by_side(T (&values)[kCount], Global<From> from, int64_t
 template <class C, class To, class T>
 SK_DEVICE void store_row(const C& columns, Global<To> row, const T (&values)[C::kCount], bool wide) {
   if (wide) {
-    if (columns.wide_has()) store_side_by_side<C::kCount>(row, columns.at(0), values);
+    if (columns.wide_in_row()) store_contiguous<C::kCount>(row, columns.at(0), values);
     return;
   }
   SK_UNROLL
   for (int v = 0; v < C::kCount; ++v) {
-    if (!columns.has(v)) continue;
+    if (!columns.in_row(v)) continue;
     if constexpr (std::is_integral<To>::value) {
       row[columns.at(v)] = values[v];
     } else {
@@ -295,7 +295,7 @@ struct RowLoader {
 
   SK_DEVICE void load(Raw& raw, int64_t place) const {
     if constexpr (kWide) {
-      if (columns.wide_has()) {
+      if (columns.wide_in_row()) {
         const Vec<S, C::kCount> v = load_vec<C::kCount, Cache::kReadOnly>(table, place + columns.at(0));
         SK_UNROLL
         for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
@@ -303,7 +303,7 @@ struct RowLoader {
     } else {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
-        if (columns.has(v)) {
+        if (columns.in_row(v)) {
           raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v) * column_stride);
         }
       }
@@ -327,14 +327,14 @@ struct RowLoader<Byte, kWide> {
 
   SK_DEVICE void load(Raw& raw, int64_t place) const {
     if constexpr (kWide) {
-      if (!columns.wide_has()) return;
+      if (!columns.wide_in_row()) return;
       const Vec<uint8_t, 4> v = load_vec<4, Cache::kReadOnly>(table, place + columns.at(0));
       SK_UNROLL
       for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
     } else {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
-        if (columns.has(v)) raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v));
+        if (columns.in_row(v)) raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v));
       }
     }
     raw.scale = number(place + columns.D);
@@ -438,8 +438,8 @@ inline Bounds bounds_of(const BagForward& bags) {
 }
 
 // Writes table descriptors to device memory. Defined in tables.cu.
-ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
-                        const int64_t* values_before = nullptr);
+ManyTables upload_tables(const TableDescriptor* tables, int64_t count, TableDescriptor* to, void* stream,
+                         const int64_t* values_before = nullptr);
 
 inline int64_t most_columns(const BagForward& bags) {
   int64_t D = 0;

@@ -10,33 +10,33 @@ namespace bags_cuda {
 
 // Descriptors are passed as kernel parameters, a few per launch, so that no host memory must outlive the call.
 struct TablePack {
-  static constexpr int kMost = 15;
-  PlacedTable tables[kMost];
-  PlacedTable* to;
+  static constexpr int kMaxCount = 15;
+  TableDescriptor tables[kMaxCount];
+  TableDescriptor* to;
   int64_t from, count;
   const int64_t* values_before;  // null, or an array over all tables
 };
 static_assert(sizeof(TablePack) <= 4096, "the limit of kernel parameters on every device");
 
 SK_KERNEL(32) bag_tables_kernel(const SK_GRID_CONSTANT TablePack pack) {
-  const auto to = global<PlacedTable>(pack.to, pack.from + pack.count);
+  const auto to = global<TableDescriptor>(pack.to, pack.from + pack.count);
   const int i = thread_index();
   if (i >= pack.count) return;
-  PlacedTable table = pack.tables[i];
+  TableDescriptor table = pack.tables[i];
   if (pack.values_before != nullptr) {
     table.values_before = global<const int64_t>(pack.values_before, pack.from + pack.count)[pack.from + i];
   }
   to[pack.from + i] = table;
 }
 
-ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
-                        const int64_t* values_before) {
-  for (int64_t from = 0; from < count; from += TablePack::kMost) {
+ManyTables upload_tables(const TableDescriptor* tables, int64_t count, TableDescriptor* to, void* stream,
+                         const int64_t* values_before) {
+  for (int64_t from = 0; from < count; from += TablePack::kMaxCount) {
     TablePack pack{};
     pack.to = to;
     pack.from = from;
     pack.values_before = values_before;
-    pack.count = min(TablePack::kMost, count - from);
+    pack.count = min(TablePack::kMaxCount, count - from);
     for (int64_t i = 0; i < pack.count; ++i) pack.tables[i] = tables[from + i];
     LaunchConfig config;
     config.block = 32;
@@ -51,21 +51,21 @@ namespace {
 // 16 steps of rows. Smaller chunks would write more partial results; these are a few percent of what is read.
 constexpr int64_t kChunk = 128;
 constexpr int kRows = 8;
-constexpr int64_t kPerUnit = 64;  // positions per unit, if bags are shorter
+constexpr int64_t kPositionsPerUnit = 64;  // positions per unit, if bags are shorter
 constexpr int64_t kWaves = 4;
 
 template <class Tables, class T>
 struct ForwardArgs {
-  static constexpr bool kMany = std::is_same<Tables, ManyTables>::value;
+  static constexpr bool kUploaded = std::is_same<Tables, ManyTables>::value;
   Tables tables;
   Bounds bounds;
-  FaultSink faults;
+  FaultReporter faults;
   BagMode mode;
   MeanBy mean_by;
   bool wide_indices, wide_weights, weighted;
   int64_t ranges, bags_per_unit;  // units of work, of bags_per_unit bags each
   int64_t windows;                // of kChunk positions, in which pieces of long bags begin
-  int64_t* owners;                // [windows] the long bag that extends over the window's begin; else arbitrary
+  int64_t* window_owners;         // [windows] the long bag that extends over the window's begin; else arbitrary
   int group;
   Partials<T> partials;
   T* tallies;     // [bags]; for TallyRows
@@ -83,17 +83,17 @@ struct IndexLoader {
   Integers indices;
   Weights<S> weights;
   int64_t E, padding;
-  FaultSink faults;
+  FaultReporter faults;
 
-  SK_DEVICE IndexLoader(const BagTable& t, bool wide_indices, bool wide_weights, FaultSink faults_)
+  SK_DEVICE IndexLoader(const BagTable& t, bool wide_indices, bool wide_weights, FaultReporter faults_)
       : indices{t.indices, t.N, wide_indices},
         weights{t.weights, t.N, wide_weights},
         E(t.E),
         padding(t.padding),
         faults(faults_) {}
   // Loads up to n indices from position `first` on; the others are kSkipped.
-  template <int kMost>
-  SK_DEVICE void fetch(uint32_t (&rows)[kMost], int64_t first, int n) const {
+  template <int kMaxCount>
+  SK_DEVICE void fetch(uint32_t (&rows)[kMaxCount], int64_t first, int n) const {
     if (indices.wide) {
       fetch_as<int64_t>(rows, first, n);
     } else {
@@ -103,20 +103,20 @@ struct IndexLoader {
   SK_DEVICE T weight(int64_t position) const { return weights.data == nullptr ? T(1) : weights[position]; }
 
  private:
-  template <class I, int kMost>
-  SK_DEVICE void fetch_as(uint32_t (&rows)[kMost], int64_t first, int n) const {
+  template <class I, int kMaxCount>
+  SK_DEVICE void fetch_as(uint32_t (&rows)[kMaxCount], int64_t first, int n) const {
     const auto from = global<const I>(indices.data, indices.count);
-    I index[kMost];
-    bool wrong = false;
+    I index[kMaxCount];
+    bool invalid = false;
     SK_UNROLL
-    for (int j = 0; j < kMost; ++j) index[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(0);
+    for (int j = 0; j < kMaxCount; ++j) index[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(0);
     SK_UNROLL
-    for (int j = 0; j < kMost; ++j) {
+    for (int j = 0; j < kMaxCount; ++j) {
       const bool inside = static_cast<uint64_t>(index[j]) < static_cast<uint64_t>(E);
-      wrong |= j < n && !inside;
+      invalid |= j < n && !inside;
       rows[j] = j < n && inside && index[j] != padding ? static_cast<uint32_t>(index[j]) : kSkipped;
     }
-    if (wrong) report<I>(first, n < kMost ? n : kMost);
+    if (invalid) report<I>(first, n < kMaxCount ? n : kMaxCount);
   }
   template <class I>
   SK_DEVICE void report(int64_t first, int64_t n) const {
@@ -171,20 +171,20 @@ struct RowReduction {
   using Raw = typename Loader::Raw;
   using Ring = std::bool_constant<kWide && (sizeof(S) > 1)>;
   // Blocks per multiprocessor, as far as the number of registers allows.
-  static constexpr int blocks(bool many) {
-    return Ring::value ? (many ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - many : 3;
+  static constexpr int blocks(bool uploaded) {
+    return Ring::value ? (uploaded ? 4 : sizeof(S) == 8 ? 5 : 6) : sizeof(S) == 8 ? 2 : kWide ? 4 - uploaded : 3;
   }
 
-  PlacedTable table;
+  TableDescriptor table;
   C columns;
   Loader loader;
   Partials<T> partials;
 
   template <class Args>
-  SK_DEVICE RowReduction(const Args& a, const PlacedTable& placed)
-      : table(placed),
-        columns{placed.t.D, block_index_y() * C::kTile, thread_index() % a.group, a.group},
-        loader(row_loader<S, kWide>(placed.t, columns)),
+  SK_DEVICE RowReduction(const Args& a, const TableDescriptor& descriptors)
+      : table(descriptors),
+        columns{descriptors.t.D, block_index_y() * C::kTile, thread_index() % a.group, a.group},
+        loader(row_loader<S, kWide>(descriptors.t, columns)),
         partials(a.partials) {}
 
   static int group(const BagForward& bags) { return group_of<C>(bags); }
@@ -193,11 +193,11 @@ struct RowReduction {
   SK_DEVICE bool idle() const { return columns.first >= columns.D && columns.first > 0; }
   SK_DEVICE void store(int64_t bag, const T (&values)[C::kCount]) const {
     const auto out = global<Out>(table.t.out, table.rows_end(table.t.out_stride));
-    store_row(columns, out + table.row_of(bag, table.t.out_stride), values, kWide);
+    store_row(columns, out + table.output_offset(bag, table.t.out_stride), values, kWide);
   }
   SK_DEVICE void store_at(int64_t bag, const int32_t (&at)[C::kCount]) const {
     const auto arg = global<int32_t>(table.t.arg, table.rows_end(table.t.arg_stride));
-    store_row(columns, arg + table.row_of(bag, table.t.arg_stride), at, kWide);
+    store_row(columns, arg + table.output_offset(bag, table.t.arg_stride), at, kWide);
   }
 };
 
@@ -216,8 +216,8 @@ struct SumRows : RowReduction<S, kWide> {
   MeanBy mean_by;
 
   template <class Args>
-  SK_DEVICE SumRows(const Args& a, const PlacedTable& placed)
-      : Base(a, placed), mean(a.mode == BagMode::kMean), mean_by(a.mean_by) {}
+  SK_DEVICE SumRows(const Args& a, const TableDescriptor& descriptors)
+      : Base(a, descriptors), mean(a.mode == BagMode::kMean), mean_by(a.mean_by) {}
 
   SK_DEVICE void reset(State& s) const {
     SK_UNROLL
@@ -275,13 +275,13 @@ struct ExtremeRows : RowReduction<S, kWide> {
 
   // With eight columns per lane, the positions leave too few registers for the ring.
   using Ring = std::bool_constant<Base::Ring::value && (sizeof(S) > 2)>;
-  static constexpr int blocks(bool many) {
-    return Ring::value ? 5 - many : Base::Ring::value ? 4 - many : Base::blocks(many);
+  static constexpr int blocks(bool uploaded) {
+    return Ring::value ? 5 - uploaded : Base::Ring::value ? 4 - uploaded : Base::blocks(uploaded);
   }
 
   template <class Args>
-  SK_DEVICE ExtremeRows(const Args& a, const PlacedTable& placed)
-      : Base(a, placed), sign(a.mode == BagMode::kMin ? T(-1) : T(1)) {}
+  SK_DEVICE ExtremeRows(const Args& a, const TableDescriptor& descriptors)
+      : Base(a, descriptors), sign(a.mode == BagMode::kMin ? T(-1) : T(1)) {}
 
   SK_DEVICE void reset(State& s) const {
     SK_UNROLL
@@ -339,7 +339,7 @@ struct TallyRows {
   struct State {
     Tally<T> tally;
   };
-  PlacedTable table;
+  TableDescriptor table;
   Partials<T> partials;
   MeanBy mean_by;
   T* tallies;
@@ -347,8 +347,8 @@ struct TallyRows {
   bool inverted;
 
   template <class Args>
-  SK_DEVICE TallyRows(const Args& a, const PlacedTable& placed)
-      : table(placed),
+  SK_DEVICE TallyRows(const Args& a, const TableDescriptor& descriptors)
+      : table(descriptors),
         partials(a.partials),
         mean_by(a.mean_by),
         tallies(a.tallies),
@@ -434,17 +434,17 @@ SK_DEVICE void walk(const R& r, Shared<const int64_t> ends, const IndexLoader<ty
 
 // For each window of kChunk positions, the long bag that extends into it from a preceding window.
 template <class Args>
-struct Owners {
+struct WindowOwners {
   const Args& a;
 
-  SK_DEVICE Global<int64_t> all() const { return global<int64_t>(a.owners, a.windows); }
-  SK_DEVICE void name(int64_t bag, const Span& span, int lane) const {
+  SK_DEVICE Global<int64_t> all() const { return global<int64_t>(a.window_owners, a.windows); }
+  SK_DEVICE void set_owner(int64_t bag, const Span& span, int lane) const {
     for (int64_t w = span.begin / kChunk + 1 + lane; w * kChunk < span.end; w += a.group) all()[w] = bag;
   }
-  // Windows without a long bag hold arbitrary values, so `named` is validated.
-  SK_DEVICE bool find(int64_t w, int64_t named, Span& span) const {
-    if (static_cast<uint64_t>(named) >= static_cast<uint64_t>(a.bounds.bags)) return false;
-    span = a.bounds.clamped(named);
+  // Windows without a long bag hold arbitrary values, so `owner` is validated.
+  SK_DEVICE bool find_span(int64_t w, int64_t owner, Span& span) const {
+    if (static_cast<uint64_t>(owner) >= static_cast<uint64_t>(a.bounds.bags)) return false;
+    span = a.bounds.clamped(owner);
     return span.begin < w * kChunk && w * kChunk < span.end && span.size() > kChunk;
   }
 };
@@ -485,8 +485,8 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
     const int64_t end = ends[b - first_bag];
     return int(end - begin);
   };
-  const bool weighted = loader.weights.data != nullptr, has = r.columns.wide_has();
-  const auto table = r.loader.table + (has ? r.columns.at(0) : 0);
+  const bool weighted = loader.weights.data != nullptr, in_row = r.columns.wide_in_row();
+  const auto table = r.loader.table + (in_row ? r.columns.at(0) : 0);
   uint32_t rows[kRows];  // rows of the next step to prefetch
   T weights[kRows];
   const auto fetch = [&](int from) {
@@ -496,7 +496,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
     SK_UNROLL
     for (int j = 0; j < kRows; ++j) weights[j] = rows[j] == Loader::kSkipped ? T(0) : loader.weight(begin + from + j);
   };
-  const auto ask = [&](int from) -> uint32_t {
+  const auto prefetch = [&](int from) -> uint32_t {
     uint32_t counted = 0;
     if (from < n) {
       SK_UNROLL
@@ -504,7 +504,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
         if (rows[j] == Loader::kSkipped) continue;
         counted |= 1u << j;
         const int to = ring.slot(from + j);
-        copy_async<16>(ring.rows + to * C::kCount, table + rows[j] * r.table.t.row_stride, has);
+        copy_async<16>(ring.rows + to * C::kCount, table + rows[j] * r.table.t.row_stride, in_row);
         if (weighted) ring.weights[to] = weights[j];
       }
     }
@@ -515,7 +515,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
   typename R::State state;
   r.reset(state);
   fetch(0);
-  uint32_t counted = ask(0), counted_next = ask(kRows);
+  uint32_t counted = prefetch(0), counted_next = prefetch(kRows);
   int at = 0, step = 0, bag_begin = 0, bag_end = end_of(bag);
   for (;; step += kRows) {
     copy_async_wait<1>();
@@ -543,7 +543,7 @@ SK_DEVICE void walk_ring(const R& r, const RowRing<R>& ring, Shared<const int64_
       bag_end = end_of(bag);
     }
     counted = counted_next;
-    counted_next = ask(step + 2 * kRows);
+    counted_next = prefetch(step + 2 * kRows);
   }
 }
 
@@ -569,11 +569,11 @@ struct Walk<R, std::enable_if_t<R::Ring::value>> {
 };
 
 template <class R, class Args>
-SK_KERNEL(kWalkThreads, R::blocks(Args::kMany))
+SK_KERNEL(kWalkThreads, R::blocks(Args::kUploaded))
 bag_forward_kernel(const SK_GRID_CONSTANT Args a) {
   const int64_t unit = grid_thread_index() / a.group;
   if (unit >= a.ranges) return;
-  const PlacedTable table = a.tables.of_unit(unit);
+  const TableDescriptor table = a.tables.of_unit(unit);
   const R r(a, table);
   if (r.idle()) return;
   SharedArena arena;
@@ -598,7 +598,7 @@ bag_forward_kernel(const SK_GRID_CONSTANT Args a) {
     end = max(begin, end);
     int stop = i + 1;
     if (end - begin > kChunk) {
-      if (block_index_y() == 0) Owners<Args>{a}.name(bag, {begin, end}, lane);
+      if (block_index_y() == 0) WindowOwners<Args>{a}.set_owner(bag, {begin, end}, lane);
       end = begin + kChunk;
       slot = 2 * (begin / kChunk) + 1;
     } else {
@@ -615,28 +615,28 @@ bag_forward_kernel(const SK_GRID_CONSTANT Args a) {
 
 // Reduces the later pieces of long bags; at most one begins in each window. Each group checks several windows at once,
 // because most windows have none.
-constexpr int kWindows = 4;
+constexpr int kWindowsPerGroup = 4;
 
 template <class R, class Args>
-SK_KERNEL(kWalkThreads, R::blocks(Args::kMany))
+SK_KERNEL(kWalkThreads, R::blocks(Args::kUploaded))
 bag_pieces_kernel(const SK_GRID_CONSTANT Args a) {
-  const int64_t first = grid_thread_index() / a.group * kWindows;
-  const Owners<Args> owners{a};
-  int64_t named[kWindows];
+  const int64_t first = grid_thread_index() / a.group * kWindowsPerGroup;
+  const WindowOwners<Args> window_owners{a};
+  int64_t owner[kWindowsPerGroup];
   SK_UNROLL
-  for (int j = 0; j < kWindows; ++j) {
-    named[j] = first + j < a.windows ? load<Cache::kDefault>(owners.all(), first + j) : int64_t{-1};
+  for (int j = 0; j < kWindowsPerGroup; ++j) {
+    owner[j] = first + j < a.windows ? load<Cache::kDefault>(window_owners.all(), first + j) : int64_t{-1};
   }
-  for (int j = 0; j < kWindows; ++j) {
-    int64_t bag = named[0];
+  for (int j = 0; j < kWindowsPerGroup; ++j) {
+    int64_t bag = owner[0];
     SK_UNROLL
-    for (int k = 1; k < kWindows; ++k) bag = j == k ? named[k] : bag;
+    for (int k = 1; k < kWindowsPerGroup; ++k) bag = j == k ? owner[k] : bag;
     const int64_t edge = (first + j) * kChunk;
     Span span;
-    if (!owners.find(first + j, bag, span)) continue;
+    if (!window_owners.find_span(first + j, bag, span)) continue;
     const int64_t skipped = ceil_div(edge - span.begin, kChunk) * kChunk, begin = span.begin + skipped;
     if (begin >= span.end) continue;
-    const PlacedTable table = a.tables.of_bag(bag);
+    const TableDescriptor table = a.tables.of_bag(bag);
     const R r(a, table);
     if (r.idle()) continue;
     SharedArena arena;
@@ -652,10 +652,10 @@ template <class R, class Args>
 struct LongBags {
   const Args& a;
 
-  SK_DEVICE int64_t bag_of(int64_t q) const { return load<Cache::kDefault>(Owners<Args>{a}.all(), q + 1); }
+  SK_DEVICE int64_t bag_of(int64_t q) const { return load<Cache::kDefault>(WindowOwners<Args>{a}.all(), q + 1); }
   SK_DEVICE int64_t pieces(int64_t q) const {
     Span span;
-    if (q + 1 >= a.windows || !Owners<Args>{a}.find(q + 1, bag_of(q), span)) return 0;
+    if (q + 1 >= a.windows || !WindowOwners<Args>{a}.find_span(q + 1, bag_of(q), span)) return 0;
     return span.begin / kChunk == q ? ceil_div(span.size(), kChunk) : 0;
   }
   SK_DEVICE R reduction(int64_t q) const { return R(a, a.tables.of_bag(bag_of(q))); }
@@ -675,7 +675,7 @@ bag_merge_kernel(const SK_GRID_CONSTANT Args a) {
 struct WeightArgs {
   ManyTables tables;
   Bounds bounds;
-  FaultSink faults;
+  FaultReporter faults;
   bool extreme, wide_indices, wide_weights;
   int group;
   int64_t N;
@@ -708,7 +708,7 @@ bag_dots_kernel(const SK_GRID_CONSTANT WeightArgs a) {
   const int64_t end = min(stop, a.bounds.clamped(a.bounds.bags - 1).end);
   int64_t bag = at < end ? a.bounds.bag_at(at) : a.bounds.bags;
   while (bag < a.bounds.bags) {  // once for each table with some of the positions
-    const PlacedTable table = a.tables.of_bag(bag);
+    const TableDescriptor table = a.tables.of_bag(bag);
     const BagTable& t = table.t;
     const int64_t last_bag = table.bags_before + t.bags;
     const IndexLoader<S> loader(t, a.wide_indices, false, a.faults);
@@ -740,16 +740,16 @@ bag_dots_kernel(const SK_GRID_CONSTANT WeightArgs a) {
       for (int j = 0; j < kDots; ++j) {
         if (rows[j] == kSkipped) continue;
         row_loads.load(raw[j], rows[j] * t.row_stride);
-        grad_loads.load(raw_grad[j], table.row_of(bags[j], t.out_stride));
+        grad_loads.load(raw_grad[j], table.output_offset(bags[j], t.out_stride));
       }
       SK_UNROLL
       for (int j = 0; j < kDots; ++j) {
         if (rows[j] == kSkipped) continue;
-        const int64_t arg_place = a.extreme ? table.row_of(bags[j], t.arg_stride) : 0;
+        const int64_t arg_place = a.extreme ? table.output_offset(bags[j], t.arg_stride) : 0;
         const int64_t within = a.extreme ? first + j - a.bounds.begin(bags[j]) : 0;
         SK_UNROLL
         for (int v = 0; v < C::kCount; ++v) {
-          if (!columns.has(v)) continue;
+          if (!columns.in_row(v)) continue;
           if (a.extreme && arg[arg_place + columns.at(v)] != within) continue;
           dots[j] = fma(grad_loads.value(raw_grad[j], v), row_loads.value(raw[j], v), dots[j]);
         }
@@ -835,22 +835,22 @@ bag_pack_kernel(const SK_GRID_CONSTANT PackArgs a) {
   const auto value = [&](int64_t d) -> float {
     return float(widen(load<Cache::kReadOnly>(from, row * t.row_stride + d * t.column_stride)));
   };
-  float least = value(0), most = least;
+  float lowest = value(0), highest = lowest;
   for (int64_t d = lane; d < t.D; d += a.group) {
     const float x = value(d);
-    least = x < least ? x : least;
-    most = x > most ? x : most;
+    lowest = x < lowest ? x : lowest;
+    highest = x > highest ? x : highest;
   }
   for (int distance = a.group / 2; distance > 0; distance /= 2) {
-    const float x = shuffle_xor(least, distance, kWarp, group_mask(a.group));
-    const float y = shuffle_xor(most, distance, kWarp, group_mask(a.group));
-    least = x < least ? x : least;
-    most = y > most ? y : most;
+    const float x = shuffle_xor(lowest, distance, kWarp, group_mask(a.group));
+    const float y = shuffle_xor(highest, distance, kWarp, group_mask(a.group));
+    lowest = x < lowest ? x : lowest;
+    highest = y > highest ? y : highest;
   }
-  const float range = most - least, inverse = 255.0f / (range + 1e-8f);
-  for (int64_t d = lane; d < t.D; d += a.group) to[d] = uint8_t(rintf((value(d) - least) * inverse));
+  const float range = highest - lowest, inverse = 255.0f / (range + 1e-8f);
+  for (int64_t d = lane; d < t.D; d += a.group) to[d] = uint8_t(rintf((value(d) - lowest) * inverse));
   if (lane != 0) return;
-  const auto scale = bit_cast<Vec<uint8_t, 4>>(range / 255.0f), bias = bit_cast<Vec<uint8_t, 4>>(least);
+  const auto scale = bit_cast<Vec<uint8_t, 4>>(range / 255.0f), bias = bit_cast<Vec<uint8_t, 4>>(lowest);
   for (int i = 0; i < 4; ++i) {
     to[t.D + i] = scale[i];
     to[t.D + 4 + i] = bias[i];
@@ -861,7 +861,7 @@ bag_pack_kernel(const SK_GRID_CONSTANT PackArgs a) {
 
 // A single table is passed as a kernel parameter, several in device memory. A single table with narrow rows is also
 // passed in memory, which saves instantiations.
-bool places_tables(const BagForward& bags) {
+bool needs_upload(const BagForward& bags) {
   return !bags.shape.byte_rows && (bags.count > 1 || !wide_rows(bags, true));
 }
 
@@ -873,7 +873,7 @@ int64_t windows_of(const BagForward& bags) {
 }
 
 template <class T>
-Partials<T> take_partials(Scratch& scratch, const BagForward& bags, bool tally_only) {
+Partials<T> allocate_partials(Scratch& scratch, const BagForward& bags, bool tally_only) {
   const int64_t slots = 2 * windows_of(bags), width = tally_only ? 0 : ceil_div(most_columns(bags), 16) * 16;
   const int64_t at = bags.shape.extreme() ? slots * width : 0, tallies = at > 0 ? 0 : slots;
   Partials<T> partials{};
@@ -891,14 +891,14 @@ Partials<T> take_partials(Scratch& scratch, const BagForward& bags, bool tally_o
 int64_t bags_per_unit(const Bounds& bounds, int64_t group, int64_t tiles) {
   if (bounds.N == 0) return 1;
   const int64_t held = device_limits().multiprocessors * int64_t{640};  // lanes
-  const int64_t wanted = ceil_div(kPerUnit * bounds.bags, bounds.N),
-                most = bounds.bags * group * tiles / (kWaves * held);
-  return max(1, min(min(wanted, most), group));
+  const int64_t wanted = ceil_div(kPositionsPerUnit * bounds.bags, bounds.N),
+                limit = bounds.bags * group * tiles / (kWaves * held);
+  return max(1, min(min(wanted, limit), group));
 }
 
-std::vector<PlacedTable> placed(const BagForward& bags, int64_t per_unit) {
-  std::vector<PlacedTable> tables(bags.count);
-  PlacedTable before{};
+std::vector<TableDescriptor> descriptors(const BagForward& bags, int64_t per_unit) {
+  std::vector<TableDescriptor> tables(bags.count);
+  TableDescriptor before{};
   for (int64_t i = 0; i < bags.count; ++i) {
     const BagTable& t = bags.tables[i];
     if (t.E >= 0xffffffff)
@@ -926,7 +926,7 @@ void launch_walk(const BagForward& bags, ForwardArgs<Tables, typename R::T>& arg
   };
   launch(bag_forward_kernel<R, Args>, config(args.ranges), args);
   if (args.windows == 0) return;
-  launch(bag_pieces_kernel<R, Args>, config(ceil_div(args.windows, kWindows)), args);
+  launch(bag_pieces_kernel<R, Args>, config(ceil_div(args.windows, kWindowsPerGroup)), args);
   args.group = Merging::group(bags);
   launch(bag_merge_kernel<Merging, Args>, blocks_of_chains(args.windows, stream, Merging::tiles(bags)), args);
 }
@@ -972,8 +972,8 @@ void launch_tallies(const BagForward& bags, const ManyTables& tables, void* tall
   auto args = forward_args<ManyTables, T>(bags, nullptr);
   args.tables = tables;
   args.ranges = args.bounds.bags;
-  args.partials = take_partials<T>(scratch, bags, true);
-  args.owners = scratch.take<int64_t>(args.windows);
+  args.partials = allocate_partials<T>(scratch, bags, true);
+  args.window_owners = scratch.take<int64_t>(args.windows);
   args.tallies = static_cast<T*>(tallies);
   args.inverted = inverted;
   launch_walk<TallyRows<S>, TallyRows<S>>(bags, args, stream);
@@ -983,7 +983,7 @@ void launch_tallies(const BagForward& bags, const ManyTables& tables, void* tall
 
 int64_t bag_scales_scratch_bytes(const BagForward& bags) {
   Scratch scratch(nullptr);
-  dispatch(bags.shape.dtype, [&](auto storage) { take_partials<Compute<decltype(storage)>>(scratch, bags, true); });
+  dispatch(bags.shape.dtype, [&](auto storage) { allocate_partials<Compute<decltype(storage)>>(scratch, bags, true); });
   scratch.take<int64_t>(windows_of(bags));
   return scratch.bytes();
 }
@@ -1008,24 +1008,24 @@ void launch_bag_scales(const BagForward& bags, const ManyTables& tables, void* s
 namespace {
 
 struct WeightMemory {
-  PlacedTable* tables;  // [2, count]
-  char* scales;         // [bags] each
+  TableDescriptor* tables;  // [2, count]
+  char* scales;             // [bags] each
   char* sums;
   char* dots;  // [N] each
   char* weighted;
   char* tallies;
 
-  static bool centers(const BagForward& bags) {
+  static bool needs_centering(const BagForward& bags) {
     return bags.shape.mode == BagMode::kMean && bags.shape.mean_by == MeanBy::kWeight;
   }
   WeightMemory(const BagForward& bags, Scratch& scratch) {
     const int64_t size = bags.shape.dtype == DType::kFloat64 ? 8 : 4, all = bounds_of(bags).bags, N = bags.tables[0].N;
-    const bool mean = bags.shape.mode == BagMode::kMean, center = centers(bags);
-    tables = scratch.take<PlacedTable>(2 * bags.count);
+    const bool mean = bags.shape.mode == BagMode::kMean, centering = needs_centering(bags);
+    tables = scratch.take<TableDescriptor>(2 * bags.count);
     scales = scratch.take<char>(mean ? all * size : 0);
-    sums = scratch.take<char>(center ? all * size : 0);
-    dots = scratch.take<char>(center ? N * size : 0);
-    weighted = scratch.take<char>(center ? N * size : 0);
+    sums = scratch.take<char>(centering ? all * size : 0);
+    dots = scratch.take<char>(centering ? N * size : 0);
+    weighted = scratch.take<char>(centering ? N * size : 0);
     tallies = scratch.take<char>(mean ? bag_scales_scratch_bytes(bags) : 0);
   }
 };
@@ -1043,19 +1043,19 @@ BagFault read_bag_fault(BagFaultWord* fault, const BagForward& bags, void* strea
   if (word == 0) return {};
   fill_bytes(fault, 0, sizeof(word), stream);
   const uint64_t found = ~word;
-  BagFault result{static_cast<BagFault::What>(found >> kFaultBits),
+  BagFault result{static_cast<BagFault::Kind>(found >> kFaultBits),
                   static_cast<int64_t>(found & ((uint64_t{1} << kFaultBits) - 1)), 0};
   const Bounds bounds = bounds_of(bags);
-  const bool index = result.what == BagFault::kIndex;
+  const bool index = result.kind == BagFault::kIndex;
   const bool wide = index ? bags.shape.wide_indices : bags.shape.wide_offsets;
   const void* from = index ? bags.tables[0].indices : bounds.offsets.data;
-  if (!index && result.at >= bounds.offsets.count) {
+  if (!index && result.position >= bounds.offsets.count) {
     result.value = bounds.N;
   } else if (wide) {
-    read_back(&result.value, static_cast<const int64_t*>(from) + result.at, 8, stream);
+    read_back(&result.value, static_cast<const int64_t*>(from) + result.position, 8, stream);
   } else {
     int32_t value = 0;
-    read_back(&value, static_cast<const int32_t*>(from) + result.at, 4, stream);
+    read_back(&value, static_cast<const int32_t*>(from) + result.position, 4, stream);
     result.value = value;
   }
   return result;
@@ -1063,8 +1063,9 @@ BagFault read_bag_fault(BagFaultWord* fault, const BagForward& bags, void* strea
 
 int64_t bag_forward_scratch_bytes(const BagForward& bags) {
   Scratch scratch(nullptr);
-  scratch.take<PlacedTable>(places_tables(bags) ? bags.count : 0);
-  dispatch(bags.shape.dtype, [&](auto storage) { take_partials<Compute<decltype(storage)>>(scratch, bags, false); });
+  scratch.take<TableDescriptor>(needs_upload(bags) ? bags.count : 0);
+  dispatch(bags.shape.dtype,
+           [&](auto storage) { allocate_partials<Compute<decltype(storage)>>(scratch, bags, false); });
   scratch.take<int64_t>(windows_of(bags));
   return scratch.bytes();
 }
@@ -1073,20 +1074,21 @@ namespace bags_cuda {
 namespace {
 
 template <class S, bool kWide, class Tables>
-void forward_of(const BagForward& bags, const ManyTables& many, BagFaultWord* fault, Scratch& scratch, void* stream) {
+void forward_of(const BagForward& bags, const ManyTables& uploaded, BagFaultWord* fault, Scratch& scratch,
+                void* stream) {
   using C = Columns<S, kWide>;
   using T = typename Element<S>::T;
   auto args = forward_args<Tables, T>(bags, fault);
   args.bags_per_unit = bags_per_unit(args.bounds, group_of<C>(bags), tiles_of<C>(bags));
-  const std::vector<PlacedTable> tables = placed(bags, args.bags_per_unit);
-  for (const PlacedTable& table : tables) args.ranges += ceil_div(table.t.bags, args.bags_per_unit);
+  const std::vector<TableDescriptor> tables = descriptors(bags, args.bags_per_unit);
+  for (const TableDescriptor& table : tables) args.ranges += ceil_div(table.t.bags, args.bags_per_unit);
   if constexpr (std::is_same<Tables, OneTable>::value) {
     args.tables.only = tables[0];
   } else {
-    args.tables = place_tables(tables.data(), bags.count, const_cast<PlacedTable*>(many.placed), stream);
+    args.tables = upload_tables(tables.data(), bags.count, const_cast<TableDescriptor*>(uploaded.descriptors), stream);
   }
-  args.partials = take_partials<T>(scratch, bags, false);
-  args.owners = scratch.take<int64_t>(args.windows);
+  args.partials = allocate_partials<T>(scratch, bags, false);
+  args.window_owners = scratch.take<int64_t>(args.windows);
   if (bags.shape.extreme()) {
     launch_walk<ExtremeRows<S, kWide>, ExtremeRows<S, false>>(bags, args, stream);
   } else {
@@ -1100,15 +1102,15 @@ void forward_of(const BagForward& bags, const ManyTables& many, BagFaultWord* fa
 void launch_bag_forward(const BagForward& bags, BagFaultWord* fault, void* memory, void* stream) {
   if (bounds_of(bags).bags == 0) return;
   Scratch scratch(memory);
-  const ManyTables many{scratch.take<PlacedTable>(places_tables(bags) ? bags.count : 0), bags.count};
+  const ManyTables uploaded{scratch.take<TableDescriptor>(needs_upload(bags) ? bags.count : 0), bags.count};
   dispatch_rows(bags, true, [&](auto storage, auto wide) {
     using S = decltype(storage);
     constexpr bool kBytes = std::is_same<S, Byte>::value;
     if constexpr (kBytes || wide.value) {
-      if (!places_tables(bags)) return forward_of<S, wide.value, OneTable>(bags, many, fault, scratch, stream);
+      if (!needs_upload(bags)) return forward_of<S, wide.value, OneTable>(bags, uploaded, fault, scratch, stream);
     }
     if constexpr (!kBytes) {
-      forward_of<S, wide.value, ManyTables>(bags, many, fault, scratch, stream);
+      forward_of<S, wide.value, ManyTables>(bags, uploaded, fault, scratch, stream);
     }
   });
 }
@@ -1132,8 +1134,8 @@ void launch_bag_weights(const BagForward& bags, void* dweights, BagFaultWord* fa
                                                                                 : 2;
     return fill_bytes(dweights, 0, t.N * size, stream);
   }
-  std::vector<PlacedTable> tables = placed(bags, 1);
-  args.tables = place_tables(tables.data(), bags.count, m.tables, stream);
+  std::vector<TableDescriptor> tables = descriptors(bags, 1);
+  args.tables = upload_tables(tables.data(), bags.count, m.tables, stream);
   args.faults.word = fault;
   args.extreme = shape.extreme();
   args.wide_indices = shape.wide_indices;
@@ -1143,8 +1145,8 @@ void launch_bag_weights(const BagForward& bags, void* dweights, BagFaultWord* fa
   args.dots = dweights;
   args.wide_dots = shape.wide_weights;
   if (shape.mode == BagMode::kMean) launch_bag_scales(bags, args.tables, m.scales, m.tallies, stream);
-  const bool centers = WeightMemory::centers(bags);
-  if (centers) {
+  const bool needs_centering = WeightMemory::needs_centering(bags);
+  if (needs_centering) {
     args.dots = m.dots;
     args.wide_dots = true;
     args.weights = t.weights;
@@ -1160,21 +1162,21 @@ void launch_bag_weights(const BagForward& bags, void* dweights, BagFaultWord* fa
              args);
     }
   });
-  if (!centers) return;
+  if (!needs_centering) return;
   BagForward sums = bags;
   std::vector<BagTable> weighted(bags.tables, bags.tables + bags.count);
   for (int64_t i = 0; i < bags.count; ++i) tables[i].t.weights = weighted[i].weights = m.weighted;
   sums.tables = weighted.data();
   sums.shape.wide_weights = true;
-  const ManyTables placed_sums = place_tables(tables.data(), bags.count, m.tables + bags.count, stream);
+  const ManyTables uploaded_sums = upload_tables(tables.data(), bags.count, m.tables + bags.count, stream);
   dispatch(shape.dtype, [&](auto storage) {
     using S = decltype(storage);
     Scratch tallies(m.tallies);
-    launch_tallies<S>(sums, placed_sums, m.sums, false, tallies, stream);
-    const CenterArgs center{
+    launch_tallies<S>(sums, uploaded_sums, m.sums, false, tallies, stream);
+    const CenterArgs centering{
         args.bounds, {t.indices, t.N, shape.wide_indices}, shape.wide_weights, t.padding, t.N, m.scales, m.sums, m.dots,
         dweights};
-    launch(bag_center_kernel<S>, blocks_of(t.N, stream), center);
+    launch(bag_center_kernel<S>, blocks_of(t.N, stream), centering);
   });
 }
 

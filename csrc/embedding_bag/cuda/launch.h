@@ -19,7 +19,8 @@ namespace seqkernels {
 
 using BagFaultWord = uint64_t;
 
-// Waits for the stream and resets the word to zero. For an offset, BagFault::at is counted from the first of the call.
+// Waits for the stream and resets the word to zero. For an offset, BagFault::position is counted from the first of the
+// call.
 BagFault read_bag_fault(BagFaultWord* fault, const BagForward& bags, void* stream);
 
 // Supports every mode, dtype and form of bags; writes arg where BagTable::arg is not null.

@@ -27,12 +27,12 @@ struct Partials {
 template <class C, class From, class T>
 SK_DEVICE void load_row(const C& columns, Global<From> row, T (&values)[C::kCount], bool wide) {
   if (wide) {
-    if (columns.wide_has()) load_side_by_side<C::kCount>(values, row, columns.at(0));
+    if (columns.wide_in_row()) load_contiguous<C::kCount>(values, row, columns.at(0));
     return;
   }
   SK_UNROLL
   for (int v = 0; v < C::kCount; ++v) {
-    if (columns.has(v)) values[v] = row[columns.at(v)];
+    if (columns.in_row(v)) values[v] = row[columns.at(v)];
   }
 }
 
@@ -40,7 +40,7 @@ SK_DEVICE void load_row(const C& columns, Global<From> row, T (&values)[C::kCoun
 // the groups' results are merged in order.
 constexpr int kSerialPieces = 16;
 constexpr int kPiecesAtOnce = 16;
-constexpr int kAsked = 64;
+constexpr int kChainsPerBlock = 64;
 
 // A reduction r provides State, saved(slot) -> State and merge(state, later).
 template <class R>
@@ -59,7 +59,7 @@ SK_DEVICE void merge_pieces(const R& r, typename R::State& state, int64_t q, int
 }
 
 inline LaunchConfig blocks_of_chains(int64_t chains, void* stream, int64_t tiles) {
-  return blocks_of(ceil_div(chains, kAsked) * kThreads, stream, tiles);
+  return blocks_of(ceil_div(chains, kChainsPerBlock) * kThreads, stream, tiles);
 }
 
 // Each of the first kChainsPerBlock threads checks one q, so that blocks without chains exit early. job.pieces(q) is
@@ -69,12 +69,12 @@ template <class R, class Job>
 SK_DEVICE void merge_chains(const Job& job, int64_t chains, int group) {
   using State = typename R::State;
   SK_SHARED(State, states, kThreads);
-  SK_SHARED(int64_t, lengths, kAsked);
-  SK_SHARED(int32_t, found, kAsked);
+  SK_SHARED(int64_t, lengths, kChainsPerBlock);
+  SK_SHARED(int32_t, found, kChainsPerBlock);
   SK_SHARED(int32_t, count, 1);
   const int groups = kThreads / group, local = thread_index() / group, lane = thread_index() % group;
-  const int64_t first = block_index() * kAsked, q = first + thread_index();
-  const int64_t pieces = thread_index() < kAsked && q < chains ? job.pieces(q) : 0;
+  const int64_t first = block_index() * kChainsPerBlock, q = first + thread_index();
+  const int64_t pieces = thread_index() < kChainsPerBlock && q < chains ? job.pieces(q) : 0;
   if (!block_sync_or(pieces > 0)) return;
   if (thread_index() == 0) count[0] = 0;
   block_sync();

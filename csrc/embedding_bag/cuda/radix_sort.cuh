@@ -94,7 +94,7 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
   SK_SHARED(uint32_t, tile_keys, kTileItems);
   SK_SHARED(uint32_t, tile_values, kTileItems);
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
-  const uint32_t tiles_in_front = a.count()[thread * a.tiles + block_index()];
+  const uint32_t preceding_in_tiles = a.count()[thread * a.tiles + block_index()];
   const uint32_t all =
       thread < 1 << a.bits ? load<Cache::kDefault>(global<const uint32_t>(a.totals, kDigits), thread) : 0u;
   SK_UNROLL
@@ -115,10 +115,10 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
     const bool there = first + k * kWarp < a.n;
     const uint32_t digit = a.digit(key[k]);
     const uint32_t same = match_any(there ? digit : kDigits);
-    const uint32_t in_front = places[warp * kDigits + digit];
-    rank[k] = in_front + popcount(same & lanes_before());
+    const uint32_t preceding = places[warp * kDigits + digit];
+    rank[k] = preceding + popcount(same & lanes_before());
     warp_sync();
-    if (there && (same & lanes_before()) == 0) places[warp * kDigits + digit] = in_front + popcount(same);
+    if (there && (same & lanes_before()) == 0) places[warp * kDigits + digit] = preceding + popcount(same);
     warp_sync();
   }
   block_sync();
@@ -130,7 +130,7 @@ SK_KERNEL(kThreads, 3) sort_move_kernel(const SK_GRID_CONSTANT SortPass a) {
     mine += counts[w];
   }
   uint32_t place = block_scan(mine, total, sums);
-  shifts[thread] = block_scan(all, total, sums) + tiles_in_front - place;
+  shifts[thread] = block_scan(all, total, sums) + preceding_in_tiles - place;
   SK_UNROLL
   for (int w = 0; w < kWarps; ++w) {
     places[w * kDigits + thread] = place;

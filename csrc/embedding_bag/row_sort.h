@@ -16,7 +16,7 @@ class RowSort {
   ~RowSort() { delete memory; }
 
   // Set by the caller: the gradient of every row is written; distinct rows are counted.
-  bool dense = false, numbered = false;
+  bool dense = false, counts_unique = false;
 
   Memory* memory = nullptr;
   bool wide = false;            // the integers below are uint64; else uint32
@@ -25,7 +25,7 @@ class RowSort {
   const void* bag_of = nullptr;  // [N], if the pairs hold positions
   const void* scale = nullptr;   // [bags] factor of a mean's gradients, in the compute type; null: 1
   void* partials = nullptr;      // partial sums of frequent rows
-  bool any_often = false;        // whether any row may be frequent
+  bool any_frequent = false;     // whether any row may be frequent
   // Ranges of rows and of pairs per thread, [threads + 1], and the number of distinct rows before each range if they
   // are counted (`unique_before`); its last element is U.
   int64_t threads = 1;
