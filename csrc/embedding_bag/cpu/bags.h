@@ -364,7 +364,29 @@ struct Prefetch {
   }
 };
 
-// Each defined in the file of that name.
+// Calls f(table, low, high) with each thread's range of keys of every table.
+template <class F>
+void for_each_share(const BagForward& args, int64_t threads, F&& f) {
+  const auto bounds_of = [&](int64_t i) { return Bounds{args.tables[i], args.shape.wide_offsets}; };
+  int64_t total = 0;  // work per key is proportional to D
+  for (int64_t i = 0; i < args.count; ++i) total += bounds_of(i).work() * max(1, args.tables[i].D);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const int64_t from = part(total, threads, thread), to = part(total, threads, thread + 1);
+      int64_t before = 0;
+      for (int64_t i = 0; i < args.count; ++i) {
+        const int64_t D = max(1, args.tables[i].D), work = bounds_of(i).work(), first = bounds_of(i).first();
+        const int64_t low = max(0, (from - before + D - 1) / D), high = min(work, (to - before + D - 1) / D);
+        if (low < high) f(i, first + low, first + high);
+        before += work * D;
+      }
+    }
+  };
+  parallel_pieces(threads, body);
+}
+
+// Defined in the files of the same names.
+BagFault bag_weights(const BagBackward& args, void* dweights);
 BagFault bag_sort(const BagBackward& args, RowSort& out);
 void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to);
 BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type);

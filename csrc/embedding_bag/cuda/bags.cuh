@@ -5,6 +5,9 @@
 // other.
 #pragma once
 
+#include <stdexcept>
+#include <vector>
+
 #include "common/device.cuh"
 #include "common/math.h"
 #include "embedding_bag/cuda/launch.h"
@@ -491,9 +494,28 @@ inline void dispatch_rows(const BagForward& bags, bool reads_tables, F&& f) {
   dispatch(bags.shape.dtype, by_width);
 }
 
+// Descriptors of the tables of a call. Units of work hold `per_unit` bags.
+inline std::vector<TableDescriptor> descriptors_of(const BagForward& bags, int64_t per_unit) {
+  std::vector<TableDescriptor> tables(bags.count);
+  TableDescriptor before{};
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const BagTable& t = bags.tables[i];
+    if (t.E >= 0xffffffff)
+      throw std::runtime_error("embedding_bag: a table must have fewer than 2^32 - 1 rows on CUDA");
+    tables[i] = before;
+    tables[i].t = t;
+    before.bags_before += t.bags;
+    before.units_before += ceil_div(t.bags, per_unit);
+  }
+  return tables;
+}
+
 // Factors of a mean's gradients, [bags] in the compute type. `tables` is used only to look up bags. Defined in
 // tallies.cu.
 int64_t bag_scales_scratch_bytes(const BagForward& bags);
 void launch_bag_scales(const BagForward& bags, const ManyTables& tables, void* scales, void* scratch, void* stream);
+// Sums of per-sample weights, or numbers of rows, of every bag (`mean_by`), [bags] in the compute type. The scratch
+// memory has the size that bag_scales_scratch_bytes returns. Defined in tallies.cu.
+void launch_bag_tallies(const BagForward& bags, const ManyTables& tables, void* tallies, void* scratch, void* stream);
 
 }  // namespace seqkernels::bags_cuda
