@@ -1,4 +1,4 @@
-// Attention: checks, allocation, launch. On a GPU the same ops are in Triton.
+// Attention operators on the CPU: checks, allocation, launch. On a GPU, Triton implements the same operators.
 #include "attention/attention.h"
 
 #include <cmath>
@@ -18,7 +18,7 @@ using Maybe = const std::optional<Tensor>&;
 
 AttentionKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(attention_kernels); }
 
-// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed.
+// Allocates on the CPU. `transposed`: [B, H, T, D] is stored as [B, T, H, D].
 Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
   Shape strides(sizes.size());
   int64_t stride = 1;
@@ -33,13 +33,13 @@ Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
   static const DevicePlace cpu = DevicePlace::cpu();
   return allocate(cpu, dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
 }
-// As x [B, H, T, *] lies in memory, with D columns.
+// Allocates [B, H, T, D] with the memory layout of x [B, H, T, *].
 Tensor like(const Tensor& x, int64_t D) {
   return make(x.scalar_type(), {x.size(0), x.size(1), x.size(2), D}, x.stride(1) < x.stride(2));
 }
 void zero(const Tensor& t) { torch::stable::zero_(const_cast<Tensor&>(t)); }
 
-// What every op takes besides q, k and v.
+// Arguments of all ops besides q, k and v.
 struct AttentionOpArgs {
   Maybe mask, slopes, q_lengths, k_lengths, cu_q, cu_k;
   int64_t max_q, max_k;
@@ -49,12 +49,12 @@ struct AttentionOpArgs {
   Maybe seed;
 };
 
-// An op's inputs, checked.
+// The checked inputs of an op.
 struct Call {
   const char* const op;
   AttentionArgs args{};
   std::vector<AttentionSequence> sequences;
-  std::vector<Tensor> held;  // what had to be copied
+  std::vector<Tensor> held;  // keeps copies alive
 
   Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const AttentionOpArgs& given) : op(op) {
     AttentionArgs& a = args;
@@ -128,7 +128,7 @@ struct Call {
   static AttentionTensor view(const Tensor& t) {
     return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
   }
-  // A tensor of the shape that an output has.
+  // Checks a tensor that has the shape of an output.
   AttentionTensor like_output(const char* name, const Tensor& t, const Tensor& q, const Shape& shape) const {
     check_device(op, name, t, q);
     check_dtype(op, name, t, q.scalar_type());
@@ -236,7 +236,7 @@ struct Call {
     held.push_back(checked(op, name, t, wide(), lse_shape(q), q));
     return held.back().const_data_ptr();
   }
-  // The sequence's stride of an output, which packed rows do not have.
+  // An output as kernels write it. Packed rows have no stride between sequences.
   AttentionTensor output(const Tensor& t) const {
     AttentionTensor v = view(t);
     if (args.packed) v.b = 0;
@@ -273,7 +273,7 @@ Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION, const Ten
   return out;
 }
 
-// The gradient of a mask, zeros where nobody writes; empty where it is not asked for.
+// Allocates the gradient of the mask, filled with zeros; an empty tensor if it is not needed.
 Tensor mask_gradient(const Call& call, AttentionBackwardArgs& args, const Tensor& q, Maybe mask, bool need) {
   if (!need) return make(q.scalar_type(), {0});
   if (!mask || call.args.mask_kind != MaskKind::kFloat) {

@@ -1,11 +1,12 @@
-// Attention backward, and the weights themselves: what forward did not keep is computed again, block by block.
+// Backward pass of attention, and the attention weights. The scores are recomputed block by block.
 //
-//   P = e^(S - lse), V' = dropped P;  dV = V'^T dO, dP = dropped dO V^T, dS = P (dP - rowsum(dO O) + dlse),
+//   P = e^(S - lse), V' = dropout(P);  dV = V'^T dO, dP = dropout(dO V^T), dS = P (dP - rowsum(dO O) + dlse),
 //   dQ = scale dS K, dK = scale dS^T Q.   Dao et al., "FlashAttention", 2022, algorithm 4.
 //
-// Where there are groups of heads enough for the threads, a group is a task: one pass over its blocks finds everything.
-// Else two: over blocks of keys for dk and dv, and over blocks of queries for dq. Sums are taken in one order either
-// way: a key's over sequences, heads and queries as they stand, a query's over keys; so their bits are the same.
+// With enough groups of heads for the threads, a group is a task: one pass over its blocks computes all gradients.
+// Otherwise there are two passes: over blocks of keys for dk and dv, and over blocks of queries for dq. The order of sums
+// is the same in both cases (of a key's gradient over sequences, heads and queries, of a query's over keys), and so are
+// the bits.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,7 @@ void attention_weights(const AttentionArgs& args, void* weights);
 
 namespace {
 
-// Which gradients a pass over blocks finds.
+// The gradients that a pass over blocks computes.
 enum Wanted : int { kQueries = 1, kKeysAndValues = 2, kMask = 4 };
 
 template <class S>
@@ -64,7 +65,7 @@ class Backward {
       sums = sizeof(T) != sizeof(S) ? reinterpret_cast<T*>(wide.get()) : static_cast<T*>(args.dmask);
       memset(static_cast<void*>(sums), 0, size_t(mask_count) * sizeof(T));
     }
-    // What shares sums of the mask's gradient is one task.
+    // Tasks must not share sums of the mask's gradient: pairs that do form one task.
     const bool every_b = args.dmask != nullptr && args.mask_shape[0] == 1,
                every_h = args.dmask != nullptr && args.mask_shape[1] == 1;
     const Slices slices{a.B, a.Hk, every_b, every_h};
@@ -112,17 +113,17 @@ class Backward {
   const AttentionArgs& a;
   const Scores<S> scores;
   const Dropout dropout;
-  const bool of_weights;  // gradients of the weights, not of the output
+  const bool of_weights;  // gradients of the attention weights, not of the output
   const int64_t ldk, ldv, strips, stripsv, groups;
   int64_t longest = 0;
   int64_t mask_strides[4] = {}, mask_count = 0;
   T* sums = nullptr;  // the mask's gradient
 
   struct Queries : QueryBlock {
-    bool finite;  // queries and dO
+    bool finite;  // whether the queries and dO are
   };
 
-  // Which pairs of a sequence and a head of keys make a task.
+  // Groups the pairs of a sequence and a key head into tasks.
   struct Slices {
     int64_t B, Hk;
     bool every_b, every_h;
@@ -136,14 +137,14 @@ class Backward {
     }
   };
 
-  // ---- memory, in elements of T
+  // Scratch memory, in elements of T.
 
   static int64_t taken(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
   struct Scratch {
     T *q, *dout, *dq;    // [kRows][ldk], [kRows][ldv], [kRows][ldk]
     T *p, *ds, *capped;  // [kRows][kKeys]
-    T *lse, *rest;       // [kRows]; rest: what lse lacks, see renormalise
-    T* delta;            // [kRows] what dP is diminished by
+    T *lse, *rest;       // [kRows]; rest: see renormalise
+    T* delta;            // [kRows] subtracted from dP
     T* dlse;             // [kRows]
   };
   int64_t scratch_size() const {
@@ -164,9 +165,9 @@ class Backward {
     return s;
   }
 
-  // Keys and values of a group. Strips: of kStrip keys, [D][kStrip] each.
+  // Packed keys and values of a group. Strips hold kStrip keys, [D][kStrip] each.
   struct Packed {
-    T *key_strips, *value_strips, *keys, *finite;  // keys: [n][ldk]; finite: whether a block's keys are, 1 or 0
+    T *key_strips, *value_strips, *keys, *finite;  // keys: [n][ldk]; finite: whether all keys of a block are, 1 or 0
   };
   int64_t packed_size() const {
     const int64_t n = round_up(longest, kKeys);
@@ -192,7 +193,7 @@ class Backward {
     }
   }
 
-  // ---- a block of queries
+  // One block of queries.
 
   void load_queries(Queries& q, const Scratch& s) const {
     const AttentionSequence& at = a.sequences[q.b];
@@ -222,8 +223,8 @@ class Backward {
     for (int64_t r = 0; r < q.n; ++r) memset(static_cast<void*>(s.dq + r * ldk), 0, size_t(ldk) * sizeof(T));
   }
 
-  // Scores of one huge size, as under a mask of the lowest number, leave no room in lse for the logarithm of how many
-  // they are: lse becomes the largest score of such a row, and rest the logarithm of the sum beside it.
+  // With scores of one huge magnitude, e.g. under a mask of the lowest finite number, lse cannot represent the logarithm of
+  // the number of keys. For such rows, lse becomes the largest score and lse_correction the logarithm of the remaining sum.
   void renormalise(const Queries& q, const Packed& packed, const Scratch& s) const {
     constexpr T kHuge = sizeof(T) == 4 ? T(4096) : T(1ll << 40);
     bool huge[kRows], any = false;
@@ -258,7 +259,7 @@ class Backward {
     }
   }
 
-  // Scores of a block in s.p; the columns that there are.
+  // Computes the scores of a block into s.p; returns the range of computed columns.
   KeyRange score(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s) const {
     const KeyRange columns = Scores<S>::columns(q, j0);
     product_of_seen(q, j0, a.D, s.q, ldk, Right<T>{packed.key_strips + j0 * a.D, kStrip<T>, a.D * kStrip<T>}, s.p);
@@ -267,7 +268,8 @@ class Backward {
     return columns;
   }
 
-  // P of a block in s.p, 0 where a row does not see a key; seen: a bit for each key that it does, where it is wanted.
+  // Computes P of a block into s.p, 0 where a row may not attend to a key. `visible` receives a bit per visible key, unless
+  // it is null.
   void probabilities(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s,
                      uint64_t* seen = nullptr) const {
     const KeyRange columns = score(q, j0, some, packed, s);
@@ -292,7 +294,7 @@ class Backward {
     }
   }
 
-  // to = what dropout leaves of a row.
+  // to = dropout(row).
   void drop(const QueryBlock& q, int64_t r, int64_t j0, const T* row, T* to) const {
     uint32_t words[kKeys];
     dropout.draw(q, r, j0, words);
@@ -302,7 +304,7 @@ class Backward {
     }
   }
 
-  // Queries against a block of keys. dk, dv: of the block, [kKeys][ldk], [kKeys][ldv], added to.
+  // Queries against a block of keys. Adds to dk and dv of the block, [kKeys][ldk] and [kKeys][ldv].
   void keys_block(const Queries& q, int64_t j0, const Packed& packed, const Scratch& s, T* dk, T* dv,
                   int wanted) const {
     const int64_t n = min(kKeys, a.sequences[q.b].k_length - j0);
@@ -393,7 +395,7 @@ class Backward {
     for (int64_t j = 0; j < n; j += kWidth) store(to + j, load(to + j, n - j) + load(ds + j), n - j);
   }
 
-  // ---- results
+  // Results.
 
   void write_rows(const AttentionTensor& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, const T* from,
                   int64_t ld, T scale) const {
@@ -407,7 +409,7 @@ class Backward {
     if (x.data == nullptr) return;
     for (; t < end; ++t) memset(static_cast<void*>(mutable_row_of<S>(x, b, h, t)), 0, size_t(D) * sizeof(S));
   }
-  // dq of a block; of the weights also dlse.
+  // Stores dq of a block; for the weights, also dlse.
   void write_queries(const QueryBlock& q, const Scratch& s) const {
     const int64_t begin = a.sequences[q.b].q_begin;
     for (int64_t r = 0; r < q.n; ++r) {
@@ -422,7 +424,7 @@ class Backward {
     write_rows(args.dk, b, hk, begin + j0, n, a.D, dk, ldk, T(a.scale));
     write_rows(args.dv, b, hk, begin + j0, n, a.Dv, dv, ldv, T(1));
   }
-  // Rows behind the lengths.
+  // Zeroes the gradients of rows past the sequence lengths.
   void fill(int64_t b, int64_t hk) const {
     if (a.packed) return;
     const AttentionSequence& s = a.sequences[b];
@@ -436,15 +438,15 @@ class Backward {
     zero_rows(args.dv, b, hk, s.k_length, a.Tk, a.Dv);
   }
 
-  // A block of one head's queries: in a backward pass heads do not share one.
+  // Selects a block of one head's queries. In a backward pass, blocks do not span heads.
   static int64_t blocks_of(const AttentionSequence& s) { return ceil_div(s.q_length, kRows); }
   void set(Queries& q, int64_t b, int64_t h, int64_t block) const {
     q.set(a, b, h, 1, block * kRows, min(kRows, a.sequences[b].q_length - block * kRows));
   }
 
-  // ---- one pass
+  // One pass.
 
-  // Whether two passes over all blocks (7 products and not 5) end sooner than one that few tasks share.
+  // Whether two passes over all blocks (7 products instead of 5) take less time than one pass with few tasks.
   bool better_split(const Slices& slices, int64_t threads) const {
     const int64_t count = slices.count();
     if (count >= 8 * threads && !slices.every_b) return false;
@@ -503,7 +505,7 @@ class Backward {
     write_keys(b, hk, 0, of.k_length, dk, dv);
   }
 
-  // ---- two passes: over blocks of keys, and over blocks of queries
+  // Two passes: over blocks of keys, and over blocks of queries.
 
   void split(const Slices& slices, int64_t threads) const {
     const int64_t size = packed_size();
@@ -521,7 +523,7 @@ class Backward {
     const bool of_mask = args.dmask != nullptr, by_row = of_mask && args.mask_shape[2] > 1;
     const Slices own{a.B, a.Hk, false, false};
 
-    // Keys: a task is a block of them; those of one slice together where they add to the same sums of the mask.
+    // Keys: a task is a block of keys. Blocks that add to the same sums of the mask's gradient form one task.
     const Slices& for_keys = of_mask && !by_row ? slices : own;
     const int64_t of_keys = for_keys.count();
     Tasks keys(of_keys * key_blocks);
@@ -557,7 +559,7 @@ class Backward {
                    });
                  });
 
-    // Queries: a task is a block of those of one head, or of all heads that add to the same sums.
+    // Queries: a task is a block of queries of one head, or of all heads that add to the same sums.
     const Slices& for_queries = by_row ? slices : own;
     const int64_t query_blocks = [&] {
       int64_t most = 0;
@@ -596,7 +598,7 @@ class Backward {
       });
     });
   }
-  // How many queries see some key of a block, roughly.
+  // Approximate number of queries that attend to a block of keys.
   int64_t queries_of(int64_t b, int64_t j0) const {
     const AttentionSequence& s = a.sequences[b];
     int64_t n = 0;

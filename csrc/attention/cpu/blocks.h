@@ -1,4 +1,4 @@
-// A block of queries against a block of keys: which of them see each other, scores, and what masks make of them.
+// A block of queries against a block of keys: visible keys, scores and masks.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct KeyRange {
   int64_t lo, hi;
 };
 
-// The keys that row i of a sequence may see by its position.
+// The keys that row i of a sequence may attend to by its position (causal mask and window).
 inline KeyRange keys_of(const AttentionArgs& a, const AttentionSequence& s, int64_t i) {
   const int64_t at = i + (a.causal == Causal::kLowerRight ? s.k_length - s.q_length : 0);
   int64_t lo = 0, hi = s.k_length;
@@ -33,15 +33,15 @@ inline KeyRange keys_of(const AttentionArgs& a, const AttentionSequence& s, int6
   return lo < hi ? KeyRange{lo, hi} : KeyRange{0, 0};
 }
 
-// Up to kRows queries of one sequence, of heads that share their keys.
+// Up to kRows queries of one sequence, from heads that share their keys.
 struct QueryBlock {
   int64_t n, b;
   int64_t head[kRows], i[kRows];
   KeyRange keys[kRows];
-  KeyRange every;          // all that some row sees
-  int64_t lo_all, hi_all;  // what every row sees, if lo_all < hi_all
+  KeyRange every;          // keys that any row attends to
+  int64_t lo_all, hi_all;  // keys that every row attends to, if lo_all < hi_all
 
-  // Rows i0 .. of heads h0 ..
+  // Selects `rows` rows from i0 on of `heads` heads from h0 on.
   void set(const AttentionArgs& a, int64_t sequence, int64_t h0, int64_t heads, int64_t i0, int64_t rows) {
     const AttentionSequence& s = a.sequences[sequence];
     b = sequence;
@@ -65,7 +65,7 @@ struct QueryBlock {
     if (every.lo >= every.hi) every = {0, 0};
   }
   bool sees_all(int64_t j0) const { return lo_all <= j0 && j0 + kKeys <= hi_all; }
-  // Of kKeys keys from j0, those between the first and the last that some row of [r0, r1) sees.
+  // The range of keys, relative to j0 and within kKeys, that any row of [r0, r1) may attend to.
   KeyRange seen(int64_t r0, int64_t r1, int64_t j0) const {
     KeyRange all{kKeys, 0};
     for (int64_t r = r0; r < r1; ++r) {
@@ -76,7 +76,7 @@ struct QueryBlock {
     }
     return all.lo < all.hi ? all : KeyRange{0, 0};
   }
-  // The rows between the first and the last that see some key of [lo, hi).
+  // The range of rows that may attend to any key of [lo, hi).
   KeyRange seeing(int64_t lo, int64_t hi) const {
     KeyRange rows{n, 0};
     for (int64_t r = 0; r < n; ++r) {
@@ -87,10 +87,10 @@ struct QueryBlock {
     return rows.lo < rows.hi ? rows : KeyRange{0, 0};
   }
 };
-constexpr int64_t kRowsTogether = 12;  // rows of a block on the border that share bounds: whole tiles of a product
-constexpr int64_t kKeysTogether = 16;  // and keys
+constexpr int64_t kRowsTogether = 12;  // rows that share bounds in a partially visible block: whole tiles
+constexpr int64_t kKeysTogether = 16;  // keys that share bounds
 
-// C = A B for a tile of scores, [q.n][kKeys]: strips that no row of kRowsTogether sees are left as they were.
+// Scores: C = A B for a tile [q.n][kKeys]. Strips that are invisible to all kRowsTogether rows are not written.
 template <class T>
 inline void product_of_seen(const QueryBlock& q, int64_t j0, int64_t k, const T* a, int64_t lda, Right<T> right, T* c) {
   if (q.sees_all(j0)) {
@@ -107,7 +107,7 @@ inline void product_of_seen(const QueryBlock& q, int64_t j0, int64_t k, const T*
   }
 }
 
-// C = A B for a tile [q.n][kKeys] of weights, of keys no row of kRowsTogether sees nothing comes.
+// Weighted values: C = A B for a tile [q.n][kKeys] of weights, skipping keys that are invisible to all kRowsTogether rows.
 template <class T>
 inline void product_with_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
                               T* c, int64_t ldc, Update update, const T* factor) {
@@ -121,7 +121,7 @@ inline void product_with_seen(const QueryBlock& q, int64_t j0, int64_t n, const 
   }
 }
 
-// C += A^T B for a tile [q.n][kKeys] of weights, [n keys][..], without the rows that do not see any of kKeysTogether.
+// C += A^T B for a tile [q.n][kKeys] of weights, [n keys][..], skipping rows that attend to none of kKeysTogether keys.
 template <class T>
 inline void product_by_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
                             T* c, int64_t ldc) {
@@ -137,7 +137,7 @@ inline void product_by_seen(const QueryBlock& q, int64_t j0, int64_t n, const T*
   }
 }
 
-// The blocks of queries of one group of heads: heads side by side where a sequence has few queries.
+// The query blocks of one group of heads; a block spans several heads if a sequence has few queries.
 struct Blocks {
   int64_t b, heads, rows, of_heads, of_rows, count;
   Blocks(const AttentionArgs& a, int64_t sequence) : b(sequence), rows(a.sequences[sequence].q_length) {
@@ -146,16 +146,16 @@ struct Blocks {
     of_rows = ceil_div(rows, kRows);
     count = of_heads * of_rows;
   }
-  // Block i of the heads of key head hk.
+  // Selects block i of the query heads of key head hk.
   void set(QueryBlock& q, const AttentionArgs& a, int64_t hk, int64_t i) const {
     const int64_t h = i / of_rows * heads, i0 = i % of_rows * kRows;
     q.set(a, b, hk * a.group() + h, min(heads, a.group() - h), i0, min(kRows, rows - i0));
   }
-  // What any of them sees: bounds do not fall from one row to the next.
+  // The range of keys that any query of the sequence may attend to.
   KeyRange keys(const AttentionArgs& a) const {
     const AttentionSequence& s = a.sequences[b];
     KeyRange all{s.k_length, 0};
-    for (int64_t i = 0; i < rows; ++i) {  // rows that see nothing may stand first or last
+    for (int64_t i = 0; i < rows; ++i) {  // the first or last rows may attend to no key
       const KeyRange one = keys_of(a, s, i);
       if (one.lo >= one.hi) continue;
       all.lo = min(all.lo, one.lo);
@@ -165,7 +165,7 @@ struct Blocks {
   }
 };
 
-// Pairs of a query and a key, of one head, roughly.
+// Approximate number of query-key pairs of one group of heads.
 inline double cost_of(const AttentionArgs& a, const AttentionSequence& s) {
   double sum = 0;
   for (int64_t part = 0; part < 8 && s.q_length > 0; ++part) {
@@ -185,7 +185,7 @@ struct Scores {
   static constexpr int kWidth = kLanes<T>;
 
   const AttentionArgs& a;
-  const bool plain;  // scores are the scaled products, which may be masked: their scale then goes into the exponent
+  const bool plain;  // scores are the scaled, possibly masked products; the scale is applied in the exponent
   const T scale, cap, cap_inverse;
 
   explicit Scores(const AttentionArgs& args)
@@ -196,10 +196,10 @@ struct Scores {
         cap(T(args.softcap)),
         cap_inverse(args.softcap > 0 ? T(1 / args.softcap) : T(0)) {}
 
-  // What a score in a tile is multiplied by to be one.
+  // Factor that turns a tile's value into a score.
   T left_scale() const { return plain ? scale : T(1); }
 
-  // Keys j0 .. j0 + n of a row's mask.
+  // Keys [j0, j0 + n) of a row's boolean mask.
   const uint8_t* bools(const QueryBlock& q, int64_t r, int64_t j0, int64_t n, uint8_t* copy) const {
     const uint8_t* from = row_of<uint8_t>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
     if (a.mask.d == 1 && n == kKeys) return from;
@@ -208,7 +208,7 @@ struct Scores {
     return copy;
   }
 
-  // Whether a block's mask hides it from every row, or hides nothing.
+  // Whether a block's mask hides all, some or none of its keys.
   Seen look(const QueryBlock& q, int64_t j0, int64_t n) const {
     if (a.mask_kind == MaskKind::kNone) return Seen::kAll;
     const bool one_row = a.mask.t == 0 && (a.mask.h == 0 || q.head[0] == q.head[q.n - 1]);
@@ -245,15 +245,15 @@ struct Scores {
     return Seen::kNone;
   }
 
-  // Of a tile, the columns that are worked on: whole strips.
+  // The columns of a tile that are computed, in whole strips.
   static KeyRange columns(const QueryBlock& q, int64_t j0) {
     if (q.sees_all(j0)) return {0, kKeys};
     const KeyRange seen = q.seen(0, q.n, j0);
     return {seen.lo / kStrip<T> * kStrip<T>, round_up(seen.hi, kStrip<T>)};
   }
 
-  // From products [q.n][kKeys] to scores, -inf where a row does not see a key. some: whether the mask is to be looked
-  // at. capped: [q.n][kKeys] where tanh is kept, or null.
+  // Turns the products [q.n][kKeys] into scores, -inf where a row may not attend to a key. `some`: whether the mask must be
+  // read. `capped` [q.n][kKeys] receives the tanh values, unless it is null.
   void finish(const QueryBlock& q, int64_t j0, int64_t n, bool some, KeyRange columns, T* tile, T* capped) const {
     if (plain && !some && q.sees_all(j0)) return;
     const V nothing = broadcast(-std::numeric_limits<T>::infinity());
@@ -308,7 +308,7 @@ struct Scores {
         if (add != nullptr) {
           const V m = load(add + j);
           x += m;
-          sees &= m != nothing;  // and not by x: NaN - inf is NaN
+          sees &= m != nothing;  // test m, not x: NaN - inf is NaN
         }
         if (seen != nullptr) {
           typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
@@ -321,7 +321,7 @@ struct Scores {
     }
   }
 
-  // A bit for each key that a row sees, of scores that are finished.
+  // Sets a bit for each key that a row attends to, from finished scores.
   static void seen_words(int64_t rows, KeyRange columns, const T* tile, uint64_t* words) {
     for (int64_t r = 0; r < rows; ++r, tile += kKeys) {
       words[r] = 0;
@@ -337,7 +337,7 @@ struct Dropout {
   bool on;
   uint64_t seed;
   int64_t threshold;
-  double inverse;  // what a weight that stays is multiplied by
+  double inverse;  // factor of the weights that are kept
   int64_t heads;
   explicit Dropout(const AttentionArgs& a)
       : on(a.dropout_p > 0),

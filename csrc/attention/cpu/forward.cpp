@@ -1,10 +1,9 @@
-// Attention forward: softmax(Q K^T) V by blocks of queries and keys that stay in first-level cache, the softmax
-// running. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
-// 2022.
+// Forward pass of attention: softmax(Q K^T) V by blocks of queries and keys that fit into the L1 cache, with an online
+// softmax. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
 //
-// Keys are taken in chunks of kChunkKeys, counted from a sequence's first key: within a chunk one running softmax,
-// chunks merged in order. So a chunk may be a task of its own (few queries, many keys), and a row has the same bits
-// either way.
+// Keys are processed in chunks of kChunkKeys, counted from a sequence's first key. Each chunk has an online softmax of its
+// own, and chunks are merged in order. A chunk may therefore be a separate task (few queries, many keys), and a row has
+// the same bits in both cases.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,7 +23,7 @@ void attention_weights(const AttentionArgs& args, void* weights);
 
 namespace {
 
-// What a running softmax knows of its rows: the largest score, the sum of exponentials (lane by lane) and of values.
+// State of an online softmax: per row the largest score, the sum of exponentials (per lane) and the weighted values.
 template <class T>
 struct Running {
   T* top;     // [kRows]
@@ -82,20 +81,20 @@ class Forward {
   const Scores<S> scores;
   const Dropout dropout;
   const int64_t ldq, ldv, stripsv;
-  const T factor;  // of a difference of scores in a tile
+  const T factor;  // scale of a difference of tile values
 
-  // ---- memory, in elements of T
+  // Scratch memory, in elements of T.
 
   static int64_t taken(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
   struct Packed {
     T* keys;       // strips of kStrip keys, [D][kStrip] each
     T* values;     // [n][ldv]
-    T* finite;     // [blocks of kKeys] whether the values are: 1 or 0
+    T* finite;     // [blocks of kKeys] whether all values of a block are finite: 1 or 0
     int64_t from;  // the first key
   };
   struct Scratch {
     T *q, *tile, *alpha;
-    Packed block;  // of one block of keys
+    Packed block;  // one block of keys
     Running<T>*chunk, *total;
     Running<T> runs[2];
   };
@@ -144,7 +143,7 @@ class Forward {
         T(pack_rows(row_of<S>(a.v, b, hk, s.k_begin + j0), a.v.t, a.v.d, n, a.Dv, p.values + at * ldv, ldv));
   }
 
-  // ---- one block of keys
+  // One block of keys.
 
   void load_queries(const QueryBlock& q, T* to) const {
     const AttentionSequence& s = a.sequences[q.b];
@@ -153,7 +152,7 @@ class Forward {
     }
   }
 
-  // The largest of each row of the tile and of what was the largest.
+  // Updates the running maximum of each row.
   template <bool kWhole>
   static void row_tops(int64_t n, KeyRange columns, const T* tile, const T* before, T* top) {
     const int64_t end = (kWhole ? kKeys : columns.hi) - (kWhole ? 0 : columns.lo);
@@ -191,10 +190,10 @@ class Forward {
     }
   }
 
-  // top becomes next, and alpha what that multiplies sums by.
+  // Replaces top by next; alpha receives the factor by which earlier sums must be multiplied.
   void rescale(int64_t n, T* top, const T* next, T* alpha) const {
     const V nothing = broadcast(-std::numeric_limits<T>::infinity());
-    for (int64_t r = 0; r < n; r += kWidth) {  // up to a vector more than there are rows
+    for (int64_t r = 0; r < n; r += kWidth) {  // in whole vectors, possibly past the last row
       const V after = load(next + r);
       const V safe = after == nothing ? V{} : after;
       store(alpha + r, exp<T>((load(top + r) - safe) * factor));
@@ -202,7 +201,7 @@ class Forward {
     }
   }
 
-  // From scores to what multiplies values.
+  // Turns scores into unnormalised weights, and updates the running sums.
   template <bool kWhole>
   void softmax(const QueryBlock& q, int64_t j0, KeyRange columns, bool first, const Scratch& s) const {
     const int64_t begin = kWhole ? 0 : columns.lo, end = kWhole ? kKeys : columns.hi;
@@ -263,13 +262,13 @@ class Forward {
     }
   }
 
-  // Whether a few rows that see every key of a block may read values where they stand.
+  // Whether values can be read in place: few rows, and all keys of the block visible.
   bool in_place(const QueryBlock& q, int64_t j0) const {
     return sizeof(S) == sizeof(T) && q.n <= kHeight && q.sees_all(j0) && a.mask_kind != MaskKind::kFloat &&
            a.v.d == 1 && a.Dv == stripsv * kStrip<T>;
   }
 
-  // A chunk's keys; whether any was seen. packed: null where they are to be packed block by block.
+  // Processes the keys of a chunk; returns whether any key was visible. `packed` is null if keys are packed block by block.
   bool chunk(const QueryBlock& q, int64_t hk, int64_t chunk, const Packed* packed, const Scratch& s) const {
     const int64_t lo = largest(chunk * kChunkKeys, q.every.lo / kKeys * kKeys),
                   hi = min((chunk + 1) * kChunkKeys, q.every.hi), end = a.sequences[q.b].k_length;
@@ -300,7 +299,7 @@ class Forward {
     return !first;
   }
 
-  // total = total merged with what a later chunk found.
+  // Merges the state of a later chunk into total.
   void merge(int64_t n, const Running<T>& total, const Running<T>& found) const {
     alignas(64) T top[kRows] = {}, alpha[kRows], beta[kRows];
     for (int64_t r = 0; r < n; ++r) top[r] = largest(found.top[r], total.top[r]);
@@ -316,7 +315,7 @@ class Forward {
     }
   }
 
-  // The softmax of a block of queries; null: no key was seen.
+  // The softmax state of a block of queries; null if no key was visible.
   const Running<T>* block(const QueryBlock& q, int64_t hk, const Packed* packed, const Scratch& scratch) const {
     if (q.every.lo >= q.every.hi) return nullptr;
     Scratch s = scratch;
@@ -336,7 +335,7 @@ class Forward {
     return any ? s.total : nullptr;
   }
 
-  // ---- results
+  // Results.
 
   void write(const QueryBlock& q, const Running<T>* found) const {
     const AttentionSequence& s = a.sequences[q.b];
@@ -368,7 +367,7 @@ class Forward {
     }
   }
 
-  // Rows behind the length.
+  // Fills the rows past the sequence length.
   void fill(int64_t b, int64_t hk) const {
     if (a.packed) return;
     for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
@@ -380,10 +379,10 @@ class Forward {
     }
   }
 
-  // ---- few groups: blocks are tasks, or, where a group is one block, chunks of keys are
+  // Few groups: tasks are blocks, or, for groups of one block, chunks of keys.
 
   struct Task {
-    int64_t g, block, chunk;  // chunk -1: all
+    int64_t g, block, chunk;  // chunk -1: all chunks
   };
   void run_split(int64_t threads, int64_t longest) const {
     const int64_t groups = a.B * a.Hk, size = packed_size(longest);
@@ -397,7 +396,7 @@ class Forward {
       count += attention::tasks_of_group(blocks.count, keys);
       parts += blocks.count == 1 ? chunks : 0;
     }
-    // Filling and packing.
+    // Fills and packs.
     const Memory packed_memory(any_packed ? size_t(groups * size) * sizeof(T) : 64);
     const auto packed_of = [&](int64_t g) {
       T* at = reinterpret_cast<T*>(packed_memory.get()) + g * size;
@@ -420,7 +419,7 @@ class Forward {
       for (int64_t j0 = lo; j0 < min(keys.hi, (chunk + 1) * kChunkKeys); j0 += kKeys)
         pack_block(b, hk, j0, packed_of(g));
     });
-    // Attention.
+    // Computes attention.
     Task* const second = first + packing;
     Tasks tasks(count);
     const Memory parts_memory(size_t(parts * running_size() + 64) * sizeof(T));

@@ -1,7 +1,7 @@
-// What attention's kernels are made of: products of tiles in first-level cache, exp, dropout's generator, packing.
+// Building blocks of attention's CPU kernels: products of tiles in the L1 cache, dropout's generator, packing.
 //
-// An element of a product is the same chain of fused multiply-adds whatever the height and width of the tile: a row
-// gets the same bits alone and beside others.
+// An element of a product is the same chain of fused multiply-adds for any height and width of the tile, so a row has the
+// same bits alone or in a batch.
 #pragma once
 
 #include <cstdint>
@@ -15,22 +15,21 @@ namespace seqkernels::SEQKERNELS_ISA {
 using attention::kChunkKeys;
 using attention::kKeys;
 using attention::kRows;
-constexpr int64_t kTerms = 128;  // of one chain
+constexpr int64_t kTerms = 128;  // terms of one chain
 
 template <class T>
 constexpr int64_t kStrip = 2 * kLanes<T>;  // columns of a product's tile
-// Rows of it: accumulators, an operand and a broadcast within 32 registers of AVX-512, else 16.
+// Rows of a product's tile: accumulators, an operand and a broadcast fit into 32 registers of AVX-512, else 16.
 constexpr int kHeight = kVectorBytes == 64 ? 12 : 6;
 
-// Columns of a row that is packed: whole strips, and no power of two from row to row, which would map to few cache
-// sets.
+// Columns of a packed row: whole strips, and never a power of two, which would map consecutive rows to few cache sets.
 template <class T>
 inline int64_t leading(int64_t D) {
   const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
   return whole * int64_t(sizeof(T)) % 256 == 0 ? whole + 64 / int64_t(sizeof(T)) : whole;
 }
 
-// Working memory, in lines of 64 bytes.
+// Takes n elements from working memory, in multiples of 64 bytes.
 template <class T>
 inline T* take(T*& at, int64_t n) {
   T* here = at;
@@ -43,14 +42,14 @@ SEQKERNELS_INLINE T largest(T a, T b) {
   return a > b ? a : b;
 }
 
-// ---- products -------------------------------------------------------------------------------------------------------
+// Products.
 
-// Element (r, i) of the left operand: at r * lda + i, or at i * lda + r.
+// Layout of the left operand: element (r, i) is at r * lda + i, or at i * lda + r.
 enum class Left { kRows, kColumns };
-// What becomes of C: replaced by the product, added to, or multiplied by a factor of its row and added to.
+// C is replaced by the product, or C += product, or C = C * factor[row] + product.
 enum class Update { kReplace, kAdd, kScale };
 
-// The right operand's strip s is [k][ldb] at b + s * strip.
+// The right operand: strip s is [k][ldb] at b + s * strip.
 template <class T>
 struct Right {
   const T* b;
@@ -109,7 +108,7 @@ inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> r
     const auto at = [&](int64_t strip) {
       return Right<T>{right.b + i * right.ldb + strip * right.strip, right.ldb, right.strip};
     };
-    if (rows == 1) {  // one row has too few sums in flight: more strips at a time
+    if (rows == 1) {  // a single row has few independent sums: several strips at a time
       for (; s + 4 <= strips; s += 4) {
         tile_product<1, 4, kLeft>(n, left, lda, at(s), c + s * kStrip<T>, ldc, update, factor);
       }
@@ -133,9 +132,8 @@ inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> r
   } while (i < k);
 }
 
-// The same product where a row takes only the terms that its word of `seen` names: what a key must not reach, though it
-// be NaN, is left out, which is what adding 0 times a number comes to. kColumns: row r takes term i if bit r of
-// seen[i].
+// The same product restricted to the visible terms of each row, so that a NaN in a hidden key or value does not reach the
+// row. kRows: term i of row r if bit i of visible[r] is set; kColumns: if bit r of visible[i] is set.
 template <Left kLeft, class T>
 inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const uint64_t* seen, const T* b,
                          int64_t ldb, int64_t width, T* c, int64_t ldc, Update update, const T* factor = nullptr) {
@@ -155,7 +153,7 @@ inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const
   }
 }
 
-// ---- functions ------------------------------------------------------------------------------------------------------
+// Reductions.
 
 template <class T>
 SEQKERNELS_INLINE T sum_of(Native<T> v) {
@@ -165,15 +163,15 @@ SEQKERNELS_INLINE T sum_of(Native<T> v) {
   return sum;
 }
 
-// ---- dropout --------------------------------------------------------------------------------------------------------
+// Dropout.
 
 typedef uint64_t Word64 __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t Word64Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 
-// The product of the low halves of each pair.
+// The products of the low 32 bits of each lane.
 SEQKERNELS_INLINE Word64 low_product(Word64 a, Word64 b) {
 #if defined(__AVX512F__)
-  return (Word64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // the plain one trips -Wuninitialized
+  return (Word64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // _mm512_mul_epu32 triggers -Wuninitialized
 #elif defined(__AVX2__)
   return (Word64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #else
@@ -181,8 +179,8 @@ SEQKERNELS_INLINE Word64 low_product(Word64 a, Word64 b) {
 #endif
 }
 
-// The words of kKeys weights, of keys j0 .. of row i: Philox 4x32 with 7 rounds at (j / 4, i, head, 0), word j % 4. j0
-// is a multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+// Random words of kKeys weights of row i from key j0 on: word j % 4 of Philox 4x32 with 7 rounds at counter (j / 4, i, head,
+// 0). j0 is a multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 inline void philox(uint64_t seed, int64_t head, int64_t i, int64_t j0, uint32_t* words) {
   constexpr int kWide = kVectorBytes / 8;
   constexpr int kBatches = kKeys / 4 / kWide < 2 ? 1 : 2;  // in flight together
@@ -223,7 +221,7 @@ inline void philox(uint64_t seed, int64_t head, int64_t i, int64_t j0, uint32_t*
   }
 }
 
-// Which of a vector's weights stay, as a mask of all ones or zeros: word >= threshold, both shifted to be signed.
+// Mask of the weights that dropout keeps (word >= threshold), by a signed comparison of shifted values.
 template <class T>
 SEQKERNELS_INLINE typename Vec<T>::NativeInt kept(const uint32_t* words, int64_t threshold) {
   using I = typename Vec<T>::NativeInt;
@@ -239,15 +237,15 @@ SEQKERNELS_INLINE typename Vec<T>::NativeInt kept(const uint32_t* words, int64_t
   }
 }
 
-// ---- packing --------------------------------------------------------------------------------------------------------
+// Packing.
 
-// rows [n, D] as [n][ld], zeros up to whole strips. Returns whether every number is finite.
+// Packs rows [n, D] as [n][ld], with zeros up to whole strips. Returns whether all numbers are finite.
 template <class S>
 inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, int64_t D, Compute<S>* to, int64_t ld) {
   using T = Compute<S>;
   constexpr int kWidth = kLanes<T>;
   const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
-  constexpr int kAtOnce = 4;  // sums in flight
+  constexpr int kAtOnce = 4;  // independent sums
   Native<T> spoilt[kAtOnce] = {};
   for (int64_t r = 0; r < n; ++r, x += stride, to += ld) {
     int64_t d = 0;
@@ -272,8 +270,8 @@ inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, i
   return sum_of<T>((spoilt[0] + spoilt[1]) + (spoilt[2] + spoilt[3])) == 0;
 }
 
-// At distance s, blocks off the diagonal change places. s is a constant, and so the places are: found at run time they
-// would cost more than the exchange.
+// Swaps the off-diagonal blocks at distance s. s is a template parameter so that the shuffle masks are constants, which is
+// much faster.
 template <int s, class V, int kWidth>
 SEQKERNELS_INLINE void exchange(V (&r)[kWidth]) {
   typedef decltype(r[0] < r[0]) Mask;
@@ -302,7 +300,7 @@ SEQKERNELS_INLINE void turn(V (&r)[kWidth]) {  // r[i][j] becomes r[j][i]
   }
 }
 
-// rows [n, D] as strips of columns: [ceil(n / kStrip)][D][kStrip], zeros where there is no row.
+// Packs rows [n, D] as strips of columns [ceil(n / kStrip)][D][kStrip], with zeros where there is no row.
 template <class S>
 inline void pack_strips(const S* x, int64_t stride, int64_t stride_d, int64_t n, int64_t D, Compute<S>* to) {
   using T = Compute<S>;
