@@ -38,7 +38,7 @@ struct QueryBlock {
   int64_t n, b;
   int64_t head[kRows], i[kRows];
   KeyRange keys[kRows];
-  KeyRange every;          // keys that any row attends to
+  KeyRange any_keys;       // keys that any row attends to
   int64_t lo_all, hi_all;  // keys that every row attends to, if lo_all < hi_all
 
   // Selects `rows` rows from i0 on of `heads` heads from h0 on.
@@ -46,7 +46,7 @@ struct QueryBlock {
     const AttentionSequence& s = a.sequences[sequence];
     b = sequence;
     n = 0;
-    every = {s.k_length, 0};
+    any_keys = {s.k_length, 0};
     lo_all = 0;
     hi_all = s.k_length;
     for (int64_t h = h0; h < h0 + heads; ++h) {
@@ -57,16 +57,16 @@ struct QueryBlock {
         lo_all = keys[n].lo > lo_all ? keys[n].lo : lo_all;
         hi_all = min(hi_all, keys[n].hi);
         if (keys[n].lo < keys[n].hi) {
-          every.lo = min(every.lo, keys[n].lo);
-          every.hi = keys[n].hi > every.hi ? keys[n].hi : every.hi;
+          any_keys.lo = min(any_keys.lo, keys[n].lo);
+          any_keys.hi = keys[n].hi > any_keys.hi ? keys[n].hi : any_keys.hi;
         }
       }
     }
-    if (every.lo >= every.hi) every = {0, 0};
+    if (any_keys.lo >= any_keys.hi) any_keys = {0, 0};
   }
-  bool sees_all(int64_t j0) const { return lo_all <= j0 && j0 + kKeys <= hi_all; }
+  bool all_visible(int64_t j0) const { return lo_all <= j0 && j0 + kKeys <= hi_all; }
   // The range of keys, relative to j0 and within kKeys, that any row of [r0, r1) may attend to.
-  KeyRange seen(int64_t r0, int64_t r1, int64_t j0) const {
+  KeyRange visible_keys(int64_t r0, int64_t r1, int64_t j0) const {
     KeyRange all{kKeys, 0};
     for (int64_t r = r0; r < r1; ++r) {
       const int64_t lo = keys[r].lo > j0 ? keys[r].lo - j0 : 0, hi = min(keys[r].hi - j0, kKeys);
@@ -77,7 +77,7 @@ struct QueryBlock {
     return all.lo < all.hi ? all : KeyRange{0, 0};
   }
   // The range of rows that may attend to any key of [lo, hi).
-  KeyRange seeing(int64_t lo, int64_t hi) const {
+  KeyRange attending_rows(int64_t lo, int64_t hi) const {
     KeyRange rows{n, 0};
     for (int64_t r = 0; r < n; ++r) {
       if (keys[r].lo >= hi || keys[r].hi <= lo) continue;
@@ -92,63 +92,65 @@ constexpr int64_t kKeysTogether = 16;  // keys that share bounds
 
 // Scores: C = A B for a tile [q.n][kKeys]. Strips that are invisible to all kRowsTogether rows are not written.
 template <class T>
-inline void product_of_seen(const QueryBlock& q, int64_t j0, int64_t k, const T* a, int64_t lda, Right<T> right, T* c) {
-  if (q.sees_all(j0)) {
+inline void score_product(const QueryBlock& q, int64_t j0, int64_t k, const T* a, int64_t lda, RightOperand<T> right,
+                          T* c) {
+  if (q.all_visible(j0)) {
     return product(q.n, k, a, lda, right, kKeys / kStrip<T>, c, kKeys, Update::kReplace);
   }
   for (int64_t r = 0; r < q.n; r += kRowsTogether) {
     const int64_t rows = min(kRowsTogether, q.n - r);
-    const KeyRange seen = q.seen(r, r + rows, j0);
-    const int64_t first = seen.lo / kStrip<T>, end = ceil_div(seen.hi, kStrip<T>);
+    const KeyRange visible = q.visible_keys(r, r + rows, j0);
+    const int64_t first = visible.lo / kStrip<T>, end = ceil_div(visible.hi, kStrip<T>);
     if (first < end) {
-      product(rows, k, a + r * lda, lda, Right<T>{right.b + first * right.strip, right.ldb, right.strip}, end - first,
-              c + r * kKeys + first * kStrip<T>, kKeys, Update::kReplace);
+      product(rows, k, a + r * lda, lda, RightOperand<T>{right.b + first * right.strip, right.ldb, right.strip},
+              end - first, c + r * kKeys + first * kStrip<T>, kKeys, Update::kReplace);
     }
   }
 }
 
-// Weighted values: C = A B for a tile [q.n][kKeys] of weights, skipping keys that are invisible to all kRowsTogether rows.
+// Weighted values: C = A B for a tile [q.n][kKeys] of weights, skipping keys that are invisible to all kRowsTogether
+// rows.
 template <class T>
-inline void product_with_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
-                              T* c, int64_t ldc, Update update, const T* factor) {
-  if (q.sees_all(j0)) return product(q.n, n, tile, kKeys, right, strips, c, ldc, update, factor);
+inline void value_product(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, RightOperand<T> right,
+                          int64_t strips, T* c, int64_t ldc, Update update, const T* factor) {
+  if (q.all_visible(j0)) return product(q.n, n, tile, kKeys, right, strips, c, ldc, update, factor);
   for (int64_t r = 0; r < q.n; r += kRowsTogether) {
     const int64_t rows = min(kRowsTogether, q.n - r);
-    const KeyRange seen = q.seen(r, r + rows, j0);
-    product(rows, seen.hi - seen.lo, tile + r * kKeys + seen.lo, kKeys,
-            Right<T>{right.b + seen.lo * right.ldb, right.ldb, right.strip}, strips, c + r * ldc, ldc, update,
+    const KeyRange visible = q.visible_keys(r, r + rows, j0);
+    product(rows, visible.hi - visible.lo, tile + r * kKeys + visible.lo, kKeys,
+            RightOperand<T>{right.b + visible.lo * right.ldb, right.ldb, right.strip}, strips, c + r * ldc, ldc, update,
             factor == nullptr ? nullptr : factor + r);
   }
 }
 
 // C += A^T B for a tile [q.n][kKeys] of weights, [n keys][..], skipping rows that attend to none of kKeysTogether keys.
 template <class T>
-inline void product_by_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
-                            T* c, int64_t ldc) {
-  if (q.sees_all(j0)) return product<Left::kColumns>(n, q.n, tile, kKeys, right, strips, c, ldc, Update::kAdd);
+inline void transposed_product(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, RightOperand<T> right,
+                               int64_t strips, T* c, int64_t ldc) {
+  if (q.all_visible(j0)) return product<LeftLayout::kColumns>(n, q.n, tile, kKeys, right, strips, c, ldc, Update::kAdd);
   for (int64_t j = 0; j < n; j += kKeysTogether) {
     const int64_t keys = min(kKeysTogether, n - j);
-    const KeyRange rows = q.seeing(j0 + j, j0 + j + keys);
+    const KeyRange rows = q.attending_rows(j0 + j, j0 + j + keys);
     if (rows.lo < rows.hi) {
-      product<Left::kColumns>(keys, rows.hi - rows.lo, tile + rows.lo * kKeys + j, kKeys,
-                              Right<T>{right.b + rows.lo * right.ldb, right.ldb, right.strip}, strips, c + j * ldc, ldc,
-                              Update::kAdd);
+      product<LeftLayout::kColumns>(keys, rows.hi - rows.lo, tile + rows.lo * kKeys + j, kKeys,
+                                    RightOperand<T>{right.b + rows.lo * right.ldb, right.ldb, right.strip}, strips,
+                                    c + j * ldc, ldc, Update::kAdd);
     }
   }
 }
 
 // The query blocks of one group of heads; a block spans several heads if a sequence has few queries.
 struct Blocks {
-  int64_t b, heads, rows, of_heads, of_rows, count;
+  int64_t b, heads, rows, head_blocks, row_blocks, count;
   Blocks(const AttentionArgs& a, int64_t sequence) : b(sequence), rows(a.sequences[sequence].q_length) {
     heads = attention::heads_of_block(rows, a.group());
-    of_heads = ceil_div(a.group(), heads);
-    of_rows = ceil_div(rows, kRows);
-    count = of_heads * of_rows;
+    head_blocks = ceil_div(a.group(), heads);
+    row_blocks = ceil_div(rows, kRows);
+    count = head_blocks * row_blocks;
   }
   // Selects block i of the query heads of key head hk.
   void set(QueryBlock& q, const AttentionArgs& a, int64_t hk, int64_t i) const {
-    const int64_t h = i / of_rows * heads, i0 = i % of_rows * kRows;
+    const int64_t h = i / row_blocks * heads, i0 = i % row_blocks * kRows;
     q.set(a, b, hk * a.group() + h, min(heads, a.group() - h), i0, min(kRows, rows - i0));
   }
   // The range of keys that any query of the sequence may attend to.
@@ -175,7 +177,7 @@ inline double cost_of(const AttentionArgs& a, const AttentionSequence& s) {
   return sum / 8 * double(s.q_length) * double(a.group());
 }
 
-enum class Seen { kNone, kSome, kAll };
+enum class Visibility { kNone, kSome, kAll };
 
 template <class S>
 struct Scores {
@@ -209,12 +211,12 @@ struct Scores {
   }
 
   // Whether a block's mask hides all, some or none of its keys.
-  Seen look(const QueryBlock& q, int64_t j0, int64_t n) const {
-    if (a.mask_kind == MaskKind::kNone) return Seen::kAll;
+  Visibility visibility(const QueryBlock& q, int64_t j0, int64_t n) const {
+    if (a.mask_kind == MaskKind::kNone) return Visibility::kAll;
     const bool one_row = a.mask.t == 0 && (a.mask.h == 0 || q.head[0] == q.head[q.n - 1]);
     const int64_t rows = one_row ? 1 : q.n, columns = a.mask.d == 0 ? 1 : n;
     if (a.mask_kind == MaskKind::kBool) {
-      bool any = false, every = true;
+      bool any = false, any_keys = true;
       for (int64_t r = 0; r < rows; ++r) {
         const uint8_t* m = row_of<uint8_t>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
         uint8_t either = 0, both = 1;
@@ -230,41 +232,41 @@ struct Scores {
           }
         }
         any |= either != 0;
-        every &= both != 0;
-        if (any && !every) return Seen::kSome;
+        any_keys &= both != 0;
+        if (any && !any_keys) return Visibility::kSome;
       }
-      return every ? Seen::kAll : any ? Seen::kSome : Seen::kNone;
+      return any_keys ? Visibility::kAll : any ? Visibility::kSome : Visibility::kNone;
     }
     for (int64_t r = 0; r < rows; ++r) {
       const S* m = row_of<S>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
       for (int64_t j = 0; j < columns; ++j) {
         S lanes[kWidth] = {m[j * a.mask.d]};
-        if (load(lanes)[0] != -std::numeric_limits<T>::infinity()) return Seen::kSome;
+        if (load(lanes)[0] != -std::numeric_limits<T>::infinity()) return Visibility::kSome;
       }
     }
-    return Seen::kNone;
+    return Visibility::kNone;
   }
 
   // The columns of a tile that are computed, in whole strips.
   static KeyRange columns(const QueryBlock& q, int64_t j0) {
-    if (q.sees_all(j0)) return {0, kKeys};
-    const KeyRange seen = q.seen(0, q.n, j0);
-    return {seen.lo / kStrip<T> * kStrip<T>, round_up(seen.hi, kStrip<T>)};
+    if (q.all_visible(j0)) return {0, kKeys};
+    const KeyRange visible = q.visible_keys(0, q.n, j0);
+    return {visible.lo / kStrip<T> * kStrip<T>, round_up(visible.hi, kStrip<T>)};
   }
 
-  // Turns the products [q.n][kKeys] into scores, -inf where a row may not attend to a key. `some`: whether the mask must be
-  // read. `capped` [q.n][kKeys] receives the tanh values, unless it is null.
+  // Turns the products [q.n][kKeys] into scores, -inf where a row may not attend to a key. `some`: whether the mask
+  // must be read. `capped` [q.n][kKeys] receives the tanh values, unless it is null.
   void finish(const QueryBlock& q, int64_t j0, int64_t n, bool some, KeyRange columns, T* tile, T* capped) const {
-    if (plain && !some && q.sees_all(j0)) return;
-    const V nothing = broadcast(-std::numeric_limits<T>::infinity());
+    if (plain && !some && q.all_visible(j0)) return;
+    const V minus_infinity = broadcast(-std::numeric_limits<T>::infinity());
     I lane;
     for (int l = 0; l < kWidth; ++l) lane[l] = l;
     for (int64_t r = 0; r < q.n; ++r, tile += kKeys) {
       uint8_t copy[kKeys];
-      const uint8_t* seen = nullptr;
+      const uint8_t* visible = nullptr;
       T added[kKeys];
       const T* add = nullptr;
-      if (a.mask_kind == MaskKind::kBool && some) seen = bools(q, r, j0, n, copy);
+      if (a.mask_kind == MaskKind::kBool && some) visible = bools(q, r, j0, n, copy);
       if (a.mask_kind == MaskKind::kFloat) {
         const S* from = row_of<S>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
         add = added;
@@ -287,8 +289,8 @@ struct Scores {
         slope = T(a.slopes[q.b * a.slopes_b + q.head[r]]);
         at = q.i[r] + (a.causal == Causal::kLowerRight ? s.k_length - s.q_length : 0) - j0;
       }
-      const typename Vec<T>::Int lo = typename Vec<T>::Int(largest(q.keys[r].lo - j0, int64_t{0}));
-      const typename Vec<T>::Int hi = typename Vec<T>::Int(min(largest(q.keys[r].hi - j0, int64_t{0}), kKeys));
+      const typename Vec<T>::Int lo = typename Vec<T>::Int(maximum(q.keys[r].lo - j0, int64_t{0}));
+      const typename Vec<T>::Int hi = typename Vec<T>::Int(min(maximum(q.keys[r].hi - j0, int64_t{0}), kKeys));
       for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
         V x = load(tile + j);
         if (!plain) {
@@ -304,25 +306,25 @@ struct Scores {
           }
         }
         const I place = lane + typename Vec<T>::Int(j);
-        I sees = (place >= lo) & (place < hi);
+        I attends = (place >= lo) & (place < hi);
         if (add != nullptr) {
           const V m = load(add + j);
           x += m;
-          sees &= m != nothing;  // test m, not x: NaN - inf is NaN
+          attends &= m != minus_infinity;  // test m, not x: NaN - inf is NaN
         }
-        if (seen != nullptr) {
+        if (visible != nullptr) {
           typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
           Bytes bytes;
-          memcpy(&bytes, seen + j, kWidth);
-          sees &= __builtin_convertvector(bytes, I) != 0;
+          memcpy(&bytes, visible + j, kWidth);
+          attends &= __builtin_convertvector(bytes, I) != 0;
         }
-        store(tile + j, sees ? x : nothing);
+        store(tile + j, attends ? x : minus_infinity);
       }
     }
   }
 
   // Sets a bit for each key that a row attends to, from finished scores.
-  static void seen_words(int64_t rows, KeyRange columns, const T* tile, uint64_t* words) {
+  static void visible_words(int64_t rows, KeyRange columns, const T* tile, uint64_t* words) {
     for (int64_t r = 0; r < rows; ++r, tile += kKeys) {
       words[r] = 0;
       for (int64_t j = columns.lo; j < columns.hi; ++j) {

@@ -1,7 +1,7 @@
 // Building blocks of attention's CPU kernels: products of tiles in the L1 cache, dropout's generator, packing.
 //
-// An element of a product is the same chain of fused multiply-adds for any height and width of the tile, so a row has the
-// same bits alone or in a batch.
+// An element of a product is the same chain of fused multiply-adds for any height and width of the tile, so a row has
+// the same bits alone or in a batch.
 #pragma once
 
 #include <cstdint>
@@ -38,26 +38,26 @@ inline T* take(T*& at, int64_t n) {
 }
 
 template <class T>
-SEQKERNELS_INLINE T largest(T a, T b) {
+SEQKERNELS_INLINE T maximum(T a, T b) {
   return a > b ? a : b;
 }
 
 // Products.
 
 // Layout of the left operand: element (r, i) is at r * lda + i, or at i * lda + r.
-enum class Left { kRows, kColumns };
+enum class LeftLayout { kRows, kColumns };
 // C is replaced by the product, or C += product, or C = C * factor[row] + product.
 enum class Update { kReplace, kAdd, kScale };
 
 // The right operand: strip s is [k][ldb] at b + s * strip.
 template <class T>
-struct Right {
+struct RightOperand {
   const T* b;
   int64_t ldb, strip;
 };
 
-template <int kR, int kS, Left kLeft, class T>
-inline void tile_product(int64_t k, const T* a, int64_t lda, Right<T> right, T* c, int64_t ldc, Update update,
+template <int kR, int kS, LeftLayout kLeft, class T>
+inline void tile_product(int64_t k, const T* a, int64_t lda, RightOperand<T> right, T* c, int64_t ldc, Update update,
                          const T* factor) {
   using V = Native<T>;
   V sum[kR][2 * kS] = {};
@@ -68,7 +68,7 @@ inline void tile_product(int64_t k, const T* a, int64_t lda, Right<T> right, T* 
     for (int s = 0; s < 2 * kS; ++s) column[s] = load(b + s / 2 * right.strip + s % 2 * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
-      const V left = broadcast(kLeft == Left::kRows ? a[r * lda + i] : a[i * lda + r]);
+      const V left = broadcast(kLeft == LeftLayout::kRows ? a[r * lda + i] : a[i * lda + r]);
 #pragma GCC unroll 8
       for (int s = 0; s < 2 * kS; ++s) sum[r][s] = fma(left, column[s], sum[r][s]);
     }
@@ -86,9 +86,9 @@ inline void tile_product(int64_t k, const T* a, int64_t lda, Right<T> right, T* 
   }
 }
 
-template <int kR, int kS, Left kLeft, class T>
-inline void tile_product_of(int64_t height, int64_t k, const T* a, int64_t lda, Right<T> right, T* c, int64_t ldc,
-                            Update update, const T* factor) {
+template <int kR, int kS, LeftLayout kLeft, class T>
+inline void tile_product_of(int64_t height, int64_t k, const T* a, int64_t lda, RightOperand<T> right, T* c,
+                            int64_t ldc, Update update, const T* factor) {
   if constexpr (kR > 1) {
     if (height < kR) return tile_product_of<kR - 1, kS, kLeft>(height, k, a, lda, right, c, ldc, update, factor);
   }
@@ -96,17 +96,17 @@ inline void tile_product_of(int64_t height, int64_t k, const T* a, int64_t lda, 
 }
 
 // C[rows, strips * kStrip] from A[rows, k] and B[k, ..], in chains of kTerms.
-template <Left kLeft = Left::kRows, class T>
-inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> right, int64_t strips, T* c, int64_t ldc,
-                    Update update, const T* factor = nullptr) {
-  const int64_t step = kLeft == Left::kRows ? lda : 1, along = kLeft == Left::kRows ? 1 : lda;
+template <LeftLayout kLeft = LeftLayout::kRows, class T>
+inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, RightOperand<T> right, int64_t strips, T* c,
+                    int64_t ldc, Update update, const T* factor = nullptr) {
+  const int64_t step = kLeft == LeftLayout::kRows ? lda : 1, along = kLeft == LeftLayout::kRows ? 1 : lda;
   int64_t i = 0;
   do {
     const int64_t n = min(kTerms, k - i);
     int64_t s = 0;
     const T* left = a + i * along;
     const auto at = [&](int64_t strip) {
-      return Right<T>{right.b + i * right.ldb + strip * right.strip, right.ldb, right.strip};
+      return RightOperand<T>{right.b + i * right.ldb + strip * right.strip, right.ldb, right.strip};
     };
     if (rows == 1) {  // a single row has few independent sums: several strips at a time
       for (; s + 4 <= strips; s += 4) {
@@ -132,18 +132,18 @@ inline void product(int64_t rows, int64_t k, const T* a, int64_t lda, Right<T> r
   } while (i < k);
 }
 
-// The same product restricted to the visible terms of each row, so that a NaN in a hidden key or value does not reach the
-// row. kRows: term i of row r if bit i of visible[r] is set; kColumns: if bit r of visible[i] is set.
-template <Left kLeft, class T>
-inline void seen_product(int64_t rows, int64_t k, const T* a, int64_t lda, const uint64_t* seen, const T* b,
-                         int64_t ldb, int64_t width, T* c, int64_t ldc, Update update, const T* factor = nullptr) {
+// The same product restricted to the visible terms of each row, so that a NaN in a hidden key or value does not reach
+// the row. kRows: term i of row r if bit i of visible[r] is set; kColumns: if bit r of visible[i] is set.
+template <LeftLayout kLeft, class T>
+inline void masked_product(int64_t rows, int64_t k, const T* a, int64_t lda, const uint64_t* visible, const T* b,
+                           int64_t ldb, int64_t width, T* c, int64_t ldc, Update update, const T* factor = nullptr) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t d = 0; d < width; d += kLanes<T>) {
       Native<T> sum = {};
       for (int64_t i = 0; i < k; ++i) {
-        const bool takes = kLeft == Left::kRows ? seen[r] >> i & 1 : seen[i] >> r & 1;
+        const bool takes = kLeft == LeftLayout::kRows ? visible[r] >> i & 1 : visible[i] >> r & 1;
         if (!takes) continue;
-        sum = fma(broadcast(kLeft == Left::kRows ? a[r * lda + i] : a[i * lda + r]), load(b + i * ldb + d), sum);
+        sum = fma(broadcast(kLeft == LeftLayout::kRows ? a[r * lda + i] : a[i * lda + r]), load(b + i * ldb + d), sum);
       }
       T* to = c + r * ldc + d;
       if (update == Update::kAdd) sum = load(to) + sum;
@@ -179,8 +179,8 @@ SEQKERNELS_INLINE Word64 low_product(Word64 a, Word64 b) {
 #endif
 }
 
-// Random words of kKeys weights of row i from key j0 on: word j % 4 of Philox 4x32 with 7 rounds at counter (j / 4, i, head,
-// 0). j0 is a multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+// Random words of kKeys weights of row i from key j0 on: word j % 4 of Philox 4x32 with 7 rounds at counter (j / 4, i,
+// head, 0). j0 is a multiple of 4. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 inline void philox(uint64_t seed, int64_t head, int64_t i, int64_t j0, uint32_t* words) {
   constexpr int kWide = kVectorBytes / 8;
   constexpr int kBatches = kKeys / 4 / kWide < 2 ? 1 : 2;  // in flight together
@@ -223,7 +223,7 @@ inline void philox(uint64_t seed, int64_t head, int64_t i, int64_t j0, uint32_t*
 
 // Mask of the weights that dropout keeps (word >= threshold), by a signed comparison of shifted values.
 template <class T>
-SEQKERNELS_INLINE typename Vec<T>::NativeInt kept(const uint32_t* words, int64_t threshold) {
+SEQKERNELS_INLINE typename Vec<T>::NativeInt keep_mask(const uint32_t* words, int64_t threshold) {
   using I = typename Vec<T>::NativeInt;
   constexpr int kWidth = kLanes<T>;
   typedef uint32_t Words __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -246,7 +246,7 @@ inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, i
   constexpr int kWidth = kLanes<T>;
   const int64_t whole = round_up(D < 1 ? 1 : D, kStrip<T>);
   constexpr int kAtOnce = 4;  // independent sums
-  Native<T> spoilt[kAtOnce] = {};
+  Native<T> non_finite[kAtOnce] = {};
   for (int64_t r = 0; r < n; ++r, x += stride, to += ld) {
     int64_t d = 0;
     if (stride_d == 1) {
@@ -254,7 +254,7 @@ inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, i
 #pragma GCC unroll 4
         for (int i = 0; i < kAtOnce; ++i) {
           const Native<T> v = load(x + d + i * kWidth);
-          spoilt[i] = fma(v, Native<T>{}, spoilt[i]);
+          non_finite[i] = fma(v, Native<T>{}, non_finite[i]);
           store(to + d + i * kWidth, v);
         }
       }
@@ -263,17 +263,17 @@ inline bool pack_rows(const S* x, int64_t stride, int64_t stride_d, int64_t n, i
       S lanes[kWidth] = {};
       for (int64_t l = 0; l < kWidth && d + l < D; ++l) lanes[l] = x[(d + l) * stride_d];
       const Native<T> v = load(lanes);
-      spoilt[0] = fma(v, Native<T>{}, spoilt[0]);
+      non_finite[0] = fma(v, Native<T>{}, non_finite[0]);
       store(to + d, v);
     }
   }
-  return sum_of<T>((spoilt[0] + spoilt[1]) + (spoilt[2] + spoilt[3])) == 0;
+  return sum_of<T>((non_finite[0] + non_finite[1]) + (non_finite[2] + non_finite[3])) == 0;
 }
 
-// Swaps the off-diagonal blocks at distance s. s is a template parameter so that the shuffle masks are constants, which is
-// much faster.
+// Swaps the off-diagonal blocks at distance s. s is a template parameter so that the shuffle masks are constants, which
+// is much faster.
 template <int s, class V, int kWidth>
-SEQKERNELS_INLINE void exchange(V (&r)[kWidth]) {
+SEQKERNELS_INLINE void swap_blocks(V (&r)[kWidth]) {
   typedef decltype(r[0] < r[0]) Mask;
   Mask low = {}, high = {};
 #pragma GCC unroll 16
@@ -290,13 +290,13 @@ SEQKERNELS_INLINE void exchange(V (&r)[kWidth]) {
   }
 }
 template <class V, int kWidth>
-SEQKERNELS_INLINE void turn(V (&r)[kWidth]) {  // r[i][j] becomes r[j][i]
+SEQKERNELS_INLINE void transpose_block(V (&r)[kWidth]) {  // r[i][j] becomes r[j][i]
   if constexpr (kWidth == 16) {
     transpose(r);
   } else {
-    if constexpr (kWidth > 1) exchange<1>(r);
-    if constexpr (kWidth > 2) exchange<2>(r);
-    if constexpr (kWidth > 4) exchange<4>(r);
+    if constexpr (kWidth > 1) swap_blocks<1>(r);
+    if constexpr (kWidth > 2) swap_blocks<2>(r);
+    if constexpr (kWidth > 4) swap_blocks<4>(r);
   }
 }
 
@@ -315,7 +315,7 @@ inline void pack_strips(const S* x, int64_t stride, int64_t stride_d, int64_t n,
       if (stride_d == 1 && columns == kWidth && rows >= kWidth) {
 #pragma GCC unroll 16
         for (int j = 0; j < kWidth; ++j) block[j] = load(from + j * stride);
-        turn(block);
+        transpose_block(block);
 #pragma GCC unroll 16
         for (int j = 0; j < kWidth; ++j) store(strip + (d + j) * kStrip<T>, block[j]);
         continue;
@@ -325,7 +325,7 @@ inline void pack_strips(const S* x, int64_t stride, int64_t stride_d, int64_t n,
         for (int64_t l = 0; l < columns && j < rows; ++l) lanes[l] = from[j * stride + l * stride_d];
         block[j] = load(lanes);
       }
-      turn(block);
+      transpose_block(block);
       for (int64_t j = 0; j < columns; ++j) store(strip + (d + j) * kStrip<T>, block[j]);
     }
   }
