@@ -11,7 +11,10 @@
 
 #include "attention/attention.h"
 #include "attention/cpu/blocks.h"
+#include "attention/cpu/packing.h"
+#include "attention/cpu/products.h"
 #include "attention/cpu/schedule.h"
+#include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/parallel.h"
