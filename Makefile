@@ -1,7 +1,7 @@
-# Every target sets up what it needs in .venv; a second call finds it there. See `make help`.
+# Every target installs its requirements into .venv on the first call. See `make help`.
 PYTHON ?= python3
 CXX ?= g++
-# The exact torch that is installed here. The extension itself serves torch 2.11 and later (make compat).
+# The torch release that is installed into .venv. The extension supports torch 2.11 and later (make compat).
 TORCH ?= 2.13.0
 COMPAT_TORCH ?= 2.11.0
 ARGS ?=
@@ -26,18 +26,18 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 .PHONY: help demo test bench lint format compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
 
 help:
-	@echo 'make demo      train a text classifier on torch.nn.LSTM and on seqkernels.nn.LSTM, side by side'
-	@echo '               or on the two EmbeddingBags            ARGS="--model bag"'
+	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
+	@echo '               or with torch and seqkernels EmbeddingBag   ARGS="--model bag"'
 	@echo 'make test      make lint, then pytest                 ARGS="-k lstm"'
-	@echo 'make bench     time seqkernels against its peers      ARGS="-k train"'
-	@echo 'make lint      ruff, mypy, clang-format: check only'
-	@echo 'make format    ruff and clang-format: rewrite'
-	@echo 'make compat    one wheel, built with torch $(TORCH), tested with torch $(COMPAT_TORCH)'
-	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer in the C++'
-	@echo 'make check-gpu-build  every GPU kernel compiled on any machine with nvcc: registers, spills, a CUDA extension'
-	@echo 'make gpu       with a GPU: build, test, sanitize, tune and time, within 9 minutes   ARGS="--only build,tests"'
-	@echo 'make hooks     lint before every commit'
-	@echo 'make clean     remove what was built; the environments stay'
+	@echo 'make bench     benchmark against other libraries      ARGS="-k train"'
+	@echo 'make lint      check with ruff, mypy and clang-format'
+	@echo 'make format    format with ruff and clang-format'
+	@echo 'make compat    build a wheel with torch $(TORCH) and test it with torch $(COMPAT_TORCH)'
+	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make check-gpu-build  compile every GPU kernel (needs nvcc, no GPU), check registers and spills, build the CUDA extension'
+	@echo 'make gpu       on a GPU: build, test, sanitize, tune and benchmark within 9 minutes   ARGS="--only build,tests"'
+	@echo 'make hooks     install the pre-commit hook that runs the linters'
+	@echo 'make clean     remove build outputs; keep the environments'
 	@echo 'Variables: PYTHON=$(PYTHON) TORCH=$(TORCH)'
 
 demo: $(call with,demo)
@@ -70,25 +70,25 @@ $(BASE):
 	$(PY) $(INSTALL) torch==$(TORCH) 'setuptools>=77' cmake ninja pybind11
 	@touch $@
 
-# Built in place; the folder under build/ is kept, so only changed files are compiled again.
+# Built in place. The folder under build/ is kept, so only changed files are recompiled.
 $(EXTENSION): $(BASE) CMakeLists.txt setup.py $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-# The CUDA kernels on a CPU, for tests: in the extension's build folder, whose libraries they share.
+# The emulated CUDA kernels for tests. They share the libraries in the extension's build folder.
 $(EMULATED): $(EXTENSION) $(EMULATION)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build \
 	    "build/cmake-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')" --target cuda_on_cpu
 	@touch $@
 
-# One extra of pyproject.toml. torch is named again so that no requirement can bring another one.
+# Installs one extra of pyproject.toml. torch is pinned again so that no requirement replaces it.
 $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
 	$(PY) $(INSTALL) --no-build-isolation torch==$(TORCH) -e '.[$*]'
 	@touch $@
 
-# ---- the same wheel in two releases of torch ----
-# It is unpacked into build/compat/site, ahead of everything else on the path, and the tests are copied beside it: nothing of
-# the checkout can stand in for it.
+# ---- one wheel, two releases of torch ----
+# The wheel is unpacked into build/compat/site, first on the path, and the tests are copied next to it, so that they cannot
+# import the package of the checkout.
 
 compat: $(call with,test) $(EMULATED)
 	rm -rf build/compat build/lib*
@@ -111,7 +111,7 @@ print(f'torch {torch.__version__}, _C sha256 {digest}: {seqkernels.build_info()}
 endef
 export COMPAT_REPORT
 
-# The wheel brings the requirements of its test extra and leaves again.
+# Installs the wheel for the requirements of its test extra and uninstalls it again.
 $(COMPAT_BASE): pyproject.toml
 	test -x $(COMPAT_VENV)/bin/python || $(PYTHON) -m venv $(COMPAT_VENV)
 	$(COMPAT_VENV)/bin/python $(INSTALL) torch==$(COMPAT_TORCH) "$$(echo build/compat/seqkernels-*.whl)[test]"
@@ -119,8 +119,8 @@ $(COMPAT_BASE): pyproject.toml
 	@touch $@
 
 # ---- GPUs ----
-# Without one: what nvcc and Triton make of every kernel, then the whole extension against a torch with CUDA (gigabytes, in
-# an environment of its own), which must build, link and import.
+# Without a GPU: compiles every kernel with nvcc and Triton, then builds, links and imports the extension with a CUDA
+# build of torch (gigabytes, in a separate environment).
 
 GPU_VENV := .venv-gpu
 GPU_BASE := $(GPU_VENV)/.torch-$(COMPAT_TORCH)
@@ -155,12 +155,12 @@ $(GPU_BASE):
 	$(GPU_VENV)/bin/python $(INSTALL) torch==$(COMPAT_TORCH) numpy 'setuptools>=77' cmake ninja pybind11
 	@touch $@
 
-# With one, in the Python that is there: nothing is installed.
+# With a GPU, in the current Python environment; installs nothing.
 gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 # ---- sanitizers ----
-# Python itself is not instrumented, so the runtime is loaded ahead of it; the build has folders of its own.
+# Python is not instrumented, so the sanitizer runtime is preloaded. The build uses separate folders.
 
 SANITIZED := build/sanitize
 sanitize: $(call with,test) $(EMULATED)

@@ -1,12 +1,12 @@
-# CUDA kernels, csrc/<operator>/cuda/*.cu, in two builds:
-#   into _C by nvcc, where torch has CUDA: SEQKERNELS_HAVE_CUDA says so to the host sources;
-#   by the C++ compiler over the emulation in tests/cuda_on_cpu, with the host sources once more, into a test module whose
-#   ops are torch.ops.seqkernels_emulated (target cuda_on_cpu). Neither a GPU nor a toolkit is needed for that.
-# nvcc is called by its own rule: CMake's CUDA language links a test program first, which needs more than nvcc.
-set(SEQKERNELS_CUDA_ARCHITECTURES "80;90a;100" CACHE STRING "Compute capabilities to compile for; PTX too for 100")
-set(SEQKERNELS_NVCC "" CACHE FILEPATH "nvcc; found on PATH or in /usr/local/cuda/bin if empty")
+# CUDA kernels, csrc/<operator>/cuda/*.cu, are built in two ways:
+#   with nvcc into _C, if torch has CUDA; SEQKERNELS_HAVE_CUDA is defined for the host sources;
+#   with the C++ compiler and the emulation in tests/cuda_on_cpu, together with the host sources, into a test module.
+#   Its ops are torch.ops.seqkernels_emulated (target cuda_on_cpu). This needs neither a GPU nor a CUDA toolkit.
+# nvcc is called by a custom rule, because CMake's CUDA language first links a test program, which needs a full toolkit.
+set(SEQKERNELS_CUDA_ARCHITECTURES "80;90a;100" CACHE STRING "Compute capabilities to compile for; 100 includes PTX")
+set(SEQKERNELS_NVCC "" CACHE FILEPATH "nvcc; if empty, searched on PATH and in /usr/local/cuda/bin")
 
-# csrc/recurrent/cuda/grid.cu is recurrent_grid: file names repeat across operators.
+# The object name of csrc/recurrent/cuda/grid.cu is recurrent_grid, because file names repeat across operators.
 function(object_stem variable source)
   cmake_path(GET source STEM stem)
   cmake_path(GET source PARENT_PATH folder)
@@ -48,9 +48,9 @@ elseif(torch_cuda STREQUAL "none")
 elseif(nvcc_version STREQUAL "none")
   set(cuda_obstacle "no nvcc was found (PATH, CUDA_HOME, -DSEQKERNELS_NVCC=)")
 elseif(NOT nvcc_major STREQUAL torch_cuda_major)
-  set(cuda_obstacle "torch is built for CUDA ${torch_cuda}, nvcc is of ${nvcc_version}")
+  set(cuda_obstacle "torch is built for CUDA ${torch_cuda}, nvcc is from CUDA ${nvcc_version}")
 elseif(nvcc_version VERSION_LESS 12.8)
-  set(cuda_obstacle "nvcc must be of CUDA 12.8 or later, got ${nvcc_version}")
+  set(cuda_obstacle "nvcc must be from CUDA 12.8 or later, got ${nvcc_version}")
 endif()
 if(cuda_obstacle AND SEQKERNELS_CUDA STREQUAL "ON")
   message(FATAL_ERROR "seqkernels: SEQKERNELS_CUDA=ON, but ${cuda_obstacle}")
@@ -59,7 +59,7 @@ endif()
 if(cuda_obstacle)
   set(cuda_status "no: ${cuda_obstacle}")
 else()
-  # The runtime that torch brings (its wheel does not bring the name a linker looks for), or the toolkit's.
+  # The runtime library of torch's wheel (which lacks the unversioned name that linkers search), or of the toolkit.
   cmake_path(GET torch_root PARENT_PATH site_packages)
   file(GLOB cudart "${site_packages}/nvidia/cu${nvcc_major}/lib/libcudart.so*"
        "${site_packages}/nvidia/cuda_runtime/lib/libcudart.so*")
@@ -73,7 +73,7 @@ else()
     message(FATAL_ERROR "seqkernels: libcudart of CUDA ${torch_cuda} is neither beside torch nor in the toolkit of ${nvcc}")
   endif()
   list(GET cudart 0 cudart)
-  # Code for Ampere (and Ada), Hopper and Blackwell; PTX of the last for what comes later.
+  # Code for Ampere (and Ada), Hopper and Blackwell; PTX of the latter for later architectures.
   set(cuda_architectures)
   foreach(capability IN LISTS SEQKERNELS_CUDA_ARCHITECTURES)
     set(code "sm_${capability}")
@@ -82,7 +82,7 @@ else()
     endif()
     list(APPEND cuda_architectures -gencode=arch=compute_${capability},code=${code})
   endforeach()
-  # No fusing of multiply and add unasked, as on the CPU.
+  # No contraction of multiply and add, as on the CPU.
   set(cuda_flags -std=c++17 -O3 --fmad=false --threads=2
       -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-ffile-prefix-map=${CMAKE_CURRENT_SOURCE_DIR}/=)
   set(cuda_objects)
@@ -97,7 +97,7 @@ else()
       DEPENDS "${source}" DEPFILE "${object}.d" VERBATIM COMMAND_EXPAND_LISTS)
     list(APPEND cuda_objects "${object}")
   endforeach()
-  # A library of its own, so that nvcc need not wait for the CPU kernels.
+  # A separate library, so that nvcc runs in parallel with the CPU kernels.
   set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
   add_library(kernels_cuda STATIC ${cuda_objects})
   set_target_properties(kernels_cuda PROPERTIES LINKER_LANGUAGE CXX)
@@ -109,14 +109,14 @@ else()
 endif()
 
 # ---- on the CPU, for tests ----
-# Tail calls and merged ends of branches would blur the lines that a report names.
+# Tail calls and merged branch ends would make the line numbers of reports inexact.
 set(emulation_flags -O2 -g1 -ffp-contract=off -fno-optimize-sibling-calls -Wno-unused-const-variable)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND emulation_flags -fno-crossjumping -fno-tree-tail-merge)
 endif()
 set(emulation tests/cuda_on_cpu)
 
-# A .cu file under a name that CMake takes for C++.
+# Wraps a .cu file in a .cpp file, which CMake compiles as C++.
 function(emulated_source variable source)
   object_stem(stem "${source}")
   set(wrapper "${CMAKE_CURRENT_BINARY_DIR}/emulated/${stem}.cpp")

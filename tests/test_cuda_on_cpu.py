@@ -348,7 +348,7 @@ def test_a_race_in_shared_memory(checks) -> None:
 def test_a_missing_barrier(checks) -> None:
     with cuda_on_cpu.settings(library(), unwritten=0), fails("race in shared memory", "reverse_kernel"):
         emulate("reverse", X, Y, variant=1)
-    with fails("nobody wrote", line_of(READ), "reverse_kernel with grid (3, 1, 1), block 64"):
+    with fails("uninitialised shared memory", line_of(READ), "reverse_kernel with grid (3, 1, 1), block 64"):
         emulate("reverse", X, Y, variant=1)
 
 
@@ -365,7 +365,7 @@ def test_a_missing_warp_barrier(checks) -> None:
 
 
 def test_a_read_of_shared_memory_that_nobody_wrote(checks) -> None:
-    with fails("a read of shared memory that nobody wrote (thread 3 of block 0)", line_of(READ)):
+    with fails("a read of uninitialised shared memory (thread 3 of block 0)", line_of(READ)):
         emulate("reverse", X, Y, variant=4)
 
 

@@ -1,4 +1,4 @@
-// Attention: checks, allocation, launch. On a GPU the same ops are in Triton.
+// Attention operators on the CPU: checks, allocation, launch. On a GPU, Triton implements the same operators.
 #include "attention/attention.h"
 
 #include <cmath>
@@ -14,12 +14,12 @@ namespace seqkernels {
 
 namespace {
 
-using Maybe = const std::optional<Tensor>&;
+using OptionalTensor = const std::optional<Tensor>&;
 
 AttentionKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(attention_kernels); }
 
-// New, on the CPU; [B, H, T, D], in memory [B, T, H, D] if transposed.
-Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
+// Allocates on the CPU. `transposed`: [B, H, T, D] is stored as [B, T, H, D].
+Tensor allocate_cpu(ScalarType type, const Shape& sizes, bool transposed = false) {
   Shape strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
@@ -33,30 +33,30 @@ Tensor make(ScalarType type, const Shape& sizes, bool transposed = false) {
   static const DevicePlace cpu = DevicePlace::cpu();
   return allocate(cpu, dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
 }
-// As x [B, H, T, *] lies in memory, with D columns.
-Tensor like(const Tensor& x, int64_t D) {
-  return make(x.scalar_type(), {x.size(0), x.size(1), x.size(2), D}, x.stride(1) < x.stride(2));
+// Allocates [B, H, T, D] with the memory layout of x [B, H, T, *].
+Tensor allocate_like(const Tensor& x, int64_t D) {
+  return allocate_cpu(x.scalar_type(), {x.size(0), x.size(1), x.size(2), D}, x.stride(1) < x.stride(2));
 }
-void zero(const Tensor& t) { torch::stable::zero_(const_cast<Tensor&>(t)); }
+void fill_zero(const Tensor& t) { torch::stable::zero_(const_cast<Tensor&>(t)); }
 
-// What every op takes besides q, k and v.
+// Arguments of all ops besides q, k and v.
 struct AttentionOpArgs {
-  Maybe mask, slopes, q_lengths, k_lengths, cu_q, cu_k;
+  OptionalTensor mask, slopes, q_lengths, k_lengths, cu_q, cu_k;
   int64_t max_q, max_k;
   double scale;
   int64_t causal, window_left, window_right;
   double softcap, dropout_p;
-  Maybe seed;
+  OptionalTensor seed;
 };
 
-// An op's inputs, checked.
+// The checked inputs of an op.
 struct Call {
   const char* const op;
   AttentionArgs args{};
   std::vector<AttentionSequence> sequences;
-  std::vector<Tensor> held;  // what had to be copied
+  std::vector<Tensor> copies;  // keeps copies alive
 
-  Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const AttentionOpArgs& given) : op(op) {
+  Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const AttentionOpArgs& inputs) : op(op) {
     AttentionArgs& a = args;
     a.dtype = dtype_of(op, "q", q);
     a.q = tensor("q", q, q);
@@ -78,34 +78,34 @@ struct Call {
       fail(op, ": v must have shape [B, Hk, Tk, Dv] = [", batch, ", ", a.Hk, ", ", a.Tk, ", Dv], got ",
            show(shape_of(*v)));
     }
-    if (given.causal < 0 || given.causal > 2) {
-      fail(op, ": causal must be 0 (none), 1 (upper left) or 2 (lower right), got ", given.causal);
+    if (inputs.causal < 0 || inputs.causal > 2) {
+      fail(op, ": causal must be 0 (none), 1 (upper left) or 2 (lower right), got ", inputs.causal);
     }
-    if (!(given.softcap >= 0) || std::isinf(given.softcap)) {
-      fail(op, ": softcap must be finite and not negative, got ", given.softcap);
+    if (!(inputs.softcap >= 0) || std::isinf(inputs.softcap)) {
+      fail(op, ": softcap must be finite and not negative, got ", inputs.softcap);
     }
-    if (!(given.dropout_p >= 0 && given.dropout_p <= 1)) {
-      fail(op, ": dropout_p must be between 0 and 1, got ", given.dropout_p);
+    if (!(inputs.dropout_p >= 0 && inputs.dropout_p <= 1)) {
+      fail(op, ": dropout_p must be between 0 and 1, got ", inputs.dropout_p);
     }
-    a.scale = given.scale;
-    a.softcap = given.softcap;
-    a.causal = Causal(given.causal);
-    constexpr int64_t kFar = int64_t{1} << 40;  // beyond any length
-    a.window_left = std::min(given.window_left, kFar);
-    a.window_right = std::min(given.window_right, kFar);
-    a.dropout_p = given.dropout_p;
+    a.scale = inputs.scale;
+    a.softcap = inputs.softcap;
+    a.causal = Causal(inputs.causal);
+    constexpr int64_t kUnbounded = int64_t{1} << 40;  // beyond any length
+    a.window_left = std::min(inputs.window_left, kUnbounded);
+    a.window_right = std::min(inputs.window_right, kUnbounded);
+    a.dropout_p = inputs.dropout_p;
     if (a.dropout_p > 0) {
-      if (!given.seed) fail(op, ": seed must be given with dropout, got None");
-      const Tensor& seed = *given.seed;
+      if (!inputs.seed) fail(op, ": seed must be given with dropout, got None");
+      const Tensor& seed = *inputs.seed;
       check_device(op, "seed", seed, q);
       check_dtype(op, "seed", seed, ScalarType::Long);
       if (seed.numel() != 1) fail(op, ": seed must have one element, got ", show(shape_of(seed)));
       a.seed = uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
     }
-    set_sequences(q, given);
-    set_mask(q, given.mask);
-    if (given.slopes) {
-      Tensor slopes = *given.slopes;
+    set_sequences(q, inputs);
+    set_mask(q, inputs.mask);
+    if (inputs.slopes) {
+      Tensor slopes = *inputs.slopes;
       check_device(op, "alibi_slopes", slopes, q);
       check_dtype(op, "alibi_slopes", slopes, ScalarType::Float);
       const Shape shape = shape_of(slopes);
@@ -113,7 +113,7 @@ struct Call {
         fail(op, ": alibi_slopes must have shape [Hq] or [B, Hq] = [", a.B, ", ", a.Hq, "], got ", show(shape));
       }
       if (!slopes.is_contiguous()) slopes = torch::stable::contiguous(slopes);
-      held.push_back(slopes);
+      copies.push_back(slopes);
       a.slopes = static_cast<const float*>(slopes.const_data_ptr());
       a.slopes_b = shape.size() == 2 ? a.Hq : 0;
     }
@@ -128,8 +128,8 @@ struct Call {
   static AttentionTensor view(const Tensor& t) {
     return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
   }
-  // A tensor of the shape that an output has.
-  AttentionTensor like_output(const char* name, const Tensor& t, const Tensor& q, const Shape& shape) const {
+  // Checks a tensor that has the shape of an output.
+  AttentionTensor checked_output(const char* name, const Tensor& t, const Tensor& q, const Shape& shape) const {
     check_device(op, name, t, q);
     check_dtype(op, name, t, q.scalar_type());
     check_shape(op, name, t, shape);
@@ -151,9 +151,9 @@ struct Call {
     }
     return values;
   }
-  std::vector<int64_t> bounds(const char* name, Maybe given, const Tensor& q, int64_t N, int64_t longest,
+  std::vector<int64_t> bounds(const char* name, OptionalTensor inputs, const Tensor& q, int64_t N, int64_t longest,
                               const char* longest_name) const {
-    const std::vector<int64_t> cu = integers(name, *given, q);
+    const std::vector<int64_t> cu = integers(name, *inputs, q);
     if (cu.empty() || cu[0] != 0 || cu.back() != N) {
       fail(op, ": ", name, " must begin with 0 and end with ", N, ", the number of rows, got ",
            cu.empty() ? std::string("none") : "[" + std::to_string(cu[0]) + ", .., " + std::to_string(cu.back()) + "]");
@@ -167,11 +167,11 @@ struct Call {
     }
     return cu;
   }
-  std::vector<int64_t> lengths(const char* name, Maybe given, const Tensor& q, int64_t T) const {
-    if (!given) return std::vector<int64_t>(size_t(args.B), T);
-    std::vector<int64_t> all = integers(name, *given, q);
+  std::vector<int64_t> lengths(const char* name, OptionalTensor inputs, const Tensor& q, int64_t T) const {
+    if (!inputs) return std::vector<int64_t>(size_t(args.B), T);
+    std::vector<int64_t> all = integers(name, *inputs, q);
     if (int64_t(all.size()) != args.B) {
-      fail(op, ": ", name, " must have shape [B] = [", args.B, "], got ", show(shape_of(*given)));
+      fail(op, ": ", name, " must have shape [B] = [", args.B, "], got ", show(shape_of(*inputs)));
     }
     for (const int64_t n : all) {
       if (n < 0 || n > T) fail(op, ": ", name, " must be between 0 and ", T, ", got ", n);
@@ -179,16 +179,16 @@ struct Call {
     return all;
   }
 
-  void set_sequences(const Tensor& q, const AttentionOpArgs& given) {
+  void set_sequences(const Tensor& q, const AttentionOpArgs& inputs) {
     AttentionArgs& a = args;
-    if (given.cu_q || given.cu_k) {
-      if (!given.cu_q || !given.cu_k) fail(op, ": cu_q and cu_k must be given together");
-      if (given.q_lengths || given.k_lengths || given.mask) {
+    if (inputs.cu_q || inputs.cu_k) {
+      if (!inputs.cu_q || !inputs.cu_k) fail(op, ": cu_q and cu_k must be given together");
+      if (inputs.q_lengths || inputs.k_lengths || inputs.mask) {
         fail(op, ": q_lengths, k_lengths and attn_mask must be absent where rows are packed");
       }
       if (a.B != 1) fail(op, ": q must have shape [1, Hq, N, D] where rows are packed, got ", show(shape_of(q)));
-      const std::vector<int64_t> cu_q = bounds("cu_q", given.cu_q, q, a.Tq, given.max_q, "max_q"),
-                                 cu_k = bounds("cu_k", given.cu_k, q, a.Tk, given.max_k, "max_k");
+      const std::vector<int64_t> cu_q = bounds("cu_q", inputs.cu_q, q, a.Tq, inputs.max_q, "max_q"),
+                                 cu_k = bounds("cu_k", inputs.cu_k, q, a.Tk, inputs.max_k, "max_k");
       if (cu_q.size() != cu_k.size()) {
         fail(op, ": cu_k must have as many elements as cu_q, ", cu_q.size(), ", got ", cu_k.size());
       }
@@ -199,18 +199,18 @@ struct Call {
         sequences.push_back({cu_q[i], cu_k[i], cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]});
       }
     } else {
-      const std::vector<int64_t> of_q = lengths("q_lengths", given.q_lengths, q, a.Tq),
-                                 of_k = lengths("k_lengths", given.k_lengths, q, a.Tk);
-      for (size_t i = 0; i < of_q.size(); ++i) sequences.push_back({0, 0, of_q[i], of_k[i]});
+      const std::vector<int64_t> query_lengths = lengths("q_lengths", inputs.q_lengths, q, a.Tq),
+                                 key_lengths = lengths("k_lengths", inputs.k_lengths, q, a.Tk);
+      for (size_t i = 0; i < query_lengths.size(); ++i) sequences.push_back({0, 0, query_lengths[i], key_lengths[i]});
     }
     a.sequences = sequences.data();
     a.lse_h = a.Tq;
     a.lse_b = a.packed ? 0 : a.Hq * a.Tq;
   }
 
-  void set_mask(const Tensor& q, Maybe given) {
-    if (!given) return;
-    const Tensor& mask = *given;
+  void set_mask(const Tensor& q, OptionalTensor inputs) {
+    if (!inputs) return;
+    const Tensor& mask = *inputs;
     check_device(op, "attn_mask", mask, q);
     const bool is_bool = mask.scalar_type() == ScalarType::Bool;
     if (!is_bool) check_dtype(op, "attn_mask", mask, q.scalar_type());
@@ -229,14 +229,14 @@ struct Call {
     }
   }
 
-  ScalarType wide() const { return args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+  ScalarType compute_type() const { return args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
   Shape lse_shape(const Tensor& q) const { return {q.size(0), q.size(1), q.size(2)}; }
   // lse or its gradient, as kernels read it.
-  const void* lse_like(const char* name, const Tensor& t, const Tensor& q) {
-    held.push_back(checked(op, name, t, wide(), lse_shape(q), q));
-    return held.back().const_data_ptr();
+  const void* checked_lse(const char* name, const Tensor& t, const Tensor& q) {
+    copies.push_back(checked(op, name, t, compute_type(), lse_shape(q), q));
+    return copies.back().const_data_ptr();
   }
-  // The sequence's stride of an output, which packed rows do not have.
+  // An output as kernels write it. Packed rows have no stride between sequences.
   AttentionTensor output(const Tensor& t) const {
     AttentionTensor v = view(t);
     if (args.packed) v.b = 0;
@@ -244,64 +244,64 @@ struct Call {
   }
 };
 
-#define SEQKERNELS_ATTENTION                                                                                        \
-  Maybe mask, Maybe slopes, Maybe q_lengths, Maybe k_lengths, Maybe cu_q, Maybe cu_k, int64_t max_q, int64_t max_k, \
-      double scale, int64_t causal, int64_t window_left, int64_t window_right, double softcap, double dropout_p,    \
-      Maybe seed
-#define SEQKERNELS_ATTENTION_GIVEN                                                                                   \
+#define SEQKERNELS_ATTENTION_PARAMETERS                                                                                \
+  OptionalTensor mask, OptionalTensor slopes, OptionalTensor q_lengths, OptionalTensor k_lengths, OptionalTensor cu_q, \
+      OptionalTensor cu_k, int64_t max_q, int64_t max_k, double scale, int64_t causal, int64_t window_left,            \
+      int64_t window_right, double softcap, double dropout_p, OptionalTensor seed
+#define SEQKERNELS_ATTENTION_INPUTS                                                                                  \
   AttentionOpArgs {                                                                                                  \
     mask, slopes, q_lengths, k_lengths, cu_q, cu_k, max_q, max_k, scale, causal, window_left, window_right, softcap, \
         dropout_p, seed                                                                                              \
   }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION) {
-  Call call("attention_forward", q, k, &v, SEQKERNELS_ATTENTION_GIVEN);
-  Tensor out = like(q, call.args.Dv), lse = make(call.wide(), call.lse_shape(q));
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION_PARAMETERS) {
+  Call call("attention_forward", q, k, &v, SEQKERNELS_ATTENTION_INPUTS);
+  Tensor out = allocate_like(q, call.args.Dv), lse = allocate_cpu(call.compute_type(), call.lse_shape(q));
   call.args.out = call.output(out);
   call.args.lse = lse.mutable_data_ptr();
   kernels().forward(call.args);
   return {out, lse};
 }
 
-Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION, const Tensor& lse) {
-  Call call("attention_weights", q, k, nullptr, SEQKERNELS_ATTENTION_GIVEN);
+Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION_PARAMETERS, const Tensor& lse) {
+  Call call("attention_weights", q, k, nullptr, SEQKERNELS_ATTENTION_INPUTS);
   if (call.args.packed) fail(call.op, ": cu_q and cu_k must be absent");
-  call.args.lse = const_cast<void*>(call.lse_like("lse", lse, q));
-  Tensor out = make(q.scalar_type(), {q.size(0), q.size(1), q.size(2), k.size(2)});
-  zero(out);
+  call.args.lse = const_cast<void*>(call.checked_lse("lse", lse, q));
+  Tensor out = allocate_cpu(q.scalar_type(), {q.size(0), q.size(1), q.size(2), k.size(2)});
+  fill_zero(out);
   kernels().weights(call.args, out.mutable_data_ptr());
   return out;
 }
 
-// The gradient of a mask, zeros where nobody writes; empty where it is not asked for.
-Tensor mask_gradient(const Call& call, AttentionBackwardArgs& args, const Tensor& q, Maybe mask, bool need) {
-  if (!need) return make(q.scalar_type(), {0});
+// Allocates the gradient of the mask, filled with zeros; an empty tensor if it is not needed.
+Tensor mask_gradient(const Call& call, AttentionBackwardArgs& args, const Tensor& q, OptionalTensor mask, bool need) {
+  if (!need) return allocate_cpu(q.scalar_type(), {0});
   if (!mask || call.args.mask_kind != MaskKind::kFloat) {
     fail(call.op, ": need_dmask must be False where there is no float attn_mask, got True");
   }
   const Shape shape = shape_of(*mask);
-  Tensor dmask = make(q.scalar_type(), shape);
-  zero(dmask);
+  Tensor dmask = allocate_cpu(q.scalar_type(), shape);
+  fill_zero(dmask);
   args.dmask = dmask.mutable_data_ptr();
   for (size_t i = 0; i < 4; ++i) args.mask_shape[i] = shape[i];
   return dmask;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Maybe dlse, const Tensor& q, const Tensor& k,
-                                                    const Tensor& v, SEQKERNELS_ATTENTION, const Tensor& out,
-                                                    const Tensor& lse, bool need_dmask) {
-  Call call("attention_backward", q, k, &v, SEQKERNELS_ATTENTION_GIVEN);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, OptionalTensor dlse, const Tensor& q,
+                                                    const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION_PARAMETERS,
+                                                    const Tensor& out, const Tensor& lse, bool need_dmask) {
+  Call call("attention_backward", q, k, &v, SEQKERNELS_ATTENTION_INPUTS);
   const Shape shape{q.size(0), q.size(1), q.size(2), call.args.Dv};
   AttentionBackwardArgs args{};
   const auto packed = [&](AttentionTensor t) {
     if (call.args.packed) t.b = 0;
     return t;
   };
-  call.args.out = packed(call.like_output("out", out, q, shape));
-  call.args.lse = const_cast<void*>(call.lse_like("lse", lse, q));
-  args.dout = packed(call.like_output("dout", dout, q, shape));
-  if (dlse) args.dlse = call.lse_like("dlse", *dlse, q);
-  Tensor dq = like(q, call.args.D), dk = like(k, call.args.D), dv = like(v, call.args.Dv);
+  call.args.out = packed(call.checked_output("out", out, q, shape));
+  call.args.lse = const_cast<void*>(call.checked_lse("lse", lse, q));
+  args.dout = packed(call.checked_output("dout", dout, q, shape));
+  if (dlse) args.dlse = call.checked_lse("dlse", *dlse, q);
+  Tensor dq = allocate_like(q, call.args.D), dk = allocate_like(k, call.args.D), dv = allocate_like(v, call.args.Dv);
   args.dq = call.output(dq);
   args.dk = call.output(dk);
   args.dv = call.output(dv);
@@ -312,13 +312,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Maybe dl
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> weights_backward(const Tensor& dweights, const Tensor& q, const Tensor& k,
-                                                            SEQKERNELS_ATTENTION, const Tensor& lse, bool need_dmask) {
-  Call call("attention_weights_backward", q, k, nullptr, SEQKERNELS_ATTENTION_GIVEN);
+                                                            SEQKERNELS_ATTENTION_PARAMETERS, const Tensor& lse,
+                                                            bool need_dmask) {
+  Call call("attention_weights_backward", q, k, nullptr, SEQKERNELS_ATTENTION_INPUTS);
   if (call.args.packed) fail(call.op, ": cu_q and cu_k must be absent");
   AttentionBackwardArgs args{};
-  call.args.lse = const_cast<void*>(call.lse_like("lse", lse, q));
-  args.dweights = call.like_output("dweights", dweights, q, {q.size(0), q.size(1), q.size(2), k.size(2)});
-  Tensor dq = like(q, call.args.D), dk = like(k, call.args.D), dlse = make(call.wide(), call.lse_shape(q));
+  call.args.lse = const_cast<void*>(call.checked_lse("lse", lse, q));
+  args.dweights = call.checked_output("dweights", dweights, q, {q.size(0), q.size(1), q.size(2), k.size(2)});
+  Tensor dq = allocate_like(q, call.args.D), dk = allocate_like(k, call.args.D),
+         dlse = allocate_cpu(call.compute_type(), call.lse_shape(q));
   args.dq = call.output(dq);
   args.dk = call.output(dk);
   args.dlse_out = dlse.mutable_data_ptr();

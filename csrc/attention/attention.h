@@ -1,6 +1,6 @@
-// Scaled-dot-product attention. The structs that operators fill and kernels read; free of torch.
+// Scaled-dot-product attention: the argument structs that operators fill and kernels read; includes no torch header.
 //
-// Dimensions: B sequences, Hq heads of queries, Hk of keys (head h reads keys h / (Hq / Hk)), Tq queries, Tk keys, D
+// Dimensions: B sequences, Hq query heads, Hk key heads (query head h reads key head h / (Hq / Hk)), Tq queries, Tk keys, D
 // and Dv columns.
 #pragma once
 
@@ -10,16 +10,16 @@
 
 namespace seqkernels {
 
-// A tensor [B, H, T, D]; strides in elements. Packed rows have a stride of 0 from sequence to sequence.
+// A tensor [B, H, T, D]; strides in elements. With packed rows, the stride between sequences is 0.
 struct AttentionTensor {
   void* data;
   int64_t b, h, t, d;
 };
 
 enum class MaskKind : int { kNone, kBool, kFloat };
-enum class Causal : int { kNone, kUpperLeft, kLowerRight };  // as ops take it
+enum class Causal : int { kNone, kUpperLeft, kLowerRight };  // numbered as in the op schemas
 
-// One sequence: where its rows begin in q and k, and how many exist.
+// One sequence: the first row in q and k, and the number of rows.
 struct AttentionSequence {
   int64_t q_begin, k_begin, q_length, k_length;
 };
@@ -27,7 +27,7 @@ struct AttentionSequence {
 struct AttentionArgs {
   DType dtype;
   int64_t B, Hq, Hk, D, Dv;
-  int64_t Tq, Tk;  // of the tensors: what lies between a length and these is zero; of packed rows not looked at
+  int64_t Tq, Tk;  // of the tensors; outputs are zero past a sequence's length; unused with packed rows
   bool packed;
   const AttentionSequence* sequences;  // [B]
   AttentionTensor q, k, v, out;
@@ -35,33 +35,33 @@ struct AttentionArgs {
   int64_t lse_b, lse_h;
 
   MaskKind mask_kind;
-  AttentionTensor mask;  // [B, Hq, Tq, Tk], stride 0 where it is broadcast
+  AttentionTensor mask;  // [B, Hq, Tq, Tk], stride 0 in broadcast dimensions
   const float* slopes;   // [B, Hq], stride slopes_b, 1; or null
   int64_t slopes_b;
   double scale, softcap;
   Causal causal;
-  int64_t window_left, window_right;  // below 0: none
+  int64_t window_left, window_right;  // negative: none
   double dropout_p;
   uint64_t seed;
 
   int64_t group() const { return Hq / Hk; }
 };
 
-// Gradients. Either those of the output or, where dweights is given, those of the weights: then there is no v.
+// Gradients of the output, or, if dweights is set, of the attention weights; the latter have no v.
 struct AttentionBackwardArgs {
   AttentionArgs forward;
   AttentionTensor dout;      // [B, Hq, Tq, Dv]
   AttentionTensor dweights;  // [B, Hq, Tq, Tk]
-  const void* dlse;          // as lse, or null
+  const void* dlse;          // same layout as lse; or null
   AttentionTensor dq, dk, dv;
-  void* dlse_out;  // as lse, where dweights is given
-  void* dmask;     // contiguous, of the mask's shape: [mask_shape]; or null
+  void* dlse_out;  // same layout as lse; used with dweights
+  void* dmask;     // contiguous, with shape mask_shape; or null
   int64_t mask_shape[4];
 };
 
 struct AttentionKernels {
   void (*forward)(const AttentionArgs&);
-  void (*weights)(const AttentionArgs&, void* weights);  // [B, Hq, Tq, Tk], zero where it is not written
+  void (*weights)(const AttentionArgs&, void* weights);  // [B, Hq, Tq, Tk], zeros on entry
   void (*backward)(const AttentionBackwardArgs&);
 };
 

@@ -1,28 +1,27 @@
-// How the forward pass of attention on a CPU is cut into tasks: by the sizes alone. The kernels and seqkernels.explain
-// both call these functions.
+// Splits attention on a CPU into tasks, by the sizes alone. Used by the kernels and by seqkernels.explain.
 //
-// Dimensions: B sequences, Hq heads of queries, Hk of keys, Tq queries, Tk keys.
+// Dimensions: B sequences, Hq query heads, Hk key heads, Tq queries, Tk keys.
 #pragma once
 
 #include <cstdint>
 
 namespace seqkernels::attention {
 
-constexpr int64_t kRows = 48;        // queries of a block
-constexpr int64_t kKeys = 64;        // keys of a block: one bit each of a word
-constexpr int64_t kChunkKeys = 512;  // keys of one running softmax; chunks are merged in order
+constexpr int64_t kRows = 48;        // queries per block
+constexpr int64_t kKeys = 64;        // keys per block: one bit of a word each
+constexpr int64_t kChunkKeys = 512;  // keys per online softmax; chunks are merged in order
 
-// A group is the heads of queries that share a head of keys. With few groups for the threads, groups are cut further.
+// A group is the query heads that share a key head. With few groups per thread, groups are split further.
 constexpr bool group_is_task(int64_t groups, int64_t threads) { return threads == 1 || groups >= 2 * threads; }
 
-// Heads of one block: several where a sequence has few queries.
+// Number of heads per block: several if a sequence has few queries.
 constexpr int64_t heads_of_block(int64_t queries, int64_t group) {
   return queries >= kRows || queries == 0 ? 1 : group < kRows / queries ? group : kRows / queries;
 }
 
 constexpr int64_t chunks_of(int64_t keys) { return (keys + kChunkKeys - 1) / kChunkKeys; }
 
-// Tasks of a group that is cut: its blocks, or the chunks of keys of its only block.
+// Number of tasks of a split group: its blocks, or the key chunks of its only block.
 constexpr int64_t tasks_of_group(int64_t blocks, int64_t keys) {
   return blocks != 1 ? blocks : keys > 0 ? chunks_of(keys) : 1;
 }

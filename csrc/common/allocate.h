@@ -1,4 +1,5 @@
-// New tensors through torch's C interface: half the time of new_empty, which looks its op up by name. Not for kernels.
+// Allocates tensors through torch's C interface, which takes half the time of new_empty: new_empty looks its operator
+// up by name. Includes torch's stable ABI: not for kernels.
 #pragma once
 
 #include "common/check.h"
@@ -35,13 +36,13 @@ struct DevicePlace {
   bool operator!=(const DevicePlace& other) const { return type != other.type || index != other.index; }
 };
 
-// Uninitialised. dtype: as dtype_code gives it.
+// Returns an uninitialised tensor. `dtype` is a value of dtype_code.
 inline Tensor allocate(DevicePlace place, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, place.type, place.index, &handle));
   return Tensor(handle);
 }
-// [rows, columns], contiguous; [columns] where rows is below 0.
+// Returns a contiguous [rows, columns] tensor, or [columns] if rows is negative.
 inline Tensor allocate(DevicePlace place, int32_t dtype, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   const int skip = rows < 0;

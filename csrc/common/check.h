@@ -1,6 +1,7 @@
-// Checks of tensors that come through torch.ops, and what op files share. Includes torch's stable ABI: not for kernels.
+// Checks of tensors that arrive through torch.ops, shared by the operators' host files. Includes torch's stable ABI:
+// not for kernels.
 //
-// An error reads "<op>: <argument> must <condition>, got <what came>".
+// Errors read "<op>: <argument> must <condition>, got <value>".
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -90,14 +91,14 @@ inline void check_dtype(const std::string& op, const std::string& name, const Te
 inline void check_shape(const std::string& op, const std::string& name, const Tensor& t, const Shape& wanted) {
   if (shape_of(t) != wanted) fail(op, ": ", name, " must have shape ", show(wanted), ", got ", show(shape_of(t)));
 }
-// On the device of `like`.
+// Requires `t` to be on the device of `like`.
 inline void check_device(const std::string& op, const std::string& name, const Tensor& t, const Tensor& like) {
   if (t.is_cpu() != like.is_cpu() || (!t.is_cpu() && t.get_device_index() != like.get_device_index())) {
     if (like.is_cpu()) check_cpu(op, name, t);
     fail(op, ": ", name, " must be on the device of the other tensors, got a tensor on another");
   }
 }
-// The tensor as a kernel reads it: on the device of `like`, of that dtype and shape, contiguous (copied if it is not).
+// Returns the tensor as kernels read it: on the device of `like`, with this dtype and shape, copied if not contiguous.
 inline Tensor checked(const std::string& op, const std::string& name, const Tensor& t, ScalarType dtype,
                       const Shape& shape, const Tensor& like) {
   check_device(op, name, t, like);

@@ -1,7 +1,8 @@
-// Everything a CUDA kernel of this project may use of the machine. Under nvcc each function is an intrinsic or one PTX
-// instruction; with SEQKERNELS_EMULATE_CUDA (a plain C++ compiler) tests/cuda_on_cpu/device_emulated.h takes the place
-// of this half: each CUDA thread is then a fibre, each barrier a switch, and memory is checked. Kernel files include
-// this header and headers free of torch, and see the device through nothing else, so one source serves both.
+// The device interface of this project's CUDA kernels. With nvcc, each function is an intrinsic or a PTX instruction.
+// With SEQKERNELS_EMULATE_CUDA and a C++ compiler, tests/cuda_on_cpu/device_emulated.h replaces the device half of this
+// header: each CUDA thread is a fibre, each barrier switches fibres, and memory accesses are checked. Kernel files
+// include this header and torch-free headers only and access the device through these functions alone, so that one
+// source serves both.
 //
 //   template <class T>
 //   SK_KERNEL(kThreads, kBlocksPerMultiprocessor) scale_kernel(const SK_GRID_CONSTANT ScaleArgs args) {
@@ -13,9 +14,9 @@
 //   }
 //   launch(scale_kernel<T>, LaunchConfig{blocks, kThreads, shared_bytes, .., stream}, args);
 //
-// Blocks are one-dimensional. Pointers into global and shared memory are Global<T> and Shared<T>; `x[i]` is a reference
-// to T here and a checked stand-in for one under the emulation, so name the type of what is read: `const float v =
-// x[i]`. There are no atomics in floating point: results must not depend on the order of threads.
+// Blocks are one-dimensional. Pointers to global and shared memory are Global<T> and Shared<T>. `x[i]` is a T& under
+// nvcc and a checked proxy under the emulation; name the type of a value that is read: `const float v = x[i]`. There
+// are no floating-point atomics, because results must not depend on the order of threads.
 #pragma once
 
 #include <cmath>
@@ -42,7 +43,7 @@
 
 #include <cstdlib>
 #define SK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
-#define SK_GRID_CONSTANT __grid_constant__  // the parameter must be const: it stays in constant memory, uncopied
+#define SK_GRID_CONSTANT __grid_constant__  // the parameter must be const; it is read in place from constant memory
 #define SK_DEVICE __device__ __forceinline__
 #define SK_HOST_DEVICE __host__ __device__ __forceinline__
 #define SK_UNROLL _Pragma("unroll")
@@ -51,7 +52,7 @@
 
 namespace seqkernels {
 
-// What launch() takes. Sizes in blocks, threads and bytes; `cluster` blocks along x form a cluster (1: none).
+// Launch configuration. Sizes are in blocks, threads and bytes; `cluster` blocks along x form a cluster (1: none).
 struct LaunchConfig {
   struct Grid {
     int64_t x = 1, y = 1, z = 1;
@@ -61,7 +62,7 @@ struct LaunchConfig {
   int block = 1;
   int64_t shared_bytes = 0;  // dynamic shared memory
   int cluster = 1;
-  bool cooperative = false;  // all blocks resident at once: grid_sync() and spinning on other blocks are allowed
+  bool cooperative = false;  // all blocks are resident: grid_sync() and spinning on other blocks are allowed
   void* stream = nullptr;
 
   std::string text(const std::string& kernel) const {
@@ -72,11 +73,11 @@ struct LaunchConfig {
   }
 };
 
-// What the current device offers.
+// Limits of the current device.
 struct DeviceLimits {
   int major, minor;  // compute capability
   int multiprocessors;
-  int64_t shared_bytes;  // dynamic shared memory a block may ask for
+  int64_t shared_bytes;  // maximum dynamic shared memory of a block
   int64_t l2_bytes;
   bool clusters() const { return major >= 9; }
 };
@@ -86,7 +87,7 @@ namespace device {
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Up to 16 bytes that move in one instruction; what it is read from must be aligned to its size.
+// Up to 16 bytes that are moved by one instruction. Its address must be aligned to its size.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
   static_assert(sizeof(T) * N <= 16, "a vector access moves at most 16 bytes");
@@ -95,11 +96,11 @@ struct alignas(sizeof(T) * N) Vec {
   SK_HOST_DEVICE const T& operator[](int i) const { return values[i]; }
 };
 
-// How a load or store treats the caches: kReadOnly for what no thread writes during the kernel, kStreaming for what is
-// touched once, kL2 past the first-level cache.
+// Cache behaviour of a load or store. kReadOnly: memory that no thread writes during the kernel. kStreaming: memory
+// that is accessed once. kL2: bypasses the L1 cache.
 enum class Cache { kDefault, kReadOnly, kStreaming, kL2 };
 
-// A barrier in shared memory that counts arrivals and bytes.
+// A barrier in shared memory that counts arrivals and bytes (mbarrier).
 struct alignas(8) MBarrier {
   uint64_t state;
 };
@@ -123,19 +124,18 @@ namespace seqkernels {
 namespace device {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;  // kernels with clusters compile, to a trap
+constexpr bool kHasClusters = false;  // kernels with clusters compile to a trap
 #else
 constexpr bool kHasClusters = true;
 #endif
-// Wraps PTX that needs compute capability 9.0.
+// Emits PTX that needs compute capability 9.0.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define SK_SM90(...) __trap()
 #else
 #define SK_SM90(...) __VA_ARGS__
 #endif
 
-// ---- where a thread is
-// -----------------------------------------------------------------------------------------------
+// Thread and block indices.
 
 SK_DEVICE int thread_index() { return threadIdx.x; }
 SK_DEVICE int lane_index() { return threadIdx.x % kWarp; }
@@ -147,12 +147,11 @@ SK_DEVICE int64_t block_index_z() { return blockIdx.z; }
 SK_DEVICE int64_t grid_blocks() { return gridDim.x; }
 SK_DEVICE int64_t grid_blocks_y() { return gridDim.y; }
 SK_DEVICE int64_t grid_blocks_z() { return gridDim.z; }
-// Along x: for loops `for (int64_t i = grid_thread_index(); i < n; i += grid_threads())`.
+// Along x, for grid-stride loops: `for (int64_t i = grid_thread_index(); i < n; i += grid_threads())`.
 SK_DEVICE int64_t grid_thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 SK_DEVICE int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// Memory.
 
 template <int kBytes>
 struct WordOf;
@@ -177,7 +176,7 @@ struct WordOf<16> {
   using type = uint4;
 };
 
-// A pointer to global memory, and the number of elements behind it, which only the emulation keeps.
+// A pointer to global memory. `count` elements are accessible; only the emulation stores and checks this number.
 template <class T>
 class Global {
  public:
@@ -198,7 +197,7 @@ SK_DEVICE Global<T> global(std::conditional_t<std::is_const<T>::value, const voi
   return Global<T>(static_cast<T*>(pointer), count);
 }
 
-// A pointer to this block's shared memory.
+// A pointer to shared memory of this block.
 template <class T>
 class Shared {
  public:
@@ -211,7 +210,7 @@ class Shared {
   SK_DEVICE explicit operator bool() const { return pointer_ != nullptr; }
   SK_DEVICE T* get() const { return pointer_; }
   SK_DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer_)); }
-  // The same bytes as elements of another type.
+  // Reinterprets the same bytes as elements of another type.
   template <class U>
   SK_DEVICE Shared<U> as() const {
     return Shared<U>(reinterpret_cast<U*>(pointer_), 0);
@@ -221,7 +220,7 @@ class Shared {
   T* pointer_;
 };
 
-// Hands out the block's dynamic shared memory from its start; every thread asks for the same arrays in the same order.
+// Divides the block's dynamic shared memory into arrays. All threads must request the same arrays in the same order.
 class SharedArena {
  public:
   template <class T>
@@ -236,7 +235,7 @@ class SharedArena {
  private:
   uint32_t offset_ = 0;
 };
-// The same calls on the host, for LaunchConfig::shared_bytes.
+// Computes LaunchConfig::shared_bytes on the host from the same sequence of calls.
 class SharedBytes {
  public:
   template <class T>
@@ -249,7 +248,7 @@ class SharedBytes {
  private:
   int64_t bytes_ = 0;
 };
-// SK_SHARED(float, partial, 32): a static array of the block, a variable of type Shared<float>.
+// SK_SHARED(float, partial, 32) declares a static shared array as a variable of type Shared<float>.
 #define SK_SHARED(type, name, count)            \
   __shared__ __align__(16) type name##_[count]; \
   const ::seqkernels::device::Shared<type> name(name##_, count)
@@ -272,7 +271,7 @@ SK_DEVICE void store_word(Word* p, Word word) {
   }
 }
 
-// N elements from element i on: i * sizeof(T) must be a multiple of N * sizeof(T).
+// Loads N elements from index i. The address must be aligned to N * sizeof(T) bytes.
 template <int N, Cache kCache = Cache::kDefault, class T>
 SK_DEVICE Vec<std::remove_const_t<T>, N> load_vec(Global<T> x, int64_t i) {
   using Word = typename WordOf<N * sizeof(T)>::type;
@@ -291,7 +290,7 @@ template <class T, int N>
 SK_DEVICE void store_vec(Shared<T> x, int64_t i, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(x.get() + i) = v;
 }
-// One element, with a word to the caches.
+// Loads or stores one element with an explicit cache behaviour.
 template <Cache kCache, class T>
 SK_DEVICE std::remove_const_t<T> load(Global<T> x, int64_t i) {
   return load_vec<1, kCache>(x, i)[0];
@@ -305,8 +304,7 @@ SK_DEVICE void prefetch_l2(Global<T> x, int64_t i) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(x.get() + i));
 }
 
-// ---- memory order: integers of 32 or 64 bits, seen by the whole device
-// -----------------------------------------------
+// Memory ordering at device scope, for integers of 32 or 64 bits.
 
 #define SK_ORDERED(name, op32, op64)                                                            \
   template <class T>                                                                            \
@@ -337,22 +335,21 @@ SK_ORDERED(load_relaxed, "ld.relaxed.gpu.global.u32", "ld.relaxed.gpu.global.u64
   }
 SK_ORDERED(store_release, "st.release.gpu.global.u32", "st.release.gpu.global.u64")
 SK_ORDERED(store_relaxed, "st.relaxed.gpu.global.u32", "st.relaxed.gpu.global.u64")
-// Adds without an answer; what this thread wrote before is visible to who acquires the sum.
+// Adds v without returning the old value. Earlier writes of this thread are visible to a thread that acquires the sum.
 SK_ORDERED(add_release, "red.release.gpu.global.add.u32", "red.release.gpu.global.add.u64")
 #undef SK_ORDERED
 SK_DEVICE void fence_device() { __threadfence(); }
 SK_DEVICE void fence_block() { __threadfence_block(); }
-// Inside a loop that waits for another thread. Under the emulation it lets the others run, and a loop without it hangs.
+// Call this in a loop that waits for another thread. The emulation then runs other threads; without it, the loop hangs.
 SK_DEVICE void pause() { __nanosleep(20); }
-// Waits until the flag, an integer that only grows, is at least `wanted`.
+// Waits until a monotonically increasing flag reaches `wanted`.
 template <class T>
 SK_DEVICE void wait_acquire(Global<T> flags, int64_t i, std::remove_const_t<T> wanted) {
   while (load_acquire(flags, i) < wanted) {
   }
 }
 
-// ---- atomics: integers, relaxed, the old value is returned
-// -----------------------------------------------------------
+// Atomics on integers: relaxed; each returns the old value.
 
 #define SK_ATOMIC(name, intrinsic)                                                                    \
   template <template <class> class Pointer, class T>                                                  \
@@ -386,15 +383,13 @@ SK_DEVICE T atomic_compare_exchange(Pointer<T> x, int64_t i, T expected, T desir
       ::atomicCAS(reinterpret_cast<Native*>(x.get() + i), static_cast<Native>(expected), static_cast<Native>(desired)));
 }
 
-// ---- warp
-// ------------------------------------------------------------------------------------------------------------ Every
-// lane of the mask must come; a shuffle orders no memory, warp_sync does.
+// Warp operations. All lanes of `mask` must call them. A shuffle does not order memory accesses; warp_sync does.
 
 SK_DEVICE void warp_sync(uint32_t mask = kAllLanes) { __syncwarp(mask); }
 SK_DEVICE uint32_t ballot(bool predicate, uint32_t mask = kAllLanes) { return __ballot_sync(mask, predicate); }
 SK_DEVICE bool any_lane(bool predicate, uint32_t mask = kAllLanes) { return __any_sync(mask, predicate); }
 SK_DEVICE bool all_lanes(bool predicate, uint32_t mask = kAllLanes) { return __all_sync(mask, predicate); }
-// The lanes of the mask that hold the same value.
+// Returns the lanes of the mask that hold the same value.
 SK_DEVICE uint32_t match_any(uint32_t value, uint32_t mask = kAllLanes) { return __match_any_sync(mask, value); }
 
 template <class T, class F>
@@ -414,7 +409,7 @@ SK_DEVICE T by_words(T value, F&& f) {
   }
   return value;
 }
-// Any plain type. The source lane counts within groups of `width` lanes.
+// Shuffles accept any trivially copyable type. The source lane is relative to a group of `width` lanes.
 template <class T>
 SK_DEVICE T shuffle(T value, int lane, int width = kWarp, uint32_t mask = kAllLanes) {
   return by_words(value, [=](uint32_t w) { return __shfl_sync(mask, w, lane, width); });
@@ -437,31 +432,29 @@ SK_DEVICE int leading_zeros(uint32_t bits) { return __clz(bits); }
 SK_DEVICE int first_set(uint32_t bits) { return __ffs(bits) - 1; }  // -1: none
 SK_DEVICE uint32_t lanes_before() { return (1u << lane_index()) - 1; }
 
-// ---- block and grid
-// --------------------------------------------------------------------------------------------------
+// Block and grid barriers.
 
 SK_DEVICE void block_sync() { __syncthreads(); }
 SK_DEVICE int block_sync_count(bool predicate) { return __syncthreads_count(predicate); }
 SK_DEVICE bool block_sync_or(bool predicate) { return __syncthreads_or(predicate); }
-// Named barriers 1 to 15, for `threads` threads of the block, whole warps: who comes waits, or only announces itself.
+// Named barriers 1 to 15 for `threads` threads of the block, in whole warps. named_sync waits; named_arrive does not.
 SK_DEVICE void named_sync(int id, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 SK_DEVICE void named_arrive(int id, int threads) {
   asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// All blocks of a cooperative launch.
+// Synchronises all blocks of a cooperative launch.
 SK_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// ---- asynchronous copies, global to shared
-// ---------------------------------------------------------------------------
+// Asynchronous copies from global to shared memory.
 
-// Copies 4, 8 or 16 aligned bytes; zeros where not valid (nothing is read then).
+// Copies 4, 8 or 16 aligned bytes. If not valid, writes zeros and does not read the source.
 template <int kBytes, class T, class U>
 SK_DEVICE void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
   static_assert(std::is_same<T, std::remove_const_t<U>>::value, "a copy keeps the type");
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "4, 8 or 16 bytes");
-  // The operand that lets the source be ignored costs a predicate, a variable size four instructions.
+  // The ignore-src operand costs one predicate; a variable source size costs four instructions.
   const int ignored = !valid;
   if constexpr (kBytes == 16) {
     asm volatile(
@@ -476,7 +469,7 @@ SK_DEVICE void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
         : "memory");
   }
 }
-// The same of the first `count` elements, zeros behind them.
+// Copies the first `count` elements and writes zeros behind them.
 template <int kBytes, class T, class U>
 SK_DEVICE void copy_async_part(Shared<T> to, Global<U> from, int count) {
   static_assert(std::is_same<T, std::remove_const_t<U>>::value, "a copy keeps the type");
@@ -492,14 +485,13 @@ SK_DEVICE void copy_async_part(Shared<T> to, Global<U> from, int count) {
   }
 }
 SK_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending of this thread's groups are under way; others see the data after a barrier.
+// Waits until at most kPending copy groups of this thread are incomplete. Other threads see the data after a barrier.
 template <int kPending>
 SK_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- clusters, distributed shared memory, barriers in shared memory (compute capability 9.0)
-// -------------------------
+// Clusters, distributed shared memory and mbarriers (compute capability 9.0).
 
 SK_DEVICE int cluster_rank() {
   uint32_t rank = 0;
@@ -518,7 +510,8 @@ SK_DEVICE void cluster_sync() {
   cluster_wait();
 }
 
-// Shared memory of a block of the cluster, this one included. Its owner must not have exited: end with cluster_sync().
+// Shared memory of a block of the cluster, possibly this one. The owner must not have exited: end kernels with
+// cluster_sync().
 template <class T>
 class Remote {
  public:
@@ -587,8 +580,8 @@ SK_DEVICE T load(Remote<T> x, int64_t i) {
   return load_vec<1>(x, i)[0];
 }
 
-// One thread sets a barrier up for `arrivals` arrivals a phase; mbarrier_init_fence(), then a block or cluster barrier,
-// before anyone uses it.
+// Initialises a barrier for `arrivals` arrivals per phase. One thread calls it; mbarrier_init_fence() and a block or
+// cluster barrier must follow before any use.
 SK_DEVICE void mbarrier_init(Shared<MBarrier> b, int64_t i, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((b + i).address()), "r"(arrivals) : "memory");
 }
@@ -596,7 +589,7 @@ SK_DEVICE void mbarrier_init_fence() { SK_SM90(asm volatile("fence.mbarrier_init
 SK_DEVICE void mbarrier_arrive(Shared<MBarrier> b, int64_t i) {
   SK_SM90(asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"((b + i).address()) : "memory"));
 }
-// Arrives and says how many bytes more this phase waits for.
+// Arrives and adds `bytes` to the number of bytes that the current phase waits for.
 SK_DEVICE void mbarrier_arrive_expect(Shared<MBarrier> b, int64_t i, int bytes) {
   SK_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"((b + i).address()),
                        "r"(bytes) : "memory"));
@@ -605,9 +598,10 @@ SK_DEVICE void mbarrier_arrive(Remote<MBarrier> b, int64_t i) {
   SK_SM90(
       asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"((b + i).address()) : "memory"));
 }
-// Until the phase of that parity is over: phases count 0, 1, 2, ..; of a fresh barrier that of parity 1 is. Then this
-// thread sees what the cluster's blocks wrote to shared memory before they arrived. To say that of shared memory alone
-// is free; an acquire of the wait's own would, for blocks that are not this one, drop the first-level cache as well.
+// Waits for the phase with this parity to complete. Phases are numbered from 0; on a new barrier, parity 1 counts as
+// complete. Afterwards this thread sees all writes to shared memory that blocks of the cluster made before they
+// arrived. The fence is restricted to shared memory, which costs nothing; an acquire on the wait itself would also
+// invalidate the L1 cache for data of other blocks.
 SK_DEVICE void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
   uint32_t over = 0;
   do {
@@ -618,7 +612,7 @@ SK_DEVICE void mbarrier_wait(Shared<MBarrier> b, int64_t i, int parity) {
   } while (over == 0);
   SK_SM90(asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" :: : "memory"));
 }
-// Stores 4, 8 or 16 bytes in a block's shared memory; its barrier, in the same block, counts them when they are there.
+// Stores 4, 8 or 16 bytes into shared memory of a block; the barrier, in the same block, counts the bytes on arrival.
 template <class T, int N>
 SK_DEVICE void store_async(Remote<T> x, int64_t i, const Vec<T, N>& v, Remote<MBarrier> barrier) {
   constexpr int kBytes = sizeof(T) * N;
@@ -638,8 +632,8 @@ SK_DEVICE void store_async(Remote<T> x, int64_t i, const Vec<T, N>& v, Remote<MB
                          "r"(bit_cast<uint32_t>(v)), "r"(barrier.address()) : "memory"));
   }
 }
-// One thread copies `count` elements, a multiple of 16 bytes, both ends aligned to 16; the barrier counts the bytes.
-// What threads wrote to the source needs fence_async() and a barrier before. To a block of the cluster:
+// One thread copies `count` elements, a multiple of 16 bytes with both addresses aligned to 16; the barrier counts the
+// bytes. Earlier writes to the source need fence_async() and a barrier. To a block of the cluster:
 template <class T, class U>
 SK_DEVICE void copy_bulk(Remote<T> to, Shared<U> from, int64_t count, Remote<MBarrier> barrier) {
   SK_SM90(asm volatile(
@@ -654,18 +648,18 @@ SK_DEVICE void copy_bulk(Shared<T> to, Global<U> from, int64_t count, Shared<MBa
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to.address()),
       "l"(from.get()), "r"(static_cast<uint32_t>(count * sizeof(T))), "r"(barrier.address()) : "memory"));
 }
-// Orders what this thread wrote to shared memory before later asynchronous copies from there.
+// Makes this thread's writes to shared memory visible to later asynchronous copies from there.
 SK_DEVICE void fence_async() { SK_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
 
-// ---- matrix fragments
-// ------------------------------------------------------------------------------------------------ With g = lane / 4
-// and t = lane % 4 (PTX ISA, "Warp Level Matrix Instructions"), element pairs low half first:
-//   m16n8k16  A [16, 16]: a0 (g, 2t..), a1 (g + 8, 2t..), a2 (g, 2t + 8..), a3 (g + 8, 2t + 8..)
-//             B [16, 8]:  b0 (2t.., g), b1 (2t + 8.., g)
-//   m16n8k8   A [16, 8]:  a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4);  B [8, 8]: b0 (t, g), b1 (t + 4,
-//   g) C, D [16, 8]: c0, c1 (g, 2t), (g, 2t + 1); c2, c3 (g + 8, 2t), (g + 8, 2t + 1)
+// Matrix fragments. With g = lane / 4 and t = lane % 4 (PTX ISA, "Warp Level Matrix Instructions"), and the element
+// with the lower index in the low half of a pair:
+//   m16n8k16  A [16, 16]:  a0 (g, 2t..), a1 (g + 8, 2t..), a2 (g, 2t + 8..), a3 (g + 8, 2t + 8..)
+//             B [16, 8]:   b0 (2t.., g), b1 (2t + 8.., g)
+//   m16n8k8   A [16, 8]:   a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4)
+//             B [8, 8]:    b0 (t, g), b1 (t + 4, g)
+//   both      C, D [16, 8]: c0, c1 (g, 2t), (g, 2t + 1); c2, c3 (g + 8, 2t), (g + 8, 2t + 1)
 
-// d += a b, T = BFloat16 or Half.
+// d += a b with T = BFloat16 or Half.
 template <class T>
 SK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same<T, BFloat16>::value) {
@@ -683,7 +677,7 @@ SK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
-// The same with TF32 operands: float32 bits of which the hardware sees the upper 19 (round with to_tf32).
+// d += a b with TF32 operands: float32 bits of which the hardware reads the upper 19 (round with to_tf32).
 SK_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -696,8 +690,8 @@ SK_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 }
-// N matrices of 8 x 8 elements of 16 bits: lane l names the start of row l % 8 of matrix l / 8 (16 aligned bytes), and
-// gets of each matrix the pair (g, 2t), (g, 2t + 1); transposed (2t, g), (2t + 1, g).
+// Loads N matrices of 8 x 8 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8 (16 aligned bytes).
+// Of each matrix it receives the pair (g, 2t), (g, 2t + 1); transposed: (2t, g), (2t + 1, g).
 template <int N, bool kTransposed = false, class T>
 SK_DEVICE void load_matrices(uint32_t (&r)[N], Shared<T> row) {
   static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4), "1, 2 or 4 matrices of 16-bit elements");
@@ -735,12 +729,11 @@ SK_DEVICE void load_matrices(uint32_t (&r)[N], Shared<T> row) {
   }
 }
 
-// ---- numbers
-// --------------------------------------------------------------------------------------------------------- expf,
-// tanhf, fmaf, sqrtf, exp, fma and so on are called as such. Multiply and add are never fused unasked (-fmad=false, as
-// on the CPU): write fmaf.
+// Arithmetic. Call expf, tanhf, fmaf, sqrtf, exp, fma and so on directly. The compiler does not contract multiply and
+// add
+// (-fmad=false, as on the CPU): write fmaf.
 
-// From a storage type to the one it is computed in, and back, rounding to nearest even.
+// Conversion from a storage type to its compute type and back, rounding to nearest even.
 SK_DEVICE float widen(float x) { return x; }
 SK_DEVICE double widen(double x) { return x; }
 SK_DEVICE float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -749,7 +742,7 @@ SK_DEVICE float widen(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-// Two elements of a half type in one word, `low` at the lower address.
+// Packs two elements of a half type into one word, `low` at the lower address.
 template <class T>
 SK_DEVICE uint32_t pack_pair(float low, float high) {
   uint32_t pair;
@@ -764,7 +757,7 @@ SK_DEVICE uint32_t pack_pair(float low, float high) {
 template <class T, class C>
 SK_DEVICE T narrow(C x) {
   static_assert(std::is_floating_point<C>::value, "from float or double");
-  if constexpr (sizeof(T) == 2) {  // a pair is converted faster than one
+  if constexpr (sizeof(T) == 2) {  // converting a pair is faster than converting one value
     return T{static_cast<uint16_t>(pack_pair<T>(static_cast<float>(x), 0.0f))};
   } else {
     return static_cast<T>(x);
@@ -774,8 +767,8 @@ template <class T>
 SK_DEVICE Vec<float, 2> unpack_pair(uint32_t pair) {
   return {{widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)})}};
 }
-// Approximate: two units in the last place or so, and what is below the normal numbers is zero; fast_tanh about 2^-11
-// relative (the hardware's tanh).
+// Approximations with an error of about 2 ulp; subnormal results are flushed to zero. fast_tanh (the hardware's tanh)
+// has a relative error of about 2^-11.
 SK_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -795,12 +788,11 @@ SK_DEVICE float fast_tanh(float x) {
 #undef SK_SM90
 }  // namespace device
 
-// ---- host
-// ------------------------------------------------------------------------------------------------------------
+// Host functions.
 
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that does not stick must not be met again by somebody else
+  cudaGetLastError();  // clears a non-sticky error, so that later calls do not report it
   throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
 }
 
@@ -828,38 +820,38 @@ inline std::string kernel_name(const void* kernel) {
   return name;
 }
 
-// The runtime's form of a configuration; `kernel` is told what it needs to be told for it.
+// The runtime's form of a launch configuration. Sets the attributes that the kernel needs for it.
 struct RuntimeConfig {
   RuntimeConfig(const void* kernel_, const LaunchConfig& config_) : kernel(kernel_), config(config_) {
     if (config.shared_bytes > 48 * 1024) {
-      refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(config.shared_bytes));
+      setup_error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(config.shared_bytes));
     }
-    if (config.cluster > 8 && refused == cudaSuccess) {
-      refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (config.cluster > 8 && setup_error == cudaSuccess) {
+      setup_error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
-    runtime.gridDim = dim3(config.grid.x, config.grid.y, config.grid.z);
-    runtime.blockDim = dim3(config.block);
-    runtime.dynamicSmemBytes = config.shared_bytes;
-    runtime.stream = static_cast<cudaStream_t>(config.stream);
-    runtime.attrs = attributes;
+    launch.gridDim = dim3(config.grid.x, config.grid.y, config.grid.z);
+    launch.blockDim = dim3(config.block);
+    launch.dynamicSmemBytes = config.shared_bytes;
+    launch.stream = static_cast<cudaStream_t>(config.stream);
+    launch.attrs = attributes;
     if (config.cluster > 1) {
-      attributes[runtime.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[runtime.numAttrs].val.clusterDim.x = config.cluster;
-      attributes[runtime.numAttrs].val.clusterDim.y = 1;
-      attributes[runtime.numAttrs++].val.clusterDim.z = 1;
+      attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[launch.numAttrs].val.clusterDim.x = config.cluster;
+      attributes[launch.numAttrs].val.clusterDim.y = 1;
+      attributes[launch.numAttrs++].val.clusterDim.z = 1;
     }
     if (config.cooperative) {
-      attributes[runtime.numAttrs].id = cudaLaunchAttributeCooperative;
-      attributes[runtime.numAttrs++].val.cooperative = 1;
+      attributes[launch.numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes[launch.numAttrs++].val.cooperative = 1;
     }
   }
   RuntimeConfig(const RuntimeConfig&) = delete;
-  // The text is made of an error alone: a launch has no time for it.
+  // Formats the configuration only on an error, to keep launches fast.
   void check(cudaError_t error, const char* what) const {
     if (error != cudaSuccess) check_cuda(error, what + config.text(kernel_name(kernel)));
   }
-  // Of how many run at once: a device that does not take such a configuration runs none.
+  // Occupancy: `count`, or 0 if the device does not support the configuration.
   int64_t resident(cudaError_t error, int64_t count) const {
     if (error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidConfiguration ||
         error == cudaErrorInvalidValue || error == cudaErrorLaunchOutOfResources || error == cudaErrorNotSupported) {
@@ -871,44 +863,45 @@ struct RuntimeConfig {
   }
   const void* const kernel;
   const LaunchConfig& config;
-  cudaError_t refused = cudaSuccess;
-  cudaLaunchConfig_t runtime{};
+  cudaError_t setup_error = cudaSuccess;
+  cudaLaunchConfig_t launch{};
   cudaLaunchAttribute attributes[2]{};
 };
 }  // namespace device
 
-// Runs kernel(args...) on the stream; raises with the configuration where CUDA refuses. An empty grid is no work.
+// Runs kernel(args...) on the stream. Throws an error that shows the configuration if CUDA rejects it. An empty grid
+// launches nothing.
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Args&&... args) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
-  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
-  of.check(of.refused, "");
-  of.check(cudaLaunchKernelEx(&of.runtime, kernel, static_cast<Parameters>(args)...), "");
+  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
+  runtime.check(runtime.setup_error, "");
+  runtime.check(cudaLaunchKernelEx(&runtime.launch, kernel, static_cast<Parameters>(args)...), "");
 }
-// How many blocks (clusters) of this configuration the device holds at once: what a cooperative launch may ask for.
-// None where it refuses the configuration.
+// Number of blocks (clusters) of this configuration that the device holds at once, the limit of a cooperative launch; 0
+// if the device does not support the configuration.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
   int each = 0;
-  cudaError_t error = of.refused;
+  cudaError_t error = runtime.setup_error;
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, config.block, config.shared_bytes);
   }
-  return of.resident(error, static_cast<int64_t>(each) * device_limits().multiprocessors);
+  return runtime.resident(error, static_cast<int64_t>(each) * device_limits().multiprocessors);
 }
 template <class... Parameters>
 int64_t resident_clusters(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  const device::RuntimeConfig of(reinterpret_cast<const void*>(kernel), config);
+  const device::RuntimeConfig runtime(reinterpret_cast<const void*>(kernel), config);
   int count = 0;
-  cudaError_t error = of.refused;
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &of.runtime);
-  return of.resident(error, count);
+  cudaError_t error = runtime.setup_error;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &runtime.launch);
+  return runtime.resident(error, count);
 }
 inline void fill_bytes(void* device_memory, int byte, int64_t bytes, void* stream) {
   check_cuda(cudaMemsetAsync(device_memory, byte, bytes, static_cast<cudaStream_t>(stream)), "memset");
 }
-// Waits for the stream: not for anything that must be captured in a graph.
+// Waits for the stream, so it cannot be captured in a CUDA graph.
 inline void read_back(void* host, const void* device_memory, int64_t bytes, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   check_cuda(cudaMemcpyAsync(host, device_memory, bytes, cudaMemcpyDeviceToHost, queue), "copy to the host");

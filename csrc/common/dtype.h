@@ -1,4 +1,4 @@
-// Storage types of the kernels and the type each computes in. Free of torch types.
+// Storage types of the kernels and the type each one computes in. Includes no torch header.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Half {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Half types are stored as such and computed in float.
+// The compute type of a storage type: half types compute in float, the others in themselves.
 template <class S>
 struct ComputeOf {
   using type = S;
@@ -31,7 +31,7 @@ struct ComputeOf<Half> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-// Calls f with a value of the storage type: the one place where a runtime dtype becomes a type.
+// Calls f with a value of the storage type. The only place that turns a runtime dtype into a compile-time type.
 template <class F>
 inline auto dispatch(DType dtype, F&& f) {
   switch (dtype) {

@@ -1,12 +1,12 @@
-// Matrix products whose every result is the same sum in the same order, whatever the other rows are.
+// Matrix products with a fixed summation order: an element of C does not depend on the number of rows or threads.
 //
-// An element of C is a sum over chains of kChain terms; inside a chain one accumulator takes the terms in order by
-// fused multiply-add, and the chains are added up in order. No tile shape, row count or thread count enters into that,
-// so a sequence gets the same bits alone or in a batch; and short chains keep the rounding error below that of one long
-// one. Source for the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
+// An element of C is summed in chains of kChain terms. Within a chain, one accumulator adds the terms in order by fused
+// multiply-add; the chains are then added in order. Because tile shape, row count and thread count do not affect this
+// order, a sequence produces the same bits alone or in a batch. Short chains also reduce the rounding error. Blocking:
+// Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 //
-// B is read in panels: kVectors vectors of columns side by side, [K][kPanel], so that a block of a panel (kBlock *
-// kPanel elements, 32 KiB) stays in the first-level cache while the rows of A go by.
+// B is packed into panels [K][kPanel] of kVectors vectors of columns. A block of a panel (kBlock * kPanel elements,
+// 32 KiB) stays in the L1 cache while all rows of A are multiplied with it.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 constexpr int64_t kBlock = 128;
 constexpr int64_t kChain = 64;
-constexpr int kPlainVectors = 4;  // vectors of a panel whose columns have no structure
-// Rows of a register tile: rows x vectors accumulators, an operand and a broadcast per row within the registers (32 of
-// AVX-512, else 16).
+constexpr int kPlainVectors = 4;  // vectors of a panel without gates
+// Rows of a register tile. The accumulators (rows x vectors), one operand vector and one broadcast per row fit into the
+// vector registers: 32 with AVX-512, 16 otherwise.
 template <int kVectors>
 constexpr int kTileRows = kVectorBytes == 64   ? (kVectors == 3 ? 8 : 6)
                           : kVectorBytes == 32 ? (kVectors == 3 ? 4 : 3)
@@ -57,7 +57,7 @@ inline void tile(int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t l
   }
 }
 
-// tile of the given height, 1 to kRows.
+// Calls tile<> with `height` rows, 1 to kRows.
 template <int kVectors, int kRows, class T>
 inline void tile_of(int64_t height, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, Into into) {
   if constexpr (kRows > 1) {
@@ -66,7 +66,8 @@ inline void tile_of(int64_t height, int64_t k, const T* a, int64_t lda, const T*
   tile<kVectors, kRows>(k, a, lda, b, c, ldc, into);
 }
 
-// One block of one panel for any number of rows, in tiles of nearly the same height: 8 rows are 4 + 4, not 6 + 2.
+// Multiplies one block of one panel with any number of rows, in tiles of nearly equal height: 8 rows become 4 + 4, not
+// 6 + 2.
 template <int kVectors, class T>
 inline void tile_rows(int64_t rows, int64_t k, int64_t chain, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
                       Into into) {
@@ -82,12 +83,13 @@ inline void tile_rows(int64_t rows, int64_t k, int64_t chain, const T* a, int64_
   }
 }
 
-// Which columns of B the vectors of a panel hold: `units` vectors of consecutive columns, then the same columns of the
-// next gate, so that one panel has all that a cell needs for its units. Without gates: units is all of the vectors.
+// Maps the vectors of a panel to columns of B: `units` vectors of consecutive columns of the first gate, then the same
+// columns of the next gate, so that one panel holds all gates of its hidden units. Without gates, `units` is the number
+// of vectors of a panel.
 struct Columns {
   int64_t extent;  // columns of a gate
   int64_t units;
-  int64_t stride = 0;  // from a gate to the next
+  int64_t stride = 0;  // between gates
 
   template <class T>
   int64_t panels() const {
@@ -102,14 +104,14 @@ struct Columns {
     return v / units * stride + start<T>(panel, v);
   }
   template <class T>
-  int64_t valid(int64_t panel, int v) const {  // how many of the lanes exist
+  int64_t valid(int64_t panel, int v) const {  // number of lanes within the columns
     const int64_t left = extent - start<T>(panel, v);
     return left <= 0 ? 0 : min(left, kLanes<T>);
   }
 };
 
-// A matrix that is the right operand of a product, as stored: S[rows, cols], contiguous.
-// kRowsAreColumns: B = w^T, as in x W^T (a forward product); kAsIs: B = w (a product with a gradient).
+// The right operand of a product as stored: contiguous S[rows, cols].
+// kRowsAreColumns: B = w^T, as in x W^T (forward products). kAsIs: B = w (products with a gradient).
 enum class Side { kRowsAreColumns, kAsIs };
 
 template <class S, int kVectors = kPlainVectors>
@@ -125,7 +127,7 @@ struct Operand {
   int64_t panels() const { return columns.template panels<T>(); }
   int64_t packed_size() const { return panels() * depth * kWidthOfPanel; }
 
-  // Writes rows [k0, k0 + k) of a panel as [k][kPanel]; lanes that do not exist are zero.
+  // Packs rows [k0, k0 + k) of a panel as [k][kPanel]; lanes beyond the last column are zero.
   void pack(int64_t panel, int64_t k0, int64_t k, T* to) const {
     constexpr int kWidth = kLanes<T>;
     for (int v = 0; v < kVectors; ++v) {
@@ -165,8 +167,9 @@ struct Operand {
   }
 };
 
-// C[rows, kPanel] = or += A[rows, depth] times one panel. packed: the whole operand as pack_panels wrote it; or null,
-// and each block is packed into `block` (kBlock * kPanel elements) as it is needed: cheaper where it is used once.
+// C[rows, kPanel] = or += A[rows, depth] times one panel. `packed` is the whole operand as written by pack_panels. If
+// it is null, each block is packed into `block` (kBlock * kPanel elements) before its use, which is faster for an
+// operand that is used once.
 template <class S, int kVectors>
 inline void panel_product(const Operand<S, kVectors>& b, const Compute<S>* packed, Compute<S>* block, int64_t panel,
                           int64_t rows, const Compute<S>* a, int64_t lda, Compute<S>* c, int64_t ldc, Into into) {

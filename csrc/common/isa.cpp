@@ -36,20 +36,20 @@ std::vector<Isa> usable_isas() {
 
 namespace {
 
-Isa find(const std::string& name, const char* where) {
+Isa usable_isa(const std::string& name, const char* where) {
   std::string known;
   for (const Isa isa : usable_isas()) {
     if (name == isa_name(isa)) return isa;
     known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
   }
   throw std::invalid_argument(std::string(where) + " must be one of [" + known +
-                              "] (built, and on this processor), got '" + name + "'");
+                              "] (built and supported by this processor), got '" + name + "'");
 }
 
 std::atomic<Isa>& selected() {
   static std::atomic<Isa> isa = [] {
     const char* wanted = std::getenv("SEQKERNELS_ISA");
-    return wanted != nullptr && *wanted != 0 ? find(wanted, "the environment variable SEQKERNELS_ISA")
+    return wanted != nullptr && *wanted != 0 ? usable_isa(wanted, "the environment variable SEQKERNELS_ISA")
                                              : usable_isas().back();
   }();
   return isa;
@@ -59,6 +59,6 @@ std::atomic<Isa>& selected() {
 
 Isa current_isa() { return selected().load(); }
 
-Isa set_isa(const std::string& name) { return selected().exchange(find(name, "set_isa: name")); }
+Isa set_isa(const std::string& name) { return selected().exchange(usable_isa(name, "set_isa: name")); }
 
 }  // namespace seqkernels

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels run in: the best one of those built that this processor has, unless told
-// otherwise by SEQKERNELS_ISA in the environment or by set_isa.
+// Selection of the instruction set of the CPU kernels: the best one that is built and supported by the processor,
+// unless the environment variable SEQKERNELS_ISA or set_isa names another.
 #pragma once
 
 #include <string>
@@ -10,13 +10,13 @@ namespace seqkernels {
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
 const char* isa_name(Isa isa);
-std::vector<Isa> usable_isas();  // built, and on this processor; the best one last
+std::vector<Isa> usable_isas();  // built and supported by this processor; the best one last
 Isa current_isa();
 Isa set_isa(const std::string& name);  // returns the previous one; throws std::invalid_argument
 
 }  // namespace seqkernels
 
-// Returns what a function returns that the namespace of each instruction set has, from that of the current one:
+// Returns function(args...) of the namespace of the current instruction set; every such namespace must define it:
 // SEQKERNELS_RETURN_ON_CURRENT_ISA(recurrent_kernels, kind, options).
 #ifdef SEQKERNELS_HAVE_AVX512
 #define SEQKERNELS_IF_AVX512(function, ...) \

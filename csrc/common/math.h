@@ -1,4 +1,5 @@
-// Integer arithmetic of sizes. Inlined everywhere: no function compiled for one instruction set serves another.
+// Integer arithmetic on sizes. Always inlined, so that code compiled for one instruction set never calls a copy
+// compiled for another.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ SK_MATH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SK_MATH int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 SK_MATH int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 SK_MATH int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-// Where part i of n of [0, total) begins, in whole units.
+// Start of part i when [0, total) is split into n nearly equal parts.
 SK_MATH int64_t part(int64_t total, int64_t n, int64_t i) { return total * i / n; }
 
 }  // namespace seqkernels

@@ -14,10 +14,10 @@ namespace seqkernels {
 namespace {
 
 constexpr size_t kAlignment = 64;       // a cache line, and the widest vector
-constexpr size_t kHugePage = 2u << 20;  // large blocks ask for these: a 4 KiB page costs a fault of some 0.5 us
-// One block of at most this much is kept for the next call: fresh pages have to be cleared by the system each time,
-// which for a layer with H = 1024 takes as long as a tenth of its work.
-constexpr size_t kKept = 128u << 20;
+constexpr size_t kHugePage = 2u << 20;  // used by large blocks: each 4 KiB page costs a page fault of about 0.5 us
+// One block of at most this size is cached for the next call. The system clears new pages, which takes about a tenth of
+// the time of a layer with H = 1024.
+constexpr size_t kCacheLimit = 128u << 20;
 
 struct Block {
   char* data = nullptr;
@@ -25,17 +25,18 @@ struct Block {
 };
 
 std::mutex mutex;
-Block kept;
+Block cached;
 
-Block take_kept(size_t bytes) {
+Block take_cached(size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
-  return kept.bytes >= bytes ? std::exchange(kept, Block{}) : Block{};
+  return cached.bytes >= bytes ? std::exchange(cached, Block{}) : Block{};
 }
 
-Block keep(Block block) {  // returns what is to be freed
-  if (block.bytes > kKept) return block;
+// Caches the block if it is the larger one, and returns the block to free.
+Block exchange_cached(Block block) {
+  if (block.bytes > kCacheLimit) return block;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (kept.bytes < block.bytes) std::swap(kept, block);
+  if (cached.bytes < block.bytes) std::swap(cached, block);
   return block;
 }
 
@@ -50,7 +51,7 @@ void advise_large_pages(void* data, size_t bytes) {
 }
 
 Memory::Memory(size_t bytes) {
-  Block block = take_kept(bytes);
+  Block block = take_cached(bytes);
   if (block.data == nullptr) {
     const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kAlignment;
     block.bytes = (bytes / alignment + 1) * alignment;
@@ -62,6 +63,6 @@ Memory::Memory(size_t bytes) {
   bytes_ = block.bytes;
 }
 
-Memory::~Memory() { std::free(keep({data_, bytes_}).data); }
+Memory::~Memory() { std::free(exchange_cached({data_, bytes_}).data); }
 
 }  // namespace seqkernels

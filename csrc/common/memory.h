@@ -1,4 +1,4 @@
-// Working memory of a kernel: one aligned block, carved in two passes (measure, then hand out).
+// Workspace of a kernel: one aligned block of memory. Callers first measure its size, then divide it into arrays.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,8 @@ class Memory {
   size_t bytes_;
 };
 
-// Asks for large pages where a large block has not been written yet; advice, nothing depends on it.
+// Advises the system to back a large block with huge pages. Call it before the first write; it has no effect on
+// results.
 void advise_large_pages(void* data, size_t bytes);
 
 }  // namespace seqkernels

@@ -1,4 +1,4 @@
-// Threads: torch's own pool, behind a function pointer so that kernels see no torch header.
+// Parallel loops on torch's intra-op thread pool, behind a function pointer so that kernels include no torch header.
 #pragma once
 
 #include <sched.h>
@@ -10,8 +10,8 @@
 
 namespace seqkernels {
 
-// Runs body(context, begin, end) over a split of [0, n) on torch's intra-op threads, one piece a thread, all at once
-// (or one piece in all where torch is already inside a parallel region). Defined in parallel.cpp.
+// Splits [0, n) and runs body(begin, end, context) concurrently on torch's intra-op threads, one piece per thread.
+// Within a torch parallel region, one call covers the whole range. Defined in parallel.cpp.
 void parallel_pieces(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 int64_t thread_count();
 
@@ -21,15 +21,16 @@ inline __attribute__((always_inline)) void parallel_pieces(int64_t n, F& f) {
   parallel_pieces(n, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
-// A barrier for parties that may share a thread: a thread arrives once for all the parties it plays.
-// It spins, for a step of a recurrence is a few microseconds, and yields when the others seem to be descheduled.
+// A spinning barrier for a number of participants. A thread that executes several participants arrives once with their
+// number as weight. Waiting threads spin, because a step of a recurrence takes a few microseconds, and call sched_yield
+// after a while, in case the other threads have been descheduled.
 class Barrier {
  public:
-  void reset(int64_t parties) { parties_ = parties; }
+  void reset(int64_t participants) { participants_ = participants; }
   __attribute__((always_inline)) void arrive_and_wait(int64_t weight) {
-    if (weight == parties_) return;
+    if (weight == participants_) return;
     const uint32_t generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == parties_) {
+    if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == participants_) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
       return;
@@ -48,7 +49,7 @@ class Barrier {
  private:
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
-  alignas(64) int64_t parties_ = 1;
+  alignas(64) int64_t participants_ = 1;
 };
 
 }  // namespace seqkernels

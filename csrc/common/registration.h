@@ -1,5 +1,6 @@
-// Where the ops of this binary are registered: torch.ops.seqkernels, or, in the test module that runs the CUDA kernels
-// on a CPU (tests/cuda_on_cpu), torch.ops.seqkernels_emulated. There the CPU implementation of an op is its CUDA one.
+// Library names for operator registration: torch.ops.seqkernels, or torch.ops.seqkernels_emulated in the test module
+// that runs the CUDA kernels on a CPU (tests/cuda_on_cpu). In that module the CPU implementation of an operator
+// launches its CUDA kernels.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

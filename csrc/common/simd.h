@@ -1,10 +1,11 @@
-// One vector type per instruction set, from the compiler's vector extensions: arithmetic is written once, and what an
-// instruction set does better (fused multiply-add, half-precision conversion, a 16x16 transpose) is chosen here.
+// One vector type per instruction set, built on the compiler's vector extensions. Arithmetic is written once;
+// operations with dedicated instructions (fused multiply-add, half-precision conversion, a 16x16 transpose) use
+// intrinsics.
 //
-// A file that includes this is compiled once per instruction set with SEQKERNELS_ISA naming the namespace, so that no
-// function of one set is ever merged with that of another. Such files instantiate no std templates for the same reason.
-// They are compiled with -ffp-contract=off: a product is fused with a sum where fma() is written and nowhere else, so
-// a value does not depend on how the compiler unrolled the loop that made it.
+// Files that include this header are compiled once per instruction set, with SEQKERNELS_ISA as the namespace. This
+// keeps the linker from merging functions of different instruction sets. For the same reason these files instantiate no
+// std templates. They are compiled with -ffp-contract=off: multiply and add are fused only by an explicit fma(), so
+// that results do not depend on how the compiler unrolls a loop.
 #pragma once
 
 #include <cstdint>
@@ -48,9 +49,9 @@ struct VecBase {
 template <>
 struct Vec<float> : VecBase<float, int32_t> {
   static constexpr int kMantissaBits = 23;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it puts the rounded integer into the low bits
   static constexpr float kMinExp = -87.0f, kMaxExp = 88.0f;                // keeps 2^n normal: n in [-126, 127]
-  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // ln 2 in two parts, kLn2Hi * n exact
+  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // ln 2 in two parts; kLn2Hi * n is exact
   static constexpr int kTaylor = 7;  // |r| <= ln(2)/2: the next term is below 5.3e-9
 };
 template <>
@@ -69,7 +70,7 @@ constexpr int kLanes = Vec<T>::kLanes;
 
 template <class T>
 SEQKERNELS_INLINE Native<T> broadcast(T x) {
-  return x - Native<T>{};  // GCC's spelling of a splat; x - 0 is x, also for x = -0
+  return x - Native<T>{};  // GCC compiles this to a splat; x - 0 is x, also for x = -0
 }
 
 template <class T>
@@ -100,7 +101,7 @@ SEQKERNELS_INLINE Native<double> fma(Native<double> a, Native<double> b, Native<
 #endif
 }
 
-// ---- half types, as vectors of float ----
+// Half types are loaded and stored as vectors of float.
 
 typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t Half16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -113,7 +114,7 @@ inline float half_to_float(uint16_t h) {
   if (magnitude >= 0x7c00) {
     bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
   } else {
-    bits = magnitude << 13;  // the exponent is rebiased by an exact product, which also makes subnormals right
+    bits = magnitude << 13;  // multiplying by 2^112 rebiases the exponent exactly, also of subnormals
     memcpy(&value, &bits, 4);
     value *= 5.192296858534828e+33f;  // 2^112
     memcpy(&bits, &value, 4);
@@ -145,7 +146,7 @@ SEQKERNELS_INLINE Native<float> load(const BFloat16* p) {
   const Half16 h = *reinterpret_cast<const Half16Unaligned*>(p);
   return (Native<float>)(__builtin_convertvector(h, Bits32) << 16);
 }
-// The upper half of the result is v as bfloat16: to nearest, ties to even; NaN stays NaN.
+// Returns v rounded to bfloat16 (nearest, ties to even; NaN stays NaN) in the upper half of each lane.
 SEQKERNELS_INLINE Bits32 bfloat16_bits(Native<float> v) {
   const Bits32 bits = (Bits32)v;
   return v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
@@ -174,7 +175,7 @@ SEQKERNELS_INLINE void store(Half* p, Native<float> v) {
 #endif
 }
 
-// ---- tails: the first n lanes; the others are zero, and their memory is not accessed ----
+// Partial vectors: the first n lanes. A load sets the other lanes to zero; their memory is not accessed.
 
 template <class S>
 SEQKERNELS_INLINE Native<Compute<S>> load(const S* p, int64_t n) {
@@ -201,7 +202,7 @@ SEQKERNELS_INLINE void store(S* p, Native<Compute<S>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// What remains of v once stored as S: the value that the next step and the backward pass will see.
+// Rounds v to the precision of S, as a store followed by a load would.
 template <class S>
 SEQKERNELS_INLINE Native<Compute<S>> rounded(Native<Compute<S>> v) {
   return v;
@@ -232,7 +233,7 @@ inline void convert(To* to, const From* from, int64_t n) {
   if (i < n) store(to + i, load(from + i, n - i), n - i);
 }
 
-// ---- exp, sigmoid, tanh, log of sigmoid ----
+// exp, sigmoid, tanh and log-sigmoid.
 
 template <class T>
 struct Reduced {
@@ -240,7 +241,7 @@ struct Reduced {
   Native<T> expm1;  // e^r - 1, x = n ln 2 + r
 };
 
-// e^x = scale * (1 + expm1), x within [kMinExp, kMaxExp]; Taylor's series of e^r - 1 to the precision of T.
+// e^x = scale * (1 + expm1) for x in [kMinExp, kMaxExp], by the Taylor series of e^r - 1 to the precision of T.
 template <class T>
 SEQKERNELS_INLINE Reduced<T> reduce_exp(Native<T> x) {
   using V = Vec<T>;
@@ -260,7 +261,7 @@ SEQKERNELS_INLINE Reduced<T> reduce_exp(Native<T> x) {
   return {(Native<T>)exponent, p};
 }
 
-// 1 / (1 + e^-x); beyond the range of exp it stays at the value there (2^-127 or so, and 1). NaN stays NaN.
+// 1 / (1 + e^-x). Outside the range of exp, the value at its limit (about 2^-127, or 1). NaN stays NaN.
 template <class T>
 SEQKERNELS_INLINE Native<T> sigmoid(Native<T> x) {
   const Native<T> lo = broadcast(Vec<T>::kMinExp), hi = broadcast(Vec<T>::kMaxExp);
@@ -271,8 +272,8 @@ SEQKERNELS_INLINE Native<T> sigmoid(Native<T> x) {
   return T(1) / (T(1) + fma(e.scale, e.expm1, e.scale));
 }
 
-// e^x, within a unit in the last place; 0 below the least normal number, infinity from 2^127.5; NaN stays NaN.
-// x = n ln 2 + r, e^r = 1 + r p(r): in float p is a minimax fit, in double Taylor's series.
+// e^x with an error of at most 1 ulp. Below the smallest normal number: 0; from 2^127.5: infinity; NaN stays NaN.
+// x = n ln 2 + r and e^r = 1 + r p(r), with p a minimax polynomial in float and the Taylor series in double.
 template <class T>
 SEQKERNELS_INLINE Native<T> exp(Native<T> x) {
   using V = Vec<T>;
@@ -309,8 +310,8 @@ SEQKERNELS_INLINE Native<T> exp(Native<T> x) {
   return x < least ? Native<T>{} : y;
 }
 
-// ln(1 / (1 + e^-x)) = min(x, 0) - ln(1 + u), u = e^-|x|, with ln(1 + u) = 2 artanh(u / (2 + u)): the series of artanh
-// for arguments of at most 1/3, to the precision of T.
+// log_sigmoid(x) = min(x, 0) - ln(1 + u) with u = e^-|x|. ln(1 + u) = 2 artanh(u / (2 + u)) is evaluated by the series
+// of artanh, whose argument is at most 1/3, to the precision of T.
 template <class T>
 SEQKERNELS_INLINE Native<T> log_sigmoid(Native<T> x) {
   const Native<T> u = exp<T>(x < T(0) ? x : -x), s = u / (u + T(2)), z = s * s;
@@ -322,13 +323,14 @@ SEQKERNELS_INLINE Native<T> log_sigmoid(Native<T> x) {
   return (x > T(0) ? Native<T>{} : x) - log1p;
 }
 
-// -(e^-2|x| - 1) / ((e^-2|x| - 1) + 2), with the sign of x: 2.5 units in the last place at worst. In float, where gates
-// mostly lie, |x| < 0.625, an odd polynomial (a Chebyshev fit of (tanh(x) / x - 1) / x^2, 1.6e-9 off) halves that.
+// tanh(x) = -(e^-2|x| - 1) / ((e^-2|x| - 1) + 2) with the sign of x; error at most 2.5 ulp. In float, |x| < 0.625, the
+// usual range of gates, uses an odd polynomial with half that error: a Chebyshev fit of (tanh(x) / x - 1) / x^2 with
+// error 1.6e-9.
 template <class T>
 SEQKERNELS_INLINE Native<T> tanh(Native<T> x) {
   using I = typename Vec<T>::NativeInt;
   constexpr auto kSign = std::numeric_limits<typename Vec<T>::Int>::min();
-  const Native<T> limit = broadcast(T(-40));  // tanh is 1 in any type there, and 2^n stays normal
+  const Native<T> limit = broadcast(T(-40));  // tanh is 1 from there on, and 2^n stays normal
   Native<T> y = (Native<T>)((I)x | kSign);
   y = y + y;
   y = y < limit ? limit : y;
@@ -349,7 +351,7 @@ SEQKERNELS_INLINE Native<T> tanh(Native<T> x) {
   }
 }
 
-// ---- transposes ----
+// Transposes of square blocks of lanes.
 
 #if defined(__AVX512F__)
 SEQKERNELS_INLINE void transpose(Native<float> (&r)[16]) {
@@ -382,7 +384,7 @@ SEQKERNELS_INLINE void transpose(Native<float> (&r)[16]) {
 }
 #endif
 
-// r[i][j] becomes r[j][i], for any vector type: at each distance the blocks off the diagonal change places.
+// Transposes r (r[i][j] becomes r[j][i]) for any vector type: at each distance s the off-diagonal blocks are swapped.
 template <class V, int kWidth>
 SEQKERNELS_INLINE void transpose(V (&r)[kWidth]) {
   typedef decltype(r[0] < r[0]) Mask;

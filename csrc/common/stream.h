@@ -1,4 +1,4 @@
-// The device and the stream on which torch's work with a tensor goes. Includes torch's stable ABI: not for kernels.
+// The device and stream on which torch runs the work of a tensor. Includes torch's stable ABI: not for kernels.
 #pragma once
 
 #include "common/check.h"
@@ -17,7 +17,7 @@ struct OnDevice {
   }
 };
 #else
-struct OnDevice {  // of the emulation
+struct OnDevice {  // emulation: there is no device to select
   void* const stream = nullptr;
   explicit OnDevice(const Tensor&) {}
 };

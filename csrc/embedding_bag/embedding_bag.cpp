@@ -1,4 +1,4 @@
-// EmbeddingBag: checks, allocation, launch. Ops of one table, and the same over a list of tables.
+// EmbeddingBag operators: checks, allocation, launch. For one table, and for collections of tables.
 #include "embedding_bag/embedding_bag.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #include "common/parallel.h"
 #include "common/registration.h"
 #include "common/stream.h"
-#include "embedding_bag/rows_sort.h"
+#include "embedding_bag/row_sort.h"
 #if defined(SEQKERNELS_HAVE_CUDA) || defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_BAGS_ON_GPU
 #include "embedding_bag/cuda/launch.h"
@@ -24,13 +24,13 @@
 namespace seqkernels {
 
 int64_t threads_for(int64_t bytes) {
-  constexpr int64_t kBytesPerThread = 64 << 10;  // less is not worth waking a thread
+  constexpr int64_t kBytesPerThread = 64 << 10;  // less does not outweigh the cost of starting a thread
   return bytes < 2 * kBytesPerThread ? 1 : std::min(thread_count(), bytes / kBytesPerThread);
 }
 
 namespace {
 
-using Maybe = const std::optional<Tensor>&;
+using OptionalTensor = const std::optional<Tensor>&;
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 
@@ -54,61 +54,61 @@ constexpr ScalarType compute_type_of(DType dtype) {
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// A new tensor [n] or [n, m] on the device of `like`.
-Tensor make(const Tensor& like, ScalarType type, int64_t n, int64_t m = -1) {
+// Allocates [n] or [n, m] on the device of `like`.
+Tensor allocate_like(const Tensor& like, ScalarType type, int64_t n, int64_t m = -1) {
   return m < 0 ? allocate(DevicePlace(like.get()), dtype_code(type), -1, n)
                : allocate(DevicePlace(like.get()), dtype_code(type), n, m);
 }
 
-// What every op takes of its bags.
+// Arguments that describe the bags, shared by all ops.
 struct BagOpArgs {
   const Tensor& indices;
-  Maybe offsets;
-  Maybe weights;
+  OptionalTensor offsets;
+  OptionalTensor weights;
   int64_t mode, padding;
   bool include_last_offset;
   int64_t mean_by;
 };
 
-// The bags of a call, checked; holds what had to be copied, and the address of what did not.
+// The checked bags of a call. Holds tensors that had to be copied and pointers to those that did not.
 struct Bags {
   const char* const op;
-  const Tensor device;  // whatever is computed is where this tensor is
+  const Tensor device;  // all tensors must be on the device of this one
   BagShape shape{};
   Tensor indices, offsets, weights;
   int64_t B = 0;   // bags of all features
-  BagTable all{};  // of one table with every bag, without the table
+  BagTable all{};  // every bag, as one table whose `table` is not set
 
-  Bags(const char* op, const BagOpArgs& given, DType dtype, const Tensor& device)
-      : op(op), device(device), indices(given.indices) {
+  Bags(const char* op, const BagOpArgs& inputs, DType dtype, const Tensor& device)
+      : op(op), device(device), indices(inputs.indices) {
     shape.dtype = dtype;
-    if (given.mode < 0 || given.mode > 3)
-      fail(op, ": mode must be 0 (sum), 1 (mean), 2 (max) or 3 (min), got ", given.mode);
-    if (given.mean_by < 0 || given.mean_by > 1)
-      fail(op, ": mean_by must be 0 (count) or 1 (weight), got ", given.mean_by);
-    shape.mode = BagMode(given.mode);
-    shape.mean_by = MeanBy(given.mean_by);
-    if (shape.mean_by == MeanBy::kWeight && !given.weights) shape.mean_by = MeanBy::kCount;
+    if (inputs.mode < 0 || inputs.mode > 3)
+      fail(op, ": mode must be 0 (sum), 1 (mean), 2 (max) or 3 (min), got ", inputs.mode);
+    if (inputs.mean_by < 0 || inputs.mean_by > 1)
+      fail(op, ": mean_by must be 0 (count) or 1 (weight), got ", inputs.mean_by);
+    shape.mode = BagMode(inputs.mode);
+    shape.mean_by = MeanBy(inputs.mean_by);
+    if (shape.mean_by == MeanBy::kWeight && !inputs.weights) shape.mean_by = MeanBy::kCount;
     const int64_t dims = indices.dim(), N = indices.numel();
     shape.wide_indices = is_wide("input", indices);
     if (!indices.is_contiguous()) indices = torch::stable::contiguous(indices);
     all.indices = indices.const_data_ptr();
     all.N = N;
-    all.padding = given.padding;
-    if (given.offsets) {
+    all.padding = inputs.padding;
+    if (inputs.offsets) {
       if (dims != 1) fail(op, ": input must have 1 dimension where offsets are given, got ", show(shape_of(indices)));
-      offsets = *given.offsets;
+      offsets = *inputs.offsets;
       shape.wide_offsets = is_wide("offsets", offsets);
       if (offsets.dim() != 1) fail(op, ": offsets must have 1 dimension, got ", show(shape_of(offsets)));
       if (!offsets.is_contiguous()) offsets = torch::stable::contiguous(offsets);
       const int64_t count = offsets.numel();
-      if (given.include_last_offset && count < 1) {
+      if (inputs.include_last_offset && count < 1) {
         fail(op, ": offsets must have at least 1 element with include_last_offset, got ", show(shape_of(offsets)));
       }
-      B = count - given.include_last_offset;
+      B = count - inputs.include_last_offset;
       all.offsets = offsets.const_data_ptr();
       all.offset_count = count;
-      if (count > 0 && device.is_cpu()) {  // elsewhere kernels look
+      if (count > 0 && device.is_cpu()) {  // on a GPU the kernels check it
         const int64_t first =
             shape.wide_offsets ? *static_cast<const int64_t*>(all.offsets) : *static_cast<const int32_t*>(all.offsets);
         raise({first == 0 ? BagFault::kNone : BagFault::kFirstOffset, 0, first}, 0);
@@ -116,14 +116,14 @@ struct Bags {
     } else {
       if (dims != 2)
         fail(op, ": input must have 2 dimensions where no offsets are given, got ", show(shape_of(indices)));
-      if (given.include_last_offset)
+      if (inputs.include_last_offset)
         fail(op, ": include_last_offset must be False where no offsets are given, got True");
       B = indices.size(0);
       all.length = indices.size(1);
     }
     all.bags = all.batch = B;
-    if (given.weights) {
-      weights = *given.weights;
+    if (inputs.weights) {
+      weights = *inputs.weights;
       check_device("per_sample_weights", weights);
       const ScalarType type = weights.scalar_type();
       shape.wide_weights = type == compute_type_of(dtype);
@@ -131,8 +131,8 @@ struct Bags {
         fail(op, ": per_sample_weights must be of the table's dtype ", dtype_name(type_of(dtype)), " or ",
              dtype_name(compute_type_of(dtype)), ", got ", dtype_name(type));
       }
-      if (shape_of(weights) != shape_of(given.indices)) {
-        fail(op, ": per_sample_weights must have the shape of input, ", show(shape_of(given.indices)), ", got ",
+      if (shape_of(weights) != shape_of(inputs.indices)) {
+        fail(op, ": per_sample_weights must have the shape of input, ", show(shape_of(inputs.indices)), ", got ",
              show(shape_of(weights)));
       }
       if (!weights.is_contiguous()) weights = torch::stable::contiguous(weights);
@@ -161,7 +161,7 @@ struct Bags {
     check_device("weight", table);
     if (table.dim() != 2) fail(op, ": weight must have 2 dimensions, got ", show(shape_of(table)));
     if (type_of(shape.dtype) != table.scalar_type()) {
-      fail(op, ": weight must be ", dtype_name(type_of(shape.dtype)), " as the others are, got ",
+      fail(op, ": weight must be ", dtype_name(type_of(shape.dtype)), ", the dtype of the other tensors, got ",
            dtype_name(table.scalar_type()));
     }
     set_rows(t, table.size(0), table.size(1));
@@ -169,7 +169,7 @@ struct Bags {
     t.row_stride = table.stride(0);
     t.column_stride = t.D == 1 ? 1 : table.stride(1);
   }
-  // A table that is written to: no element of it twice.
+  // For tables that are written: elements must not overlap.
   void check_own_rows(const BagTable& t) const {
     if ((t.E > 1 && t.row_stride == 0) || (t.D > 1 && t.column_stride == 0)) {
       fail(op, ": weight must not be expanded, its rows are written to, got strides ",
@@ -182,28 +182,29 @@ struct Bags {
     return t;
   }
 
-  Tensor output(int64_t D) const { return make(device, type_of(shape.dtype), B, D); }
-  // Which position won each column; nothing where columns are not won.
+  Tensor output(int64_t D) const { return allocate_like(device, type_of(shape.dtype), B, D); }
+  // arg for max and min; an empty tensor for other modes.
   Tensor positions(int64_t batch, int64_t D) const {
-    return shape.extreme() ? make(device, ScalarType::Int, batch, D) : make(device, ScalarType::Int, 0);
+    return shape.extreme() ? allocate_like(device, ScalarType::Int, batch, D)
+                           : allocate_like(device, ScalarType::Int, 0);
   }
 
   void raise(const BagFault& fault, int64_t E) const {
-    if (fault.what == BagFault::kIndex) {
-      fail(op, ": input must hold indices in [0, ", E, "), got ", fault.value, " at position ", fault.at);
+    if (fault.kind == BagFault::kIndex) {
+      fail(op, ": input must hold indices in [0, ", E, "), got ", fault.value, " at position ", fault.position);
     }
-    if (fault.what == BagFault::kFirstOffset) fail(op, ": offsets must begin with 0, got ", fault.value);
-    if (fault.what != BagFault::kNone) {
+    if (fault.kind == BagFault::kFirstOffset) fail(op, ": offsets must begin with 0, got ", fault.value);
+    if (fault.kind != BagFault::kNone) {
       fail(op, ": offsets must not decrease nor exceed the length of input, ", all.N, ", got ", fault.value,
-           " at position ", fault.at);
+           " at position ", fault.position);
     }
   }
 };
 
-// The gradient of an output, as kernels read it: [B, D], rows at any distance.
-struct Upstream {
+// The gradient of an output as kernels read it: [B, D] with any row stride.
+struct OutputGradient {
   Tensor grad, arg;
-  Upstream(const Bags& bags, const Tensor& grad_, const Tensor& arg_, int64_t batch, int64_t D)
+  OutputGradient(const Bags& bags, const Tensor& grad_, const Tensor& arg_, int64_t batch, int64_t D)
       : grad(grad_), arg(arg_) {
     bags.check_device("grad", grad);
     if (shape_of(grad) != Shape{batch, D}) {
@@ -213,7 +214,7 @@ struct Upstream {
     if (D > 1 && grad.stride(1) != 1) grad = torch::stable::contiguous(grad);
     if (bags.shape.extreme()) arg = checked(bags.op, "arg", arg, ScalarType::Int, {batch, D}, bags.device);
   }
-  // For kernels of a table whose columns begin there.
+  // Sets the pointers for a table whose columns begin at `column`.
   void set(const Bags& bags, BagTable& t, int64_t column) const {
     const int64_t size = bytes_of(bags.shape.dtype);
     t.out = const_cast<char*>(static_cast<const char*>(grad.const_data_ptr())) + size * column;
@@ -224,12 +225,12 @@ struct Upstream {
   }
 };
 
-// The tables of a collection: each with the bags of its features, side by side in the output.
+// The tables of a collection, each with the bags of its features, side by side in the output.
 struct Collection {
   std::vector<BagTable> tables;
-  std::vector<int64_t> columns;  // where each begins
+  std::vector<int64_t> columns;  // first column of each
   const Integers& features;
-  int64_t batch, width = 0, most_rows = 0;
+  int64_t batch, width = 0, max_rows = 0;
 
   Collection(const Bags& bags, const Integers& features, size_t count)
       : tables(count, bags.all), columns(count), features(features) {
@@ -264,24 +265,24 @@ struct Collection {
     BagTable& t = tables[i];
     columns[i] = width;
     width += features[i] * t.D;
-    most_rows = std::max(most_rows, t.E);
+    max_rows = std::max(max_rows, t.E);
   }
 };
 
-// ---- where kernels run ----------------------------------------------------------------------------------------------
+// Device dispatch.
 
 #ifdef SEQKERNELS_BAGS_ON_GPU
 #ifdef SEQKERNELS_EMULATE_CUDA
-bool on_gpu(const Tensor&) { return true; }
+bool runs_on_gpu(const Tensor&) { return true; }
 #else
-bool on_gpu(const Tensor& t) { return !t.is_cpu(); }
+bool runs_on_gpu(const Tensor& t) { return !t.is_cpu(); }
 #endif
 
-// The device and the stream of a tensor for as long as this lives, and what launchers want beside arguments.
+// Selects the device and stream of a tensor for its lifetime and provides scratch memory and the fault word.
 struct Gpu : OnDevice {
   const Tensor& like;
-  std::optional<Tensor> word;
-  // Kernels skip what is out of range. With this in the environment it raises, for which every call waits.
+  std::optional<Tensor> fault_word;
+  // Kernels skip indices that are out of range. SEQKERNELS_CHECKED makes them raise, which waits for the stream.
 #ifdef SEQKERNELS_EMULATE_CUDA
   const bool checked = true;
 #else
@@ -289,41 +290,42 @@ struct Gpu : OnDevice {
 #endif
   explicit Gpu(const Tensor& t) : OnDevice(t), like(t) {}
 
-  Tensor scratch(int64_t bytes) const { return make(like, ScalarType::Byte, bytes); }
+  Tensor scratch(int64_t bytes) const { return allocate_like(like, ScalarType::Byte, bytes); }
   BagFaultWord* fault() {
     if (!checked) return nullptr;
-    if (!word) word = torch::stable::new_zeros(like, {1}, ScalarType::Long);
-    return static_cast<BagFaultWord*>(word->mutable_data_ptr());
+    if (!fault_word) fault_word = torch::stable::new_zeros(like, {1}, ScalarType::Long);
+    return static_cast<BagFaultWord*>(fault_word->mutable_data_ptr());
   }
   void raise(const Bags& bags, const BagForward& args) {
     if (!checked) return;
-    int64_t most_rows = 0;
-    for (int64_t i = 0; i < args.count; ++i) most_rows = std::max(most_rows, args.tables[i].E);
-    bags.raise(read_bag_fault(fault(), args, stream), most_rows);
+    int64_t max_rows = 0;
+    for (int64_t i = 0; i < args.count; ++i) max_rows = std::max(max_rows, args.tables[i].E);
+    bags.raise(read_bag_fault(fault(), args, stream), max_rows);
   }
 };
 #endif
 
-void run_forward(const Bags& bags, const BagTable* tables, int64_t count, int64_t most_rows) {
+void run_forward(const Bags& bags, const BagTable* tables, int64_t count, int64_t max_rows) {
   const BagForward args{bags.shape, tables, count};
 #ifdef SEQKERNELS_BAGS_ON_GPU
-  if (on_gpu(bags.device)) {
+  if (runs_on_gpu(bags.device)) {
     Gpu gpu(bags.device);
     Tensor scratch = gpu.scratch(bag_forward_scratch_bytes(args));
     launch_bag_forward(args, gpu.fault(), scratch.mutable_data_ptr(), gpu.stream);
     return gpu.raise(bags, args);
   }
 #endif
-  bags.raise(kernels().forward(args), most_rows);
+  bags.raise(kernels().forward(args), max_rows);
 }
 
-// The rows that occur in some tables, sorted, and their gradients on the way to where they go.
-class RowPass {
+// Gradients by rows: sorts the rows that occur in some tables and sums their gradients.
+class RowGradients {
  public:
-  enum class For { kDense, kSparse, kStep };
-  RowPass(const Bags& bags, const std::vector<BagBackward>& tables, For what) : bags_(bags), tables_(tables) {
+  enum class Destination { kDense, kSparse, kStep };
+  RowGradients(const Bags& bags, const std::vector<BagBackward>& tables, Destination destination)
+      : bags_(bags), tables_(tables) {
 #ifdef SEQKERNELS_BAGS_ON_GPU
-    if (on_gpu(bags.device)) {
+    if (runs_on_gpu(bags.device)) {
       for (const BagBackward& args : tables) gpu_tables_.push_back(args.table);
       Gpu gpu(bags.device);
       scratch_ = gpu.scratch(bag_rows_scratch_bytes(all()));
@@ -334,8 +336,8 @@ class RowPass {
 #endif
     for (const BagBackward& args : tables) {
       sorted_.push_back(std::make_unique<RowSort>());
-      sorted_.back()->dense = what == For::kDense;
-      sorted_.back()->numbered = what == For::kSparse;
+      sorted_.back()->dense = destination == Destination::kDense;
+      sorted_.back()->counts_unique = destination == Destination::kSparse;
       bags.raise(kernels().sort(args, *sorted_.back()), args.table.E);
     }
   }
@@ -343,7 +345,7 @@ class RowPass {
   std::vector<int64_t> unique() {
     std::vector<int64_t> counts(tables_.size());
 #ifdef SEQKERNELS_BAGS_ON_GPU
-    if (on_gpu(bags_.device)) {
+    if (runs_on_gpu(bags_.device)) {
       count_bag_rows(all(), counts.data(), scratch_.mutable_data_ptr(), Gpu(bags_.device).stream);
       return counts;
     }
@@ -354,14 +356,15 @@ class RowPass {
 
   void reduce(const std::vector<RowTarget>& targets) {
 #ifdef SEQKERNELS_BAGS_ON_GPU
-    if (on_gpu(bags_.device)) {
+    if (runs_on_gpu(bags_.device)) {
       launch_bag_reduce(all(), tables_[0].by_frequency, targets.data(), scratch_.mutable_data_ptr(),
                         Gpu(bags_.device).stream);
       return;
     }
 #endif
     for (size_t i = 0; i < targets.size(); ++i) {
-      const bool nothing = tables_[i].table.D == 0 && targets[i].rows == nullptr;  // rows have numbers, if no columns
+      const bool nothing =
+          tables_[i].table.D == 0 && targets[i].rows == nullptr;  // row numbers are written even if D is 0
       if (!nothing && tables_[i].table.E > 0) kernels().reduce(tables_[i], *sorted_[i], targets[i]);
     }
   }
@@ -377,7 +380,7 @@ class RowPass {
 #endif
 };
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// Forward.
 
 Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
   Tensor out = bags.output(t.D);
@@ -391,27 +394,27 @@ Tensor forward_into(const Bags& bags, BagTable t, Tensor* arg) {
   return out;
 }
 
-#define SEQKERNELS_BAGS                                                                                         \
-  const Tensor &indices, Maybe offsets, Maybe weights, int64_t mode, int64_t padding, bool include_last_offset, \
-      int64_t mean_by
-#define SEQKERNELS_GIVEN \
+#define SEQKERNELS_BAG_PARAMETERS                                                                       \
+  const Tensor &indices, OptionalTensor offsets, OptionalTensor weights, int64_t mode, int64_t padding, \
+      bool include_last_offset, int64_t mean_by
+#define SEQKERNELS_BAG_INPUTS \
   BagOpArgs { indices, offsets, weights, mode, padding, include_last_offset, mean_by }
 
-Tensor infer(const Tensor& weight, SEQKERNELS_BAGS) {
-  const Bags bags("embedding_bag", SEQKERNELS_GIVEN, dtype_of("embedding_bag", "weight", weight), weight);
+Tensor forward_only(const Tensor& weight, SEQKERNELS_BAG_PARAMETERS) {
+  const Bags bags("embedding_bag", SEQKERNELS_BAG_INPUTS, dtype_of("embedding_bag", "weight", weight), weight);
   return forward_into(bags, bags.of(weight), nullptr);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& weight, SEQKERNELS_BAGS) {
-  const Bags bags("embedding_bag_forward", SEQKERNELS_GIVEN, dtype_of("embedding_bag_forward", "weight", weight),
+std::tuple<Tensor, Tensor> forward(const Tensor& weight, SEQKERNELS_BAG_PARAMETERS) {
+  const Bags bags("embedding_bag_forward", SEQKERNELS_BAG_INPUTS, dtype_of("embedding_bag_forward", "weight", weight),
                   weight);
   Tensor arg;
   Tensor out = forward_into(bags, bags.of(weight), &arg);
   return {out, arg};
 }
 
-Tensor infer_bytes(const Tensor& packed, SEQKERNELS_BAGS) {
-  Bags bags("embedding_bag_bytes", SEQKERNELS_GIVEN, DType::kFloat32, packed);
+Tensor forward_bytes(const Tensor& packed, SEQKERNELS_BAG_PARAMETERS) {
+  Bags bags("embedding_bag_bytes", SEQKERNELS_BAG_INPUTS, DType::kFloat32, packed);
   bags.shape.byte_rows = true;
   BagTable t = bags.all;
   bags.check_device("packed", packed);
@@ -439,10 +442,10 @@ Tensor pack_bytes(const Tensor& weight) {
   t.D = weight.size(1);
   t.row_stride = weight.stride(0);
   t.column_stride = weight.stride(1);
-  Tensor packed = make(weight, ScalarType::Byte, t.E, t.D + 8);
+  Tensor packed = allocate_like(weight, ScalarType::Byte, t.E, t.D + 8);
   uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
 #ifdef SEQKERNELS_BAGS_ON_GPU
-  if (on_gpu(weight)) {
+  if (runs_on_gpu(weight)) {
     launch_bag_pack_bytes(t, dtype, bytes, Gpu(weight).stream);
     return packed;
   }
@@ -451,17 +454,17 @@ Tensor pack_bytes(const Tensor& weight) {
   return packed;
 }
 
-Tensor forward_collection(const char* op, const Tensors& tables, const Integers& features, const BagOpArgs& given,
+Tensor forward_collection(const char* op, const Tensors& tables, const Integers& features, const BagOpArgs& inputs,
                           Tensor* arg) {
   if (tables.empty()) fail(op, ": weights must hold at least one table, got none");
-  const Bags bags(op, given, dtype_of(op, "weight", tables[0]), tables[0]);
+  const Bags bags(op, inputs, dtype_of(op, "weight", tables[0]), tables[0]);
   Collection all(bags, features, tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
     bags.set_table(all.tables[i], tables[i]);
     all.place(i);
   }
   const int64_t batch = all.batch, width = all.width;
-  Tensor out = make(tables[0], type_of(bags.shape.dtype), batch, width);
+  Tensor out = allocate_like(tables[0], type_of(bags.shape.dtype), batch, width);
   if (arg != nullptr) *arg = bags.positions(batch, width);
   const int64_t size = bytes_of(bags.shape.dtype);
   for (size_t i = 0; i < tables.size(); ++i) {
@@ -470,34 +473,35 @@ Tensor forward_collection(const char* op, const Tensors& tables, const Integers&
     t.out_stride = t.arg_stride = width;
     if (arg != nullptr && bags.shape.extreme()) t.arg = static_cast<int32_t*>(arg->mutable_data_ptr()) + all.columns[i];
   }
-  if (width > 0) run_forward(bags, all.tables.data(), int64_t(tables.size()), all.most_rows);
+  if (width > 0) run_forward(bags, all.tables.data(), int64_t(tables.size()), all.max_rows);
   return out;
 }
 
-Tensor infer_all(const Tensors& tables, const Integers& features, SEQKERNELS_BAGS) {
-  return forward_collection("embedding_bags", tables, features, SEQKERNELS_GIVEN, nullptr);
+Tensor forward_only_collection(const Tensors& tables, const Integers& features, SEQKERNELS_BAG_PARAMETERS) {
+  return forward_collection("embedding_bags", tables, features, SEQKERNELS_BAG_INPUTS, nullptr);
 }
-std::tuple<Tensor, Tensor> forward_all(const Tensors& tables, const Integers& features, SEQKERNELS_BAGS) {
+std::tuple<Tensor, Tensor> forward_collection_with_arg(const Tensors& tables, const Integers& features,
+                                                       SEQKERNELS_BAG_PARAMETERS) {
   Tensor arg;
-  Tensor out = forward_collection("embedding_bags_forward", tables, features, SEQKERNELS_GIVEN, &arg);
+  Tensor out = forward_collection("embedding_bags_forward", tables, features, SEQKERNELS_BAG_INPUTS, &arg);
   return {out, arg};
 }
 
-// ---- backward by rows -----------------------------------------------------------------------------------------------
+// Backward by rows.
 
-// A new gradient, whose pages will be written once.
-Tensor make_gradient(const Bags& bags, int64_t rows, int64_t D) {
-  Tensor t = make(bags.device, type_of(bags.shape.dtype), rows, D);
+// Allocates a gradient. Its pages are written once, so large pages pay off.
+Tensor allocate_gradient(const Bags& bags, int64_t rows, int64_t D) {
+  Tensor t = allocate_like(bags.device, type_of(bags.shape.dtype), rows, D);
   if (t.is_cpu()) advise_large_pages(t.mutable_data_ptr(), size_t(rows * D * bytes_of(bags.shape.dtype)));
   return t;
 }
 
 Tensors dense_gradients(const Bags& bags, const std::vector<BagBackward>& tables) {
-  RowPass pass(bags, tables, RowPass::For::kDense);
+  RowGradients pass(bags, tables, RowGradients::Destination::kDense);
   Tensors dense;
   std::vector<RowTarget> targets(tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
-    dense.push_back(make_gradient(bags, tables[i].table.E, tables[i].table.D));
+    dense.push_back(allocate_gradient(bags, tables[i].table.E, tables[i].table.D));
     targets[i].dense = dense[i].mutable_data_ptr();
   }
   pass.reduce(targets);
@@ -505,13 +509,13 @@ Tensors dense_gradients(const Bags& bags, const std::vector<BagBackward>& tables
 }
 
 std::tuple<Tensors, Tensors> sparse_gradients(const Bags& bags, const std::vector<BagBackward>& tables) {
-  RowPass pass(bags, tables, RowPass::For::kSparse);
+  RowGradients pass(bags, tables, RowGradients::Destination::kSparse);
   Tensors rows, values;
   const std::vector<int64_t> unique = pass.unique();
   std::vector<RowTarget> targets(tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
-    rows.push_back(make(bags.device, ScalarType::Long, unique[i]));
-    values.push_back(make_gradient(bags, unique[i], tables[i].table.D));
+    rows.push_back(allocate_like(bags.device, ScalarType::Long, unique[i]));
+    values.push_back(allocate_gradient(bags, unique[i], tables[i].table.D));
     targets[i].rows = static_cast<int64_t*>(rows[i].mutable_data_ptr());
     targets[i].values = values[i].mutable_data_ptr();
   }
@@ -519,11 +523,11 @@ std::tuple<Tensors, Tensors> sparse_gradients(const Bags& bags, const std::vecto
   return {rows, values};
 }
 
-// A step of an optimiser as ops take it, for one table.
-struct Step {
+// An optimizer step on one table, checked.
+struct CheckedStep {
   RowStep step{};
-  Step(const Bags& bags, int64_t optimizer, const std::vector<double>& numbers, Maybe state1, Maybe state2,
-       const BagTable& t) {
+  CheckedStep(const Bags& bags, int64_t optimizer, const std::vector<double>& numbers, OptionalTensor state1,
+              OptionalTensor state2, const BagTable& t) {
     constexpr size_t kNumbers[] = {1, 2, 2, 5};
     if (optimizer < 0 || optimizer > 3) {
       fail(bags.op, ": optimizer must be 0 (SGD), 1 (Adagrad), 2 (row-wise Adagrad) or 3 (Adam), got ", optimizer);
@@ -547,76 +551,78 @@ struct Step {
     step.state1 = state(bags, "state1", state1, optimizer > 0, wanted);
     step.state2 = state(bags, "state2", state2, optimizer == 3, wanted);
   }
-  static void* state(const Bags& bags, const char* name, Maybe given, bool wanted, const Shape& shape) {
+  static void* state(const Bags& bags, const char* name, OptionalTensor tensor, bool wanted, const Shape& shape) {
     if (!wanted) return nullptr;
-    if (!given) fail(bags.op, ": ", name, " must be given for this optimizer, got None");
-    bags.check_device(name, *given);
-    check_dtype(bags.op, name, *given, compute_type_of(bags.shape.dtype));
-    check_shape(bags.op, name, *given, shape);
-    if (!given->is_contiguous()) fail(bags.op, ": ", name, " must be contiguous");
-    return given->mutable_data_ptr();
+    if (!tensor) fail(bags.op, ": ", name, " must be given for this optimizer, got None");
+    bags.check_device(name, *tensor);
+    check_dtype(bags.op, name, *tensor, compute_type_of(bags.shape.dtype));
+    check_shape(bags.op, name, *tensor, shape);
+    if (!tensor->is_contiguous()) fail(bags.op, ": ", name, " must be contiguous");
+    return tensor->mutable_data_ptr();
   }
 };
 
-void update(const Bags& bags, const std::vector<BagBackward>& tables, const std::vector<Step>& steps) {
-  RowPass pass(bags, tables, RowPass::For::kStep);
+void update(const Bags& bags, const std::vector<BagBackward>& tables, const std::vector<CheckedStep>& steps) {
+  RowGradients pass(bags, tables, RowGradients::Destination::kStep);
   std::vector<RowTarget> targets(tables.size());
   for (size_t i = 0; i < tables.size(); ++i) targets[i].step = &steps[i].step;
   pass.reduce(targets);
 }
 
-// One table's backward.
-struct One {
+// Backward pass of one table.
+struct SingleTableBackward {
   const Bags bags;
-  const Upstream up;
+  const OutputGradient upstream;
   BagBackward args;
-  One(const char* op, const Tensor& grad, const Tensor& arg, const BagOpArgs& given, bool by_frequency)
-      : bags(op, given, dtype_of(op, "grad", grad), grad),
-        up(bags, grad, arg, bags.B, grad.dim() == 2 ? grad.size(1) : -1),
+  SingleTableBackward(const char* op, const Tensor& grad, const Tensor& arg, const BagOpArgs& inputs, bool by_frequency)
+      : bags(op, inputs, dtype_of(op, "grad", grad), grad),
+        upstream(bags, grad, arg, bags.B, grad.dim() == 2 ? grad.size(1) : -1),
         args{bags.shape, bags.all, by_frequency} {
-    up.set(bags, args.table, 0);
+    upstream.set(bags, args.table, 0);
   }
-  BagBackward& with_rows(int64_t E) {
+  BagBackward& args_for_rows(int64_t E) {
     if (E < 0) fail(bags.op, ": num_embeddings must not be negative, got ", E);
-    bags.set_rows(args.table, E, up.grad.size(1));
+    bags.set_rows(args.table, E, upstream.grad.size(1));
     return args;
   }
-  BagBackward& with_table(const Tensor& weight) {
+  BagBackward& args_for_table(const Tensor& weight) {
     bags.set_table(args.table, weight);
-    if (args.table.D != up.grad.size(1)) {
-      fail(bags.op, ": grad must have as many columns as weight, ", args.table.D, ", got ", up.grad.size(1));
+    if (args.table.D != upstream.grad.size(1)) {
+      fail(bags.op, ": grad must have as many columns as weight, ", args.table.D, ", got ", upstream.grad.size(1));
     }
     return args;
   }
 };
 
-Tensor backward(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAGS, bool by_frequency) {
-  One one("embedding_bag_backward", grad, arg, SEQKERNELS_GIVEN, by_frequency);
-  return dense_gradients(one.bags, {one.with_rows(E)})[0];
+Tensor backward(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAG_PARAMETERS, bool by_frequency) {
+  SingleTableBackward call("embedding_bag_backward", grad, arg, SEQKERNELS_BAG_INPUTS, by_frequency);
+  return dense_gradients(call.bags, {call.args_for_rows(E)})[0];
 }
-std::tuple<Tensor, Tensor> backward_sparse(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAGS,
+std::tuple<Tensor, Tensor> backward_sparse(const Tensor& grad, const Tensor& arg, int64_t E, SEQKERNELS_BAG_PARAMETERS,
                                            bool by_frequency) {
-  One one("embedding_bag_backward_sparse", grad, arg, SEQKERNELS_GIVEN, by_frequency);
-  const auto [rows, values] = sparse_gradients(one.bags, {one.with_rows(E)});
+  SingleTableBackward call("embedding_bag_backward_sparse", grad, arg, SEQKERNELS_BAG_INPUTS, by_frequency);
+  const auto [rows, values] = sparse_gradients(call.bags, {call.args_for_rows(E)});
   return {rows[0], values[0]};
 }
-void update_one(const Tensor& weight, Maybe state1, Maybe state2, int64_t optimizer, const std::vector<double>& numbers,
-                const Tensor& grad, const Tensor& arg, SEQKERNELS_BAGS, bool by_frequency) {
-  One one("embedding_bag_update_", grad, arg, SEQKERNELS_GIVEN, by_frequency);
-  const BagBackward& args = one.with_table(weight);
-  update(one.bags, {args}, {Step(one.bags, optimizer, numbers, state1, state2, args.table)});
+void update_table(const Tensor& weight, OptionalTensor state1, OptionalTensor state2, int64_t optimizer,
+                  const std::vector<double>& numbers, const Tensor& grad, const Tensor& arg, SEQKERNELS_BAG_PARAMETERS,
+                  bool by_frequency) {
+  SingleTableBackward call("embedding_bag_update_", grad, arg, SEQKERNELS_BAG_INPUTS, by_frequency);
+  const BagBackward& args = call.args_for_table(weight);
+  update(call.bags, {args}, {CheckedStep(call.bags, optimizer, numbers, state1, state2, args.table)});
 }
 
 Tensor weight_gradient(const Bags& bags, const std::vector<BagBackward>& tables) {
   if (!bags.weights.defined()) fail(bags.op, ": per_sample_weights must be given, got None");
   const ScalarType type = bags.weights.scalar_type();
-  Tensor dweights = bags.indices.dim() == 1 ? make(bags.device, type, bags.all.N)
-                                            : make(bags.device, type, bags.indices.size(0), bags.indices.size(1));
+  Tensor dweights = bags.indices.dim() == 1
+                        ? allocate_like(bags.device, type, bags.all.N)
+                        : allocate_like(bags.device, type, bags.indices.size(0), bags.indices.size(1));
 #ifdef SEQKERNELS_BAGS_ON_GPU
-  if (on_gpu(bags.device)) {
-    std::vector<BagTable> every;
-    for (const BagBackward& args : tables) every.push_back(args.table);
-    const BagForward all{bags.shape, every.data(), int64_t(every.size())};
+  if (runs_on_gpu(bags.device)) {
+    std::vector<BagTable> call;
+    for (const BagBackward& args : tables) call.push_back(args.table);
+    const BagForward all{bags.shape, call.data(), int64_t(call.size())};
     Gpu gpu(bags.device);
     Tensor scratch = gpu.scratch(bag_weights_scratch_bytes(all));
     launch_bag_weights(all, dweights.mutable_data_ptr(), gpu.fault(), scratch.mutable_data_ptr(), gpu.stream);
@@ -629,9 +635,9 @@ Tensor weight_gradient(const Bags& bags, const std::vector<BagBackward>& tables)
   }
   return dweights;
 }
-Tensor backward_weights(const Tensor& grad, const Tensor& arg, const Tensor& weight, SEQKERNELS_BAGS) {
-  One one("embedding_bag_backward_weights", grad, arg, SEQKERNELS_GIVEN, false);
-  return weight_gradient(one.bags, {one.with_table(weight)});
+Tensor backward_weights(const Tensor& grad, const Tensor& arg, const Tensor& weight, SEQKERNELS_BAG_PARAMETERS) {
+  SingleTableBackward call("embedding_bag_backward_weights", grad, arg, SEQKERNELS_BAG_INPUTS, false);
+  return weight_gradient(call.bags, {call.args_for_table(weight)});
 }
 
 void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double norm_type) {
@@ -642,7 +648,7 @@ void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double
   const BagBackward args{bags.shape, bags.of(weight), false};
   bags.check_own_rows(args.table);
 #ifdef SEQKERNELS_BAGS_ON_GPU
-  if (on_gpu(weight)) {
+  if (runs_on_gpu(weight)) {
     BagTable t = args.table;
     t.bags = t.batch = 1;
     t.length = t.N;
@@ -658,99 +664,106 @@ void renorm(const Tensor& weight, const Tensor& indices, double max_norm, double
   bags.raise(kernels().renorm(args, max_norm, norm_type), args.table.E);
 }
 
-// ---- backward of collections ----------------------------------------------------------------------------------------
+// Backward pass of collections.
 
-struct Every {
+struct CollectionBackward {
   const Bags bags;
-  Collection all;
-  std::optional<Upstream> up;
-  Every(const char* op, const Tensor& grad, const Integers& features, const BagOpArgs& given, size_t count)
-      : bags(op, given, dtype_of(op, "grad", grad), grad), all(bags, features, count) {}
-  void set(const Tensor& grad, const Tensor& arg) { up.emplace(bags, grad, arg, all.batch, all.width); }
-  std::vector<BagBackward> with(bool by_frequency) const {
+  Collection collection;
+  std::optional<OutputGradient> upstream;
+  CollectionBackward(const char* op, const Tensor& grad, const Integers& features, const BagOpArgs& inputs,
+                     size_t count)
+      : bags(op, inputs, dtype_of(op, "grad", grad), grad), collection(bags, features, count) {}
+  void set(const Tensor& grad, const Tensor& arg) {
+    upstream.emplace(bags, grad, arg, collection.batch, collection.width);
+  }
+  std::vector<BagBackward> all_args(bool by_frequency) const {
     std::vector<BagBackward> tables;
-    for (size_t i = 0; i < all.tables.size(); ++i) tables.push_back(of(i, by_frequency));
+    for (size_t i = 0; i < collection.tables.size(); ++i) tables.push_back(args_of(i, by_frequency));
     return tables;
   }
-  BagBackward of(size_t i, bool by_frequency) const {
-    BagBackward args{bags.shape, all.tables[i], by_frequency};
-    up->set(bags, args.table, all.columns[i]);
+  BagBackward args_of(size_t i, bool by_frequency) const {
+    BagBackward args{bags.shape, collection.tables[i], by_frequency};
+    upstream->set(bags, args.table, collection.columns[i]);
     return args;
   }
 };
 
-Every every_with_rows(const char* op, const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
-                      const Integers& features, const BagOpArgs& given) {
+CollectionBackward collection_with_rows(const char* op, const Tensor& grad, const Tensor& arg, const Integers& E,
+                                        const Integers& D, const Integers& features, const BagOpArgs& inputs) {
   if (E.size() != D.size()) {
     fail(op, ": num_embeddings and dims must be as many as tables, got ", E.size(), " and ", D.size());
   }
-  Every every(op, grad, features, given, E.size());
+  CollectionBackward call(op, grad, features, inputs, E.size());
   for (size_t i = 0; i < E.size(); ++i) {
     if (E[i] < 0 || D[i] < 0) fail(op, ": num_embeddings and dims must not be negative, got ", E[i], " and ", D[i]);
-    every.bags.set_rows(every.all.tables[i], E[i], D[i]);
-    every.all.place(i);
+    call.bags.set_rows(call.collection.tables[i], E[i], D[i]);
+    call.collection.place(i);
   }
-  every.set(grad, arg);
-  return every;
+  call.set(grad, arg);
+  return call;
 }
-Every every_with_tables(const char* op, const Tensor& grad, const Tensor& arg, const Tensors& tables,
-                        const Integers& features, const BagOpArgs& given) {
-  Every every(op, grad, features, given, tables.size());
+CollectionBackward collection_with_tables(const char* op, const Tensor& grad, const Tensor& arg, const Tensors& tables,
+                                          const Integers& features, const BagOpArgs& inputs) {
+  CollectionBackward call(op, grad, features, inputs, tables.size());
   for (size_t i = 0; i < tables.size(); ++i) {
-    every.bags.set_table(every.all.tables[i], tables[i]);
-    every.all.place(i);
+    call.bags.set_table(call.collection.tables[i], tables[i]);
+    call.collection.place(i);
   }
-  every.set(grad, arg);
-  return every;
+  call.set(grad, arg);
+  return call;
 }
 
-Tensors backward_all(const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
-                     const Integers& features, SEQKERNELS_BAGS, bool by_frequency) {
-  const Every every = every_with_rows("embedding_bags_backward", grad, arg, E, D, features, SEQKERNELS_GIVEN);
-  return dense_gradients(every.bags, every.with(by_frequency));
+Tensors backward_collection(const Tensor& grad, const Tensor& arg, const Integers& E, const Integers& D,
+                            const Integers& features, SEQKERNELS_BAG_PARAMETERS, bool by_frequency) {
+  const CollectionBackward call =
+      collection_with_rows("embedding_bags_backward", grad, arg, E, D, features, SEQKERNELS_BAG_INPUTS);
+  return dense_gradients(call.bags, call.all_args(by_frequency));
 }
-std::tuple<Tensors, Tensors> backward_sparse_all(const Tensor& grad, const Tensor& arg, const Integers& E,
-                                                 const Integers& D, const Integers& features, SEQKERNELS_BAGS,
-                                                 bool by_frequency) {
-  const Every every = every_with_rows("embedding_bags_backward_sparse", grad, arg, E, D, features, SEQKERNELS_GIVEN);
-  return sparse_gradients(every.bags, every.with(by_frequency));
+std::tuple<Tensors, Tensors> backward_sparse_collection(const Tensor& grad, const Tensor& arg, const Integers& E,
+                                                        const Integers& D, const Integers& features,
+                                                        SEQKERNELS_BAG_PARAMETERS, bool by_frequency) {
+  const CollectionBackward call =
+      collection_with_rows("embedding_bags_backward_sparse", grad, arg, E, D, features, SEQKERNELS_BAG_INPUTS);
+  return sparse_gradients(call.bags, call.all_args(by_frequency));
 }
-Tensor backward_weights_all(const Tensor& grad, const Tensor& arg, const Tensors& tables, const Integers& features,
-                            SEQKERNELS_BAGS) {
-  const Every every =
-      every_with_tables("embedding_bags_backward_weights", grad, arg, tables, features, SEQKERNELS_GIVEN);
-  return weight_gradient(every.bags, every.with(false));
+Tensor backward_weights_collection(const Tensor& grad, const Tensor& arg, const Tensors& tables,
+                                   const Integers& features, SEQKERNELS_BAG_PARAMETERS) {
+  const CollectionBackward call =
+      collection_with_tables("embedding_bags_backward_weights", grad, arg, tables, features, SEQKERNELS_BAG_INPUTS);
+  return weight_gradient(call.bags, call.all_args(false));
 }
-void update_all(const Tensors& tables, const Tensors& state1, const Tensors& state2, int64_t optimizer,
-                const std::vector<double>& numbers, const Tensor& grad, const Tensor& arg, const Integers& features,
-                SEQKERNELS_BAGS, bool by_frequency) {
-  const Every every = every_with_tables("embedding_bags_update_", grad, arg, tables, features, SEQKERNELS_GIVEN);
+void update_collection(const Tensors& tables, const Tensors& state1, const Tensors& state2, int64_t optimizer,
+                       const std::vector<double>& numbers, const Tensor& grad, const Tensor& arg,
+                       const Integers& features, SEQKERNELS_BAG_PARAMETERS, bool by_frequency) {
+  const CollectionBackward call =
+      collection_with_tables("embedding_bags_update_", grad, arg, tables, features, SEQKERNELS_BAG_INPUTS);
   const auto state_of = [](const Tensors& states, size_t i) {
     return i < states.size() ? std::optional<Tensor>(states[i]) : std::nullopt;
   };
-  std::vector<Step> steps;  // all are checked before the first table moves
+  std::vector<CheckedStep> steps;  // checks all tables before the first one changes
   for (size_t i = 0; i < tables.size(); ++i) {
-    steps.emplace_back(every.bags, optimizer, numbers, state_of(state1, i), state_of(state2, i), every.all.tables[i]);
+    steps.emplace_back(call.bags, optimizer, numbers, state_of(state1, i), state_of(state2, i),
+                       call.collection.tables[i]);
   }
-  update(every.bags, every.with(by_frequency), steps);
+  update(call.bags, call.all_args(by_frequency), steps);
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
-  m.impl("embedding_bag", TORCH_BOX(&infer));
+  m.impl("embedding_bag", TORCH_BOX(&forward_only));
   m.impl("embedding_bag_forward", TORCH_BOX(&forward));
   m.impl("embedding_bag_backward", TORCH_BOX(&backward));
   m.impl("embedding_bag_backward_sparse", TORCH_BOX(&backward_sparse));
   m.impl("embedding_bag_backward_weights", TORCH_BOX(&backward_weights));
-  m.impl("embedding_bag_update_", TORCH_BOX(&update_one));
+  m.impl("embedding_bag_update_", TORCH_BOX(&update_table));
   m.impl("embedding_bag_renorm_", TORCH_BOX(&renorm));
-  m.impl("embedding_bag_bytes", TORCH_BOX(&infer_bytes));
+  m.impl("embedding_bag_bytes", TORCH_BOX(&forward_bytes));
   m.impl("embedding_bag_pack_bytes", TORCH_BOX(&pack_bytes));
-  m.impl("embedding_bags", TORCH_BOX(&infer_all));
-  m.impl("embedding_bags_forward", TORCH_BOX(&forward_all));
-  m.impl("embedding_bags_backward", TORCH_BOX(&backward_all));
-  m.impl("embedding_bags_backward_sparse", TORCH_BOX(&backward_sparse_all));
-  m.impl("embedding_bags_backward_weights", TORCH_BOX(&backward_weights_all));
-  m.impl("embedding_bags_update_", TORCH_BOX(&update_all));
+  m.impl("embedding_bags", TORCH_BOX(&forward_only_collection));
+  m.impl("embedding_bags_forward", TORCH_BOX(&forward_collection_with_arg));
+  m.impl("embedding_bags_backward", TORCH_BOX(&backward_collection));
+  m.impl("embedding_bags_backward_sparse", TORCH_BOX(&backward_sparse_collection));
+  m.impl("embedding_bags_backward_weights", TORCH_BOX(&backward_weights_collection));
+  m.impl("embedding_bags_update_", TORCH_BOX(&update_collection));
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def load(name: str) -> ctypes.CDLL:
-    """A module of this folder, `_selftest` or `_emulated`. Each holds an emulation of its own."""
+    """Load a module of this folder, `_selftest` or `_emulated`. Each has its own emulation state."""
     found = sorted(FOLDER.glob(f"{name}*.so"))
     if not found:
         raise FileNotFoundError(f"tests/cuda_on_cpu/{name}*.so is not built: make test builds it")
@@ -27,7 +27,7 @@ def load(name: str) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def settings(library: ctypes.CDLL, **values: int) -> Iterator[None]:
-    """races=1, unwritten=1, backward=1, seed=3, multiprocessors=4 ...: see emulation.h."""
+    """Change settings within the context: races=1, unwritten=1, seed=3, multiprocessors=4, ...; see emulation.h."""
     previous = {}
     try:
         for name, value in values.items():
@@ -40,7 +40,7 @@ def settings(library: ctypes.CDLL, **values: int) -> Iterator[None]:
 
 
 def counted(library: ctypes.CDLL, name: str) -> int:
-    """launches, threads or switches so far."""
+    """Return a counter: launches, threads or switches so far."""
     return library.seqkernels_emulation_get(name.encode())
 
 
@@ -52,7 +52,7 @@ class SelfTest:
         library.seqkernels_selftest.restype = ctypes.c_char_p
 
     def __call__(self, name: str, *arrays: np.ndarray, variant: int = 0) -> None:
-        """Runs one; arrays change in place; raises RuntimeError with what went wrong."""
+        """Run a kernel on arrays, which it modifies. Raises RuntimeError with the reported failure."""
         for array in arrays:
             assert array.flags.c_contiguous
         data = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))

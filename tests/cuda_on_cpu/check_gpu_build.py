@@ -1,7 +1,7 @@
-"""Compiles every CUDA kernel for every architecture, on any machine with nvcc, and checks what it takes of the device.
+"""Compile every CUDA kernel for every architecture, on any machine with nvcc, and check its resource usage.
 
-Registers, spills, stack and static shared memory of each kernel are compared with resources.json beside this file; a
-spill in a kernel that the file calls hot (regular expressions over names) is an error, whatever the table says.
+Registers, spills, stack and static shared memory of each kernel are compared with resources.json in this folder. A
+spill in a kernel that the file lists as hot (regular expressions over names) is always an error.
 
     python tests/cuda_on_cpu/check_gpu_build.py [--only embedding_bag] [--jobs 2] [--update]
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("resources.json")
-# As in cmake/cuda.cmake.
+# The flags of cmake/cuda.cmake.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
 ARCHITECTURES = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -50,12 +50,12 @@ def demangle(names: list[str]) -> list[str]:
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if not names or tool is None:
         return names
-    said = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [short(name) for name in said.splitlines()]
+    output = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [short(name) for name in output.splitlines()]
 
 
 def short(name: str) -> str:
-    """void seqkernels::(anonymous namespace)::f<float>(Args) is f<float>."""
+    """Shorten void seqkernels::(anonymous namespace)::f<float>(Args) to f<float>."""
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("seqkernels::", "")
     if not name.endswith(")"):
         return name
@@ -66,24 +66,24 @@ def short(name: str) -> str:
     return name[:at]
 
 
-def parse(said: str) -> tuple[Kernels, dict[str, str]]:
-    """What ptxas -v says, by mangled name; and the warnings worth reading."""
+def parse(output: str) -> tuple[Kernels, dict[str, str]]:
+    """Parse the output of ptxas -v: resources by mangled name, and warnings."""
     kernels: Kernels = {}
     name = architecture = ""
     stack = spilled = 0
-    for line in said.splitlines():
+    for line in output.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             name, architecture = found.groups()
         elif found := re.search(r"Function properties for (\w+)", line):
             if found.group(1) != name:
-                name = ""  # a function that was not inlined: its caller's numbers include it
+                name = ""  # a function that is not inlined: the numbers of its caller include it
         elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             stack, spilled = int(found.group(1)), int(found.group(2)) + int(found.group(3))
         elif (found := re.search(r"Used (\d+) registers", line)) and name:
             shared = re.search(r"(\d+) bytes smem", line)
             numbers = (int(found.group(1)), spilled, stack, int(shared.group(1)) if shared else 0)
             kernels.setdefault(name, {})[architecture] = dict(zip(FIELDS, numbers))
-    warnings = {line: "" for line in said.splitlines() if "warning" in line.lower()}
+    warnings = {line: "" for line in output.splitlines() if "warning" in line.lower()}
     return kernels, warnings
 
 
@@ -97,7 +97,7 @@ def compile_one(nvcc: str, source: Path) -> tuple[Kernels, dict[str, str]]:
 
 
 def compare(kernels: Kernels, known: Kernels, whole: bool) -> list[str]:
-    """Differences, one line each; kernels that are only in the table count where everything was compiled."""
+    """List the differences. Kernels that are only in the table are reported if everything was compiled."""
     lines = []
     for name in sorted(kernels.keys() | (known.keys() if whole else set())):
         for architecture in sorted(kernels.get(name, {}).keys() | known.get(name, {}).keys()):
@@ -114,9 +114,9 @@ def compare(kernels: Kernels, known: Kernels, whole: bool) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only sources whose path has this in it")
-    parser.add_argument("--jobs", type=int, default=1, help="compilers at a time (default 1)")
-    parser.add_argument("--update", action="store_true", help="write the table")
+    parser.add_argument("--only", default="", help="only sources whose path contains this text")
+    parser.add_argument("--jobs", type=int, default=1, help="number of concurrent compilers (default 1)")
+    parser.add_argument("--update", action="store_true", help="write resources.json")
     options = parser.parse_args()
 
     nvcc = find_nvcc()
@@ -131,7 +131,7 @@ def main() -> int:
                 print(f"  {warning}")
             for name, short_name in zip(found, demangle(list(found))):
                 if short_name in kernels:
-                    raise SystemExit(f"check_gpu_build: two kernels are called {short_name}")
+                    raise SystemExit(f"check_gpu_build: two kernels have the name {short_name}")
                 kernels[short_name] = found[name]
 
     problems = []
@@ -139,11 +139,11 @@ def main() -> int:
     for pattern in table["hot"]:
         matching = [name for name in kernels if re.search(pattern, name)]
         if whole and not matching:
-            problems.append(f"no kernel is called {pattern}, which resources.json says is hot")
+            problems.append(f"no kernel matches {pattern}, which resources.json lists as hot")
         for name in matching:
             for architecture, numbers in kernels[name].items():
                 if numbers["spilled"]:
-                    problems.append(f"{name}, {architecture}: spills {numbers['spilled']} bytes, and is hot")
+                    problems.append(f"{name}, {architecture}: a hot kernel, spills {numbers['spilled']} bytes")
     differences = compare(kernels, table["kernels"], whole)
     if options.update:
         kept = {} if whole else table["kernels"]
@@ -153,7 +153,7 @@ def main() -> int:
         TABLE.write_text(head + ',\n  "kernels": {\n' + ",\n".join(rows) + "\n  }\n}\n")
         print(f"{TABLE.relative_to(ROOT)}: {len(kernels)} kernels written, {len(differences)} numbers changed")
     elif version(nvcc) != table["nvcc"]:
-        print(f"nvcc is {version(nvcc)}, the table was made by {table['nvcc'] or 'none'}: not compared")
+        print(f"nvcc is {version(nvcc)}, the table was created by {table['nvcc'] or 'none'}: not compared")
     else:
         problems += differences
 
@@ -163,7 +163,7 @@ def main() -> int:
         for architecture, numbers in by_architecture.items():
             if numbers["spilled"] or numbers["stack"] or any(re.search(pattern, name) for pattern in table["hot"]):
                 print(f"{name[:70]:70} {architecture:12} " + " ".join(f"{numbers[field]:9}" for field in FIELDS))
-    print("(hot kernels, and those with a stack; all are in resources.json)")
+    print("(hot kernels and kernels with a stack; resources.json lists all of them)")
     for problem in problems:
         print(f"PROBLEM {problem}")
     return 1 if problems else 0

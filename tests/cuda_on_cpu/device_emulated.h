@@ -1,5 +1,4 @@
-// The half of csrc/common/device.cuh for a machine without a GPU: the same names, one for one. What they mean is said
-// there.
+// The emulated half of csrc/common/device.cuh: the same functions, documented there, on a machine without a GPU.
 #pragma once
 
 #include <cmath>
@@ -17,8 +16,7 @@ constexpr bool kHasClusters = true;
 using emulation::Access;
 using emulation::current;
 
-// ---- where a thread is
-// -----------------------------------------------------------------------------------------------
+// Thread and block indices.
 
 SK_ALWAYS int thread_index() { return current->index; }
 SK_ALWAYS int lane_index() { return current->index % kWarp; }
@@ -33,15 +31,14 @@ SK_ALWAYS int64_t grid_blocks_z() { return current->grid_z; }
 SK_ALWAYS int64_t grid_thread_index() { return current->x * current->block_threads + current->index; }
 SK_ALWAYS int64_t grid_threads() { return current->grid_x * current->block_threads; }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// Memory.
 
-SK_ALWAYS void noted(const void* address, int64_t bytes, Access access) {
-  if (__builtin_expect(emulation::watching, 0)) emulation::note(address, bytes, access);
+SK_ALWAYS void record_if_enabled(const void* address, int64_t bytes, Access access) {
+  if (__builtin_expect(emulation::recording, 0)) emulation::record_access(address, bytes, access);
 }
 
-// What stands for a T& of device memory: read by conversion, written by assignment, both noted. It cannot be kept in a
-// variable, so `auto v = x[i]` does not compile where v would be read later than it seems.
+// Proxy for a T& in device memory: conversion reads, assignment writes, and both are recorded. It cannot be stored in a
+// variable, so `auto v = x[i]`, which would read later than it appears to, does not compile.
 template <class T>
 class Ref {
  public:
@@ -64,17 +61,17 @@ class Ref {
 
  private:
   SK_ALWAYS T read() const {
-    noted(p_, sizeof(T), Access::kRead);
+    record_if_enabled(p_, sizeof(T), Access::kRead);
     return *p_;
   }
   SK_ALWAYS void write(const T& v) const {
-    noted(p_, sizeof(T), Access::kWrite);
+    record_if_enabled(p_, sizeof(T), Access::kWrite);
     *p_ = v;
   }
   T* p_;
 };
 
-// A pointer with the array it points into: elements [first, last) counted from the pointer.
+// A pointer with its array: elements [first, last), counted from the pointer.
 template <class T>
 class Checked {
  public:
@@ -115,7 +112,7 @@ class Checked {
     SK_ALWAYS auto operator[](int64_t i) const {                                                                \
       T* p = this->at(i, 1, kName);                                                                             \
       if constexpr (std::is_const<T>::value) {                                                                  \
-        noted(p, sizeof(T), Access::kRead);                                                                     \
+        record_if_enabled(p, sizeof(T), Access::kRead);                                                         \
         return *p;                                                                                              \
       } else {                                                                                                  \
         return Ref<T>(p);                                                                                       \
@@ -139,7 +136,7 @@ SK_POINTER(Remote, "shared memory of the cluster")
 
 template <class T>
 SK_ALWAYS Global<T> global(std::conditional_t<std::is_const<T>::value, const void*, void*> pointer, int64_t count) {
-  if (pointer) emulation::check_known(pointer, count * static_cast<int64_t>(sizeof(T)));
+  if (pointer) emulation::check_registered(pointer, count * static_cast<int64_t>(sizeof(T)));
   return Global<T>(static_cast<T*>(pointer), count);
 }
 
@@ -178,7 +175,7 @@ template <int N, class Pointer>
 SK_ALWAYS auto load_vec_from(const Pointer& x, int64_t i) {
   using T = typename Pointer::Value;
   const auto* p = x.at(i, N, Pointer::kName);
-  noted(p, N * sizeof(T), Access::kRead);
+  record_if_enabled(p, N * sizeof(T), Access::kRead);
   Vec<T, N> v;
   memcpy(&v, p, sizeof(v));
   return v;
@@ -186,7 +183,7 @@ SK_ALWAYS auto load_vec_from(const Pointer& x, int64_t i) {
 template <class Pointer, class T, int N>
 SK_ALWAYS void store_vec_to(const Pointer& x, int64_t i, const Vec<T, N>& v) {
   T* p = x.at(i, N, Pointer::kName);
-  noted(p, N * sizeof(T), Access::kWrite);
+  record_if_enabled(p, N * sizeof(T), Access::kWrite);
   memcpy(p, &v, sizeof(v));
 }
 template <int N, Cache kCache = Cache::kDefault, class T>
@@ -218,16 +215,15 @@ SK_ALWAYS void prefetch_l2(Global<T> x, int64_t i) {
   x.at(i, 1, x.kName);
 }
 
-// ---- memory order
-// ----------------------------------------------------------------------------------------------------
+// Memory ordering.
 
 template <class T>
 SK_ALWAYS std::remove_const_t<T> load_ordered(Global<T> x, int64_t i, bool acquire) {
   static_assert(std::is_integral<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "integer");
   emulation::yield("a flag");
   T* p = x.at(i, 1, x.kName);
-  noted(p, sizeof(T), Access::kAtomicRead);
-  if (emulation::watching) emulation::acquire(p, acquire);
+  record_if_enabled(p, sizeof(T), Access::kAtomicRead);
+  if (emulation::recording) emulation::acquire(p, acquire);
   return *p;
 }
 template <class T>
@@ -239,25 +235,25 @@ SK_ALWAYS std::remove_const_t<T> load_relaxed(Global<T> x, int64_t i) {
   return load_ordered(x, i, false);
 }
 template <class Pointer>
-SK_ALWAYS auto* ordered_place(const Pointer& x, int64_t i, emulation::Release how) {
+SK_ALWAYS auto* ordered_element(const Pointer& x, int64_t i, emulation::Release how) {
   using T = typename Pointer::Value;
   static_assert(std::is_integral<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "integer");
   T* p = x.at(i, 1, x.kName);
-  noted(p, sizeof(T), Access::kAtomicWrite);
+  record_if_enabled(p, sizeof(T), Access::kAtomicWrite);
   emulation::release(p, how);
   return p;
 }
 template <class T>
 SK_ALWAYS void store_release(Global<T> x, int64_t i, T v) {
-  *ordered_place(x, i, emulation::Release::kStore) = v;
+  *ordered_element(x, i, emulation::Release::kStore) = v;
 }
 template <class T>
 SK_ALWAYS void store_relaxed(Global<T> x, int64_t i, T v) {
-  *ordered_place(x, i, emulation::Release::kRelaxedStore) = v;
+  *ordered_element(x, i, emulation::Release::kRelaxedStore) = v;
 }
 template <class T>
 SK_ALWAYS void add_release(Global<T> x, int64_t i, T v) {
-  *ordered_place(x, i, emulation::Release::kUpdate) += v;
+  *ordered_element(x, i, emulation::Release::kUpdate) += v;
 }
 SK_ALWAYS void fence_device() { emulation::fence(); }
 SK_ALWAYS void fence_block() { emulation::fence(); }
@@ -268,13 +264,12 @@ SK_ALWAYS void wait_acquire(Global<T> flags, int64_t i, std::remove_const_t<T> w
   }
 }
 
-// ---- atomics
-// ---------------------------------------------------------------------------------------------------------
+// Atomics.
 
 template <class Pointer, class F>
 SK_ALWAYS auto update(const Pointer& x, int64_t i, F&& f) {
-  auto* p = ordered_place(x, i, emulation::Release::kRelaxedUpdate);
-  if (emulation::watching) emulation::acquire(p, false);
+  auto* p = ordered_element(x, i, emulation::Release::kRelaxedUpdate);
+  if (emulation::recording) emulation::acquire(p, false);
   const auto old = *p;
   *p = f(old);
   return old;
@@ -300,8 +295,7 @@ SK_ALWAYS T atomic_compare_exchange(const Pointer<T>& x, int64_t i, T expected, 
   return update(x, i, [=](T old) { return old == expected ? desired : old; });
 }
 
-// ---- warp
-// ------------------------------------------------------------------------------------------------------------
+// Warp operations.
 
 SK_ALWAYS void warp_sync(uint32_t mask = kAllLanes) { emulation::collective("warp barrier", mask, nullptr, nullptr); }
 SK_ALWAYS emulation::Vote vote(const char* kind, uint32_t value, uint32_t mask) {
@@ -333,7 +327,7 @@ SK_ALWAYS T shuffle(T value, int lane, int width = kWarp, uint32_t mask = kAllLa
 }
 template <class T>
 SK_ALWAYS T shuffle_xor(T value, int lanes, int width = kWarp, uint32_t mask = kAllLanes) {
-  // A lane of a later group keeps its own value; one of an earlier group is read.
+  // A source lane in a later group returns the lane's own value; one in an earlier group is read.
   const int self = lane_index(), source = self ^ lanes;
   return shuffle_from(value, source / width > self / width ? self : source, mask, "shuffle_xor");
 }
@@ -353,8 +347,7 @@ SK_ALWAYS int leading_zeros(uint32_t bits) { return bits ? __builtin_clz(bits) :
 SK_ALWAYS int first_set(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 SK_ALWAYS uint32_t lanes_before() { return (1u << lane_index()) - 1; }
 
-// ---- block and grid
-// --------------------------------------------------------------------------------------------------
+// Block and grid barriers.
 
 SK_ALWAYS void block_sync() { emulation::block_barrier("block barrier", false); }
 SK_ALWAYS int block_sync_count(bool predicate) { return emulation::block_barrier("block barrier", predicate); }
@@ -363,8 +356,7 @@ SK_ALWAYS void named_sync(int id, int threads) { emulation::named_barrier(id, th
 SK_ALWAYS void named_arrive(int id, int threads) { emulation::named_barrier(id, threads, /*wait=*/false); }
 SK_ALWAYS void grid_sync() { emulation::grid_barrier(); }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------------------------
+// Asynchronous copies from global to shared memory.
 
 template <int kBytes, class T, class U>
 SK_ALWAYS void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
@@ -373,8 +365,8 @@ SK_ALWAYS void copy_async(Shared<T> to, Global<U> from, bool valid = true) {
   constexpr int64_t n = kBytes / sizeof(T);
   char* target = reinterpret_cast<char*>(to.at(0, n, to.kName));
   const char* source = valid ? reinterpret_cast<const char*>(from.at(0, n, from.kName)) : nullptr;
-  noted(target, kBytes, Access::kWrite);
-  if (valid) noted(source, kBytes, Access::kRead);
+  record_if_enabled(target, kBytes, Access::kWrite);
+  if (valid) record_if_enabled(source, kBytes, Access::kRead);
   emulation::copy_async(target, source, kBytes, valid ? kBytes : 0);
 }
 template <int kBytes, class T, class U>
@@ -384,13 +376,13 @@ SK_ALWAYS void copy_async_part(Shared<T> to, Global<U> from, int count) {
   constexpr int n = kBytes / sizeof(T);
   if (count < 0 || count > n) emulation::out_of_bounds("a part of a copy", 0, count, n, sizeof(T));
   char* target = reinterpret_cast<char*>(to.at(0, n, to.kName));
-  noted(target, kBytes, Access::kWrite);
+  record_if_enabled(target, kBytes, Access::kWrite);
   const char* source = nullptr;
   if (count > 0) {
     from.at(count - 1, 1, from.kName);
     source = reinterpret_cast<const char*>(from.at(0, 1, from.kName));
     if (reinterpret_cast<uintptr_t>(source) % kBytes != 0) emulation::misaligned(from.kName, source, kBytes);
-    noted(source, count * static_cast<int>(sizeof(T)), Access::kRead);
+    record_if_enabled(source, count * static_cast<int>(sizeof(T)), Access::kRead);
   }
   emulation::copy_async(target, source, kBytes, count * static_cast<int>(sizeof(T)));
 }
@@ -400,8 +392,7 @@ SK_ALWAYS void copy_async_wait() {
   emulation::copy_async_wait(kPending);
 }
 
-// ---- clusters
-// --------------------------------------------------------------------------------------------------------
+// Clusters, distributed shared memory and mbarriers.
 
 SK_ALWAYS int cluster_rank() { return current->cluster_rank; }
 SK_ALWAYS int cluster_blocks() { return current->cluster_blocks; }
@@ -481,8 +472,7 @@ SK_ALWAYS void copy_bulk(Shared<T> to, Global<U> from, int64_t count, Shared<MBa
 }
 SK_ALWAYS void fence_async() {}
 
-// ---- matrix fragments
-// ------------------------------------------------------------------------------------------------
+// Matrix fragments.
 
 template <class T>
 SK_ALWAYS void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -496,7 +486,7 @@ SK_ALWAYS void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uin
   emulation::Fragments fragments{d, a, b};
   emulation::collective("mma", kAllLanes, &fragments, emulation::perform_mma_tf32);
 }
-// To nearest, ties away from zero, at 10 bits of mantissa.
+// Rounds to nearest, ties away from zero, to 10 mantissa bits.
 SK_ALWAYS uint32_t to_tf32(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
@@ -504,18 +494,17 @@ SK_ALWAYS uint32_t to_tf32(float x) {
 template <int N, bool kTransposed = false, class T>
 SK_ALWAYS void load_matrices(uint32_t (&r)[N], Shared<T> row) {
   static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4), "1, 2 or 4 matrices of 16-bit elements");
-  // Only the addresses of the first 8 N lanes count.
+  // Only the first 8 N lanes pass addresses.
   const T* p = nullptr;
   if (lane_index() < 8 * N) {
     p = row.at(0, 8, row.kName);
-    noted(p, 16, Access::kRead);
+    record_if_enabled(p, 16, Access::kRead);
   }
   emulation::Matrices matrices{reinterpret_cast<const uint16_t*>(p), r, N, kTransposed};
   emulation::collective("load_matrices", kAllLanes, &matrices, emulation::perform_load_matrices);
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// Arithmetic.
 
 SK_ALWAYS float widen(float x) { return x; }
 SK_ALWAYS double widen(double x) { return x; }
@@ -526,7 +515,7 @@ SK_ALWAYS T narrow(C x) {
   static_assert(std::is_floating_point<C>::value, "from float or double");
   if constexpr (std::is_same<T, BFloat16>::value) {
     const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(x));
-    if (std::isnan(x)) return {0x7fff};  // the one NaN that the instruction makes
+    if (std::isnan(x)) return {0x7fff};  // the NaN that the instruction returns
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
   } else if constexpr (std::is_same<T, Half>::value) {
     if (std::isnan(x)) return {0x7fff};
@@ -549,8 +538,7 @@ SK_ALWAYS float fast_tanh(float x) { return tanhf(x); }
 
 }  // namespace device
 
-// ---- host
-// ------------------------------------------------------------------------------------------------------------
+// Host functions.
 
 inline DeviceLimits device_limits() {
   auto& s = emulation::settings();

@@ -20,14 +20,14 @@
 #include "fibre.h"
 #include "races.h"
 
-// The place in the kernel from which this entry point was called.
-#define SK_PLACE __builtin_return_address(0)
+// The address in the kernel from which this entry point was called.
+#define SK_CALLER __builtin_return_address(0)
 
 namespace seqkernels {
 namespace emulation {
 
 Thread* current = nullptr;
-bool watching = false;
+bool recording = false;
 
 namespace {
 
@@ -35,10 +35,9 @@ constexpr int kWarp = 32;
 constexpr int64_t kStaticShared = 48 * 1024;
 constexpr int64_t kArenaAlign = 1024;
 
-// ---- places and failures
-// ---------------------------------------------------------------------------------------------
+// Source locations and failures.
 
-// "void seqkernels::(anonymous namespace)::f<float>(Args)" is f<float>.
+// Shortens "void seqkernels::(anonymous namespace)::f<float>(Args)" to f<float>.
 std::string short_name(std::string name) {
   for (const std::string noise : {"void ", "seqkernels::", "(anonymous namespace)::"}) {
     for (size_t at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, noise.size());
@@ -51,7 +50,7 @@ std::string short_name(std::string name) {
   }
   return name.substr(0, open);
 }
-// What the build leaves out of a path, and what debuggers put in again.
+// Makes a path relative to the source tree: the build removes this prefix, and debug information restores it.
 std::string short_path(const std::string& path) {
   for (const char* root : {"/csrc/", "/tests/"}) {
     const size_t at = path.rfind(root);
@@ -60,14 +59,14 @@ std::string short_path(const std::string& path) {
   return path;
 }
 
-// file:line of an address in a kernel, through binutils' addr2line: the innermost frame that is not of the emulation.
-// With `name`, the name of the function that starts there.
+// file:line of an address in a kernel, by binutils' addr2line: the innermost frame outside the emulation. With `name`,
+// the name of the function that starts there.
 std::string where(const void* address, bool name = false) {
   static std::map<std::pair<const void*, bool>, std::string> known;
   std::string& answer = known[{address, name}];
   if (!answer.empty()) return answer;
   Dl_info info{};
-  if (!dladdr(address, &info) || !info.dli_fname) return answer = "an unknown place";
+  if (!dladdr(address, &info) || !info.dli_fname) return answer = "an unknown location";
   const auto offset = static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase) - (name ? 0 : 1);
   std::ostringstream fallback, command;
   fallback << info.dli_fname << "+0x" << std::hex << offset;
@@ -82,23 +81,23 @@ std::string where(const void* address, bool name = false) {
   };
   bool found = false;
   for (std::string function = line(); !function.empty(); function = line()) {
-    std::string place = line();
-    place = place.substr(0, place.find(" ("));
-    const auto is_of = [&](const char* file) { return place.find(file) != std::string::npos; };
-    if (found || place.find('?') != std::string::npos) continue;
+    std::string location = line();
+    location = location.substr(0, location.find(" ("));
+    const auto is_of = [&](const char* file) { return location.find(file) != std::string::npos; };
+    if (found || location.find('?') != std::string::npos) continue;
     if (!is_of("device_emulated.h") && !is_of("common/device.cuh") && !is_of("/include/c++/")) {
       found = true;
-      answer = name ? short_name(function) : short_path(place);
+      answer = name ? short_name(function) : short_path(location);
     }
   }
   pclose(pipe);
   return answer;
 }
 
-// Thrown in a fibre, reported by launch().
+// Thrown in a fibre; launch() reports it.
 struct Failure {
   std::string what;
-  const void* place;
+  const void* location;
 };
 
 std::string thread_name(int64_t block, int64_t thread) {
@@ -107,8 +106,7 @@ std::string thread_name(int64_t block, int64_t thread) {
 
 }  // namespace
 
-// ---- what threads wait at
-// --------------------------------------------------------------------------------------------
+// Synchronisation objects.
 
 namespace {
 
@@ -116,11 +114,11 @@ struct Barrier {
   const char* kind = "";
   int64_t expected = 0, arrived = 0, phase = 0;
   int votes = 0, result = 0;
-  bool same_place = true;  // who waits must wait at the same line
-  const void* place = nullptr;
+  bool same_place = true;  // all threads must wait at the same line
+  const void* location = nullptr;
   std::vector<Thread*> waiting;
-  Join join;
-  Knowledge known;  // of the last phase
+  ClockMerge join;
+  ClockSnapshot known;  // at the end of the last phase
   void reset(const char* kind_, int64_t expected_, bool same_place_) {
     kind = kind_;
     expected = expected_;
@@ -132,11 +130,11 @@ struct Barrier {
   }
 };
 
-// What lanes of one mask do together.
+// A warp operation in progress, by the lanes of one mask.
 struct Collective {
   uint32_t mask = 0, arrived = 0;
   const char* kind = nullptr;
-  const void* place = nullptr;
+  const void* location = nullptr;
   std::array<void*, kWarp> operands{};
   std::vector<Thread*> waiting;
 };
@@ -151,18 +149,18 @@ struct Delivery {
   std::array<char, 16> value;
   int64_t bytes;
   Clock clock;
-  Knowledge known;
-  const void* place;
+  ClockSnapshot known;
+  const void* location;
 };
 struct SharedBarrier {
   int64_t expected = 0, pending = 0, bytes = 0, phase = 0;
   std::vector<Thread*> waiting;
   std::deque<Delivery> deliveries;
-  Join join;
-  Knowledge known;
+  ClockMerge join;
+  ClockSnapshot known;
 };
 
-struct Static {
+struct StaticArray {
   const void* key;
   char* start;
   int64_t bytes;
@@ -173,9 +171,9 @@ struct Static {
 struct Block {
   int64_t index = 0;
   int live = 0, threads = 0, cluster = 0;
-  char* arena = nullptr;  // dynamic shared memory, then static
+  char* arena = nullptr;  // dynamic shared memory, followed by static
   int64_t static_used = 0;
-  std::vector<Static> statics;
+  std::vector<StaticArray> statics;
   Barrier barrier;
   std::array<Barrier, 16> named;
   std::vector<Warp> warps;
@@ -193,16 +191,16 @@ struct Thread::State {
   Warp* warp = nullptr;
   int lane = 0;
   bool exited = false;
-  const char* waits = nullptr;  // what for, and where
-  const void* place = nullptr;
-  bool with_lanes = false;  // for other lanes of the warp
+  const char* waits = nullptr;  // what the thread waits at, and where
+  const void* location = nullptr;
+  bool waits_for_lanes = false;  // waits for other lanes of the warp
   int64_t cluster_phase = 0;
   bool cluster_arrived = false;
   std::vector<Copy> copies;
   int copy_group = 0;
   Clock clock;
-  Join seen;         // through relaxed loads; fence() makes it known
-  Knowledge fenced;  // what relaxed stores publish since the last fence
+  ClockMerge relaxed_reads;  // read by relaxed loads; fence() merges it into the clock
+  ClockSnapshot fenced;      // the clock at the last fence, published by relaxed stores
 };
 
 namespace {
@@ -217,11 +215,11 @@ struct Machine {
   Barrier grid;
   std::unordered_map<const void*, SharedBarrier> shared_barriers;
 
-  // Threads that can run, first in first out: a ring.
+  // Runnable threads, a FIFO ring buffer.
   std::vector<Thread*> ready;
   size_t head = 0, count = 0;
   int64_t live = 0, switches = 0;
-  int64_t idle = 0;  // how often a thread let the others run since something last happened
+  int64_t idle = 0;  // number of yields since the last progress
   Fibre host;
 
   const LaunchConfig* config = nullptr;
@@ -234,7 +232,7 @@ struct Machine {
   std::exception_ptr exception;
 
   Shadow shadow;
-  std::unordered_map<const void*, Knowledge> published;  // by release stores, by address
+  std::unordered_map<const void*, ClockSnapshot> published;  // by release stores; keyed by address
 
   void push(Thread* thread) {
     size_t at = head + count++;
@@ -267,14 +265,13 @@ std::mutex launching;
 
 Thread::State& self() { return *current->state; }
 
-[[noreturn]] void fail(const std::string& what, const void* place) {
-  throw Failure{what + " (" + thread_name(self().block->index, current->index) + ")", place};
+[[noreturn]] void fail(const std::string& what, const void* location) {
+  throw Failure{what + " (" + thread_name(self().block->index, current->index) + ")", location};
 }
 
-// ---- scheduling
-// ------------------------------------------------------------------------------------------------------
+// Scheduling.
 
-void leave(Fibre& from) {
+void switch_to_next(Fibre& from) {
   if (machine.count == 0) {
     machine.stuck = machine.live > 0;
     from.switch_to(machine.host);
@@ -287,11 +284,11 @@ void leave(Fibre& from) {
   from.switch_to(next->state->fibre);
 }
 
-void wait(const char* kind, const void* place) {
+void wait(const char* kind, const void* location) {
   Thread::State& me = self();
   me.waits = kind;
-  me.place = place;
-  leave(me.fibre);
+  me.location = location;
+  switch_to_next(me.fibre);
 }
 
 void fibre_entry() {
@@ -309,30 +306,30 @@ void fibre_entry() {
   --me.block->live;
   --machine.live;
   machine.idle = 0;
-  leave(me.fibre);
-  std::abort();  // nobody continues a thread that has exited
+  switch_to_next(me.fibre);
+  std::abort();  // a thread that has exited is never resumed
 }
 
-void check_place(const void*& first, const void* place, const char* kind) {
-  if (first == place) return;
-  if (where(first) != where(place)) {
-    fail(std::string("divergent barrier: a thread waits at another ") + kind + ", " + where(first), place);
+void check_same_location(const void*& first, const void* location, const char* kind) {
+  if (first == location) return;
+  if (where(first) != where(location)) {
+    fail(std::string("divergent barrier: a thread waits at another ") + kind + ", " + where(first), location);
   }
 }
 
-void arrive(Barrier& barrier, const void* place, bool waits) {
+void arrive(Barrier& barrier, const void* location, bool waits) {
   Thread::State& me = self();
   machine.idle = 0;
   if (barrier.arrived == 0) {
-    barrier.place = place;
+    barrier.location = location;
   } else if (barrier.same_place) {
-    check_place(barrier.place, place, barrier.kind);
+    check_same_location(barrier.location, location, barrier.kind);
   }
   if (machine.races) barrier.join.add(me.clock);
   if (++barrier.arrived < barrier.expected) {
     if (!waits) return;
     barrier.waiting.push_back(current);
-    return wait(barrier.kind, place);
+    return wait(barrier.kind, location);
   }
   barrier.arrived = 0;
   ++barrier.phase;
@@ -359,11 +356,11 @@ std::string ranges(const std::vector<int>& sorted) {
   return text.str();
 }
 
-// Nobody can run: who waits where.
+// The report if no thread can run: which threads wait where.
 std::string stuck_report() {
   bool divergent = false;
   std::ostringstream text;
-  std::map<std::string, std::vector<int64_t>> blocks;  // those with the same story
+  std::map<std::string, std::vector<int64_t>> blocks;  // by their report
   for (int64_t b = 0; b < machine.resident; ++b) {
     const Block& block = *machine.blocks[b];
     std::map<std::string, std::vector<int>> groups;
@@ -372,29 +369,29 @@ std::string stuck_report() {
       if (state.exited) {
         groups["have exited"].push_back(i);
       } else if (state.waits) {
-        groups[std::string("wait at ") + state.waits + ", " + where(state.place)].push_back(i);
+        groups[std::string("wait at ") + state.waits + ", " + where(state.location)].push_back(i);
         divergent |= state.waits == block.barrier.kind && block.live < block.threads;
-        divergent |= state.with_lanes;
+        divergent |= state.waits_for_lanes;
       } else {
         groups["run"].push_back(i);
       }
     }
-    std::ostringstream story;
-    for (const auto& [what, threads] : groups) story << "\n    threads " << ranges(threads) << " " << what;
-    blocks[story.str()].push_back(block.index);
+    std::ostringstream report;
+    for (const auto& [what, threads] : groups) report << "\n    threads " << ranges(threads) << " " << what;
+    blocks[report.str()].push_back(block.index);
   }
-  for (const auto& [story, indices] : blocks) {
+  for (const auto& [report, indices] : blocks) {
     text << "\n  block";
     for (size_t i = 0; i < indices.size() && i < 8; ++i) text << (i ? ", " : " ") << indices[i];
     if (indices.size() > 8) text << " and " << indices.size() - 8 << " more";
-    text << ":" << story;
+    text << ":" << report;
   }
-  return std::string(divergent ? "divergent barrier: some threads never come" : "deadlock: no thread can go on") +
+  return std::string(divergent ? "divergent barrier: some threads never arrive"
+                               : "deadlock: no thread can make progress") +
          text.str();
 }
 
-// ---- checks of memory
-// ------------------------------------------------------------------------------------------------
+// Memory checks.
 
 const char* kind_of(const void* address) {
   const auto* p = static_cast<const char*>(address);
@@ -405,48 +402,47 @@ const char* kind_of(const void* address) {
   return "global memory";
 }
 
-[[noreturn]] void report_race(const Clock& clock, const void* address, const char* verb, const void* place,
+[[noreturn]] void report_race(const Clock& clock, const void* address, const char* verb, const void* location,
                               const Record& other, const char* other_verb) {
   std::ostringstream text;
   text << "race in " << kind_of(address) << ": " << thread_name(clock.block, clock.thread) << " " << verb << " what "
-       << thread_name(other.block, other.thread) << " " << other_verb << " at " << where(other.place)
-       << ", and nothing orders the two";
-  throw Failure{text.str(), place};
+       << thread_name(other.block, other.thread) << " " << other_verb << " at " << where(other.location)
+       << ", and the two accesses are unordered";
+  throw Failure{text.str(), location};
 }
 
-void note_by(Clock& clock, const void* address, int64_t bytes, Access access, const void* place) {
+void record_access_by(Clock& clock, const void* address, int64_t bytes, Access access, const void* location) {
   const bool writes = access == Access::kWrite || access == Access::kAtomicWrite;
   const bool atomic = access == Access::kAtomicRead || access == Access::kAtomicWrite;
-  const Record now{clock.block, clock.thread, clock.now, place, atomic};
+  const Record now{clock.block, clock.thread, clock.now, location, atomic};
   const bool wants_written = machine.unwritten && !writes && kind_of(address)[0] == 's';
   const auto concurrent = [&](const Record& other) {
     return machine.races && other && !(atomic && other.atomic) && !other.before(clock);
   };
   machine.shadow.each(address, bytes, [&](Shadow::Cell& cell) {
-    if (wants_written && !cell.write) fail("a read of shared memory that nobody wrote", place);
+    if (wants_written && !cell.write) fail("a read of uninitialised shared memory", location);
     if (concurrent(cell.write)) {
-      report_race(clock, address, writes ? "writes" : "reads", place, cell.write, "wrote");
+      report_race(clock, address, writes ? "writes" : "reads", location, cell.write, "wrote");
     }
     if (!writes) {
       Record& read = !cell.first_read || cell.first_read.before(clock) ? cell.first_read : cell.last_read;
       read = now;
       return;
     }
-    if (concurrent(cell.first_read)) report_race(clock, address, "writes", place, cell.first_read, "read");
-    if (concurrent(cell.last_read)) report_race(clock, address, "writes", place, cell.last_read, "read");
+    if (concurrent(cell.first_read)) report_race(clock, address, "writes", location, cell.first_read, "read");
+    if (concurrent(cell.last_read)) report_race(clock, address, "writes", location, cell.last_read, "read");
     cell = {now, {}, {}};
   });
 }
 
-std::map<const char*, std::pair<int64_t, std::string>>& known_arrays() {
+std::map<const char*, std::pair<int64_t, std::string>>& registered_arrays() {
   static std::map<const char*, std::pair<int64_t, std::string>> arrays;
   return arrays;
 }
 
 }  // namespace
 
-// ---- launching
-// -------------------------------------------------------------------------------------------------------
+// Launching.
 
 std::map<std::string, int64_t>& settings() {
   static std::map<std::string, int64_t> all = [] {
@@ -492,7 +488,7 @@ void check_config(const LaunchConfig& c) {
       "a cooperative grid has at most the " + std::to_string(resident_blocks(c)) + " blocks that are resident at once");
 }
 
-// Blocks [first, first + n) at their start.
+// Resets blocks [first, first + n) to their start.
 void start_blocks(int64_t first, int64_t n, const LaunchConfig& c) {
   Machine& m = machine;
   m.resident = n;
@@ -515,7 +511,7 @@ void start_blocks(int64_t first, int64_t n, const LaunchConfig& c) {
     block.static_used = 0;
     block.statics.clear();
     memset(block.arena, 0xff, m.dynamic_bytes);
-    if (watching) m.shadow.forget(block.arena, m.arena_bytes);
+    if (recording) m.shadow.forget(block.arena, m.arena_bytes);
     block.warps.resize((c.block + kWarp - 1) / kWarp);
     for (size_t w = 0; w < block.warps.size(); ++w) {
       const int lanes = std::min<int>(kWarp, c.block - static_cast<int>(w) * kWarp);
@@ -543,12 +539,12 @@ void start_blocks(int64_t first, int64_t n, const LaunchConfig& c) {
       state.lane = i % kWarp;
       state.exited = state.cluster_arrived = false;
       state.waits = nullptr;
-      state.with_lanes = false;
+      state.waits_for_lanes = false;
       state.copies.clear();
       state.copy_group = 0;
-      if (watching) {
+      if (recording) {
         state.clock = {block.index, static_cast<uint32_t>(i), static_cast<uint32_t>(c.block), 1, nullptr};
-        state.seen.clear();
+        state.relaxed_reads.clear();
         state.fenced = nullptr;
       }
       state.fibre.reset(m.stacks[at], Stacks::bytes(at), fibre_entry);
@@ -568,7 +564,7 @@ void run_blocks() {
   if (machine.stuck) throw Failure{stuck_report(), nullptr};
   for (const auto& [address, barrier] : machine.shared_barriers) {
     if (!barrier.deliveries.empty()) {
-      throw Failure{"a block exits while bytes are under way to it, sent here", barrier.deliveries[0].place};
+      throw Failure{"a block exits before an asynchronous write to it arrives, issued", barrier.deliveries[0].location};
     }
   }
 }
@@ -585,7 +581,7 @@ void run(const LaunchConfig& config, const void* kernel, Call call, void* contex
     m.config = &config;
     m.races = settings()["races"] != 0;
     m.unwritten = settings()["unwritten"] != 0;
-    watching = m.races || m.unwritten;
+    recording = m.races || m.unwritten;
     m.seed = static_cast<uint64_t>(settings()["seed"]);
     m.failure = nullptr;
     m.exception = nullptr;
@@ -619,17 +615,16 @@ void run(const LaunchConfig& config, const void* kernel, Call call, void* contex
   } catch (const Failure& failure) {
     current = nullptr;
     throw std::runtime_error("CUDA on a CPU: " + failure.what +
-                             (failure.place ? ", at " + where(failure.place) : std::string()) + "; in " +
+                             (failure.location ? ", at " + where(failure.location) : std::string()) + "; in " +
                              config.text(where(kernel, /*name=*/true)));
   }
   current = nullptr;
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// Memory.
 
-void note(const void* address, int64_t bytes, Access access) {
-  note_by(self().clock, address, bytes, access, SK_PLACE);
+void record_access(const void* address, int64_t bytes, Access access) {
+  record_access_by(self().clock, address, bytes, access, SK_CALLER);
 }
 
 void out_of_bounds(const char* what, int64_t i, int64_t n, int64_t count, int64_t element_bytes) {
@@ -637,33 +632,33 @@ void out_of_bounds(const char* what, int64_t i, int64_t n, int64_t count, int64_
   text << "out of bounds: element " << i;
   if (n > 1) text << " to " << i + n - 1;
   text << " of an array of " << count << " elements of " << element_bytes << " bytes in " << what;
-  fail(text.str(), SK_PLACE);
+  fail(text.str(), SK_CALLER);
 }
 
 void misaligned(const char* what, const void* address, int64_t bytes) {
   std::ostringstream text;
   text << "misaligned: " << bytes << " bytes at once at address " << address << " in " << what;
-  fail(text.str(), SK_PLACE);
+  fail(text.str(), SK_CALLER);
 }
 
-void know_array(const void* address, int64_t bytes, const char* name) {
-  known_arrays()[static_cast<const char*>(address)] = {bytes, name};
+void register_array(const void* address, int64_t bytes, const char* name) {
+  registered_arrays()[static_cast<const char*>(address)] = {bytes, name};
 }
-void forget_array(const void* address) { known_arrays().erase(static_cast<const char*>(address)); }
+void unregister_array(const void* address) { registered_arrays().erase(static_cast<const char*>(address)); }
 
-void check_known(const void* address, int64_t bytes) {
-  const auto& arrays = known_arrays();
+void check_registered(const void* address, int64_t bytes) {
+  const auto& arrays = registered_arrays();
   if (arrays.empty() || bytes <= 0) return;
   const char* p = static_cast<const char*>(address);
   auto at = arrays.upper_bound(p);
-  if (at == arrays.begin()) fail("out of bounds: a pointer into no known array", SK_PLACE);
+  if (at == arrays.begin()) fail("out of bounds: a pointer outside all registered arrays", SK_CALLER);
   --at;
   const auto& [size, name] = at->second;
   if (p + bytes <= at->first + size) return;
   std::ostringstream text;
   text << "out of bounds: " << bytes << " bytes from byte " << p - at->first << " of " << name << ", which has "
        << size;
-  fail(text.str(), SK_PLACE);
+  fail(text.str(), SK_CALLER);
 }
 
 char* dynamic_shared(int64_t offset, int64_t bytes) {
@@ -671,38 +666,38 @@ char* dynamic_shared(int64_t offset, int64_t bytes) {
     std::ostringstream text;
     text << "out of bounds: an array of " << bytes << " bytes from byte " << offset << " of " << machine.dynamic_bytes
          << " bytes of dynamic shared memory";
-    fail(text.str(), SK_PLACE);
+    fail(text.str(), SK_CALLER);
   }
   return self().block->arena + offset;
 }
 
 namespace {
-Static& static_of(Block& block, const void* key, int64_t bytes, const void* place) {
-  for (Static& known : block.statics) {
+StaticArray& static_of(Block& block, const void* key, int64_t bytes, const void* location) {
+  for (StaticArray& known : block.statics) {
     if (known.key == key) return known;
   }
   char* start = block.arena + machine.arena_bytes - kStaticShared + block.static_used;
   block.static_used += (bytes + 15) / 16 * 16;
-  if (block.static_used > kStaticShared) fail("more than 48 KiB of static shared memory", place);
+  if (block.static_used > kStaticShared) fail("more than 48 KiB of static shared memory", location);
   memset(start, 0xff, bytes);
   block.statics.push_back({key, start, bytes});
   return block.statics.back();
 }
 }  // namespace
 
-char* static_shared(const void* key, int64_t bytes) { return static_of(*self().block, key, bytes, SK_PLACE).start; }
+char* static_shared(const void* key, int64_t bytes) { return static_of(*self().block, key, bytes, SK_CALLER).start; }
 
 char* peer_shared(char* mine, int rank) {
   Block& block = *self().block;
-  if (rank < 0 || rank >= current->cluster_blocks) fail("remote: no such block in the cluster", SK_PLACE);
+  if (rank < 0 || rank >= current->cluster_blocks) fail("remote: no such block in the cluster", SK_CALLER);
   Block& peer = *machine.blocks[block.cluster * current->cluster_blocks + rank];
   if (mine >= block.arena && mine <= block.arena + machine.dynamic_bytes) return peer.arena + (mine - block.arena);
-  for (const Static& array : block.statics) {
+  for (const StaticArray& array : block.statics) {
     if (mine >= array.start && mine < array.start + array.bytes) {
-      return static_of(peer, array.key, array.bytes, SK_PLACE).start + (mine - array.start);
+      return static_of(peer, array.key, array.bytes, SK_CALLER).start + (mine - array.start);
     }
   }
-  fail("remote: not shared memory of this block", SK_PLACE);
+  fail("remote: not shared memory of this block", SK_CALLER);
 }
 
 void check_peer(const void* address) {
@@ -712,55 +707,54 @@ void check_peer(const void* address) {
     const Block& block = *machine.blocks[b];
     if (p < block.arena || p >= block.arena + machine.arena_bytes) continue;
     if (block.live > 0) return;
-    fail("shared memory of block " + std::to_string(block.index) + ", which has exited", SK_PLACE);
+    fail("shared memory of block " + std::to_string(block.index) + ", which has exited", SK_CALLER);
   }
 }
 
-// ---- order
-// -----------------------------------------------------------------------------------------------------------
+// Memory ordering.
 
 int block_barrier(const char* kind, bool predicate) {
   Barrier& barrier = self().block->barrier;
   (void)kind;
   barrier.votes += predicate;
-  arrive(barrier, SK_PLACE, true);
+  arrive(barrier, SK_CALLER, true);
   return self().block->barrier.result;
 }
 
 void named_barrier(int id, int threads, bool wait) {
-  if (id < 1 || id > 15) fail("named barriers are 1 to 15", SK_PLACE);
-  if (threads % kWarp) fail("a named barrier counts whole warps", SK_PLACE);
+  if (id < 1 || id > 15) fail("named barriers are 1 to 15", SK_CALLER);
+  if (threads % kWarp) fail("a named barrier counts whole warps", SK_CALLER);
   Barrier& barrier = self().block->named[id];
-  if (barrier.arrived > 0 && barrier.expected != threads) fail("a named barrier with two counts", SK_PLACE);
+  if (barrier.arrived > 0 && barrier.expected != threads) fail("a named barrier with two counts", SK_CALLER);
   barrier.expected = threads;
-  arrive(barrier, SK_PLACE, wait);
+  arrive(barrier, SK_CALLER, wait);
 }
 
 void cluster_barrier_arrive() {
   Thread::State& me = self();
   Barrier& barrier = machine.clusters[me.block->cluster];
-  if (me.cluster_arrived) fail("cluster_arrive twice without cluster_wait", SK_PLACE);
+  if (me.cluster_arrived) fail("cluster_arrive twice without cluster_wait", SK_CALLER);
   me.cluster_arrived = true;
   me.cluster_phase = barrier.phase;
-  arrive(barrier, SK_PLACE, false);
+  arrive(barrier, SK_CALLER, false);
 }
 
 void cluster_barrier_wait() {
   Thread::State& me = self();
   Barrier& barrier = machine.clusters[me.block->cluster];
-  if (!me.cluster_arrived) fail("cluster_wait without cluster_arrive", SK_PLACE);
+  if (!me.cluster_arrived) fail("cluster_wait without cluster_arrive", SK_CALLER);
   me.cluster_arrived = false;
   if (barrier.phase == me.cluster_phase) {
     barrier.waiting.push_back(current);
-    wait(barrier.kind, SK_PLACE);
+    wait(barrier.kind, SK_CALLER);
   } else if (machine.races) {
-    learn(me.clock, barrier.known);
+    merge_clock(me.clock, barrier.known);
   }
 }
 
 void grid_barrier() {
-  if (!machine.config->cooperative) fail("grid_sync needs a cooperative launch", SK_PLACE);
-  arrive(machine.grid, SK_PLACE, true);
+  if (!machine.config->cooperative) fail("grid_sync needs a cooperative launch", SK_CALLER);
+  arrive(machine.grid, SK_CALLER, true);
 }
 
 void yield(const char* why) {
@@ -768,12 +762,12 @@ void yield(const char* why) {
   if (++machine.idle > kPatience + kRounds * machine.live) {
     machine.stuck = true;
     self().waits = why;
-    self().place = SK_PLACE;
+    self().location = SK_CALLER;
     self().fibre.switch_to(machine.host);
   }
   if (machine.count == 0) return;
   machine.push(current);
-  wait(why, SK_PLACE);
+  wait(why, SK_CALLER);
   self().waits = nullptr;
 }
 
@@ -781,9 +775,9 @@ void acquire(const void* address, bool ordered) {
   const auto at = machine.published.find(address);
   if (at == machine.published.end() || !at->second) return;
   if (ordered) {
-    learn(self().clock, at->second);
+    merge_clock(self().clock, at->second);
   } else {
-    self().seen.add(at->second);
+    self().relaxed_reads.add(at->second);
   }
 }
 
@@ -793,30 +787,29 @@ void release(const void* address, Release how) {
   Thread::State& me = self();
   const bool ordered = how == Release::kStore || how == Release::kUpdate;
   const bool updates = how == Release::kRelaxedUpdate || how == Release::kUpdate;
-  Knowledge& published = machine.published[address];
-  Join join;
+  ClockSnapshot& published = machine.published[address];
+  ClockMerge join;
   if (updates) join.add(published);
-  join.add(ordered ? moment(me.clock) : me.fenced);
+  join.add(ordered ? snapshot(me.clock) : me.fenced);
   published = join.empty() ? nullptr : join.result();
 }
 
 void fence() {
   if (!machine.races) return;
   Thread::State& me = self();
-  if (!me.seen.empty()) learn(me.clock, me.seen.result());
-  me.seen.clear();
-  me.fenced = moment(me.clock);
+  if (!me.relaxed_reads.empty()) merge_clock(me.clock, me.relaxed_reads.result());
+  me.relaxed_reads.clear();
+  me.fenced = snapshot(me.clock);
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------------------------
+// Warps.
 
 void collective(const char* kind, uint32_t mask, void* operand, Perform perform) {
   Thread::State& me = self();
   Warp& warp = *me.warp;
   const uint32_t mine = 1u << me.lane, needed = mask & warp.lanes;
-  if (!(mask & mine)) fail(std::string(kind) + " with a mask that lacks the own lane", SK_PLACE);
-  if (needed & warp.exited) fail(std::string("divergent barrier: ") + kind + " with lanes that have exited", SK_PLACE);
+  if (!(mask & mine)) fail(std::string(kind) + " with a mask that lacks the own lane", SK_CALLER);
+  if (needed & warp.exited) fail(std::string("divergent barrier: ") + kind + " with lanes that have exited", SK_CALLER);
   machine.idle = 0;
   Collective* all = nullptr;
   for (Collective& c : warp.collectives) {
@@ -829,25 +822,25 @@ void collective(const char* kind, uint32_t mask, void* operand, Perform perform)
   }
   if (all->arrived == 0) {
     all->kind = kind;
-    all->place = SK_PLACE;
+    all->location = SK_CALLER;
   } else if (strcmp(all->kind, kind) != 0) {
     fail(std::string("divergent barrier: ") + kind + " while other lanes of the mask are at " + all->kind + ", " +
-             where(all->place),
-         SK_PLACE);
+             where(all->location),
+         SK_CALLER);
   }
   all->operands[me.lane] = operand;
   all->arrived |= mine;
   if (all->arrived != needed) {
     all->waiting.push_back(current);
-    me.with_lanes = true;
-    wait(kind, SK_PLACE);
-    me.with_lanes = false;
+    me.waits_for_lanes = true;
+    wait(kind, SK_CALLER);
+    me.waits_for_lanes = false;
     return;
   }
   if (perform) {
     perform(all->operands.data());
   } else if (machine.races) {
-    Join join;
+    ClockMerge join;
     for (Thread* thread : all->waiting) join.add(thread->state->clock);
     join.add(me.clock);
     me.clock.known = join.result();
@@ -858,10 +851,9 @@ void collective(const char* kind, uint32_t mask, void* operand, Perform perform)
   machine.wake(all->waiting);
 }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------------------------
+// Asynchronous copies.
 
-// The bytes are taken at once but put down only by the wait; until then the target holds NaN.
+// Reads the source immediately but writes the target only in copy_async_wait; until then the target holds NaN.
 void copy_async(char* to, const char* from, int bytes, int valid_bytes) {
   Copy copy{to, {}, bytes, self().copy_group};
   if (valid_bytes > 0) memcpy(copy.value.data(), from, valid_bytes);
@@ -875,20 +867,19 @@ void copy_async_wait(int pending) {
   Thread::State& me = self();
   auto done = me.copies.begin();
   for (; done != me.copies.end() && done->group < me.copy_group - pending; ++done) {
-    if (watching) note_by(me.clock, done->to, done->bytes, Access::kWrite, SK_PLACE);
+    if (recording) record_access_by(me.clock, done->to, done->bytes, Access::kWrite, SK_CALLER);
     memcpy(done->to, done->value.data(), done->bytes);
   }
   me.copies.erase(me.copies.begin(), done);
 }
 
-// ---- barriers in shared memory
-// ---------------------------------------------------------------------------------------
+// Barriers in shared memory.
 
 namespace {
 
-SharedBarrier& shared_barrier(const void* address, const void* place) {
+SharedBarrier& shared_barrier(const void* address, const void* location) {
   const auto at = machine.shared_barriers.find(address);
-  if (at == machine.shared_barriers.end()) fail("an mbarrier that was not initialised", place);
+  if (at == machine.shared_barriers.end()) fail("an mbarrier that was not initialised", location);
   return at->second;
 }
 
@@ -898,7 +889,7 @@ void finish_phase(SharedBarrier& barrier) {
   barrier.pending = barrier.expected;
   if (machine.races) {
     barrier.known = barrier.join.result();
-    for (Thread* thread : barrier.waiting) learn(thread->state->clock, barrier.known);
+    for (Thread* thread : barrier.waiting) merge_clock(thread->state->clock, barrier.known);
   }
   machine.wake(barrier.waiting);
 }
@@ -907,9 +898,9 @@ void deliver(SharedBarrier& barrier) {
   while (!barrier.deliveries.empty()) {
     Delivery d = std::move(barrier.deliveries.front());
     barrier.deliveries.pop_front();
-    if (watching) {
-      if (d.from) note_by(d.clock, d.from, d.bytes, Access::kRead, d.place);
-      note_by(d.clock, d.to, d.bytes, Access::kWrite, d.place);
+    if (recording) {
+      if (d.from) record_access_by(d.clock, d.from, d.bytes, Access::kRead, d.location);
+      record_access_by(d.clock, d.to, d.bytes, Access::kWrite, d.location);
     }
     memcpy(d.to, d.from ? d.from : d.value.data(), d.bytes);
     if (machine.races) barrier.join.add(d.known);
@@ -921,22 +912,22 @@ void deliver(SharedBarrier& barrier) {
 bool phase_over(SharedBarrier& barrier, int parity) {
   deliver(barrier);
   if ((barrier.phase & 1) == (parity & 1)) return false;
-  if (machine.races) learn(self().clock, barrier.known);
+  if (machine.races) merge_clock(self().clock, barrier.known);
   return true;
 }
 
 }  // namespace
 
 void mbarrier_init(const void* address, int arrivals) {
-  if (arrivals < 1) fail("an mbarrier waits for at least one arrival", SK_PLACE);
+  if (arrivals < 1) fail("an mbarrier waits for at least one arrival", SK_CALLER);
   SharedBarrier& barrier = machine.shared_barriers[address];
   barrier = SharedBarrier();
   barrier.expected = barrier.pending = arrivals;
 }
 
 void mbarrier_arrive(const void* address, int64_t expect_bytes) {
-  SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
-  if (barrier.pending == 0) fail("more arrivals at an mbarrier than its phase expects", SK_PLACE);
+  SharedBarrier& barrier = shared_barrier(address, SK_CALLER);
+  if (barrier.pending == 0) fail("more arrivals at an mbarrier than its phase expects", SK_CALLER);
   machine.idle = 0;
   if (machine.races) barrier.join.add(self().clock);
   barrier.bytes += expect_bytes;
@@ -945,21 +936,21 @@ void mbarrier_arrive(const void* address, int64_t expect_bytes) {
 }
 
 void mbarrier_wait(const void* address, int parity) {
-  SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
+  SharedBarrier& barrier = shared_barrier(address, SK_CALLER);
   while (!phase_over(barrier, parity)) {
     barrier.waiting.push_back(current);
-    wait("an mbarrier", SK_PLACE);
+    wait("an mbarrier", SK_CALLER);
   }
 }
 
 void deliver_async(char* to, const char* from, const void* value, int64_t bytes, const void* address) {
-  SharedBarrier& barrier = shared_barrier(address, SK_PLACE);
+  SharedBarrier& barrier = shared_barrier(address, SK_CALLER);
   machine.idle = 0;
-  Delivery delivery{to, from, {}, bytes, {}, nullptr, SK_PLACE};
+  Delivery delivery{to, from, {}, bytes, {}, nullptr, SK_CALLER};
   if (value) memcpy(delivery.value.data(), value, bytes);
-  if (watching) {
+  if (recording) {
     delivery.clock = self().clock;
-    if (machine.races) delivery.known = moment(self().clock);
+    if (machine.races) delivery.known = snapshot(self().clock);
   }
   barrier.deliveries.push_back(std::move(delivery));
   if (!barrier.waiting.empty()) deliver(barrier);
@@ -968,11 +959,10 @@ void deliver_async(char* to, const char* from, const void* value, int64_t bytes,
 }  // namespace emulation
 }  // namespace seqkernels
 
-// ---- settings, for Python through ctypes
-// -----------------------------------------------------------------------------
+// Settings, for Python through ctypes.
 
 #define SK_EXPORT extern "C" __attribute__((visibility("default")))
-// The previous value; -1 for an unknown name.
+// Returns the previous value, or -1 for an unknown name.
 SK_EXPORT int64_t seqkernels_emulation_set(const char* name, int64_t value) {
   auto& all = seqkernels::emulation::settings();
   const auto at = all.find(name);

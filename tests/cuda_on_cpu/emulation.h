@@ -1,13 +1,14 @@
-// The machine behind device_emulated.h: each CUDA thread is a fibre, blocks that may wait for each other (of a cluster,
-// of a cooperative grid) are resident together, all others run one after another, and everything happens in the calling
-// thread. What goes wrong is thrown out of launch() as std::runtime_error, with the line of the kernel.
+// The emulated device behind device_emulated.h. Each CUDA thread is a fibre, and everything runs in the calling thread.
+// Blocks that may wait for each other (of a cluster or a cooperative grid) are resident together; all others run one
+// after another. launch() throws failures as std::runtime_error, with the line of the kernel.
 //
-// Always checked: bounds and alignment of global and shared memory, barriers that not all threads reach, deadlock.
-// Shared memory starts as bytes of 0xff, which is NaN. On request (settings(), SEQKERNELS_EMULATION="races,unwritten"):
-//   races      two accesses to one byte, one a plain write, by threads that nothing orders
-//   unwritten  shared memory is read that nobody wrote
-//   backward   threads start last first; seed=N: in a random order, also after barriers
-// An entry point that takes part in a report is not inlined: its return address is the place in the kernel.
+// Always checked: bounds and alignment of global and shared memory, divergent barriers, deadlock. Shared memory is
+// filled with 0xff bytes (NaN). On request (settings(), or the environment variable
+// SEQKERNELS_EMULATION="races,unwritten"):
+//   races      two unordered accesses to one byte by different threads, at least one of them a plain write
+//   unwritten  a read of uninitialised shared memory
+//   backward   threads start in reverse order; seed=N: in random order, also after barriers
+// Entry points that appear in reports are not inlined: their return address is the location in the kernel.
 #pragma once
 
 #include <cstddef>
@@ -23,68 +24,70 @@ namespace emulation {
 
 struct Block;
 struct Thread {
-  int index;                                // in its block
-  int64_t x, y, z, grid_x, grid_y, grid_z;  // its block, and the grid
+  int index;                                // within its block
+  int64_t x, y, z, grid_x, grid_y, grid_z;  // of its block; size of the grid
   int block_threads;
   int cluster_rank, cluster_blocks;
-  struct State;  // what only the scheduler sees
+  struct State;  // private to the scheduler
   State* state;
 };
 
 extern Thread* current;
-extern bool watching;  // whether accesses must be noted
+extern bool recording;  // whether accesses must be recorded
 
-// Numbers by name: races, unwritten, backward, seed; of the device: major, minor, multiprocessors, shared_bytes,
-// l2_bytes, cluster_blocks (of the largest cluster); counted: launches, threads, switches.
+// Settings and counters by name. Checks: races, unwritten, backward, seed. Device: major, minor, multiprocessors,
+// shared_bytes, l2_bytes, cluster_blocks (of the largest cluster). Counters: launches, threads, switches.
 std::map<std::string, int64_t>& settings();
 
 #define SK_ENTRY __attribute__((noinline))
 
-// ---- launching ----
+// Launching.
 using Call = void (*)(void* context);
 SK_ENTRY void run(const LaunchConfig& config, const void* kernel, Call call, void* context);
 int64_t resident_blocks(const LaunchConfig& config);
 
-// ---- memory ----
+// Memory.
 enum class Access { kRead, kWrite, kAtomicRead, kAtomicWrite };
-SK_ENTRY void note(const void* address, int64_t bytes, Access access);
-// `what` names the kind of memory; elements [i, i + n) of [0, count).
+SK_ENTRY void record_access(const void* address, int64_t bytes, Access access);
+// `what` names the kind of memory. The access covers elements [i, i + n) of [0, count).
 [[noreturn]] SK_ENTRY void out_of_bounds(const char* what, int64_t i, int64_t n, int64_t count, int64_t element_bytes);
 [[noreturn]] SK_ENTRY void misaligned(const char* what, const void* address, int64_t bytes);
-SK_ENTRY void check_known(const void* address, int64_t bytes);
-void know_array(const void* address, int64_t bytes, const char* name);
-void forget_array(const void* address);
+SK_ENTRY void check_registered(const void* address, int64_t bytes);
+void register_array(const void* address, int64_t bytes, const char* name);
+void unregister_array(const void* address);
 SK_ENTRY char* dynamic_shared(int64_t offset, int64_t bytes);
 SK_ENTRY char* static_shared(const void* key, int64_t bytes);
-SK_ENTRY char* peer_shared(char* mine, int rank);  // the same place in another block of the cluster
-SK_ENTRY void check_peer(const void* address);     // its block still runs
+SK_ENTRY char* peer_shared(char* mine, int rank);  // the same address in another block of the cluster
+SK_ENTRY void check_peer(const void* address);     // checks that its block still runs
 
-// ---- order ----
+// Memory ordering.
 SK_ENTRY int block_barrier(const char* kind, bool predicate);
 SK_ENTRY void named_barrier(int id, int threads, bool wait);
 SK_ENTRY void cluster_barrier_arrive();
 SK_ENTRY void cluster_barrier_wait();
 SK_ENTRY void grid_barrier();
-SK_ENTRY void yield(const char* why);  // lets the others run
-// An access that orders others: call acquire after reading, release before writing.
+SK_ENTRY void yield(const char* why);  // runs other threads
+// Ordering accesses: call acquire after the read, release before the write.
 SK_ENTRY void acquire(const void* address, bool ordered);
 enum class Release { kRelaxedStore, kStore, kRelaxedUpdate, kUpdate };
 SK_ENTRY void release(const void* address, Release how);
 SK_ENTRY void fence();
 
-// ---- warps ----
-// The last lane of the mask to come performs the operation for all: operands[lane] is what each lane passed, or null.
+// Warps.
+
+// The last lane of the mask to arrive performs the operation for all lanes. operands[lane] is the lane's operand, or
+// null.
 using Perform = void (*)(void** operands);
 SK_ENTRY void collective(const char* kind, uint32_t mask, void* operand, Perform perform);
 // Operands of the collectives.
 struct Shuffle {
   static constexpr int kMaxBytes = 16;
   unsigned char value[kMaxBytes], result[kMaxBytes];
-  int bytes, source;  // the lane to read from; its own where it stays
+  int bytes, source;  // lane to read from; its own if out of range
 };
 void perform_shuffle(void** operands);
 struct Vote {
-  uint32_t value, ballot, match;  // lanes whose value is not 0; lanes with the same value
+  uint32_t value, ballot, match;  // ballot: lanes with a nonzero value; match: lanes with the same value
 };
 void perform_vote(void** operands);
 struct Fragments {
@@ -102,17 +105,18 @@ struct Matrices {
 };
 void perform_load_matrices(void** operands);
 
-// ---- asynchronous copies ----
+// Asynchronous copies.
 SK_ENTRY void copy_async(char* to, const char* from, int bytes, int valid_bytes);
 SK_ENTRY void copy_async_commit();
 SK_ENTRY void copy_async_wait(int pending);
 
-// ---- barriers in shared memory ----
+// Barriers in shared memory.
 SK_ENTRY void mbarrier_init(const void* barrier, int arrivals);
 SK_ENTRY void mbarrier_arrive(const void* barrier, int64_t expect_bytes);
 SK_ENTRY void mbarrier_wait(const void* barrier, int parity);
-// The bytes arrive when somebody looks at the barrier: now where a thread waits there already. `from` is read then
-// (a copy), or null: they are in `value` (a store of at most 16).
+// An asynchronous write of `bytes` that the barrier counts. It is performed when a thread tests the barrier, or
+// immediately if one already waits. A copy reads `from` at that time; for a store, `from` is null and `value` holds at
+// most 16 bytes.
 SK_ENTRY void deliver_async(char* to, const char* from, const void* value, int64_t bytes, const void* barrier);
 
 }  // namespace emulation

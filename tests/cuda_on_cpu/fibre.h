@@ -1,4 +1,4 @@
-// Stacks to switch between, all in one thread: a few instructions on x86-64, ucontext elsewhere.
+// Fibres within one thread: a stack switch of a few instructions on x86-64, ucontext elsewhere.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,7 +19,7 @@ namespace seqkernels {
 namespace emulation {
 
 #if defined(__x86_64__)
-// Pushes what a call preserves, leaves the stack in *from and continues the one at `to`.
+// Pushes the callee-saved registers, stores the stack pointer in *from and continues on the stack `to`.
 void switch_stack(void** from, void* to) asm("seqkernels_switch_stack");
 asm(R"(
 .pushsection .text
@@ -47,12 +47,12 @@ seqkernels_switch_stack:
 
 class Fibre {
  public:
-  // Starts over: the next switch to it calls entry(), which must never return.
+  // Restarts the fibre: the next switch to it calls entry(), which must never return.
   void reset(char* stack, size_t bytes, void (*entry)()) {
 #if defined(__x86_64__)
     auto* top = reinterpret_cast<void**>(stack + bytes);
-    *--top = nullptr;                         // entry's return address: none, and the alignment of a call
-    *--top = reinterpret_cast<void*>(entry);  // where `ret` goes
+    *--top = nullptr;  // entry's return address (none), which also aligns the stack as after a call
+    *--top = reinterpret_cast<void*>(entry);  // target of `ret`
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     position_ = top;
 #else
@@ -81,7 +81,7 @@ class Fibre {
 #endif
 };
 
-// Stacks are kept from launch to launch. Below each lies a page that may not be touched.
+// Stacks, reused across launches. Below each lies an inaccessible guard page.
 class Stacks {
  public:
   static constexpr size_t kBytes = 128 * 1024;
@@ -100,7 +100,7 @@ class Stacks {
     }
     return stacks_[i];
   }
-  // Tops lie at different offsets in a page: otherwise all stacks compete for the same lines of the cache.
+  // Staggers the tops within a page; otherwise all stacks would map to the same cache sets.
   static size_t bytes(size_t i) { return kBytes - i % 16 * 256; }
 
  private:

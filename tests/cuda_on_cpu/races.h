@@ -1,8 +1,8 @@
-// Which access came before which. A thread knows, of every other thread, up to which moment of its life what it did is
-// ordered before now; synchronisation passes that on (vector clocks). An access that is not known of is concurrent.
+// Race detection by vector clocks. For every other thread, a thread's clock holds the latest moment that is ordered
+// before now; synchronisation merges clocks. Two accesses are concurrent if neither is ordered before the other.
 //
-// Vectors would be long, and after a barrier they are all the same: so what a thread knows is one immutable object that
-// many share, a page of clocks for each block it has heard of, and a page is shared until somebody knows more.
+// Full vectors would be large, and after a barrier all threads hold the same one. A clock is therefore an immutable,
+// shared object: one page of counters per block, copied only when it changes.
 #pragma once
 
 #include <algorithm>
@@ -15,22 +15,22 @@
 namespace seqkernels {
 namespace emulation {
 
-using Clocks = std::vector<uint32_t>;                                          // of one block's threads
-using Known = std::vector<std::pair<int64_t, std::shared_ptr<const Clocks>>>;  // by block, ascending
-using Knowledge = std::shared_ptr<const Known>;
+using Clocks = std::vector<uint32_t>;                                               // of one block's threads
+using ClockPages = std::vector<std::pair<int64_t, std::shared_ptr<const Clocks>>>;  // by block, ascending
+using ClockSnapshot = std::shared_ptr<const ClockPages>;
 
-// A thread's place in time.
+// The clock of a thread.
 struct Clock {
   int64_t block = 0;
   uint32_t thread = 0, threads = 1;
   uint32_t now = 1;
-  Knowledge known;
+  ClockSnapshot known;
 };
 
-// Collects what several know.
-class Join {
+// Merges several clocks.
+class ClockMerge {
  public:
-  void add(const Knowledge& known) {
+  void add(const ClockSnapshot& known) {
     if (!known || known == last_) return;
     last_ = known;
     for (const auto& [block, clocks] : *known) {
@@ -43,20 +43,20 @@ class Join {
       }
     }
   }
-  // All that the thread did until now; what it does next is a later moment.
+  // Adds everything the thread has done so far, and advances its counter.
   void add(Clock& clock) {
     add(clock.known);
     uint32_t& mine = owned(page_of(clock.block), clock.threads)[clock.thread];
     mine = std::max(mine, clock.now++);
   }
-  Knowledge result() {
-    auto known = std::make_shared<Known>();
+  ClockSnapshot result() {
+    auto known = std::make_shared<ClockPages>();
     for (auto& [block, page] : pages_) {
       known->emplace_back(block, page.shared ? page.shared : std::make_shared<const Clocks>(page.own));
     }
     return known;
   }
-  void clear() { *this = Join(); }
+  void clear() { *this = ClockMerge(); }
   bool empty() const { return pages_.empty(); }
 
  private:
@@ -76,45 +76,45 @@ class Join {
     return page.own;
   }
   std::vector<std::pair<int64_t, Page>> pages_;
-  Knowledge last_;
+  ClockSnapshot last_;
 };
 
-inline Knowledge moment(Clock& clock) {
-  Join join;
+inline ClockSnapshot snapshot(Clock& clock) {
+  ClockMerge join;
   join.add(clock);
   return join.result();
 }
-inline void learn(Clock& clock, const Knowledge& known) {
+inline void merge_clock(Clock& clock, const ClockSnapshot& known) {
   if (!known || known == clock.known) return;
   if (!clock.known) {
     clock.known = known;
     return;
   }
-  Join join;
+  ClockMerge join;
   join.add(clock.known);
   join.add(known);
   clock.known = join.result();
 }
 
-// Who touched a byte, and when.
+// An access to a byte: by which thread, when and where.
 struct Record {
   int64_t block = -1;
   uint32_t thread = 0, when = 0;
-  const void* place = nullptr;
+  const void* location = nullptr;
   bool atomic = false;
   explicit operator bool() const { return block >= 0; }
   bool before(const Clock& clock) const {
     if (block == clock.block && thread == clock.thread) return true;
     if (!clock.known) return false;
-    const Known& known = *clock.known;
+    const ClockPages& known = *clock.known;
     const auto at =
         std::lower_bound(known.begin(), known.end(), block, [](auto& page, int64_t b) { return page.first < b; });
     return at != known.end() && at->first == block && (*at->second)[thread] >= when;
   }
 };
 
-// The last write of each byte, and two reads since: the first that is not ordered before the second, and the latest.
-// Bytes are kept in groups of 4 until one is touched alone.
+// Shadow memory: the last write of each byte and two reads since, the first that is not ordered before the second, and
+// the latest. A cell covers 4 bytes until an access touches only a part of them.
 class Shadow {
  public:
   struct Cell {

@@ -1,7 +1,8 @@
-// Small kernels that use each part of common/device.cuh, some of them wrong on purpose. tests/test_cuda_on_cpu.py runs
-// them under the emulation; the right ones run on a GPU as well, which checks the emulation in turn.
+// Small kernels that exercise each part of common/device.cuh, some of them with planted faults.
+// tests/test_cuda_on_cpu.py runs them under the emulation; those without faults also run on a GPU, which validates the
+// emulation.
 //
-// A kernel takes arrays and a variant; where faults are planted, variant 0 is right.
+// A kernel takes arrays and a variant. Of kernels with planted faults, variant 0 is correct.
 #include <map>
 #include <vector>
 
@@ -23,8 +24,7 @@ SK_DEVICE Global<T> array(const Arrays& args, int i) {
   return global<T>(args.data[i], args.bytes[i] / static_cast<int64_t>(sizeof(T)));
 }
 
-// ---- where a thread is
-// -----------------------------------------------------------------------------------------------
+// Thread and block indices.
 
 SK_KERNEL(64) indices_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);  // [z, y, x, thread, 6]
@@ -38,8 +38,7 @@ SK_KERNEL(64) indices_kernel(const SK_GRID_CONSTANT Arrays args) {
   row[5] = static_cast<int>(grid_threads());
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------------------------
+// Warps.
 
 SK_KERNEL(32) shuffles_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const int32_t>(args, 0);
@@ -60,7 +59,7 @@ SK_KERNEL(32) shuffles_kernel(const SK_GRID_CONSTANT Arrays args) {
   const Vec<double, 2> got = shuffle(wide, 31 - lane);
   put(static_cast<int32_t>(got[0] * 10 + got[1]));
   put(any_lane(v > 1000) * 4 + all_lanes(v > -1000) * 2 + any_lane(v == 0));
-  // Two halves of the warp at different calls.
+  // The two halves of the warp call different shuffles.
   int32_t half = 0;
   if (lane < 16) {
     half = shuffle(v, 1, 32, 0x0000ffffu);
@@ -70,7 +69,7 @@ SK_KERNEL(32) shuffles_kernel(const SK_GRID_CONSTANT Arrays args) {
   put(half);
 }
 
-// 0: sums by shuffles; 1: lanes differ in what they call; 2: half of the lanes have exited.
+// 0: broadcast by a shuffle; 1: one lane calls a different operation; 2: half of the lanes have exited.
 SK_KERNEL(32) divergent_warp_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);
   int32_t v = lane_index();
@@ -83,11 +82,10 @@ SK_KERNEL(32) divergent_warp_kernel(const SK_GRID_CONSTANT Arrays args) {
   out[lane_index()] = v;
 }
 
-// ---- shared memory and barriers
-// --------------------------------------------------------------------------------------
+// Shared memory and barriers.
 
-// out = in reversed, block by block. 0: right; 1: no barrier; 2: a barrier that half of the threads never reach, for
-// they exit; 3: the halves wait at two barriers; 4: reads what nobody wrote; 5: unordered writes of one word.
+// out = in, reversed within each block. 0: correct; 1: no barrier; 2: half of the threads exit before the barrier; 3:
+// each half waits at a different barrier; 4: reads uninitialised memory; 5: unordered writes of one word.
 SK_KERNEL(64) reverse_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const float>(args, 0);
   const auto out = array<float>(args, 1);
@@ -107,7 +105,7 @@ SK_KERNEL(64) reverse_kernel(const SK_GRID_CONSTANT Arrays args) {
   out[at + i] = v;
 }
 
-// Within a warp. 0: with warp_sync; 1: without.
+// Communication within a warp. 0: with warp_sync; 1: without.
 SK_KERNEL(32) neighbour_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);
   SK_SHARED(int32_t, tile, 32);
@@ -116,8 +114,8 @@ SK_KERNEL(32) neighbour_kernel(const SK_GRID_CONSTANT Arrays args) {
   out[lane_index()] = tile[(lane_index() + 1) % 32];
 }
 
-// 0: inside; 1 to 8: read and write past the end and before the start, of shared and global memory; 9: a vector that
-// reaches over the end; 10: one that is not aligned; 11: an array beyond the dynamic shared memory.
+// 0: in bounds; 1 to 8: reads and writes past the end and before the start of shared and global memory; 9: a vector
+// that extends past the end; 10: a misaligned vector; 11: an array larger than the dynamic shared memory.
 SK_KERNEL(32) bounds_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto x = array<float>(args, 0);  // [36]
   SharedArena arena;
@@ -135,7 +133,8 @@ SK_KERNEL(32) bounds_kernel(const SK_GRID_CONSTANT Arrays args) {
   if (v == 10 && i == 0) store_vec(x, 2, load_vec<4>(x, 2));
 }
 
-// Named barriers: warp 0 fills a buffer that warp 1 empties, round by round. 0: right; 1: never says it is empty.
+// Named barriers: warp 0 fills a buffer that warp 1 empties, in rounds. 0: correct; 1: warp 1 never signals that it is
+// empty.
 SK_KERNEL(64) handover_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);  // [rounds, 32]
   const int rounds = static_cast<int>(args.bytes[0] / (32 * sizeof(int32_t)));
@@ -154,10 +153,9 @@ SK_KERNEL(64) handover_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// ---- atomics and order between blocks
-// --------------------------------------------------------------------------------
+// Atomics and ordering between blocks.
 
-// Counts by a histogram in shared memory, then in global memory. 0: atomics; 1: shared memory without.
+// Histogram in shared memory, then in global memory. 0: with atomics; 1: without atomics in shared memory.
 SK_KERNEL(128) histogram_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const uint32_t>(args, 0);
   const auto counts = array<uint32_t>(args, 1);   // [16]
@@ -185,7 +183,7 @@ SK_KERNEL(128) histogram_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// The block that comes last adds what the others left. 0: fences; 1: none; 2: who was last is not passed on in order.
+// The last block to finish adds the results of all blocks. 0: with fences; 1: without; 2: no barrier after `last`.
 SK_KERNEL(32) last_block_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto parts = array<int32_t>(args, 0);    // [blocks]
   const auto ticket = array<uint32_t>(args, 1);  // 0, and 0 again afterwards
@@ -212,8 +210,8 @@ SK_KERNEL(32) last_block_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// A chain through all blocks of a cooperative grid: each adds to what its predecessor left. 0: release and acquire;
-// 1: relaxed; 2: waits for a flag that nobody sets; 3: one flag by a counter that everybody adds to.
+// A chain through all blocks of a cooperative grid: each adds 1 to its predecessor's value. 0: release and acquire; 1:
+// relaxed; 2: waits for a flag that is never set; 3: one flag that all blocks increment.
 SK_KERNEL(32) chain_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto values = array<int32_t>(args, 0);  // [blocks]
   const auto flags = array<uint32_t>(args, 1);  // [blocks], 0
@@ -246,7 +244,7 @@ SK_KERNEL(32) chain_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// Two rounds of a grid-wide rotation. 0: with grid barriers; 1: without the second.
+// Two rounds of a grid-wide rotation. 0: with both grid barriers; 1: without the second.
 SK_KERNEL(64) rotate_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto a = array<int32_t>(args, 0), b = array<int32_t>(args, 1);
   const int64_t i = grid_thread_index(), n = grid_threads();
@@ -257,18 +255,16 @@ SK_KERNEL(64) rotate_kernel(const SK_GRID_CONSTANT Arrays args) {
   a[i] = b[(i + 65) % n];
 }
 
-// 0: each block its own word; 1: all blocks one word.
+// 0: each block writes its own word; 1: all blocks write one word.
 SK_KERNEL(32) blocks_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);
   if (thread_index() == 0) out[args.variant == 0 ? block_index() : 0] = static_cast<int>(block_index());
 }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------------------------
+// Asynchronous copies.
 
-// Rows of 64 floats through a ring of three buffers, two rows ahead. 0: right; 1: waits for one group too few;
-// 2: no barrier after the wait; 3: none after the reads, so that copies overwrite what
-// is still read.
+// Rows of 64 floats through a ring of three buffers, two rows ahead. 0: correct; 1: waits for one group too few; 2: no
+// barrier after the wait; 3: no barrier after the reads, so that copies overwrite data that is still being read.
 SK_KERNEL(32) ring_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const float>(args, 0);
   const auto out = array<float>(args, 1);  // each row reversed
@@ -303,7 +299,7 @@ SK_KERNEL(32) ring_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// Copies of 4 and 8 bytes and of nothing at all.
+// Copies of 4 and 8 bytes, and invalid copies, which write zeros.
 SK_KERNEL(32) small_copies_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const float>(args, 0);  // [96]
   const auto out = array<float>(args, 1);       // [128]
@@ -319,7 +315,7 @@ SK_KERNEL(32) small_copies_kernel(const SK_GRID_CONSTANT Arrays args) {
   for (int j = i; j < 128; j += 32) out[j] = tile[j];
 }
 
-// Copies of the first `lane % 9` elements of pieces of 16 bytes, and of 0 to 2 elements of 4 bytes.
+// Copies the first `lane % 9` elements of pieces of 16 bytes, and 0 to 2 elements of pieces of 4 bytes.
 SK_KERNEL(32) part_copies_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const BFloat16>(args, 0);  // [320]
   const auto out = array<BFloat16>(args, 1);       // [320]
@@ -334,10 +330,9 @@ SK_KERNEL(32) part_copies_kernel(const SK_GRID_CONSTANT Arrays args) {
   for (int j = i; j < 320; j += 32) out[j] = tile[j];
 }
 
-// ---- clusters
-// --------------------------------------------------------------------------------------------------------
+// Clusters.
 
-// Each block reads its right neighbour's tile. 0: right; 1: no barrier before; 2: the owner may exit before.
+// Each block reads its right neighbour's tile. 0: correct; 1: no barrier before the read; 2: the owner may have exited.
 SK_KERNEL(32) neighbours_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<float>(args, 0);
   SharedArena arena;
@@ -350,9 +345,9 @@ SK_KERNEL(32) neighbours_kernel(const SK_GRID_CONSTANT Arrays args) {
   if (args.variant != 2) cluster_sync();
 }
 
-// As a recurrence goes: each block owns a slice of the state, computes its slice of the next one from all of it and
-// pushes that to every block; two buffers, one barrier each. next[j] = state[j + 1] + state[j + 5] (mod n) + 1.
-// 0: right; 1: the reader does not wait; 2: one buffer only; 3: expects too many bytes.
+// A recurrence: each block owns a slice of the state, computes its slice of the next state from the whole state and
+// stores it into every block; two buffers with one barrier each. next[j] = state[j + 1] + state[j + 5] (mod n) + 1. 0:
+// correct; 1: the reader does not wait; 2: only one buffer; 3: expects too many bytes.
 SK_KERNEL(32) exchange_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<float>(args, 0);  // [clusters, n]
   const int steps = static_cast<int>(args.bytes[1] / 4);
@@ -380,14 +375,14 @@ SK_KERNEL(32) exchange_kernel(const SK_GRID_CONSTANT Arrays args) {
     for (int r = 0; r < ranks; ++r) {
       store_async(remote(state, r), to * n + 32 * rank + lane, Vec<float, 1>{{own}}, remote(bars, r) + to);
     }
-    // Barrier `to` is used at every second step (with one slot at each): its phase is t / slots.
+    // Barrier `to` is used in every second step (with one slot, in every step): its phase is t / slots.
     if (args.variant != 1) mbarrier_wait(bars, to, t / slots % 2);
   }
   out[grid_thread_index()] = own;
   cluster_sync();
 }
 
-// Ping-pong of two blocks by remote arrivals. 0: right; 1: the second never answers.
+// Ping-pong between two blocks by remote arrivals. 0: correct; 1: the second block never answers.
 SK_KERNEL(32) pingpong_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);  // [2]
   constexpr int kRounds = 9;
@@ -416,7 +411,7 @@ SK_KERNEL(32) pingpong_kernel(const SK_GRID_CONSTANT Arrays args) {
   cluster_sync();
 }
 
-// A row comes from global memory in bulk and goes on to every block of the cluster.
+// Copies a row from global memory in bulk, and from there to every block of the cluster.
 SK_KERNEL(32) bulk_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const float>(args, 0);  // [blocks, 64]
   const auto out = array<float>(args, 1);       // [blocks, ranks, 64]
@@ -450,7 +445,7 @@ SK_KERNEL(32) bulk_kernel(const SK_GRID_CONSTANT Arrays args) {
   cluster_sync();
 }
 
-// 0: waits for an arrival that comes; 1: for one that never comes; 2: one arrival too many; 3: not initialised.
+// 0: waits for all arrivals; 1: one arrival is missing; 2: one arrival too many; 3: not initialised.
 SK_KERNEL(64) arrivals_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto out = array<int32_t>(args, 0);
   SharedArena arena;
@@ -467,10 +462,9 @@ SK_KERNEL(64) arrivals_kernel(const SK_GRID_CONSTANT Arrays args) {
   out[thread_index()] = tile[63 - thread_index()];
 }
 
-// ---- matrix fragments
-// ------------------------------------------------------------------------------------------------
+// Matrix fragments.
 
-// One product of fragments, gathered and scattered by tables of element offsets: [32, elements of the fragment].
+// One product of fragments, gathered and scattered through tables of element offsets: [32, elements of the fragment].
 template <class T, int kK>
 SK_KERNEL(32)
 fragments_kernel(const SK_GRID_CONSTANT Arrays args) {
@@ -506,7 +500,7 @@ fragments_kernel(const SK_GRID_CONSTANT Arrays args) {
   for (int i = 0; i < 4; ++i) d[table_c[lane * 4 + i]] = fc[i];
 }
 
-// What each lane gets of matrices whose element (m, row, column) is its own offset.
+// The words that each lane receives of matrices whose element (m, row, column) equals its offset.
 template <int N, bool kTransposed>
 SK_KERNEL(32)
 matrices_kernel(const SK_GRID_CONSTANT Arrays args) {
@@ -520,13 +514,13 @@ matrices_kernel(const SK_GRID_CONSTANT Arrays args) {
   for (int i = 0; i < N; ++i) out[lane_index() * N + i] = words[i];
 }
 
-// C = A B^T for row-major A [64, K], B [32, K], of a half type: cp.async, load_matrices and mma together; 4 warps.
+// C = A B^T for row-major A [64, K] and B [32, K] of a half type: cp.async, load_matrices and mma combined; 4 warps.
 template <class T>
 SK_KERNEL(128)
 product_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto a = array<const T>(args, 0), b = array<const T>(args, 1);
   const auto c = array<float>(args, 2);                      // [64, 32]
-  constexpr int kM = 64, kN = 32, kK = 32, kPitch = kK + 8;  // a pitch of 80 bytes: 8 rows hit different banks
+  constexpr int kM = 64, kN = 32, kK = 32, kPitch = kK + 8;  // a pitch of 80 bytes avoids bank conflicts between 8 rows
   const int64_t K = args.bytes[0] / (kM * static_cast<int64_t>(sizeof(T)));
   SharedArena arena;
   const auto tiles_a = arena.array<T>(2 * kM * kPitch), tiles_b = arena.array<T>(2 * kN * kPitch);
@@ -573,8 +567,7 @@ product_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// Arithmetic.
 
 SK_KERNEL(64) numbers_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const float>(args, 0);
@@ -596,7 +589,7 @@ SK_KERNEL(64) numbers_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// out = table rows scaled, 16 bytes at once.
+// out = 2 * in, 16 bytes at a time.
 SK_KERNEL(64) vectors_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto in = array<const Half>(args, 0);
   const auto out = array<Half>(args, 1);
@@ -615,13 +608,12 @@ SK_KERNEL(64) vectors_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
-// Nothing but barriers, for the speed of the emulation.
+// Barriers only, to measure the speed of the emulation.
 SK_KERNEL(1024) barriers_kernel(const SK_GRID_CONSTANT Arrays args) {
   for (int i = 0; i < args.variant; ++i) block_sync();
 }
 
-// ---- the table
-// -------------------------------------------------------------------------------------------------------
+// Kernels by name.
 
 using Kernel = void (*)(Arrays);
 struct Entry {
@@ -685,7 +677,7 @@ const std::map<std::string, Entry>& entries() {
 }  // namespace
 }  // namespace seqkernels
 
-// Runs one of them over host arrays, which come back changed. The answer is what went wrong, "" if nothing did.
+// Runs one kernel over host arrays, which it modifies. Returns the failure as text, or "" on success.
 extern "C" __attribute__((visibility("default"))) const char* seqkernels_selftest(const char* name, int variant,
                                                                                   int count, void** data,
                                                                                   const int64_t* bytes) {
@@ -699,7 +691,7 @@ extern "C" __attribute__((visibility("default"))) const char* seqkernels_selftes
       arrays.bytes[i] = bytes[i];
 #if defined(SEQKERNELS_EMULATE_CUDA)
       arrays.data[i] = data[i];
-      emulation::know_array(data[i], bytes[i], ("array " + std::to_string(i)).c_str());
+      emulation::register_array(data[i], bytes[i], ("array " + std::to_string(i)).c_str());
 #else
       check_cuda(cudaMalloc(&arrays.data[i], bytes[i]), "allocation");
       check_cuda(cudaMemcpy(arrays.data[i], data[i], bytes[i], cudaMemcpyHostToDevice), "copy");
@@ -713,7 +705,7 @@ extern "C" __attribute__((visibility("default"))) const char* seqkernels_selftes
     }
     for (int i = 0; i < count; ++i) {
 #if defined(SEQKERNELS_EMULATE_CUDA)
-      emulation::forget_array(data[i]);
+      emulation::unregister_array(data[i]);
 #else
       read_back(data[i], arrays.data[i], bytes[i], nullptr);
       cudaFree(arrays.data[i]);

@@ -1,5 +1,5 @@
-// What the lanes of a warp do together. The matrix fragments follow the tables of the PTX ISA ("Warp Level Matrix
-// Instructions"): lane = 4 g + t.
+// Warp collectives. The matrix fragments follow the tables of the PTX ISA ("Warp Level Matrix Instructions"): lane = 4
+// g + t.
 #include <cstring>
 
 #include "common/device.cuh"
@@ -13,7 +13,7 @@ void perform_shuffle(void** operands) {
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!operands[lane]) continue;
     auto& mine = *static_cast<Shuffle*>(operands[lane]);
-    // A lane that does not take part has no value: what is read is undefined, here NaN.
+    // A lane that does not participate has no value; reading it is undefined and yields NaN here.
     const void* source = operands[mine.source & (kWarp - 1)];
     if (source) {
       memcpy(mine.result, static_cast<const Shuffle*>(source)->value, mine.bytes);

@@ -1,18 +1,22 @@
-// Attention backward, and the weights themselves: what forward did not keep is computed again, block by block.
+// Backward pass of attention, and the attention weights. The scores are recomputed block by block.
 //
-//   P = e^(S - lse), V' = dropped P;  dV = V'^T dO, dP = dropped dO V^T, dS = P (dP - rowsum(dO O) + dlse),
+//   P = e^(S - lse), V' = dropout(P);  dV = V'^T dO, dP = dropout(dO V^T), dS = P (dP - rowsum(dO O) + dlse),
 //   dQ = scale dS K, dK = scale dS^T Q.   Dao et al., "FlashAttention", 2022, algorithm 4.
 //
-// Where there are groups of heads enough for the threads, a group is a task: one pass over its blocks finds everything.
-// Else two: over blocks of keys for dk and dv, and over blocks of queries for dq. Sums are taken in one order either
-// way: a key's over sequences, heads and queries as they stand, a query's over keys; so their bits are the same.
+// With enough groups of heads for the threads, a group is a task: one pass over its blocks computes all gradients.
+// Otherwise there are two passes: over blocks of keys for dk and dv, and over blocks of queries for dq. The order of
+// sums is the same in both cases (of a key's gradient over sequences, heads and queries, of a query's over keys), and
+// so are the bits.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "attention/attention.h"
 #include "attention/cpu/blocks.h"
+#include "attention/cpu/packing.h"
+#include "attention/cpu/products.h"
 #include "attention/cpu/schedule.h"
+#include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/parallel.h"
@@ -24,8 +28,8 @@ void attention_weights(const AttentionArgs& args, void* weights);
 
 namespace {
 
-// Which gradients a pass over blocks finds.
-enum Wanted : int { kQueries = 1, kKeysAndValues = 2, kMask = 4 };
+// The gradients that a pass over blocks computes.
+enum Gradients : int { kQueryGradients = 1, kKeyGradients = 2, kMaskGradients = 4 };
 
 template <class S>
 class Backward {
@@ -42,10 +46,10 @@ class Backward {
         of_weights(given.dweights.data != nullptr),
         ldk(leading<T>(a.D)),
         ldv(leading<T>(a.Dv)),
-        strips(ceil_div(largest(a.D, int64_t{1}), kStrip<T>)),
-        stripsv(ceil_div(largest(a.Dv, int64_t{1}), kStrip<T>)),
+        strips(ceil_div(maximum(a.D, int64_t{1}), kStrip<T>)),
+        stripsv(ceil_div(maximum(a.Dv, int64_t{1}), kStrip<T>)),
         groups(a.B * a.Hk) {
-    for (int64_t b = 0; b < a.B; ++b) longest = largest(longest, a.sequences[b].k_length);
+    for (int64_t b = 0; b < a.B; ++b) longest = maximum(longest, a.sequences[b].k_length);
     if (args.dmask != nullptr) {
       const int64_t* shape = args.mask_shape;
       int64_t stride = 1;
@@ -64,15 +68,15 @@ class Backward {
       sums = sizeof(T) != sizeof(S) ? reinterpret_cast<T*>(wide.get()) : static_cast<T*>(args.dmask);
       memset(static_cast<void*>(sums), 0, size_t(mask_count) * sizeof(T));
     }
-    // What shares sums of the mask's gradient is one task.
-    const bool every_b = args.dmask != nullptr && args.mask_shape[0] == 1,
-               every_h = args.dmask != nullptr && args.mask_shape[1] == 1;
-    const Slices slices{a.B, a.Hk, every_b, every_h};
-    const bool whole = args.dmask != nullptr && args.mask_shape[2] == 1 && args.mask_shape[3] == 1;
-    if (threads == 1 || whole || !better_split(slices, threads)) {
-      fused(slices, threads);
+    // Tasks must not share sums of the mask's gradient: pairs that do form one task.
+    const bool merge_b = args.dmask != nullptr && args.mask_shape[0] == 1,
+               merge_h = args.dmask != nullptr && args.mask_shape[1] == 1;
+    const TaskGroups task_groups{a.B, a.Hk, merge_b, merge_h};
+    const bool single_task = args.dmask != nullptr && args.mask_shape[2] == 1 && args.mask_shape[3] == 1;
+    if (threads == 1 || single_task || !two_passes_faster(task_groups, threads)) {
+      run_one_pass(task_groups, threads);
     } else {
-      split(slices, threads);
+      run_two_passes(task_groups, threads);
     }
     if (args.dmask != nullptr && sizeof(T) != sizeof(S)) convert(static_cast<S*>(args.dmask), sums, mask_count);
   }
@@ -91,11 +95,11 @@ class Backward {
         blocks.set(q, a, hk, i);
         load_queries(q, s);
         renormalise(q, packed, s);
-        for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
-          const Seen seen = scores.look(q, j0, min(kKeys, q.every.hi - j0));
-          if (seen == Seen::kNone) continue;
+        for (int64_t j0 = q.any_keys.lo / kKeys * kKeys; j0 < q.any_keys.hi; j0 += kKeys) {
+          const Visibility visible = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
+          if (visible == Visibility::kNone) continue;
           const int64_t n = min(kKeys, a.Tk - j0);
-          probabilities(q, j0, seen == Seen::kSome, packed, s);
+          probabilities(q, j0, visible == Visibility::kSome, packed, s);
           for (int64_t r = 0; r < q.n; ++r) {
             T* row = s.p + r * kKeys;
             if (dropout.on) drop(q, r, j0, row, row);
@@ -112,42 +116,43 @@ class Backward {
   const AttentionArgs& a;
   const Scores<S> scores;
   const Dropout dropout;
-  const bool of_weights;  // gradients of the weights, not of the output
+  const bool of_weights;  // gradients of the attention weights, not of the output
   const int64_t ldk, ldv, strips, stripsv, groups;
   int64_t longest = 0;
   int64_t mask_strides[4] = {}, mask_count = 0;
   T* sums = nullptr;  // the mask's gradient
 
   struct Queries : QueryBlock {
-    bool finite;  // queries and dO
+    bool finite;  // whether the queries and dO are
   };
 
-  // Which pairs of a sequence and a head of keys make a task.
-  struct Slices {
+  // Groups the pairs of a sequence and a key head into tasks.
+  struct TaskGroups {
     int64_t B, Hk;
-    bool every_b, every_h;
-    int64_t count() const { return (every_b ? 1 : B) * (every_h ? 1 : Hk); }
+    bool merge_b, merge_h;
+    int64_t count() const { return (merge_b ? 1 : B) * (merge_h ? 1 : Hk); }
     template <class F>
-    void each(int64_t slice, F f) const {
-      const int64_t heads = every_h ? 1 : Hk, b0 = slice / heads, h0 = slice % heads;
-      for (int64_t b = every_b ? 0 : b0; b < (every_b ? B : b0 + 1); ++b) {
-        for (int64_t h = every_h ? 0 : h0; h < (every_h ? Hk : h0 + 1); ++h) f(b, h);
+    void each(int64_t task_group, F f) const {
+      const int64_t heads = merge_h ? 1 : Hk, b0 = task_group / heads, h0 = task_group % heads;
+      for (int64_t b = merge_b ? 0 : b0; b < (merge_b ? B : b0 + 1); ++b) {
+        for (int64_t h = merge_h ? 0 : h0; h < (merge_h ? Hk : h0 + 1); ++h) f(b, h);
       }
     }
   };
 
-  // ---- memory, in elements of T
+  // Scratch memory, in elements of T.
 
-  static int64_t taken(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
+  static int64_t padded_size(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
   struct Scratch {
-    T *q, *dout, *dq;    // [kRows][ldk], [kRows][ldv], [kRows][ldk]
-    T *p, *ds, *capped;  // [kRows][kKeys]
-    T *lse, *rest;       // [kRows]; rest: what lse lacks, see renormalise
-    T* delta;            // [kRows] what dP is diminished by
-    T* dlse;             // [kRows]
+    T *q, *dout, *dq;         // [kRows][ldk], [kRows][ldv], [kRows][ldk]
+    T *p, *ds, *capped;       // [kRows][kKeys]
+    T *lse, *lse_correction;  // [kRows]; lse_correction: see renormalise
+    T* delta;                 // [kRows] subtracted from dP
+    T* dlse;                  // [kRows]
   };
   int64_t scratch_size() const {
-    return 2 * taken(kRows * ldk) + taken(kRows * ldv) + 3 * taken(kRows * kKeys) + 4 * taken(kRows);
+    return 2 * padded_size(kRows * ldk) + padded_size(kRows * ldv) + 3 * padded_size(kRows * kKeys) +
+           4 * padded_size(kRows);
   }
   Scratch carve(T*& at) const {
     Scratch s;
@@ -158,19 +163,19 @@ class Backward {
     s.ds = take(at, kRows * kKeys);
     s.capped = take(at, kRows * kKeys);
     s.lse = take(at, kRows);
-    s.rest = take(at, kRows);
+    s.lse_correction = take(at, kRows);
     s.delta = take(at, kRows);
     s.dlse = take(at, kRows);
     return s;
   }
 
-  // Keys and values of a group. Strips: of kStrip keys, [D][kStrip] each.
+  // Packed keys and values of a group. Strips hold kStrip keys, [D][kStrip] each.
   struct Packed {
-    T *key_strips, *value_strips, *keys, *finite;  // keys: [n][ldk]; finite: whether a block's keys are, 1 or 0
+    T *key_strips, *value_strips, *keys, *finite;  // keys: [n][ldk]; finite: whether all keys of a block are, 1 or 0
   };
   int64_t packed_size() const {
     const int64_t n = round_up(longest, kKeys);
-    return taken(n * a.D) + taken(n * a.Dv) + taken(n * ldk) + taken(n / kKeys);
+    return padded_size(n * a.D) + padded_size(n * a.Dv) + padded_size(n * ldk) + padded_size(n / kKeys);
   }
   Packed packed_at(T*& at) const {
     const int64_t n = round_up(longest, kKeys);
@@ -192,7 +197,7 @@ class Backward {
     }
   }
 
-  // ---- a block of queries
+  // One block of queries.
 
   void load_queries(Queries& q, const Scratch& s) const {
     const AttentionSequence& at = a.sequences[q.b];
@@ -202,7 +207,7 @@ class Backward {
       q.finite &= pack_rows(row_of<S>(a.q, q.b, q.head[r], t), a.q.t, a.q.d, 1, a.D, s.q + r * ldk, ldk);
       s.lse[r] = static_cast<const T*>(a.lse)[place];
       s.delta[r] = args.dlse != nullptr ? -static_cast<const T*>(args.dlse)[place] : T(0);
-      s.dlse[r] = s.rest[r] = 0;
+      s.dlse[r] = s.lse_correction[r] = 0;
       if (args.dout.data == nullptr) continue;
       T* dout = s.dout + r * ldv;
       q.finite &= pack_rows(row_of<S>(args.dout, q.b, q.head[r], t), args.dout.t, args.dout.d, 1, a.Dv, dout, ldv);
@@ -222,8 +227,9 @@ class Backward {
     for (int64_t r = 0; r < q.n; ++r) memset(static_cast<void*>(s.dq + r * ldk), 0, size_t(ldk) * sizeof(T));
   }
 
-  // Scores of one huge size, as under a mask of the lowest number, leave no room in lse for the logarithm of how many
-  // they are: lse becomes the largest score of such a row, and rest the logarithm of the sum beside it.
+  // With scores of one huge magnitude, e.g. under a mask of the lowest finite number, lse cannot represent the
+  // logarithm of the number of keys. For such rows, lse becomes the largest score and lse_correction the logarithm of
+  // the remaining sum.
   void renormalise(const Queries& q, const Packed& packed, const Scratch& s) const {
     constexpr T kHuge = sizeof(T) == 4 ? T(4096) : T(1ll << 40);
     bool huge[kRows], any = false;
@@ -234,10 +240,10 @@ class Backward {
     if (!any) return;
     double sum[kRows] = {}, top[kRows];
     for (int64_t r = 0; r < q.n; ++r) top[r] = -std::numeric_limits<double>::infinity();
-    for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
-      const Seen look = scores.look(q, j0, min(kKeys, q.every.hi - j0));
-      if (look == Seen::kNone) continue;
-      const KeyRange columns = score(q, j0, look == Seen::kSome, packed, s);
+    for (int64_t j0 = q.any_keys.lo / kKeys * kKeys; j0 < q.any_keys.hi; j0 += kKeys) {
+      const Visibility visibility = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
+      if (visibility == Visibility::kNone) continue;
+      const KeyRange columns = score(q, j0, visibility == Visibility::kSome, packed, s);
       for (int64_t r = 0; r < q.n; ++r) {
         for (int64_t j = columns.lo; huge[r] && j < columns.hi; ++j) {
           const double x = double(s.p[r * kKeys + j]) * double(scores.left_scale());
@@ -254,29 +260,30 @@ class Backward {
     for (int64_t r = 0; r < q.n; ++r) {
       if (!huge[r] || !(sum[r] > 0)) continue;
       s.lse[r] = T(top[r]);
-      s.rest[r] = T(log(sum[r]));
+      s.lse_correction[r] = T(log(sum[r]));
     }
   }
 
-  // Scores of a block in s.p; the columns that there are.
+  // Computes the scores of a block into s.p; returns the range of computed columns.
   KeyRange score(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s) const {
     const KeyRange columns = Scores<S>::columns(q, j0);
-    product_of_seen(q, j0, a.D, s.q, ldk, Right<T>{packed.key_strips + j0 * a.D, kStrip<T>, a.D * kStrip<T>}, s.p);
+    score_product(q, j0, a.D, s.q, ldk, RightOperand<T>{packed.key_strips + j0 * a.D, kStrip<T>, a.D * kStrip<T>}, s.p);
     scores.finish(q, j0, min(kKeys, a.sequences[q.b].k_length - j0), some, columns, s.p,
                   a.softcap > 0 ? s.capped : nullptr);
     return columns;
   }
 
-  // P of a block in s.p, 0 where a row does not see a key; seen: a bit for each key that it does, where it is wanted.
+  // Computes P of a block into s.p, 0 where a row may not attend to a key. `visible` receives a bit per visible key,
+  // unless it is null.
   void probabilities(const Queries& q, int64_t j0, bool some, const Packed& packed, const Scratch& s,
-                     uint64_t* seen = nullptr) const {
+                     uint64_t* visible = nullptr) const {
     const KeyRange columns = score(q, j0, some, packed, s);
-    if (seen != nullptr) Scores<S>::seen_words(q.n, columns, s.p, seen);
-    const V nothing = broadcast(-std::numeric_limits<T>::infinity());
+    if (visible != nullptr) Scores<S>::visible_words(q.n, columns, s.p, visible);
+    const V minus_infinity = broadcast(-std::numeric_limits<T>::infinity());
     const T scale = scores.left_scale();
     for (int64_t r = 0; r < q.n; ++r) {
       T* row = s.p + r * kKeys;
-      const V by = broadcast(scale), less = broadcast(-s.lse[r]), rest = broadcast(s.rest[r]);
+      const V by = broadcast(scale), less = broadcast(-s.lse[r]), lse_correction = broadcast(s.lse_correction[r]);
       for (int64_t j = 0; j < columns.lo; j += kWidth) store(row + j, V{});
       for (int64_t j = columns.hi; j < kKeys; j += kWidth) store(row + j, V{});
       if (s.lse[r] == -std::numeric_limits<T>::infinity()) {
@@ -286,33 +293,33 @@ class Backward {
 #pragma GCC unroll 8
       for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
         const V x = load(row + j);
-        const V p = exp<T>(fma(x, by, less) - rest);
-        store(row + j, x == nothing ? V{} : p);
+        const V p = exp<T>(fma(x, by, less) - lse_correction);
+        store(row + j, x == minus_infinity ? V{} : p);
       }
     }
   }
 
-  // to = what dropout leaves of a row.
+  // to = dropout(row).
   void drop(const QueryBlock& q, int64_t r, int64_t j0, const T* row, T* to) const {
     uint32_t words[kKeys];
     dropout.draw(q, r, j0, words);
     const V by = broadcast(T(dropout.inverse));
     for (int64_t j = 0; j < kKeys; j += kWidth) {
-      store(to + j, kept<T>(words + j, dropout.threshold) ? load(row + j) * by : V{});
+      store(to + j, keep_mask<T>(words + j, dropout.threshold) ? load(row + j) * by : V{});
     }
   }
 
-  // Queries against a block of keys. dk, dv: of the block, [kKeys][ldk], [kKeys][ldv], added to.
+  // Queries against a block of keys. Adds to dk and dv of the block, [kKeys][ldk] and [kKeys][ldv].
   void keys_block(const Queries& q, int64_t j0, const Packed& packed, const Scratch& s, T* dk, T* dv,
-                  int wanted) const {
+                  int gradients) const {
     const int64_t n = min(kKeys, a.sequences[q.b].k_length - j0);
-    const Seen look = scores.look(q, j0, min(kKeys, q.every.hi - j0));
-    if (look == Seen::kNone) return;
-    const bool some = look == Seen::kSome;
-    const bool partial = some || !q.sees_all(j0) || a.mask_kind == MaskKind::kFloat;
-    const bool careful_keys = partial && packed.finite[j0 / kKeys] == 0, careful_queries = partial && !q.finite;
-    uint64_t seen[kRows];
-    probabilities(q, j0, some, packed, s, careful_keys || careful_queries ? seen : nullptr);
+    const Visibility visibility = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
+    if (visibility == Visibility::kNone) return;
+    const bool some = visibility == Visibility::kSome;
+    const bool partial = some || !q.all_visible(j0) || a.mask_kind == MaskKind::kFloat;
+    const bool masked_keys = partial && packed.finite[j0 / kKeys] == 0, masked_queries = partial && !q.finite;
+    uint64_t visible[kRows];
+    probabilities(q, j0, some, packed, s, masked_keys || masked_queries ? visible : nullptr);
     if (of_weights) {
       for (int64_t r = 0; r < q.n; ++r) {
         const S* from = row_of<S>(args.dweights, q.b, q.head[r], q.i[r]) + j0 * args.dweights.d;
@@ -321,8 +328,8 @@ class Backward {
         for (int64_t j = 0; j < kKeys; j += kWidth) store(s.ds + r * kKeys + j, load(lanes + j));
       }
     } else {
-      product_of_seen(q, j0, a.Dv, s.dout, ldv, Right<T>{packed.value_strips + j0 * a.Dv, kStrip<T>, a.Dv * kStrip<T>},
-                      s.ds);
+      score_product(q, j0, a.Dv, s.dout, ldv,
+                    RightOperand<T>{packed.value_strips + j0 * a.Dv, kStrip<T>, a.Dv * kStrip<T>}, s.ds);
     }
     for (int64_t r = 0; r < q.n; ++r) {
       T *p = s.p + r * kKeys, *ds = s.ds + r * kKeys;
@@ -333,7 +340,7 @@ class Backward {
         dropout.draw(q, r, j0, words);
         const V by = broadcast(T(dropout.inverse));
         for (int64_t j = 0; j < kKeys; j += kWidth) {
-          const auto stays = kept<T>(words + j, dropout.threshold);
+          const auto stays = keep_mask<T>(words + j, dropout.threshold);
           store(dropped + j, stays ? load(p + j) * by : V{});
           store(ds + j, stays ? load(ds + j) * by : V{});
         }
@@ -348,7 +355,7 @@ class Backward {
         store(ds + j, x);
       }
       s.dlse[r] += sum_of<T>(sum);
-      if (wanted & kMask) add_to_mask(q, r, j0, n, ds);
+      if (gradients & kMaskGradients) add_to_mask(q, r, j0, n, ds);
       if (a.softcap > 0) {
         const T* t = s.capped + r * kKeys;
         for (int64_t j = 0; j < kKeys; j += kWidth) {
@@ -359,21 +366,22 @@ class Backward {
       }
       if (dropout.on) memcpy(p, dropped, sizeof(dropped));
     }
-    if (wanted & kQueries) {
-      if (careful_keys) {
-        seen_product<Left::kRows>(q.n, n, s.ds, kKeys, seen, packed.keys + j0 * ldk, ldk, strips * kStrip<T>, s.dq, ldk,
-                                  Update::kAdd);
+    if (gradients & kQueryGradients) {
+      if (masked_keys) {
+        masked_product<LeftLayout::kRows>(q.n, n, s.ds, kKeys, visible, packed.keys + j0 * ldk, ldk, strips * kStrip<T>,
+                                          s.dq, ldk, Update::kAdd);
       } else {
-        product_with_seen<T>(q, j0, n, s.ds, Right<T>{packed.keys + j0 * ldk, ldk, kStrip<T>}, strips, s.dq, ldk,
-                             Update::kAdd, nullptr);
+        value_product<T>(q, j0, n, s.ds, RightOperand<T>{packed.keys + j0 * ldk, ldk, kStrip<T>}, strips, s.dq, ldk,
+                         Update::kAdd, nullptr);
       }
     }
-    if (wanted & kKeysAndValues) {
+    if (gradients & kKeyGradients) {
       const auto to_keys = [&](const T* left, const T* rows, int64_t ld, int64_t columns, T* to) {
-        if (careful_queries) {
-          seen_product<Left::kColumns>(n, q.n, left, kKeys, seen, rows, ld, columns * kStrip<T>, to, ld, Update::kAdd);
+        if (masked_queries) {
+          masked_product<LeftLayout::kColumns>(n, q.n, left, kKeys, visible, rows, ld, columns * kStrip<T>, to, ld,
+                                               Update::kAdd);
         } else {
-          product_by_seen(q, j0, n, left, Right<T>{rows, ld, kStrip<T>}, columns, to, ld);
+          transposed_product(q, j0, n, left, RightOperand<T>{rows, ld, kStrip<T>}, columns, to, ld);
         }
       };
       to_keys(s.ds, s.q, ldk, strips, dk);
@@ -393,7 +401,7 @@ class Backward {
     for (int64_t j = 0; j < n; j += kWidth) store(to + j, load(to + j, n - j) + load(ds + j), n - j);
   }
 
-  // ---- results
+  // Results.
 
   void write_rows(const AttentionTensor& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, const T* from,
                   int64_t ld, T scale) const {
@@ -407,7 +415,7 @@ class Backward {
     if (x.data == nullptr) return;
     for (; t < end; ++t) memset(static_cast<void*>(mutable_row_of<S>(x, b, h, t)), 0, size_t(D) * sizeof(S));
   }
-  // dq of a block; of the weights also dlse.
+  // Stores dq of a block; for the weights, also dlse.
   void write_queries(const QueryBlock& q, const Scratch& s) const {
     const int64_t begin = a.sequences[q.b].q_begin;
     for (int64_t r = 0; r < q.n; ++r) {
@@ -422,8 +430,8 @@ class Backward {
     write_rows(args.dk, b, hk, begin + j0, n, a.D, dk, ldk, T(a.scale));
     write_rows(args.dv, b, hk, begin + j0, n, a.Dv, dv, ldv, T(1));
   }
-  // Rows behind the lengths.
-  void fill(int64_t b, int64_t hk) const {
+  // Zeroes the gradients of rows past the sequence lengths.
+  void fill_padding(int64_t b, int64_t hk) const {
     if (a.packed) return;
     const AttentionSequence& s = a.sequences[b];
     for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
@@ -436,54 +444,57 @@ class Backward {
     zero_rows(args.dv, b, hk, s.k_length, a.Tk, a.Dv);
   }
 
-  // A block of one head's queries: in a backward pass heads do not share one.
+  // Selects a block of one head's queries. In a backward pass, blocks do not span heads.
   static int64_t blocks_of(const AttentionSequence& s) { return ceil_div(s.q_length, kRows); }
   void set(Queries& q, int64_t b, int64_t h, int64_t block) const {
     q.set(a, b, h, 1, block * kRows, min(kRows, a.sequences[b].q_length - block * kRows));
   }
 
-  // ---- one pass
+  // One pass.
 
-  // Whether two passes over all blocks (7 products and not 5) end sooner than one that few tasks share.
-  bool better_split(const Slices& slices, int64_t threads) const {
-    const int64_t count = slices.count();
-    if (count >= 8 * threads && !slices.every_b) return false;
+  // Whether two passes over all blocks (7 products instead of 5) take less time than one pass with few tasks.
+  bool two_passes_faster(const TaskGroups& task_groups, int64_t threads) const {
+    const int64_t count = task_groups.count();
+    if (count >= 8 * threads && !task_groups.merge_b) return false;
     double all = 0, most = 0;
     for (int64_t i = 0; i < count; ++i) {
       double cost = 0;
-      slices.each(i, [&](int64_t b, int64_t) { cost += cost_of(a, a.sequences[b]); });
+      task_groups.each(i, [&](int64_t b, int64_t) { cost += cost_of(a, a.sequences[b]); });
       all += cost;
-      most = largest(most, cost);
+      most = maximum(most, cost);
     }
     const double rounds = double(ceil_div(count, threads));
     const double of_one =
-        largest(largest(all / double(threads), most), all / double(largest(count, int64_t{1})) * rounds);
+        maximum(maximum(all / double(threads), most), all / double(maximum(count, int64_t{1})) * rounds);
     return of_one * 5 > all / double(threads) * 7;
   }
 
-  void fused(const Slices& slices, int64_t threads) const {
-    const int64_t count = slices.count(), n = round_up(longest, kKeys);
+  void run_one_pass(const TaskGroups& task_groups, int64_t threads) const {
+    const int64_t count = task_groups.count(), n = round_up(longest, kKeys);
     Tasks tasks(count);
     for (int64_t i = 0; i < count; ++i) {
       double cost = 0;
-      slices.each(i, [&](int64_t b, int64_t) { cost += cost_of(a, a.sequences[b]); });
+      task_groups.each(i, [&](int64_t b, int64_t) { cost += cost_of(a, a.sequences[b]); });
       tasks.set(i, cost);
     }
     tasks.sort();
-    const int wanted = kQueries | kKeysAndValues | (args.dmask != nullptr ? kMask : 0);
-    run_tasks<T>(threads, count, scratch_size() + packed_size() + taken(n * ldk) + taken(n * ldv),
+    const int gradients = kQueryGradients | kKeyGradients | (args.dmask != nullptr ? kMaskGradients : 0);
+    run_tasks<T>(threads, count, scratch_size() + packed_size() + padded_size(n * ldk) + padded_size(n * ldv),
                  [&](int64_t task, T* memory) {
                    const Scratch s = carve(memory);
                    const Packed packed = packed_at(memory);
                    T *dk = take(memory, n * ldk), *dv = take(memory, n * ldv);
-                   slices.each(tasks.at(task), [&](int64_t b, int64_t hk) { whole(b, hk, s, packed, dk, dv, wanted); });
+                   task_groups.each(tasks.at(task), [&](int64_t b, int64_t hk) {
+                     backward_group(b, hk, s, packed, dk, dv, gradients);
+                   });
                  });
   }
 
-  void whole(int64_t b, int64_t hk, const Scratch& s, const Packed& packed, T* dk, T* dv, int wanted) const {
+  void backward_group(int64_t b, int64_t hk, const Scratch& s, const Packed& packed, T* dk, T* dv,
+                      int gradients) const {
     const AttentionSequence& of = a.sequences[b];
     const int64_t n = round_up(of.k_length, kKeys);
-    fill(b, hk);
+    fill_padding(b, hk);
     memset(static_cast<void*>(dk), 0, size_t(n * ldk) * sizeof(T));
     memset(static_cast<void*>(dv), 0, size_t(n * ldv) * sizeof(T));
     const KeyRange keys = Blocks(a, b).keys(a);
@@ -494,8 +505,8 @@ class Backward {
         set(q, b, h, block);
         load_queries(q, s);
         renormalise(q, packed, s);
-        for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
-          keys_block(q, j0, packed, s, dk + j0 * ldk, dv + j0 * ldv, wanted);
+        for (int64_t j0 = q.any_keys.lo / kKeys * kKeys; j0 < q.any_keys.hi; j0 += kKeys) {
+          keys_block(q, j0, packed, s, dk + j0 * ldk, dv + j0 * ldv, gradients);
         }
         write_queries(q, s);
       }
@@ -503,9 +514,9 @@ class Backward {
     write_keys(b, hk, 0, of.k_length, dk, dv);
   }
 
-  // ---- two passes: over blocks of keys, and over blocks of queries
+  // Two passes: over blocks of keys, and over blocks of queries.
 
-  void split(const Slices& slices, int64_t threads) const {
+  void run_two_passes(const TaskGroups& task_groups, int64_t threads) const {
     const int64_t size = packed_size();
     const Memory memory(size_t(groups * size) * sizeof(T));
     const auto packed_of = [&](int64_t b, int64_t hk) {
@@ -515,14 +526,14 @@ class Backward {
     const int64_t key_blocks = ceil_div(longest, kKeys);
     run_tasks<T>(threads, groups * (key_blocks + 1), 0, [&](int64_t task, T*) {
       const int64_t g = task / (key_blocks + 1), j0 = task % (key_blocks + 1) * kKeys, b = g / a.Hk, hk = g % a.Hk;
-      if (j0 == key_blocks * kKeys) return fill(b, hk);
+      if (j0 == key_blocks * kKeys) return fill_padding(b, hk);
       if (j0 < a.sequences[b].k_length) pack_block(b, hk, j0, packed_of(b, hk));
     });
     const bool of_mask = args.dmask != nullptr, by_row = of_mask && args.mask_shape[2] > 1;
-    const Slices own{a.B, a.Hk, false, false};
+    const TaskGroups own{a.B, a.Hk, false, false};
 
-    // Keys: a task is a block of them; those of one slice together where they add to the same sums of the mask.
-    const Slices& for_keys = of_mask && !by_row ? slices : own;
+    // Keys: a task is a block of keys. Blocks that add to the same sums of the mask's gradient form one task.
+    const TaskGroups& for_keys = of_mask && !by_row ? task_groups : own;
     const int64_t of_keys = for_keys.count();
     Tasks keys(of_keys * key_blocks);
     for (int64_t i = 0; i < of_keys * key_blocks; ++i) {
@@ -531,8 +542,8 @@ class Backward {
       keys.set(i, cost);
     }
     keys.sort();
-    const int wanted_of_keys = kKeysAndValues | (of_mask && !by_row ? kMask : 0);
-    run_tasks<T>(threads, keys.count(), scratch_size() + taken(kKeys * ldk) + taken(kKeys * ldv),
+    const int wanted_of_keys = kKeyGradients | (of_mask && !by_row ? kMaskGradients : 0);
+    run_tasks<T>(threads, keys.count(), scratch_size() + padded_size(kKeys * ldk) + padded_size(kKeys * ldv),
                  [&](int64_t place, T* mine) {
                    const Scratch s = carve(mine);
                    T *dk = take(mine, kKeys * ldk), *dv = take(mine, kKeys * ldv);
@@ -547,7 +558,7 @@ class Backward {
                      for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
                        for (int64_t block = 0; block < blocks_of(of); ++block) {
                          set(q, b, h, block);
-                         if (j0 + kKeys <= q.every.lo || j0 >= q.every.hi) continue;
+                         if (j0 + kKeys <= q.any_keys.lo || j0 >= q.any_keys.hi) continue;
                          load_queries(q, s);
                          renormalise(q, packed, s);
                          keys_block(q, j0, packed, s, dk, dv, wanted_of_keys);
@@ -557,11 +568,11 @@ class Backward {
                    });
                  });
 
-    // Queries: a task is a block of those of one head, or of all heads that add to the same sums.
-    const Slices& for_queries = by_row ? slices : own;
+    // Queries: a task is a block of queries of one head, or of all heads that add to the same sums.
+    const TaskGroups& for_queries = by_row ? task_groups : own;
     const int64_t query_blocks = [&] {
       int64_t most = 0;
-      for (int64_t b = 0; b < a.B; ++b) most = largest(most, blocks_of(a.sequences[b]));
+      for (int64_t b = 0; b < a.B; ++b) most = maximum(most, blocks_of(a.sequences[b]));
       return most;
     }();
     const int64_t of_queries = for_queries.count() * query_blocks;
@@ -576,7 +587,7 @@ class Backward {
       queries.set(i, cost);
     }
     queries.sort();
-    const int wanted_of_queries = kQueries | (by_row ? kMask : 0);
+    const int wanted_of_queries = kQueryGradients | (by_row ? kMaskGradients : 0);
     run_tasks<T>(threads, of_queries, scratch_size(), [&](int64_t place, T* mine) {
       const Scratch s = carve(mine);
       const int64_t task = queries.at(place), block = task % query_blocks;
@@ -588,7 +599,7 @@ class Backward {
           set(q, b, h, block);
           load_queries(q, s);
           renormalise(q, packed, s);
-          for (int64_t j0 = q.every.lo / kKeys * kKeys; j0 < q.every.hi; j0 += kKeys) {
+          for (int64_t j0 = q.any_keys.lo / kKeys * kKeys; j0 < q.any_keys.hi; j0 += kKeys) {
             keys_block(q, j0, packed, s, nullptr, nullptr, wanted_of_queries);
           }
           write_queries(q, s);
@@ -596,7 +607,7 @@ class Backward {
       });
     });
   }
-  // How many queries see some key of a block, roughly.
+  // Approximate number of queries that attend to a block of keys.
   int64_t queries_of(int64_t b, int64_t j0) const {
     const AttentionSequence& s = a.sequences[b];
     int64_t n = 0;

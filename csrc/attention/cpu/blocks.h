@@ -1,4 +1,4 @@
-// A block of queries against a block of keys: which of them see each other, scores, and what masks make of them.
+// A block of queries against a block of keys: visible keys, and products restricted to them.
 #pragma once
 
 #include <cmath>
@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "attention/attention.h"
+#include "attention/cpu/dropout.h"
+#include "attention/cpu/products.h"
 #include "attention/cpu/tiles.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -23,7 +25,7 @@ struct KeyRange {
   int64_t lo, hi;
 };
 
-// The keys that row i of a sequence may see by its position.
+// The keys that row i of a sequence may attend to by its position (causal mask and window).
 inline KeyRange keys_of(const AttentionArgs& a, const AttentionSequence& s, int64_t i) {
   const int64_t at = i + (a.causal == Causal::kLowerRight ? s.k_length - s.q_length : 0);
   int64_t lo = 0, hi = s.k_length;
@@ -33,20 +35,20 @@ inline KeyRange keys_of(const AttentionArgs& a, const AttentionSequence& s, int6
   return lo < hi ? KeyRange{lo, hi} : KeyRange{0, 0};
 }
 
-// Up to kRows queries of one sequence, of heads that share their keys.
+// Up to kRows queries of one sequence, from heads that share their keys.
 struct QueryBlock {
   int64_t n, b;
   int64_t head[kRows], i[kRows];
   KeyRange keys[kRows];
-  KeyRange every;          // all that some row sees
-  int64_t lo_all, hi_all;  // what every row sees, if lo_all < hi_all
+  KeyRange any_keys;       // keys that any row attends to
+  int64_t lo_all, hi_all;  // keys that every row attends to, if lo_all < hi_all
 
-  // Rows i0 .. of heads h0 ..
+  // Selects `rows` rows from i0 on of `heads` heads from h0 on.
   void set(const AttentionArgs& a, int64_t sequence, int64_t h0, int64_t heads, int64_t i0, int64_t rows) {
     const AttentionSequence& s = a.sequences[sequence];
     b = sequence;
     n = 0;
-    every = {s.k_length, 0};
+    any_keys = {s.k_length, 0};
     lo_all = 0;
     hi_all = s.k_length;
     for (int64_t h = h0; h < h0 + heads; ++h) {
@@ -57,16 +59,16 @@ struct QueryBlock {
         lo_all = keys[n].lo > lo_all ? keys[n].lo : lo_all;
         hi_all = min(hi_all, keys[n].hi);
         if (keys[n].lo < keys[n].hi) {
-          every.lo = min(every.lo, keys[n].lo);
-          every.hi = keys[n].hi > every.hi ? keys[n].hi : every.hi;
+          any_keys.lo = min(any_keys.lo, keys[n].lo);
+          any_keys.hi = keys[n].hi > any_keys.hi ? keys[n].hi : any_keys.hi;
         }
       }
     }
-    if (every.lo >= every.hi) every = {0, 0};
+    if (any_keys.lo >= any_keys.hi) any_keys = {0, 0};
   }
-  bool sees_all(int64_t j0) const { return lo_all <= j0 && j0 + kKeys <= hi_all; }
-  // Of kKeys keys from j0, those between the first and the last that some row of [r0, r1) sees.
-  KeyRange seen(int64_t r0, int64_t r1, int64_t j0) const {
+  bool all_visible(int64_t j0) const { return lo_all <= j0 && j0 + kKeys <= hi_all; }
+  // The range of keys, relative to j0 and within kKeys, that any row of [r0, r1) may attend to.
+  KeyRange visible_keys(int64_t r0, int64_t r1, int64_t j0) const {
     KeyRange all{kKeys, 0};
     for (int64_t r = r0; r < r1; ++r) {
       const int64_t lo = keys[r].lo > j0 ? keys[r].lo - j0 : 0, hi = min(keys[r].hi - j0, kKeys);
@@ -76,8 +78,8 @@ struct QueryBlock {
     }
     return all.lo < all.hi ? all : KeyRange{0, 0};
   }
-  // The rows between the first and the last that see some key of [lo, hi).
-  KeyRange seeing(int64_t lo, int64_t hi) const {
+  // The range of rows that may attend to any key of [lo, hi).
+  KeyRange attending_rows(int64_t lo, int64_t hi) const {
     KeyRange rows{n, 0};
     for (int64_t r = 0; r < n; ++r) {
       if (keys[r].lo >= hi || keys[r].hi <= lo) continue;
@@ -87,75 +89,77 @@ struct QueryBlock {
     return rows.lo < rows.hi ? rows : KeyRange{0, 0};
   }
 };
-constexpr int64_t kRowsTogether = 12;  // rows of a block on the border that share bounds: whole tiles of a product
-constexpr int64_t kKeysTogether = 16;  // and keys
+constexpr int64_t kRowsTogether = 12;  // rows that share bounds in a partially visible block: whole tiles
+constexpr int64_t kKeysTogether = 16;  // keys that share bounds
 
-// C = A B for a tile of scores, [q.n][kKeys]: strips that no row of kRowsTogether sees are left as they were.
+// Scores: C = A B for a tile [q.n][kKeys]. Strips that are invisible to all kRowsTogether rows are not written.
 template <class T>
-inline void product_of_seen(const QueryBlock& q, int64_t j0, int64_t k, const T* a, int64_t lda, Right<T> right, T* c) {
-  if (q.sees_all(j0)) {
+inline void score_product(const QueryBlock& q, int64_t j0, int64_t k, const T* a, int64_t lda, RightOperand<T> right,
+                          T* c) {
+  if (q.all_visible(j0)) {
     return product(q.n, k, a, lda, right, kKeys / kStrip<T>, c, kKeys, Update::kReplace);
   }
   for (int64_t r = 0; r < q.n; r += kRowsTogether) {
     const int64_t rows = min(kRowsTogether, q.n - r);
-    const KeyRange seen = q.seen(r, r + rows, j0);
-    const int64_t first = seen.lo / kStrip<T>, end = ceil_div(seen.hi, kStrip<T>);
+    const KeyRange visible = q.visible_keys(r, r + rows, j0);
+    const int64_t first = visible.lo / kStrip<T>, end = ceil_div(visible.hi, kStrip<T>);
     if (first < end) {
-      product(rows, k, a + r * lda, lda, Right<T>{right.b + first * right.strip, right.ldb, right.strip}, end - first,
-              c + r * kKeys + first * kStrip<T>, kKeys, Update::kReplace);
+      product(rows, k, a + r * lda, lda, RightOperand<T>{right.b + first * right.strip, right.ldb, right.strip},
+              end - first, c + r * kKeys + first * kStrip<T>, kKeys, Update::kReplace);
     }
   }
 }
 
-// C = A B for a tile [q.n][kKeys] of weights, of keys no row of kRowsTogether sees nothing comes.
+// Weighted values: C = A B for a tile [q.n][kKeys] of weights, skipping keys that are invisible to all kRowsTogether
+// rows.
 template <class T>
-inline void product_with_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
-                              T* c, int64_t ldc, Update update, const T* factor) {
-  if (q.sees_all(j0)) return product(q.n, n, tile, kKeys, right, strips, c, ldc, update, factor);
+inline void value_product(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, RightOperand<T> right,
+                          int64_t strips, T* c, int64_t ldc, Update update, const T* factor) {
+  if (q.all_visible(j0)) return product(q.n, n, tile, kKeys, right, strips, c, ldc, update, factor);
   for (int64_t r = 0; r < q.n; r += kRowsTogether) {
     const int64_t rows = min(kRowsTogether, q.n - r);
-    const KeyRange seen = q.seen(r, r + rows, j0);
-    product(rows, seen.hi - seen.lo, tile + r * kKeys + seen.lo, kKeys,
-            Right<T>{right.b + seen.lo * right.ldb, right.ldb, right.strip}, strips, c + r * ldc, ldc, update,
+    const KeyRange visible = q.visible_keys(r, r + rows, j0);
+    product(rows, visible.hi - visible.lo, tile + r * kKeys + visible.lo, kKeys,
+            RightOperand<T>{right.b + visible.lo * right.ldb, right.ldb, right.strip}, strips, c + r * ldc, ldc, update,
             factor == nullptr ? nullptr : factor + r);
   }
 }
 
-// C += A^T B for a tile [q.n][kKeys] of weights, [n keys][..], without the rows that do not see any of kKeysTogether.
+// C += A^T B for a tile [q.n][kKeys] of weights, [n keys][..], skipping rows that attend to none of kKeysTogether keys.
 template <class T>
-inline void product_by_seen(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, Right<T> right, int64_t strips,
-                            T* c, int64_t ldc) {
-  if (q.sees_all(j0)) return product<Left::kColumns>(n, q.n, tile, kKeys, right, strips, c, ldc, Update::kAdd);
+inline void transposed_product(const QueryBlock& q, int64_t j0, int64_t n, const T* tile, RightOperand<T> right,
+                               int64_t strips, T* c, int64_t ldc) {
+  if (q.all_visible(j0)) return product<LeftLayout::kColumns>(n, q.n, tile, kKeys, right, strips, c, ldc, Update::kAdd);
   for (int64_t j = 0; j < n; j += kKeysTogether) {
     const int64_t keys = min(kKeysTogether, n - j);
-    const KeyRange rows = q.seeing(j0 + j, j0 + j + keys);
+    const KeyRange rows = q.attending_rows(j0 + j, j0 + j + keys);
     if (rows.lo < rows.hi) {
-      product<Left::kColumns>(keys, rows.hi - rows.lo, tile + rows.lo * kKeys + j, kKeys,
-                              Right<T>{right.b + rows.lo * right.ldb, right.ldb, right.strip}, strips, c + j * ldc, ldc,
-                              Update::kAdd);
+      product<LeftLayout::kColumns>(keys, rows.hi - rows.lo, tile + rows.lo * kKeys + j, kKeys,
+                                    RightOperand<T>{right.b + rows.lo * right.ldb, right.ldb, right.strip}, strips,
+                                    c + j * ldc, ldc, Update::kAdd);
     }
   }
 }
 
-// The blocks of queries of one group of heads: heads side by side where a sequence has few queries.
+// The query blocks of one group of heads; a block spans several heads if a sequence has few queries.
 struct Blocks {
-  int64_t b, heads, rows, of_heads, of_rows, count;
+  int64_t b, heads, rows, head_blocks, row_blocks, count;
   Blocks(const AttentionArgs& a, int64_t sequence) : b(sequence), rows(a.sequences[sequence].q_length) {
     heads = attention::heads_of_block(rows, a.group());
-    of_heads = ceil_div(a.group(), heads);
-    of_rows = ceil_div(rows, kRows);
-    count = of_heads * of_rows;
+    head_blocks = ceil_div(a.group(), heads);
+    row_blocks = ceil_div(rows, kRows);
+    count = head_blocks * row_blocks;
   }
-  // Block i of the heads of key head hk.
+  // Selects block i of the query heads of key head hk.
   void set(QueryBlock& q, const AttentionArgs& a, int64_t hk, int64_t i) const {
-    const int64_t h = i / of_rows * heads, i0 = i % of_rows * kRows;
+    const int64_t h = i / row_blocks * heads, i0 = i % row_blocks * kRows;
     q.set(a, b, hk * a.group() + h, min(heads, a.group() - h), i0, min(kRows, rows - i0));
   }
-  // What any of them sees: bounds do not fall from one row to the next.
+  // The range of keys that any query of the sequence may attend to.
   KeyRange keys(const AttentionArgs& a) const {
     const AttentionSequence& s = a.sequences[b];
     KeyRange all{s.k_length, 0};
-    for (int64_t i = 0; i < rows; ++i) {  // rows that see nothing may stand first or last
+    for (int64_t i = 0; i < rows; ++i) {  // the first or last rows may attend to no key
       const KeyRange one = keys_of(a, s, i);
       if (one.lo >= one.hi) continue;
       all.lo = min(all.lo, one.lo);
@@ -165,7 +169,7 @@ struct Blocks {
   }
 };
 
-// Pairs of a query and a key, of one head, roughly.
+// Approximate number of query-key pairs of one group of heads.
 inline double cost_of(const AttentionArgs& a, const AttentionSequence& s) {
   double sum = 0;
   for (int64_t part = 0; part < 8 && s.q_length > 0; ++part) {
@@ -175,169 +179,12 @@ inline double cost_of(const AttentionArgs& a, const AttentionSequence& s) {
   return sum / 8 * double(s.q_length) * double(a.group());
 }
 
-enum class Seen { kNone, kSome, kAll };
-
-template <class S>
-struct Scores {
-  using T = Compute<S>;
-  using V = Native<T>;
-  using I = typename Vec<T>::NativeInt;
-  static constexpr int kWidth = kLanes<T>;
-
-  const AttentionArgs& a;
-  const bool plain;  // scores are the scaled products, which may be masked: their scale then goes into the exponent
-  const T scale, cap, cap_inverse;
-
-  explicit Scores(const AttentionArgs& args)
-      : a(args),
-        plain(args.scale > 0 && args.scale < 1e30 && args.softcap == 0 && args.slopes == nullptr &&
-              args.mask_kind != MaskKind::kFloat),
-        scale(T(args.scale)),
-        cap(T(args.softcap)),
-        cap_inverse(args.softcap > 0 ? T(1 / args.softcap) : T(0)) {}
-
-  // What a score in a tile is multiplied by to be one.
-  T left_scale() const { return plain ? scale : T(1); }
-
-  // Keys j0 .. j0 + n of a row's mask.
-  const uint8_t* bools(const QueryBlock& q, int64_t r, int64_t j0, int64_t n, uint8_t* copy) const {
-    const uint8_t* from = row_of<uint8_t>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
-    if (a.mask.d == 1 && n == kKeys) return from;
-    for (int64_t j = 0; j < n; ++j) copy[j] = from[j * a.mask.d];
-    memset(copy + n, 0, kKeys - n);
-    return copy;
-  }
-
-  // Whether a block's mask hides it from every row, or hides nothing.
-  Seen look(const QueryBlock& q, int64_t j0, int64_t n) const {
-    if (a.mask_kind == MaskKind::kNone) return Seen::kAll;
-    const bool one_row = a.mask.t == 0 && (a.mask.h == 0 || q.head[0] == q.head[q.n - 1]);
-    const int64_t rows = one_row ? 1 : q.n, columns = a.mask.d == 0 ? 1 : n;
-    if (a.mask_kind == MaskKind::kBool) {
-      bool any = false, every = true;
-      for (int64_t r = 0; r < rows; ++r) {
-        const uint8_t* m = row_of<uint8_t>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
-        uint8_t either = 0, both = 1;
-        if (a.mask.d == 1) {
-          for (int64_t j = 0; j < columns; ++j) {
-            either |= m[j];
-            both &= m[j];
-          }
-        } else {
-          for (int64_t j = 0; j < columns; ++j) {
-            either |= m[j * a.mask.d];
-            both &= m[j * a.mask.d];
-          }
-        }
-        any |= either != 0;
-        every &= both != 0;
-        if (any && !every) return Seen::kSome;
-      }
-      return every ? Seen::kAll : any ? Seen::kSome : Seen::kNone;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* m = row_of<S>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
-      for (int64_t j = 0; j < columns; ++j) {
-        S lanes[kWidth] = {m[j * a.mask.d]};
-        if (load(lanes)[0] != -std::numeric_limits<T>::infinity()) return Seen::kSome;
-      }
-    }
-    return Seen::kNone;
-  }
-
-  // Of a tile, the columns that are worked on: whole strips.
-  static KeyRange columns(const QueryBlock& q, int64_t j0) {
-    if (q.sees_all(j0)) return {0, kKeys};
-    const KeyRange seen = q.seen(0, q.n, j0);
-    return {seen.lo / kStrip<T> * kStrip<T>, round_up(seen.hi, kStrip<T>)};
-  }
-
-  // From products [q.n][kKeys] to scores, -inf where a row does not see a key. some: whether the mask is to be looked
-  // at. capped: [q.n][kKeys] where tanh is kept, or null.
-  void finish(const QueryBlock& q, int64_t j0, int64_t n, bool some, KeyRange columns, T* tile, T* capped) const {
-    if (plain && !some && q.sees_all(j0)) return;
-    const V nothing = broadcast(-std::numeric_limits<T>::infinity());
-    I lane;
-    for (int l = 0; l < kWidth; ++l) lane[l] = l;
-    for (int64_t r = 0; r < q.n; ++r, tile += kKeys) {
-      uint8_t copy[kKeys];
-      const uint8_t* seen = nullptr;
-      T added[kKeys];
-      const T* add = nullptr;
-      if (a.mask_kind == MaskKind::kBool && some) seen = bools(q, r, j0, n, copy);
-      if (a.mask_kind == MaskKind::kFloat) {
-        const S* from = row_of<S>(a.mask, q.b, q.head[r], q.i[r]) + j0 * a.mask.d;
-        add = added;
-        if (a.mask.d == 1 && n == kKeys) {
-          if constexpr (sizeof(S) == sizeof(T)) {
-            add = from;
-          } else {
-            for (int64_t j = 0; j < kKeys; j += kWidth) store(added + j, load(from + j));
-          }
-        } else {
-          S lanes[kKeys] = {};
-          for (int64_t j = 0; j < n; ++j) lanes[j] = from[j * a.mask.d];
-          for (int64_t j = 0; j < kKeys; j += kWidth) store(added + j, load(lanes + j));
-        }
-      }
-      T slope = 0;
-      int64_t at = 0;
-      if (a.slopes != nullptr) {
-        const AttentionSequence& s = a.sequences[q.b];
-        slope = T(a.slopes[q.b * a.slopes_b + q.head[r]]);
-        at = q.i[r] + (a.causal == Causal::kLowerRight ? s.k_length - s.q_length : 0) - j0;
-      }
-      const typename Vec<T>::Int lo = typename Vec<T>::Int(largest(q.keys[r].lo - j0, int64_t{0}));
-      const typename Vec<T>::Int hi = typename Vec<T>::Int(min(largest(q.keys[r].hi - j0, int64_t{0}), kKeys));
-      for (int64_t j = columns.lo; j < columns.hi; j += kWidth) {
-        V x = load(tile + j);
-        if (!plain) {
-          x *= scale;
-          if (cap > 0) {
-            const V t = tanh<T>(x * cap_inverse);
-            if (capped != nullptr) store(capped + r * kKeys + j, t);
-            x = t * cap;
-          }
-          if (slope != 0) {
-            const V far = T(at - j) - __builtin_convertvector(lane, V);
-            x -= slope * (far < T(0) ? -far : far);
-          }
-        }
-        const I place = lane + typename Vec<T>::Int(j);
-        I sees = (place >= lo) & (place < hi);
-        if (add != nullptr) {
-          const V m = load(add + j);
-          x += m;
-          sees &= m != nothing;  // and not by x: NaN - inf is NaN
-        }
-        if (seen != nullptr) {
-          typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-          Bytes bytes;
-          memcpy(&bytes, seen + j, kWidth);
-          sees &= __builtin_convertvector(bytes, I) != 0;
-        }
-        store(tile + j, sees ? x : nothing);
-      }
-    }
-  }
-
-  // A bit for each key that a row sees, of scores that are finished.
-  static void seen_words(int64_t rows, KeyRange columns, const T* tile, uint64_t* words) {
-    for (int64_t r = 0; r < rows; ++r, tile += kKeys) {
-      words[r] = 0;
-      for (int64_t j = columns.lo; j < columns.hi; ++j) {
-        words[r] |= uint64_t(tile[j] != -std::numeric_limits<T>::infinity()) << j;
-      }
-    }
-  }
-};
-
 // Dropout of a tile.
 struct Dropout {
   bool on;
   uint64_t seed;
   int64_t threshold;
-  double inverse;  // what a weight that stays is multiplied by
+  double inverse;  // factor of the weights that are kept
   int64_t heads;
   explicit Dropout(const AttentionArgs& a)
       : on(a.dropout_p > 0),

@@ -1,17 +1,20 @@
-// Attention forward: softmax(Q K^T) V by blocks of queries and keys that stay in first-level cache, the softmax
-// running. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+// Forward pass of attention: softmax(Q K^T) V by blocks of queries and keys that fit into the L1 cache, with an online
+// softmax. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
 // 2022.
 //
-// Keys are taken in chunks of kChunkKeys, counted from a sequence's first key: within a chunk one running softmax,
-// chunks merged in order. So a chunk may be a task of its own (few queries, many keys), and a row has the same bits
-// either way.
+// Keys are processed in chunks of kChunkKeys, counted from a sequence's first key. Each chunk has an online softmax of
+// its own, and chunks are merged in order. A chunk may therefore be a separate task (few queries, many keys), and a row
+// has the same bits in both cases.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "attention/attention.h"
 #include "attention/cpu/blocks.h"
+#include "attention/cpu/packing.h"
+#include "attention/cpu/products.h"
 #include "attention/cpu/schedule.h"
+#include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/parallel.h"
@@ -24,9 +27,9 @@ void attention_weights(const AttentionArgs& args, void* weights);
 
 namespace {
 
-// What a running softmax knows of its rows: the largest score, the sum of exponentials (lane by lane) and of values.
+// State of an online softmax: per row the largest score, the sum of exponentials (per lane) and the weighted values.
 template <class T>
-struct Running {
+struct SoftmaxState {
   T* top;     // [kRows]
   T* sum;     // [kRows][kLanes]
   T* values;  // [kRows][ldv]
@@ -45,14 +48,14 @@ class Forward {
         dropout(args),
         ldq(leading<T>(args.D)),
         ldv(leading<T>(args.Dv)),
-        stripsv(ceil_div(largest(args.Dv, int64_t{1}), kStrip<T>)),
+        stripsv(ceil_div(maximum(args.Dv, int64_t{1}), kStrip<T>)),
         factor(scores.left_scale()) {}
 
   void run() {
     const int64_t threads = thread_count(), groups = a.B * a.Hk;
     int64_t longest = 0;
-    for (int64_t b = 0; b < a.B; ++b) longest = largest(longest, a.sequences[b].k_length);
-    if (!attention::group_is_task(groups, threads)) return run_split(threads, longest);
+    for (int64_t b = 0; b < a.B; ++b) longest = maximum(longest, a.sequences[b].k_length);
+    if (!attention::group_is_task(groups, threads)) return run_few_groups(threads, longest);
     Tasks tasks(groups);
     for (int64_t g = 0; g < groups; ++g) tasks.set(g, cost_of(a, a.sequences[g / a.Hk]));
     tasks.sort();
@@ -60,19 +63,19 @@ class Forward {
       const int64_t g = tasks.at(task), b = g / a.Hk, hk = g % a.Hk;
       const Blocks blocks(a, b);
       Scratch& s = carve(memory);
-      fill(b, hk);
+      fill_padding(b, hk);
       if (blocks.count == 0) return;
       QueryBlock q;
       if (blocks.count == 1) {
         blocks.set(q, a, hk, 0);
-        return write(q, block(q, hk, nullptr, s));
+        return write_output(q, softmax_block(q, hk, nullptr, s));
       }
       const Packed packed = packed_at(memory, longest);
       const KeyRange keys = blocks.keys(a);
       for (int64_t j0 = keys.lo / kKeys * kKeys; j0 < keys.hi; j0 += kKeys) pack_block(b, hk, j0, packed);
       for (int64_t i = 0; i < blocks.count; ++i) {
         blocks.set(q, a, hk, i);
-        write(q, block(q, hk, &packed, s));
+        write_output(q, softmax_block(q, hk, &packed, s));
       }
     });
   }
@@ -82,34 +85,34 @@ class Forward {
   const Scores<S> scores;
   const Dropout dropout;
   const int64_t ldq, ldv, stripsv;
-  const T factor;  // of a difference of scores in a tile
+  const T factor;  // scale of a difference of tile values
 
-  // ---- memory, in elements of T
+  // Scratch memory, in elements of T.
 
-  static int64_t taken(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
+  static int64_t padded_size(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
   struct Packed {
     T* keys;       // strips of kStrip keys, [D][kStrip] each
     T* values;     // [n][ldv]
-    T* finite;     // [blocks of kKeys] whether the values are: 1 or 0
+    T* finite;     // [blocks of kKeys] whether all values of a block are finite: 1 or 0
     int64_t from;  // the first key
   };
   struct Scratch {
     T *q, *tile, *alpha;
-    Packed block;  // of one block of keys
-    Running<T>*chunk, *total;
-    Running<T> runs[2];
+    Packed block;  // one block of keys
+    SoftmaxState<T>*chunk, *total;
+    SoftmaxState<T> runs[2];
   };
-  int64_t running_size() const { return taken(kRows) + taken(kRows * kWidth) + taken(kRows * ldv); }
+  int64_t state_size() const { return padded_size(kRows) + padded_size(kRows * kWidth) + padded_size(kRows * ldv); }
   int64_t scratch_size() const {
-    return taken(kRows * ldq) + taken(kRows * kKeys) + taken(kRows) + packed_size(kKeys) + 2 * running_size() +
-           taken(sizeof(Scratch) / sizeof(T) + 1);
+    return padded_size(kRows * ldq) + padded_size(kRows * kKeys) + padded_size(kRows) + packed_size(kKeys) +
+           2 * state_size() + padded_size(sizeof(Scratch) / sizeof(T) + 1);
   }
   int64_t packed_size(int64_t n) const {
     const int64_t whole = round_up(n, kKeys);
-    return taken(whole * a.D) + taken(whole * ldv) + taken(whole / kKeys);
+    return padded_size(whole * a.D) + padded_size(whole * ldv) + padded_size(whole / kKeys);
   }
-  Running<T> take_running(T*& at) const {
-    Running<T> r;
+  SoftmaxState<T> take_state(T*& at) const {
+    SoftmaxState<T> r;
     r.top = take(at, kRows);
     r.sum = take(at, kRows * kWidth);
     r.values = take(at, kRows * ldv);
@@ -121,8 +124,8 @@ class Forward {
     s.tile = take(at, kRows * kKeys);
     s.alpha = take(at, kRows);
     s.block = packed_at(at, kKeys);
-    s.runs[0] = take_running(at);
-    s.runs[1] = take_running(at);
+    s.runs[0] = take_state(at);
+    s.runs[1] = take_state(at);
     s.chunk = &s.runs[0];
     s.total = &s.runs[1];
     return s;
@@ -144,7 +147,7 @@ class Forward {
         T(pack_rows(row_of<S>(a.v, b, hk, s.k_begin + j0), a.v.t, a.v.d, n, a.Dv, p.values + at * ldv, ldv));
   }
 
-  // ---- one block of keys
+  // One block of keys.
 
   void load_queries(const QueryBlock& q, T* to) const {
     const AttentionSequence& s = a.sequences[q.b];
@@ -153,7 +156,7 @@ class Forward {
     }
   }
 
-  // The largest of each row of the tile and of what was the largest.
+  // Updates the running maximum of each row.
   template <bool kWhole>
   static void row_tops(int64_t n, KeyRange columns, const T* tile, const T* before, T* top) {
     const int64_t end = (kWhole ? kKeys : columns.hi) - (kWhole ? 0 : columns.lo);
@@ -171,7 +174,7 @@ class Forward {
         }
         most[l] = m;
       }
-      turn(most);
+      transpose_block(most);
       V m = load(before + r);
       for (int l = 0; l < kWidth; ++l) m = most[l] > m ? most[l] : m;
       store(top + r, m);
@@ -186,37 +189,37 @@ class Forward {
       }
       T lanes[kWidth], most = before[r];
       store(lanes, m);
-      for (int l = 0; l < kWidth; ++l) most = largest(lanes[l], most);
+      for (int l = 0; l < kWidth; ++l) most = maximum(lanes[l], most);
       top[r] = most;
     }
   }
 
-  // top becomes next, and alpha what that multiplies sums by.
+  // Replaces top by next; alpha receives the factor by which earlier sums must be multiplied.
   void rescale(int64_t n, T* top, const T* next, T* alpha) const {
-    const V nothing = broadcast(-std::numeric_limits<T>::infinity());
-    for (int64_t r = 0; r < n; r += kWidth) {  // up to a vector more than there are rows
+    const V minus_infinity = broadcast(-std::numeric_limits<T>::infinity());
+    for (int64_t r = 0; r < n; r += kWidth) {  // in whole vectors, possibly past the last row
       const V after = load(next + r);
-      const V safe = after == nothing ? V{} : after;
+      const V safe = after == minus_infinity ? V{} : after;
       store(alpha + r, exp<T>((load(top + r) - safe) * factor));
       store(top + r, after);
     }
   }
 
-  // From scores to what multiplies values.
+  // Turns scores into unnormalised weights, and updates the running sums.
   template <bool kWhole>
   void softmax(const QueryBlock& q, int64_t j0, KeyRange columns, bool first, const Scratch& s) const {
     const int64_t begin = kWhole ? 0 : columns.lo, end = kWhole ? kKeys : columns.hi;
-    const Running<T>& run = *s.chunk;
-    const T nothing = -std::numeric_limits<T>::infinity();
+    const SoftmaxState<T>& run = *s.chunk;
+    const T minus_infinity = -std::numeric_limits<T>::infinity();
     alignas(64) T next[kRows];
     if (first) {
-      for (int64_t r = 0; r < kRows; ++r) run.top[r] = nothing;
+      for (int64_t r = 0; r < kRows; ++r) run.top[r] = minus_infinity;
     }
     row_tops<kWhole>(q.n, columns, s.tile, run.top, next);
     rescale(q.n, run.top, next, s.alpha);
     for (int64_t r = 0; r < q.n; ++r) {
       T* row = s.tile + r * kKeys;
-      const V top = broadcast(run.top[r] == nothing ? T(0) : run.top[r]), by = broadcast(factor);
+      const V top = broadcast(run.top[r] == minus_infinity ? T(0) : run.top[r]), by = broadcast(factor);
       V sum = {};
 #pragma GCC unroll 8
       for (int64_t j = begin; j < end; j += kWidth) {
@@ -233,7 +236,7 @@ class Forward {
         dropout.draw(q, r, j0, words);
         T* row = s.tile + r * kKeys;
         for (int64_t j = begin; j < end; j += kWidth) {
-          store(row + j, kept<T>(words + j, dropout.threshold) ? load(row + j) : V{});
+          store(row + j, keep_mask<T>(words + j, dropout.threshold) ? load(row + j) : V{});
         }
       }
     }
@@ -242,43 +245,45 @@ class Forward {
   // values: rows of ld elements.
   void keys_block(const QueryBlock& q, int64_t j0, int64_t n, bool some, bool first, const T* keys, const T* values,
                   int64_t ld, bool finite, const Scratch& s) const {
-    const Running<T>& run = *s.chunk;
+    const SoftmaxState<T>& run = *s.chunk;
     const KeyRange columns = Scores<S>::columns(q, j0);
-    product_of_seen(q, j0, a.D, s.q, ldq, Right<T>{keys, kStrip<T>, a.D * kStrip<T>}, s.tile);
+    score_product(q, j0, a.D, s.q, ldq, RightOperand<T>{keys, kStrip<T>, a.D * kStrip<T>}, s.tile);
     scores.finish(q, j0, n, some, columns, s.tile, nullptr);
-    uint64_t seen[kRows];
-    const bool careful = !finite && (some || !q.sees_all(j0) || a.mask_kind == MaskKind::kFloat);
-    if (careful) Scores<S>::seen_words(q.n, columns, s.tile, seen);
+    uint64_t visible[kRows];
+    const bool masked = !finite && (some || !q.all_visible(j0) || a.mask_kind == MaskKind::kFloat);
+    if (masked) Scores<S>::visible_words(q.n, columns, s.tile, visible);
     if (columns.hi - columns.lo == kKeys) {
       softmax<true>(q, j0, columns, first, s);
     } else {
       softmax<false>(q, j0, columns, first, s);
     }
     const Update update = first ? Update::kReplace : Update::kScale;
-    if (careful) {
-      seen_product<Left::kRows>(q.n, n, s.tile, kKeys, seen, values, ld, stripsv * kStrip<T>, run.values, ldv, update,
-                                s.alpha);
+    if (masked) {
+      masked_product<LeftLayout::kRows>(q.n, n, s.tile, kKeys, visible, values, ld, stripsv * kStrip<T>, run.values,
+                                        ldv, update, s.alpha);
     } else {
-      product_with_seen(q, j0, n, s.tile, Right<T>{values, ld, kStrip<T>}, stripsv, run.values, ldv, update, s.alpha);
+      value_product(q, j0, n, s.tile, RightOperand<T>{values, ld, kStrip<T>}, stripsv, run.values, ldv, update,
+                    s.alpha);
     }
   }
 
-  // Whether a few rows that see every key of a block may read values where they stand.
+  // Whether values can be read in place: few rows, and all keys of the block visible.
   bool in_place(const QueryBlock& q, int64_t j0) const {
-    return sizeof(S) == sizeof(T) && q.n <= kHeight && q.sees_all(j0) && a.mask_kind != MaskKind::kFloat &&
+    return sizeof(S) == sizeof(T) && q.n <= kHeight && q.all_visible(j0) && a.mask_kind != MaskKind::kFloat &&
            a.v.d == 1 && a.Dv == stripsv * kStrip<T>;
   }
 
-  // A chunk's keys; whether any was seen. packed: null where they are to be packed block by block.
-  bool chunk(const QueryBlock& q, int64_t hk, int64_t chunk, const Packed* packed, const Scratch& s) const {
-    const int64_t lo = largest(chunk * kChunkKeys, q.every.lo / kKeys * kKeys),
-                  hi = min((chunk + 1) * kChunkKeys, q.every.hi), end = a.sequences[q.b].k_length;
+  // Processes the keys of a chunk; returns whether any key was visible. `packed` is null if keys are packed block by
+  // block.
+  bool process_chunk(const QueryBlock& q, int64_t hk, int64_t chunk, const Packed* packed, const Scratch& s) const {
+    const int64_t lo = maximum(chunk * kChunkKeys, q.any_keys.lo / kKeys * kKeys),
+                  hi = min((chunk + 1) * kChunkKeys, q.any_keys.hi), end = a.sequences[q.b].k_length;
     bool first = true;
     for (int64_t j0 = lo; j0 < hi; j0 += kKeys) {
-      const Seen seen = scores.look(q, j0, min(kKeys, q.every.hi - j0));
-      if (seen == Seen::kNone) continue;
+      const Visibility visible = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
+      if (visible == Visibility::kNone) continue;
       const int64_t n = min(kKeys, end - j0);
-      const bool some = seen == Seen::kSome;
+      const bool some = visible == Visibility::kSome;
       if (packed != nullptr) {
         const int64_t at = j0 - packed->from;
         keys_block(q, j0, n, some, first, packed->keys + at * a.D, packed->values + at * ldv, ldv,
@@ -300,61 +305,62 @@ class Forward {
     return !first;
   }
 
-  // total = total merged with what a later chunk found.
-  void merge(int64_t n, const Running<T>& total, const Running<T>& found) const {
+  // Merges the state of a later chunk into total.
+  void merge(int64_t n, const SoftmaxState<T>& total, const SoftmaxState<T>& state) const {
     alignas(64) T top[kRows] = {}, alpha[kRows], beta[kRows];
-    for (int64_t r = 0; r < n; ++r) top[r] = largest(found.top[r], total.top[r]);
-    rescale(n, found.top, top, beta);
+    for (int64_t r = 0; r < n; ++r) top[r] = maximum(state.top[r], total.top[r]);
+    rescale(n, state.top, top, beta);
     rescale(n, total.top, top, alpha);
     for (int64_t r = 0; r < n; ++r) {
       const V of_total = broadcast(alpha[r]), of_found = broadcast(beta[r]);
       const auto add = [&](T* to, const T* from) { store(to, fma(load(to), of_total, load(from) * of_found)); };
-      add(total.sum + r * kWidth, found.sum + r * kWidth);
+      add(total.sum + r * kWidth, state.sum + r * kWidth);
       for (int64_t d = 0; d < stripsv * kStrip<T>; d += kWidth) {
-        add(total.values + r * ldv + d, found.values + r * ldv + d);
+        add(total.values + r * ldv + d, state.values + r * ldv + d);
       }
     }
   }
 
-  // The softmax of a block of queries; null: no key was seen.
-  const Running<T>* block(const QueryBlock& q, int64_t hk, const Packed* packed, const Scratch& scratch) const {
-    if (q.every.lo >= q.every.hi) return nullptr;
+  // The softmax state of a block of queries; null if no key was visible.
+  const SoftmaxState<T>* softmax_block(const QueryBlock& q, int64_t hk, const Packed* packed,
+                                       const Scratch& scratch) const {
+    if (q.any_keys.lo >= q.any_keys.hi) return nullptr;
     Scratch s = scratch;
     load_queries(q, s.q);
     bool any = false;
-    for (int64_t c = q.every.lo / kChunkKeys; c * kChunkKeys < q.every.hi; ++c) {
-      if (!chunk(q, hk, c, packed, s)) continue;
+    for (int64_t c = q.any_keys.lo / kChunkKeys; c * kChunkKeys < q.any_keys.hi; ++c) {
+      if (!process_chunk(q, hk, c, packed, s)) continue;
       if (any) {
         merge(q.n, *s.total, *s.chunk);
       } else {
-        Running<T>* const found = s.chunk;
+        SoftmaxState<T>* const state = s.chunk;
         s.chunk = s.total;
-        s.total = found;
+        s.total = state;
       }
       any = true;
     }
     return any ? s.total : nullptr;
   }
 
-  // ---- results
+  // Results.
 
-  void write(const QueryBlock& q, const Running<T>* found) const {
+  void write_output(const QueryBlock& q, const SoftmaxState<T>* state) const {
     const AttentionSequence& s = a.sequences[q.b];
-    const T natural = scores.left_scale();
+    const T scale_of_top = scores.left_scale();
     for (int64_t r = 0; r < q.n; ++r) {
       const int64_t at = s.q_begin + q.i[r];
       S* out = mutable_row_of<S>(a.out, q.b, q.head[r], at);
       T& lse = static_cast<T*>(a.lse)[q.b * a.lse_b + q.head[r] * a.lse_h + at];
-      const T sum = found == nullptr ? T(0) : sum_of<T>(load(found->sum + r * kWidth));
+      const T sum = state == nullptr ? T(0) : sum_of<T>(load(state->sum + r * kWidth));
       if (sum == 0) {
         for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
         lse = -std::numeric_limits<T>::infinity();
         continue;
       }
-      lse = T(double(found->top[r]) * double(natural) + log(double(sum)));
+      lse = T(double(state->top[r]) * double(scale_of_top) + log(double(sum)));
       const V by = broadcast(T(dropout.on ? dropout.inverse : 1)), over = broadcast(sum);
       for (int64_t d = 0; d < a.Dv; d += kWidth) {
-        V v = load(found->values + r * ldv + d);
+        V v = load(state->values + r * ldv + d);
         if (dropout.on) v *= by;
         v = v / over;
         if (a.out.d == 1) {
@@ -368,8 +374,8 @@ class Forward {
     }
   }
 
-  // Rows behind the length.
-  void fill(int64_t b, int64_t hk) const {
+  // Fills the rows past the sequence length.
+  void fill_padding(int64_t b, int64_t hk) const {
     if (a.packed) return;
     for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
       for (int64_t i = a.sequences[b].q_length; i < a.Tq; ++i) {
@@ -380,12 +386,12 @@ class Forward {
     }
   }
 
-  // ---- few groups: blocks are tasks, or, where a group is one block, chunks of keys are
+  // Few groups: tasks are blocks, or, for groups of one block, chunks of keys.
 
   struct Task {
-    int64_t g, block, chunk;  // chunk -1: all
+    int64_t g, block, chunk;  // chunk -1: all chunks
   };
-  void run_split(int64_t threads, int64_t longest) const {
+  void run_few_groups(int64_t threads, int64_t longest) const {
     const int64_t groups = a.B * a.Hk, size = packed_size(longest);
     int64_t packing = 0, count = 0, parts = 0;
     bool any_packed = false;
@@ -397,7 +403,7 @@ class Forward {
       count += attention::tasks_of_group(blocks.count, keys);
       parts += blocks.count == 1 ? chunks : 0;
     }
-    // Filling and packing.
+    // Fills and packs.
     const Memory packed_memory(any_packed ? size_t(groups * size) * sizeof(T) : 64);
     const auto packed_of = [&](int64_t g) {
       T* at = reinterpret_cast<T*>(packed_memory.get()) + g * size;
@@ -414,20 +420,20 @@ class Forward {
     run_tasks<T>(threads, n, 0, [&](int64_t task, T*) {
       const auto [g, block, chunk] = first[task];
       const int64_t b = g / a.Hk, hk = g % a.Hk;
-      if (chunk < 0) return fill(b, hk);
+      if (chunk < 0) return fill_padding(b, hk);
       const KeyRange keys = Blocks(a, b).keys(a);
-      const int64_t lo = largest(keys.lo / kKeys * kKeys, chunk * kChunkKeys);
+      const int64_t lo = maximum(keys.lo / kKeys * kKeys, chunk * kChunkKeys);
       for (int64_t j0 = lo; j0 < min(keys.hi, (chunk + 1) * kChunkKeys); j0 += kKeys)
         pack_block(b, hk, j0, packed_of(g));
     });
-    // Attention.
+    // Computes attention.
     Task* const second = first + packing;
     Tasks tasks(count);
-    const Memory parts_memory(size_t(parts * running_size() + 64) * sizeof(T));
+    const Memory parts_memory(size_t(parts * state_size() + 64) * sizeof(T));
     const Memory found_memory(size_t(parts + 1));
     const auto part_of = [&](int64_t part) {
-      T* at = reinterpret_cast<T*>(parts_memory.get()) + part * running_size();
-      return take_running(at);
+      T* at = reinterpret_cast<T*>(parts_memory.get()) + part * state_size();
+      return take_state(at);
     };
     const Memory begin_memory(size_t(groups + 1) * sizeof(int64_t));
     int64_t* const begin = reinterpret_cast<int64_t*>(begin_memory.get());
@@ -452,7 +458,7 @@ class Forward {
       }
       for (int64_t i = 0; i < blocks.count; ++i) {
         blocks.set(q, a, hk, i);
-        tasks.set(n, double(q.every.hi - q.every.lo) * double(q.n));
+        tasks.set(n, double(q.any_keys.hi - q.any_keys.lo) * double(q.n));
         second[n++] = {g, i, -1};
       }
     }
@@ -467,30 +473,30 @@ class Forward {
       blocks.set(mine, a, hk, i);
       if (c < 0) {
         const Packed packed = packed_of(g);
-        return write(mine, block(mine, hk, blocks.count == 1 ? nullptr : &packed, s));
+        return write_output(mine, softmax_block(mine, hk, blocks.count == 1 ? nullptr : &packed, s));
       }
-      Running<T> part = part_of(begin[g] + c);
+      SoftmaxState<T> part = part_of(begin[g] + c);
       s.chunk = &part;
       load_queries(mine, s.q);
-      found_memory.get()[begin[g] + c] = chunk(mine, hk, c, nullptr, s);
+      found_memory.get()[begin[g] + c] = process_chunk(mine, hk, c, nullptr, s);
     });
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t b = g / a.Hk, hk = g % a.Hk;
       if (begin[g] == begin[g + 1]) continue;
       Blocks(a, b).set(q, a, hk, 0);
-      Running<T> total;
+      SoftmaxState<T> total;
       bool any = false;
       for (int64_t part = begin[g]; part < begin[g + 1]; ++part) {
         if (!found_memory.get()[part]) continue;
-        const Running<T> found = part_of(part);
+        const SoftmaxState<T> state = part_of(part);
         if (any) {
-          merge(q.n, total, found);
+          merge(q.n, total, state);
         } else {
-          total = found;
+          total = state;
         }
         any = true;
       }
-      write(q, any ? &total : nullptr);
+      write_output(q, any ? &total : nullptr);
     }
   }
 };

@@ -1,5 +1,5 @@
-// Tasks taken by threads one at a time, the longest first. What a task computes does not depend on who takes it, or
-// when.
+// Dynamic scheduling: threads take tasks one at a time, the most expensive first. The result of a task does not depend on
+// the thread or the order.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// Numbers 0 .. n - 1 by falling cost.
+// The numbers 0 .. n - 1, sorted by decreasing cost.
 class Tasks {
  public:
   explicit Tasks(int64_t n)
@@ -45,7 +45,7 @@ class Tasks {
   Task* tasks_;
 };
 
-// Calls f(task, memory) for every task below n, with `size` elements of memory that are the calling thread's.
+// Calls f(task, memory) for every task below n; `memory` has `size` elements and belongs to the calling thread.
 template <class T, class F>
 inline void run_tasks(int64_t threads, int64_t n, int64_t size, F f) {
   if (n == 0) return;

@@ -1,4 +1,4 @@
-// How CPU kernels walk bags: units of work, their cut among threads, and indices turned into places of memory.
+// Shared by the CPU kernels of EmbeddingBag: units of work, their distribution among threads, and index loading.
 #pragma once
 
 #include "common/math.h"
@@ -8,8 +8,8 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// A bag of more indices than this is reduced in chunks of so many, which are then merged in order: several threads may
-// take part and the result does not depend on how many.
+// A bag with more indices than this is reduced in chunks of this size, which are merged in order. Several threads may
+// share the bag, and the result does not depend on their number.
 constexpr int64_t kChunk = 2048;
 
 SEQKERNELS_INLINE int64_t chunks_of(int64_t n) { return n > kChunk ? (n + kChunk - 1) / kChunk : 1; }
@@ -22,7 +22,8 @@ SEQKERNELS_INLINE int64_t integer(const void* p, bool wide, int64_t i) {
   return wide ? integer<int64_t>(p, i) : integer<int32_t>(p, i);
 }
 
-// Where bags begin and end. Held by value: what is in registers need not be read again after every row that is written.
+// Begin and end of each bag. Passed by value, so that the compiler keeps the members in registers across stores of
+// rows.
 struct Bounds {
   const void* offsets;
   int64_t offset_count, N, length, base, bags;
@@ -41,11 +42,11 @@ struct Bounds {
     if (offsets == nullptr) return base + bag * length;
     return bag < offset_count ? integer(offsets, wide, bag) : N;
   }
-  // Bags in front of this one, and their indices: grows by at least one with each bag, empty or not.
+  // Number of bags and indices before this bag. Grows by at least one per bag, even if the bag is empty.
   SEQKERNELS_INLINE int64_t key(int64_t bag) const { return begin(bag) + bag; }
   SEQKERNELS_INLINE int64_t first() const { return key(0); }
   SEQKERNELS_INLINE int64_t work() const { return key(bags) - key(0); }
-  // The first bag whose key is at least this.
+  // The first bag whose key is at least `wanted`.
   inline int64_t bag_at(int64_t wanted) const {
     int64_t low = 0, high = bags;
     while (low < high) {
@@ -60,21 +61,21 @@ struct Bounds {
   }
 };
 
-// The first fault by position, whoever finds it.
-SEQKERNELS_INLINE void note(BagFault& fault, BagFault::What what, int64_t at, int64_t value) {
-  if (fault.what == BagFault::kNone || what < fault.what || (what == fault.what && at < fault.at)) {
-    fault = {what, at, value};
+// Keeps the first fault by position, independent of the order of reports.
+SEQKERNELS_INLINE void record_fault(BagFault& fault, BagFault::Kind kind, int64_t position, int64_t value) {
+  if (fault.kind == BagFault::kNone || kind < fault.kind || (kind == fault.kind && position < fault.position)) {
+    fault = {kind, position, value};
   }
 }
 
-// Faults of all threads.
+// Collects the faults of all threads.
 class Faults {
  public:
   void add(const BagFault& fault) {
-    if (fault.what == BagFault::kNone) return;
+    if (fault.kind == BagFault::kNone) return;
     while (__atomic_test_and_set(&held_, __ATOMIC_ACQUIRE)) {
     }
-    note(first_, fault.what, fault.at, fault.value);
+    record_fault(first_, fault.kind, fault.position, fault.value);
     __atomic_clear(&held_, __ATOMIC_RELEASE);
   }
   const BagFault& first() const { return first_; }
@@ -84,11 +85,11 @@ class Faults {
   bool held_ = false;
 };
 
-// Whether bags lie one after another within the indices; `longest` becomes that of the longest bag if it is longer.
+// Checks that the bags are consecutive and within the indices. Raises `longest` to the length of the longest bag.
 inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
   BagFault fault{};
   if (t.bags == 0) return fault;
-  if (t.E == 0 && Bounds(t, wide).work() > t.bags) {  // from here on there is a first row
+  if (t.E == 0 && Bounds(t, wide).work() > t.bags) {  // the loops below assume that a first row exists
     return {BagFault::kIndex, Bounds(t, wide).begin(0), 0};
   }
   if (t.offsets == nullptr) {
@@ -98,16 +99,16 @@ inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
   const Bounds bounds{t, wide};
   int64_t before = bounds.begin(0);
   if (before < 0 || before > t.N) return {BagFault::kOffset, 0, before};
-  bool wrong = false;
-  int64_t most = longest;
+  bool invalid = false;
+  int64_t longest_bag = longest;
   for (int64_t bag = 1; bag <= t.bags; ++bag) {
     const int64_t now = bounds.begin(bag);
-    wrong |= now < before || now > t.N;
-    most = max(most, now - before);
+    invalid |= now < before || now > t.N;
+    longest_bag = max(longest_bag, now - before);
     before = now;
   }
-  longest = most;
-  if (!wrong) return fault;
+  longest = longest_bag;
+  if (!invalid) return fault;
   for (int64_t bag = 1; bag <= t.bags; ++bag) {
     const int64_t now = bounds.begin(bag);
     if (now < bounds.begin(bag - 1) || now > t.N) return {BagFault::kOffset, bag, now};
@@ -115,18 +116,18 @@ inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
   return fault;
 }
 
-// ---- units: a bag, or a chunk of a long one -------------------------------------------------------------------------
+// Units of work: a bag, or a chunk of a long one.
 
 struct Unit {
   int64_t bag, begin, end;  // end - begin <= kChunk
   int64_t chunk, chunks;
 };
 
-// Calls f(unit) for every unit whose key, that of its bag and its place in it, lies in [low, high).
+// Calls f(unit) for every unit whose key (that of its bag, plus the unit's place in it) lies in [low, high).
 template <class F>
-SEQKERNELS_INLINE void each_unit(const Bounds bounds, int64_t low, int64_t high, F&& f) {
+SEQKERNELS_INLINE void for_each_unit(const Bounds bounds, int64_t low, int64_t high, F&& f) {
   int64_t bag = bounds.bag_at(low);
-  if (bag > 0) --bag;  // chunks of the bag in front may reach in here
+  if (bag > 0) --bag;  // chunks of the preceding bag may lie in this range
   int64_t begin = bounds.begin(bag);
   for (; bag < bounds.bags; ++bag) {
     const int64_t end = bounds.begin(bag + 1), chunks = chunks_of(end - begin);
@@ -139,9 +140,9 @@ SEQKERNELS_INLINE void each_unit(const Bounds bounds, int64_t low, int64_t high,
   }
 }
 
-// ---- rows -----------------------------------------------------------------------------------------------------------
+// Rows.
 
-struct Byte {  // an element of a row of bytes
+struct Byte {  // an element of a quantised row
   uint8_t bits;
 };
 }  // namespace seqkernels::SEQKERNELS_ISA
@@ -155,7 +156,7 @@ struct ComputeOf<SEQKERNELS_ISA::Byte> {
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// One row from some column on, as vectors of what it is computed in.
+// One row from a given column on, as vectors of the compute type.
 template <class S>
 struct Row {
   const S* p;
@@ -192,7 +193,7 @@ struct Row<Byte> {
   }
 };
 
-// What an output of a table of S is stored as.
+// Output dtype of a table of S.
 template <class S>
 struct OutputOf {
   using type = S;
@@ -202,44 +203,44 @@ struct OutputOf<Byte> {
   using type = float;
 };
 
-// ---- indices as places ----------------------------------------------------------------------------------------------
+// Indices as row offsets.
 
-constexpr int64_t kAhead = 32;  // rows that are asked for before they are needed
-constexpr int64_t kPlaces = 2 * kChunk;
-constexpr int64_t kFill = 512;  // places made at once, if no unit has more
+constexpr int64_t kPrefetchDistance = 32;  // prefetch distance in rows
+constexpr int64_t kMaxOffsets = 2 * kChunk;
+constexpr int64_t kOffsetBatch = 512;  // offsets computed at once, unless a unit has more
 
-// The next indices of a table as the places of their rows, with their weights.
+// Reads the indices of a table in order, as row offsets in the table, with their weights.
 template <class S>
-struct Stream {
+struct IndexStream {
   using T = Compute<S>;
   const BagTable& t;
   const BagShape& shape;
-  const int64_t limit;  // positions from here on belong to nobody or to another thread
+  const int64_t limit;  // positions from here on are outside all bags or belong to another thread
   BagFault& fault;
-  int64_t begin = 0, end = 0;        // positions that are here
-  int64_t places[kPlaces + kAhead];  // of the row in the table, in elements; -1: padding
-  T weights[kPlaces];
+  int64_t begin = 0, end = 0;                            // positions that are loaded
+  int64_t row_offsets[kMaxOffsets + kPrefetchDistance];  // of the row in the table, in elements; -1: padding index
+  T weights[kMaxOffsets];
 
-  Stream(const BagTable& t, const BagShape& shape, int64_t limit, BagFault& fault)
+  IndexStream(const BagTable& t, const BagShape& shape, int64_t limit, BagFault& fault)
       : t(t), shape(shape), limit(limit), fault(fault) {}
 
-  // From here on, places[i] is of position begin + i; those of [from, to) are among them.
+  // Returns offsets such that offsets[i] belongs to position from + i, for the positions [from, to).
   SEQKERNELS_INLINE const int64_t* at(int64_t from, int64_t to) {
     if (from < begin || to > end) fill(from, to);
-    return places + (from - begin);
+    return row_offsets + (from - begin);
   }
   SEQKERNELS_INLINE const T* weights_at(int64_t from) const { return weights + (from - begin); }
 
   __attribute__((noinline)) void fill(int64_t from, int64_t to) {
     begin = from;
-    end = max(to, min(limit, from + kFill));
-    const int64_t ahead = min(t.N, end + kAhead);
+    end = max(to, min(limit, from + kOffsetBatch));
+    const int64_t ahead = min(t.N, end + kPrefetchDistance);
     if (shape.wide_indices) {
       fill_from<int64_t>(ahead);
     } else {
       fill_from<int32_t>(ahead);
     }
-    for (int64_t i = ahead; i < end + kAhead; ++i) places[i - begin] = 0;
+    for (int64_t i = ahead; i < end + kPrefetchDistance; ++i) row_offsets[i - begin] = 0;
     if (t.weights == nullptr) return;
     if (shape.wide_weights) {
       memcpy(weights, static_cast<const T*>(t.weights) + begin, sizeof(T) * (end - begin));
@@ -253,43 +254,43 @@ struct Stream {
   SEQKERNELS_INLINE void fill_from(int64_t ahead) {
     const I* indices = static_cast<const I*>(t.indices);
     const int64_t E = t.E, stride = t.row_stride, padding = t.padding;
-    int64_t wrong = 0;
+    int64_t invalid = 0;
     for (int64_t i = begin; i < ahead; ++i) {
       const int64_t index = indices[i];
-      wrong |= uint64_t(index) >= uint64_t(E);
-      places[i - begin] = index == padding ? -1 : index * stride;
+      invalid |= uint64_t(index) >= uint64_t(E);
+      row_offsets[i - begin] = index == padding ? -1 : index * stride;
     }
-    if (wrong == 0) return;
+    if (invalid == 0) return;
     for (int64_t i = begin; i < ahead; ++i) {
       const int64_t index = indices[i];
       if (uint64_t(index) < uint64_t(E)) continue;
-      if (i < end) note(fault, BagFault::kIndex, i, index);
-      places[i - begin] = 0;  // what comes of it is thrown away
+      if (i < end) record_fault(fault, BagFault::kIndex, i, index);
+      row_offsets[i - begin] = 0;  // the result is discarded, because the call fails
     }
   }
 };
 
-// How many of n rows count.
-SEQKERNELS_INLINE int64_t counted(int64_t padding, const int64_t* places, int64_t n) {
+// Number of rows among n that are not padding.
+SEQKERNELS_INLINE int64_t count_rows(int64_t padding, const int64_t* row_offsets, int64_t n) {
   if (padding < 0) return n;
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += places[i] >= 0;
+  for (int64_t i = 0; i < n; ++i) count += row_offsets[i] >= 0;
   return count;
 }
 template <class T>
-SEQKERNELS_INLINE T summed_weights(const int64_t* places, const T* weights, int64_t n) {
+SEQKERNELS_INLINE T sum_weights(const int64_t* row_offsets, const T* weights, int64_t n) {
   T sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += places[i] >= 0 ? weights[i] : T(0);
+  for (int64_t i = 0; i < n; ++i) sum += row_offsets[i] >= 0 ? weights[i] : T(0);
   return sum;
 }
 
-// Where a bag's row of the output begins.
-SEQKERNELS_INLINE int64_t row_of(const BagTable& t, int64_t bag, int64_t stride) {
+// Offset of a bag's row in the output.
+SEQKERNELS_INLINE int64_t output_offset(const BagTable& t, int64_t bag, int64_t stride) {
   if (t.batch == t.bags) return bag * stride;
   return bag % t.batch * stride + bag / t.batch * t.D;
 }
 
-// Positions of winners are kept as int32, and compared in lanes as wide as the values are.
+// Positions are stored as int32 and compared in lanes of the values' width.
 template <class T>
 SEQKERNELS_INLINE void store_positions(int32_t* to, typename Vec<T>::NativeInt at, int64_t lanes) {
   typedef int32_t Narrow __attribute__((vector_size(4 * kLanes<T>), aligned(4), may_alias));
@@ -309,39 +310,39 @@ SEQKERNELS_INLINE typename Vec<T>::NativeInt load_positions(const int32_t* p, in
   return at;
 }
 
-// x takes the place of a value if it is larger, or the first NaN.
+// Replaces a value by x if x is larger, or is the first NaN.
 template <class T, class Int>
-SEQKERNELS_INLINE void take_larger(Native<T>& value, Int& at, Native<T> x, Int where) {
+SEQKERNELS_INLINE void update_max(Native<T>& value, Int& at, Native<T> x, Int where) {
   const auto better = (x > value) | ((x != x) & (value == value));
   value = better ? x : value;
   at = better ? where : at;
 }
-SEQKERNELS_INLINE void take_larger(Native<float>& value, Vec<float>::NativeInt& at, Native<float> x,
-                                   Vec<float>::NativeInt where) {
+SEQKERNELS_INLINE void update_max(Native<float>& value, Vec<float>::NativeInt& at, Native<float> x,
+                                  Vec<float>::NativeInt where) {
 #if defined(__AVX512F__)
   const __mmask16 better = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(value, value, _CMP_ORD_Q), x, value, _CMP_NLE_UQ);
   value = _mm512_mask_mov_ps(value, better, x);
   at = (Vec<float>::NativeInt)_mm512_mask_mov_epi32((__m512i)at, better, (__m512i)where);
 #else
-  take_larger<float, Vec<float>::NativeInt>(value, at, x, where);
+  update_max<float, Vec<float>::NativeInt>(value, at, x, where);
 #endif
 }
-SEQKERNELS_INLINE void take_larger(Native<double>& value, Vec<double>::NativeInt& at, Native<double> x,
-                                   Vec<double>::NativeInt where) {
+SEQKERNELS_INLINE void update_max(Native<double>& value, Vec<double>::NativeInt& at, Native<double> x,
+                                  Vec<double>::NativeInt where) {
 #if defined(__AVX512F__)
   const __mmask8 better = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(value, value, _CMP_ORD_Q), x, value, _CMP_NLE_UQ);
   value = _mm512_mask_mov_pd(value, better, x);
   at = (Vec<double>::NativeInt)_mm512_mask_mov_epi64((__m512i)at, better, (__m512i)where);
 #else
-  take_larger<double, Vec<double>::NativeInt>(value, at, x, where);
+  update_max<double, Vec<double>::NativeInt>(value, at, x, where);
 #endif
 }
 
-// Asks for the part of a row that a block of columns will read, at two distances: from afar into the second level of
-// cache, then into the first. Tables that lie in a cache are not asked for.
+// Prefetches the part of a row that a block of columns will read, at two distances: far ahead into the L2 cache, then
+// into the L1 cache. Tables that fit into a cache are not prefetched.
 struct Prefetch {
   static constexpr int64_t kNear = 8;
-  static constexpr int64_t kNearFrom = 1 << 20, kFarFrom = 16 << 20;  // bytes of the table
+  static constexpr int64_t kNearFrom = 1 << 20, kFarFrom = 16 << 20;  // minimum table size in bytes
   bool near, far;
 
   void set(int64_t bytes) {
@@ -349,21 +350,43 @@ struct Prefetch {
     far = bytes > kFarFrom;
   }
   template <class S, int kBytes>
-  SEQKERNELS_INLINE void operator()(const S* table, const int64_t* places, int64_t i) const {
+  SEQKERNELS_INLINE void operator()(const S* table, const int64_t* row_offsets, int64_t i) const {
     if (near) {
-      const char* p = reinterpret_cast<const char*>(table + places[i + kNear]);
+      const char* p = reinterpret_cast<const char*>(table + row_offsets[i + kNear]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 3);
     }
     if (far) {
-      const char* p = reinterpret_cast<const char*>(table + places[i + kAhead]);
+      const char* p = reinterpret_cast<const char*>(table + row_offsets[i + kPrefetchDistance]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 2);
     }
   }
 };
 
-// Defined in backward.cpp.
+// Calls f(table, low, high) with each thread's range of keys of every table.
+template <class F>
+void for_each_share(const BagForward& args, int64_t threads, F&& f) {
+  const auto bounds_of = [&](int64_t i) { return Bounds{args.tables[i], args.shape.wide_offsets}; };
+  int64_t total = 0;  // work per key is proportional to D
+  for (int64_t i = 0; i < args.count; ++i) total += bounds_of(i).work() * max(1, args.tables[i].D);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const int64_t from = part(total, threads, thread), to = part(total, threads, thread + 1);
+      int64_t before = 0;
+      for (int64_t i = 0; i < args.count; ++i) {
+        const int64_t D = max(1, args.tables[i].D), work = bounds_of(i).work(), first = bounds_of(i).first();
+        const int64_t low = max(0, (from - before + D - 1) / D), high = min(work, (to - before + D - 1) / D);
+        if (low < high) f(i, first + low, first + high);
+        before += work * D;
+      }
+    }
+  };
+  parallel_pieces(threads, body);
+}
+
+// Defined in the files of the same names.
+BagFault bag_weights(const BagBackward& args, void* dweights);
 BagFault bag_sort(const BagBackward& args, RowSort& out);
 void bag_reduce(const BagBackward& args, const RowSort& sort, const RowTarget& to);
 BagFault bag_renorm(const BagBackward& args, double max_norm, double norm_type);

@@ -1,7 +1,7 @@
-// Forward of EmbeddingBag and the gradient of its weights: what passes over bags and reads the rows of the table.
+// Forward pass of EmbeddingBag.
 //
-// A bag's rows are summed (or compared) in registers, a block of columns at a time; what it needs of memory is asked
-// for rows ahead, across the ends of bags. The work is cut among threads by indices, not by bags.
+// The rows of a bag are summed or compared in registers, one block of columns at a time. Rows are prefetched across the
+// ends of bags. Work is distributed among threads by number of indices, not by number of bags.
 #include "common/memory.h"
 #include "embedding_bag/cpu/bags.h"
 
@@ -9,40 +9,37 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 namespace {
 
-// ---- a block of columns of a bag
-// -------------------------------------------------------------------------------------
-
-// The rows of a unit, as far as one block of columns goes.
+// The rows of a unit, restricted to one block of columns.
 template <class S>
 struct Block {
   using T = Compute<S>;
   const S* table;
   int64_t D, column_stride;
-  int64_t column, lanes;  // lanes: below one vector if the table is narrower
-  const int64_t* places;
+  int64_t column, lanes;  // lanes: fewer than a vector if the table is narrower
+  const int64_t* row_offsets;
   const T* weights;
   int64_t n;
   Prefetch prefetch;
-  bool plain;  // every row counts, and columns lie side by side
+  bool plain;  // no padding, contiguous columns
 };
 
-// The row at a place from the block's first column on; gathered if columns do not lie side by side.
+// Reads the row at an offset, from the block's first column on; gathers columns that are not contiguous.
 template <class S, int kWidth>
-struct Fetch {
+struct RowReader {
   const Block<S>& b;
   S gathered[kWidth * kLanes<Compute<S>>];
 
-  SEQKERNELS_INLINE explicit Fetch(const Block<S>& b) : b(b) {}  // and leaves the rest as it is
-  SEQKERNELS_INLINE Row<S> operator()(int64_t place) {
+  SEQKERNELS_INLINE explicit RowReader(const Block<S>& b) : b(b) {}  // leaves `gathered` uninitialised
+  SEQKERNELS_INLINE Row<S> operator()(int64_t row_offset) {
     if constexpr (sizeof(S) != 1) {
       if (b.column_stride != 1) {
-        const S* from = b.table + place + b.column * b.column_stride;
+        const S* from = b.table + row_offset + b.column * b.column_stride;
         const int64_t n = kWidth == 1 ? b.lanes : kWidth * kLanes<Compute<S>>;
         for (int64_t c = 0; c < n; ++c) gathered[c] = from[c * b.column_stride];
         return Row<S>(gathered, 0, 0);
       }
     }
-    return Row<S>(b.table + place, b.D, b.column);
+    return Row<S>(b.table + row_offset, b.D, b.column);
   }
 };
 
@@ -52,18 +49,18 @@ SEQKERNELS_INLINE Native<Compute<S>> vector_of(const Row<S>& row, int v, int64_t
   return row(v * kLanes<Compute<S>>);
 }
 
-// Adds rows [i, end). kPlain: every row counts, and its columns lie side by side. A `prefetch` of constants costs no
-// branch: loops over a table that lies in a cache are short of branches that are guessed.
+// Adds rows [i, end). kPlain: no padding, contiguous columns. A compile-time constant `prefetch` removes its branches,
+// which would limit loops over a table that fits into a cache.
 template <bool kWeighted, bool kPartial, bool kPlain, class S, int kWidth>
-SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, const Prefetch prefetch,
-                                Native<Compute<S>> (&sums)[kWidth]) {
+SEQKERNELS_INLINE void add_range(const Block<S>& b, int64_t i, int64_t end, const Prefetch prefetch,
+                                 Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
-  Fetch<S, kWidth> fetch(b);
+  RowReader<S, kWidth> reader(b);
   for (; i < end; ++i) {
-    prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
-    const int64_t place = b.places[i];
-    if (!kPlain && place < 0) continue;
-    const Row<S> row = kPlain ? Row<S>(b.table + place, b.D, b.column) : fetch(place);
+    prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.row_offsets, i);
+    const int64_t row_offset = b.row_offsets[i];
+    if (!kPlain && row_offset < 0) continue;
+    const Row<S> row = kPlain ? Row<S>(b.table + row_offset, b.D, b.column) : reader(row_offset);
     const Native<T> w = broadcast(kWeighted ? b.weights[i] : T(1));
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) {
@@ -73,8 +70,8 @@ SEQKERNELS_INLINE void add_some(const Block<S>& b, int64_t i, int64_t end, const
   }
 }
 
-// Rows are summed kFold at a time and the sums then added up, so that the error of a long bag grows as that of two
-// short ones. Sums start from -0, to which any first row adds as itself.
+// Sums rows in groups of kFold and then adds the groups' sums, which halves the error growth of long bags. Sums start
+// from -0, so that the first row is added exactly.
 template <bool kWeighted, bool kPartial, class S, int kWidth>
 SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kWidth]) {
   using T = Compute<S>;
@@ -85,13 +82,13 @@ SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kW
   for (int64_t i = 0; i < b.n;) {
     const int64_t end = min(b.n, i + kFold);
     if (!b.plain || kPartial) {
-      add_some<kWeighted, kPartial, false>(b, i, end, b.prefetch, sums);
+      add_range<kWeighted, kPartial, false>(b, i, end, b.prefetch, sums);
     } else if (b.prefetch.far) {
-      add_some<kWeighted, false, true>(b, i, end, Prefetch{true, true}, sums);
+      add_range<kWeighted, false, true>(b, i, end, Prefetch{true, true}, sums);
     } else if (b.prefetch.near) {
-      add_some<kWeighted, false, true>(b, i, end, Prefetch{true, false}, sums);
+      add_range<kWeighted, false, true>(b, i, end, Prefetch{true, false}, sums);
     } else {
-      add_some<kWeighted, false, true>(b, i, end, Prefetch{false, false}, sums);
+      add_range<kWeighted, false, true>(b, i, end, Prefetch{false, false}, sums);
     }
     i = end;
     if (i == b.n) break;
@@ -105,17 +102,17 @@ SEQKERNELS_INLINE void add_rows(const Block<S>& b, Native<Compute<S>> (&sums)[kW
   for (int v = 0; v < kWidth; ++v) sums[v] += total[v];
 }
 
-// `first`: the position in its bag of the unit's first row. A minimum is the maximum of what is negated.
+// `first` is the position of the unit's first row in its bag. A minimum is the maximum of the negated values.
 template <bool kWeighted, bool kPartial, class S, int kWidth>
 SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t first,
                                     Native<Compute<S>> (&values)[kWidth],
                                     typename Vec<Compute<S>>::NativeInt (&at)[kWidth]) {
   using T = Compute<S>;
   using Int = typename Vec<T>::NativeInt;
-  Fetch<S, kWidth> fetch(b);
+  RowReader<S, kWidth> reader(b);
   const Int sign = Int{} + (minimum ? std::numeric_limits<typename Vec<T>::Int>::min() : 0);
   const auto each = [&](int64_t i, auto&& f) __attribute__((always_inline)) {
-    const Row<S> row = fetch(b.places[i]);
+    const Row<S> row = reader(b.row_offsets[i]);
     const Native<T> w = broadcast(kWeighted ? b.weights[i] : T(1));
     const Int where = Int{} + typename Vec<T>::Int(first + i);
 #pragma GCC unroll 8
@@ -126,7 +123,7 @@ SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t fir
     }
   };
   int64_t i = 0;
-  while (i < b.n && b.places[i] < 0) ++i;
+  while (i < b.n && b.row_offsets[i] < 0) ++i;
 #pragma GCC unroll 8
   for (int v = 0; v < kWidth; ++v) {
     values[v] = Native<T>{};
@@ -138,19 +135,16 @@ SEQKERNELS_INLINE void compare_rows(const Block<S>& b, bool minimum, int64_t fir
     at[v] = where;
   });
   for (++i; i < b.n; ++i) {
-    b.prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.places, i);
-    if (b.places[i] < 0) continue;
-    each(i, [&](int v, Native<T> x, Int where)
-                __attribute__((always_inline)) { take_larger(values[v], at[v], x, where); });
+    b.prefetch.template operator()<S, kWidth * kLanes<T>* int(sizeof(S))>(b.table + b.column, b.row_offsets, i);
+    if (b.row_offsets[i] < 0) continue;
+    each(i,
+         [&](int v, Native<T> x, Int where) __attribute__((always_inline)) { update_max(values[v], at[v], x, where); });
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kWidth; ++v) values[v] = (Native<T>)((Int)values[v] ^ sign);
 }
 
-// ---- partial results of long bags
-// ------------------------------------------------------------------------------------
-
-// What one chunk of a long bag came to.
+// Result of one chunk of a long bag.
 template <class T>
 struct Partial {
   T* values;    // [D]
@@ -159,7 +153,7 @@ struct Partial {
   int64_t* count;
 };
 
-// A chunk begins at a position of its own: no two first chunks, and no two later ones, share kChunk positions.
+// Slots are derived from the chunk's position: no two first chunks and no two later chunks share kChunk positions.
 template <class T>
 struct Partials {
   char* base;
@@ -174,9 +168,6 @@ struct Partials {
   }
 };
 
-// ---- one table on one thread
-// -----------------------------------------------------------------------------------------
-
 template <class S>
 struct Forward {
   using T = Compute<S>;
@@ -188,23 +179,23 @@ struct Forward {
   const Bounds bounds;
   const Partials<T> partials;
   Prefetch prefetch;
-  const bool whole;  // no bag is cut in chunks
+  const bool unsplit;  // no bag is split into chunks
 
-  Forward(const BagTable& t, const BagShape& shape, char* scratch, bool whole)
-      : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D}, whole(whole) {
+  Forward(const BagTable& t, const BagShape& shape, char* scratch, bool unsplit)
+      : t(t), shape(shape), bounds{t, shape.wide_offsets}, partials{scratch, t.D}, unsplit(unsplit) {
     prefetch.set(t.E * t.D * int64_t(sizeof(S)));
   }
 
-  // What does not change from bag to bag is settled before the first.
+  // Selects a kernel by what is constant over all bags.
   void run(int64_t low, int64_t high, BagFault& fault) const {
     if (t.weights == nullptr) {
-      run_as<false>(low, high, fault);
+      run_weighted<false>(low, high, fault);
     } else {
-      run_as<true>(low, high, fault);
+      run_weighted<true>(low, high, fault);
     }
   }
   template <bool kWeighted>
-  SEQKERNELS_INLINE void run_as(int64_t low, int64_t high, BagFault& fault) const {
+  SEQKERNELS_INLINE void run_weighted(int64_t low, int64_t high, BagFault& fault) const {
     const int64_t vectors = t.D / kLanes<T>;
     if (vectors >= kWidest) return run_width<kWeighted, false, kWidest>(low, high, fault);
     if (vectors >= 4) return run_width<kWeighted, false, 4>(low, high, fault);
@@ -214,23 +205,23 @@ struct Forward {
   template <bool kWeighted, bool kPartial, int kWidth>
   SEQKERNELS_INLINE void run_width(int64_t low, int64_t high, BagFault& fault) const {
     if (shape.extreme()) {
-      units<kWeighted, kPartial, kWidth, true>(low, high, fault);
-    } else if (!kPartial && t.D == kWidth * kLanes<T> && whole && plain() && t.batch == t.bags &&
+      reduce_units<kWeighted, kPartial, kWidth, true>(low, high, fault);
+    } else if (!kPartial && t.D == kWidth * kLanes<T> && unsplit && plain() && t.batch == t.bags &&
                (!kWeighted || shape.mode == BagMode::kSum)) {
-      narrow_bags<kWeighted, kWidth>(low, high, fault);
+      reduce_single_block_bags<kWeighted, kWidth>(low, high, fault);
     } else {
-      units<kWeighted, kPartial, kWidth, false>(low, high, fault);
+      reduce_units<kWeighted, kPartial, kWidth, false>(low, high, fault);
     }
   }
 
   bool plain() const { return t.padding < 0 && t.column_stride == 1; }
 
-  // Bags in one piece, each one block of columns wide, of which every row counts: little is done beside adding rows.
+  // Fast path for bags that are not split, have no padding and exactly one block of columns: minimal work per bag.
   template <bool kWeighted, int kWidth>
-  __attribute__((noinline)) void narrow_bags(int64_t low, int64_t high, BagFault& fault) const {
+  __attribute__((noinline)) void reduce_single_block_bags(int64_t low, int64_t high, BagFault& fault) const {
     const Bounds bounds = this->bounds;
     const int64_t first = bounds.bag_at(low), last = bounds.bag_at(high);
-    Stream<S> stream(this->t, this->shape, bounds.begin(last), fault);
+    IndexStream<S> index_stream(this->t, this->shape, bounds.begin(last), fault);
     const BagTable t = this->t;
     const BagMode mode = shape.mode;
     Block<S> block{static_cast<const S*>(t.table), t.D, 1, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, true};
@@ -239,11 +230,11 @@ struct Forward {
     for (int64_t bag = first; bag < last; ++bag, out += t.out_stride) {
       const int64_t end = bounds.begin(bag + 1);
       block.n = end - begin;
-      block.places = stream.at(begin, end);
-      block.weights = stream.weights_at(begin);
+      block.row_offsets = index_stream.at(begin, end);
+      block.weights = index_stream.weights_at(begin);
       begin = end;
       if (block.n == 0) {
-        empty(out, nullptr);
+        write_empty(out, nullptr);
         continue;
       }
       Native<T> sums[kWidth];
@@ -252,12 +243,12 @@ struct Forward {
     }
   }
 
-  void empty(Out* out, int32_t* at) const {
+  void write_empty(Out* out, int32_t* at) const {
     memset(static_cast<void*>(out), 0, sizeof(Out) * t.D);
     if (at != nullptr) memset(at, 0xff, 4 * t.D);
   }
 
-  // Blocks of equal width; the last one ends at D and does some columns again, with the same result.
+  // Iterates over blocks of equal width. The last block ends at D and may recompute some columns, with the same result.
   template <bool kPartial, int kWidth, class F>
   SEQKERNELS_INLINE static void each_block(Block<S>& block, F&& f) {
     constexpr int64_t kColumns = kWidth * kLanes<T>;
@@ -288,12 +279,12 @@ struct Forward {
     each_block<kPartial, kWidth>(block, [&]() __attribute__((always_inline)) {
       Native<T> values[kWidth];
       if constexpr (kExtreme) {
-        typename Vec<T>::NativeInt won[kWidth];
-        compare_rows<kWeighted, kPartial>(block, mode == BagMode::kMin, first, values, won);
+        typename Vec<T>::NativeInt winners[kWidth];
+        compare_rows<kWeighted, kPartial>(block, mode == BagMode::kMin, first, values, winners);
         if (at != nullptr) {
 #pragma GCC unroll 8
           for (int v = 0; v < kWidth; ++v) {
-            store_positions<T>(at + block.column + v * kLanes<T>, won[v], kPartial ? block.lanes : kLanes<T>);
+            store_positions<T>(at + block.column + v * kLanes<T>, winners[v], kPartial ? block.lanes : kLanes<T>);
           }
         }
         write<kPartial>(block, out, values);
@@ -305,22 +296,22 @@ struct Forward {
   }
 
   template <bool kWeighted, bool kPartial, int kWidth, bool kExtreme>
-  __attribute__((noinline)) void units(int64_t low, int64_t high, BagFault& fault) const {
-    Stream<S> stream(this->t, this->shape, min(bounds.begin(bounds.bags), high), fault);
-    const BagTable t = this->t;  // copies of which the compiler knows that no row it writes changes them
+  __attribute__((noinline)) void reduce_units(int64_t low, int64_t high, BagFault& fault) const {
+    IndexStream<S> index_stream(this->t, this->shape, min(bounds.begin(bounds.bags), high), fault);
+    const BagTable t = this->t;  // copies that the compiler knows are not aliased by the output
     const BagShape shape = this->shape;
     Block<S> block{
         static_cast<const S*>(t.table), t.D, t.column_stride, 0, kLanes<T>, nullptr, nullptr, 0, prefetch, plain()};
-    each_unit(bounds, low, high, [&](const Unit& unit) __attribute__((always_inline)) {
+    for_each_unit(bounds, low, high, [&](const Unit& unit) __attribute__((always_inline)) {
       block.n = unit.end - unit.begin;
-      block.places = stream.at(unit.begin, unit.end);
-      block.weights = stream.weights_at(unit.begin);
-      const int64_t count = counted(t.padding, block.places, block.n);
+      block.row_offsets = index_stream.at(unit.begin, unit.end);
+      block.weights = index_stream.weights_at(unit.begin);
+      const int64_t count = count_rows(t.padding, block.row_offsets, block.n);
       T divisor = 1;
       if (!kExtreme && shape.mode == BagMode::kMean) {
         divisor = T(count);
         if (kWeighted && shape.mean_by == MeanBy::kWeight)
-          divisor = summed_weights(block.places, block.weights, block.n);
+          divisor = sum_weights(block.row_offsets, block.weights, block.n);
       }
       if (__builtin_expect(unit.chunks > 1, 0)) {
         const Partial<T> partial = partials.of(unit.begin, unit.chunk == 0);
@@ -330,22 +321,22 @@ struct Forward {
                                                       partial.at);
         return;
       }
-      Out* out = static_cast<Out*>(t.out) + row_of(t, unit.bag, t.out_stride);
-      int32_t* at = t.arg == nullptr ? nullptr : t.arg + row_of(t, unit.bag, t.arg_stride);
+      Out* out = static_cast<Out*>(t.out) + output_offset(t, unit.bag, t.out_stride);
+      int32_t* at = t.arg == nullptr ? nullptr : t.arg + output_offset(t, unit.bag, t.arg_stride);
       if (count == 0) {
-        empty(out, at);
+        write_empty(out, at);
       } else {
         reduce<kWeighted, kPartial, kWidth, kExtreme>(shape.mode, block, 0, divisor, out, at);
       }
     });
   }
 
-  // The chunks of long bags, in order. The thread that has a bag's first chunk merges it.
+  // Merges the chunks of long bags in order. The thread that owns a bag's first chunk merges the bag.
   void merge(int64_t low, int64_t high) const {
-    each_unit(bounds, low, high, [&](const Unit& unit) {
+    for_each_unit(bounds, low, high, [&](const Unit& unit) {
       if (unit.chunks == 1 || unit.chunk != 0) return;
-      Out* out = static_cast<Out*>(t.out) + row_of(t, unit.bag, t.out_stride);
-      int32_t* at = t.arg == nullptr ? nullptr : t.arg + row_of(t, unit.bag, t.arg_stride);
+      Out* out = static_cast<Out*>(t.out) + output_offset(t, unit.bag, t.out_stride);
+      int32_t* at = t.arg == nullptr ? nullptr : t.arg + output_offset(t, unit.bag, t.arg_stride);
       const Partial<T> all = partials.of(unit.begin, true);
       int64_t count = *all.count;
       T divisor = *all.weight;
@@ -367,7 +358,7 @@ struct Forward {
           }
         }
       }
-      if (count == 0) return empty(out, at);
+      if (count == 0) return write_empty(out, at);
       if (shape.mode == BagMode::kMean) {
         for (int64_t d = 0; d < t.D; ++d) all.values[d] /= divisor;
       }
@@ -377,30 +368,6 @@ struct Forward {
   }
 };
 
-// ---- all tables, all threads
-// -----------------------------------------------------------------------------------------
-
-// Calls f(table, low, high) with each thread's share of every table's keys.
-template <class F>
-void each_share(const BagForward& args, int64_t threads, F&& f) {
-  const auto bounds_of = [&](int64_t i) { return Bounds{args.tables[i], args.shape.wide_offsets}; };
-  int64_t total = 0;  // a key of a wide table is more work
-  for (int64_t i = 0; i < args.count; ++i) total += bounds_of(i).work() * max(1, args.tables[i].D);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      const int64_t from = part(total, threads, thread), to = part(total, threads, thread + 1);
-      int64_t before = 0;
-      for (int64_t i = 0; i < args.count; ++i) {
-        const int64_t D = max(1, args.tables[i].D), work = bounds_of(i).work(), first = bounds_of(i).first();
-        const int64_t low = max(0, (from - before + D - 1) / D), high = min(work, (to - before + D - 1) / D);
-        if (low < high) f(i, first + low, first + high);
-        before += work * D;
-      }
-    }
-  };
-  parallel_pieces(threads, body);
-}
-
 template <class S>
 BagFault forward_of(const BagForward& args) {
   using T = Compute<S>;
@@ -408,7 +375,7 @@ BagFault forward_of(const BagForward& args) {
   for (int64_t i = 0; i < args.count; ++i) {
     const BagTable& t = args.tables[i];
     const BagFault fault = check_offsets(t, args.shape.wide_offsets, longest);
-    if (fault.what != BagFault::kNone) return fault;
+    if (fault.kind != BagFault::kNone) return fault;
     bytes += Bounds{t, args.shape.wide_offsets}.work() * t.D * int64_t(sizeof(S));
     scratch_bytes += Partials<T>::bytes(t);
   }
@@ -421,161 +388,17 @@ BagFault forward_of(const BagForward& args) {
   };
   const int64_t threads = threads_for(bytes);
   Faults faults;
-  each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
+  for_each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
     BagFault fault{};
     Forward<S>(args.tables[i], args.shape, scratch_of(i), !merges).run(low, high, fault);
     faults.add(fault);
   });
   const BagFault fault = faults.first();
-  if (fault.what != BagFault::kNone || !merges) return fault;
-  each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
+  if (fault.kind != BagFault::kNone || !merges) return fault;
+  for_each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
     Forward<S>(args.tables[i], args.shape, scratch_of(i), false).merge(low, high);
   });
   return fault;
-}
-
-// ---- the gradient of weights
-// -----------------------------------------------------------------------------------------
-
-// A weight's gradient is the product of its row with its bag's gradient, where that row won if columns are won; a mean
-// divides it, by the sum of weights after the part of every weight in that sum is taken off.
-template <class S>
-struct WeightGradient {
-  using T = Compute<S>;
-  using Int = typename Vec<T>::NativeInt;
-
-  const BagBackward& args;
-  T* dots;  // [N]
-  void* dweights;
-  const BagTable& t = args.table;
-  const Bounds bounds{t, args.shape.wide_offsets};
-  const bool large = t.E * t.D * int64_t(sizeof(S)) > Prefetch::kNearFrom;
-
-  void run(int64_t low, int64_t high, BagFault& fault) const {
-    Stream<S> stream(t, args.shape, min(bounds.begin(bounds.bags), high), fault);
-    Memory memory(2 * sizeof(T) * t.D);
-    T *grad = reinterpret_cast<T*>(memory.get()), *gathered = grad + t.D;
-    each_unit(bounds, low, high, [&](const Unit& unit) {
-      const int64_t* places = stream.at(unit.begin, unit.end);
-      convert(grad, static_cast<const S*>(t.out) + row_of(t, unit.bag, t.out_stride), t.D);
-      const int32_t* won = t.arg == nullptr ? nullptr : t.arg + row_of(t, unit.bag, t.arg_stride);
-      for (int64_t i = 0; i < unit.end - unit.begin; ++i) {
-        const S* table = static_cast<const S*>(t.table);
-        for (int64_t b = 0; large && b < t.D * int64_t(sizeof(S)); b += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(table + places[i + Prefetch::kNear]) + b);
-        }
-        if (places[i] < 0) {
-          dots[unit.begin + i] = 0;
-          continue;
-        }
-        const S* row = table + places[i];
-        if (t.column_stride != 1) {
-          S* side = reinterpret_cast<S*>(gathered);
-          for (int64_t d = 0; d < t.D; ++d) side[d] = row[d * t.column_stride];
-          row = side;
-        }
-        dots[unit.begin + i] = won == nullptr ? product<false>(row, grad, nullptr, 0)
-                                              : product<true>(row, grad, won, unit.chunk * kChunk + i);
-      }
-    });
-  }
-
-  template <bool kWon>
-  SEQKERNELS_INLINE T product(const S* row, const T* grad, const int32_t* won, int64_t where) const {
-    constexpr int64_t kWide = kLanes<T>;
-    Native<T> sums[4] = {};
-    const auto add = [&](Native<T>& sum, int64_t d, int64_t n) {
-      Native<T> g = load(grad + d, n);
-      if constexpr (kWon) {
-        const Int at = load_positions<T>(won + d, n);
-        g = at == Int{} + typename Vec<T>::Int(where) ? g : Native<T>{};
-      }
-      sum = fma(load(row + d, n), g, sum);
-    };
-    int64_t d = 0;
-    for (; d + 4 * kWide <= t.D; d += 4 * kWide) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) add(sums[v], d + v * kWide, kWide);
-    }
-    for (int v = 0; d < t.D; d += kWide, ++v) add(sums[v], d, min(kWide, t.D - d));
-    const Native<T> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    T lanes[kWide];
-    store(lanes, all);
-    for (int64_t half = kWide / 2; half > 0; half /= 2) {
-      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return lanes[0];
-  }
-
-  void finish(int64_t low, int64_t high, BagFault& fault) const {
-    Stream<S> stream(t, args.shape, min(bounds.begin(bounds.bags), high), fault);
-    each_unit(bounds, low, high, [&](const Unit& first) {
-      if (first.chunk != 0) return;
-      const int64_t begin = first.begin, end = bounds.begin(first.bag + 1);
-      T divisor = 1, off = 0;
-      if (args.shape.mode == BagMode::kMean) {
-        T weight = 0, weighed = 0;
-        int64_t count = 0;
-        for (int64_t from = begin; from < end; from += kChunk) {
-          const int64_t to = min(end, from + kChunk);
-          const int64_t* places = stream.at(from, to);
-          const T* weights = stream.weights_at(from);
-          for (int64_t i = 0; i < to - from; ++i) {
-            if (places[i] < 0) continue;
-            count += 1;
-            weight += weights[i];
-            weighed += weights[i] * dots[from + i];
-          }
-        }
-        divisor = T(count);
-        if (args.shape.mean_by == MeanBy::kWeight) {
-          divisor = weight;
-          off = weighed / weight;
-        }
-      }
-      for (int64_t from = begin; from < end; from += kChunk) {
-        const int64_t to = min(end, from + kChunk);
-        if (args.shape.mode == BagMode::kMean) {
-          const int64_t* places = stream.at(from, to);
-          for (int64_t i = 0; i < to - from; ++i) {
-            if (places[i] >= 0) dots[from + i] = (dots[from + i] - off) / divisor;
-          }
-        }
-        if (dweights != dots) convert(static_cast<S*>(dweights) + from, dots + from, to - from);
-      }
-    });
-  }
-};
-
-template <class S>
-BagFault weights_of(const BagBackward& args, void* dweights) {
-  using T = Compute<S>;
-  const BagTable& t = args.table;
-  int64_t longest = 0;
-  const BagFault fault = check_offsets(t, args.shape.wide_offsets, longest);
-  if (fault.what != BagFault::kNone) return fault;
-  const bool in_place = sizeof(S) == sizeof(T) || args.shape.wide_weights;
-  Memory memory(in_place ? 0 : sizeof(T) * t.N);
-  WeightGradient<S> gradient{args, static_cast<T*>(in_place ? dweights : memory.get()), dweights};
-  const BagForward all{args.shape, &t, 1};
-  const int64_t threads = threads_for(gradient.bounds.work() * t.D * int64_t(sizeof(S)));
-  Faults faults;
-  const auto each = [&](auto&& pass) {
-    each_share(all, threads, [&](int64_t, int64_t low, int64_t high) {
-      BagFault found{};
-      pass(low, high, found);
-      faults.add(found);
-    });
-  };
-  each([&](int64_t low, int64_t high, BagFault& found) { gradient.run(low, high, found); });
-  if (faults.first().what != BagFault::kNone) return faults.first();
-  if (!in_place || args.shape.mode == BagMode::kMean) {
-    each([&](int64_t low, int64_t high, BagFault& found) { gradient.finish(low, high, found); });
-  }
-  // Indices behind the last bag belong to none.
-  const int64_t end = gradient.bounds.begin(t.bags), size = in_place ? sizeof(T) : sizeof(S);
-  memset(static_cast<char*>(dweights) + end * size, 0, (t.N - end) * size);
-  return {};
 }
 
 }  // namespace
@@ -583,10 +406,6 @@ BagFault weights_of(const BagBackward& args, void* dweights) {
 BagFault bag_forward(const BagForward& args) {
   if (args.shape.byte_rows) return forward_of<Byte>(args);
   return dispatch(args.shape.dtype, [&](auto storage) { return forward_of<decltype(storage)>(args); });
-}
-
-BagFault bag_weights(const BagBackward& args, void* dweights) {
-  return dispatch(args.shape.dtype, [&](auto storage) { return weights_of<decltype(storage)>(args, dweights); });
 }
 
 BagKernels bag_kernels() { return {bag_forward, bag_weights, bag_sort, bag_reduce, bag_renorm, bag_pack_bytes}; }

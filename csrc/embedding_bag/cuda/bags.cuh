@@ -1,10 +1,12 @@
-// How CUDA kernels walk bags: tables, bounds, indices, and the columns that a lane has. Shared by the forward and the
-// backward kernels.
+// Shared by the forward and backward CUDA kernels of EmbeddingBag: tables, bounds, indices, and the columns of a lane.
 //
-// A group of lanes, a power of two, takes a row: each lane 16 bytes of it, so that narrow rows share a warp. Lanes of a
-// group read the same indices, which the first-level cache gives to all of them at once; no group waits for another
-// one.
+// A group of lanes (a power of two) processes one row, 16 bytes per lane, so that narrow rows share a warp. The lanes
+// of a group read the same indices, which the L1 cache serves with one access. Groups do not synchronise with each
+// other.
 #pragma once
+
+#include <stdexcept>
+#include <vector>
 
 #include "common/device.cuh"
 #include "common/math.h"
@@ -16,13 +18,13 @@ namespace seqkernels::bags_cuda {
 using namespace device;
 
 constexpr int kThreads = 256;
-constexpr int kWalkThreads = 128;  // of kernels with many registers: smaller blocks fill a multiprocessor better
+constexpr int kWalkThreads = 128;  // for kernels with many registers: smaller blocks raise occupancy
 
-struct Byte {  // an element of a row of bytes
+struct Byte {  // an element of a quantised row
   uint8_t bits;
 };
 
-// What an element is computed in, and what results are stored as.
+// Compute type of an element, and the dtype in which results are stored.
 template <class S>
 struct Element {
   using T = Compute<S>;
@@ -34,23 +36,23 @@ struct Element<Byte> {
   using Out = float;
 };
 
-// ---- faults ----------------------------------------------------------------------------------------------------
+// Faults.
 
-// The first kind of fault, and of that kind the first position, is the largest word.
+// Fault words order by kind, then by position: the first fault has the largest word, so atomic_max keeps it.
 constexpr int kFaultBits = 60;
-SK_HOST_DEVICE uint64_t fault_word(BagFault::What what, int64_t at) {
-  return ~(static_cast<uint64_t>(what) << kFaultBits | static_cast<uint64_t>(at));
+SK_HOST_DEVICE uint64_t fault_word(BagFault::Kind kind, int64_t position) {
+  return ~(static_cast<uint64_t>(kind) << kFaultBits | static_cast<uint64_t>(position));
 }
 
-struct FaultSink {
+struct FaultReporter {
   BagFaultWord* word;
 
-  SK_DEVICE void report(BagFault::What what, int64_t at) const {
-    if (word != nullptr) atomic_max(global<uint64_t>(word, 1), 0, fault_word(what, at));
+  SK_DEVICE void report(BagFault::Kind kind, int64_t position) const {
+    if (word != nullptr) atomic_max(global<uint64_t>(word, 1), 0, fault_word(kind, position));
   }
 };
 
-// ---- integers of either width ----------------------------------------------------------------------------------
+// Integers of either width.
 
 struct Integers {
   const void* data;
@@ -61,9 +63,9 @@ struct Integers {
     if (wide) return load<Cache::kReadOnly>(global<const int64_t>(data, count), i);
     return load<Cache::kReadOnly>(global<const int32_t>(data, count), i);
   }
-  // kMost of them from `first` on, of which n are there: one branch for all.
-  template <int kMost>
-  SK_DEVICE void read(int64_t (&out)[kMost], int64_t first, int64_t n) const {
+  // Reads kMaxCount integers from `first` on, of which n exist. Branches once on the width.
+  template <int kMaxCount>
+  SK_DEVICE void read(int64_t (&out)[kMaxCount], int64_t first, int64_t n) const {
     if (wide) {
       read_as<int64_t>(out, first, n);
     } else {
@@ -72,22 +74,22 @@ struct Integers {
   }
 
  private:
-  template <class I, int kMost>
-  SK_DEVICE void read_as(int64_t (&out)[kMost], int64_t first, int64_t n) const {
+  template <class I, int kMaxCount>
+  SK_DEVICE void read_as(int64_t (&out)[kMaxCount], int64_t first, int64_t n) const {
     const auto from = global<const I>(data, count);
     SK_UNROLL
-    for (int j = 0; j < kMost; ++j) out[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(-1);
+    for (int j = 0; j < kMaxCount; ++j) out[j] = j < n ? load<Cache::kReadOnly>(from, first + j) : I(-1);
   }
 };
 
-// ---- bags ------------------------------------------------------------------------------------------------------
+// Bags.
 
 struct Span {
   int64_t begin, end;
   SK_DEVICE int64_t size() const { return end - begin; }
 };
 
-// Where the bags of a call begin and end; in a collection, of all its tables.
+// Begin and end of the bags of a call; of a collection, those of all tables.
 struct Bounds {
   Integers offsets;  // data null: bag b begins at first + b * length
   int64_t bags, N, length, first;
@@ -96,18 +98,18 @@ struct Bounds {
     if (offsets.data == nullptr) return first + bag * length;
     return bag < offsets.count ? offsets[bag] : N;
   }
-  // What of a bag lies within the indices: never outside, whatever stands in offsets.
+  // The bag's positions, clamped to the indices, so that invalid offsets cannot cause reads outside of them.
   SK_DEVICE Span clamped(int64_t bag) const {
     const int64_t from = max(0, min(begin(bag), N));
     return {from, max(from, min(begin(bag + 1), N))};
   }
-  SK_DEVICE void check(int64_t bag, const FaultSink& faults) const {
+  SK_DEVICE void check(int64_t bag, const FaultReporter& faults) const {
     if (offsets.data == nullptr) return;
     const int64_t from = begin(bag), to = begin(bag + 1);
     if (bag == 0 && from != 0) faults.report(BagFault::kFirstOffset, 0);
     if (to < from || to > N) faults.report(BagFault::kOffset, bag + 1);
   }
-  // The last of the bags [low, high) that begins at this position or before; low if none does.
+  // The last of the bags [low, high) that begins at or before this position; `low` if there is none.
   SK_DEVICE int64_t bag_at(int64_t position, int64_t low, int64_t high) const {
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
@@ -125,20 +127,20 @@ struct Bounds {
   }
 };
 
-// ---- tables ----------------------------------------------------------------------------------------------------
+// Tables.
 
-// A table among those of a call: what lies before it, and where its rows' gradients go.
-struct PlacedTable {
+// A table with its offsets among the tables of a call, and the destination of its rows' gradients.
+struct TableDescriptor {
   BagTable t;
   int64_t bags_before, rows_before;
-  int64_t units_before;   // forward: units of work
-  int64_t values_before;  // sparse gradients: rows of other tables that occur
-  RowTarget target;       // without its step
+  int64_t units_before;   // forward: units of work of preceding tables
+  int64_t values_before;  // sparse gradients: distinct rows of preceding tables
+  RowTarget target;       // its `step` is not set
   void* state1;
   void* state2;
 
-  // Where the row of a bag begins among those that are `stride` apart.
-  SK_DEVICE int64_t row_of(int64_t bag, int64_t stride) const {
+  // Offset of a bag's row in an array whose rows are `stride` apart.
+  SK_DEVICE int64_t output_offset(int64_t bag, int64_t stride) const {
     const int64_t j = bag - bags_before;
     if (t.batch == t.bags) return j * stride;
     return j % t.batch * stride + j / t.batch * t.D;
@@ -148,26 +150,26 @@ struct PlacedTable {
   }
 };
 
-// The tables of a call, by what counts through all of them.
+// The tables of a call, found by a unit, bag or row numbered across all tables.
 struct OneTable {
-  PlacedTable only;
-  SK_DEVICE PlacedTable of_unit(int64_t) const { return only; }
-  SK_DEVICE PlacedTable of_bag(int64_t) const { return only; }
+  TableDescriptor only;
+  SK_DEVICE TableDescriptor of_unit(int64_t) const { return only; }
+  SK_DEVICE TableDescriptor of_bag(int64_t) const { return only; }
 };
 struct ManyTables {
-  const PlacedTable* placed;  // [count], device memory
+  const TableDescriptor* descriptors;  // [count], device memory
   int64_t count;
 
-  SK_DEVICE PlacedTable of_unit(int64_t unit) const { return last<&PlacedTable::units_before>(unit); }
-  SK_DEVICE PlacedTable of_bag(int64_t bag) const { return last<&PlacedTable::bags_before>(bag); }
-  SK_DEVICE PlacedTable of_row(int64_t row) const { return last<&PlacedTable::rows_before>(row); }
+  SK_DEVICE TableDescriptor of_unit(int64_t unit) const { return last<&TableDescriptor::units_before>(unit); }
+  SK_DEVICE TableDescriptor of_bag(int64_t bag) const { return last<&TableDescriptor::bags_before>(bag); }
+  SK_DEVICE TableDescriptor of_row(int64_t row) const { return last<&TableDescriptor::rows_before>(row); }
 
  private:
-  // The last table before which there are at most so many: the one that has it, for those without any share their
-  // number with the next one.
-  template <int64_t PlacedTable::* kBefore>
-  SK_DEVICE PlacedTable last(int64_t wanted) const {
-    const auto tables = global<const PlacedTable>(placed, count);
+  // The last table with at most `wanted` before it. Tables without units, bags or rows share that number with the next
+  // table and are skipped by this.
+  template <int64_t TableDescriptor::* kBefore>
+  SK_DEVICE TableDescriptor last(int64_t wanted) const {
+    const auto tables = global<const TableDescriptor>(descriptors, count);
     int64_t low = 0, high = count;
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
@@ -179,31 +181,31 @@ struct ManyTables {
     }
     return tables[low];
   }
-  static SK_DEVICE int64_t before(Global<const PlacedTable> tables, int64_t i, int64_t PlacedTable::* what) {
-    const PlacedTable& table = tables[i];
-    return table.*what;
+  static SK_DEVICE int64_t before(Global<const TableDescriptor> tables, int64_t i, int64_t TableDescriptor::* member) {
+    const TableDescriptor& table = tables[i];
+    return table.*member;
   }
 };
 
-// ---- columns ---------------------------------------------------------------------------------------------------
+// Columns.
 
-// Wide: 16 bytes a lane (4 of rows of bytes, whose rows begin at multiples of 4), side by side. Narrow: single
-// elements with any stride, those of a lane a group apart.
+// The columns of a lane. Wide: 16 contiguous bytes per lane (4 for quantised rows, which begin at multiples of 4).
+// Narrow: single elements with any column stride; the columns of a lane are a group's width apart.
 template <class S, bool kWide>
 struct Columns {
   static constexpr int kCount = kWide && sizeof(S) != 1 ? 16 / int(sizeof(S)) : 4;
-  static constexpr int kTile = kCount * kWarp;  // columns that a group has at most
+  static constexpr int kTile = kCount * kWarp;  // maximum columns of a group
 
-  int64_t D, first;  // of the tile
+  int64_t D, first;  // first column of the tile
   int lane, group;
 
-  SK_DEVICE bool wide_has() const { return first + lane * kCount < D; }
+  SK_DEVICE bool wide_in_row() const { return first + lane * kCount < D; }
   SK_DEVICE int64_t at(int v) const { return kWide ? first + lane * kCount + v : first + v * group + lane; }
-  SK_DEVICE bool has(int v) const { return at(v) < D; }
-  SK_DEVICE bool any() const { return has(0); }
+  SK_DEVICE bool in_row(int v) const { return at(v) < D; }
+  SK_DEVICE bool any() const { return in_row(0); }
 };
 
-// Lanes of a group: those that one row of D columns is worth.
+// Number of lanes for a row of D columns.
 template <class C>
 inline int group_for(int64_t D) {
   int group = 1;
@@ -211,9 +213,9 @@ inline int group_for(int64_t D) {
   return group;
 }
 
-// Up to 16 bytes at a time, as many as there are columns of a lane.
+// Stores or loads the contiguous columns of a lane, up to 16 bytes per access.
 template <int kCount, class To, class T>
-SK_DEVICE void store_side_by_side(Global<To> to, int64_t i, const T (&values)[kCount]) {
+SK_DEVICE void store_contiguous(Global<To> to, int64_t i, const T (&values)[kCount]) {
   constexpr int kPart = kCount * int(sizeof(To)) > 16 ? 16 / int(sizeof(To)) : kCount;
   SK_UNROLL
   for (int p = 0; p < kCount; p += kPart) {
@@ -230,7 +232,7 @@ SK_DEVICE void store_side_by_side(Global<To> to, int64_t i, const T (&values)[kC
   }
 }
 template <int kCount, class From, class T>
-SK_DEVICE void load_side_by_side(T (&values)[kCount], Global<From> from, int64_t i) {
+SK_DEVICE void load_contiguous(T (&values)[kCount], Global<From> from, int64_t i) {
   using Stored = std::remove_const_t<From>;
   constexpr int kPart = kCount * int(sizeof(From)) > 16 ? 16 / int(sizeof(From)) : kCount;
   SK_UNROLL
@@ -247,16 +249,16 @@ SK_DEVICE void load_side_by_side(T (&values)[kCount], Global<From> from, int64_t
   }
 }
 
-// A lane's columns of a row of results, which lie side by side.
+// Stores a lane's columns of a row of results with contiguous columns.
 template <class C, class To, class T>
 SK_DEVICE void store_row(const C& columns, Global<To> row, const T (&values)[C::kCount], bool wide) {
   if (wide) {
-    if (columns.wide_has()) store_side_by_side<C::kCount>(row, columns.at(0), values);
+    if (columns.wide_in_row()) store_contiguous<C::kCount>(row, columns.at(0), values);
     return;
   }
   SK_UNROLL
   for (int v = 0; v < C::kCount; ++v) {
-    if (!columns.has(v)) continue;
+    if (!columns.in_row(v)) continue;
     if constexpr (std::is_integral<To>::value) {
       row[columns.at(v)] = values[v];
     } else {
@@ -265,12 +267,12 @@ SK_DEVICE void store_row(const C& columns, Global<To> row, const T (&values)[C::
   }
 }
 
-// The lanes of this thread's group.
+// Lane mask of this thread's group.
 SK_DEVICE uint32_t group_mask(int group) {
   const uint32_t lanes = group == kWarp ? kAllLanes : (1u << group) - 1;
   return lanes << (lane_index() & ~(group - 1));
 }
-// The same sum for every lane of the group, which must all come.
+// Sum over the lanes of the group, returned to each of them. All lanes of the group must call this.
 template <class T>
 SK_DEVICE T group_sum(T x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) {
@@ -279,9 +281,9 @@ SK_DEVICE T group_sum(T x, int group) {
   return x;
 }
 
-// ---- rows of a table -------------------------------------------------------------------------------------------
+// Rows of a table.
 
-// A lane's columns of a row as they lie in memory: small, for many rows are on their way at once.
+// Loads a lane's columns of a row. Raw keeps them in the storage type, because many rows are in flight at once.
 template <class S, bool kWide>
 struct RowLoader {
   using C = Columns<S, kWide>;
@@ -296,7 +298,7 @@ struct RowLoader {
 
   SK_DEVICE void load(Raw& raw, int64_t place) const {
     if constexpr (kWide) {
-      if (columns.wide_has()) {
+      if (columns.wide_in_row()) {
         const Vec<S, C::kCount> v = load_vec<C::kCount, Cache::kReadOnly>(table, place + columns.at(0));
         SK_UNROLL
         for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
@@ -304,7 +306,7 @@ struct RowLoader {
     } else {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
-        if (columns.has(v)) {
+        if (columns.in_row(v)) {
           raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v) * column_stride);
         }
       }
@@ -313,7 +315,7 @@ struct RowLoader {
   SK_DEVICE T value(const Raw& raw, int v) const { return widen(raw.values[v]); }
 };
 
-// Rows of bytes: the two numbers behind them come with every row.
+// Quantised rows: scale and bias are loaded with every row.
 template <bool kWide>
 struct RowLoader<Byte, kWide> {
   using C = Columns<Byte, kWide>;
@@ -328,14 +330,14 @@ struct RowLoader<Byte, kWide> {
 
   SK_DEVICE void load(Raw& raw, int64_t place) const {
     if constexpr (kWide) {
-      if (!columns.wide_has()) return;
+      if (!columns.wide_in_row()) return;
       const Vec<uint8_t, 4> v = load_vec<4, Cache::kReadOnly>(table, place + columns.at(0));
       SK_UNROLL
       for (int i = 0; i < C::kCount; ++i) raw.values[i] = v[i];
     } else {
       SK_UNROLL
       for (int v = 0; v < C::kCount; ++v) {
-        if (columns.has(v)) raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v));
+        if (columns.in_row(v)) raw.values[v] = device::load<Cache::kReadOnly>(table, place + columns.at(v));
       }
     }
     raw.scale = number(place + columns.D);
@@ -376,9 +378,9 @@ SK_DEVICE RowLoader<S, kWide> row_loader(const BagTable& t, const Columns<S, kWi
   }
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------
+// Weights.
 
-// Per-sample weights in the compute type: stored as such, or as the table's elements.
+// Per-sample weights, converted to the compute type. They are stored in that type or in the table's dtype.
 template <class S>
 struct Weights {
   using T = typename Element<S>::T;
@@ -393,11 +395,11 @@ struct Weights {
   }
 };
 
-// ---- host ------------------------------------------------------------------------------------------------------
+// Host functions.
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Scratch memory, handed out in the same order by whoever measures it and whoever uses it.
+// Divides scratch memory into arrays. Measuring (null base) and use must request the same arrays in the same order.
 class Scratch {
  public:
   explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
@@ -438,9 +440,9 @@ inline Bounds bounds_of(const BagForward& bags) {
   return b;
 }
 
-// Descriptors on the device. Defined in forward.cu, for all kernels.
-ManyTables place_tables(const PlacedTable* tables, int64_t count, PlacedTable* to, void* stream,
-                        const int64_t* values_before = nullptr);
+// Writes table descriptors to device memory. Defined in tables.cu.
+ManyTables upload_tables(const TableDescriptor* tables, int64_t count, TableDescriptor* to, void* stream,
+                         const int64_t* values_before = nullptr);
 
 inline int64_t most_columns(const BagForward& bags) {
   int64_t D = 0;
@@ -456,7 +458,7 @@ inline int64_t tiles_of(const BagForward& bags) {
   return max(1, ceil_div(most_columns(bags), C::kTile));
 }
 
-// Whether 16 bytes can be read and stored at once everywhere.
+// Whether every row can be read and stored in accesses of 16 bytes.
 inline bool wide_rows(const BagForward& bags, bool reads_tables) {
   const BagShape& shape = bags.shape;
   const int64_t size = shape.byte_rows                  ? 1
@@ -476,7 +478,8 @@ inline bool wide_rows(const BagForward& bags, bool reads_tables) {
   return true;
 }
 
-// Calls f with a value of the rows' element type and with whether rows are wide: the one place where both become types.
+// Calls f with a value of the rows' element type and with whether rows are wide. The only place where both become
+// types.
 template <class F>
 inline void dispatch_rows(const BagForward& bags, bool reads_tables, F&& f) {
   const bool wide = wide_rows(bags, reads_tables);
@@ -491,8 +494,28 @@ inline void dispatch_rows(const BagForward& bags, bool reads_tables, F&& f) {
   dispatch(bags.shape.dtype, by_width);
 }
 
-// What a mean multiplies gradients by, [bags] in the compute type. Of the tables, wherever they lie, bags are read.
+// Descriptors of the tables of a call. Units of work hold `per_unit` bags.
+inline std::vector<TableDescriptor> descriptors_of(const BagForward& bags, int64_t per_unit) {
+  std::vector<TableDescriptor> tables(bags.count);
+  TableDescriptor before{};
+  for (int64_t i = 0; i < bags.count; ++i) {
+    const BagTable& t = bags.tables[i];
+    if (t.E >= 0xffffffff)
+      throw std::runtime_error("embedding_bag: a table must have fewer than 2^32 - 1 rows on CUDA");
+    tables[i] = before;
+    tables[i].t = t;
+    before.bags_before += t.bags;
+    before.units_before += ceil_div(t.bags, per_unit);
+  }
+  return tables;
+}
+
+// Factors of a mean's gradients, [bags] in the compute type. `tables` is used only to look up bags. Defined in
+// tallies.cu.
 int64_t bag_scales_scratch_bytes(const BagForward& bags);
 void launch_bag_scales(const BagForward& bags, const ManyTables& tables, void* scales, void* scratch, void* stream);
+// Sums of per-sample weights, or numbers of rows, of every bag (`mean_by`), [bags] in the compute type. The scratch
+// memory has the size that bag_scales_scratch_bytes returns. Defined in tallies.cu.
+void launch_bag_tallies(const BagForward& bags, const ManyTables& tables, void* tallies, void* scratch, void* stream);
 
 }  // namespace seqkernels::bags_cuda

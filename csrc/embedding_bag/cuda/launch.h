@@ -1,14 +1,14 @@
-// EmbeddingBag on CUDA: what operators launch. Free of torch; all pointers in the structs are of device memory, the
-// structs and arrays of structs are of the host and are read before a launcher returns.
+// Launchers of EmbeddingBag's CUDA kernels. Includes no torch header. Pointers within the structs are device pointers;
+// the structs and arrays of structs are host memory and are read before a launcher returns.
 //
-// A collection is a BagForward of several tables whose bags follow one another in one array of offsets; its launches do
-// not grow in number with its tables. Where gradients are meant, BagTable::out is the output's gradient and is read.
+// A collection is a BagForward of several tables whose bags are consecutive in one array of offsets; the number of
+// launches does not grow with the number of tables. For gradients, BagTable::out is the gradient of the output.
 //
-// Launchers allocate nothing and wait for nothing (but where it is said), so they can be captured in a graph. `scratch`
-// is device memory of at least the bytes that the function of that name answers, aligned to 256.
+// Launchers neither allocate nor synchronise, except where noted, so they can be captured in a CUDA graph. `scratch` is
+// device memory of at least the size that the corresponding *_scratch_bytes function returns, aligned to 256 bytes.
 //
-// Faults: what is out of range is skipped, never read, and reported in one word of device memory, which keeps the first
-// fault of all that it has been given since it was last zero. Null: no report.
+// Faults: elements that are out of range are skipped. One word of device memory records the first fault since the word
+// was last zero; a null pointer disables reporting.
 #pragma once
 
 #include <cstdint>
@@ -19,29 +19,30 @@ namespace seqkernels {
 
 using BagFaultWord = uint64_t;
 
-// Waits for the stream. The word is zero again afterwards. BagFault::at of an offset counts from the first of the call.
+// Waits for the stream and resets the word to zero. For an offset, BagFault::position is counted from the first of the
+// call.
 BagFault read_bag_fault(BagFaultWord* fault, const BagForward& bags, void* stream);
 
-// Every mode, type and form of bags, with arg where BagTable::arg is not null.
+// Supports every mode, dtype and form of bags; writes arg where BagTable::arg is not null.
 int64_t bag_forward_scratch_bytes(const BagForward& bags);
 void launch_bag_forward(const BagForward& bags, BagFaultWord* fault, void* scratch, void* stream);
 
-// The gradient of per-sample weights, [N], of their type; positions that belong to no bag get zeros.
+// The gradient of the per-sample weights, [N], in their dtype; zero at positions outside all bags.
 int64_t bag_weights_scratch_bytes(const BagForward& bags);
 void launch_bag_weights(const BagForward& bags, void* dweights, BagFaultWord* fault, void* scratch, void* stream);
 
-// Gradients by row: first the rows are sorted, then summed into targets[bags.count], all of one kind. The scratch
-// memory lives from the sort to the end of the reduction. A caller that checks reads the fault in between: a table that
-// has moved by half a gradient does not come back.
+// Gradients by row: sorts the rows, then sums them into targets[bags.count], all of one kind. The scratch memory must
+// stay unchanged from the sort to the end of the reduction. A caller that checks for faults must do so between the two
+// steps, because the second one may update the table.
 int64_t bag_rows_scratch_bytes(const BagForward& bags);
 void launch_bag_sort(const BagForward& bags, BagFaultWord* fault, void* scratch, void* stream);
-// Only for RowTarget::rows and ::values: how many rows of each table occur, U. Waits for the stream.
+// Number of distinct rows of each table, U; needed only for RowTarget::rows and ::values. Waits for the stream.
 void count_bag_rows(const BagForward& bags, int64_t* counts, void* scratch, void* stream);
 void launch_bag_reduce(const BagForward& bags, bool by_frequency, const RowTarget* targets, void* scratch,
                        void* stream);
 
-// Rows that occur and whose norm is above max_norm are scaled down to it: of one table, which is written, and after a
-// sort in the mode of sums.
+// Scales rows that occur and whose norm exceeds max_norm down to max_norm. For one table, which is written; requires a
+// preceding sort in mode kSum.
 int64_t bag_renorm_scratch_bytes(const BagForward& bags);
 void launch_bag_renorm(const BagForward& bags, double max_norm, double norm_type, void* scratch, void* stream);
 

@@ -1,8 +1,7 @@
-// Partial results of what was cut in pieces of fixed size, and their merging in order.
+// Partial results of work that is cut into pieces of fixed size, and their ordered merge.
 //
-// The pieces of chain q lie in slots 2 q + 1, 2 (q + 1), 2 (q + 2), ..: where a chain begins at one place of many and
-// runs over the following ones, no two chains need the same slot. Which chains there are, kernels find out for
-// themselves.
+// The pieces of chain q use the slots 2 q + 1, 2 (q + 1), 2 (q + 2), ... A chain begins at one of many consecutive
+// places and extends over the following ones, so no two chains share a slot. The kernels determine which chains exist.
 #pragma once
 
 #include "embedding_bag/cuda/bags.cuh"
@@ -28,22 +27,22 @@ struct Partials {
 template <class C, class From, class T>
 SK_DEVICE void load_row(const C& columns, Global<From> row, T (&values)[C::kCount], bool wide) {
   if (wide) {
-    if (columns.wide_has()) load_side_by_side<C::kCount>(values, row, columns.at(0));
+    if (columns.wide_in_row()) load_contiguous<C::kCount>(values, row, columns.at(0));
     return;
   }
   SK_UNROLL
   for (int v = 0; v < C::kCount; ++v) {
-    if (columns.has(v)) values[v] = row[columns.at(v)];
+    if (columns.in_row(v)) values[v] = row[columns.at(v)];
   }
 }
 
-// A chain of more pieces than this is merged by the whole block: every group of lanes some successive pieces, then the
-// groups in order.
+// Chains with more pieces than this are merged by the whole block: each group of lanes merges consecutive pieces, then
+// the groups' results are merged in order.
 constexpr int kSerialPieces = 16;
 constexpr int kPiecesAtOnce = 16;
-constexpr int kAsked = 64;  // chains that a block asks for
+constexpr int kChainsPerBlock = 64;
 
-// Reduction r: State; saved(slot) -> State; merge(state, later).
+// A reduction r provides State, saved(slot) -> State and merge(state, later).
 template <class R>
 SK_DEVICE void merge_pieces(const R& r, typename R::State& state, int64_t q, int64_t from, int64_t to) {
   for (int64_t i = from; i < to; i += kPiecesAtOnce) {
@@ -60,22 +59,22 @@ SK_DEVICE void merge_pieces(const R& r, typename R::State& state, int64_t q, int
 }
 
 inline LaunchConfig blocks_of_chains(int64_t chains, void* stream, int64_t tiles) {
-  return blocks_of(ceil_div(chains, kAsked) * kThreads, stream, tiles);
+  return blocks_of(ceil_div(chains, kChainsPerBlock) * kThreads, stream, tiles);
 }
 
-// Threads ask for one q each, so that there is little to do where no chain is: job.pieces(q) says how many its chain
-// has, 0 if there is none, job.reduction(q) how they are merged, job.finish(q, pieces, reduction, state) what becomes
-// of the whole. All threads of a block must come.
+// Each of the first kChainsPerBlock threads checks one q, so that blocks without chains exit early. job.pieces(q) is
+// the number of pieces of chain q (0: no chain), job.reduction(q) merges them, and job.finish(q, pieces, reduction,
+// state) stores the result. All threads of the block must call this.
 template <class R, class Job>
 SK_DEVICE void merge_chains(const Job& job, int64_t chains, int group) {
   using State = typename R::State;
   SK_SHARED(State, states, kThreads);
-  SK_SHARED(int64_t, lengths, kAsked);
-  SK_SHARED(int32_t, found, kAsked);
+  SK_SHARED(int64_t, lengths, kChainsPerBlock);
+  SK_SHARED(int32_t, found, kChainsPerBlock);
   SK_SHARED(int32_t, count, 1);
   const int groups = kThreads / group, local = thread_index() / group, lane = thread_index() % group;
-  const int64_t first = block_index() * kAsked, q = first + thread_index();
-  const int64_t pieces = thread_index() < kAsked && q < chains ? job.pieces(q) : 0;
+  const int64_t first = block_index() * kChainsPerBlock, q = first + thread_index();
+  const int64_t pieces = thread_index() < kChainsPerBlock && q < chains ? job.pieces(q) : 0;
   if (!block_sync_or(pieces > 0)) return;
   if (thread_index() == 0) count[0] = 0;
   block_sync();
