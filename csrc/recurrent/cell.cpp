@@ -1,7 +1,9 @@
-// One step of a plain cell: the layer's kernels with T = 1, on a CPU or a GPU, behind ops that do little else.
+// Ops of one step without options: the layer's kernels with T = 1, on CPU or
+// CUDA, with minimal overhead.
 //
-// At B = 1 and H = 32 a step computes for a microsecond, so that what an op call costs is what a step costs: no lists,
-// no options, no tensor that only a sequence has. x is [B, D], states are [B, H]; or [D] and [H], one sequence.
+// At B = 1 and H = 32 a step computes for a microsecond and the call dominates,
+// so these ops have no tensor lists, no options and no tensors that only
+// sequences need. x is [B, D], states are [B, H]; or [D] and [H], one sequence.
 
 #include <array>
 #include <cstring>
@@ -24,7 +26,7 @@ using Maybe = const std::optional<Tensor>&;
 
 constexpr bool kPlain = false;  // without options
 
-// The inputs of a step, checked without touching the heap.
+// The inputs of a step, checked without heap allocation.
 struct Step {
   const char* const kind;
   const char* const suffix;
@@ -34,14 +36,14 @@ struct Step {
   int32_t dtype;
   bool batched;
   int64_t B, D, H;
-  Tensor copies[12];  // of what was not contiguous: all that an LSTM's backward is given
+  Tensor copies[12];  // contiguous copies: at most all inputs of an LSTM's backward
   int copied = 0;
   static constexpr int64_t kFew = 64;
   int64_t few[2][kFew];
   std::vector<int64_t> many[2];
   int64_t batch_sizes[1], offsets[2];
   CudaLayout layout{};
-  const Tensor* on_cuda = nullptr;  // x, where the CUDA launchers run the step
+  const Tensor* on_cuda = nullptr;  // x, if the CUDA launchers run the step
 
   [[noreturn]] void wrong(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
     const Shape wanted = rows < 0 ? Shape{columns} : Shape{rows, columns};
@@ -54,7 +56,8 @@ struct Step {
     fail(op, ": ", name, " must have shape ", show(wanted), ", got ", show(shape_of(t)));
   }
 
-  // The memory of a [rows, columns] (rows below 0: [columns]) tensor that lies densely.
+  // The contiguous data of a [rows, columns] tensor; [columns] where rows is
+  // below 0.
   const void* take(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
     const int64_t* sizes;
     int64_t dim;
@@ -186,7 +189,8 @@ struct CellOps<kKind, std::index_sequence<I...>> {
     return kept;
   }
 
-  // dx, of each state, of w_ih, w_hh, b_ih and, where it is another, b_hh; undefined what nobody asked for.
+  // Gradients of x, each state, w_ih, w_hh, b_ih and, where it differs, b_hh.
+  // Those not required are undefined.
   static auto backward(const Repeat<std::optional<Tensor>, I>&... dstates, const Tensor& x,
                        const Repeat<std::optional<Tensor>, I>&... states0, const Tensor& w_ih, const Tensor& w_hh,
                        Maybe b_ih, Maybe b_hh, const Repeat<Tensor, I>&... states, const Tensor& saved, bool need_dx,

@@ -1,4 +1,4 @@
-// What the op files of recurrent layers and cells share.
+// Shared by the op files of recurrent layers and cells.
 #pragma once
 
 #include <cstddef>
@@ -13,14 +13,14 @@ namespace seqkernels {
 // The kernels of the instruction set in use. Defined in recurrent.cpp.
 RecurrentKernels kernels(CellKind kind, bool options);
 
-// Whether the CUDA launchers run what x is given to, and that.
+// Whether ops on x run on the CUDA launchers, and the call.
 bool runs_on_cuda(const Tensor& x);
 void run_on_cuda(const std::string& op, CellKind kind, const ForwardArgs& args, const CudaLayout& layout,
                  const Tensor& like);
 void run_on_cuda(const std::string& op, CellKind kind, const BackwardArgs& args, const CudaLayout& layout,
                  const Tensor& like);
 
-// T, as often as a pack has indices.
+// T for each index of a pack.
 template <class T, size_t>
 using Repeat = T;
 

@@ -1,4 +1,4 @@
-// How a layer is cut among threads.
+// How a layer is divided among threads.
 #include <algorithm>
 
 #include "recurrent/recurrent.h"
@@ -6,13 +6,16 @@
 namespace seqkernels {
 
 namespace {
-// Below this many multiply-adds a second thread costs more than it gives (a fork is some 5 us).
+// Multiply-adds below which a second thread does not pay off: starting it costs
+// about 5 us.
 constexpr double kWorthAThread = 1e5;
-// A step cut by units pays a barrier of some 0.3 us.
+// Multiply-adds per thread and step below which a barrier per step, about 0.3
+// us, does not pay off.
 constexpr double kWorthABarrier = 3e4;
-// Weights that stay in a core's own second-level cache (1 MiB on most) beside the activations.
+// Bytes of weights that stay in a core's L2 cache (1 MiB on most processors)
+// beside the activations.
 constexpr double kWeightsPerCore = 512 * 1024;
-// A register tile is 6 rows high: a row group that has fewer does not fill it.
+// Rows of a register tile: a smaller row group does not fill it.
 constexpr double kTileRows = 6;
 }  // namespace
 

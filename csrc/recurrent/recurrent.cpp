@@ -1,4 +1,5 @@
-// Recurrent layers: checks, allocation, launch. Each cell has three ops: inference, forward that saves, backward.
+// Recurrent layers: checks, allocation, launch. Each cell has three ops:
+// inference, forward that saves, backward.
 
 #include <algorithm>
 #include <array>
@@ -17,7 +18,7 @@
 
 namespace seqkernels {
 
-#if defined(SEQKERNELS_EMULATE_CUDA)  // the CPU kernels are no part of the test module
+#if defined(SEQKERNELS_EMULATE_CUDA)  // the test module has no CPU kernels
 RecurrentKernels kernels(CellKind, bool) { return {}; }
 #else
 RecurrentKernels kernels(CellKind kind, bool options) {
@@ -68,15 +69,16 @@ void run_on_cuda(const std::string&, CellKind, const BackwardArgs&, const CudaLa
 
 namespace {
 
-// What an op takes beside x, states, weights and lengths; all of it off by default.
+// The options of an op, off by default.
 struct OptionOpArgs {
   bool peephole;
   int64_t heads;
   const std::optional<Tensor>&reset, &zoneout_h, &zoneout_c, &candidate, &variational;
-  const std::vector<double>& numbers;  // none, or cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout
+  const std::vector<double>& numbers;  // empty, or cell_clip, gate_clip,
+                                       // zoneout_h, zoneout_c, recurrent_dropout
 };
 
-// The inputs of an op as they came.
+// The unchecked inputs of an op.
 struct LayerOpArgs {
   const Tensor& x;
   std::array<const std::optional<Tensor>*, kMaxStates> states0;
@@ -86,7 +88,8 @@ struct LayerOpArgs {
   const OptionOpArgs& variant;
 };
 
-// A weight: its name in messages, where it goes, its shape.
+// A weight: its name in messages, its members in the argument structs, its
+// shape.
 struct WeightSlot {
   const char* name;
   const void* Weights::* value;
@@ -94,7 +97,8 @@ struct WeightSlot {
   Shape shape;
 };
 
-// The checked inputs of a layer, and what they point to: alive as long as the arguments of a kernel.
+// The checked inputs of a layer. Owns everything that the kernel arguments
+// point to.
 struct LayerInputs {
   const std::string op;
   const CellKind kind;
@@ -105,7 +109,7 @@ struct LayerInputs {
   std::optional<Tensor> lengths;  // on the device
   std::vector<WeightSlot> slots;  // of one direction
   bool packed;
-  bool cuda;  // the CUDA launchers run it
+  bool cuda;  // run by the CUDA launchers
   CudaLayout layout{};
   std::vector<int64_t> batch_sizes, offsets, sequence, rows, x_offsets;
   std::vector<uint8_t> reset;
@@ -166,11 +170,10 @@ struct LayerInputs {
     shape.push_back(args.directions * (which == 0 ? args.P : args.H));
     return shape;
   }
-  // One row for each row of y, of which the real tokens' come first.
+  // One row for each row of y; the rows of real tokens come first.
   Shape saved_shape(const RecurrentArgs& args) const { return {args.directions, saved_rows(), args.saved_width}; }
   int64_t saved_rows() const { return std::accumulate(outer.begin(), outer.end(), int64_t{1}, std::multiplies<>()); }
-  // Rows of a padded batch that no sequence has must read as zero.
-  // The CUDA launchers do that themselves.
+  // Whether padding rows must be zeroed here; the CUDA launchers zero them.
   bool padding_exists(const Walk& walk) const { return !cuda && !packed && walk.N < walk.T * walk.B; }
 
  private:
@@ -263,7 +266,9 @@ struct LayerInputs {
     o.candidate_scale = 1;
     if (!variant.numbers.empty()) {
       if (variant.numbers.size() != 5) {
-        fail(op, ": numbers must be empty or hold cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout, got ",
+        fail(op,
+             ": numbers must be empty or hold cell_clip, gate_clip, zoneout_h, "
+             "zoneout_c, recurrent_dropout, got ",
              variant.numbers.size(), " numbers");
       }
       const double* n = variant.numbers.data();
@@ -332,14 +337,14 @@ struct LayerInputs {
         fail(op, ": batch_sizes must be positive and non-increasing, got ", from[t], " at step ", t,
              t > 0 ? " after " + std::to_string(from[t - 1]) : std::string());
       }
-      // Checked as it grows, so that no sum of huge entries overflows.
+      // Checked entry by entry, so that the sum cannot overflow.
       if (from[t] > walk.N) fail(op, ": batch_sizes must sum to the rows of x, ", walk.N, ", got ", from[t], " in one");
     }
     fill_offsets(walk);
     if (offsets.back() != walk.N) {
       fail(op, ": batch_sizes must sum to the rows of x, ", walk.N, ", got ", offsets.back());
     }
-    if (cuda) return;  // the rest is what the CPU kernels read
+    if (cuda) return;  // the CPU kernels alone read the rest
     sequence.resize(walk.B);
     std::iota(sequence.begin(), sequence.end(), 0);
     rows.resize(walk.N);
@@ -351,7 +356,8 @@ struct LayerInputs {
   void take_padded(const std::optional<Tensor>& given, Walk& walk) {
     walk.T = x.size(0);
     walk.B = x.size(1);
-    if (cuda) {  // lengths stay where they are; outside [0, T] they count as the nearest within
+    if (cuda) {  // lengths stay on the device, where the kernels clamp them to
+                 // [0, T]
       walk.N = walk.T * walk.B;
       if (!given) return;
       lengths = checked(op, "lengths", *given, ScalarType::Long, {walk.B}, x);
@@ -396,7 +402,7 @@ struct LayerInputs {
   }
 };
 
-// What no real token fills reads as zero: a value, whatever the allocator left there.
+// Zeroes the rows of `saved` beyond the real tokens.
 void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
   const int64_t row = saved.size(2) * static_cast<int64_t>(saved.element_size());
   char* data = static_cast<char*>(saved.mutable_data_ptr());
@@ -405,10 +411,10 @@ void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
   }
 }
 
-enum class Keep { kNothing, kForBackward, kStates };  // kStates: backward computes the rest again
+enum class Keep { kNothing, kForBackward, kStates };  // kStates: backward recomputes the rest
 
 struct LayerOutputs {
-  std::vector<Tensor> tensors;  // y, last states[, saved, every c[, every s]]
+  std::vector<Tensor> tensors;  // y, last states[, saved, the cells at every step]
 };
 
 LayerOutputs forward_layer(CellKind kind, Keep keep, const LayerOpArgs& given) {
@@ -443,10 +449,11 @@ LayerOutputs forward_layer(CellKind kind, Keep keep, const LayerOpArgs& given) {
   return out;
 }
 
-// What forward would have saved, from the states that it left: each token is a sequence of one step that starts from
-// the states before it, so all of them are one product, and the same sums.
+// Recomputes what forward would have saved from the states at every step: each
+// token becomes a sequence of one step that starts from the states before it,
+// so all tokens share one product, with the same sums and the same bits.
 void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
-  constexpr int64_t kTokens = 1024;  // at a time
+  constexpr int64_t kTokens = 1024;  // per call
   const Walk& walk = args.walk;
   const int64_t element = in.x.element_size();
   const auto copy = [element](std::vector<char>& to, int64_t row, const char* from, int64_t width) {
@@ -545,7 +552,7 @@ LayerGradients backward_layer(CellKind kind, const LayerOpArgs& given,
   args.saved_rows = in.saved_rows();
   const bool again = kept[1]->dim() == 3 && kept[1]->size(2) == 0 && args.saved_width > 0;
   if (again && in.cuda) {
-    args.saved = nullptr;  // made again by the launcher
+    args.saved = nullptr;  // recomputed by the launcher
   } else if (again) {
     alive.push_back(empty_like_dtype(in.x, in.saved_shape(args)));
     recompute(in, args, static_cast<char*>(alive.back().mutable_data_ptr()));
@@ -583,7 +590,7 @@ LayerGradients backward_layer(CellKind kind, const LayerOpArgs& given,
   return out;
 }
 
-// ---- the ops of a kind: as many states as it has (I), and every value of all but the first (J) ----
+// ---- the ops of a kind. I: an index for each state; J: one for each cell ----
 
 template <CellKind kKind, class States, class Memories>
 struct OpsOf;

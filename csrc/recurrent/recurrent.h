@@ -1,7 +1,8 @@
-// Recurrent layers: what a launcher passes to a kernel. Free of torch types.
+// Arguments of the kernels of recurrent layers. Free of torch types.
 //
-// Dimensions: B sequences, T steps, N packed rows (the real tokens), D input, H hidden, P what is fed back (the
-// projection size, or H), G gates. A layer has one or two directions.
+// Dimensions: B sequences, T steps, N packed rows (the real tokens), D input, H
+// hidden, P fed-back size (the projection size, or H), G gates. A layer has one
+// or two directions.
 #pragma once
 
 #include <cstdint>
@@ -13,26 +14,31 @@ namespace seqkernels {
 
 constexpr int kMaxDirections = 2;
 
-// The order in which a layer visits its rows, dense, padded or packed alike. Sequences are taken longest first, so
-// those that have a step t are the first batch_sizes[t]; row n = offsets[t] + j is step t of the j-th longest.
+// The order in which a layer processes its rows, the same for dense, padded and
+// packed batches. Sequences are sorted by length, longest first: the first
+// batch_sizes[t] of them have a step t, and packed row offsets[t] + j is step t
+// of the j-th longest sequence.
 struct Walk {
   int64_t T, B, N;
   const int64_t* batch_sizes;  // [T] non-increasing
   const int64_t* offsets;      // [T + 1]
-  const int64_t* sequence;     // [B] place in the user's batch of the j-th longest sequence
-  const int64_t* rows;         // [N] row of y, dy and dx that packed row n is
-  const int64_t* x_offsets;    // [N] its first element in x, which may be strided
+  const int64_t* sequence;     // [B] index in the user's batch of the j-th longest sequence
+  const int64_t* rows;         // [N] row of y, dy and dx that corresponds to packed row n
+  const int64_t* x_offsets;    // [N] offset of the row's first element in x, which
+                               // may be strided
 };
 
-// How the work is cut: row_groups sets of sequences that never meet, each walked by unit_groups threads that own a
-// share of the hidden units and meet at a barrier once a step. One stream (a direction of a head) after the other in
-// the numbering: heads never meet either.
+// How the work is divided. A stream is one direction of one head; streams are
+// independent. The sequences of a stream are divided into row_groups
+// independent groups, each processed by unit_groups threads that own disjoint
+// hidden units and synchronise at one barrier per step.
 struct Plan {
   int64_t row_groups, unit_groups;
-  int64_t threads;  // 1: all of it in the calling thread
+  int64_t threads;  // 1: the calling thread does all the work
 };
 
-// One direction's weights, or their gradients; null where a layer has none. H_ here is the hidden units of one head.
+// One direction's weights, or their gradients; null where a layer has none. H_
+// is the number of hidden units per head.
 template <class Pointer>
 struct WeightsOf {
   Pointer w_ih;                    // [G * H, D]
@@ -48,15 +54,16 @@ struct WeightsOf {
 using Weights = WeightsOf<const void*>;
 using WeightGradients = WeightsOf<void*>;
 
-// What a plain layer does without: null and neutral where it is off.
+// Options beyond torch's layers. An option that is off is null or neutral.
 struct LayerOptions {
   bool any;
-  const uint8_t* reset;                              // [N] in the order of the walk: before that step states are zero
-  const uint8_t *zoneout_h, *zoneout_c, *candidate;  // [rows, directions * H] 0 or 1, rows as in y
-  const void* variational;                           // [directions, B, P] factors of h in the recurrent products
-  double cell_clip, gate_clip;                       // infinity: none
-  double zoneout_h_rate, zoneout_c_rate;             // where there is no mask
-  double candidate_scale;                            // 1 / (1 - p)
+  const uint8_t* reset;  // [N] packed rows: the states are zero before that step
+  const uint8_t *zoneout_h, *zoneout_c,
+      *candidate;                         // [rows, directions * H] 0 or 1, rows as in y
+  const void* variational;                // [directions, B, P] factors of h in the recurrent products
+  double cell_clip, gate_clip;            // infinity: off
+  double zoneout_h_rate, zoneout_c_rate;  // used without a mask
+  double candidate_scale;                 // 1 / (1 - p)
 };
 
 struct RecurrentArgs {
@@ -65,8 +72,8 @@ struct RecurrentArgs {
   Plan plan;
   int64_t directions, heads;
   int64_t D, H, P;
-  int64_t saved_rows;   // between one direction and the next in saved: N or more
-  int64_t saved_width;  // of a row of saved
+  int64_t saved_rows;   // rows of `saved` per direction: N or more
+  int64_t saved_width;  // elements per row of `saved`
   const void* x;
   const void* h0;             // [directions, B, P] or null for zeros
   const void* c0[kMaxCells];  // [directions, B, H] each, or null for zeros
@@ -78,8 +85,9 @@ struct ForwardArgs : RecurrentArgs {
   void* y;                 // [rows, directions * P]
   void* h_n;               // [directions, B, P]
   void* c_n[kMaxCells];    // [directions, B, H] each
-  void* saved;             // [directions, saved_rows, saved_width], or null: nothing is saved
-  void* cells[kMaxCells];  // [rows, directions * H] each: the cells at every step, or null
+  void* saved;             // [directions, saved_rows, saved_width], or null in inference
+  void* cells[kMaxCells];  // [rows, directions * H] each: the cells at every
+                           // step, or null
 };
 
 struct BackwardArgs : RecurrentArgs {
@@ -88,22 +96,23 @@ struct BackwardArgs : RecurrentArgs {
   const void* dcells[kMaxCells];  // like cells, or null
   const void* dh_n;               // [directions, B, P] or null
   const void* dc_n[kMaxCells];    // [directions, B, H] each, or null
-  void* dx;                       // [rows, D] or null: not wanted
-  void* dh0;                      // [directions, B, P] or null: not wanted
+  void* dx;                       // [rows, D] or null: not required
+  void* dh0;                      // [directions, B, P] or null: not required
   void* dc0[kMaxCells];           // [directions, B, H] each, or null
   bool weights_wanted;
   WeightGradients dw[kMaxDirections];
 };
 
-// What step t of the j-th sequence starts from: a row before it in the direction of the walk, the initial states, or
-// zeros after a reset. `row`: the packed row before it.
+// The source of the states before step t of the j-th sequence: the previous row
+// in the direction of processing, the initial states, or zeros after a reset.
+// `row` receives the previous packed row.
 enum class Previous { kRow, kInitial, kReset };
 inline Previous previous_row(const RecurrentArgs& args, int64_t direction, int64_t t, int64_t j, int64_t& row) {
   const Walk& walk = args.walk;
   const int64_t before = direction == 0 ? t - 1 : t + 1;
   const bool exists = before >= 0 && before < walk.T && j < walk.batch_sizes[before];
   if (exists) row = walk.offsets[before] + j;
-  if (args.options.reset != nullptr) {  // walking back, a segment ends where the next one starts
+  if (args.options.reset != nullptr) {  // in reverse, a segment ends where the next one starts
     if (direction == 0 ? args.options.reset[walk.offsets[t] + j] : exists && args.options.reset[row]) {
       return Previous::kReset;
     }
@@ -111,7 +120,7 @@ inline Previous previous_row(const RecurrentArgs& args, int64_t direction, int64
   return exists ? Previous::kRow : Previous::kInitial;
 }
 
-// The cut of a layer for so many threads: a function of the shape alone.
+// How a layer is divided among `threads` threads; depends on the shape alone.
 Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads);
 
 struct RecurrentKernels {

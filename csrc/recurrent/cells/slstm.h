@@ -68,6 +68,7 @@ struct SLSTMCell : CellDefaults {
 
 struct SLSTM : SLSTMCell<false> {
   static constexpr const char* kName = "slstm";
+  static constexpr bool kHasPlain = false;
 };
 struct SLSTMExp : SLSTMCell<true> {
   static constexpr const char* kName = "slstm_exp";

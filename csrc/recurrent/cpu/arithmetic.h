@@ -1,4 +1,5 @@
-// The arithmetic of cells/cell.h on CPU vectors, and a cell as the passes over a layer see it.
+// The arithmetic of cells/cell.h on CPU vectors, and a cell as the passes over
+// a layer see it.
 #pragma once
 
 #include <type_traits>
@@ -23,8 +24,9 @@ struct VectorArithmetic {
   static SEQKERNELS_INLINE V blend(V share, V a, V b) { return fma(share, a - b, b); }
 };
 
-// Gates [kGate, kGate + kGates) of a cell, whose product is computed panel by panel; kUnits vectors of units share a
-// panel, so that up to 4 vectors come from one register tile.
+// Gates [kGate, kGate + kGates) of a cell, whose product is computed panel by
+// panel; kUnits vectors of units share a panel, so that up to 4 vectors come
+// from one register tile.
 template <int kGate_, int kGates_>
 struct GateRange {
   static constexpr int kGate = kGate_, kGates = kGates_, kUnits = 4 / (kGates_ > 0 ? kGates_ : 4);

@@ -1,7 +1,8 @@
-// A recurrent layer backward.
+// Backward pass of a recurrent layer.
 //
-// The walk of forward the other way leaves the gradients of the pre-activations in one [N, G * H] buffer, and
-// everything else (dx and all weight gradients) is a product over that buffer after the loop.
+// The time loop runs in the opposite direction of forward and stores the
+// gradients of the pre-activations in an [N, G * H] buffer. The input gradient
+// and all weight gradients are products over that buffer after the loop.
 #pragma once
 
 #include "recurrent/cpu/layer.h"
@@ -31,15 +32,20 @@ struct Backward : Layer<Cell> {
   const int64_t G = kGates * all_H;
   const int64_t tile_height = group_rows > kChunkRows ? group_rows : kChunkRows;
   T *packed_ih, *packed_hh, *packed_second, *packed_hr;
-  T *dgates_x, *dgates_h;    // [directions, N, G] gradients of the two products; one buffer where they are the same
-  T *dinner_gates, *q_rows;  // two stages: [directions, N, 4 * H] of inner gates, [directions, N, kFactors * H] every q
-  T *dh_rows, *m_rows;       // projected: [directions, N, P] gradient of h, [directions, N, H] what was projected
-  T* recurrent_rows;         // [directions, N, P] what the products saw, where that is not h
+  T *dgates_x, *dgates_h;        // [directions, N, G] gradients of the two products;
+                                 // one buffer where they are the same
+  T *dinner_gates, *q_rows;      // two stages: [directions, N, 4 * H] gradients of
+                                 // inner gates, [directions, N, kFactors * H] q
+  T *dh_rows, *m_rows;           // projected: [directions, N, P] gradient of h,
+                                 // [directions, N, H] h before the projection
+  T* recurrent_rows;             // [directions, N, P] masked h, under variational dropout
   T* dc[Cell::kCellArray] = {};  // [teams, group_rows, HV] each
   T* direct;                     // the same
-  T* sums;                       // [teams] UnitSums of the peepholes or, normalised, of biases and gains
+  T* sums;                       // [teams] UnitSums of the gradients of peepholes or, with
+                                 // normalisation, of biases and gains
   T* tiles;                      // [members, kTiles, tile_height, kPanel]
-  const S** h_prev;              // [directions, N] where the h that a row started from is; null for zeros
+  const S** h_prev;              // [directions, N] address of the h before each row; null
+                                 // for zeros
   OuterProduct<T> outer;
   static constexpr int kTiles = Second::kFactors > 1 ? Second::kFactors : 1;
 
@@ -49,7 +55,8 @@ struct Backward : Layer<Cell> {
   static const S* typed(const void* p) { return static_cast<const S*>(p); }
 
   Operand<S> ih(int64_t d) const { return {typed(args.weights[d].w_ih), G, D, {D, kPlainVectors}, Side::kAsIs}; }
-  // The recurrent weights of the first stage; of several heads gate by gate, for a head's rows lie apart.
+  // Recurrent weights of the first stage; with several heads one segment per
+  // gate, since the rows of a head are apart.
   int64_t segments() const { return args.heads > 1 ? kFirstGates : 1; }
   Operand<S> hh(int64_t stream, int64_t segment) const {
     const S* w = typed(weights(stream).w_hh) + (segment * all_H + this->unit0(stream)) * P;
@@ -120,7 +127,7 @@ struct Backward : Layer<Cell> {
       const Range mine = share(operand.panels(), all, begin, end);
       operand.pack_panels(mine.begin, mine.end, packed);
     };
-    const bool returns = walk.T > 1 || grad.dh0 != nullptr;  // something to an h before it
+    const bool returns = walk.T > 1 || grad.dh0 != nullptr;  // some h before the row gets a gradient
     for (int64_t stream = 0; stream < streams; ++stream) {
       for (int64_t segment = 0; returns && segment < segments(); ++segment) {
         pack(hh(stream, segment), packed_hh_of(stream, segment));
@@ -142,7 +149,8 @@ struct Backward : Layer<Cell> {
 
   T* tile_of(int64_t member, int which) const { return tiles + (member * kTiles + which) * tile_height * kPanel<T>; }
 
-  // Null where the states were zero and no initial states were given, or after a reset.
+  // Null if the states are zero: no initial states were given, or after a
+  // reset.
   const S* before(const void* every, int64_t every_at_row, const void* initial, int64_t initial_at,
                   Previous what) const {
     switch (what) {
@@ -175,14 +183,14 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // What a member works with.
+  // Workspace of a member.
   struct Workspace {
     int64_t stream;
     Rows rows;
     T *dc[Cell::kCellArray], *direct;  // of the team
     UnitSums<T> sums;
     T* tile[kTiles];
-    int64_t run;  // rows in the sums' run
+    int64_t run;  // rows summed since the last flush
   };
 
   void run_sequences(const Member& member, int64_t slot) {
@@ -194,7 +202,8 @@ struct Backward : Layer<Cell> {
     const Range own_p = share(to_panels(P), units, member.first, member.last);
     const bool collects = sums != nullptr;
     begin_sequences(work, own);
-    int64_t before = 0, before_t = 0;  // rows and step of the walk's last step
+    int64_t before = 0,
+            before_t = 0;  // rows and time of the step processed before
     for (int64_t s = walk.T - 1; s >= 0; --s) {
       const int64_t t = this->step(s, stream), active = rows.at(t);
       if (active == 0 && before == 0) continue;
@@ -288,7 +297,8 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // One panel of what the step before sends back to the h it started from: dgates W_hh, and what h passed on directly.
+  // One panel of the gradient of the h before the step processed last: dgates
+  // W_hh plus the direct part.
   void recurrent_gradient(const Workspace& work, int64_t before_t, int64_t before, int64_t panel) const {
     if (before == 0) return;
     const int64_t lda = work.rows.groups * G;
@@ -318,7 +328,8 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // The gradient of h at (t, i) in a vector of units: what came back from the next step (or from h_n) plus dy.
+  // Gradient of h at (t, i) for a vector of units: from the following step or
+  // h_n, plus dy.
   V gradient_of_h(const Workspace& work, int64_t n, int64_t i, int64_t before, int64_t u, int64_t valid,
                   const T* from) const {
     V dh = {};
@@ -343,10 +354,10 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // What a token's backward reads of the states around it.
+  // Addresses of the states around a token.
   struct Around {
     const S *saved, *y, *h_prev, *c[Cell::kCellArray], *c_prev[Cell::kCellArray];
-    int64_t cell;  // its place in every c and the like
+    int64_t cell;  // offset in the cells at every step
     bool restarts;
   };
   Around around(const Workspace& work, int64_t t, int64_t i, int64_t n) const {
@@ -369,7 +380,8 @@ struct Backward : Layer<Cell> {
   }
   static V at(const S* row, int64_t u, int64_t valid) { return row == nullptr ? V{} : load(row + u, valid); }
 
-  // The cell's backward (of two stages, the second's) on one panel of units, from the gradient of its h in the tile.
+  // Backward of the cell, or of its second stage, on one panel of units.
+  // tile[0] holds the gradient of h.
   void cells(Workspace& work, int64_t t, int64_t active, int64_t before, int64_t panel) const {
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = work.rows.packed(t, i);
@@ -424,7 +436,7 @@ struct Backward : Layer<Cell> {
         if constexpr (kOptions) {
           direct_vector = direct_vector + kept_h;
           for (int k = 0; k < kCells; ++k) {
-            if (a.restarts && !kTwoStages) dc_now[k] = V{};  // of two stages, first_cells has the last word
+            if (a.restarts && !kTwoStages) dc_now[k] = V{};  // with two stages, first_cells resets them
           }
         }
         for (int k = 0; k < kCells; ++k) store(work.dc[k] + i * HV + u, dc_now[k]);
@@ -433,7 +445,8 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // The gradient of q: that of the second product, times its weights.
+  // The gradient of q: gradients of the second stage's gates times their
+  // weights.
   void second_product(const Workspace& work, int64_t t, int64_t active, int64_t panel, int factor) const {
     const int64_t n = work.rows.packed(t, 0), ld = Second::kInner ? Second::kGates * H : G;
     const T* from = Second::kInner ? dinner_gates + (work.stream * walk.N + n) * ld
@@ -475,7 +488,7 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // Sequences that the walk has left behind: what came back is the gradient of h0.
+  // Stores the gradient of h0 of sequences whose first step was processed last.
   void store_h(const Workspace& work, int64_t active, int64_t before, int64_t panel) const {
     if (grad.dh0 == nullptr) return;
     const int64_t u = panel * kPanel<T>;
@@ -518,8 +531,8 @@ struct Backward : Layer<Cell> {
     if (begin == 0 && sums != nullptr) write_unit_sums();
   }
 
-  // Of W_ih and W_hh, rows m of each, and of the biases. What h was multiplied with: gate by gate where heads or stages
-  // tell gates apart.
+  // Gradients of rows m of W_ih and W_hh and of the biases. With several heads
+  // or two stages the right operand of W_hh differs by gate.
   void gate_weights(const OuterProduct<T>& product, int64_t d, Range m) const {
     if (m.size() <= 0) return;
     const WeightGradients& dw = grad.dw[d];

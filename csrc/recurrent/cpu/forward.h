@@ -1,17 +1,20 @@
-// A recurrent layer forward.
+// Forward pass of a recurrent layer.
 //
-// A thread walks the whole sequence. Time is taken in chunks of rows: the input's share of the gates is one product for
-// a chunk (it stays in the second-level cache), then each step adds h W_hh^T panel by panel and runs the cell on the
-// panel while it is hot. A cell of two stages makes its second product once all units have done the first, and a
-// projection follows the same way.
+// Each thread processes whole sequences. Steps are grouped into chunks of rows:
+// the product of the input with W_ih is computed per chunk and stays in the L2
+// cache; each step then adds h W_hh^T panel by panel and runs the cell on the
+// panel while it is in the L1 cache. In a cell of two stages the second product
+// starts after a barrier, when all units have finished the first; a projection
+// likewise.
 #pragma once
 
 #include "recurrent/cpu/layer.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// The weights of one stage of a cell, packed, for all streams: gates [Of::kGate, Of::kGate + Of::kGates) of W_ih and of
-// kFactors matrices of the recurrent product. inner: that they are the inner weights, without a share of the input.
+// The packed weights of one stage of a cell, for all streams: gates [Of::kGate,
+// Of::kGate + Of::kGates) of W_ih and of the kFactors matrices of the recurrent
+// product. kInner: the inner weights, without a product with the input.
 template <class Cell, class Of, int kFactors, bool kInner>
 struct Stage {
   using S = typename Cell::Storage;
@@ -21,7 +24,7 @@ struct Stage {
   static constexpr int64_t kWidth = kLanes<T>, kWidthOfPanel = kPanel<T, kVectors>, kPanelUnits = kUnits * kWidth;
 
   const Layer<Cell>& layer;
-  const bool pack_first;  // weights used for one step only are packed as they are used, not beforehand
+  const bool pack_first;  // for a single step, panels are packed as they are used
   T *packed_x = nullptr, *packed_h[kFactors] = {}, *bias_x = nullptr, *bias_h = nullptr;
 
   Stage(const Layer<Cell>& of, bool pack) : layer(of), pack_first(pack) {}
@@ -62,7 +65,8 @@ struct Stage {
     }
   }
 
-  // Both biases where the cell tells the products apart, else their sum beside the product with h.
+  // Both biases if the products have separate gradients, else their sum, added
+  // to the product with h.
   void pack_bias(int64_t stream, Range range) const {
     const Weights& w = weights(stream);
     const S* b_ih = static_cast<const S*>(kInner ? w.inner_b_ih : w.b_ih);
@@ -92,7 +96,8 @@ struct Stage {
     panel_product(of_h(stream, factor), packed, scratch, panel, rows, h, ld, to, kWidthOfPanel, into);
   }
 
-  // The two products with their biases, of the unit-th vector of units of a panel of one row. Null: zero.
+  // Pre-activations of the unit-th vector of units of a panel, for one row:
+  // both products plus biases. Null: zero.
   SEQKERNELS_INLINE void gates(int64_t stream, int64_t panel, int unit, const T* from_x, const T* from_h, V* x,
                                V* h) const {
     const int64_t bias = (stream * panels() + panel) * kWidthOfPanel;
@@ -127,16 +132,19 @@ struct SecondStage<Cell, true> : Stage<Cell, typename Cell::Second, Cell::kFacto
   using Stage<Cell, typename Cell::Second, Cell::kFactors, Cell::kInner>::Stage;
 };
 
-// What a member works with: its team's states and its own buffers.
+// Workspace of a member: the states of its team and its own buffers.
 template <class T>
 struct Workspace {
   int64_t stream;
   Rows rows;
-  T *h = nullptr, *h_next = nullptr;                  // [rows, PV]
-  T *recurrent = nullptr, *recurrent_next = nullptr;  // what the products see: h, unless a mask is on it
-  T* c[kMaxCells] = {};                               // [rows, HV] each
-  T* m = nullptr;                                     // [rows, HV] before the projection
-  T *q = nullptr, *carried = nullptr;  // between the stages: [rows, kFactors * HV], [rows, kCarried * HV]
+  T *h = nullptr, *h_next = nullptr;  // [rows, PV]
+  T *recurrent = nullptr,
+    *recurrent_next = nullptr;         // h as the recurrent products read it: masked
+                                       // under variational dropout
+  T* c[kMaxCells] = {};                // [rows, HV] each
+  T* m = nullptr;                      // [rows, HV] before the projection
+  T *q = nullptr, *carried = nullptr;  // between the stages: [rows, kFactors *
+                                       // HV], [rows, kCarried * HV]
   T *x_chunk = nullptr, *from_x = nullptr, *from_x2 = nullptr, *from_h = nullptr, *scratch = nullptr;
 };
 
@@ -160,7 +168,7 @@ struct Forward : Layer<Cell> {
   FirstStage first;
   SecondStage<Cell> second;
   T *packed_hr, *states, *x_rows, *products;
-  int64_t team_size, member_size;  // of states and products
+  int64_t team_size, member_size;  // elements of states, of products
 
   explicit Forward(const ForwardArgs& a)
       : L{a}, out(a), teams{a}, first(*this, walk.T > 1), second(*this, walk.T > 1) {}
@@ -211,7 +219,8 @@ struct Forward : Layer<Cell> {
 
   void pack(int64_t begin, int64_t end) {
     for (int64_t stream = 0; stream < streams; ++stream) {
-      // In members' order: with one row group, a member packs the very panels that it will read.
+      // In the order of members: with one row group, a member packs the panels
+      // that it reads.
       const int64_t each = teams.members() / streams;
       const Range mine = within({begin, end}, stream * each, each);
       if (mine.size() <= 0) continue;
@@ -233,7 +242,7 @@ struct Forward : Layer<Cell> {
     const Rows& rows = work.rows;
     const int64_t stream = member.stream;
     const Range panels = first.share_of(member);
-    // The units whose h, c and s this member keeps: those of its last panels.
+    // The units whose states this member updates.
     Range panels2 = panels, own_c = first.units_of(panels), outputs = {0, 0};
     if constexpr (Cell::kTwoStages) {
       panels2 = second.share_of(member);
@@ -307,8 +316,8 @@ struct Forward : Layer<Cell> {
     b = kept;
   }
 
-  // Copies the rows of x of as many steps from s on as fit a chunk, in the order of the walk; next: the first that did
-  // not.
+  // Copies the rows of x of as many steps from s on as fit into a chunk. next:
+  // the first step after them.
   int64_t gather_chunk(const Workspace<T>& work, int64_t s, int64_t& next) const {
     int64_t count = 0;
     for (next = s; next < walk.T; ++next) {
@@ -330,7 +339,7 @@ struct Forward : Layer<Cell> {
     }
   }
 
-  // The states that the i-th sequence starts from. Lanes beyond the last unit hold zeros.
+  // Initial states of the i-th sequence. Lanes beyond the last unit are zero.
   void start(const Workspace<T>& work, int64_t i, Range own_h, Range own_c) const {
     const int64_t b = work.rows.sequence(i), stream = work.stream;
     T *h = work.h + i * PV, *h_next = work.h_next + i * PV;
@@ -355,7 +364,7 @@ struct Forward : Layer<Cell> {
     for (int k = 0; k < kCells; ++k) memset(work.c[k] + i * HV + own_c.begin, 0, own_c.size() * sizeof(T));
   }
 
-  // h times its mask. Ranges start at whole vectors.
+  // Multiplies h by its mask. Ranges start at vector boundaries.
   void mask_h(const Workspace<T>& work, int64_t i, Range own, const T* h, T* to) const {
     const S* mask = static_cast<const S*>(args.options.variational) + this->h_at(work.stream, work.rows.sequence(i));
     for (int64_t u = own.begin; u < own.end; u += kWidth) store(to + u, load(h + u) * load(mask + u, own.end - u));
@@ -371,7 +380,8 @@ struct Forward : Layer<Cell> {
     for (int k = 0; k < kCells; ++k) write(out.c_n[k], this->c_at(stream, b), work.c[k] + i * HV, own_c);
   }
 
-  // Sequences end where the walk meets their last step; others may restart before the next.
+  // Writes the last states of sequences that end at step t, and resets those
+  // that restart before the next step.
   void end_of_step(const Workspace<T>& work, int64_t t, int64_t active, Range own_h, Range own_c) const {
     const bool onward = this->direction(work.stream) == 0;
     const int64_t next = onward ? t + 1 : t - 1;
@@ -385,7 +395,8 @@ struct Forward : Layer<Cell> {
     }
   }
 
-  // The cell (of two stages, its first) on one panel of units, from the two products (from_h null: zero).
+  // Runs the cell, or the first of its two stages, on one panel of units.
+  // from_h null: the recurrent product is zero.
   void first_cells(const Workspace<T>& work, int64_t t, int64_t panel, int64_t active, const T* from_x,
                    const T* from_h) const {
     constexpr int kUnits = FirstStage::kUnits;
@@ -457,7 +468,7 @@ struct Forward : Layer<Cell> {
     }
   }
 
-  // Vectors [from, to) of what is saved, the first of which is saved[0].
+  // Stores saved vectors [from, to); saved[0] is vector `from`.
   SEQKERNELS_INLINE void save(int64_t stream, int64_t n, int64_t u, int64_t valid, const V* saved, int from,
                               int to) const {
     if (from == to || out.saved == nullptr) return;
@@ -465,7 +476,7 @@ struct Forward : Layer<Cell> {
     for (int k = from; k < to; ++k) store(at + k * all_H, saved[k - from], valid);
   }
 
-  // The new h of a vector of units, where there is no projection.
+  // Stores the new h of a vector of units; layers without projection.
   SEQKERNELS_INLINE void store_h(const Workspace<T>& work, int64_t i, int64_t n, int64_t u, int64_t valid,
                                  const typename L::O& e, V h_prev, V hidden) const {
     hidden = zoneout_h(e, h_prev, hidden);

@@ -1,4 +1,5 @@
-// How a cell's passes become functions: one for each storage type. Included by the file that CMake writes for a cell.
+// How a cell's passes become functions: one for each storage type. Included by
+// the file that CMake writes for a cell.
 #pragma once
 
 #include "recurrent/cpu/backward.h"

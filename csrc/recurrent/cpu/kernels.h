@@ -1,5 +1,5 @@
-// The CPU kernels of one cell. Each cell is instantiated in a file of its own, which CMake writes from cells/list.h, so
-// that cells compile in parallel.
+// The CPU kernels of one cell. Each cell is instantiated in a file of its own,
+// which CMake writes from cells/list.h, so that cells compile in parallel.
 #pragma once
 
 #include "recurrent/cpu/arithmetic.h"

@@ -1,8 +1,10 @@
-// What the passes over a recurrent layer share: working memory, who plays what, where things lie.
+// Shared by the passes over a recurrent layer: workspace, division among
+// threads, memory layout.
 //
-// A stream is one direction of one head: hidden units that recur among themselves. Threads form teams, one per stream
-// and row group (see Plan); the members of a team own disjoint hidden units and meet at a barrier once a step. All
-// threads fork once for the whole layer. Who owns what never enters into a sum.
+// Threads form teams, one per stream and row group (see Plan); the members of a
+// team own disjoint hidden units and synchronise at one barrier per step.
+// Threads are forked once for the whole layer. The order of every sum is
+// independent of the division.
 #pragma once
 
 #include <new>
@@ -15,8 +17,9 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// Rows per chunk of products with the input: large enough to read the weights seldom, small enough that a chunk of
-// pre-activations stays in a second-level cache of 1 MiB.
+// Rows per chunk of products with the input: large enough to amortise reading
+// the weights, small enough that a chunk of pre-activations stays in an L2
+// cache of 1 MiB.
 constexpr int64_t kChunkRows = 96;
 
 struct Arena {
@@ -29,7 +32,7 @@ struct Arena {
   }
 };
 
-// A share [begin, end) of something.
+// A half-open range [begin, end).
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
@@ -43,7 +46,7 @@ inline Range within(Range range, int64_t start, int64_t size) {
   return {begin, min(size, range.end - start)};
 }
 
-// What one thread plays of one team: members [first, last) of its unit_groups, in one stream and row group.
+// The members [first, last) of a team that one thread runs.
 struct Member {
   int64_t stream, group, first, last;
   Barrier* barrier;
@@ -65,7 +68,7 @@ struct Teams {
     everyone.reset(members());
   }
 
-  // Calls f for each team that members [begin, end) of all take part in.
+  // Calls f for each team with members among [begin, end) of all members.
   template <class F>
   void each(int64_t begin, int64_t end, F&& f) const {
     const int64_t units = args.plan.unit_groups;
@@ -77,7 +80,7 @@ struct Teams {
   }
 };
 
-// Gives a pass its memory and plays all of its members.
+// Allocates the workspace of a pass and runs all members.
 template <class Pass>
 void run_pass(Pass& pass) {
   Arena arena;
@@ -91,13 +94,16 @@ void run_pass(Pass& pass) {
   parallel_pieces(pass.teams.members(), body);
 }
 
-// Every row_groups-th of the sequences, longest first: the row groups get nearly the same number of tokens.
+// The sequences of a row group: every row_groups-th in order of length, so that
+// groups have nearly equal numbers of tokens.
 struct Rows {
   const Walk& walk;
   int64_t groups, group;
 
-  int64_t upto(int64_t count) const { return (count - group + groups - 1) / groups; }  // of the first count sequences
-  int64_t at(int64_t t) const { return upto(walk.batch_sizes[t]); }                    // active at step t
+  int64_t upto(int64_t count) const {
+    return (count - group + groups - 1) / groups;
+  }  // among the first `count` sequences
+  int64_t at(int64_t t) const { return upto(walk.batch_sizes[t]); }  // active at step t
   int64_t all() const { return upto(walk.B); }
   int64_t sequence(int64_t i) const { return walk.sequence[group + i * groups]; }
   int64_t packed(int64_t t, int64_t i) const { return walk.offsets[t] + group + i * groups; }
@@ -120,10 +126,10 @@ struct Layer {
   const int64_t H = all_H / args.heads, P = all_P / args.heads;      // of a stream
   const int64_t HV = round_up(H, kWidth), PV = round_up(P, kWidth);  // row lengths of padded buffers
   const bool projected = Cell::kProjects && args.weights[0].w_hr != nullptr;
-  const bool masks_h = kOptions && args.options.variational != nullptr;  // what the products see is not h itself
+  const bool masks_h = kOptions && args.options.variational != nullptr;  // the recurrent products read h times a mask
   const int64_t streams = args.directions * args.heads;
   const int64_t group_rows = ceil_div(walk.B, args.plan.row_groups);
-  UnitOptions<typename Cell::Arithmetic> constants = {};  // what masks and weights do not change
+  UnitOptions<typename Cell::Arithmetic> constants = {};  // options that are equal for all units
 
   explicit Layer(const RecurrentArgs& a) : args(a) {
     if constexpr (kOptions) {
@@ -143,7 +149,7 @@ struct Layer {
   int64_t unit0(int64_t stream) const { return stream % args.heads * H; }  // the stream's first unit
   int64_t step(int64_t s, int64_t stream) const { return direction(stream) == 0 ? s : walk.T - 1 - s; }
 
-  // Places of a stream's share of a row.
+  // Offsets of a stream's part of a row.
   int64_t h_at(int64_t stream, int64_t b) const {  // in h0, h_n
     return (direction(stream) * walk.B + b) * all_P + stream % args.heads * P;
   }
@@ -153,13 +159,16 @@ struct Layer {
   int64_t y_at(int64_t n, int64_t stream) const {
     return (walk.rows[n] * args.directions + direction(stream)) * all_P + stream % args.heads * P;
   }
-  int64_t cell_at(int64_t n, int64_t stream) const {  // in every c, every s and the masks
+  int64_t cell_at(int64_t n,
+                  int64_t stream) const {  // in the cells at every step and the masks
     return (walk.rows[n] * args.directions + direction(stream)) * all_H + unit0(stream);
   }
-  int64_t saved_at(int64_t n, int64_t stream) const {  // vector k is k * all_H further
+  int64_t saved_at(int64_t n,
+                   int64_t stream) const {  // vector k: plus k * all_H
     return (direction(stream) * args.saved_rows + n) * args.saved_width + unit0(stream);
   }
-  int64_t gates_at(int64_t n, int64_t stream) const {  // in [directions, N, kGates * all_H]
+  int64_t gates_at(int64_t n,
+                   int64_t stream) const {  // in [directions, N, kGates * all_H]
     return (direction(stream) * walk.N + n) * kGates * all_H + unit0(stream);
   }
 
@@ -193,7 +202,7 @@ struct Layer {
     return __builtin_convertvector(bytes, V);
   }
 
-  // Whether the states of step t start from zeros, and not from a step or the initial states.
+  // Whether the states before step t are zero because of a reset.
   bool restarts(int64_t stream, int64_t t, int64_t j) const {
     if (!kOptions || args.options.reset == nullptr) return false;
     int64_t row;

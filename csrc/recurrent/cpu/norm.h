@@ -1,10 +1,13 @@
-// Recurrent layers whose products with x and h are normalised over all units of a row, forward and backward.
+// Recurrent layers whose products with x and h are normalised over all units of
+// a row, forward and backward.
 //
-// A step has more meetings than that of other cells, for a row's mean and variance need all units: forward makes the
-// products, meets, normalises them and runs the cell (an LSTM's c is normalised after another meeting); backward runs
-// the cell, meets, and takes the gradients through the normalisation. What members tell each other are sums per panel
-// of units, which everyone adds up in the order of the panels, lane by lane and then across: who owns what never
-// enters.
+// A step has more barriers than that of other cells, since the mean and
+// variance of a row need all units: forward computes the products,
+// synchronises, normalises and runs the cell (the c of an LSTM is normalised
+// after another barrier); backward runs the cell, synchronises, and propagates
+// the gradients through the normalisation. Members exchange sums per panel of
+// units, which each member adds in the order of panels, by lane and then across
+// lanes, so the result is independent of the division among threads.
 #pragma once
 
 #include "recurrent/cpu/backward.h"
@@ -24,7 +27,7 @@ SEQKERNELS_INLINE T sum_of_lanes(Native<T> v) {
   return lanes[0];
 }
 template <class T>
-SEQKERNELS_INLINE Native<T> first_lanes(Native<T> v, int64_t valid) {  // the others zero
+SEQKERNELS_INLINE Native<T> first_lanes(Native<T> v, int64_t valid) {  // the other lanes become zero
   if (valid >= kLanes<T>) return v;
   T lanes[kLanes<T>];
   store(lanes, v);
@@ -33,11 +36,13 @@ SEQKERNELS_INLINE Native<T> first_lanes(Native<T> v, int64_t valid) {  // the ot
 
 template <class T>
 struct Norm {
-  T mean, inverse;  // of the standard deviation
+  T mean, inverse;  // 1 / standard deviation
 };
 
-// Means and squared deviations of every lane of a panel, and how those of all panels make a row's.
-// Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+// Mean and sum of squared deviations of every lane of a panel, and their
+// combination over the panels of a row. Source: Chan, Golub and LeVeque,
+// "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
+// 1979.
 template <class T>
 struct Moments {
   using V = Native<T>;
@@ -53,7 +58,8 @@ struct Moments {
     return {mean, deviation};
   }
 
-  // Of `panels` moments of `each` values a lane, `stride` apart; `units` lanes in all have values.
+  // Combines `panels` moments of `each` values per lane, `stride` apart;
+  // `units` lanes in total hold values.
   static Norm<T> combine(const Moments* parts, int64_t panels, int64_t stride, int each, int64_t units) {
     constexpr int64_t kWidth = kLanes<T>;
     V mean = {}, deviation = {}, count = {};
@@ -124,13 +130,13 @@ struct NormForward : Forward<Cell> {
     teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
   }
 
-  // What a member works with beside its work.
+  // Workspace of a member beside Workspace.
   struct NormWorkspace {
     Part *x, *h, *c;
     T *now, *output_gate, *from_h;
     Norm<T>* norms;
     Range panels, own;
-    bool first_member;  // writes what a row has once
+    bool first_member;  // writes the values that exist once per row
   };
 
   void run_sequences(const Member& member, int64_t slot) {
@@ -212,7 +218,8 @@ struct NormForward : Forward<Cell> {
     return p == nullptr ? V{} : load(static_cast<const S*>(p) + u, valid);
   }
 
-  // The cell on own panels, from both products as they are; row: where the step's rows start in the chunk.
+  // Normalises both products and runs the cell on own panels. row: the first
+  // row of the step in the chunk.
   void normed_cells(const Workspace<T>& work, const NormWorkspace& norm_work, int64_t t, int64_t active,
                     int64_t row) const {
     const Weights& w = first.weights(work.stream);
@@ -259,7 +266,7 @@ struct NormForward : Forward<Cell> {
     }
   }
 
-  // h = o tanh(norm(c)), and what zoneout leaves of c.
+  // h = o tanh(norm(c)), and c after zoneout.
   void outputs(const Workspace<T>& work, const NormWorkspace& norm_work, int64_t t, int64_t active) const {
     if constexpr (kNormC) {
       const Weights& w = first.weights(work.stream);
@@ -303,7 +310,8 @@ struct NormBackward : Backward<Cell> {
   using typename Bw::Workspace;
   static constexpr int kGroups = Cell::kNormGroups;
   static constexpr bool kNormC = Cell::kNormC;
-  static constexpr int kParts = 4 * kGroups;  // sums of v and of v times the normalised share, of x and of h
+  static constexpr int kParts = 4 * kGroups;  // sums of v and of v times the normalised product, for x and
+                                              // for h
 
   V *parts, *parts_c;  // [teams, vectors of units, group_rows, kParts or 2]
   T* dc_normal;        // [teams, group_rows, HV] gradient of the normalised c
@@ -376,7 +384,8 @@ struct NormBackward : Backward<Cell> {
     return p == nullptr ? V{} : load(static_cast<const S*>(p) + u, valid);
   }
 
-  // One panel from the gradient of h in the tile: to that of the normalised c, or through the cell.
+  // One panel: from the gradient of h in the tile to that of the normalised c,
+  // or through the cell.
   void from_output(Workspace& work, const NormWorkspace& norm_work, int64_t t, int64_t active, int64_t before,
                    int64_t panel) const {
     const Weights& w = this->weights(work.stream);
@@ -422,7 +431,7 @@ struct NormBackward : Backward<Cell> {
     }
   }
 
-  // Own units from the gradient of the normalised c through c and the gates.
+  // Own units: from the gradient of the normalised c through c and the gates.
   void from_cell(Workspace& work, const NormWorkspace& norm_work, int64_t t, int64_t active, Range own) const {
     if constexpr (kNormC) {
       for (int64_t i = 0; i < active; ++i) {
@@ -457,7 +466,8 @@ struct NormBackward : Backward<Cell> {
     }
   }
 
-  // Gradients of the gates: sums for the gains and biases, and what the normalised shares get, with its sums.
+  // Adds the gradients of gains and biases, and stores the gradients of the
+  // normalised products and their sums.
   SEQKERNELS_INLINE void through_gains(Workspace& work, const NormWorkspace& norm_work, const Around& a, int64_t i,
                                        int64_t n, int64_t u, int64_t valid, const V* dx, const V* dh) const {
     const Weights& w = this->weights(work.stream);
@@ -483,7 +493,8 @@ struct NormBackward : Backward<Cell> {
     }
   }
 
-  // Own units from the gradients of the normalised shares to those of the products.
+  // Own units: from the gradients of the normalised products to those of the
+  // products.
   void through_norms(const Workspace& work, const NormWorkspace& norm_work, int64_t t, int64_t active,
                      Range own) const {
     for (int64_t i = 0; i < active; ++i) {

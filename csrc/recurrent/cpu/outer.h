@@ -5,10 +5,12 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// Weight gradients sum over all tokens: chains near the square root of their number round least.
+// Products summed per chain: chains near the square root of the number of
+// tokens minimise rounding errors.
 constexpr int64_t kOuterChain = 32;
 
-// A right operand: its rows are wherever row(n) says (null: zeros); `at`: which panel of the sums it starts at.
+// A right operand with rows at row(n) (null: zeros); its sums start at panel
+// `at`.
 template <class RowOf>
 struct RightOperand {
   int64_t columns, at;
@@ -17,12 +19,12 @@ struct RightOperand {
 template <class RowOf>
 RightOperand(int64_t, int64_t, RowOf) -> RightOperand<RowOf>;
 
-// Columns [m.begin, m.end) of A, transposed, times B: out[m, n] = sum over rows of A[row, m] * B[row, n], the rows in
-// order; and the sums of A's columns.
+// Columns [m.begin, m.end) of A, transposed, times B: out[m, n] = sum over rows
+// of A[row, m] * B[row, n] in row order; and the column sums of A.
 template <class T>
 struct OuterProduct {
   T *left, *right, *sums, *column_sums;
-  int64_t cap;  // of columns of A
+  int64_t cap;  // columns of A per member
 
   static void measure(Arena& arena, int64_t members, int64_t cap, int64_t panels, OuterProduct& p) {
     cap = round_up(cap, kLanes<T>);
@@ -37,7 +39,8 @@ struct OuterProduct {
             column_sums + member * cap, cap};
   }
 
-  // Rows [r0, r0 + k) of A into left [m][k]; their sums into column_sums.
+  // Transposes rows [r0, r0 + k) of A into left [m][k] and adds them to
+  // column_sums.
   void take_left(const T* a, int64_t lda, Range m, int64_t r0, int64_t k, bool first) const {
     constexpr int kWidth = kLanes<T>;
     for (int64_t j = 0; j < m.size(); j += kWidth) {
@@ -75,7 +78,7 @@ struct OuterProduct {
     }
   }
 
-  // A is read once for all of the right operands.
+  // Reads A once for all right operands.
   template <class... RowOf>
   void accumulate(const T* a, int64_t lda, Range m, int64_t rows, const RightOperand<RowOf>&... b) const {
     for (int64_t r = 0; r < rows; r += kBlock) {
@@ -95,7 +98,7 @@ struct OuterProduct {
     }
   }
 
-  // Rows m of a matrix of so many columns.
+  // Writes rows m of a matrix with `columns` columns.
   template <class S>
   void write(S* to, int64_t columns, Range m, int64_t at, bool empty) const {
     for (int64_t j = 0; j < m.size(); ++j) {
@@ -112,8 +115,9 @@ struct OuterProduct {
   }
 };
 
-// Sums over the tokens of a stream and row group for every unit of some vectors: what peepholes and gains collect. Rows
-// are summed in short runs, and these one after the other.
+// Sums over the tokens of a stream and row group, for every unit of several
+// vectors: gradients of peepholes and gains. Rows are summed in short runs, and
+// the runs in order.
 template <class T>
 struct UnitSums {
   static constexpr int64_t kRun = 32;

@@ -1,4 +1,4 @@
-// Launchers of the cluster tier: when it takes a layer, and how many blocks a cluster has.
+// Launchers of the cluster tier: which layers it supports, and the number of blocks per cluster.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -11,15 +11,14 @@
 namespace seqkernels::cuda {
 namespace {
 
-// Tiles that a cluster's place sees one after the other, above which a launch a step reads the weights for more rows at
-// once.
+// Waves of clusters above which one launch per step is faster, since it reads the weights once for more rows.
 constexpr int64_t kWavesOfClusters = 16;
 
 struct ClusterShape : PersistentShape {
   int64_t groups;
   int cluster = 1;
   ClusterShape(CellKind of, const RecurrentArgs& args) : PersistentShape(of, args) {
-    // Two groups of 16 units keep the four schedulers of a multiprocessor busy; more blocks would have less to do.
+    // Two groups of 16 units keep the four schedulers of a multiprocessor busy; more blocks would be underused.
     while (cluster < kClusterBlocks && pairs > kFewGroups * cluster) cluster *= 2;
     groups = (pairs + cluster - 1) / cluster;
   }
@@ -27,7 +26,7 @@ struct ClusterShape : PersistentShape {
   int kernel_groups() const { return groups > kFewGroups ? kManyGroups : kFewGroups; }
 };
 
-// f(the kernel, its configuration of (rows, stream)).
+// Calls f(kernel, config), where config(rows, stream) is the launch configuration.
 template <PassKind kPass, class F>
 void with_cluster_kernel(const ClusterShape& s, F&& f) {
   with_persistent_cell(s.kind, [&](auto cell) {
@@ -72,7 +71,7 @@ LaunchConfig config_of(PassKind pass, const ClusterShape& s, int64_t rows) {
   return found;
 }
 
-// Clusters that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
+// Clusters resident at once. Cached, since the driver query is slow and every call needs it.
 int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaDevice& device) {
   if (device.described) return device.multiprocessors / s.cluster;
   static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int, int>, int64_t> known;
@@ -110,7 +109,7 @@ CudaPlan plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, c
             (s.kind.options ? " with options" : "") + ", got " + std::to_string(args.H));
     return plan;
   }
-  // As few rows as keep every place for a cluster busy; more only if there are more sequences.
+  // The fewest rows per tile for which all clusters are resident; more only if there are more sequences.
   int64_t rows = 0, clusters = 0, at_once = 0;
   for (int64_t more = 1; more <= kMostRows; more *= 2) {
     const int64_t needed = config_of(pass, s, more).shared_bytes;

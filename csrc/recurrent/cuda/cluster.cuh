@@ -1,26 +1,27 @@
-// Layers walked by clusters of thread blocks (compute capability 9.0): one launch for all steps.
+// The cluster tier: clusters of thread blocks (compute capability 9.0) run all steps of a layer in one launch.
 //
-// A cluster owns up to 8 sequences of one direction, the rows of its tile; the fewer, the less its blocks have to tell
-// each other, so a batch is dealt out to as many clusters as the device holds at once. Its blocks share the hidden
-// units, 16 of them to a group of four warps, with all their gates and for all steps. The four warps of a group share
-// the sum over K.
+// A cluster processes a tile of up to 8 sequences of one direction. Fewer sequences per tile mean less communication
+// between its blocks, so a batch is divided among as many clusters as the device can hold. The blocks of a cluster
+// divide the hidden units: each group of four warps owns 16 units with all their gates for all steps, and its warps
+// split the sum over K.
 //
-// After a step a warp pushes what it made, h (backward: the gradients of its gates), to every block of the cluster by
-// distributed shared memory; each block counts the bytes that arrive in a barrier of its own and waits for nobody else.
-// Clusters never partial_sums, so a layer may have more of them than fit on the device at once.
+// After a step each warp pushes its results, h or in backward the gradients of its gates, to every block of the cluster
+// through distributed shared memory. Each block counts the arriving bytes in its own mbarrier and waits only for them.
+// Clusters are independent, so a layer may have more of them than the device can hold at once.
 //
-// A cell of two products in a row has two such rounds in a step: what the second product is with goes round first. In
-// what follows a step is a round.
+// A cell with two products in a row has two such rounds per step: the input of the second product is pushed first. In
+// the argument below a step is a round.
 //
-// Two slots for what is pushed suffice. Let step s read slot s % 2 and push into slot (s + 1) % 2. A warp pushes the
-// values of step s only when it has waited for all values of step s - 1. Before a warp of any block sends its values of
-// step s - 1, its group has met, and with that the last read of slot (s - 1) % 2 = (s + 1) % 2 by any of its warps is
-// over. So when the values of step s are pushed, every warp of the cluster is done with what they overwrite. With the
-// same argument the bytes of a slot's next use never reach its barrier before the phase of this use is over: the one
-// arrival that a phase waits for, beside bytes, is made by the block itself, after the phase before. And a group's
-// partial sums of the next step are written by warps that have waited for what their readers pushed after reading.
+// Two slots for the pushed values suffice. Step s reads slot s % 2 and pushes to slot (s + 1) % 2. A warp pushes the
+// values of step s after it has waited for all values of step s - 1. A warp of any block pushes its values of step s -
+// 1 after the barrier of its group, at which point all reads of slot (s - 1) % 2 = (s + 1) % 2 by its group are
+// complete. Hence, when values of step s are pushed, every warp of the cluster has finished reading the values they
+// overwrite. By the same argument the bytes of a slot's next use reach its mbarrier only after the phase of this use is
+// complete: besides the bytes, a phase waits for one arrival, which the block itself performs after the previous phase.
+// And the partial sums of the next step are written by warps that have waited for values pushed after the last read of
+// the partial sums of this step.
 //
-// A sequence that has ended keeps pushing values that nobody uses.
+// A sequence that has ended continues to push values, which are not used.
 #pragma once
 
 #include "recurrent/cuda/persistent.cuh"
@@ -28,14 +29,15 @@
 namespace seqkernels::cuda {
 
 constexpr int kClusterBlocks = 16;
-constexpr int kGroupWarps = 4;  // which share K
+constexpr int kGroupWarps = 4;  // warps that split K
 constexpr int kGroupThreads = kGroupWarps * kWarp;
-constexpr int kFewGroups = 2, kManyGroups = 3;  // of a block: kernels come for up to two groups and, plain, for three
+constexpr int kFewGroups = 2,
+              kManyGroups = 3;  // groups per block: kernels are compiled for up to two and, without options, for three
 static_assert(kGroupWarps == kPairWarps, "each lane of a group has a unit");
 
-// Blocks of K of `tiles` times 16 units that a lane keeps in registers: up to 128 registers of the 255 that a thread
-// has in blocks of two groups, 96 of 168 in blocks of three. TF32 computes with the library's functions, which want
-// more, and so do options.
+// Blocks of K of `tiles` times 16 units that a lane holds in registers: up to 128 of the 255 registers of a thread in
+// blocks of two groups, 96 of 168 in blocks of three. Fewer for TF32, whose math functions need more registers, and
+// for options.
 template <class S>
 SK_HOST_DEVICE constexpr int kept_blocks(int groups, int tiles, bool options) {
   const bool wide = sizeof(S) == 4;
@@ -43,15 +45,14 @@ SK_HOST_DEVICE constexpr int kept_blocks(int groups, int tiles, bool options) {
   return pieces / (2 * tiles);
 }
 
-// What a slot holds is cut along K in columns of 16 bytes a row, so that a group's share lies side by side: element
-// (row, k) in column k / kPiece. Distances between columns that let a warp read four columns without conflicts of
-// banks.
+// A slot is divided along K into columns of 16 bytes per row, so that the part of a group is contiguous: element (row,
+// k) is in column k / kPiece. The distance between columns lets a warp read four columns without bank conflicts.
 template <class S>
 SK_HOST_DEVICE int column_size(int rows) {
   return (rows * 16 + (rows >= 4 ? 32 : 0)) / static_cast<int>(sizeof(S));
 }
 
-// Blocks of K that a warp of a group has at most, and those of them that are not in registers.
+// Maximum number of blocks of K per warp of a group, and those of them that are not in registers.
 SK_HOST_DEVICE int64_t blocks_of_warp(int64_t blocks) { return (blocks + kGroupWarps - 1) / kGroupWarps; }
 SK_HOST_DEVICE int64_t rest_of_warp(int64_t blocks, int held) {
   const int64_t most = blocks_of_warp(blocks);
@@ -85,7 +86,7 @@ struct ClusterMemory {
         full(arena.template array<MBarrier>(2, 8)) {}
 };
 
-// What the kernels of a cell are made of. A cell of one product has all its gates in the first.
+// Gates of the two products, and sizes. A cell with one product has all its gates in the first.
 template <class Cell, int kGroups>
 struct ClusterForward {
   using S = typename Cell::Storage;
@@ -108,13 +109,13 @@ struct ClusterBackward {
   }
 };
 
-// Where a lane stands in a cluster.
+// Mapping of a lane to its cluster, group and units.
 struct ClusterLaneMap : LaneMap {
   int rank, blocks_of_cluster;
-  int group, part;  // of the block; of the group, whose pair of strips is the lane's
-  bool idle;        // there are fewer pairs than groups
+  int group, part;  // group in the block; warp in the group, which owns a pair of strips
+  bool idle;        // the group has no pair: there are fewer pairs than groups
   int sequence;
-  bool has_unit, alive;  // alive: it has a unit of a row of the tile, if not of a sequence
+  bool has_unit, alive;  // alive: the lane owns a unit of a row of the tile, which may have no sequence
 
   SK_DEVICE explicit ClusterLaneMap(const PersistentArgs& args) {
     rank = cluster_rank();
@@ -130,15 +131,15 @@ struct ClusterLaneMap : LaneMap {
   }
 };
 
-// The weights of the group, and where the lane reads its first block in a slot and from a block to the next. A
-// group without units takes no part.
+// The weights of the group, the lane's offset in a slot and the distance between blocks. A group without units has
+// none.
 template <class S, int kTiles, int kHeld>
 struct ClusterFactors : Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1> {
   using Base = Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1>;
   int mine, step;
 
-  // pieces: of a strip, of both products. Filled here and not by the constructor of Factors: the one with three groups
-  // and three gates would spill.
+  // pieces: pieces per strip of both products. Filled here, not by the constructor of Factors, which would spill with
+  // three groups and three gates.
   template <class PieceOf>
   SK_DEVICE ClusterFactors(const PersistentArgs& args, const ClusterLaneMap& lanes, int blocks, int pieces,
                            Shared<S> of_warps, PieceOf piece) {
@@ -187,8 +188,8 @@ struct ClusterFactors : Factors<S, kTiles, kHeld, kTiles == 1 ? 4 : 1> {
   }
 };
 
-// Pushes a warp's values, one of each lane and gate, to all blocks of the cluster: rows first, so that what goes to one
-// block lies side by side.
+// Pushes the values of a warp, one per lane and gate, to all blocks of the cluster: rows first, so that the values for
+// one block are contiguous.
 template <class S, int kGates>
 struct Pusher {
   static constexpr int kColumns = kUnits / kPiece<S>;  // of a strip
@@ -227,7 +228,7 @@ struct Pusher {
     if (silent) return;
     SK_UNROLL
     for (int gate = 0; gate < kCount; ++gate) in[gate * 4 * kUnits] = values[gate];
-    warp_sync();  // and a lane's push stands for what the whole warp has read
+    warp_sync();  // and the push of a lane follows the reads of the whole warp
     SK_UNROLL
     for (int gate = 0; gate < kCount; ++gate) {
       SK_UNROLL
@@ -242,7 +243,7 @@ struct Pusher {
   }
 };
 
-// One of a step's products: the group's share of the weights, and where the sums of its warps partial_sums.
+// One product of a step: the weights of the group, and the reduction over its warps.
 template <class S, int kTiles, int kHeld>
 struct ClusterProduct {
   ClusterFactors<S, kTiles, kHeld> factors;
@@ -264,12 +265,12 @@ struct ClusterProduct {
 template <class S, int kTiles, int kHeld>
 using ClusterProductIfAny = std::conditional_t<(kTiles > 0), ClusterProduct<S, kTiles, kHeld>, NoProduct>;
 
-// What goes round in a cluster: round r >= 1 fills slot r % 2.
+// Arrival of pushed values: round r >= 1 fills slot r % 2.
 struct Rounds {
   Shared<MBarrier> full;
   int bytes[2];  // of a slot
 
-  // All threads of the block come, and a barrier of the cluster follows.
+  // Called by all threads of the block; a barrier of the cluster must follow.
   SK_DEVICE Rounds(Shared<MBarrier> of, int bytes_even, int bytes_odd) : full(of), bytes{bytes_even, bytes_odd} {
     if (thread_index() != 0) return;
     for (int i = 0; i < 2; ++i) mbarrier_init(full, i, 1);
@@ -283,8 +284,7 @@ struct Rounds {
   }
 };
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 // Grid: a cluster for each tile of each direction. H is a multiple of 8.
 template <class Cell, int kGroups>
@@ -309,7 +309,8 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
     using Unit = ForwardUnit<Cell, Memory::kThreads>;
     const Unit unit(args, d, lanes.unit, memory.ring);
     const int64_t tile = block_index() / lanes.blocks_of_cluster % args.tiles;
-    // A group without units would hold nobody back, and could fall a whole use of a slot behind: it takes no steps.
+    // A group without units runs no steps: no other group waits for it, so it could fall behind by a whole use of a
+    // slot.
     const int64_t steps = lanes.idle ? 0 : steps_of_tile(args, unit.links, tile);
 
     const Rounds rounds(memory.full, bytes, bytes);
@@ -388,15 +389,14 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
       stage = stage == (kRing - 1) * Unit::kStage ? 0 : stage + Unit::kStage;
     }
     copy_async_wait<0>();
-    cluster_sync();  // nobody leaves while others push to it
+    cluster_sync();  // a block must not exit while others push to it
   }
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
-// The walk the other way: the gradients of the gates of all units are pushed, G times as many values as h, and a group
-// multiplies them with the columns of W_hh of its units.
+// Backward pushes the gradients of the gates of all units, G times as many values as h; a group multiplies them with
+// the columns of W_hh of its units.
 template <class Cell, int kGroups>
 SK_KERNEL(kGroups* kGroupThreads, 1)
 cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
@@ -416,7 +416,8 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
 
     const BackwardUnit<Cell> unit(args, lanes.direction, lanes.unit);
     const int64_t tile = block_index() / lanes.blocks_of_cluster % args.tiles;
-    // A group without units would hold nobody back, and could fall a whole use of a slot behind: it takes no steps.
+    // A group without units runs no steps: no other group waits for it, so it could fall behind by a whole use of a
+    // slot.
     const int64_t steps = lanes.idle ? 0 : steps_of_tile(args, unit.links, tile);
 
     const Rounds rounds(memory.full, kFirst * bytes, kSecond > 0 ? bytes : kFirst * bytes);
@@ -427,7 +428,7 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
         args, lanes, of_gate * kSecond, of_gate * kGates,
         memory.weights + kGroups * kGroupWarps * rest_of_warp(blocks, kHeld) * 2 * kBlockSize<S>, partial,
         [&](int, int block) { return blocks + block; });
-    // What no strip fills of the last blocks stays zero.
+    // The part of the last blocks that no strip fills stays zero.
     for (int i = thread_index(); i < 2 * blocks * 4 * lanes.rows; i += threads) {
       store_vec(memory.slots, i / lanes.rows * column + i % lanes.rows * kPiece<S>, Piece<S>{});
     }

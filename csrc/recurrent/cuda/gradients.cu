@@ -1,4 +1,4 @@
-// Backward after the time loop: the input gradient and everything of the weights, as products and sums over all rows.
+// Backward after the time loop: the input gradient and all weight gradients, as products and sums over all rows.
 #include <algorithm>
 #include <array>
 
@@ -7,7 +7,7 @@
 namespace seqkernels::cuda {
 namespace {
 
-constexpr int64_t kRowsOfChunk = 512;  // of a sum of columns
+constexpr int64_t kRowsOfChunk = 512;  // rows per partial column sum
 int64_t row_chunks(int64_t rows) { return std::max<int64_t>(1, std::min<int64_t>(ceil_div(rows, kRowsOfChunk), 256)); }
 
 void run_reduce(DType dtype, const void* from, int64_t count, int64_t rows, int64_t columns, void* to, void* stream) {
@@ -23,7 +23,7 @@ void run_reduce(DType dtype, const void* from, int64_t count, int64_t rows, int6
            [&](auto storage) { launch(reduce_kernel<decltype(storage)>, plain_config(args.size, stream), args); });
 }
 
-// C[M, N] = A B^T over a long K, narrowed.
+// C[M, N] = A B^T over a long K, converted to the storage type.
 void run_long_product(DType dtype, bool tf32, const Matrix& a, const Matrix& b, int64_t M, int64_t N, int64_t K,
                       void* c, void* partial, void* stream) {
   ProductArgs args{};
@@ -42,7 +42,7 @@ void run_long_product(DType dtype, bool tf32, const Matrix& a, const Matrix& b, 
   if (!args.narrow) run_reduce(dtype, partial, args.splits, M, N, c, stream);
 }
 
-// Sums of columns of [rows, columns], of the storage type or, wide, the compute type.
+// Column sums of [rows, columns] of the storage type or, with wide, the compute type.
 void run_columns(DType dtype, const void* from, bool wide, int64_t rows, int64_t columns, void* partial,
                  std::array<void*, 2> to, void* stream) {
   const int64_t chunks = row_chunks(rows);
@@ -71,7 +71,6 @@ void run_columns(DType dtype, const void* from, bool wide, int64_t rows, int64_t
 
 }  // namespace
 
-// Of backward, after the loop: dx and everything of the weights, products over all rows of the gradients of the gates.
 void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const LayerArgs& layer,
                    const GateGradients& of, void* stream) {
   const CellShape shape = shape_of(kind);

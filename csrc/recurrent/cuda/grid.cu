@@ -1,4 +1,4 @@
-// Launchers of the grid tier: when it takes a layer, and how the device is cut in teams.
+// Launchers of the grid tier: which layers it supports, and the division of the device into teams.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -11,15 +11,15 @@
 namespace seqkernels::cuda {
 namespace {
 
-// Tiles of a team, above which a launch a step reads the weights for more rows at once.
+// Tiles per team above which one launch per step is faster, since it reads the weights once for more rows.
 constexpr int64_t kMostTurns = 16;
 
-// A layer on a device, its teams' blocks having `pairs_of_block` pairs of strips.
+// A layer on a device, with `pairs_of_block` pairs of strips per block.
 struct GridShape : PersistentShape {
   int pairs_of_block;
   int64_t team;  // blocks
   int64_t teams = 0, rows = 1, turns = 0;
-  // Of each product: blocks of K that a warp multiplies with, and those of them that are in shared memory or streamed.
+  // For each product: blocks of K per warp, and those of them in shared memory and streamed.
   int64_t of_warp[2] = {}, in_shared[2] = {}, streamed[2] = {};
   int64_t shared_bytes = 0;
   PassKind pass;
@@ -29,7 +29,7 @@ struct GridShape : PersistentShape {
       : PersistentShape(of, args), pairs_of_block(pairs_of), team((pairs + pairs_of - 1) / pairs_of), pass(of_pass) {
     teams = device.multiprocessors / (directions * team);
     if (teams == 0) return;
-    // As few rows as give every team a tile; more only if there are more sequences.
+    // The fewest rows per tile for which every team has one tile; more only if there are more sequences.
     while (rows < kMostRows && tiles(rows) > teams) rows *= 2;
     teams = std::min(teams, tiles(rows));
     turns = (tiles(rows) + teams - 1) / teams;
@@ -62,11 +62,10 @@ struct GridShape : PersistentShape {
     });
   }
   int64_t all_streamed() const { return streamed[0] + streamed[1]; }
-  // The better, the less: weights stay on the multiprocessors, which then have few of them to multiply at a step, for
-  // few sequences that have much to tell each other.
+  // Lower is better: resident weights first, then less work per multiprocessor and step, then fewer turns.
   auto cost() const { return std::tuple{!fits, all_streamed() * turns, turns * pairs_of_block, turns}; }
 
-  // f(an element of the size that products are made of)
+  // Calls f with a value of the element type of the products.
   template <class F>
   void with_element(F&& f) const {
     if (element == 4) return f(float{});
@@ -87,7 +86,7 @@ struct GridShape : PersistentShape {
   int64_t flag_bytes() const { return directions * tiles(rows) * pairs * static_cast<int64_t>(sizeof(uint32_t)); }
 };
 
-// The way of a layer through a device; none where it has too many units.
+// The best division of a layer on a device; null if it has too many units.
 std::shared_ptr<const GridShape> best_shape(CellKind kind, PassKind pass, const RecurrentArgs& args,
                                             const CudaDevice& device) {
   std::shared_ptr<const GridShape> best;
@@ -98,7 +97,7 @@ std::shared_ptr<const GridShape> best_shape(CellKind kind, PassKind pass, const 
   return best;
 }
 
-// What blocks tell each other lies behind what other tiers have as well. Flags and slots are cleared together.
+// The exchange follows the workspace that other persistent tiers need too. Flags and slots are cleared together.
 struct GridSpace {
   char* cleared;
   int64_t bytes;
@@ -127,7 +126,7 @@ void with_grid_kernel(const GridShape& s, F&& f) {
   });
 }
 
-// Blocks that the device holds at once. The driver takes its time to say so, and a layer asks at every call.
+// Blocks resident at once. Cached, since the driver query is slow and every call needs it.
 int64_t resident(const GridShape& s, const CudaDevice& device) {
   if (device.described) return device.multiprocessors;
   static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int, int64_t, int, int>, int64_t> known;

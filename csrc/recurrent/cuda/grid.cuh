@@ -1,46 +1,44 @@
-// Layers walked by the whole device, for those whose weights are too many for a cluster (compute capability 8.0): one
-// cooperative launch for all steps, in which every block stays on its multiprocessor.
+// The grid tier: the whole device runs all steps of a layer in one cooperative launch, for layers whose weights exceed
+// a cluster (compute capability 8.0). Every block stays on its multiprocessor.
 //
-// Blocks form teams. A team has all the units of one direction, 16 or 32 to a block (one or two pairs of strips) with
-// all their gates and for all steps, and some of the tiles of up to 8 sequences; the fewer tiles the better, so the
-// device is cut in as many teams as it has room for. The 8 warps of a block share the sum over K. Weights stay in
-// registers, then in shared memory; what fits in neither is read from the second-level cache again at every step. A
-// team with several tiles takes them in turn at each step, so what one tile's blocks tell each other is under way while
-// the next tile's products are made.
+// Blocks form teams. A team processes some of the tiles, of up to 8 sequences each, of one direction; each of its
+// blocks owns 16 or 32 units (one or two pairs of strips) with all their gates for all steps. Fewer tiles per team are
+// better, so the device is divided into as many teams as fit. The 8 warps of a block split the sum over K. Weights are
+// held in registers, then in shared memory; the rest is read from the L2 cache at every step. A team with several tiles
+// alternates between them at each step, so that the communication of one tile overlaps the products of the next.
 //
-// What blocks tell each other, h (backward: the gradients of the gates), goes through slots in global memory, in
-// fragment order, and each warp reads its share of K from there, past the first-level cache. Every pair counts in a
-// flag of its own, once for each of its four warps, what it has published for a tile, and a warp waits for the pairs
-// that its share of K comes from and for nobody else. There is no barrier of the grid.
+// Blocks exchange h, or in backward the gradients of the gates, through slots in global memory in fragment order. Each
+// warp reads its part of K from there, bypassing the L1 cache. Every pair has a flag that its four warps increment when
+// they have published their values of a tile; a warp waits for the pairs that publish its part of K. There is no grid
+// barrier.
 //
-// A cell of two products in a row has two such rounds in a step: what the second product is with is published first. In
-// what follows a step is a round.
+// A cell with two products in a row has two such rounds per step: the input of the second product is published first.
+// In the argument below a step is a round.
 //
-// Two slots suffice. Let step s of a tile read slot s % 2, whose values were published at step s - 1 (or before the
-// first step), and publish into slot (s + 1) % 2. A block publishes step s after its barrier of step s. All its warps
-// have come to that barrier, each when it had waited for its share of what was published at step s - 1, and together
-// their shares are of all pairs. Each of these pairs published step s - 1 after its own block's barrier of step s - 1,
-// to which all warps of that block had come with their products made, which were the last reads of slot (s - 1) % 2 =
-// (s + 1) % 2. So when the values of step s are written, every warp of the team is done with what they overwrite. In
-// the same way no warp of a pair is counted for step s while another one of that pair is not counted for step s - 1:
-// the barrier of step s is between the two. So a flag that says 4 n says that all four have published n times.
+// Two slots suffice. Step s of a tile reads slot s % 2, whose values were published at step s - 1 (or before the first
+// step), and publishes to slot (s + 1) % 2. A block publishes step s after its block barrier of step s. Each of its
+// warps reaches that barrier after it has waited for its part of the values of step s - 1, and the parts together cover
+// all pairs. Each of these pairs published step s - 1 after its own block's barrier of step s - 1, which all warps of
+// that block reach after their products, the last reads of slot (s - 1) % 2 = (s + 1) % 2. Hence, when values of step s
+// are written, every warp of the team has finished reading the values they overwrite. In the same way, no warp of a
+// pair is counted for step s while another warp of the pair is not counted for step s - 1, since the barrier of step s
+// separates them. So a flag of 4 n means that all four warps have published n times.
 //
-// Partial sums have two places as well, used in turn: a warp writes a place again two products later, and the barrier
-// of the product between has seen all who read it.
+// Partial sums alternate between two buffers: a warp writes a buffer again two products later, after the barrier of the
+// product in between, which all readers of the buffer have reached.
 #pragma once
 
 #include "recurrent/cuda/persistent.cuh"
 
 namespace seqkernels::cuda {
 
-constexpr int kGridWarps = 8;  // of a block, which share K
+constexpr int kGridWarps = 8;  // warps of a block, which split K
 constexpr int kGridThreads = kGridWarps * kWarp;
-constexpr int kMostPairs = 2;  // of a block
+constexpr int kMostPairs = 2;  // pairs per block
 static_assert(kMostPairs * kPairWarps <= kGridWarps, "each pair has warps for its units");
 
-// Blocks of K that a lane keeps in registers of each product: up to 128 registers of the 255 that a thread has; 96
-// where a second pair has sums too, and of TF32, which computes with the library's functions; fewer where options or a
-// second product take their share.
+// Blocks of K of each product that a lane holds in registers: up to 128 of the 255 registers of a thread; 96 with a
+// second pair and for TF32, whose math functions need registers; fewer with options or a second product.
 template <class S>
 SK_HOST_DEVICE constexpr int grid_pieces(int pairs) {
   return sizeof(S) == 4 || pairs > 1 ? 24 : 32;
@@ -54,21 +52,21 @@ template <class S>
 SK_HOST_DEVICE constexpr int grid_backward_blocks(int pairs, bool two_products) {
   return (grid_pieces<S>(pairs) - (two_products ? 8 : 0)) / (2 * pairs) / (two_products ? 2 : 1);
 }
-// Whether weights that do not fit are streamed: not by kernels of half types and one pair, which no multiprocessor with
-// 160 KiB of shared memory would ask to, and which need the registers.
+// Whether weights that are not resident are streamed. Kernels of half types with one pair do not: 160 KiB of shared
+// memory hold all their weights, and they need the registers.
 template <class S>
 SK_HOST_DEVICE constexpr bool grid_streams(int pairs) {
   return sizeof(S) == 4 || pairs > 1;
 }
-// How many blocks ahead a lane asks for its pieces of a slot, which come from the second-level cache.
+// Prefetch distance, in blocks, of a lane's pieces of a slot, which come from the L2 cache.
 SK_HOST_DEVICE constexpr int grid_ahead(int tiles) { return tiles > 4 ? 2 : tiles > 2 ? 4 : 6; }
 
 struct GridLayout {
-  void* slots;       // [2, directions, tiles, blocks of K, 32] pieces, zeros where there is no unit
+  void* slots;       // [2, directions, tiles, blocks of K, 32] pieces, zeros beyond the last unit
   uint32_t* flags;   // [directions, tiles, pairs], zeros
-  int teams;         // of a direction
-  int blocks;        // of a team
-  int in_shared[2];  // blocks of K that a warp has in shared memory, of each product
+  int teams;         // teams per direction
+  int blocks;        // blocks per team
+  int in_shared[2];  // blocks of K per warp in shared memory, for each product
 };
 struct GridForwardArgs : PersistentForwardArgs {
   GridLayout place;
@@ -77,10 +75,9 @@ struct GridBackwardArgs : PersistentBackwardArgs {
   GridLayout place;
 };
 
-// Shared memory of a block that multiplies at most `tiles` times 16 units at once and has `turns` tiles of sequences;
-// `rest`: blocks of a warp's pairs of strips that are not in registers, of both products. Of each thread with a unit:
-// pre-activations of `gates`, biases of `biases` of them, two numbers and `links` rows for each turn; and what would
-// take registers from the weights all the while.
+// Shared memory of a block. tiles: 16-unit tiles multiplied at once; turns: tiles of sequences; rest: blocks of K of a
+// warp that are not in registers, for both products. Per thread with a unit: pre-activations of `gates` gates, `biases`
+// biases, `states_` states and `links` rows per turn, and values that would otherwise occupy registers.
 template <class S, class Arena>
 struct GridMemory {
   Shared<S> weights;      // [kGridWarps, rest, 2, 32] pieces, those of the first product first
@@ -89,7 +86,7 @@ struct GridMemory {
   Shared<float> partial;  // [2, kGridWarps, tiles, kSums]
   Shared<float> states;   // [states, turns, threads]
   Shared<int64_t> rows;   // [links, turns, threads]
-  Shared<int> units;      // [2, threads]: the unit, and its place in a slot
+  Shared<int> units;      // [2, threads]: the unit, and its offset in a slot
   Shared<int> steps;      // [turns]
   SK_HOST_DEVICE GridMemory(Arena& arena, int pairs, int64_t rest, int64_t tiles, int64_t turns, int64_t gates,
                             int64_t biases, int64_t links, int64_t states_)
@@ -103,11 +100,11 @@ struct GridMemory {
         steps(arena.template array<int>(turns)) {}
 };
 
-// Where a lane stands in the grid: [directions, teams, blocks of a team].
+// Mapping of a lane to the grid: [directions, teams, blocks per team].
 struct GridLaneMap : LaneMap {
-  int team, first_pair, pairs;  // of the block; of the layer
-  bool has_unit, alive;         // alive: it has a unit of a row of each tile, if not of a sequence
-  int turns;                    // tiles of the team
+  int team, first_pair, pairs;  // first pair of the block; pairs of the layer
+  bool has_unit, alive;         // alive: the lane owns a unit of a row of each tile, which may have no sequence
+  int turns;                    // tiles per team
 
   SK_DEVICE GridLaneMap(const PersistentArgs& args, const GridLayout& place, int pairs_of_block) {
     const int64_t of_teams = block_index() / place.blocks;
@@ -123,18 +120,18 @@ struct GridLaneMap : LaneMap {
   SK_DEVICE int tile(const GridLayout& place, int turn) const { return team + turn * place.teams; }
 };
 
-// What a team's blocks tell each other: kGates values of each unit, those of a block of units side by side.
+// Exchange between the blocks of a team: kGates values per unit; those of a block of units are contiguous.
 template <class S, int kGates>
 struct Exchange {
-  static constexpr int kPairsOfBlock = kBlockK<S> / kPairUnits;  // whose units are a block of K
+  static constexpr int kPairsOfBlock = kBlockK<S> / kPairUnits;  // pairs whose units form a block of K
   static_assert(kPairsOfBlock * kPairUnits == kBlockK<S>, "whole pairs");
   const GridLayout& place;
-  int64_t slot_size, of_direction;  // elements of a slot, and before those of the direction
+  int64_t slot_size, of_direction;  // elements per slot, and offset of the direction
   int tile_size, first_flag, pairs;
-  int theirs;      // in a tile: the lane's piece of its warp's first block
-  int first, end;  // pairs that publish the warp's share
+  int theirs;      // offset in a tile of the lane's piece of its warp's first block
+  int first, end;  // pairs that publish the warp's part of K
 
-  // blocks: of K of a slot. The warp's share: blocks [first_block, first_block + count).
+  // blocks: blocks of K per slot. The warp reads blocks [first_block, first_block + count).
   SK_DEVICE Exchange(const PersistentArgs& args, const GridLayout& of, const GridLaneMap& lanes, int blocks,
                      int first_block, int count)
       : place(of),
@@ -149,12 +146,12 @@ struct Exchange {
     if (end > pairs) end = pairs;
     if (count == 0) end = first;
   }
-  // Where the lane's unit is in a tile.
+  // Offset of the lane's unit in a tile.
   SK_DEVICE static int place_of(const GridLaneMap& lanes) {
     return lanes.unit / kBlockK<S> *
            (kGates * kBlockSize<S>)+static_cast<int>(place_in_strip<S>(lanes.row, lanes.unit % kBlockK<S>));
   }
-  // mine: of the lane's unit; nowhere: it has none that anyone reads. All of a warp of `pair` come.
+  // mine: offset of the lane's unit; kNowhere: the lane has no unit. Called by all lanes of a warp of `pair`.
   SK_DEVICE void publish(int tile, int slot, int pair, int mine, const S (&values)[kGates]) const {
     if (mine >= 0) {
       const Global<S> to = slots(tile, slot) + mine;
@@ -164,7 +161,7 @@ struct Exchange {
     warp_sync();
     if (lane_index() == 0 && pair < pairs) add_release(flags(), first_flag + tile * pairs + pair, uint32_t{1});
   }
-  // Until all of the warp's share was published so many times.
+  // Waits until the warp's part of K has been published `times` times.
   SK_DEVICE void wait_published(int tile, uint32_t times) const {
     for (int pair = first + lane_index(); pair < end; pair += kWarp) {
       wait_acquire(flags(), first_flag + tile * pairs + pair, times * kPairWarps);
@@ -182,19 +179,19 @@ struct Exchange {
 };
 constexpr int kNowhere = -1;
 
-// The weights of a block's warp, and how it multiplies them with its share of a slot. Blocks of K go by units first and
-// gates second, so that a share has few publishers. kSummed: gates of the 16 rows of weights, each with a sum of its
-// own; kOfK: gates along K.
+// The weights of a warp and their product with its part of a slot. Blocks of K are ordered by units, then gates, so
+// that a part has few publishers. kSummed: gates along the rows of the weights, each with its own sum; kOfK: gates
+// along K.
 template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
 struct GridFactors {
   static constexpr int kTiles = kPairs * kSummed;
   static constexpr int kAhead = grid_ahead(kTiles);
-  Global<const S> weights;  // of the direction, the lane's first piece
+  Global<const S> weights;  // of the direction, offset to the lane's first piece
   int first_strip, last_strip, of_gate, of_strip;
-  // One chain or two of every sum, the halves of each block: in the same order however the device is cut.
+  // One or two chains per sum: the halves of each block. The order of a sum is independent of the division into teams.
   Factors<S, kTiles, kHeld, kSummed == 1 ? 2 : 1> factors;
 
-  // of_gate: blocks of a gate. The product is with gates from first_gate on, of `gates` that a strip has.
+  // of_gate: blocks per gate. The product covers gates from first_gate of the `gates` gates of a strip.
   SK_DEVICE GridFactors(const PersistentArgs& args, const GridLaneMap& lanes, int of_gate_, int first_gate, int gates,
                         int in_shared, Shared<S> of_block)
       : weights(
@@ -218,7 +215,7 @@ struct GridFactors {
   }
 
  private:
-  // In place of a strip that is not there the last one is read, for units that nobody has.
+  // A strip beyond the last reads the last one; its results are not used.
   SK_DEVICE int piece(int block, int tile, int half) const {
     int strip = first_strip + 2 * (tile / kSummed) + half;
     strip = strip < last_strip ? strip : last_strip;
@@ -227,8 +224,7 @@ struct GridFactors {
   }
 };
 
-// One of a step's products: the block's share of the weights, what the team tells each other for it, and where the sums
-// of the block's warps partial_sums.
+// One product of a step: the weights of the block, the exchange of its operand, and the reduction over its warps.
 template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
 struct GridProduct {
   static constexpr int kTiles = kPairs * kSummed;
@@ -236,14 +232,14 @@ struct GridProduct {
   Exchange<S, kOfK> exchange;
   PartialSums<kGridWarps, kTiles, kSummed> partial_sums;
 
-  // slot_blocks: of K of a slot, whichever product needs more.
+  // slot_blocks: blocks of K per slot, the larger of both products.
   SK_DEVICE GridProduct(const PersistentArgs& args, const GridLayout& place, const GridLaneMap& lanes, int of_gate,
                         int first_gate, int gates, int slot_blocks, int in_shared, Shared<S> weights,
                         Shared<float> partial)
       : multiply(args, lanes, of_gate, first_gate, gates, in_shared, weights),
         exchange(args, place, lanes, slot_blocks, multiply.factors.first, multiply.factors.count),
         partial_sums(lanes, warp_index(), warp_index() / kPairWarps * kSummed, partial) {}
-  // All of the block come. partial: which of the two places of the sums.
+  // Called by all threads of the block. partial: offset of the buffer of partial sums in use.
   SK_DEVICE void operator()(const GridLaneMap& lanes, int tile, int slot, int partial,
                             float (&product)[kSummed]) const {
     float sum[kTiles][4];
@@ -268,8 +264,7 @@ struct ProductIfAny<S, kPairs, kSummed, 0, kHeld> {
 template <class S, int kPairs, int kSummed, int kOfK, int kHeld>
 using GridProductIfAny = typename ProductIfAny<S, kPairs, kSummed, kOfK, kHeld>::Type;
 
-// What the kernels of a cell are made of: gates, and blocks of K in registers. A cell of one product has all its gates
-// in the first.
+// Gates of the two products, and blocks of K in registers. A cell with one product has all its gates in the first.
 template <class Cell, int kPairs>
 struct GridForward {
   static constexpr int kFirst = Cell::kFirst, kSecond = Cell::kGates - kFirst;
@@ -281,10 +276,9 @@ struct GridBackward {
   static constexpr int kHeld = grid_backward_blocks<typename Cell::Storage>(kPairs, kSecond > 0);
 };
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
-// Grid: blocks of a team x teams x directions, in one dimension.
+// Grid, one-dimensional: directions x teams x blocks per team.
 template <class Cell, int kPairs>
 SK_KERNEL(kGridThreads, 1)
 grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
@@ -311,14 +305,14 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
   const GridProductIfAny<S, kPairs, kSecond, 1, kHeld> multiply_q(
       args, place, lanes, blocks, kFirst, kGates, blocks, place.in_shared[1],
       memory.weights + kGridWarps * rest * 2 * kBlockSize<S>, memory.partial);
-  // Of each turn: h and the cells, the row of its next step and of those after it.
+  // For each turn: h and the cells, the row of its next step and of those after it.
   const Shared<float> h_of = memory.states + thread, c_of = h_of + stride;
   const Shared<int64_t> at_of = memory.rows + thread;
   const Shared<int> unit_of = memory.units + thread;
   const auto sequence_of = [&](int turn) {
     return static_cast<int64_t>(lanes.tile(place, turn)) * lanes.rows + lanes.row;
   };
-  // Pre-activations are asked for two turns ahead: of the same tile, where there are so few.
+  // Pre-activations are prefetched two turns ahead; with fewer turns, steps of the same tile.
   const int depth = turns == 1 ? 2 * stride : turns == 2 ? stride : 0;
   const Unit at_start(args, lanes.direction, lanes.unit, memory.ring);
   if (thread < turns)
@@ -382,7 +376,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
       if (s < steps) {
         float product[kFirst] = {}, saved[Cell::kSaved] = {}, carried = 0.0f, of_q[1] = {};
         multiply.exchange.wait_published(tile, round + 1);
-        if (works) at_of[kRing * stride + turn * kThreads] = ahead;  // there it waits for the product
+        if (works) at_of[kRing * stride + turn * kThreads] = ahead;  // kept in shared memory during the product
         multiply(lanes, tile, slot, partial, product);
         partial = kPlace - partial;
         if (works) copy_async_wait<kRing - 1>();  // of this turn
@@ -442,11 +436,10 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
   copy_async_wait<0>();
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
-// The walk the other way: the gradients of the gates of all units are published, G times as many values as h, and a
-// block multiplies them with the columns of W_hh of its units.
+// Backward publishes the gradients of the gates of all units, G times as many values as h; a block multiplies them with
+// the columns of W_hh of its units.
 template <class Cell, int kPairs>
 SK_KERNEL(kGridThreads, 1)
 grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
@@ -479,7 +472,7 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
   const auto sequence_of = [&](int turn) {
     return static_cast<int64_t>(lanes.tile(place, turn)) * lanes.rows + lanes.row;
   };
-  // Of each turn, where its sequence is; cut goes with the row.
+  // For each turn, the position of its sequence; the reset flag is stored with the row.
   const Shared<float> floats = memory.states + thread;
   const Shared<int64_t> rows = memory.rows + thread;
   const auto put = [&](int turn, const typename Unit::State& of) {
@@ -525,7 +518,7 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = lanes.tile(place, turn), steps = memory.steps[turn];
       if (s > steps) continue;
-      typename Unit::State walk;  // taken twice, so that it waits for the product in shared memory
+      typename Unit::State walk;  // loaded twice, so that it stays in shared memory during the product
       typename Unit::Read read;
       if (works) {
         take(turn, walk);
@@ -534,7 +527,7 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
       }
       float product[1] = {};
       if (s > 0) multiply.exchange.wait_published(tile, round);
-      if (works) rows[2 * stride + turn * kThreads] = read.ahead;  // there it waits for the product
+      if (works) rows[2 * stride + turn * kThreads] = read.ahead;  // kept in shared memory during the product
       if (s > 0) {
         multiply(lanes, tile, slot, partial, product);
         partial = kPlace - partial;

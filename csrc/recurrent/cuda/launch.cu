@@ -1,4 +1,4 @@
-// What an op calls: which tier runs a pass, and its launch.
+// Entry points of the ops: which tier runs a pass, and its launch.
 #include <atomic>
 #include <cstdlib>
 #include <sstream>

@@ -1,8 +1,8 @@
-// Recurrent layers on a GPU: what an op calls. Free of torch and CUDA types.
+// Recurrent layers on a GPU: entry points of the ops. Free of torch and CUDA types.
 //
-// The argument structs are those of recurrent.h with pointers to the device, but for the walk: of it only T, B, N and,
-// for packed rows, batch_sizes are read, which stay on the host. N counts the rows of y, T * B where they are padded;
-// saved_rows is N. options.reset has the order of the rows of y.
+// The argument structs are those of recurrent.h with device pointers. Of Walk, only T, B, N and, for packed rows,
+// batch_sizes on the host are read. N is the number of rows of y, T * B for a padded batch; saved_rows is N.
+// options.reset is in the order of the rows of y.
 #pragma once
 
 #include <cstdint>
@@ -15,36 +15,36 @@
 namespace seqkernels {
 
 struct CudaLayout {
-  const int64_t* lengths;  // [B] on the device: real steps of a padded batch, in any order, zeros too; or null
+  const int64_t* lengths;  // [B] on the device, or null: valid steps of each sequence of a padded batch, in any order
   bool packed;
-  int64_t x_step, x_across;  // row (t, b) of x begins at t * x_step + b * x_across; packed row n at n * x_step
-  bool tf32;                 // products of float32 may be made of TF32
+  int64_t x_step, x_across;  // row (t, b) of x starts at t * x_step + b * x_across; packed row n at n * x_step
+  bool tf32;                 // float32 products may use TF32
 };
 
 struct CudaDevice {
   int major, minor;  // compute capability
   int multiprocessors;
-  int64_t shared_bytes;  // that a block may have
-  // As a user describes it: how many blocks run at once is then reckoned, one to a multiprocessor, and not asked.
+  int64_t shared_bytes;  // per block
+  // Described by the user: the number of resident blocks is then estimated, one per multiprocessor.
   bool described = false;
 };
 CudaDevice current_cuda_device();
 
 enum class CudaTier {
   kNone,
-  kCell,     // of one step: the products, and the cell on them
-  kCluster,  // a cluster of blocks walks all steps of some sequences, the weights in its shared memory
-  kGrid,     // teams of blocks, one on each multiprocessor, do so; they tell each other their states in global memory
-  kSteps,    // one launch a step (two of a cell with two products)
+  kCell,     // a single step: the products, then the cell
+  kCluster,  // each cluster of blocks runs all steps of some sequences, with the weights in shared memory
+  kGrid,     // teams of blocks, one block per multiprocessor, exchange states through global memory
+  kSteps,    // one launch per step, two for cells with two products
 };
 const char* cuda_tier_name(CudaTier tier);
 
-// Which tiers may walk a layer: all, unless the environment variable SEQKERNELS_CUDA_TIERS, a list of names with commas
-// between them, or the user says otherwise. Setting returns what it was.
+// The enabled tiers: all, or those of the environment variable SEQKERNELS_CUDA_TIERS, a comma-separated list, or of
+// set_cuda_tiers, which returns the previous ones.
 bool allows_tier(CudaTier tier);
 std::vector<std::string> set_cuda_tiers(const std::vector<std::string>& names);
 
-// Whether products of float32 may be made of TF32, as the user last said; no unless told. Returns what it was.
+// Whether float32 products may use TF32; off by default. set_allows_tf32 returns the previous value.
 bool allows_tf32();
 bool set_allows_tf32(bool allow);
 

@@ -1,4 +1,4 @@
-// What the tiers of a layer run around their time loop: links, packed weights, input products, outputs of padding.
+// Kernels that every tier runs around its time loop: links, packed weights, input products, padding.
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -69,7 +69,7 @@ empty_kernel(const SK_GRID_CONSTANT EmptyArgs args) {
   }
 }
 
-// Zeros in the rows that no sequence has.
+// Zeroes the rows that belong to no sequence.
 struct ClearArgs {
   const Link* links;
   int64_t rows, B;
@@ -98,7 +98,7 @@ clear_kernel(const SK_GRID_CONSTANT ClearArgs args) {
   }
 }
 
-// The h that each row's products saw: the states before, under their mask. Grid: rows and their units x directions.
+// The h that the products of each row read: the h before, masked. Grid: rows and their units x directions.
 struct RecurrentInputArgs {
   LayerArgs layer;
   void* to;  // [directions, rows, H]
@@ -137,8 +137,8 @@ void run_recurrent_input(const LayerArgs& layer, DType dtype, void* to, void* st
   dispatch(dtype, [&](auto storage) { launch(recurrent_input_kernel<decltype(storage)>, config, fed); });
 }
 
-// The h that the products with W_hh of `rows` rows from `first` on saw: the states before them, under their mask. fed:
-// of all rows, where there is a mask. Without links and h0 there are none, and no product is needed.
+// The left operand of the recurrent product of `rows` rows from `first`: the h before them, masked if fed holds masked
+// h of all rows. Without links and h0 it is zero, and no product is needed.
 Matrix recurrent_matrix(const RecurrentArgs& args, const LayerArgs& layer, const void* fed, int direction,
                         int64_t first, int64_t rows, bool k_in_line) {
   const int64_t H = layer.H, bytes = element_size(args.dtype);
@@ -280,8 +280,8 @@ void run_empty(const LayerArgs& layer, const ForwardArgs& args, void* stream) {
   dispatch(args.dtype, [&](auto storage) { launch(empty_kernel<decltype(storage)>, config, of); });
 }
 
-// x W_ih^T of `rows` rows from `first` on, of one direction, with its bias and, where the cell sees both products as
-// one, the other one's.
+// x W_ih^T of `rows` rows from `first`, of one direction, plus b_ih and, unless the products have separate gradients,
+// b_hh.
 void run_from_x(const RecurrentArgs& args, const CudaLayout& layout, int64_t gates, bool separate, int direction,
                 int64_t first, int64_t rows, void* to, void* stream) {
   if (rows == 0) return;

@@ -1,4 +1,4 @@
-// What the tiers of recurrent layers on a GPU share on the host. Included by their .cu files only.
+// Host code shared by the tiers of recurrent layers on a GPU.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace seqkernels::cuda {
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Hands out a workspace, or, without one, says how large it must be.
+// Allocates from a workspace; with a null workspace, computes its size.
 class WorkspaceArena {
  public:
   explicit WorkspaceArena(void* start) : start_(static_cast<char*>(start)) {}
@@ -34,7 +34,7 @@ struct ClearTarget {
   int64_t row, direction, width;  // elements
 };
 
-// What the loop of backward leaves for the products behind it.
+// Results of the backward time loop, for the products after it.
 struct GateGradients {
   const void *dgates_x, *dgates_h, *q;
   void* fed;
@@ -67,7 +67,7 @@ inline LaunchConfig plain_config(int64_t items, void* stream, int64_t per_block 
   return config;
 }
 void run_product(DType dtype, bool tf32, ProductArgs args, void* stream);
-// In how many parts a long K is cut, and the elements of their sums.
+// Number of splits of a long K, and the elements of the partial results.
 int64_t product_splits(int64_t M, int64_t N, int64_t K);
 int64_t partial_of_product(int64_t M, int64_t N, int64_t K);
 Matrix input_matrix(const RecurrentArgs& args, const CudaLayout& layout, bool k_in_line);
@@ -77,15 +77,15 @@ void run_gradients(CellKind kind, const BackwardArgs& args, const CudaLayout& la
                    const GateGradients& of, void* stream);
 int64_t partial_bytes(const RecurrentArgs& args, int64_t gates, bool stages, int64_t first_gates);
 
-// What forward would have saved, made from the states that it left: every row starts from states that are known, so the
-// recurrent product is one for all of them.
+// Buffers to recompute what forward would have saved. The states before every row are known, so all rows share one
+// recurrent product.
 struct RecomputedSaved {
-  void *saved, *from_x, *from_h;  // nulls where forward saved it; of `rows` rows at a time
+  void *saved, *from_x, *from_h;  // null if forward saved it; `rows` rows at a time
   int64_t rows;
   void carve(WorkspaceArena& space, int64_t gates, const RecurrentArgs& args, bool wanted);
 };
-// Leaves it to layer.saved. fed: [directions, rows, H] where h is masked; q: likewise, [directions, at.rows, H], of
-// cells with two products.
+// Sets layer.saved. fed: [directions, rows, H] buffer for masked h; q: [directions, at.rows, H] buffer of cells with
+// two products.
 void recompute_saved(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, const RecomputedSaved& at,
                      LayerArgs& layer, void* fed, void* q, void* stream);
 
@@ -97,7 +97,7 @@ inline void set_launch(CudaPlan& plan, const LaunchConfig& config) {
   plan.shared_bytes = config.shared_bytes;
 }
 
-// The cluster tier, in cluster.cu. Appends to reasons where it does not take the layer.
+// The cluster tier (cluster.cu). Appends to reasons if it does not support the layer.
 CudaPlan plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
                       const CudaDevice& device);
 void forward_by_clusters(const ForwardArgs& args, const CudaLayout& layout, const CudaPlan& plan, void* workspace,
@@ -105,7 +105,7 @@ void forward_by_clusters(const ForwardArgs& args, const CudaLayout& layout, cons
 void backward_by_clusters(const BackwardArgs& args, const CudaLayout& layout, const CudaPlan& plan, void* workspace,
                           void* stream);
 
-// The grid tier, in grid.cu, likewise.
+// The grid tier (grid.cu).
 CudaPlan plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout, bool recompute,
                    const CudaDevice& device);
 void forward_by_grid(const ForwardArgs& args, const CudaLayout& layout, const CudaPlan& plan, void* workspace,

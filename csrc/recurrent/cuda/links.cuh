@@ -1,4 +1,5 @@
-// Kernels that make the links of walk.cuh. Included by one .cu file only: each would have kernels of its own.
+// Kernels that compute the links of walk.cuh. Included by one .cu file: kernels that are not templates have one
+// definition.
 #pragma once
 
 #include "recurrent/cuda/walk.cuh"
@@ -9,7 +10,7 @@ constexpr int kWalkThreads = 128;
 
 struct PaddedLinksArgs {
   Link* links;             // [directions, T * B + B]
-  const int64_t* lengths;  // [B] or null: all T. Outside [0, T] they count as the nearest within
+  const int64_t* lengths;  // [B] or null: all T. Clamped to [0, T]
   const uint8_t* reset;    // [T * B] or null
   int64_t T, B;
 };
@@ -38,7 +39,7 @@ static SK_KERNEL(kWalkThreads) padded_links_kernel(const SK_GRID_CONSTANT Padded
       if (direction == 0) {
         link.prev = (t > 0 ? row - B : rows + b) | (resets(row) ? kResetFlag : 0);
         if (t + 1 < length) link.next = (row + B) | (resets(row + B) ? kResetFlag : 0);
-      } else {  // walking back, a segment ends where the next one starts
+      } else {  // in reverse, a segment ends where the next one starts
         link.prev = t + 1 == length ? rows + b : (row + B) | (resets(row + B) ? kResetFlag : 0);
         if (t > 0) link.next = (row - B) | (resets(row) ? kResetFlag : 0);
       }
@@ -47,16 +48,16 @@ static SK_KERNEL(kWalkThreads) padded_links_kernel(const SK_GRID_CONSTANT Padded
   }
 }
 
-// Packed rows, some steps at a time: batch_sizes are on the host, and come as an argument of the kernel, which a graph
-// keeps, and not by a copy that someone would have to wait for.
+// Links of packed rows, for several steps per launch. batch_sizes are on the host and are passed as kernel arguments,
+// which a CUDA graph records and which need no synchronisation.
 constexpr int kWalkSteps = 448;
 struct PackedLinksArgs {
   Link* links;           // [directions, N + B]
   const uint8_t* reset;  // [N] or null
   int64_t T, B, N;
-  int64_t first;  // step; `count` of them
+  int64_t first;  // first of `count` steps
   int count;
-  int64_t offsets[kWalkSteps + 3];  // of steps first - 1 to first + count + 1, as far as they exist
+  int64_t offsets[kWalkSteps + 3];  // row offsets of steps first - 1 to first + count + 1, as far as they exist
 };
 
 static SK_KERNEL(kWalkThreads) packed_links_kernel(const SK_GRID_CONSTANT PackedLinksArgs args) {

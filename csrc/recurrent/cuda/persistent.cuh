@@ -1,24 +1,24 @@
-// What kernels have in common that walk all steps of a layer in one launch: the weights a warp multiplies with, where
-// partial sums partial_sums, and what a lane does with its unit at every step.
+// Shared by the persistent kernels, which run all steps of a layer in one launch: the weights of a warp, the reduction
+// of partial sums, and the work of a lane on its unit at every step.
 //
-// The matrix instructions take the weights of 16 hidden units, a pair of strips, as their 16 rows and up to 8
-// sequences, a tile, as their 8 columns. Several warps share the sum over K: weights stay where a warp multiplies with
-// them, the first kHeld blocks of K in registers and others in shared memory. The partial sums partial_sums in shared
-// memory, in the order of the warps, and each lane then has one unit of one row.
+// The 16 rows of a matrix instruction are the weights of 16 hidden units, a pair of strips; its 8 columns are up to 8
+// sequences, a tile. Several warps split the sum over K. The weights of a warp are resident: the first kHeld blocks of
+// K in registers, the others in shared memory. Partial sums are added in shared memory in the order of the warps; each
+// lane then owns one unit of one row.
 //
-// Sequences go at their own pace along the links between rows: each is at its own step, one that has ended keeps its
-// last values, and a tile ends with its longest sequence.
+// Each sequence follows its own links between rows. A sequence that has ended keeps its last values; a tile ends with
+// its longest sequence.
 #pragma once
 
 #include "recurrent/cuda/steps.cuh"
 
 namespace seqkernels::cuda {
 
-constexpr int kMostRows = 8;                   // of a tile
-constexpr int kPairUnits = 16;                 // of two strips
+constexpr int kMostRows = 8;                   // rows per tile
+constexpr int kPairUnits = 16;                 // two strips
 constexpr int kSums = kPairUnits * kMostRows;  // of a warp, a pair and a tile: [2 strips, 8 rows, 8 units]
-constexpr int kPairWarps = kSums / kWarp;      // that have a unit of a row in each lane
-constexpr int kRing = 3;                       // steps of pre-activations under way
+constexpr int kPairWarps = kSums / kWarp;      // warps whose lanes each own a unit of a row
+constexpr int kRing = 3;                       // steps of pre-activations in flight
 
 struct PersistentArgs {
   LayerArgs layer;
@@ -41,7 +41,7 @@ struct PersistentBackwardArgs : PersistentArgs {
   void *dh0, *dc0[kMaxCells];          // [directions, B, H] or null
 };
 
-// The longest of a tile's sequences.
+// Steps of the longest sequence of a tile.
 SK_DEVICE int64_t steps_of_tile(const PersistentArgs& args, Global<const Link> links, int64_t tile) {
   int64_t most = 0;
   for (int64_t b = tile * args.rows; b < (tile + 1) * args.rows && b < args.layer.B; ++b) {
@@ -51,12 +51,12 @@ SK_DEVICE int64_t steps_of_tile(const PersistentArgs& args, Global<const Link> l
   return most;
 }
 
-// Where a lane stands.
+// Mapping of a lane to direction, units and rows.
 struct LaneMap {
-  int direction, lane, g, t;  // g, t: in the fragments of the matrix instructions
-  int rows;                   // of a tile
-  int pair, strips;           // strips 2 * pair and 2 * pair + 1 of 8 units are its warp's, once the sums have met
-  // The unit and the row that are this lane's then: of a warp, 8 units of four rows.
+  int direction, lane, g, t;  // g, t: position in the fragments of the matrix instructions
+  int rows;                   // rows per tile
+  int pair, strips;           // after the reduction its warp owns strips 2 * pair and 2 * pair + 1
+  // Unit and row owned by this lane after the reduction: a warp owns 8 units of four rows.
   int strip, unit, row;
 
   SK_DEVICE void assign(const PersistentArgs& args, int of_direction, int of_pair) {
@@ -74,16 +74,16 @@ struct LaneMap {
   }
 };
 
-// What a warp multiplies with: of 16 units its share of K, kTiles times (for each gate, for each pair).
-// Each sum is cut in kChains, so that fewer of the matrix instructions wait for each other where there are few tiles.
+// The weights of a warp: its part of K for 16 units, kTiles times (for each gate, for each pair). Each sum is split
+// into kChains independent chains, which hides the latency of the matrix instructions when there are few tiles.
 template <class S, int kTiles, int kHeld, int kChains>
 struct Factors {
   Words held[kHeld][kTiles][2];
-  Shared<S> rest;          // of the warp: [blocks, kTiles, 2] pieces of all lanes, as left_of gives them
-  int first, count, upto;  // blocks of K; the first `upto` of `count` stay in this multiprocessor
+  Shared<S> rest;          // the warp's [blocks, kTiles, 2] pieces of all lanes, in the order of left_of
+  int first, count, upto;  // blocks of K; the first `upto` of `count` are resident
 
   SK_DEVICE Factors() {}
-  // The blocks are shared by `parts` warps. piece(block, tile, half): where the lane's piece of a strip lies.
+  // The blocks are divided among `parts` warps. piece(block, tile, half): offset of the lane's piece of a strip.
   template <class PieceOf>
   SK_DEVICE Factors(int part, int parts, int blocks, int lane, Shared<S> of_warp, int in_shared, Global<const S> from,
                     PieceOf piece)
@@ -112,8 +112,8 @@ struct Factors {
     }
   }
 
-  // sum[tile]: units g and g + 8 of the pair, rows 2t and 2t + 1 of the tile. right(block): the lane's piece of the
-  // other factor, from shared memory.
+  // sum[tile]: units g and g + 8 of the pair, rows 2t and 2t + 1 of the tile. right_of(block): the lane's piece of the
+  // right operand, from shared memory.
   template <class Right>
   SK_DEVICE void times(Right right_of, float (&sum)[kTiles][4]) const {
     float chains[kTiles][kChains][4] = {};
@@ -123,7 +123,7 @@ struct Factors {
       const Words right = right_of(block);
       add_held(chains, block, right);
     }
-    // Where there are chains, two blocks at a time, so that the chain of each is known.
+    // With chains, two blocks per iteration, so that the chain of each is a compile-time constant.
     constexpr int kAtOnce = kChains > 1 ? 2 : 1;
     SK_NO_UNROLL
     for (int block = kHeld; block < count; block += kAtOnce) {
@@ -137,9 +137,8 @@ struct Factors {
     add_up(chains, sum);
   }
 
-  // The same where `right` comes from afar: it is asked for kAhead blocks before it is needed. Weights that did not fit
-  // are read from where they came from (kStreams), some blocks at a time: the warps of a block have enough of them
-  // under way.
+  // The same with the right operand in global memory: it is loaded kAhead blocks before its use. With kStreams, weights
+  // that are not resident are loaded from global memory, several blocks at a time.
   template <int kAhead, bool kStreams, class Right, class PieceOf>
   SK_DEVICE void times_ahead(Right right_of, Global<const S> from, PieceOf piece, float (&sum)[kTiles][4]) const {
     float chains[kTiles][kChains][4] = {};
@@ -184,7 +183,7 @@ struct Factors {
     add_up(chains, sum);
   }
 
-  // Leaves the pieces of a block's two strips in `rest`.
+  // Stores the pieces of a block's two strips to `rest`.
   SK_DEVICE void keep(int block, int tile, const Piece<S>& low, const Piece<S>& high) const {
     SK_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -192,7 +191,7 @@ struct Factors {
                 bit_cast<Piece<S>>(left_of(bit_cast<Words>(low), bit_cast<Words>(high), half)));
     }
   }
-  // Where a piece lies in `rest`.
+  // Offset of a piece in `rest`.
   SK_DEVICE static int place(int block, int tile, int half) {
     return (((block - kHeld) * kTiles + tile) * 2 + half) * kBlockSize<S>;
   }
@@ -208,7 +207,7 @@ struct Factors {
       }
     }
   }
-  // left(tile, half): what left_of gives.
+  // left(tile, half): the result of left_of.
   template <class Left>
   SK_DEVICE static void add(float (&chains)[kTiles][kChains][4], int i, const Words& right, Left left) {
     SK_UNROLL
@@ -236,16 +235,16 @@ struct Factors {
   }
 };
 
-// Where the sums of kParts warps partial_sums, of kTiles tiles: each lane gets those of its unit and row, kMine of
-// them. partial: [kParts, kTiles, kSums]. A barrier of the warps lies between put and take.
+// Reduction of the sums of kParts warps over kTiles tiles: each lane gets the kMine sums of its unit and row.
+// partial: [kParts, kTiles, kSums]. A barrier of the warps must separate put and take.
 template <int kParts, int kTiles, int kMine>
 struct PartialSums {
-  Shared<float> mine, others;  // where this lane writes its first sum, and reads its first
+  Shared<float> mine, others;  // where this lane writes and reads its first sum
 
   SK_DEVICE PartialSums(const LaneMap& lanes, int part, int first_tile, Shared<float> partial)
       : mine(partial + (part * kTiles * kSums + 2 * lanes.t * kUnits + lanes.g)),
         others(partial + (first_tile * kSums + (lanes.strip * kMostRows + lanes.row) * kUnits + lanes.lane % kUnits)) {}
-  // start: 0, or where another `partial` begins.
+  // start: offset of the `partial` in use.
   SK_DEVICE void put(const LaneMap& lanes, int start, const float (&sum)[kTiles][4]) const {
     SK_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -269,20 +268,20 @@ struct PartialSums {
   }
 };
 
-// In place of a second product, where a cell has one.
+// Placeholder for the second product of cells that have one product.
 struct NoProduct {
   template <class... Args>
   SK_DEVICE explicit NoProduct(const Args&...) {}
 };
 
-// An element of what a caller brought; zero where there is nothing.
+// An element of an optional array; zero if it is absent.
 template <class S>
 SK_DEVICE float value_at(const void* from, int64_t at, int64_t count) {
   if (from == nullptr) return 0.0f;
   return widen(load<Cache::kReadOnly>(global<const S>(from, count), at));
 }
 
-// A unit of a lane, in both passes.
+// The unit of a lane, in both passes.
 template <class Cell>
 struct Unit {
   using S = typename Cell::Storage;
@@ -291,7 +290,7 @@ struct Unit {
   const LayerArgs& layer;
   Global<const Link> links;  // of the direction
   int direction, unit;
-  int64_t of_outputs, output_step;  // in y: where the unit is, and from a row to the next
+  int64_t of_outputs, output_step;  // offset of the unit in a row of y, and row stride
 
   SK_DEVICE Unit(const LayerArgs& of, int of_direction, int of_unit)
       : layer(of),
@@ -305,8 +304,8 @@ struct Unit {
   SK_DEVICE int64_t saved(int64_t row) const { return (direction * layer.rows + row) * layer.saved_width + unit; }
   SK_DEVICE int64_t saved_size() const { return layer.directions * layer.rows * layer.saved_width; }
 
-  // Options: what the masks have for a row, to be on its way while the product is made; all that they make of it; the
-  // factor of h in the products; and that the masks of a row are wanted soon.
+  // Options: the mask values of a row, loaded before the product; all options of a row; the factor of h in the
+  // products; a prefetch of the masks of a row.
   SK_DEVICE uint32_t masks(int64_t row) const {
     if constexpr (Cell::kOptions) return row_unit(row, 0).masks();
     return 0;
@@ -339,10 +338,9 @@ struct Unit {
   }
 };
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
-// kThreads: those of a block that have units.
+// kThreads: threads of a block that own units.
 template <class Cell, int kThreads>
 struct ForwardUnit : Unit<Cell> {
   using Base = Unit<Cell>;
@@ -351,7 +349,7 @@ struct ForwardUnit : Unit<Cell> {
   using typename Base::Options, typename Base::S;
   static constexpr int kStage = kGates * kThreads;  // of the ring
   const PersistentForwardArgs& args;
-  Shared<float> ring;          // [kRing, kGates, kThreads], from the thread's on
+  Shared<float> ring;          // [kRing, kGates, kThreads], offset to this thread
   Global<const float> from_x;  // of row 0
 
   SK_DEVICE ForwardUnit(const PersistentForwardArgs& of, int of_direction, int of_unit, Shared<float> of_block)
@@ -361,11 +359,11 @@ struct ForwardUnit : Unit<Cell> {
         from_x(global<const float>(of.from_x, of.layer.directions * of.layer.rows * kGates * of.layer.H) +
                (of_direction * of.layer.rows * kGates * of.layer.H + of_unit)) {}
 
-  // Of the second product, where the cell tells the products apart. There must be such a unit.
+  // Bias of the recurrent product, in cells whose products have separate gradients. The unit must exist.
   SK_DEVICE float bias(int gate) const {
     return Cell::kSeparate ? value_at<S>(layer.bias_h[direction], gate * layer.H + unit, kGates * layer.H) : 0.0f;
   }
-  // The states at the beginning, and the first row.
+  // Loads the initial states; returns the first row.
   SK_DEVICE int64_t start(int64_t sequence, float& h, float (&c)[kArray]) const {
     const Link link = links[layer.rows + sequence];
     h = value_at<S>(layer.h0, state(sequence), layer.states());
@@ -394,7 +392,7 @@ struct ForwardUnit : Unit<Cell> {
     if (link < 0) return {};
     return this->options(masks, link & ~kResetFlag, sequence);
   }
-  // What the products see of an h.
+  // h as the products read it.
   SK_DEVICE S seen(S h, const Options& e) const {
     return operand(Cell::kOptions ? narrow<S>(recurrent_input(e, widen(h))) : h, true);
   }
@@ -419,7 +417,7 @@ struct ForwardUnit : Unit<Cell> {
     }
     h = zoneout_h(e, h, Cell::forward(of_x, of_h, e, h, c, saved));
   }
-  // Of a cell with two products in a row: q, which the second is with; and the rest of the step.
+  // Cells with two products in a row: q, the input of the second product; then the rest of the step.
   SK_DEVICE S first(int at_stage, int64_t link, const float (&product)[Cell::kFirst], const Options& e, float& h,
                     float& carried, float (&saved)[Cell::kSaved]) const {
     const bool anew = is_reset(link);
@@ -443,7 +441,7 @@ struct ForwardUnit : Unit<Cell> {
     float none[kArray] = {};
     h = zoneout_h(e, h, Cell::forward_second(&x, &of_q, e, h, &carried, none, saved + Cell::kSavedFirst));
   }
-  // Leaves what the step made where the layer wants it.
+  // Stores the results of a step.
   SK_DEVICE void store_step(int64_t link, bool last, int64_t sequence, S h, const float (&c)[kArray],
                             const float (&saved)[Cell::kSaved]) const {
     const int64_t row = link & ~kResetFlag, out = output(row);
@@ -468,15 +466,15 @@ struct ForwardUnit : Unit<Cell> {
   }
 };
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
-// Where a sequence is on its way back.
+// Position of a sequence in the backward loop.
 template <int kCells>
 struct BackwardState {
-  float dc[kCells] = {}, direct = 0.0f;  // of the states of the row to come; direct: not through the product
-  bool cut = true;                       // that nothing comes by way of the product
-  int64_t at = kNone, before = kNone;    // the row of this step, and its link to the row before
+  float dc[kCells] = {},
+        direct = 0.0f;  // gradients of the states of the next row to process; direct: except through the product
+  bool cut = true;      // no gradient arrives through the product
+  int64_t at = kNone, before = kNone;  // row of this step, and its link to the row before
 };
 
 template <class Cell>
@@ -511,7 +509,7 @@ struct BackwardUnit : Unit<Cell> {
     SK_UNROLL
     for (int k = 0; k < kCells; ++k) from.dc[k] = value_at<S>(args.dc_n[k], state(sequence), layer.states());
   }
-  // What a step reads, to be on its way while the product is made.
+  // Loads the operands of a step before the product, to hide their latency.
   SK_DEVICE void read(const State& of, int64_t sequence, int lane, Read& to) const {
     if (of.at < 0 || of.at >= layer.rows) return;
     const int64_t out = output(of.at), prev = of.before & ~kResetFlag, prev_out = output(prev);
@@ -523,7 +521,7 @@ struct BackwardUnit : Unit<Cell> {
     };
     to.ahead = link_of(prev);
     to.masks = this->masks(of.at);
-    if (!initial && lane % kUnits == 0) {  // one lane for the 16 bytes or more of a row's strip
+    if (!initial && lane % kUnits == 0) {  // one lane prefetches the 16 bytes or more of a row's strip
       this->ask_for_masks(prev);
       if (args.dy != nullptr) prefetch_l2(global<const S>(args.dy, layer.outputs()), prev_out);
       if (layer.saved_width > 0) {
@@ -565,8 +563,8 @@ struct BackwardUnit : Unit<Cell> {
     of.direct = Cell::kOptions ? step.direct + kept : step.direct;
     if constexpr (Cell::kOptions && Cell::kPeepholes > 0) store_peepholes(of.at, step.peephole);
   }
-  // Of a cell with two products in a row: the last gate's gradient, the others as far as they are known; and, when the
-  // product of the last gate's is there, the others.
+  // Cells with two products in a row: the gradient of the last gate and, partially, of the others; then, with the
+  // product of the last gate's gradient, the rest of the others.
   SK_DEVICE void second(State& of, int64_t sequence, const Read& read, float product, float (&by)[kGates]) const {
     SK_UNROLL
     for (int gate = 0; gate < kGates; ++gate) by[gate] = 0.0f;
@@ -587,7 +585,7 @@ struct BackwardUnit : Unit<Cell> {
                                (direction * layer.rows + of.at) * layer.H + unit, narrow<S>(q));
     }
   }
-  // Leaves the gradients, and goes on to the row before.
+  // Stores the gradients and moves to the row before.
   SK_DEVICE void store_step(State& of, int64_t ahead, const float (&by_x)[kGates], const float (&by_h)[kGates]) const {
     if (of.at >= 0 && of.at < layer.rows) {
       const int64_t size = layer.directions * layer.rows * kGates * layer.H;
@@ -611,8 +609,8 @@ struct BackwardUnit : Unit<Cell> {
   }
 
  private:
-  // The gradient of the row's h, without the share that zoneout keeps; false where there is no row. What reaches the
-  // initial states is left there.
+  // The gradient of the row's h, without the share kept by zoneout. Returns false without a row; gradients of the
+  // initial states are stored.
   SK_DEVICE bool gather(State& of, int64_t sequence, const Read& read, float product, Options& options, float& dh,
                         float& kept) const {
     if (Cell::kOptions && !of.cut) product *= this->factor(state(sequence));

@@ -1,5 +1,4 @@
-// What the tiers that walk a layer in one launch share on the host: which layers such kernels are written for, and what
-// runs around the walk. Included by their .cu files only.
+// Host code shared by the tiers that run all steps in one launch (persistent kernels).
 #pragma once
 
 #include <algorithm>
@@ -14,10 +13,10 @@
 
 namespace seqkernels::cuda {
 
-constexpr int64_t kLargestWorkspace = int64_t{2} << 30;  // pre-activations of all steps are made beforehand
+constexpr int64_t kLargestWorkspace = int64_t{2} << 30;  // pre-activations of all steps are computed in advance
 
-// Which of a tier's kernels walk a layer. Those with options know all of them, the others resets alone; cells that are
-// rarer come with options only.
+// Which kernels of a tier run a layer: those compiled with options, or those without, which support resets alone. Cells
+// with kHasPlain = false have kernels with options only.
 struct PersistentKind {
   CellKind cell;
   DType dtype;
@@ -77,7 +76,7 @@ struct PersistentShape {
   int64_t tiles(int64_t rows) const { return (B + rows - 1) / rows; }
 };
 
-// Why no such kernel takes the layer, whatever its size.
+// Reasons why no persistent kernel supports the layer, regardless of its size.
 inline std::vector<std::string> persistent_obstacles(const RecurrentArgs& args, const CudaLayout& layout) {
   std::vector<std::string> reasons;
   if (args.dtype == DType::kFloat64 || (args.dtype == DType::kFloat32 && !layout.tf32)) {

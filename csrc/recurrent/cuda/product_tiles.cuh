@@ -1,13 +1,13 @@
-// Products outside the time loop on a GPU: C = A B^T with operands whose lines are rows of x, of gates, or states found
-// by links.
+// Products outside the time loop on a GPU: C = A B^T with operands whose lines are rows of x, of gates, or states
+// addressed by links.
 //
-// A block owns a tile of C and walks K in stages of 128 bytes a row: asynchronous copies bring the next stages to a
-// ring in shared memory while fragments of this one are multiplied. An operand lies there as in global memory, K along
-// a line or across lines, and load_matrices turns it on the way to registers. Pieces of 16 bytes trade places within a
-// line, by an exclusive or with the line's number, so that neither the copies nor the fragments partial_sums in a bank.
+// A block owns a tile of C and loops over K in stages of 128 bytes per row: asynchronous copies fill the next stages of
+// a ring in shared memory while the fragments of this one are multiplied. Operands keep their layout in global memory,
+// K along a line or across lines; load_matrices transposes where needed. Pieces of 16 bytes are swizzled within a line
+// by an exclusive or with the line number, which avoids bank conflicts of copies and fragment loads.
 //
-// Every element of C is summed in the order of K, whatever the tile: the tile may follow from the number of rows, and a
-// row's bits do not.
+// Every element of C is summed in the order of K for any tile size, so the tile may depend on the number of rows and
+// the bits of a row do not.
 #pragma once
 
 #include <stdexcept>
@@ -142,8 +142,7 @@ struct Loader {
   }
 };
 
-// ---- a warp's part of the tile
-// ---------------------------------------------------------------------------------------
+// ---- a warp's part of the tile ----
 
 // By the matrix units: fragments of one slice of K, 32 bytes, are read while those of the one before are multiplied.
 template <class S, class Shape, bool kLineA, bool kLineB>
@@ -351,7 +350,7 @@ struct ByMultiplyAdd {
       SK_UNROLL
       for (int m = 0; m < kM; ++m) {
         SK_UNROLL
-        for (int n = 0; n < kN; ++n) sum[m][n] = fused(a[m][e], b[n][e], sum[m][n]);
+        for (int n = 0; n < kN; ++n) sum[m][n] = multiply_add(a[m][e], b[n][e], sum[m][n]);
       }
     }
   }
@@ -529,8 +528,7 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs args) {
   }
 }
 
-// ---- host
-// ------------------------------------------------------------------------------------------------------------
+// ---- host ----
 
 template <template <class, class, bool, bool> class Worker, class S, class Shape, bool kLineA, bool kLineB>
 void launch_tiles(const ProductArgs& args, void* stream) {

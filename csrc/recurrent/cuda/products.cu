@@ -13,8 +13,8 @@ using SmallTile = Tile<64, 64, 2, 2, 4, 3, Lines::kAny>;
 using LargeExactTile = Tile<128, 128, 2, 4, 3, 1>;
 using SmallExactTile = Tile<64, 64, 2, 4, 3, 2, Lines::kAny>;
 
-// The largest power of two, up to 16, that divides where lines of the matrix start. Lines of periods that follow each
-// other are made one period.
+// The largest power of two, up to 16, that divides the start offsets of all lines of the matrix. Contiguous periods are
+// merged into one.
 int start_bytes(Matrix& m, int64_t element) {
   if (m.period != 0 && m.ld == m.period * m.across) {
     m.ld = m.across;
@@ -39,8 +39,8 @@ void choose_tile(const ProductArgs& args, void* stream) {
 
 }  // namespace
 
-// The cheapest by a rough account of a GPU with 132 multiprocessors, in microseconds. It is a function of the shape
-// alone, so that sums are the same on any.
+// The cheapest split by a rough cost model, in microseconds, of a GPU with 132 multiprocessors. It depends on the shape
+// alone, so that sums are equal on all devices.
 int64_t product_splits(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kBlocks = 2 * 132, kMostSplits = 64, kLeastK = 256;
   constexpr double kStage = 1.5, kStagesAround = 6;  // 64 of K; what filling the pipeline and writing C cost

@@ -1,15 +1,15 @@
 // Matrix products on a GPU: fragments, and the products outside the time loop.
 //
-// Operands are kept in fragment order. A strip of 8 rows is cut along K in blocks of 64 bytes a row; a block is 32
-// pieces of 16 bytes, piece lane = 4 row + quarter. So a warp reads a block with one 16-byte access per lane, all of it
-// consecutive, from global and from shared memory alike. The matrix instructions want other places of k in a lane, but
-// a sum over k does not mind in which order k goes as long as both operands agree: lane (row g, quarter t) feeds its
-// own piece, four bytes of it for the low and four for the high half of k at a time.
+// Operands are stored in fragment order. A strip of 8 rows is divided along K into blocks of 64 bytes per row; a block
+// is 32 pieces of 16 bytes, piece lane = 4 row + quarter. A warp reads a block with one 16-byte access per lane,
+// contiguous in global and in shared memory. The fragments of the matrix instructions assign other k to a lane, but a
+// sum over k is correct in any order on which both operands agree: lane (row g, quarter t) supplies its own piece, four
+// bytes for the low and four for the high half of k at a time.
 //
-// The order of every sum is a function of the shape alone: no atomics.
+// The order of every sum depends on the shape alone; there are no atomics.
 #pragma once
 
-#include "common/device.cuh"
+#include "recurrent/cuda/arithmetic.cuh"
 #include "recurrent/cuda/walk.cuh"
 
 #if defined(SEQKERNELS_EMULATE_CUDA)
@@ -35,7 +35,7 @@ template <class S>
 SK_HOST_DEVICE int64_t blocks_of(int64_t K) {
   return (K + kBlockK<S> - 1) / kBlockK<S>;
 }
-// Where (row < 8, k) lies in a strip of consecutive blocks.
+// Offset of (row < 8, k) in a strip of consecutive blocks.
 template <class S>
 SK_HOST_DEVICE int64_t place_in_strip(int64_t row, int64_t k) {
   const int64_t in_block = k % kBlockK<S>;
@@ -48,13 +48,13 @@ SK_HOST_DEVICE int64_t place_in_tile(int64_t row, int64_t k) {
   return (k / kBlockK<S> * 64 + row * 4 + in_block / kPiece<S>)*kPiece<S> + in_block % kPiece<S>;
 }
 
-// A piece as the matrix instructions take it. Elements of 16 bits would each get a register.
+// A piece as operand of the matrix instructions, packed: 16-bit elements would otherwise occupy a register each.
 using Words = Vec<uint32_t, 4>;
 template <class S, class Pointer>
 SK_DEVICE Words load_words(Pointer from, int64_t i) {
   return bit_cast<Words>(load_vec<kPiece<S>>(from, i));
 }
-// A's words of one half of a block as the matrix instructions take them: 16 rows, 8 of them in each of low and high.
+// Words of A for one half of a block as operand of the matrix instructions: 16 rows, 8 each in low and high.
 SK_DEVICE Words left_of(const Words& low, const Words& high, int half) {
   return {{low[2 * half], high[2 * half], low[2 * half + 1], high[2 * half + 1]}};
 }
@@ -116,7 +116,7 @@ SK_DEVICE void add_block(Compute<S> (&sum)[kM][kN][4], int tiles, Left a, int64_
               SK_UNROLL
               for (int i = 0; i < 2; ++i) {
                 Compute<S>& into = sum[m][n][2 * r + i];
-                into = fused(left[e], right[n][i][e], into);
+                into = multiply_add(left[e], right[n][i][e], into);
               }
             }
           }
@@ -126,7 +126,7 @@ SK_DEVICE void add_block(Compute<S> (&sum)[kM][kN][4], int tiles, Left a, int64_
   }
 }
 
-// How an element enters the matrix units: as it is, or rounded to TF32.
+// An element as operand of the matrix units: unchanged, or rounded to TF32.
 template <class S>
 SK_DEVICE S operand(S x, bool tf32) {
   if constexpr (std::is_same<S, float>::value) {
@@ -135,8 +135,7 @@ SK_DEVICE S operand(S x, bool tf32) {
   return x;
 }
 
-// ---- products outside the time loop
-// ----------------------------------------------------------------------------------
+// ---- products outside the time loop ----
 
 // One operand: element (line, i) is at line * ld + i, a line being consecutive in memory. The lines of a matrix are its
 // rows, or its columns where K runs over lines.
@@ -146,8 +145,8 @@ struct Matrix {
   int64_t ld;
   int64_t period;  // not 0: line l is at (l / period) * ld + (l % period) * across
   int64_t across;
-  const Link* links;  // not null: line l is the state that row l started from, at prev * ld; initial + b * initial_ld
-  int64_t link_rows;  // for the states of the beginning, zeros where a walk starts anew or no row is
+  const Link* links;  // not null: line l is the state before row l, at prev * ld, or initial + b * initial_ld
+  int64_t link_rows;  // for initial states; zeros after a reset and for rows without a sequence
   int64_t links_count;
   const void* initial;  // null: zeros
   int64_t initial_count, initial_ld;
@@ -162,7 +161,7 @@ struct ProductArgs {
   void* c;              // [M, ldc] of the compute type or, `narrow`, of the storage type
   int64_t ldc;
   bool narrow;
-  // Found out by run_product:
+  // Set by run_product:
   int start_bytes;    // every line starts at a multiple of these, 16 at most
   bool whole_pieces;  // 16, and every line is a multiple of them long
   bool vectors_c;     // four elements of C at a time may be written
@@ -170,8 +169,7 @@ struct ProductArgs {
   int64_t chunk;      // a multiple of 64 where there is more than one
 };
 
-// ---- sums over rows, in a fixed order
-// --------------------------------------------------------------------------------
+// ---- sums over rows, in a fixed order ----
 
 // to[i] = the sum over k < count of from[k * stride + i], narrowed. From: the compute type.
 struct ReduceArgs {

@@ -1,12 +1,11 @@
-// The cell on products that are in memory already: a layer of a single step, and what forward would have saved,
-// recomputed for backward.
+// The cell on products in memory: the tier of a single step, and the recomputation of saved values for backward.
 #include "recurrent/cuda/steps.h"
 
 namespace seqkernels::cuda {
 namespace {
 
-// The cell on `count` rows from `first` on, and before it the products, which go to from_x and from_h: [directions,
-// step.from_x_rows, G * H] of the compute type. fed: as in recurrent_matrix.
+// Computes the products of `count` rows from `first` into from_x and from_h, [directions, step.from_x_rows, G * H] of
+// the compute type, then runs the cell on them. fed: as in recurrent_matrix.
 void forward_rows(CellKind kind, const RecurrentArgs& args, const CudaLayout& layout, ForwardStepArgs step,
                   void* from_x, void* from_h, const void* fed, int64_t first, int64_t count, void* stream) {
   const StepShape s(kind, args);
@@ -66,7 +65,7 @@ struct CellForwardSpace {
   }
 };
 
-enum class Width { kWide, kNarrow };  // of the compute type, of the storage type
+enum class Width { kWide, kNarrow };  // compute type, storage type
 
 struct CellBackwardSpace {
   void *dgates_x, *dgates_h, *to_h, *direct, *partial_gates, *q, *dpeephole, *fed, *partial;
@@ -77,7 +76,7 @@ struct CellBackwardSpace {
     dgates_h = s.separate ? space.take(s.gates * states * s.element) : dgates_x;
     const bool passes = s.passes_h || o.zoneout_h != nullptr || o.zoneout_h_rate > 0;
     direct = passes ? space.take(states * s.wide) : nullptr;
-    // Else the product of the gates' gradients with W_hh is dh0 itself.
+    // Otherwise the product of the gates' gradients with W_hh is dh0.
     to_h = passes || o.variational != nullptr ? space.take(states * s.wide) : nullptr;
     partial_gates = s.stages ? space.take(s.first * states * s.wide) : nullptr;
     q = s.stages ? space.take(states * s.element) : nullptr;
@@ -169,7 +168,7 @@ void backward_by_single_step(CellKind kind, const BackwardArgs& args, const Cuda
   at.carve(space, s, args);
   const LayerArgs layer = backward_layer_args(kind, args, layout);
   BackwardStepArgs step = backward_step(args, layer, at);
-  // Gradients of gates times their rows of W_hh: [B, H], wide or narrowed.
+  // Gradients of gates times their rows of W_hh: [B, H].
   const auto product = [&](int64_t gate, int64_t gates, void* to, Width width) {
     const int64_t G = s.gates * s.H, skip = gate * s.H;
     for (int d = 0; d < s.directions; ++d) {

@@ -1,10 +1,10 @@
-// The tier of one launch per step, two of a cell with two stages.
+// The tier of one launch per step, or two for cells with two stages.
 #include "recurrent/cuda/steps.h"
 
 namespace seqkernels::cuda {
 namespace {
 
-// The states at the beginning: h as the products see it in both slots, and c.
+// Initial states: h as the products read it, in both slots, and the cells.
 struct StartArgs {
   LayerArgs layer;
   void* slots[2];  // [directions, tiles, blocks, 2, 32] pieces
@@ -53,7 +53,7 @@ start_kernel(const SK_GRID_CONSTANT StartArgs args) {
   }
 }
 
-// First row and rows of step t.
+// First row and number of rows of step t.
 void visit_step(const Walk& walk, bool packed, const std::vector<int64_t>& offsets, int64_t t, int64_t& first,
                 int64_t& count) {
   first = packed ? offsets[t] : t * walk.B;
@@ -198,7 +198,7 @@ void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout
   layer.links = at.links;
   run_links(args, layout, at.links, stream);
   if (s.rows > 0 && s.B > 0) {
-    // dgates_x: not in use yet, and wide enough
+    // dgates_x is unused so far and large enough for q
     recompute_saved(kind, args, layout, at.again, layer, at.fed, s.stages ? at.dgates_x : nullptr, stream);
     const int64_t width = s.gates * s.H;
     run_clear(args, layout, at.links,

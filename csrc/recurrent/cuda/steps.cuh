@@ -1,12 +1,11 @@
 // One step of a layer on a GPU, forward and backward: the recurrent product and the cell in one kernel.
 //
-// A block owns 8 hidden units (all their gates) of up to 64 sequences of one direction. Its warps share the recurrent
-// product by blocks of K, which suits few sequences: every warp streams its share of the weights at once. The partial
-// sums partial_sums in shared memory, are added up in the order of the warps, and the cell runs on them.
+// A block owns 8 hidden units (all their gates) of up to 64 sequences of one direction. Its warps split the recurrent
+// product along K, which suits few sequences: each warp streams its part of the weights. Partial sums are stored in
+// shared memory and added in the order of the warps; then the cell runs on them.
 //
-// What the product reads, h or the gradients of the gates, lies in fragment order in one of two slots; the cell fills
-// the other one, which the next step reads. A sequence has its place in both from the start, so one that begins late
-// finds its initial states there.
+// The product reads h, or the gradients of the gates, in fragment order from one of two slots; the cell writes the
+// other slot, which the next step reads. Both slots start with the initial states, so a sequence may start at any step.
 #pragma once
 
 #include "recurrent/cuda/arithmetic.cuh"
@@ -16,24 +15,24 @@ namespace seqkernels::cuda {
 
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / kWarp;
-constexpr int kUnits = 8;      // of a block: one strip of the product
-constexpr int kTileRows = 16;  // of the matrix instructions
-constexpr int kStepTiles = 4;  // of a block, at most
+constexpr int kUnits = 8;      // units per block: one strip of the product
+constexpr int kTileRows = 16;  // rows of a matrix instruction
+constexpr int kStepTiles = 4;  // tiles per block, at most
 
-// What every kernel of a layer knows.
+// Arguments shared by all kernels of a layer.
 struct LayerArgs {
   int64_t rows, B, H;
   int directions;
   bool tf32;
-  const Link* links;          // [directions, rows + B], or null: one step, see link_of
+  const Link* links;          // [directions, rows + B], or null for a single step, see link_of
   const void* h0;             // [directions, B, H] or null
   const void* c0[kMaxCells];  // the same, each
-  const void* bias_h[2];      // [G * H] of the second product, where the cell tells the products apart
+  const void* bias_h[2];      // [G * H] bias of the recurrent product, in cells whose products have separate gradients
   const void* peephole[2];    // [kPeepholes * H] or null
   const void* variational;    // [directions, B, H] or null
   const uint8_t *zoneout_h, *zoneout_c, *candidate;  // [rows, directions * H] or null
   double zoneout_h_rate, zoneout_c_rate, candidate_scale, cell_clip, gate_clip;
-  double sigmoid_low, sigmoid_high, tanh_high;  // at the limits of gate_clip
+  double sigmoid_low, sigmoid_high, tanh_high;  // activations at -gate_clip and gate_clip
   int64_t saved_width;
   void* y;                 // [rows, directions * H]
   void* cells[kMaxCells];  // the same each, or null
@@ -44,12 +43,12 @@ struct LayerArgs {
   SK_HOST_DEVICE int64_t outputs() const { return rows * directions * H; }
 };
 
-// The rows that a step visits: of direction d, `count` from first[d] on, a row for each of the first `count` sequences.
+// The rows of a step: for direction d, count[d] rows from first[d], one for each of the first count[d] sequences.
 struct StepRows {
   int64_t first[2], count[2];
 };
 
-// The link of a row. A layer of one dense step has none in memory: each row is its sequence's first and last.
+// The link of a row. A dense layer of one step has no links in memory: each row is the first and last of its sequence.
 SK_DEVICE Link link_of(const LayerArgs& layer, int direction, int64_t row) {
   if (layer.links != nullptr) {
     return global<const Link>(layer.links, layer.link_count())[direction * (layer.rows + layer.B) + row];
@@ -78,14 +77,14 @@ struct UnitOfRow {  // one unit of one row
     const S value = global<const S>(from, layer.states())[state()];
     return widen(value);
   }
-  // A state that this row started from: of `every` row's, or `initial`.
+  // A state before this row, from the states of every row or the initial states.
   SK_DEVICE Compute<S> before(const void* every, const void* initial) const {
     if (is_reset(link.prev)) return Compute<S>(0);
     if (link.prev >= layer.rows) return state_at(initial);
     const S value = global<const S>(every, layer.outputs())[output(link.prev)];
     return widen(value);
   }
-  // The options of this row: what the masks have, a byte each, which comes from afar; and all of it.
+  // The mask values of this row, a byte each, loaded early to hide the latency; and all options of this row.
   SK_DEVICE uint32_t masks() const {
     const int64_t at = output(row);
     uint32_t bytes = 0;
@@ -129,10 +128,9 @@ struct UnitOfRow {  // one unit of one row
   }
 };
 
-// ---- the product of a step
-// -------------------------------------------------------------------------------------------
+// ---- the product of a step ----
 
-// partial[warp][row][kN * 8]: the warps' shares of A B^T, over the blocks of K that each of them takes.
+// partial[warp][row][kN * 8]: the part of A B^T over the blocks of K of each warp.
 template <Arithmetic kHow, class S, int kN>
 SK_OUTLINE void step_product(Global<const S> a, int64_t tile_size, int tiles, Global<const S> b, int64_t strip_size,
                              int64_t blocks, Shared<Compute<S>> partial) {
@@ -157,14 +155,14 @@ SK_OUTLINE void step_product(Global<const S> a, int64_t tile_size, int tiles, Gl
   }
 }
 
-// One operand of a step: what the product reads of slots and packed weights, both in fragment order.
+// The operands of a step's product: slots and packed weights, both in fragment order.
 struct StepOperands {
   const void* slots;    // [directions, tiles of 16 sequences, slot_blocks, 2, 32] pieces
   const void* weights;  // [directions, strips of 8 units, weight_blocks, 32] pieces
   int64_t tiles, slot_blocks, weight_blocks;
   int64_t slot_first, weight_first;  // block
   int64_t blocks;                    // of K
-  int64_t strip;                     // from one gate's blocks to the next gate's
+  int64_t strip;                     // distance between the blocks of two gates
 };
 
 template <class S, int kN>
@@ -190,7 +188,7 @@ SK_DEVICE void make_product(const LayerArgs& layer, const StepOperands& of, int6
   }
 }
 
-// The sum of what the warps left, of (row in the block, strip, unit in the block).
+// The sum over warps for (row in the block, strip, unit in the block).
 template <class T, int kN>
 struct Partial {
   Shared<T> sums;
@@ -206,35 +204,34 @@ struct Partial {
   }
 };
 
-// Where a sequence's (gate, unit) lies in a slot.
+// Offset of a sequence's (gate, unit) in a slot.
 template <class S>
 SK_DEVICE int64_t slot_place(const StepOperands& of, int direction, int64_t sequence, int64_t block, int64_t unit) {
   return ((direction * of.tiles + sequence / kTileRows) * of.slot_blocks + block) * 2 * kBlockSize<S> +
          sequence % kTileRows / 8 * kBlockSize<S> + place_in_tile<S>(sequence % 8, unit);
 }
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 struct ForwardStepArgs {
   LayerArgs layer;
   StepRows visit;
   const void* from_x;  // [directions, from_x_rows, G * H] of the compute type: x W_ih^T with its biases
-  int64_t from_x_rows, from_x_first[2];  // the row of the layer that its first row is
-  StepOperands product;                  // of the first stage, or of the second
-  void* slots_out;                       // like product.slots: h as the products see it (first stage of two: q)
-  // Instead of a product: [directions, from_h_rows, gates * H], beginning at the visited rows; or null: zeros.
+  int64_t from_x_rows, from_x_first[2];  // the row of the layer that its first row corresponds to
+  StepOperands product;                  // of the first or the second stage
+  void* slots_out;                       // like product.slots: h as the products read it (first of two stages: q)
+  // Precomputed product: [directions, from_h_rows, gates * H], starting at the visited rows; null: zeros.
   const void* from_h;
   int64_t from_h_rows;
   void* c[kMaxCells];    // [directions, B, H] each, of the compute type, or null: read from `cells`
-  void* carried;         // [directions, B, H] of the compute type; between the stages
-  void* q;               // [directions, from_h_rows, H] or null: q, beginning at the visited rows
+  void* carried;         // [directions, B, H] of the compute type: passed from the first to the second stage
+  void* q;               // [directions, from_h_rows, H] or null: q, starting at the visited rows
   void* h_n;             // [directions, B, H] or null
   void* c_n[kMaxCells];  // the same, each
-  bool leaves_states;    // else only what backward needs is written
+  bool leaves_states;    // false: only `saved` is written
 };
 
-// What one stage of a cell does on one unit of a row; h: the recurrent products of its gates.
+// One stage of a cell for one unit of a row. product: the recurrent products of its gates.
 template <class Cell, bool kSecond>
 SK_DEVICE void forward_unit(const ForwardStepArgs& args, const UnitOfRow<typename Cell::Storage>& row_unit,
                             int64_t visited, const Compute<typename Cell::Storage>* product) {
@@ -252,7 +249,7 @@ SK_DEVICE void forward_unit(const ForwardStepArgs& args, const UnitOfRow<typenam
   SK_UNROLL
   for (int g = 0; g < kGates; ++g) {
     x[g] = load<Cache::kStreaming>(from_x, x_at + g * layer.H);
-    h[g] = is_reset(row_unit.link.prev) ? T(0) : product[g];  // a restart: nothing comes from before
+    h[g] = is_reset(row_unit.link.prev) ? T(0) : product[g];  // after a reset the states are zero
     if (Cell::kSeparate && layer.bias_h[d] != nullptr) {
       h[g] += widen(load<Cache::kReadOnly>(global<const S>(layer.bias_h[d], Cell::kGates * layer.H),
                                            (kGate + g) * layer.H + row_unit.unit));
@@ -291,7 +288,7 @@ SK_DEVICE void forward_unit(const ForwardStepArgs& args, const UnitOfRow<typenam
     T carried;
     if (args.carried != nullptr) {
       carried = load<Cache::kDefault>(global<const T>(args.carried, layer.states()), state);
-    } else {  // made again, when only the saved values are wanted
+    } else {  // recomputation needs only the saved values
       carried = T(0);
     }
     hidden = Cell::forward_second(x, h, e, h_prev, &carried, c, saved);
@@ -366,8 +363,8 @@ forward_step_kernel(const SK_GRID_CONSTANT ForwardStepArgs args, int row_tiles) 
   }
 }
 
-// The cell alone, on products that lie in memory: for a single step, and to make what backward needs once more from the
-// states that forward left. Grid: rows and their units x directions.
+// The cell alone, on products in memory: for a single step, and to recompute saved values for backward.
+// Grid: rows and their units x directions.
 template <class Cell, bool kSecond>
 SK_KERNEL(kStepThreads)
 forward_rows_kernel(const SK_GRID_CONSTANT ForwardStepArgs args) {
@@ -393,27 +390,27 @@ forward_rows_kernel(const SK_GRID_CONSTANT ForwardStepArgs args) {
   }
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 struct BackwardStepArgs {
   LayerArgs layer;
   StepRows visit;                      // rows from layer.rows on: the initial states
   const void *dy, *dcells[kMaxCells];  // like y, or null
   const void *dh_n, *dc_n[kMaxCells];  // [directions, B, H] or null
-  StepOperands product;                // of what the next step left: dgates W_hh; second launch of two stages: of dn
-  const void* to_h;                    // instead of a product: [directions, B, H] of the compute type
-  void* slots_out;                     // like product.slots: gradients of the gates, as the products see them; or null
-  void *dgates_x, *dgates_h;           // [directions, rows, G * H]; one where the cell does not tell the products apart
-  void* q;                             // [directions, rows, H] of two stages
-  // [directions, B, H] of the compute type; in: of this row's c, out: of the c before. Null: that goes to dc0.
+  StepOperands product;       // dgates W_hh of the following step; second launch of two stages: the gradient of q
+  const void* to_h;           // precomputed product: [directions, B, H] of the compute type
+  void* slots_out;            // like product.slots: gradients of the gates, as the products read them; or null
+  void *dgates_x, *dgates_h;  // [directions, rows, G * H]; one buffer if they are equal
+  void* q;                    // [directions, rows, H], with two stages
+  // [directions, B, H] of the compute type. In: gradient of this row's cell; out: of the cell before. Null: the result
+  // is written to dc0.
   void* dc[kMaxCells];
-  void* direct;                // the same; or null: nothing but the product leads back to h
+  void* direct;                // likewise, the gradient of h except through the product; or null
   void* partial_gates;         // [directions, B, kFirst * H] of the compute type, between the two launches
   void* dpeephole;             // [directions, rows, kPeepholes * H] of the compute type or null
   void *dh0, *dc0[kMaxCells];  // [directions, B, H] or null
-  // Of initial states: only those whose first step left its gradients in the slot of this parity. Walking back, a
-  // sequence's first step may come sooner than the last launch.
+  // Initial states: this launch processes sequences whose first step wrote the slot of this parity, since in backward
+  // the first step of a sequence may precede the last launch.
   int parity;
   int64_t last_step;  // T - 1
 };
@@ -525,7 +522,7 @@ SK_DEVICE void backward_unit(const BackwardStepArgs& args, const UnitOfRow<typen
   if (args.direct != nullptr) global<T>(args.direct, layer.states())[state] = direct + kept_h;
 }
 
-// The second launch of a cell of two stages: product is the gradient of q.
+// The second launch of a cell with two stages. product: the gradient of q.
 template <class Cell>
 SK_DEVICE void backward_first_unit(const BackwardStepArgs& args, const UnitOfRow<typename Cell::Storage>& row_unit,
                                    Compute<typename Cell::Storage> product) {
@@ -592,8 +589,8 @@ backward_step_kernel(const SK_GRID_CONSTANT BackwardStepArgs args, int row_tiles
   }
 }
 
-// The cell alone, for a single step: on the rows, and then, where more than a product leads back to h, on the initial
-// states. Grid: rows and their units x directions.
+// The cell alone, for a single step: on the rows, then on the initial states if their gradient is more than a product.
+// Grid: rows and their units x directions.
 template <class Cell, bool kSecond>
 SK_KERNEL(kStepThreads)
 backward_rows_kernel(const SK_GRID_CONSTANT BackwardStepArgs args) {

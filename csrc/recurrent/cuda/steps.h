@@ -1,4 +1,4 @@
-// What the tiers of one launch per step and of a single step share on the host. Included by their .cu files only.
+// Host code shared by the tiers of one launch per step and of a single step.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,12 @@ namespace seqkernels::cuda {
 
 constexpr int64_t kFromXBytes = 32 << 20;  // pre-activations computed at a time: they stay in the L2 cache
 
-// Rows of a chunk of pre-activations, whole steps.
+// Rows of a chunk of pre-activations: whole steps.
 inline int64_t rows_of_chunk(int64_t bytes_of_row, int64_t rows, int64_t B) {
   return std::min(rows, std::max(kFromXBytes / std::max<int64_t>(bytes_of_row, 1), B));
 }
 
-// Sizes that follow from the arguments.
+// Sizes derived from the arguments.
 struct StepShape {
   int64_t gates, first, cells, peepholes, directions, B, H, rows, blocks, tiles, element, wide;
   int row_tiles;
@@ -85,7 +85,7 @@ void forward_by_steps(CellKind kind, const ForwardArgs& args, const CudaLayout& 
 void backward_by_steps(CellKind kind, const BackwardArgs& args, const CudaLayout& layout, void* workspace,
                        void* stream);
 
-// A single step: recurrent/cuda/single_step.cu. Appends to reasons where it does not support the layer.
+// The tier of a single step (single_step.cu). Appends to reasons if it does not support the layer.
 CudaPlan plan_single_step(CellKind kind, PassKind pass, const RecurrentArgs& args, const CudaLayout& layout,
                           bool recompute);
 void forward_by_single_step(CellKind kind, const ForwardArgs& args, const CudaLayout& layout, void* workspace,
