@@ -70,7 +70,7 @@ class Variant:
     @property
     def kinked(self) -> bool:
         """Its slope jumps: beside a jump, the rounding of a half type gives another gradient."""
-        return self.kind == "rnn_relu" or "cell_clip" in self.options or "gate_clip" in self.options
+        return self.kind in ("rnn_relu", "slstm", "slstm_exp") or "cell_clip" in self.options or "gate_clip" in self.options
 
     @property
     def numbers(self) -> list[float]:
@@ -406,3 +406,17 @@ def expected(variant: Variant, case: Case, dtype: torch.dtype) -> dict[str, Tens
 
 def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: result[name] for name in call.upstream}
+
+
+def without_stabiliser(variant: Variant, result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The states of an sLSTM as what they represent: c / n and log n + m. A half type rounds m, and c and n follow it."""
+    if "m" not in variant.states:
+        return result
+    result = dict(result)
+    for name in ("n", "steps"):
+        c, n, m = (result[f"{state}_{name}"].double() for state in "cnm")
+        there = n != 0
+        dtype, n = result[f"m_{name}"].dtype, torch.where(there, n, 1.0)
+        result[f"c_{name}"] = torch.where(there, c / n, 0.0).to(dtype)
+        result[f"n_{name}"] = torch.where(there, n.log() + m, 0.0).to(dtype)
+    return result
