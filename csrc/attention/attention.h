@@ -1,7 +1,7 @@
 // Scaled-dot-product attention: the argument structs that operators fill and kernels read; includes no torch header.
 //
-// Dimensions: B sequences, Hq query heads, Hk key heads (query head h reads key head h / (Hq / Hk)), Tq queries, Tk keys, D
-// and Dv columns.
+// Dimensions: B sequences, Hq query heads, Hk key heads (query head h reads key head h / (Hq / Hk)), Tq queries, Tk
+// keys, D and Dv columns.
 #pragma once
 
 #include <cstdint>

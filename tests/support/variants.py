@@ -70,7 +70,11 @@ class Variant:
     @property
     def kinked(self) -> bool:
         """Its slope jumps: beside a jump, the rounding of a half type gives another gradient."""
-        return self.kind in ("rnn_relu", "slstm", "slstm_exp") or "cell_clip" in self.options or "gate_clip" in self.options
+        return (
+            self.kind in ("rnn_relu", "slstm", "slstm_exp")
+            or "cell_clip" in self.options
+            or "gate_clip" in self.options
+        )
 
     @property
     def numbers(self) -> list[float]:
@@ -409,7 +413,7 @@ def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_stabiliser(variant: Variant, result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The states of an sLSTM as what they represent: c / n and log n + m. A half type rounds m, and c and n follow it."""
+    """The states of an sLSTM as what they represent, c / n and log n + m: a half type rounds m, which c and n follow."""
     if "m" not in variant.states:
         return result
     result = dict(result)

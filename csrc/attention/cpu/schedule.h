@@ -1,5 +1,5 @@
-// Dynamic scheduling: threads take tasks one at a time, the most expensive first. The result of a task does not depend on
-// the thread or the order.
+// Dynamic scheduling: threads take tasks one at a time, the most expensive first. The result of a task does not depend
+// on the thread or the order.
 #pragma once
 
 #include <cstdint>
