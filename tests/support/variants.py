@@ -413,7 +413,7 @@ def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_stabiliser(states: str, result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The states of an sLSTM as what they represent, c / n and log n + m. A half type rounds m, which c and n follow."""
+    """The states of an sLSTM as what they represent, c / n and log n + m: a half type rounds m, and c and n with it."""
     if "m" not in states:
         return result
     result = dict(result)
