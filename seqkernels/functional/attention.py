@@ -54,39 +54,39 @@ def scaled_dot_product_attention(
     return_weights: bool = False,
     backend: str | None = None,
 ) -> Result:
-    """softmax(query key^T * scale) value; what a row may not see is skipped, and costs nothing.
+    """softmax(query key^T * scale) value, computed only where the mask allows it.
 
     Args:
         query: [B, Hq, Tq, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes. Or [Tq, D],
             [B, Tq, D], or more dimensions in front, which broadcast; or a jagged torch.nested tensor [B, Hq, j, D] or
             [B, j, D].
         key: [B, Hk, Tk, D], value: [B, Hk, Tk, Dv], likewise. Hk is Hq or 1, or divides it with enable_gqa.
-        attn_mask: bool (True: may be seen) or of query's dtype (added to the scores; gradient: yes), of at least 2
+        attn_mask: bool (True: attend) or of query's dtype (added to the scores; gradient: yes), of at least 2
             dimensions, broadcast to [B, Hq, Tq, Tk].
         dropout_p: weights are dropped with this probability and the others divided by 1 - dropout_p.
-        is_causal: a row sees keys up to its own position, also beside attn_mask.
+        is_causal: a query attends to keys up to its own position; may be combined with attn_mask.
         scale: 1 / sqrt(D) if None.
         enable_gqa: whether head h reads keys and values h // (Hq / Hk).
-        lengths: [B] how many keys of each sequence exist; or a pair (of queries, of keys), either of them None. Rows
-            behind are not read; the output there is 0. int32 or int64, on query's device, or a sequence of int.
-        causal_alignment: upper_left: row i is at position i; lower_right: at i + keys - queries (lengths counted).
-        window: a row at position p sees keys p - left .. p + right: (left, right), -1: no bound; one number is both.
-        softcap: scores become softcap * tanh(score / softcap) before masks are added; 0: they do not.
+        lengths: [B] number of keys of each sequence, or a pair (of queries, of keys), either of them None. Padding is
+            not read, and its output is 0. int32 or int64, on query's device, or a sequence of int.
+        causal_alignment: upper_left: query i has position i; lower_right: i + keys - queries (of each sequence).
+        window: a query at position p attends to keys p - left .. p + right: (left, right), -1: no bound; one number: both.
+        softcap: scores become softcap * tanh(score / softcap) before masks are added; 0: off.
         alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |position - j| is added to the scores. Gradient: no.
-        return_lse, return_weights: returned as well.
+        return_lse, return_weights: additional outputs.
         backend: cpu, triton or torch (torch's own function, where it can serve the call); None: as explain says.
     Returns:
-        out: [B, Hq, Tq, Dv], dtype of query, computed in float32 or wider; 0 where a row sees no key. Jagged if query
+        out: [B, Hq, Tq, Dv], dtype of query, computed in float32 or wider; 0 for queries without keys. Jagged if query
         is. With return_lse also [B, Hq, Tq], float32 or wider, the logarithm of the denominator before dropout, -inf
-        where a row sees no key; with return_weights also [B, Hq, Tq, Tk], after dropout. Gradient of each: yes.
+        for queries without keys; with return_weights also [B, Hq, Tq, Tk], after dropout. Gradient of each: yes.
     Raises:
         ValueError: a shape, a length or a value does not fit. On a GPU the values of lengths are not checked, but
             clamped.
         TypeError: a type or a dtype does not fit.
         NotImplementedError: no implementation takes these inputs; the message lists why.
         Where torch raises RuntimeError, the exception is a RuntimeError too.
-    Equivalent to: torch.nn.functional.scaled_dot_product_attention, but for what the module's text lists.
-    Deterministic: yes; the same bits for any number of threads, and a row alone or in a batch.
+    Equivalent to: torch.nn.functional.scaled_dot_product_attention, except for the differences in docs/attention.md.
+    Deterministic: yes; the bits of a query are independent of the number of threads and of the batch.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html;
         Dao et al., FlashAttention, arXiv 2205.14135 and 2307.08691; Press et al., ALiBi, arXiv 2108.12409.
     """

@@ -1,12 +1,12 @@
 """MultiheadAttention in place of torch.nn's, with the same constructor, parameters and state_dict; a cache of keys and
 values for decoding.
 
-Where it differs from torch's, on purpose:
-- There is one way through it, whatever the mode: a query that sees no key gives zeros before the output projection, and
+Deliberate differences from torch:
+- There is a single path for all modes: a query that attends to no key gives zeros before the output projection, and
   weights of zero, never NaN.
-- is_causal needs no attn_mask. Beside one of two dimensions that has no gradient it says, as in torch, that this is the
-  causal mask, which is then not read; beside any other mask it holds as well.
-- key_padding_mask and attn_mask may be of different types; masks have gradients.
+- is_causal does not require attn_mask. With a 2-D mask without a gradient it declares, as in torch, that the mask is
+  causal, and the mask is not read; with any other mask both apply.
+- key_padding_mask and attn_mask may have different dtypes; masks have gradients.
 
 Exceptions: docs/errors.md.
 
@@ -31,11 +31,11 @@ __all__ = ["KeyValueCache", "MultiheadAttention"]
 
 
 class KeyValueCache:
-    """Keys and values of the steps so far, in memory for `capacity` of them. Inference only.
+    """Keys and values of previous steps, allocated for `capacity` steps. Inference only.
 
     Attributes:
         keys: [B, H, capacity, D]. values: [B, H, capacity, Dv].
-        lengths: int64 [B], how many of each sequence there are.
+        lengths: int64 [B], number of steps of each sequence.
         longest: at least the largest length.
     """
 
@@ -128,20 +128,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Inputs:
         query: [T, B, E], or [B, T, E] with batch_first, or [T, E]. key, value: [S, B, kdim | vdim] and so on. Or all
             jagged torch.nested tensors [B, j, E].
-        key_padding_mask: [B, S] or [S], bool (True: not seen) or float (added to the scores).
+        key_padding_mask: [B, S] or [S], bool (True: masked) or float (added to the scores).
         need_weights: whether weights are returned; they are then written out.
         attn_mask: [T, S] or [B * H, T, S], likewise.
         average_attn_weights: whether weights are the mean over heads.
-        is_causal: a query sees keys up to its own position.
+        is_causal: a query attends to keys up to its own position.
     By keyword:
-        lengths: [B] how many keys of each sequence exist, or a pair (of queries, of keys): as in
-            seqkernels.functional.scaled_dot_product_attention. Nothing behind is computed.
-        cu_seqlens_q: int32 or int64 [S + 1], where each sequence begins: query is then rows [Nq, E], key and value
+        lengths: [B] number of keys of each sequence, or a pair (of queries, of keys), as in
+            seqkernels.functional.scaled_dot_product_attention. Padding is not computed.
+        cu_seqlens_q: int32 or int64 [S + 1], start of each sequence: query then holds rows [Nq, E], key and value
             [Nk, kdim | vdim]. cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in seqkernels.functional.varlen_attention.
-        cache: a KeyValueCache (`new_cache` makes one) to which keys and values are added before queries look at all of
-            it; the last query is at the position of the last key; lengths: how many of the new steps each sequence
-            has, and of its queries where these are the same tensor or is_causal is set. key and value may be None:
-            nothing is added then.
+        cache: a KeyValueCache (see `new_cache`) to which keys and values are appended before the queries attend to all of
+            it. The last query has the position of the last key. lengths: number of new steps of each sequence, and of
+            its queries if these are the same tensor or is_causal is set. With key and value None nothing is appended.
     Outputs:
         as query, [..., E], and, with need_weights, [B, T, S] or [B, H, T, S] after dropout, otherwise None; always None
         for rows of packed or nested sequences.
@@ -225,7 +224,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 lengths = of_padding
             else:
                 mask = _both(mask, _before(of_padding, S), q.dtype)
-        if extra:  # keys behind the last that every query sees
+        if extra:  # appended keys that every query attends to
             if lengths is not None or is_causal:
                 mask, lengths, is_causal = _written(who, mask, lengths, is_causal, B, T, S, q), None, False
             k, v = self._with_extra(k, v)
