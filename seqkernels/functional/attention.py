@@ -70,7 +70,7 @@ def scaled_dot_product_attention(
         lengths: [B] number of keys of each sequence, or a pair (of queries, of keys), either of them None. Padding is
             not read, and its output is 0. int32 or int64, on query's device, or a sequence of int.
         causal_alignment: upper_left: query i has position i; lower_right: i + keys - queries (of each sequence).
-        window: a query at position p attends to keys p - left .. p + right: (left, right), -1: no bound; one number: both.
+        window: a query at position p attends to keys p - left .. p + right: (left, right) or one number; -1: no bound.
         softcap: scores become softcap * tanh(score / softcap) before masks are added; 0: off.
         alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |position - j| is added to the scores. Gradient: no.
         return_lse, return_weights: additional outputs.
