@@ -138,9 +138,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             seqkernels.functional.scaled_dot_product_attention. Padding is not computed.
         cu_seqlens_q: int32 or int64 [S + 1], start of each sequence: query then holds rows [Nq, E], key and value
             [Nk, kdim | vdim]. cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in seqkernels.functional.varlen_attention.
-        cache: a KeyValueCache (see `new_cache`) to which keys and values are appended before the queries attend to all of
-            it. The last query has the position of the last key. lengths: number of new steps of each sequence, and
-            of its queries if these are the same tensor or is_causal is set. With key and value None nothing is
+        cache: a KeyValueCache (see `new_cache`) to which keys and values are appended before the queries attend to
+            all of it. The last query has the position of the last key. lengths: number of new steps of each sequence,
+            and of its queries if these are the same tensor or is_causal is set. With key and value None nothing is
             appended.
     Outputs:
         as query, [..., E], and, with need_weights, [B, T, S] or [B, H, T, S] after dropout, otherwise None; always None
