@@ -72,9 +72,14 @@ class Usage:
 @functools.cache
 def groups() -> dict[str, Any]:
     """The named tuples that kernels take, by the name of the parameter."""
+    from seqkernels.triton.embedding_bag import backward, bags
     from seqkernels.triton.recurrent import layer, step
 
     return dict(
+        table=bags.Table,
+        bags=bags.Bags,
+        positions=backward.Positions,
+        occurrences=backward.Occurrences,
         inputs=layer.Inputs,
         outputs=layer.Outputs,
         gradients=layer.Gradients,
@@ -95,38 +100,50 @@ def parameters(kernel: Any) -> list[str]:
 # ---- what there is
 
 
-def bag_jobs(arch: int) -> Iterator[Job]:
-    from seqkernels.triton import embedding_bag as module
+BAG_TYPES = dict(p_indices="*i64", p_offsets="*i64", p_arg="*i32", p_fault="*i64", p_row="*i64", p_bag="*i64")
+BAG_TYPES |= dict(p_place="*i32", p_position="*i64", p_end="*i64", p_output="*i64", E="i64", N="i64", s_row="i64")
 
-    for dtype, mode, everything in itertools.product(module.DTYPES, range(4), (True, False)):
-        extreme = mode in (module.MAX, module.MIN)
-        for chosen in module.configs(dtype == torch.float64, extreme):
+
+def bag_jobs(arch: int) -> Iterator[Job]:
+    from seqkernels.triton.embedding_bag import launch
+
+    for dtype, mode, everything in itertools.product(launch.DTYPES, range(4), (True, False)):
+        extreme, float64 = mode in (launch.MAX, launch.MIN), dtype == torch.float64
+        flags: dict[str, Any] = dict(HAS_PADDING=everything, HAS_LAST_OFFSET=not everything)
+        by_weight = everything and mode == launch.MEAN
+        how = dict(MODE=mode, BY_WEIGHT=by_weight, FLOAT64=float64, s_column=1)
+        absent = dict(p_arg=None) if not extreme else {}
+        if not everything:
+            absent["p_weights"] = None
+        for chosen in launch.configs(float64, extreme):
             tile = {k: v for k, v in chosen._asdict().items() if k in ("BB", "BR", "BD")}
-            flags = dict(
-                MODE=mode,
-                BY_WEIGHT=everything and mode == module.MEAN,
-                HAS_PADDING=everything,
-                HAS_LAST_OFFSET=not everything,
-                FLOAT64=dtype == torch.float64,
-                s_column=1,
-            )
-            absent = dict(p_arg=None) if not extreme else {}
-            if not everything:
-                absent["p_weights"] = None
-            types = dict(
-                p_indices="*i64", p_offsets="*i64", p_arg="*i32", p_fault="*i64", E="i64", N="i64", s_row="i64"
-            )
-            kernel = "embedding_bag_forward_kernel"
+            constexprs = {**flags, **tile, **absent, **how}
             yield Job(
-                "embedding_bag",
-                kernel,
+                "embedding_bag.forward",
+                "embedding_bag_forward_kernel",
                 dtype,
-                {**flags, **tile, **absent},
+                constexprs,
                 arch,
                 chosen.num_warps,
                 chosen.maxnreg,
-                types,
+                BAG_TYPES,
             )
+        compute = "*fp64" if float64 else "*fp32"
+        types = dict(BAG_TYPES, p_divisor=compute)
+        if mode != launch.MEAN:
+            absent["p_divisor"] = None
+        module = "embedding_bag.backward"
+        if dtype == torch.float32 or (float64 and mode == launch.MEAN):
+            constexprs = {**flags, **absent, "BY_WEIGHT": by_weight, "BR": launch.BLOCK}
+            yield Job(module, "positions_kernel", dtype, constexprs, arch, 1, launch.MOST_REGISTERS, types)
+        for BD in (16, launch.WIDEST):
+            constexprs = {**absent, "BY_FREQUENCY": everything, "FLOAT64": float64, "BK": launch.ROWS, "BD": BD}
+            if everything:
+                constexprs["p_output"] = None
+            yield Job(module, "table_gradient_kernel", dtype, constexprs, arch, 1, launch.MOST_REGISTERS, types)
+            if everything:
+                constexprs = {**flags, **absent, **how, "BR": launch.ROWS, "BD": BD}
+                yield Job(module, "weights_gradient_kernel", dtype, constexprs, arch, 1, launch.MOST_REGISTERS, types)
 
 
 TYPES = dict(p_lengths="*i64", p_starts="*i64", p_reset="*u8", p_zoneout_h="*u8", p_zoneout_c="*u8", p_candidate="*u8")

@@ -101,7 +101,9 @@ else()
   set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
   add_library(kernels_cuda STATIC ${cuda_objects})
   set_target_properties(kernels_cuda PROPERTIES LINKER_LANGUAGE CXX)
-  target_compile_definitions(_C PRIVATE SEQKERNELS_HAVE_CUDA USE_CUDA)  # USE_CUDA: torch declares its streams
+  list(JOIN SEQKERNELS_CUDA_ARCHITECTURES "," capabilities)
+  target_compile_definitions(_C PRIVATE SEQKERNELS_HAVE_CUDA "SEQKERNELS_CUDA_ARCHITECTURES=${capabilities}"
+                             USE_CUDA)  # USE_CUDA: torch declares its streams
   target_link_libraries(_C PRIVATE kernels_cuda torch_cuda c10_cuda "${cudart}")
   set(cuda_status "yes: nvcc ${nvcc_version} for ${SEQKERNELS_CUDA_ARCHITECTURES}, against torch's CUDA ${torch_cuda}")
 endif()

@@ -123,6 +123,7 @@ py::dict build_info() {
   info["isas"] = isas;
 #ifdef SEQKERNELS_HAVE_CUDA
   info["cuda"] = true;
+  info["cuda_architectures"] = std::vector<int>{SEQKERNELS_CUDA_ARCHITECTURES};
 #else
   info["cuda"] = false;
 #endif

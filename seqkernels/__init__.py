@@ -26,6 +26,7 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version; torch: the release built against (the binary serves 2.11 and later); isa: the instruction set in use;
-        isas: those built that this processor has; cuda: whether CUDA kernels were built; compiler.
+        isas: those built that this processor has; cuda: whether CUDA kernels were built; cuda_architectures: where they
+        were, the compute capabilities, 90 for 9.0; compiler.
     """
     return {"version": __version__, **_C.build_info()}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -30,7 +32,7 @@ class Request(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     layer: tuple[Kind, int, bool] | None = None  # of a recurrent layer: kind, heads, whether it is projected
-    extras: Sequence[str] = ()  # of attention: what the call asks for that torch's own function does not have
+    extras: Sequence[str] = ()  # what the call asks for that torch's own attention, or bags in Triton, do not have
     masked: bool = False  # of attention: whether there is a mask, dropout or Dv other than D
     named: bool = False  # whether `backend` names the implementation
 
@@ -114,7 +116,7 @@ def on_cuda(request: Request) -> list[str]:
     if device.type != "cuda":
         reasons.append(f"the tensors are on {device}")
     elif not torch.compiler.is_compiling():
-        reasons.extend(_too_old(device))
+        reasons.extend(_too_old(device) or _not_built_for(device))
     reasons.extend(_unsupported_dtype(request.dtype))
     if request.layer is not None:
         reasons.extend(unsupported_layer_on_cuda(*request.layer))
@@ -130,6 +132,24 @@ def _too_old(device: torch.device) -> list[str]:
     return [] if major >= 8 else [f"compute capability must be 8.0 or more, got {major}.{minor}"]
 
 
+@functools.cache
+def _not_built_for(device: torch.device) -> list[str]:
+    """Code of compute capability x.y runs on x.z with z >= y, and the build has code for later capabilities if it has
+    that for 10.0, as PTX."""
+    built: list[int] = _C.build_info().get("cuda_architectures", [])
+    if not built or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    runs = any(b // 10 == major and b % 10 <= minor for b in built) or (100 in built and major > 10)
+    names = ", ".join(f"{b // 10}.{b % 10}" for b in built)
+    return [] if runs else [f"this build is for compute capability {names}, got {major}.{minor}"]
+
+
+def cuda_runs_on(device: torch.device) -> bool:
+    """Whether this build has CUDA kernels for a CUDA device."""
+    return _CUDA_BUILT and not _too_old(device) and not _not_built_for(device)
+
+
 def unsupported_layer_on_cuda(kind: Kind, num_heads: int, projected: bool) -> list[str]:
     """Reasons why no CUDA kernel runs a recurrent layer, whatever its size; plan_recurrent_cuda in C++ has the same."""
     reasons = []
@@ -142,9 +162,39 @@ def unsupported_layer_on_cuda(kind: Kind, num_heads: int, projected: bool) -> li
     return reasons
 
 
-def by_hand(request: Request) -> list[str]:
-    """Triton kernels that are not chosen yet."""
-    return ["never chosen: call seqkernels.triton"]
+TRITON_KINDS = ("lstm", "lstm_coupled", "gru", "gru_before", "mgu", "mgu_after", "rnn_tanh", "rnn_relu")
+
+
+def in_triton(request: Request) -> list[str]:
+    """The Triton kernels of recurrent layers and bags. On CUDA they run what the CUDA kernels do not.
+
+    On the CPU, Triton's interpreter runs them in numpy where TRITON_INTERPRET=1 and `backend` names them.
+    """
+    reasons, device = [], request.device
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            reasons.append("triton is not installed")
+        if not torch.compiler.is_compiling():
+            reasons.extend(_too_old(device))
+    elif device.type != "cpu" or not (request.named and _interpreted()):
+        reasons.append(f"the tensors are on {device}")
+    reasons.extend(_unsupported_dtype(request.dtype))
+    reasons.extend(f"{extra} has no Triton kernel" for extra in request.extras)
+    if request.layer is not None:
+        kind, num_heads, projected = request.layer
+        if kind.name not in TRITON_KINDS:
+            reasons.append(f"{kind.name} has no Triton kernel")
+        if num_heads != 1:
+            reasons.append(f"heads must be 1, got {num_heads}")
+        if projected and kind.name in TRITON_KINDS:
+            reasons.append("a projection must be absent")
+    return reasons
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: it does if TRITON_INTERPRET is set when they are imported."""
+    launch = sys.modules.get("seqkernels.triton.recurrent.launch")
+    return os.environ.get("TRITON_INTERPRET") == "1" if launch is None else launch.interpreted()
 
 
 def attention_in_triton(request: Request) -> list[str]:
@@ -165,6 +215,6 @@ def attention_by_torch(request: Request) -> list[str]:
     return reasons
 
 
-RECURRENT: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": by_hand}
-EMBEDDING_BAG: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": by_hand}
+RECURRENT: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
+EMBEDDING_BAG: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
 ATTENTION: Implementations = {"cpu": on_cpu, "torch": attention_by_torch, "triton": attention_in_triton}

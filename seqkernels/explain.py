@@ -71,7 +71,7 @@ def explain(
         extras: other arguments that are given, such as "lengths".
         backend: as there.
     Returns:
-        kernel: the implementation that runs: cpu or cuda; of attention cpu, triton or torch.
+        kernel: the implementation that runs: cpu, cuda or triton; of attention cpu, triton or torch.
         unsupported: for each other implementation the reasons why it does not run.
         On a CPU also isa, the instruction set, and threads, how many run:
             of a layer row_groups (sets of independent sequences) x unit_groups (shares of the hidden units, with a
@@ -81,10 +81,12 @@ def explain(
             launch a step; none), reasons (why the tiers before it do not run), grid, block and shared_bytes of the
             launch, cluster (blocks of a cluster, or of one of the `teams` that share a direction of a grid), rows
             (sequences of one cluster or team) and workspace (bytes).
+        Of a layer in Triton forward and backward, each with tier (layer: one launch for all steps; steps: one launch a
+            step), reasons, grid, rows (sequences of one program) and warps (of one program).
     Raises:
         ValueError: no such op, option or mode, a size is out of range, or a device is described in part or absent.
         TypeError: a size is absent, or is none of this op.
-        NotImplementedError: no implementation takes such inputs, or this build has no CUDA kernels.
+        NotImplementedError: no implementation takes such inputs.
     """
     given: dict[str, Any] = {
         name: value
@@ -183,6 +185,10 @@ def _explain_recurrent(
             heads=num_heads, float64=dtype == torch.float64,
         )  # fmt: skip
         return _answer(RECURRENT, request, kernel, plan)
+    if kernel == "triton":
+        shared = _described_memory(described, device, dtype)
+        plan = _explain_in_triton(kind, dtype, B, H, directions, options, shared)
+        return _answer(RECURRENT, request, kernel, plan)
     wanted: dict[str, Any] = dict(kind=kind.name, dtype=str(dtype).removeprefix("torch."), T=T, B=B, D=D, H=H)
     wanted.update(P=proj_size, directions=directions, heads=num_heads, options=list(options))
     wanted["tf32"] = dtype == torch.float32 and allows_tf32(torch.backends.cudnn.rnn)
@@ -203,6 +209,35 @@ def _explain_recurrent(
         )
     with torch.cuda.device(device):
         return _answer(RECURRENT, request, kernel, _C.explain_recurrent_cuda(**wanted))
+
+
+def _described_memory(described: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of shared memory of the described device, or of the one that is there."""
+    if None not in described:
+        return 0 if dtype == torch.float64 else int(described[2])
+    if described != (None, None, None) or not torch.cuda.is_available():
+        why = "together" if described != (None, None, None) else "where there is no CUDA device"
+        raise ValueError(
+            f"explain: capability, multiprocessors and shared_memory must be given {why}, got "
+            f"{described[0]}, {described[1]} and {described[2]}"
+        )
+    from seqkernels.triton.recurrent import launch  # imports Triton
+
+    return launch.shared_memory(device, dtype)
+
+
+def _explain_in_triton(
+    kind: Kind, dtype: torch.dtype, B: int, H: int, directions: int, options: Sequence[str], shared: int
+) -> dict[str, Any]:
+    from seqkernels.triton.recurrent import launch  # imports Triton
+
+    tier, reasons, chosen = launch.tier(kind.name, dtype, H, options, shared)
+    plan: dict[str, Any] = {"tier": tier, "reasons": {} if tier == "layer" else {"layer": reasons}}
+    if chosen is None:
+        plan["grid"] = (B, -(-H // launch.BU))
+    else:
+        plan |= {"grid": (-(-B // chosen.BB), directions), "rows": chosen.BB, "warps": chosen.num_warps}
+    return {"forward": plan, "backward": plan}
 
 
 # ---- other operators

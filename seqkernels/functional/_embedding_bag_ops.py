@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional import _autograd
+from seqkernels.functional import _autograd, _triton_ops
 from seqkernels.functional._autograd import (
     below_autograd,
     jvp_by_definition,
@@ -38,8 +38,8 @@ NO_PADDING = -1
 class Ops:
     """The ops of one namespace, by their `.default` overloads."""
 
-    def __init__(self, namespace: str) -> None:
-        for name in NAMES:
+    def __init__(self, namespace: str, names: Sequence[str]) -> None:
+        for name in names:
             setattr(self, name, op(name, namespace))
 
     def __getattr__(self, name: str) -> Any:  # what __init__ sets
@@ -54,7 +54,19 @@ NAMES = (
     *("embedding_bags_backward_weights", "embedding_bags_update_"),
 )
 
-ops = Ops("seqkernels")
+ops = Ops("seqkernels", NAMES)
+
+# Ops that have Triton kernels, and the function of seqkernels.triton.embedding_bag.ops that each calls.
+_IN_TRITON = {
+    "embedding_bag": "infer_op",
+    "embedding_bag_forward": "forward_op",
+    "embedding_bag_backward": "backward_op",
+    "embedding_bag_backward_sparse": "backward_sparse_op",
+    "embedding_bag_backward_weights": "backward_weights_op",
+}
+for _name, _function in _IN_TRITON.items():
+    _triton_ops.define(_name, "embedding_bag.ops", _function)
+triton_ops = Ops(_triton_ops.NAMESPACE, tuple(_IN_TRITON))
 
 
 class Bags(NamedTuple):
@@ -81,6 +93,11 @@ class How(NamedTuple):
     gradient_padding: int = NO_PADDING  # an embedding's padding is left out of backward only
     features: Sequence[int] = ()  # of each table, where there are several
     winners: bool = False  # whether a recorded lookup also gives `arg`
+    triton: bool = False  # whether the Triton kernels run
+
+    @property
+    def ops(self) -> Ops:
+        return triton_ops if self.triton else ops
 
     def definition(self, bags: Bags, arg: Tensor | None, derivative: bool = False) -> Callable[..., Tensor]:
         """The lookup as the reference defines it, as a function of the tables, behind the weights. `derivative`:
@@ -149,7 +166,7 @@ def lookup(
         raise NotImplementedError(f"embedding_bag: {what} cannot be traced by torch.compile or torch.export")
     bags = Bags(indices, offsets, weights, *how[:4])
     if how.by_frequency or how.gradient_padding != how.padding_idx:
-        many = _traced_several if how.features else _traced
+        many = _traced_several if how.features else _traced_in_triton if how.triton else _traced
         args = (list(tables), how.features) if how.features else tables
         return many(*args, *bags, how.by_frequency, how.gradient_padding)[0]
     return _forward(tables, bags, how)[0]
@@ -166,14 +183,14 @@ def lookup_winners(
 
 def _infer(tables: Sequence[Tensor], bags: Bags, how: How) -> Tensor:
     if how.features:
-        return ops.embedding_bags(list(tables), how.features, *bags)
-    return ops.embedding_bag(tables[0], *bags)
+        return how.ops.embedding_bags(list(tables), how.features, *bags)
+    return how.ops.embedding_bag(tables[0], *bags)
 
 
 def _forward(tables: Sequence[Tensor], bags: Bags, how: How) -> tuple[Tensor, Tensor]:
     if how.features:
-        return ops.embedding_bags_forward(list(tables), how.features, *bags)
-    return ops.embedding_bag_forward(tables[0], *bags)
+        return how.ops.embedding_bags_forward(list(tables), how.features, *bags)
+    return how.ops.embedding_bag_forward(tables[0], *bags)
 
 
 def _backward(
@@ -191,24 +208,24 @@ def _backward(
     found: list[Any] = [None] * len(needs)
     if needs[0]:
         if several:
-            found[0] = ops.embedding_bags_backward_weights(grad, arg, list(tables), how.features, *bags)
+            found[0] = how.ops.embedding_bags_backward_weights(grad, arg, list(tables), how.features, *bags)
         else:
-            found[0] = ops.embedding_bag_backward_weights(grad, arg, tables[0], *bags)
+            found[0] = how.ops.embedding_bag_backward_weights(grad, arg, tables[0], *bags)
     if True not in needs[1:]:
         return found
     if several:
         E, D = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
         of_all = grad, arg, E, D, how.features, *bags, how.by_frequency
         if how.sparse:
-            of_tables = map(_sparse, *ops.embedding_bags_backward_sparse(*of_all), shapes)
+            of_tables = map(_sparse, *how.ops.embedding_bags_backward_sparse(*of_all), shapes)
         else:
-            of_tables = ops.embedding_bags_backward(*of_all)
+            of_tables = how.ops.embedding_bags_backward(*of_all)
         found[1:] = (g if need else None for g, need in zip(of_tables, needs[1:]))
     elif how.sparse:
-        rows, values = ops.embedding_bag_backward_sparse(grad, arg, shapes[0][0], *bags, how.by_frequency)
+        rows, values = how.ops.embedding_bag_backward_sparse(grad, arg, shapes[0][0], *bags, how.by_frequency)
         found[1] = _sparse(rows, values, shapes[0])
     else:
-        found[1] = ops.embedding_bag_backward(grad, arg, shapes[0][0], *bags, how.by_frequency)
+        found[1] = how.ops.embedding_bag_backward(grad, arg, shapes[0][0], *bags, how.by_frequency)
     return found
 
 
@@ -263,9 +280,9 @@ class _Recorded(torch.autograd.Function):
             raise NotImplementedError("embedding_bag: this call is not traced")
         with below_autograd():
             if how.features:
-                output, arg = ops.embedding_bags_forward(tables, how.features, indices, offsets, weights, *how[:4])
+                output, arg = how.ops.embedding_bags_forward(tables, how.features, indices, offsets, weights, *how[:4])
             else:
-                output, arg = ops.embedding_bag_forward(tables[0], indices, offsets, weights, *how[:4])
+                output, arg = how.ops.embedding_bag_forward(tables[0], indices, offsets, weights, *how[:4])
         # Tables are kept only where the weights' gradient reads them: they may change otherwise, as with max_norm.
         kept = tables if weights is not None and ctx.needs_input_grad[FIRST] else ()
         ctx.save_for_backward(indices, offsets, weights, arg, *kept)
@@ -370,7 +387,12 @@ _library.impl("embedding_bag_traced", lambda *args: ops.embedding_bag_forward(*a
 _library.impl(
     "embedding_bags_traced", lambda *args: ops.embedding_bags_forward(*args[:-2]), "CompositeExplicitAutograd"
 )
+_triton_ops.LIBRARY.define(f"embedding_bag_traced(Tensor weight, {_BAGS}, {_GRADIENT}) -> (Tensor output, Tensor arg)")
+_triton_ops.LIBRARY.impl(
+    "embedding_bag_traced", lambda *args: triton_ops.embedding_bag_forward(*args[:-2]), "CompositeExplicitAutograd"
+)
 _traced = torch.ops.seqkernels.embedding_bag_traced.default
+_traced_in_triton = op("embedding_bag_traced", _triton_ops.NAMESPACE)
 _traced_several = torch.ops.seqkernels.embedding_bags_traced.default
 
 _EXTREMES = (MODES["max"], MODES["min"])
@@ -447,14 +469,14 @@ FAKES: dict[str, Callable[..., Any]] = {
 BYTES_PER_ROW = 8  # float32 scale and bias
 
 
-def _register_autograd(name: str, several: bool) -> None:
+def _register_autograd(name: str, several: bool, triton: bool = False) -> None:
     """The formula of an op that returns (output, arg), for tracing and for those who call it themselves."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         tables, features, *rest = inputs if several else ([inputs[0]], (), *inputs[1:])
         bags, more = _bags(rest), rest[len(Bags._fields) :]
         by_frequency, padding = more or (False, bags.padding_idx)
-        ctx.how = How(*bags[3:], by_frequency, False, padding, features)
+        ctx.how = How(*bags[3:], by_frequency, False, padding, features, triton=triton)
         ctx.tables = len(tables)
         kept = tables if bags.weights is not None else ()
         ctx.shapes = [t.shape for t in tables]
@@ -506,21 +528,28 @@ def _fold_rule(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def register(namespace: str) -> None:
+def register(namespace: str, names: Sequence[str] = NAMES) -> None:
     """Fakes, autograd and vmap rules of a namespace's ops."""
-    here = Ops(namespace)
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}")(fake)
+    here = Ops(namespace, names)
+    triton = namespace == _triton_ops.NAMESPACE
+    for name in names:
+        torch.library.register_fake(f"{namespace}::{name}")(FAKES[name])
         if not name.endswith("_"):
             rule = _fold_rule if name in ("embedding_bag", "embedding_bag_forward") else vmap_rule
             torch.library.register_vmap(f"{namespace}::{name}", rule(getattr(here, name)))
-    _register_autograd(f"{namespace}::embedding_bag_forward", several=False)
-    _register_autograd(f"{namespace}::embedding_bags_forward", several=True)
+    for name, several in (("embedding_bag", False), ("embedding_bags", True)):
+        if name + "_forward" in names:
+            _register_autograd(f"{namespace}::{name}_forward", several, triton)
 
 
 register("seqkernels")
-for _name, _several in (("embedding_bag", False), ("embedding_bags", True)):
-    torch.library.register_fake(f"seqkernels::{_name}_traced")(
+register(_triton_ops.NAMESPACE, tuple(_IN_TRITON))
+for _namespace, _name, _several in (
+    ("seqkernels", "embedding_bag", False),
+    ("seqkernels", "embedding_bags", True),
+    (_triton_ops.NAMESPACE, "embedding_bag", False),
+):
+    torch.library.register_fake(f"{_namespace}::{_name}_traced")(
         lambda *args, _fake=FAKES[f"{_name}_forward"]: _fake(*args[:-2])
     )
-    _register_autograd(f"seqkernels::{_name}_traced", _several)
+    _register_autograd(f"{_namespace}::{_name}_traced", _several, _namespace == _triton_ops.NAMESPACE)

@@ -8,6 +8,7 @@ Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P fed-back s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from seqkernels import _C
+from seqkernels import backend as backends
+from seqkernels.functional import _triton_ops
 from seqkernels.functional._autograd import (
     below_autograd,
     follow_tf32,
     jvp_by_definition,
+    op,
     vjp_by_definition,
     vmap_rule,
 )
@@ -221,9 +225,9 @@ class _Transformed(torch.autograd.Function):
 # ---- the ops' fakes, autograd and vmap
 
 
-def _register(kind: Kind) -> None:
+def _register(kind: Kind, namespace: str) -> None:
     states = len(kind.states)
-    name = f"seqkernels::{kind.name}"
+    name = f"{namespace}::{kind.name}"
 
     def fake_infer(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         weights, batch_sizes, _, bidirectional, *extras = args[states:]
@@ -292,9 +296,25 @@ def _register(kind: Kind) -> None:
     torch.library.register_fake(name + "_forward")(fake_forward)
     torch.library.register_fake(name + "_backward")(fake_backward)
     torch.library.register_autograd(name + "_forward", backward, setup_context=setup_context)
-    for suffix, op in (("", kind.infer), ("_forward", kind.forward), ("_backward", kind.backward)):
-        torch.library.register_vmap(name + suffix, vmap_rule(op))
+    for suffix, op_ in (("", kind.infer), ("_forward", kind.forward), ("_backward", kind.backward)):
+        torch.library.register_vmap(name + suffix, vmap_rule(op_))
 
 
 for _each in KINDS.values():
-    _register(_each)
+    _register(_each, "seqkernels")
+
+
+# ---- the same layers in Triton
+
+
+def _in_triton(kind: Kind) -> Kind:
+    """The kind with the ops of its Triton kernels."""
+    for suffix, function in (("", "infer_op"), ("_forward", "forward_op"), ("_backward", "backward_op")):
+        _triton_ops.define(kind.name + suffix, "recurrent.ops", function, kind.name)
+    infer, forward, backward = (op(kind.name + end, _triton_ops.NAMESPACE) for end in ("", "_forward", "_backward"))
+    return dataclasses.replace(kind, infer=infer, forward=forward, backward=backward)
+
+
+TRITON_KINDS = {name: _in_triton(KINDS[name]) for name in backends.TRITON_KINDS}
+for _each in TRITON_KINDS.values():
+    _register(_each, _triton_ops.NAMESPACE)

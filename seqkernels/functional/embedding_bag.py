@@ -81,7 +81,7 @@ def embedding_bag(
         padding_idx: a row that does not count, neither in a sum nor in a mean's number; may be negative.
         weight_norm: what a mean of weighted rows is divided by: their number ("count") or the sum of weights
             ("weight").
-        backend: name of the implementation that must run, such as "cpu" or "cuda"; None chooses, see
+        backend: name of the implementation that must run, "cpu", "cuda" or "triton"; None chooses, see
             seqkernels.explain.
     Returns:
         [B, D], dtype of weight, computed in float32 or wider and rounded once. Zeros where a bag is empty or holds only
@@ -98,7 +98,7 @@ def embedding_bag(
     """
     if backend is not None:
         _require("embedding_bag", weight, backend)
-    if type(input) is Tensor and max_norm is None and not _special():
+    if type(input) is Tensor and max_norm is None and not (_special() or _prefers_triton(weight, backend)):
         last = include_last_offset and offsets is not None
         try:
             padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
@@ -116,7 +116,7 @@ def embedding_bag(
             raise of_op("embedding_bag", error) from None
     return bag(
         input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
-        include_last_offset, padding_idx, weight_norm,
+        include_last_offset, padding_idx, weight_norm, backend=backend,
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def embedding(
     """
     if backend is not None:
         _require("embedding", weight, backend)
-    return rows(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return rows(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, backend=backend)
 
 
 def embedding_bags(
@@ -179,7 +179,7 @@ def embedding_bags(
     """
     if backend is not None:
         for table in weights:
-            _require("embedding_bags", table, backend)
+            _require("embedding_bags", table, backend, SEVERAL)
     return bags(input, weights, offsets, features, mode, per_sample_weights, scale_grad_by_freq, sparse, weight_norm)
 
 
@@ -197,8 +197,8 @@ def quantize_rows(weight: Tensor, *, backend: str | None = None) -> Tensor:
     """
     who = "quantize_rows"
     check_table(who, weight)
-    if backend is not None:
-        _require(who, weight, backend)
+    if backend is not None or _prefers_triton(weight, None):
+        _require(who, weight, backend, who)
     if weight.shape[1] < 1:
         raise ValueError(f"{who}: weight must have columns, got {list(weight.shape)}")
     result: Tensor = O.ops.embedding_bag_pack_bytes(weight.detach())
@@ -229,8 +229,8 @@ def embedding_bag_bytes(
     Equivalent to: torch.ops.quantized.embedding_bag_byte_rowwise_offsets, in every mode.
     Deterministic: yes; the same bits for any number of threads.
     """
-    if backend is not None:
-        _require("embedding_bag_bytes", packed, backend, dtype=torch.float32)
+    if backend is not None or _prefers_triton(packed, None):
+        _require("embedding_bag_bytes", packed, backend, "a table of bytes", dtype=torch.float32)
     if isinstance(input, Tensor) and input.is_nested:
         input, offsets, per_sample_weights = of_nested("embedding_bag_bytes", input, offsets, per_sample_weights)
         include_last_offset = True
@@ -250,6 +250,7 @@ def embedding_bag_bytes(
 
 # ---- eager calls; names of modules are looked up once, as each lookup costs time
 
+SEVERAL = "a lookup in several tables"  # which has no Triton kernel
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
 _transforms = torch._C._are_functorch_transforms_active
@@ -285,6 +286,7 @@ def bag(
     padding_idx: int | None,
     weight_norm: str,
     step: Step | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """embedding_bag. step: an optimiser's, which backward makes instead of a gradient."""
     who = "embedding_bag"
@@ -295,6 +297,8 @@ def bag(
     padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
     last = include_last_offset and offsets is not None
     how = How(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
+    if _in_triton(who, weight, backend, max_norm, step):
+        how = how._replace(triton=True)
     try:
         if max_norm is not None:
             renorm(weight, input, max_norm, norm_type)
@@ -312,12 +316,15 @@ def rows(
     scale_grad_by_freq: bool,
     sparse: bool,
     step: Step | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """embedding: bags of one."""
     who = "embedding"
+    triton = _in_triton(who, weight, backend, max_norm, step)
     try:
         if input.is_nested:
-            found = rows(input.values(), weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, step)
+            values = input.values()
+            found = rows(values, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, step, backend)
             return jagged_like(input, found)
         if max_norm is not None:
             check_rows(who, input, weight, padding_idx, max_norm)
@@ -329,14 +336,15 @@ def rows(
         if special:
             check_rows(who, input, weight, padding_idx, max_norm)
         if special or (_recording() and weight.requires_grad):
-            how = How(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding)
+            how = How(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding, triton=triton)
             found = (
                 lookup((weight,), None, each, None, how, step)
                 if special
                 else record(how, step, each, None, None, weight)
             )
         else:
-            found = O.ops.embedding_bag(weight, each, None, None, 0)
+            ops = O.triton_ops if triton else O.ops
+            found = ops.embedding_bag(weight, each, None, None, 0)
         return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
     except ERRORS as error:
         check_rows(who, input, weight, padding_idx, max_norm)
@@ -357,6 +365,8 @@ def bags(
 ) -> Tensor:
     """embedding_bags."""
     counts = tuple(features) if features is not None else (1,) * len(weights)
+    if weights and _prefers_triton(weights[0], None):
+        _require("embedding_bags", weights[0], None, SEVERAL)
     try:
         how = How(MODES[mode], NO_PADDING, True, NORMS[weight_norm], scale_grad_by_freq, sparse, NO_PADDING, counts)
         if step is None and not recorded(weights, per_sample_weights) and not _special():
@@ -405,12 +415,32 @@ def of_nested(
 # ---- checks: the errors of the public functions; the ops check again what could access memory out of bounds
 
 
-def _require(who: str, table: Any, backend: str, dtype: torch.dtype | None = None) -> None:
-    """dtype: of the output, where that of the table is another."""
+def _require(who: str, table: Any, backend: str | None, *special: str, dtype: torch.dtype | None = None) -> str:
+    """The implementation that runs.
+
+    Args:
+        special: what the call asks for that not every implementation has.
+        dtype: of the output, where that of the table is another.
+    """
     if not isinstance(table, Tensor):
         raise TypeError(f"{who}: weight must be a tensor, got {describe(table)}")
-    request = backends.Request(table.device, dtype or table.dtype)
-    backends.choose(who, backends.EMBEDDING_BAG, request, backend, "a table", table.shape)
+    request = backends.Request(table.device, dtype or table.dtype, extras=special)
+    return backends.choose(who, backends.EMBEDDING_BAG, request, backend, "a table", table.shape)
+
+
+def _prefers_triton(table: Any, backend: str | None) -> bool:
+    """Whether Triton kernels are named, or the table is on a CUDA device for which this build has no CUDA kernels."""
+    if backend is not None:
+        return backend == "triton"
+    return isinstance(table, Tensor) and table.is_cuda and not backends.cuda_runs_on(table.device)
+
+
+def _in_triton(who: str, table: Any, backend: str | None, max_norm: float | None, step: Step | None) -> bool:
+    """Whether the Triton kernels run a lookup; raises where no implementation does."""
+    if not _prefers_triton(table, backend):
+        return False
+    special = [*["max_norm"] * (max_norm is not None), *["fused_optimizer"] * (step is not None)]
+    return _require(who, table, backend, *special) == "triton"
 
 
 def check(

@@ -15,7 +15,7 @@ from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._recurrent_extras import extras_of, sequences_of
 from seqkernels.functional._recurrent_kinds import Family, Kind, Weight, size_of_state
-from seqkernels.functional._recurrent_ops import layer
+from seqkernels.functional._recurrent_ops import TRITON_KINDS, layer
 from seqkernels.functional._recurrent_options import (
     OF_MODULES,
     Options,
@@ -53,7 +53,7 @@ bias_ih and bias_hh [{rows}] unless there are no biases{more_weights}. {gates}Gr
         training: whether dropouts, zoneout and recurrent_dropout draw masks.
         reset: bool, [T, B] ([B, T] with batch_first) or [N] with batch_sizes: the states are zero before a step where
             it is True: a new sequence starts there. In the reverse direction it ends there. No gradient passes.
-        backend: name of the implementation that must run, such as "cpu" or "cuda"; None chooses, see
+        backend: name of the implementation that must run, "cpu", "cuda" or "triton"; None chooses, see
             seqkernels.explain.
     Options:
         {options}
@@ -470,7 +470,7 @@ def _run(
     weights = list(weights)
     directions = 2 if bidirectional else 1
     kind, projected, table = _kind_of(family, options, weights, hx, num_layers, directions)
-    choose(who, kind, input, options.num_heads, projected, backend)
+    kind = chosen(who, kind, input, options.num_heads, projected, backend)
     states0 = states_of(who, kind, hx)
     transposed = batch_first and batch_sizes is None and input.dim() == 3
     x = input.transpose(0, 1) if transposed else input
@@ -488,12 +488,13 @@ def _run(
     return (y, last, every) if options.return_all_states else (y, last)
 
 
-def choose(who: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> str:
-    """The implementation that runs a layer, or one step of it; raises where none does."""
+def chosen(who: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> Kind:
+    """The kind with the ops of the implementation that runs a layer, or one step of it; raises where none does."""
     if backend is None and x.is_cpu and x.dtype in backends.DTYPES:
-        return "cpu"  # the first of the table, without the time to make a request
+        return kind  # the first of the table, without the time to make a request
     request = backends.Request(x.device, x.dtype, (kind, num_heads, projected))
-    return backends.choose(who, backends.RECURRENT, request, backend, shape=x.shape)
+    name = backends.choose(who, backends.RECURRENT, request, backend, shape=x.shape)
+    return TRITON_KINDS[kind.name] if name == "triton" else kind
 
 
 def stack(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from seqkernels import _C
+from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, op
 from seqkernels.functional._checks import TypeRuntimeError, describe, of_op
@@ -51,7 +52,7 @@ _DOC = """{title}: one step.
         hx: {hx}, with the leading dimension and dtype of input; None: zeros. Gradient: yes.
         w_ih: [{rows}, D]. w_hh: [{rows}, H]. {gates}Gradient: yes.
         b_ih, b_hh: [{rows}], both or neither. Gradient: yes.
-        backend: name of the implementation that must run, such as "cpu" or "cuda"; None chooses.
+        backend: name of the implementation that must run, "cpu", "cuda" or "triton"; None chooses.
     Returns:
         {returns}, with the leading dimension and dtype of input.
     Raises:
@@ -74,9 +75,7 @@ def lstm_cell(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     states0 = (None, None) if hx is None else states_of("lstm_cell", LSTM.kind, hx)
-    if backend is not None:
-        _require("lstm_cell", LSTM, input, backend)
-    result: tuple[Tensor, Tensor] = step("lstm_cell", LSTM, input, states0, (w_ih, w_hh, b_ih, b_hh))
+    result: tuple[Tensor, Tensor] = step("lstm_cell", LSTM, input, states0, (w_ih, w_hh, b_ih, b_hh), backend)
     return result
 
 
@@ -90,9 +89,7 @@ def gru_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    if backend is not None:
-        _require("gru_cell", GRU, input, backend)
-    result: Tensor = step("gru_cell", GRU, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+    result: Tensor = step("gru_cell", GRU, input, (hx,), (w_ih, w_hh, b_ih, b_hh), backend)
     return result
 
 
@@ -106,9 +103,7 @@ def rnn_tanh_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    if backend is not None:
-        _require("rnn_tanh_cell", RNN_TANH, input, backend)
-    result: Tensor = step("rnn_tanh_cell", RNN_TANH, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+    result: Tensor = step("rnn_tanh_cell", RNN_TANH, input, (hx,), (w_ih, w_hh, b_ih, b_hh), backend)
     return result
 
 
@@ -122,9 +117,7 @@ def rnn_relu_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    if backend is not None:
-        _require("rnn_relu_cell", RNN_RELU, input, backend)
-    result: Tensor = step("rnn_relu_cell", RNN_RELU, input, (hx,), (w_ih, w_hh, b_ih, b_hh))
+    result: Tensor = step("rnn_relu_cell", RNN_RELU, input, (hx,), (w_ih, w_hh, b_ih, b_hh), backend)
     return result
 
 
@@ -144,21 +137,21 @@ def _wanted(kind: Kind) -> str:
     return f"a {'pair' if len(kind.states) == 2 else f'tuple of {len(kind.states)}'} of tensors ({names})"
 
 
-def _require(who: str, cell: Cell, input: Tensor, backend: str) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
-    F.choose(who, cell.kind, input, 1, False, backend)
-
-
 # ---- one step
 
 
-def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights) -> Any:
+def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights, backend: str | None = None) -> Any:
     """The new states of a plain cell; a tuple where there are several."""
-    if _compiling() or _transforms() or forward_ad._current_level >= 0:
-        return as_layer(who, cell.kind, input, states0, weights)
+    if backend is not None:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
+        F.chosen(who, cell.kind, input, 1, False, backend)
+    if backend == "triton" or _compiling() or _transforms() or forward_ad._current_level >= 0:
+        return as_layer(who, cell.kind, input, states0, weights, backend=backend)
     try:
         if input.is_cuda:
+            if not backends.cuda_runs_on(input.device):
+                return as_layer(who, cell.kind, input, states0, weights)
             follow_tf32(input, torch.backends.cudnn.rnn)
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, states0, weights = _autocast(input, states0, weights)
@@ -184,9 +177,10 @@ def as_layer(
     weights: Weights,
     options: Options = F.PLAIN,
     training: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """`step`, by the layer's ops, and with the options of a layer."""
-    check(who, kind, input, states0, weights, options)
+    kind = check(who, kind, input, states0, weights, options, backend)
     if autocast_dtype(input.device) is not None:
         input, states0, weights = _autocast(input, states0, weights)
     x, before = _lift(input, input.dim()), [_lift(s, input.dim()) for s in states0]
@@ -225,11 +219,16 @@ def check(
     states0: States,
     weights: Weights,
     options: Options = F.PLAIN,
-) -> None:
-    """Raises the errors of the public functions and modules, with torch's text where torch has one."""
+    backend: str | None = None,
+) -> Kind:
+    """Raises the errors of the public functions and modules, with torch's text where torch has one.
+
+    Returns:
+        The kind with the ops of the implementation that runs.
+    """
     if not isinstance(input, Tensor):
         raise TypeError(f"{who}: input must be a tensor, got {describe(input)}")
-    F.choose(who, kind, input, options.num_heads, False)
+    kind = F.chosen(who, kind, input, options.num_heads, False, backend)
     if input.dim() not in (1, 2):
         raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     given = [s for s in states0 if s is not None]
@@ -261,6 +260,7 @@ def check(
             raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}")
     before = tuple(_lift(s, input.dim()) for s in given)
     F.check(who, kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
+    return kind
 
 
 # ---- the plain cells' ops and their gradients

@@ -189,7 +189,7 @@ class _Recurrent(RNNBase):
         reset: Tensor | None,
     ) -> tuple[Tensor, States, tuple[States, ...]]:
         kind, options, parameters = self._kind, self.options, self._parameters
-        F.choose(self._name, kind, x, options.num_heads, self.proj_size > 0)
+        kind = F.chosen(self._name, kind, x, options.num_heads, self.proj_size > 0)
         weights = []
         for name in self._flat_weights_names:
             weight = parameters.get(name)  # absent where a parametrization or pruning computes it

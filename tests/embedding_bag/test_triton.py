@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -13,8 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqkernels import reference
-from support.cases import BAG_CASES, BAG_MODES, BagCase, assert_bag_near, make_bag_inputs
+from seqkernels import functional, reference
+from support.cases import (
+    BAG_CASES,
+    BAG_MODES,
+    BagCase,
+    BagInputs,
+    assert_bag_near,
+    bag_definition,
+    make_bag_inputs,
+    run_bag,
+)
 from support.triton_on_cpu import DEVICE, load, on_hardware
 
 bags = load("embedding_bag")
@@ -250,8 +260,8 @@ def test_faults_are_left_out_and_reported(mode: str):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(indices=torch.tensor([0, 13])), ValueError, "indices must lie in [0, 13), got 13 at position 1"),
-        (dict(indices=torch.tensor([-1, 13])), ValueError, "indices must lie in [0, 13), got -1 at position 0"),
+        (dict(indices=torch.tensor([0, 13])), IndexError, "indices must lie in [0, 13), got 13 at position 1"),
+        (dict(indices=torch.tensor([-1, 13])), IndexError, "indices must lie in [0, 13), got -1 at position 0"),
         (dict(offsets=torch.tensor([1])), ValueError, "offsets must begin at 0, not decrease and end at 3 at most"),
         (dict(offsets=torch.tensor([0, 2, 1])), ValueError, "got 2 and then 1 at bag 1"),
         (dict(offsets=torch.tensor([0.0])), TypeError, "offsets must be int32 or int64, got torch.float32"),
@@ -303,6 +313,131 @@ def test_every_choice_of_config_is_listed():
         listed = bags.configs(float64, extreme)
         for D, L in itertools.product((1, 16, 17, 64, 100, 256, 1000), (0.0, 1.0, 8.0, 9.0, 40.0, 200.0, 1e6)):
             assert bags.config(D, L, float64, extreme) in listed
+
+
+# ---- the public functions, forward and backward
+
+
+def placed(given: BagInputs) -> BagInputs:
+    """On the device; the upstream gradient too."""
+    moved = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    return dataclasses.replace(given, **{k: v.to(DEVICE) for k, v in moved.items() if isinstance(v, Tensor)})
+
+
+def check_bag(case: BagCase, mode: str, dtype: torch.dtype, **options) -> None:
+    """Output and all gradients of functional.embedding_bag."""
+    given = make_bag_inputs(case, dtype, mode)
+    got = run_bag(functools.partial(functional.embedding_bag, backend="triton", **options), placed(given))
+    want = bag_definition(given)
+    if mode in ("max", "min"):  # of ties in dtype, which float64 does not have, the first one wins
+        arg = reference.embedding_bag_winners(
+            given.indices, given.weight, per_sample_weights=given.weights, **winners_of(given)
+        )
+        want = bag_definition(given, arg=arg)
+    assert_bag_near({name: t.cpu() for name, t in got.items()}, want, given)
+
+
+def winners_of(given: BagInputs) -> dict:
+    return {k: v for k, v in given.keywords().items() if k not in ("scale_grad_by_freq", "weight_norm")}
+
+
+@pytest.mark.parametrize("mode", BAG_MODES)
+@pytest.mark.parametrize("case", BAG_CASES, ids=str)
+def test_functional_gradients(case: BagCase, mode: str):
+    dtype = (torch.float64, torch.float32, torch.float16, torch.bfloat16)[BAG_CASES.index(case) % 4]
+    if case.weights == "wide" and dtype == torch.float64:
+        dtype = torch.bfloat16
+    check_bag(case, mode, dtype)
+
+
+@pytest.mark.parametrize("scale_grad_by_freq", [False, True])
+@pytest.mark.parametrize("mode", BAG_MODES)
+def test_functional_sparse_gradients(mode: str, scale_grad_by_freq: bool):
+    """As coalesced rows, equal to the dense gradient."""
+    case = BagCase(
+        E=50, D=20, lengths=(3, 0, 7, 12), why="rows that repeat",
+        rows="few", padding_idx=1, scale_grad_by_freq=scale_grad_by_freq,
+    )  # fmt: skip
+    given = placed(make_bag_inputs(case, torch.float32, mode))
+    run = functools.partial(functional.embedding_bag, backend="triton")
+    dense, sparse = (run_bag(run, given, sparse=flag)["dweight"] for flag in (False, True))
+    assert sparse.is_sparse and sparse.is_coalesced()
+    assert torch.equal(sparse.to_dense(), dense)
+
+
+def test_functional_embedding():
+    """The padding row is found and has no gradient."""
+    table = torch.randn(9, 5, device=DEVICE, dtype=torch.float64)
+    indices = torch.tensor([[1, 3, 3], [8, 0, 1]], device=DEVICE)
+    results = []
+    for function in (functools.partial(functional.embedding, backend="triton"), reference.embedding):
+        for by_frequency in (False, True):
+            leaf = table.clone().requires_grad_()
+            out = function(indices, leaf, padding_idx=3, scale_grad_by_freq=by_frequency)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaf)))
+    for got, want in zip(results[:2], results[2:]):
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+def test_functional_compiled():
+    """One graph, of the ops of Triton; frequencies go another way."""
+    table = torch.randn(9, 5, device=DEVICE, requires_grad=True)
+    indices, offsets = torch.tensor([1, 3, 3, 8], device=DEVICE), torch.tensor([0, 3], device=DEVICE)
+    for by_frequency in (False, True):
+
+        def bag(table, by_frequency=by_frequency):
+            return functional.embedding_bag(indices, table, offsets, scale_grad_by_freq=by_frequency, backend="triton")
+
+        want, got = bag(table), torch.compile(bag, fullgraph=True, backend="aot_eager")(table)
+        assert torch.equal(got, want)
+        (d_got,), (d_want,) = (torch.autograd.grad(out.square().sum(), table) for out in (got, want))
+        assert torch.equal(d_got, d_want)
+
+
+def test_functional_second_derivatives():
+    weights = torch.randn(4, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(9, 5, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    indices, offsets = torch.tensor([1, 3, 3, 8], device=DEVICE), torch.tensor([0, 3], device=DEVICE)
+
+    def bag(table, weights):
+        return functional.embedding_bag(
+            indices, table, offsets, mode="sum", per_sample_weights=weights, backend="triton"
+        )
+
+    if DEVICE == "cpu":
+        assert torch.autograd.gradgradcheck(bag, (table, weights))
+
+
+@pytest.mark.parametrize(
+    "call, missing",
+    [
+        (lambda table, indices: functional.embedding_bag(indices, table, max_norm=1.0, backend="triton"), "max_norm"),
+        (lambda table, indices: functional.embedding(indices, table, max_norm=1.0, backend="triton"), "max_norm"),
+        (
+            lambda table, indices: functional.embedding_bags(
+                indices.flatten(), [table], indices.new_tensor([0, 4]), backend="triton"
+            ),
+            "a lookup in several tables",
+        ),
+        (lambda table, _: functional.quantize_rows(table, backend="triton"), "quantize_rows"),
+        (
+            lambda table, indices: functional.embedding_bag_bytes(indices, table.byte(), backend="triton"),
+            "a table of bytes",
+        ),
+    ],
+    ids=["max_norm", "max_norm of embedding", "several tables", "quantize_rows", "bytes"],
+)  # fmt: skip
+def test_what_has_no_triton_kernel_is_named(call, missing: str):
+    table, indices = torch.ones(5, 3, device=DEVICE), torch.tensor([[0, 1], [2, 3]], device=DEVICE)
+    with pytest.raises(NotImplementedError, match=f"backend triton cannot run this call: .*{missing} has no Triton"):
+        call(table, indices)
+
+
+def test_bad_indices_raise():
+    table = torch.ones(5, 3, device=DEVICE)
+    with pytest.raises(IndexError, match=re.escape("indices must lie in [0, 5), got 5 at position 1")):
+        functional.embedding_bag(torch.tensor([[0, 5]], device=DEVICE), table, backend="triton")
 
 
 def test_torch_alone_is_enough():

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import seqkernels
+from seqkernels import backend, functional
 from seqkernels.functional._recurrent_extras import Extras
+from seqkernels.functional._recurrent_kinds import kind_named
 from seqkernels.reference import recurrent as definition
 from support.cases import assert_near, assert_same_bits, batch_sizes_of
 from support.triton_on_cpu import DEVICE, load, on_hardware
@@ -301,3 +304,232 @@ def test_what_fits_into_shared_memory():
         assert fits[16] == [True, True, True] and fits[129] == [False, False, False]
         assert fits[64][:2] == [True, True]
         assert fits[128][:2] == [dtype in HALF or kind.startswith("rnn")] * 2
+
+
+# ---- the public functions, and the choice of an implementation
+
+FUNCTIONS = {
+    "lstm": {},
+    "lstm_coupled": dict(coupled_gates=True),
+    "gru": {},
+    "gru_before": dict(reset_after=False),
+    "mgu": {},
+    "mgu_after": dict(reset_after=True),
+    "rnn_tanh": {},
+    "rnn_relu": {},
+}
+
+
+def test_every_kind_is_chosen():
+    """The chooser does not import Triton: it has a list of its own."""
+    assert set(backend.TRITON_KINDS) == set(KINDS) == set(FUNCTIONS)
+
+
+def functional_results(
+    kind: str, which: str | None, case: Case, dtype: torch.dtype, device: str, num_layers: int = 2, **more
+) -> dict:
+    """Outputs and all gradients of one or two layers by the public function, of values with the precision of dtype.
+
+    The CPU computes in float64.
+    """
+    torch.manual_seed(2)
+    given, arguments = layer_of(kind, case, torch.float64)
+    states = definition.KINDS[kind].states
+    x, weights = given[0].nan_to_num(0.0), [*given[1 + states :]]
+    hx = given[1 : 1 + states]
+    if num_layers == 2:
+        deeper, _ = layer_of(kind, dataclasses.replace(case, D=case.directions * case.H), torch.float64)
+        weights += deeper[1 + states :]
+        hx = [torch.cat([a, b]) for a, b in zip(hx, deeper[1 : 1 + states])]
+    computed = torch.float64 if which == "cpu" else dtype
+    leaves = [t.to(dtype).to(device, computed).requires_grad_() for t in (x, *hx, *weights)]
+    arguments = {k: v.to(device) if isinstance(v, Tensor) and k == "lengths" else v for k, v in arguments.items()}
+    if "reset" in more:
+        more["reset"] = more["reset"].to(device)
+    function = getattr(functional, {"lstm_coupled": "lstm", "gru_before": "gru", "mgu_after": "mgu"}.get(kind, kind))
+    y, last = function(
+        leaves[0],
+        leaves[1] if states == 1 else tuple(leaves[1 : 1 + states]),
+        leaves[1 + states :],
+        num_layers=num_layers,
+        backend=which,
+        **arguments,
+        **FUNCTIONS[kind],
+        **more,
+    )
+    outputs = (y, *(last if isinstance(last, tuple) else (last,)))
+    generator = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype).to(o) for o in outputs]
+    grads = torch.autograd.grad(outputs, leaves, upstream)
+    return {f"output {i}": o.detach().cpu() for i, o in enumerate(outputs)} | {
+        f"gradient {i}": g.cpu() for i, g in enumerate(grads)
+    }
+
+
+@on_hardware
+@pytest.mark.parametrize("case", [DENSE, PADDED, PACKED], ids=["dense", "padded", "packed"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functional(kind: str, case: Case):
+    """Against the CPU kernels in float64, which other tests hold to the definition."""
+    got = functional_results(kind, "triton", case, torch.float64, DEVICE)
+    assert_near(got, functional_results(kind, "cpu", case, torch.float64, "cpu"), torch.float64)
+
+
+@on_hardware
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functional_dtypes(kind: str, dtype: torch.dtype):
+    case = dataclasses.replace(PADDED, bidirectional=False)
+    got = functional_results(kind, "triton", case, dtype, DEVICE, num_layers=1)
+    assert_near(got, functional_results(kind, "cpu", case, dtype, "cpu", num_layers=1), dtype)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functional_with_resets_and_saved_memory(kind: str):
+    reset = torch.tensor([[True, False, False], [False, True, True], [False, False, True]])
+    more = dict(reset=reset, memory_efficient=True)
+    got = functional_results(kind, "triton", PADDED, torch.float64, DEVICE, **more)
+    assert_near(got, functional_results(kind, "cpu", PADDED, torch.float64, "cpu", **more), torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+def test_functional_cells(kind: str):
+    """One step, forward and backward, batched and not."""
+    states = definition.KINDS[kind].states
+    given, _ = layer_of(kind, Case(T=1, bidirectional=False), torch.float64)
+    for select in (lambda t: t[0], lambda t: t[0, 0]):
+        results = []
+        for which, device in (("triton", DEVICE), ("cpu", "cpu")):
+            leaves = [
+                t.detach().to(device).requires_grad_()
+                for t in (*map(select, given[: 1 + states]), *given[1 + states :])
+            ]
+            hx = leaves[1] if states == 1 else tuple(leaves[1 : 1 + states])
+            out = getattr(functional, f"{kind}_cell")(leaves[0], hx, *leaves[1 + states :], backend=which)
+            outputs = out if isinstance(out, tuple) else (out,)
+            grads = torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)
+            results.append({f"{i}": t.detach().cpu() for i, t in enumerate((*outputs, *grads))})
+        assert_near(*results, torch.float64)
+
+
+def test_functional_compiled():
+    """One graph, of the ops of Triton."""
+    given, _ = layer_of("gru", Case(bidirectional=False), torch.float32)
+    x, h0, *weights = (t.to(DEVICE).requires_grad_() for t in given)
+
+    def run(x, h0, *weights):
+        return functional.gru(x, h0, list(weights), backend="triton")[0]
+
+    want, got = run(x, h0, *weights), torch.compile(run, fullgraph=True, backend="aot_eager")(x, h0, *weights)
+    assert torch.equal(got, want)
+    results = [torch.autograd.grad(out.square().sum(), (x, h0, *weights)) for out in (got, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ops_have_fakes(kind: str):
+    """What forward saves has the shape that tracing expects, with options and without."""
+    for options in ({}, dict(numbers=[math.inf, 0.6, 0.0, 0.0, 0.0])):
+        given, _ = layer_of(kind, Case(bidirectional=False), torch.float64)
+        states = definition.KINDS[kind].states
+        x, *rest = (t.to(DEVICE) for t in given)
+        extras = Extras(**options) if options else ()
+        inputs = (x, *rest[:states], rest[states:], None, None, False, *extras)
+        op = getattr(torch.ops.seqkernels_triton, f"{kind}_forward").default
+        torch.library.opcheck(op, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def request(device: str, kind: str = "lstm", heads: int = 1, projected: bool = False, **more) -> backend.Request:
+    return backend.Request(torch.device(device), torch.float32, (kind_named(kind), heads, projected), **more)
+
+
+@pytest.fixture
+def no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without CUDA kernels."""
+    monkeypatch.setattr(backend, "_CUDA_BUILT", False)
+
+
+@pytest.mark.usefixtures("no_gpu_kernels")
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_runs_where_the_build_has_no_cuda_kernels(kind: str):
+    chosen = backend.choose("it", backend.RECURRENT, request("cuda", kind))
+    assert chosen == "triton" and not backend.cuda_runs_on(torch.device("cuda"))
+    assert backend.choose("it", backend.RECURRENT, request("cpu", kind)) == "cpu"
+    assert backend.choose("it", backend.EMBEDDING_BAG, backend.Request(torch.device("cuda"), torch.half)) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "chosen"),
+    [
+        ([80, 90, 100], (8, 0), "cuda"),
+        ([80, 90, 100], (8, 9), "cuda"),
+        ([80, 90, 100], (12, 0), "cuda"),  # compiled from PTX
+        ([90], (8, 0), "triton"),
+        ([80, 90], (10, 0), "triton"),
+        ([90], (9, 0), "cuda"),
+    ],
+)
+def test_triton_runs_on_devices_that_the_build_does_not_cover(
+    built: list[int], capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+):
+    info = {"cuda": True, "cuda_architectures": built}
+    monkeypatch.setattr(backend, "_CUDA_BUILT", True)
+    monkeypatch.setattr(backend._C, "build_info", lambda: info)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for cached in (backend._too_old, backend._not_built_for):
+        cached.cache_clear()
+    try:
+        assert backend.choose("it", backend.RECURRENT, request("cuda:0")) == chosen
+        assert backend.cuda_runs_on(torch.device("cuda:0")) == (chosen == "cuda")
+        if chosen == "triton":
+            reasons = backend.unsupported(backend.RECURRENT, request("cuda:0"))["cuda"]
+            assert reasons == [
+                f"this build is for compute capability {', '.join(f'{b // 10}.{b % 10}' for b in built)}, "
+                f"got {capability[0]}.{capability[1]}"
+            ]
+    finally:
+        for cached in (backend._too_old, backend._not_built_for):
+            cached.cache_clear()
+
+
+@pytest.mark.usefixtures("no_gpu_kernels")
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (dict(kind="lstm_norm"), "lstm_norm has no Triton kernel"),
+        (dict(heads=2), "heads must be 1, got 2"),
+        (dict(projected=True), "a projection must be absent"),
+    ],
+)
+def test_what_triton_lacks_is_named(case: dict, reason: str):
+    with pytest.raises(NotImplementedError, match=f"triton: {reason}"):
+        backend.choose("it", backend.RECURRENT, request("cuda", **case))
+    with pytest.raises(NotImplementedError, match=f"backend triton cannot run this call: {reason}"):
+        backend.choose("it", backend.RECURRENT, request("cuda", **case), "triton")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert backend.unsupported(backend.RECURRENT, request("cuda"))["triton"] == ["triton is not installed"]
+    assert backend.unsupported(backend.RECURRENT, request("cpu"))["triton"] == ["the tensors are on cpu"]
+
+
+@pytest.mark.usefixtures("no_gpu_kernels")
+def test_explain_tells_the_tier():
+    h100 = dict(capability=(9, 0), multiprocessors=132, shared_memory=232448)
+    sizes = dict(T=10, B=40, D=64, H=64, device="cuda", **h100)
+    found = seqkernels.explain("lstm", bidirectional=True, **sizes)
+    assert found["kernel"] == "triton" and found["forward"]["tier"] == "layer"
+    assert found["forward"]["grid"] == (3, 2) and found["forward"]["rows"] == 16
+    for change, kind, why in (
+        (dict(H=129), "lstm", "H must be at most 128, got 129"),
+        (dict(H=128), "lstm", "W_hh needs 569344 bytes of shared memory, a program has 232448"),
+        (dict(options=["zoneout_h"]), "lstm", "the kernels for all steps do not have zoneout_h"),
+        (dict(dtype=torch.float64), "lstm", "Triton does not compile chains of float64 products"),
+        ({}, "mgu", "mgu has no kernel for all steps"),
+    ):
+        plan = seqkernels.explain(kind, **(sizes | change))["backward"]
+        assert plan["tier"] == "steps" and plan["reasons"]["layer"][0].startswith(why)
+    with pytest.raises(ValueError, match="must be given together"):
+        seqkernels.explain("lstm", **{k: v for k, v in sizes.items() if k != "capability"})

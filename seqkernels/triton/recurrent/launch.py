@@ -49,6 +49,8 @@ from seqkernels.triton.recurrent.step_forward import (
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUPPORTED = ("lstm", "lstm_coupled", "gru", "gru_before", "mgu_after", "mgu", "rnn_tanh", "rnn_relu")
+RESET_AFTER = ("gru", "mgu_after")  # the reset gate multiplies the share of h in n, with its bias
+RESET_BEFORE = ("gru_before", "mgu")  # the reset gate multiplies h before the product of n
 
 # ---- configurations
 
@@ -84,6 +86,31 @@ def config(kind: str, dtype: torch.dtype, H: int, shared: int) -> Config | None:
     if kind not in GATES or BH > LARGEST or needed(kind, dtype, BH) > shared:
         return None
     return Config(16, BH, 4 if BH <= 32 else 8)
+
+
+def tier(
+    kind: str, dtype: torch.dtype, H: int, options: Sequence[str], shared: int
+) -> tuple[str, list[str], Config | None]:
+    """How a layer runs: "layer", all steps in one launch, or "steps", one launch a step; why not the former; and its
+    configuration."""
+    of_cell = [name for name in options if name not in ("reset", "memory_efficient", "return_all_states")]
+    reasons = []
+    if of_cell:
+        reasons.append(f"the kernels for all steps do not have {', '.join(of_cell)}")
+    if kind not in GATES:
+        reasons.append(f"{kind} has no kernel for all steps")
+    elif not reasons:
+        chosen = config(kind, dtype, H, shared)
+        if chosen is not None:
+            return "layer", [], chosen
+        BH = max(triton.next_power_of_2(H), SMALLEST)
+        if dtype == torch.float64 and not shared:
+            reasons.append("Triton does not compile chains of float64 products")
+        elif BH > LARGEST:
+            reasons.append(f"H must be at most {LARGEST}, got {H}")
+        else:
+            reasons.append(f"W_hh needs {needed(kind, dtype, BH)} bytes of shared memory, a program has {shared}")
+    return "steps", reasons, None
 
 
 def needed(kind: str, dtype: torch.dtype, BH: int) -> int:
@@ -188,7 +215,7 @@ class Layer:
         product r, z, n or f, n. Of an RNN nothing, as y is enough, unless options hide the slope."""
         if self.kind.startswith("rnn"):
             return self.H * self.options
-        return self.H * (self.G + (self.kind in ("gru", "mgu_after")))
+        return self.H * (self.G + (self.kind in RESET_AFTER))
 
     @property
     def has_c(self) -> bool:
@@ -220,13 +247,13 @@ class Layer:
             out[d] = self.product(self.rows_of_x, w["w_ih"].T)
             if "b_ih" in w:
                 out[d] += w["b_ih"]
-                early = self.G - (self.kind in ("gru", "mgu_after"))
+                early = self.G - (self.kind in RESET_AFTER)
                 out[d, :, : early * self.H] += w["b_hh"][: early * self.H]
         return out
 
     def late_bias(self) -> Tensor | None:
         """[directions, H] b_hn of a GRU or an MGU, which the reset gate multiplies."""
-        if self.kind not in ("gru", "mgu_after") or "b_hh" not in self.weights[0]:
+        if self.kind not in RESET_AFTER or "b_hh" not in self.weights[0]:
             return None
         return torch.stack([w["b_hh"][(self.G - 1) * self.H :] for w in self.weights])
 
@@ -288,7 +315,7 @@ class Layer:
 
     def step_constants(self) -> dict[str, Any]:
         constants: dict[str, Any] = dict(H=self.H, BU=BU, num_warps=1, maxnreg=MOST_REGISTERS)
-        if self.kind in ("gru_before", "mgu"):
+        if self.kind in RESET_BEFORE:
             constants["MINIMAL"] = self.minimal
         elif self.has_c:
             constants["COUPLED"] = self.kind == "lstm_coupled"
@@ -297,7 +324,7 @@ class Layer:
         return constants
 
     def masks_of(self, d: int) -> step.Masks:
-        return self.masks._replace(p_peephole=self.weights[d].get("w_p"))
+        return self.masks._replace(p_peephole=self.weights[d].get("w_ph"))
 
     def grid(self, t: int) -> tuple[int, int]:
         return self.sizes[t], triton.cdiv(self.H, BU)
@@ -312,7 +339,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 _LAYER_FORWARD = {
     "lstm": lstm_forward_kernel,
     "gru": gru_forward_kernel,
-    "mgu_after": mgu_forward_kernel,
+    "mgu": mgu_forward_kernel,
     "rnn": rnn_forward_kernel,
 }
 _STEP_FORWARD = {"gru": gru_step_forward_kernel, "mgu_after": mgu_step_forward_kernel}
@@ -348,7 +375,7 @@ def _forward_steps(
     bias = l.late_bias()
     variational = None if l.variational is None else l.variational[d]
     common = dict(p_x=p_x, p_h=h, sequences=l.sequences, **l.step_constants())
-    if l.kind in ("gru_before", "mgu"):
+    if l.kind in RESET_BEFORE:
         gates = (l.G - 1) * H
         kept = saved if saved is not None else l.x.new_empty(l.B, l.G * H)
         reset_h = torch.empty_like(h)
@@ -388,7 +415,7 @@ def _forward_steps(
 _LAYER_BACKWARD = {
     "lstm": lstm_backward_kernel,
     "gru": gru_backward_kernel,
-    "mgu_after": mgu_backward_kernel,
+    "mgu": mgu_backward_kernel,
     "rnn": rnn_backward_kernel,
 }
 _STEP_BACKWARD = {"gru": gru_step_backward_kernel, "mgu_after": mgu_step_backward_kernel}
@@ -410,9 +437,9 @@ class Gradients:
         return Gradients(
             l.new_rows(directions, l.G * H),
             l.new_rows(directions, H),
-            l.new_rows(directions, H) if l.kind in ("gru", "mgu_after") else None,
-            l.new_rows(directions, H) if l.kind in ("gru_before", "mgu") else None,
-            l.new_rows(directions, (l.G - 1) * H, dtype=l.acc) if "w_p" in l.names else None,
+            l.new_rows(directions, H) if l.kind in RESET_AFTER else None,
+            l.new_rows(directions, H) if l.kind in RESET_BEFORE else None,
+            l.new_rows(directions, (l.G - 1) * H, dtype=l.acc) if "w_ph" in l.names else None,
         )
 
 
@@ -434,7 +461,7 @@ def backward(
     chosen = None if dcells is not None else l.config
     kept = saved if l.saved_width else None
     if not l.N:
-        dstates = [l.x.new_zeros(l.directions, l.B, l.H) if g is None else g for g in d_last]
+        dstates = [l.x.new_zeros(l.directions, l.B, l.H) if g is None else g.clone() for g in d_last]
     elif chosen is not None:
         dstates = [l.x.new_empty(l.directions, l.B, l.H) for _ in d_last]
         gradients = layer.Gradients(
@@ -506,7 +533,7 @@ def _backward_steps(
         written=step.Written(d_x, d_h_of_n, found.h[d], d_peephole),
         **l.step_constants(),
     )
-    reset_before = l.kind in ("gru_before", "mgu")
+    reset_before = l.kind in RESET_BEFORE
     d_gate = torch.empty_like(direct) if reset_before and l.minimal else None
     gates = (l.G - 1) * H if reset_before or d_h_of_n is not None else l.G * H
     kernel: Any
@@ -561,5 +588,5 @@ def _weight_gradients(l: Layer, d: int, found: Gradients) -> list[Tensor]:
     if "b_ih" in l.names:
         gradients["b_ih"], gradients["b_hh"] = (g.sum(0, dtype=l.acc) for g in (d_x, d_h))
     if found.d_peephole is not None:
-        gradients["w_p"] = found.d_peephole[d].sum(0)
+        gradients["w_ph"] = found.d_peephole[d].sum(0)
     return [gradients[name].to(l.x.dtype) for name in l.names]

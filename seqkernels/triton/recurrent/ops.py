@@ -111,7 +111,7 @@ def layer(
         x: [T, B, D], or [N, D] with batch_sizes; float64, float32, float16 or bfloat16; gradient: yes.
         states0: [directions, B, H] h0 and of an LSTM c0, None for zeros. Gradient: yes.
         weights: per direction w_ih [G * H, D], w_hh [G * H, H], b_ih and b_hh [G * H] or absent, with a peephole
-            w_p [3H] ([2H] of a coupled LSTM). Gradient: yes.
+            w_ph [3H] ([2H] of a coupled LSTM). Gradient: yes.
         batch_sizes: [T] int64 on the CPU, of packed rows. lengths: [B] integers, of a padded batch.
         extras: masks and options, as the ops take them; heads are not supported.
         recompute: backward recomputes the gates.

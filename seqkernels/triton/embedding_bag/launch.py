@@ -1,158 +1,47 @@
-"""EmbeddingBag forward in Triton.
+"""The launchers of bags.
 
-Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag.
+Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, U rows that occur.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-SUM, MEAN, MAX, MIN = range(4)  # as the ops take a mode
-BY_COUNT, BY_WEIGHT = range(2)  # and what a mean divides by
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-NO_FAULT = torch.iinfo(torch.int64).max
-_NO_FAULT = tl.constexpr(NO_FAULT)
-_NO_POSITION = tl.constexpr(2**31 - 1)
-_MEAN, _MAX, _MIN = tl.constexpr(MEAN), tl.constexpr(MAX), tl.constexpr(MIN)
-
-
-# Grid: (bags / BB, columns / BD). A program gathers BB x BR rows at a time, BD columns of each, and keeps as many
-# running results as it has rows in flight; they meet once, after the last row.
-@triton.jit(do_not_specialize=["E", "N", "B", "L", "padding"])
-def embedding_bag_forward_kernel(
-    p_table,  # [E, D], strides s_row, s_column
-    p_indices,  # [N]
-    p_offsets,  # [B] or [B + 1], or None: every bag has L indices
-    p_weights,  # [N] or None
-    p_out,  # [B, D]
-    p_arg,  # int32 [B, D] of max and min, else None
-    p_fault,  # int64 [2]: the first position of a bad index, and the first bag with bad offsets
-    E,
-    D,
-    N,
-    B,
-    L,
-    padding,
-    s_row,
-    s_column,
-    MODE: tl.constexpr,
-    BY_WEIGHT: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_LAST_OFFSET: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    BB: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-):
-    EXTREME: tl.constexpr = MODE >= _MAX
-    ACC: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    i_b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
-    i_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_b = i_b < B
-    m_d = i_d < D
-
-    if p_offsets is None:
-        b_begin = i_b * L
-        b_length = tl.where(m_b, L, 0).to(tl.int64)
-    else:
-        b_begin = tl.load(p_offsets + i_b, mask=m_b, other=0).to(tl.int64)
-        m_next = m_b if HAS_LAST_OFFSET else i_b + 1 < B
-        b_end = tl.where(m_next, tl.load(p_offsets + i_b + 1, mask=m_next, other=0).to(tl.int64), N)
-        m_misfit = m_b & ((b_begin < 0) | (b_end < b_begin) | (b_end > N) | ((i_b == 0) & (b_begin != 0)))
-        i_fault = tl.min(tl.where(m_misfit, i_b, _NO_FAULT), axis=0)
-        if i_fault != _NO_FAULT:
-            tl.atomic_min(p_fault + 1, i_fault)
-        b_length = tl.where(m_b & (m_misfit == 0), b_end - b_begin, 0)
-
-    # -0: what a sum of -0 alone needs to stay -0. Triton makes 0 of a literal -0.0, and 0 - x of -x.
-    b_zero = tl.full([], -1, ACC) * 0.0
-    if EXTREME:
-        b_acc = tl.zeros([BB, BR, BD], ACC)
-        b_at = tl.full([BB, BR, BD], -1, tl.int32)  # the position in its bag that each running result came from
-    else:
-        b_acc = tl.full([BB, BR, BD], 1, ACC) * b_zero
-        b_count = tl.zeros([BB, BR], tl.int32)
-        b_divisor = tl.zeros([BB, BR], ACC)
-    b_fault = tl.full([BB, BR], _NO_FAULT, tl.int64)
-
-    for i_r in range(0, tl.max(b_length, axis=0), BR):
-        i_k = (i_r + tl.arange(0, BR)).to(tl.int64)  # position in its bag
-        o_k = b_begin[:, None] + i_k[None, :]
-        m_k = i_k[None, :] < b_length[:, None]
-        b_row = tl.load(p_indices + o_k, mask=m_k, other=0).to(tl.int64)
-        m_fault = m_k & ((b_row < 0) | (b_row >= E))
-        b_fault = tl.where(m_fault & (o_k < b_fault), o_k, b_fault)
-        m_k = m_k & (m_fault == 0)
-        if HAS_PADDING:
-            m_k = m_k & (b_row != padding)
-        m_row = m_k[:, :, None] & m_d[None, None, :]
-        b_value = tl.load(
-            p_table + b_row[:, :, None] * s_row + i_d[None, None, :].to(tl.int64) * s_column, mask=m_row, other=0
-        ).to(ACC)
-        if p_weights is not None:
-            b_weight = tl.load(p_weights + o_k, mask=m_k, other=0).to(ACC)
-            b_value = b_value * b_weight[:, :, None]
-        if EXTREME:
-            if MODE == _MIN:
-                b_value = b_value * -1.0
-            m_better = (b_at < 0) | (b_value > b_acc) | ((b_value != b_value) & (b_acc == b_acc))
-            m_better = m_better & m_row
-            b_acc = tl.where(m_better, b_value, b_acc)
-            b_at = tl.where(m_better, i_k.to(tl.int32)[None, :, None], b_at)
-        else:
-            b_acc += tl.where(m_row, b_value, b_zero)
-            b_count += m_k.to(tl.int32)
-            if BY_WEIGHT:
-                b_divisor += b_weight
-
-    i_fault = tl.min(tl.min(b_fault, axis=1), axis=0)
-    if i_fault != _NO_FAULT:
-        tl.atomic_min(p_fault, i_fault)
-
-    if EXTREME:
-        m_found = b_at >= 0
-        m_nan = m_found & (b_acc != b_acc)
-        b_best = tl.max(tl.where(m_found & (m_nan == 0), b_acc, float("-inf")), axis=1)
-        m_best = m_found & (b_acc == b_best[:, None, :])
-        i_best = tl.min(tl.where(m_best, b_at, _NO_POSITION), axis=1)
-        i_nan = tl.min(tl.where(m_nan, b_at, _NO_POSITION), axis=1)
-        i_best = tl.where(i_nan != _NO_POSITION, i_nan, i_best)  # [BB, BD]
-        # The value itself, with its sign and its NaN's bits: the one that stands at that position.
-        b_out = tl.sum(tl.where(b_at == i_best[:, None, :], b_acc, b_zero), axis=1)
-        if MODE == _MIN:
-            b_out = b_out * -1.0
-        m_empty = i_best == _NO_POSITION
-        i_best = tl.where(m_empty, -1, i_best)
-    else:
-        b_out = tl.sum(b_acc, axis=1)
-        b_total = tl.sum(b_count, axis=1)
-        m_empty = (b_total == 0)[:, None]
-        if MODE == _MEAN:
-            b_over = tl.sum(b_divisor, axis=1) if BY_WEIGHT else b_total.to(ACC)
-            b_over = tl.where(b_total == 0, 1.0, b_over)[:, None]
-            b_out = b_out / b_over if FLOAT64 else tl.div_rn(b_out, b_over)
-
-    o_out = i_b[:, None] * D + i_d[None, :]
-    m_out = m_b[:, None] & m_d[None, :]
-    tl.store(p_out + o_out, tl.where(m_empty, 0.0, b_out).to(p_out.dtype.element_ty), mask=m_out)
-    if EXTREME:
-        tl.store(p_arg + o_out, i_best, mask=m_out)
+from seqkernels.functional._checks import IndexRuntimeError, ValueRuntimeError
+from seqkernels.triton.embedding_bag.backward import (
+    Occurrences,
+    Positions,
+    positions_kernel,
+    table_gradient_kernel,
+    weights_gradient_kernel,
+)
+from seqkernels.triton.embedding_bag.bags import (
+    BY_COUNT,
+    BY_WEIGHT,
+    DTYPES,
+    MAX,
+    MEAN,
+    MIN,
+    NO_FAULT,
+    SUM,
+    Bags,
+    Table,
+)
+from seqkernels.triton.embedding_bag.forward import embedding_bag_forward_kernel
 
 
 class Config(NamedTuple):
-    """What a program takes on, and with how many warps."""
+    """How much a program computes, and with how many warps."""
 
     BB: int  # bags
     BR: int  # rows of each at a time
     BD: int  # columns
     num_warps: int
-    # Said aloud, else ptxas spills a register here and there to come down to the next lower level of use.
+    # Without a limit ptxas spills some registers so that more programs fit.
     maxnreg: int = 128
 
 
@@ -182,7 +71,7 @@ def configs(float64: bool, extreme: bool) -> list[Config]:
 def unsupported(weight: Tensor, indices: Tensor) -> list[str]:
     """Reasons why these kernels cannot take such inputs; an empty list: they can."""
     reasons = []
-    if weight.device.type != "cuda" and not _interpreted():
+    if weight.device.type != "cuda" and not interpreted():
         reasons.append(f"the table is on {weight.device}")
     if indices.device != weight.device:
         reasons.append(f"the table is on {weight.device} and the indices are on {indices.device}")
@@ -191,7 +80,7 @@ def unsupported(weight: Tensor, indices: Tensor) -> list[str]:
     return reasons
 
 
-def embedding_bag(
+def forward(
     weight: Tensor,
     indices: Tensor,
     offsets: Tensor | None = None,
@@ -226,10 +115,7 @@ def embedding_bag(
     """
     L = _check(weight, indices, offsets, per_sample_weights, mode, include_last_offset, mean_by, fault)
     E, D = weight.shape
-    if offsets is None:
-        B, N = indices.shape[0], indices.numel()
-    else:
-        B, N = max(offsets.numel() - include_last_offset, 0), indices.numel()
+    B, N = number_of(indices, offsets, include_last_offset)
     out = weight.new_empty(B, D)
     extreme = mode in (MAX, MIN)
     arg = torch.empty((B, D) if extreme else 0, dtype=torch.int32, device=weight.device)
@@ -240,14 +126,17 @@ def embedding_bag(
         chosen = config(D, N / B, float64, extreme)
         grid = triton.cdiv(B, chosen.BB), triton.cdiv(D, chosen.BD)
         embedding_bag_forward_kernel[grid](
-            weight,
-            indices.contiguous(),
-            None if offsets is None else offsets.contiguous(),
-            None if per_sample_weights is None else per_sample_weights.contiguous(),
-            out,
-            arg if extreme else None,
-            found,
-            *(E, D, N, B, L, padding_idx, *weight.stride()),
+            table=Table(weight, *weight.stride()),
+            bags=bags_of(indices, offsets, per_sample_weights),
+            p_out=out,
+            p_arg=arg if extreme else None,
+            p_fault=found,
+            E=E,
+            D=D,
+            N=N,
+            B=B,
+            L=L,
+            padding=padding_idx,
             MODE=mode,
             BY_WEIGHT=mode == MEAN and mean_by == BY_WEIGHT and per_sample_weights is not None,
             HAS_PADDING=padding_idx >= 0,
@@ -315,16 +204,138 @@ def _raise(fault: Tensor, E: int, N: int, indices: Tensor, offsets: Tensor | Non
     at, bag = fault.tolist()
     if offsets is not None and bag != NO_FAULT:
         begin, end = ([*offsets.tolist(), *[N] * (not include_last_offset)])[bag : bag + 2]
-        raise ValueError(
+        raise ValueRuntimeError(
             f"embedding_bag: offsets must begin at 0, not decrease and end at {N} at most, "
             f"got {begin} and then {end} at bag {bag}"
         )
     if at != NO_FAULT:
-        raise ValueError(
+        raise IndexRuntimeError(
             f"embedding_bag: indices must lie in [0, {E}), got {int(indices.flatten()[at])} at position {at}"
         )
 
 
-def _interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when this file was imported: the kernels then run on the CPU, in numpy."""
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set when the kernels were imported: they then run on the CPU, in numpy."""
     return not isinstance(embedding_bag_forward_kernel, triton.JITFunction)
+
+
+def number_of(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[int, int]:
+    """B and N."""
+    if offsets is None:
+        return indices.shape[0], indices.numel()
+    return max(offsets.numel() - include_last_offset, 0), indices.numel()
+
+
+def bags_of(indices: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Bags:
+    return Bags(*(None if t is None else t.contiguous() for t in (indices, offsets, weights)))
+
+
+# ---- backward
+
+ROWS = 8  # positions that a program of backward reads at a time
+WIDEST = 128  # columns of such a program
+BLOCK = 64  # positions that a program reads at a time where no table is read
+MOST_REGISTERS = 255  # of a thread; without a limit ptxas spills some so that more programs fit
+
+
+class Call(NamedTuple):
+    """The bags of one call, as the ops of backward take them."""
+
+    indices: Tensor
+    offsets: Tensor | None
+    weights: Tensor | None
+    mode: int
+    padding_idx: int = -1
+    include_last_offset: bool = False
+    mean_by: int = BY_COUNT
+
+    @property
+    def by_weight(self) -> bool:
+        return self.mode == MEAN and self.mean_by == BY_WEIGHT and self.weights is not None
+
+    def constants(self) -> dict[str, Any]:
+        return dict(
+            BY_WEIGHT=self.by_weight,
+            HAS_PADDING=self.padding_idx >= 0,
+            HAS_LAST_OFFSET=self.include_last_offset and self.offsets is not None,
+        )
+
+
+def table_gradient(
+    grad: Tensor, arg: Tensor, E: int, call: Call, by_frequency: bool, sparse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the table, [E, D]; or with `sparse` those of the rows that occur [U, D], and these rows [U]."""
+    grad = grad.contiguous()
+    D, device = grad.shape[1], grad.device
+    B, N = number_of(call.indices, call.offsets, call.include_last_offset)
+    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    bags = bags_of(call.indices, call.offsets, call.weights)
+    positions = Positions(
+        torch.full((N,), E, dtype=torch.int64, device=device),
+        torch.zeros(N, dtype=torch.int64, device=device),
+        torch.zeros(N, dtype=torch.int32, device=device),
+        torch.ones(B, dtype=acc, device=device) if call.mode == MEAN else None,
+    )
+    if B and N:
+        L = call.indices.shape[1] if call.offsets is None else 0
+        sizes = dict(E=E, N=N, B=B, L=L, padding=call.padding_idx)
+        positions_kernel[(B,)](
+            bags=bags, positions=positions, **sizes, **call.constants(), BR=BLOCK, num_warps=1, maxnreg=MOST_REGISTERS
+        )
+    row, position = torch.sort(positions.p_row, stable=True)
+    end = torch.searchsorted(row, row, right=True)
+    rows, output = None, None
+    if sparse:
+        is_first = (row < E) & (row != torch.nn.functional.pad(row[:-1], (1, 0), value=-1)[:N])
+        rows, output = row[is_first], is_first.cumsum(0) - 1
+    out = grad.new_zeros(E if rows is None else rows.numel(), D)
+    if N and D and out.numel():
+        BD = min(max(triton.next_power_of_2(D), COLUMNS[0]), WIDEST)
+        table_gradient_kernel[(N, triton.cdiv(D, BD))](
+            p_grad=grad,
+            p_arg=arg.contiguous() if call.mode in (MAX, MIN) else None,
+            p_weights=bags.p_weights,
+            positions=positions,
+            occurrences=Occurrences(row, position, end, output),
+            p_out=out,
+            E=E,
+            N=N,
+            D=D,
+            BY_FREQUENCY=by_frequency,
+            FLOAT64=grad.dtype == torch.float64,
+            BK=ROWS,
+            BD=BD,
+            num_warps=1,
+            maxnreg=MOST_REGISTERS,
+        )
+    return out, rows
+
+
+def weights_gradient(grad: Tensor, arg: Tensor, weight: Tensor, call: Call) -> Tensor:
+    """The gradient of the per-sample weights, shaped like them."""
+    assert call.weights is not None
+    grad, (E, D) = grad.contiguous(), weight.shape
+    B, N = number_of(call.indices, call.offsets, call.include_last_offset)
+    out = torch.zeros(call.weights.shape, dtype=call.weights.dtype, device=grad.device)
+    if B and N:
+        weights_gradient_kernel[(B,)](
+            p_grad=grad,
+            p_arg=arg.contiguous() if call.mode in (MAX, MIN) else None,
+            table=Table(weight, *weight.stride()),
+            bags=bags_of(call.indices, call.offsets, call.weights),
+            p_out=out,
+            E=E,
+            N=N,
+            B=B,
+            L=call.indices.shape[1] if call.offsets is None else 0,
+            padding=call.padding_idx,
+            D=D,
+            MODE=call.mode,
+            **call.constants(),
+            FLOAT64=weight.dtype == torch.float64,
+            BR=ROWS,
+            BD=min(max(triton.next_power_of_2(D), COLUMNS[0]), WIDEST),
+            num_warps=1,
+            maxnreg=MOST_REGISTERS,
+        )
+    return out

@@ -1,0 +1,39 @@
+"""The ops of the Triton kernels: torch.ops.seqkernels_triton, with the schemas of torch.ops.seqkernels.
+
+A device may have CUDA kernels and Triton kernels, so these ops have a namespace of their own. Triton is imported at the
+first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqkernels.functional._autograd import op
+
+NAMESPACE = "seqkernels_triton"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(name: str, module: str, function: str, *first: Any) -> None:
+    """Defines seqkernels_triton::name by a function of seqkernels.triton.<module>, which takes `first`, then the op's
+    arguments. On the CPU it runs where TRITON_INTERPRET is set.
+    """
+    LIBRARY.define(str(op(name)._schema).removeprefix("seqkernels::"))  # type: ignore[attr-defined]
+    implementation: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal implementation
+        if implementation is None:
+            implementation = getattr(importlib.import_module(f"seqkernels.triton.{module}"), function)
+        device = next(t.device for t in args if isinstance(t, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return implementation(*first, *args)
+
+    for key in ("CUDA", "CPU"):
+        LIBRARY.impl(name, call, key)

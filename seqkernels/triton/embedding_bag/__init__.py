@@ -1,0 +1,13 @@
+"""EmbeddingBag in Triton, forward and backward.
+
+bags.py: arguments of the kernels. forward.py, backward.py: the kernels. launch.py: the launchers, with the sort of the
+occurrences of each row. ops.py: the same in the form of the ops.
+"""
+
+from __future__ import annotations
+
+from seqkernels.triton.embedding_bag.bags import MAX, MEAN, MIN, NO_FAULT, SUM
+from seqkernels.triton.embedding_bag.launch import Config, config, configs, unsupported
+from seqkernels.triton.embedding_bag.launch import forward as embedding_bag
+
+__all__ = ["MAX", "MEAN", "MIN", "NO_FAULT", "SUM", "Config", "config", "configs", "embedding_bag", "unsupported"]
