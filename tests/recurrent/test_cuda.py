@@ -848,7 +848,9 @@ def test_what_python_and_the_planner_know_of_layers() -> None:
 
 @ONLY_EMULATED
 def test_explain_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without Triton."""
     monkeypatch.setattr(backend, "_CUDA_BUILT", False)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match=r"no backend takes a layer.* cuda: this build has none"):
         seqkernels.explain("lstm", B=2, T=8, D=64, H=64, **DESCRIBED)
     with pytest.raises(NotImplementedError, match=r"no backend takes a table.* cuda: this build has none"):
