@@ -568,6 +568,7 @@ class RNN(_Recurrent):
 
     Options, by keyword, the same for all layers and directions:
         {options}
+    proj_size is refused with a ValueError, as torch.nn.RNN does.
     Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.rnn_tanh.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
@@ -594,7 +595,10 @@ class RNN(_Recurrent):
         learn_initial_state: bool = False,
         return_all_states: bool = False,
         memory_efficient: bool = False,
+        proj_size: int | None = None,
     ) -> None:
+        if proj_size is not None:  # in torch's words
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
@@ -622,6 +626,7 @@ for _module, _of in (
     (GRU, families.GRU),
     (MGU, families.MGU),
     (NestedLSTM, families.NESTED_LSTM),
+    (SLSTM, families.SLSTM),
     (RNN, families.RNN_TANH),
 ):
     if _module.__doc__:  # absent under python -OO
