@@ -70,7 +70,7 @@ def emulated_ops() -> _embedding_bag_ops.Ops:
         if not built:
             pytest.skip("tests/cuda_on_cpu/_emulated is not built: `make test` builds it")
         torch.ops.load_library(str(built[0]))
-    return _embedding_bag_ops.Ops("seqkernels_emulated")
+    return _embedding_bag_ops.Ops("seqkernels_emulated", _embedding_bag_ops.NAMES)
 
 
 @pytest.fixture(params=PLACES)
@@ -443,7 +443,7 @@ def test_steps_of_a_collection(name: str, ops: _embedding_bag_ops.Ops) -> None:
     none = torch.empty(0, dtype=torch.int32)
     states = [states_of(name, t) for t in tables]
     made = []
-    for which in (ops, _embedding_bag_ops.Ops("seqkernels")):
+    for which in (ops, _embedding_bag_ops.Ops("seqkernels", _embedding_bag_ops.NAMES)):
         moved, s = [t.clone() for t in tables], [[t.clone() for t in of] for of in states]
         state1, state2 = ([of[k] for of in s] if k < count else [] for k in range(2))
         which.embedding_bags_update_(moved, state1, state2, number, numbers, dout, none, features, *bags)
