@@ -339,7 +339,7 @@ class GRU(_Recurrent):
     Inputs, outputs and what goes beyond torch: as seqkernels.nn.LSTM, with one state h [num_layers * directions, B,
     hidden_size]. It is a torch.nn.RNNBase but not a torch.nn.GRU, which torch.compile refuses.
 
-    proj_size (keyword; torch.nn.GRU does not have it) projects the state c of the GRU: h = weight_hr c is the output
+    proj_size, which torch.nn.GRU refuses above 0, projects the state c of the GRU: h = weight_hr c is the output
     and is fed back. hx is (h_0 [.., proj_size], c_0 [.., hidden_size]), and (h_n, c_n) is returned.
 
     Options, by keyword, the same for all layers and directions:
@@ -361,10 +361,10 @@ class GRU(_Recurrent):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
-        proj_size: int = 0,
         reset_after: bool = True,
         layer_norm: bool = False,
         gate_clip: float | None = None,
@@ -568,7 +568,7 @@ class RNN(_Recurrent):
 
     Options, by keyword, the same for all layers and directions:
         {options}
-    proj_size is refused with a ValueError, as torch.nn.RNN does.
+    proj_size has the place that it has in torch.nn.RNN and must be 0.
     Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.rnn_tanh.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
@@ -585,6 +585,7 @@ class RNN(_Recurrent):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
@@ -595,9 +596,8 @@ class RNN(_Recurrent):
         learn_initial_state: bool = False,
         return_all_states: bool = False,
         memory_efficient: bool = False,
-        proj_size: int | None = None,
     ) -> None:
-        if proj_size is not None:  # in torch's words
+        if proj_size != 0:  # in torch's words
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
