@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -64,11 +65,9 @@ def test_constructors_of_layers(name: str) -> None:
     assert all(default == defaults.get(n, inspect.Parameter.empty) for n, default, _ in ours)
 
 
+@pytest.mark.skipif(not hasattr(typing, "get_overloads"), reason="typing.get_overloads: from Python 3.11 on")
 @pytest.mark.parametrize("name", LAYERS)
 def test_constructors_of_layers_are_the_overloads_of_torch(name: str) -> None:
-    typing = pytest.importorskip("typing")
-    if not hasattr(typing, "get_overloads"):
-        pytest.skip("typing.get_overloads is missing before Python 3.11")
     overloads = typing.get_overloads(getattr(torch.nn, name).__init__)
     theirs = next(o for o in overloads if "input_size" in inspect.signature(o).parameters)
     expected = [(n, default) for n, default, _ in parameters(theirs)]
