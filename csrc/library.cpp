@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
@@ -30,7 +31,8 @@ SEQKERNELS_OPS(m) {
     return text;
   };
   const std::string options =
-      ", bool peephole=False, int heads=1, Tensor? reset=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, Tensor? "
+      ", bool bias=True, bool projected=False, bool peephole=False, int heads=1, Tensor? reset=None, Tensor? "
+      "zoneout_h=None, Tensor? zoneout_c=None, Tensor? "
       "candidate=None, Tensor? variational=None, float[] numbers=[]";
   using seqkernels::CellKind, seqkernels::CellShape, seqkernels::kCellKinds, seqkernels::shape_of;
   for (const CellKind kind : kCellKinds) {
@@ -131,8 +133,16 @@ py::dict build_info() {
   return info;
 }
 
-py::dict explain_recurrent(int64_t gates, int64_t T, int64_t B, int64_t N, int64_t D, int64_t H, int64_t P,
+CellKind kind_called(const std::string& who, const std::string& name) {
+  for (const CellKind kind : kCellKinds) {
+    if (name == shape_of(kind).name) return kind;
+  }
+  throw py::value_error(who + ": kind must be a recurrent op, got " + name);
+}
+
+py::dict explain_recurrent(const std::string& name, int64_t T, int64_t B, int64_t N, int64_t D, int64_t H, int64_t P,
                            int64_t directions, int64_t heads, bool float64) {
+  const CellKind kind = kind_called("explain_recurrent", name);
   RecurrentArgs args{};
   args.dtype = float64 ? DType::kFloat64 : DType::kFloat32;
   args.walk.T = T;
@@ -143,20 +153,13 @@ py::dict explain_recurrent(int64_t gates, int64_t T, int64_t B, int64_t N, int64
   args.D = D;
   args.H = H;
   args.P = P;
-  const Plan plan = plan_recurrent(args, gates, thread_count());
+  const Plan plan = plan_recurrent(args, kind, thread_count());
   py::dict result;
   result["isa"] = isa_name(current_isa());
-  result["threads"] = plan.threads == 1 ? 1 : plan.row_groups * plan.unit_groups * directions;
+  result["threads"] = std::min(plan.threads, plan.row_groups * plan.unit_groups * directions * heads);
   result["row_groups"] = plan.row_groups;
   result["unit_groups"] = plan.unit_groups;
   return result;
-}
-
-CellKind kind_called(const std::string& who, const std::string& name) {
-  for (const CellKind kind : kCellKinds) {
-    if (name == shape_of(kind).name) return kind;
-  }
-  throw py::value_error(who + ": kind must be a recurrent op, got " + name);
 }
 
 int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
@@ -175,6 +178,7 @@ py::list recurrent_kinds() {
     one["peepholes"] = cell.peepholes;
     one["inner_gates"] = cell.inner_gates;
     one["norm_groups"] = cell.norm_groups;
+    one["joint_norm"] = cell.joint_norm;
     one["norm_c"] = cell.norm_c;
     one["heads"] = cell.heads;
     one["projection"] = cell.projection == Projection::kNever   ? "never"
@@ -282,7 +286,7 @@ py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_
 PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
   m.doc() = "The compiled half of seqkernels: importing it loads the ops.";
   m.def("build_info", &build_info);
-  m.def("explain_recurrent", &explain_recurrent, py::arg("gates"), py::arg("T"), py::arg("B"), py::arg("N"),
+  m.def("explain_recurrent", &explain_recurrent, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("N"),
         py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("heads") = 1, py::arg("float64"));
   m.def("recurrent_kinds", &recurrent_kinds);
   m.def("recurrent_saved", &recurrent_saved, py::arg("kind"), py::arg("H"), py::arg("options"));

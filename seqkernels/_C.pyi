@@ -3,7 +3,7 @@ from typing import Any
 
 def build_info() -> dict[str, Any]: ...
 def explain_recurrent(
-    *, gates: int, T: int, B: int, N: int, D: int, H: int, P: int, directions: int, heads: int = 1, float64: bool
+    *, kind: str, T: int, B: int, N: int, D: int, H: int, P: int, directions: int, heads: int = 1, float64: bool
 ) -> dict[str, Any]: ...
 def explain_recurrent_cuda(  # where CUDA kernels are built
     *,

@@ -49,10 +49,9 @@ def explain(
     """Which kernel serves an operator of a given shape, and how its work is cut among threads.
 
     Args:
-        op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm,
-            slstm_exp, gru, gru_before, gru_norm, gru_projected, mgu, mgu_after, rnn_tanh or rnn_relu. The name of a
-            module is the kind that its default options run; rnn is rnn_tanh. Or embedding_bag, or
-            scaled_dot_product_attention.
+        op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm, slstm_exp, gru, gru_before, gru_norm,
+            gru_projected, dreamer_gru, mgu, mgu_after, rnn_tanh or rnn_relu. The name of a module is the kind that its
+            default options run; rnn is rnn_tanh. Or embedding_bag, or scaled_dot_product_attention.
         dtype, device: of the input.
     Of a recurrent layer:
         T, B, D, H: steps, sequences, input size, hidden size.
@@ -181,7 +180,7 @@ def _explain_recurrent(
             raise ValueError(f"explain: a description must be of a CUDA device, got one for {device}")
         tokens = T * B if lengths is None else sum(lengths)
         plan = _C.explain_recurrent(
-            gates=len(kind.gates), T=T, B=B, N=tokens, D=D, H=H, P=proj_size or H, directions=directions,
+            kind=kind.name, T=T, B=B, N=tokens, D=D, H=H, P=proj_size or H, directions=directions,
             heads=num_heads, float64=dtype == torch.float64,
         )  # fmt: skip
         return _answer(RECURRENT, request, kernel, plan)

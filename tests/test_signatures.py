@@ -93,7 +93,7 @@ def test_functions_that_torch_writes_in_cpp(name: str) -> None:
     assert " ".join(shown) == BUILTIN[name]
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "mgu", "nested_lstm", "rnn_tanh", "rnn_relu", "slstm"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "dreamer_gru", "mgu", "nested_lstm", "rnn_tanh", "rnn_relu", "slstm"])
 @pytest.mark.parametrize("of", [functional, reference], ids=["functional", "reference"])
 def test_layers_take_input_then_hx_then_weights(of: Any, name: str) -> None:
     assert [n for n, *_ in parameters(getattr(of, name))] == ["input", "hx", "weights"]

@@ -140,7 +140,7 @@ struct Step {
     offsets[0] = 0;
     offsets[1] = B;
     args.walk = {B > 0, B, B, batch_sizes, offsets, identity, identity, x_offsets};
-    args.plan = plan_recurrent(args, cell.gates, thread_count());
+    args.plan = plan_recurrent(args, of, thread_count());
   }
 
   int64_t rows() const { return batched ? B : -1; }

@@ -19,9 +19,13 @@ constexpr double kWeightsPerCore = 512 * 1024;
 constexpr double kTileRows = 6;
 }  // namespace
 
-Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
+Plan plan_recurrent(const RecurrentArgs& args, CellKind kind, int64_t threads) {
+  const CellShape cell = shape_of(kind);
   const Walk& walk = args.walk;
-  const int64_t streams = args.directions * args.heads, H = args.H / args.heads, P = args.P / args.heads;
+  const int64_t gates = cell.gates;
+  // Under a joint normalisation the heads of a direction are one stream, with the units of all heads.
+  const int64_t joined = cell.joint_norm ? args.heads : 1, streams = args.directions * args.heads / joined;
+  const int64_t H = args.H / args.heads * joined, P = args.P / args.heads;
   const double steps = std::max<int64_t>(walk.T, 1), rows = walk.N / steps;
   const double step = rows * gates * H * P, total = walk.N * double(gates) * H * (args.D + P);
   Plan plan{1, 1, 1};
@@ -41,7 +45,8 @@ Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads) {
   } else {
     plan.row_groups = std::min(each, std::max<int64_t>(walk.B, 1));
   }
-  if (plan.row_groups * plan.unit_groups * streams == 1) plan.threads = 1;
+  plan.unit_groups = (plan.unit_groups + joined - 1) / joined;  // of each head
+  if (plan.row_groups * plan.unit_groups * streams * joined == 1) plan.threads = 1;
   return plan;
 }
 

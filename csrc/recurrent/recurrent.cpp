@@ -69,13 +69,15 @@ void run_on_cuda(const std::string&, CellKind, const BackwardArgs&, const CudaLa
 
 namespace {
 
+constexpr double kNormEps = 1e-5;  // the default, as in torch.nn.LayerNorm
+
 // The options of an op, off by default.
 struct OptionOpArgs {
-  bool peephole;
+  bool bias, projected, peephole;  // which weights there are
   int64_t heads;
   const std::optional<Tensor>&reset, &zoneout_h, &zoneout_c, &candidate, &variational;
   const std::vector<double>& numbers;  // empty, or cell_clip, gate_clip,
-                                       // zoneout_h, zoneout_c, recurrent_dropout
+                                       // zoneout_h, zoneout_c, recurrent_dropout, norm_eps
 };
 
 // The unchecked inputs of an op.
@@ -129,7 +131,7 @@ struct LayerInputs {
     }
     args.D = x.size(-1 + x.dim());
     if (args.D > 1 && x.numel() > 0 && x.stride(x.dim() - 1) != 1) x = torch::stable::contiguous(x);
-    take_weights(given.weights, given.variant.peephole, args);
+    take_weights(given.weights, given.variant, args);
     if (packed) {
       take_batch_sizes(*given.batch_sizes, args.walk);
     } else {
@@ -157,7 +159,7 @@ struct LayerInputs {
     args.walk.x_offsets = x_offsets.data();
     take_options(given.variant, args);
     args.saved_width = saved_width(cell, args.H, args.options.any);
-    if (!cuda) args.plan = plan_recurrent(args, cell.gates, thread_count());
+    if (!cuda) args.plan = plan_recurrent(args, kind, thread_count());
   }
 
   // Of state `which`: 0 is h, the others are the cells.
@@ -177,27 +179,26 @@ struct LayerInputs {
   bool padding_exists(const Walk& walk) const { return !cuda && !packed && walk.N < walk.T * walk.B; }
 
  private:
-  void take_weights(const std::vector<Tensor>& given, bool peephole, RecurrentArgs& args) {
+  void take_weights(const std::vector<Tensor>& given, const OptionOpArgs& variant, RecurrentArgs& args) {
+    const bool bias = variant.bias, projected = variant.projected, peephole = variant.peephole;
+    const bool nested = cell.inner_gates > 0;
     if (peephole && cell.peepholes == 0) fail(op, ": peephole must be false for this cell, got true");
+    if (projected && cell.projection == Projection::kNever) {
+      fail(op, ": projected must be false for this cell, got true");
+    }
+    if (!projected && cell.projection == Projection::kAlways) {
+      fail(op, ": projected must be true for this cell, got false");
+    }
     if (args.heads < 1 || (args.heads > 1 && !cell.heads)) {
       fail(op, ": heads must be ", cell.heads ? "positive" : "1 for this cell", ", got ", args.heads);
     }
-    const bool nested = cell.inner_gates > 0;
-    const int64_t count = static_cast<int64_t>(given.size()), each = count / args.directions;
-    const int64_t fixed = peephole + (cell.norm_groups > 0 ? 2 : 0) + 2 * cell.norm_c;
-    const int64_t core = nested ? each / 2 : each - fixed;
-    if (core < 2 || core > 5 || each * args.directions != count || (nested && (each != 4 && each != 8))) {
-      fail(op, ": weights must hold ", expected_weights(peephole), " for each of ", args.directions,
-           " directions, got ", count, " tensors");
-    }
-    const bool bias = core >= 4, projected = core == 3 || core == 5;
-    if (projected && cell.projection == Projection::kNever) {
-      fail(op, ": weights must not hold a projection, got ", each, " tensors per direction");
-    }
-    if (!projected && cell.projection == Projection::kAlways) {
-      fail(op, ": weights must hold a projection w_hr, got ", each, " tensors per direction");
-    }
     if (projected && args.heads > 1) fail(op, ": heads must be 1 where there is a projection, got ", args.heads);
+    const int64_t each = 2 + 2 * bias + projected + peephole + 2 * (cell.norm_groups > 0) + 2 * cell.norm_c +
+                         (nested ? 2 + 2 * bias : 0);
+    if (static_cast<int64_t>(given.size()) != each * args.directions) {
+      fail(op, ": weights must hold ", expected_weights(variant), " for each of ", args.directions, " directions, got ",
+           given.size(), " tensors");
+    }
     const Tensor& w_hh = given[1];
     const std::string G_by = (cell.gates > 1 ? std::to_string(cell.gates) : "") + "H, ";
     if (w_hh.dim() != 2 || w_hh.size(0) % cell.gates != 0 || w_hh.size(0) == 0 || w_hh.size(1) == 0) {
@@ -221,7 +222,10 @@ struct LayerInputs {
     }
     if (projected) add({"weight_hr", &W::w_hr, &D::w_hr, {P, H}});
     if (peephole) add({"weight_ph", &W::peephole, &D::peephole, {cell.peepholes * H}});
-    if (cell.norm_groups > 0) {
+    if (cell.joint_norm) {
+      add({"norm_weight", &W::norm_weight, &D::norm_weight, {G}});
+      add({"norm_bias", &W::norm_bias, &D::norm_bias, {G}});
+    } else if (cell.norm_groups > 0) {
       add({"gain_ih", &W::gain_ih, &D::gain_ih, {G}});
       add({"gain_hh", &W::gain_hh, &D::gain_hh, {G}});
     }
@@ -247,14 +251,15 @@ struct LayerInputs {
     }
   }
 
-  std::string expected_weights(bool peephole) const {
-    std::string text = "w_ih, w_hh[, b_ih, b_hh]";
-    if (cell.projection == Projection::kMaybe) text += "[, w_hr]";
-    if (cell.projection == Projection::kAlways) text += ", w_hr";
-    if (peephole) text += ", weight_ph";
-    if (cell.norm_groups > 0) text += ", gain_ih, gain_hh";
+  std::string expected_weights(const OptionOpArgs& variant) const {
+    std::string text = "weight_ih, weight_hh";
+    if (variant.bias) text += ", bias_ih, bias_hh";
+    if (variant.projected) text += ", weight_hr";
+    if (variant.peephole) text += ", weight_ph";
+    if (cell.norm_groups > 0) text += cell.joint_norm ? ", norm_weight, norm_bias" : ", gain_ih, gain_hh";
     if (cell.norm_c) text += ", gain_c, bias_c";
-    if (cell.inner_gates > 0) text += ", inner_ih, inner_hh[, inner_b_ih, inner_b_hh]";
+    if (cell.inner_gates > 0) text += ", weight_inner_ih, weight_inner_hh";
+    if (cell.inner_gates > 0 && variant.bias) text += ", bias_inner_ih, bias_inner_hh";
     return text;
   }
 
@@ -264,11 +269,12 @@ struct LayerInputs {
     o = {};
     o.cell_clip = o.gate_clip = kInfinity;
     o.candidate_scale = 1;
+    o.norm_eps = kNormEps;
     if (!variant.numbers.empty()) {
-      if (variant.numbers.size() != 5) {
+      if (variant.numbers.size() != 6) {
         fail(op,
              ": numbers must be empty or hold cell_clip, gate_clip, zoneout_h, "
-             "zoneout_c, recurrent_dropout, got ",
+             "zoneout_c, recurrent_dropout, norm_eps, got ",
              variant.numbers.size(), " numbers");
       }
       const double* n = variant.numbers.data();
@@ -284,6 +290,8 @@ struct LayerInputs {
       o.zoneout_h_rate = n[2];
       o.zoneout_c_rate = n[3];
       o.candidate_scale = 1 / (1 - n[4]);
+      if (!(n[5] >= 0) || n[5] == kInfinity) fail(op, ": norm_eps must be finite and at least 0, got ", n[5]);
+      o.norm_eps = n[5];
     }
     masks.reserve(6);
     const auto take = [&](const char* name, const std::optional<Tensor>& mask, ScalarType dtype, const Shape& shape) {
@@ -313,6 +321,9 @@ struct LayerInputs {
     }
     if (!cell.cell_options && (o.zoneout_c != nullptr || o.zoneout_c_rate > 0 || o.cell_clip < kInfinity)) {
       fail(op, ": cell_clip and zoneout_c must be absent for this cell");
+    }
+    if (cell.norm_groups == 0 && o.norm_eps != kNormEps) {
+      fail(op, ": norm_eps must be ", kNormEps, " for this cell, got ", o.norm_eps);
     }
     if (!cell.gate_clip && o.gate_clip < kInfinity) fail(op, ": gate_clip must be absent for this cell");
     const bool projected = args.weights[0].w_hr != nullptr;
@@ -511,7 +522,7 @@ void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
       }
       again.options.variational = variational.data();
     }
-    again.plan = plan_recurrent(again, in.cell.gates, thread_count());
+    again.plan = plan_recurrent(again, in.kind, thread_count());
     again.saved = saved + first * args.saved_width * element;
     kernels(in.kind, args.options.any).forward(again);
   }
@@ -605,9 +616,10 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
 
   static States infer(const Tensor& x, const Repeat<std::optional<Tensor>, I>&... states0,
                       const std::vector<Tensor>& weights, Maybe batch_sizes, Maybe lengths, bool bidirectional,
-                      bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
-                      Maybe variational, const std::vector<double>& numbers) {
-    const OptionOpArgs variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+                      bool bias, bool projected, bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h,
+                      Maybe zoneout_c, Maybe candidate, Maybe variational, const std::vector<double>& numbers) {
+    const OptionOpArgs variant{bias,      projected, peephole,  heads,       reset,
+                               zoneout_h, zoneout_c, candidate, variational, numbers};
     const LayerOpArgs given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
     const auto out = forward_layer(kKind, Keep::kNothing, given).tensors;
     return {out[0], out[1 + I]...};
@@ -615,9 +627,11 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
 
   static Saved forward(const Tensor& x, const Repeat<std::optional<Tensor>, I>&... states0,
                        const std::vector<Tensor>& weights, Maybe batch_sizes, Maybe lengths, bool bidirectional,
-                       bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
-                       Maybe variational, const std::vector<double>& numbers, bool recompute) {
-    const OptionOpArgs variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+                       bool bias, bool projected, bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h,
+                       Maybe zoneout_c, Maybe candidate, Maybe variational, const std::vector<double>& numbers,
+                       bool recompute) {
+    const OptionOpArgs variant{bias,      projected, peephole,  heads,       reset,
+                               zoneout_h, zoneout_c, candidate, variational, numbers};
     const LayerOpArgs given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
     const auto out = forward_layer(kKind, recompute ? Keep::kStates : Keep::kForBackward, given).tensors;
     return {out[0], out[1 + I]..., out[1 + kStates], out[2 + kStates + J]...};
@@ -626,11 +640,12 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
   static Gradients backward(Maybe dy, const Repeat<std::optional<Tensor>, I>&... dstates, const Tensor& x,
                             const Repeat<std::optional<Tensor>, I>&... states0, const std::vector<Tensor>& weights,
                             Maybe batch_sizes, Maybe lengths, bool bidirectional, const Tensor& y, const Tensor& saved,
-                            const Repeat<Tensor, J>&... memories, bool need_dx, bool need_dw, bool peephole,
-                            int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c, Maybe candidate,
-                            Maybe variational, const std::vector<double>& numbers,
+                            const Repeat<Tensor, J>&... memories, bool need_dx, bool need_dw, bool bias, bool projected,
+                            bool peephole, int64_t heads, Maybe reset, Maybe zoneout_h, Maybe zoneout_c,
+                            Maybe candidate, Maybe variational, const std::vector<double>& numbers,
                             const Repeat<std::optional<Tensor>, J>&... dmemories) {
-    const OptionOpArgs variant{peephole, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers};
+    const OptionOpArgs variant{bias,      projected, peephole,  heads,       reset,
+                               zoneout_h, zoneout_c, candidate, variational, numbers};
     const LayerOpArgs given{x, {&states0...}, weights, batch_sizes, lengths, bidirectional, variant};
     std::array<const std::optional<Tensor>*, 2 * kMaxStates> upstream{&dy};
     ((upstream[1 + I] = &dstates), ...);

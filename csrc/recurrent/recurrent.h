@@ -48,6 +48,7 @@ struct WeightsOf {
   Pointer peephole;                // [3 * H] of gates i, f, o; coupled: [2 * H] of i, o
   Pointer gain_ih, gain_hh;        // [G * H]
   Pointer gain_c, bias_c;          // [H]
+  Pointer norm_weight, norm_bias;  // [G * H] of a joint normalisation
   Pointer inner_ih, inner_hh;      // [4 * H, H]
   Pointer inner_b_ih, inner_b_hh;  // [4 * H]
 };
@@ -64,6 +65,7 @@ struct LayerOptions {
   double cell_clip, gate_clip;            // infinity: off
   double zoneout_h_rate, zoneout_c_rate;  // used without a mask
   double candidate_scale;                 // 1 / (1 - p)
+  double norm_eps;                        // added to the variance by layer normalisation
 };
 
 struct RecurrentArgs {
@@ -121,7 +123,7 @@ inline Previous previous_row(const RecurrentArgs& args, int64_t direction, int64
 }
 
 // How a layer is divided among `threads` threads; depends on the shape alone.
-Plan plan_recurrent(const RecurrentArgs& args, int64_t gates, int64_t threads);
+Plan plan_recurrent(const RecurrentArgs& args, CellKind kind, int64_t threads);
 
 struct RecurrentKernels {
   void (*forward)(const ForwardArgs&);

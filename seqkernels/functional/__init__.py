@@ -8,10 +8,11 @@ from seqkernels.functional.embedding_bag import (
     embedding_bags,
     quantize_rows,
 )
-from seqkernels.functional.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
+from seqkernels.functional.recurrent import dreamer_gru, gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
 from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
+    "dreamer_gru",
     "embedding",
     "embedding_bag",
     "embedding_bag_bytes",

@@ -17,8 +17,10 @@ from seqkernels.functional._recurrent_options import Options
 
 
 class Extras(NamedTuple):
-    """The ops' last arguments. A plain layer omits them."""
+    """The ops' last arguments. A layer with biases and without a projection and options omits them."""
 
+    bias: bool = True
+    projected: bool = False
     peephole: bool = False
     heads: int = 1
     reset: Tensor | None = None  # bool [T, B] or [N]: the states are zero before such a step
@@ -26,10 +28,17 @@ class Extras(NamedTuple):
     zoneout_c: Tensor | None = None
     candidate: Tensor | None = None  # uint8 [.., directions * H]: the candidate is dropped where it is 0
     variational: Tensor | None = None  # [directions, B, P] factors of h in the recurrent products
-    numbers: Sequence[float] = []  # cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout
+    numbers: Sequence[float] = []  # cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout, norm_eps
+
+    @property
+    def any_option(self) -> bool:
+        """Whether the kernels with options run."""
+        masks = self.reset, self.zoneout_h, self.zoneout_c, self.candidate, self.variational
+        return self.peephole or len(self.numbers) > 0 or any(mask is not None for mask in masks)
 
 
 NO_EXTRAS = Extras()
+_NEUTRAL_NUMBERS = [math.inf, math.inf, 0.0, 0.0, 0.0, Options().norm_eps]
 
 
 def extras_of(
@@ -38,6 +47,8 @@ def extras_of(
     training: bool,
     x: Tensor,
     weights: Sequence[Tensor],
+    bias: bool,
+    projected: bool,
     bidirectional: bool = False,
     reset: Tensor | None = None,
     packed: tuple[int, Tensor] | None = None,
@@ -58,11 +69,10 @@ def extras_of(
         variational = _mask((directions, B, P), keep, x).to(x.dtype) / keep
         x = x * (of_input if packed is None else of_input.index_select(0, packed[1]))
     limits = (math.inf if limit is None else float(limit) for limit in (options.cell_clip, options.gate_clip))
-    values = [*limits, *map(float, zones), float(drop)]
-    scalars = values if values != [math.inf, math.inf, 0.0, 0.0, 0.0] else []
-    extras = Extras._make((options.peephole, heads, reset, *masks, variational, scalars))
-    needed = options.peephole or heads > 1 or scalars or any(t is not None for t in extras[2:-1])
-    return x, extras if needed else None
+    values = [*limits, *map(float, zones), float(drop), float(options.norm_eps)]
+    scalars = values if values != _NEUTRAL_NUMBERS else []
+    extras = Extras(bias, projected, options.peephole, heads, reset, *masks, variational, scalars)
+    return x, extras if extras.any_option or heads > 1 or not bias or projected else None
 
 
 def _mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def _kind(cell: Mapping[str, Any]) -> Kind:
     """A kind from what the kernels say of its cell."""
     gates = len(cell["gates"])
     own: list[Weight] = []  # weights that torch's layers do not have
-    if cell["norm_groups"]:
+    if cell["joint_norm"]:
+        own += [Weight("norm_weight", ((gates, "H"),), 1.0), Weight("norm_bias", ((gates, "H"),), 0.0)]
+    elif cell["norm_groups"]:
         own += [Weight(name, ((gates, "H"),), 1.0) for name in ("gain_ih", "gain_hh")]
     if cell["norm_c"]:
         own += [Weight("gain_c", ((1, "H"),), 1.0), Weight("bias_c", ((1, "H"),), 0.0)]
@@ -143,7 +145,8 @@ _DROPOUTS = "recurrent_dropout variational_dropout"
 LSTM = _family(
     "lstm",
     "lstm",
-    f"peephole coupled_gates layer_norm forget_bias cell_clip gate_clip zoneout_h zoneout_c {_DROPOUTS} num_heads",
+    f"peephole coupled_gates layer_norm norm_eps forget_bias cell_clip gate_clip zoneout_h zoneout_c {_DROPOUTS} "
+    "num_heads",
     ("layer_norm", True, "lstm_norm"),
     ("coupled_gates", True, "lstm_coupled"),
     projections=(False, True),
@@ -152,11 +155,17 @@ NESTED_LSTM = _family("nested_lstm", "nested_lstm", f"forget_bias zoneout_h {_DR
 GRU = _family(
     "gru",
     "gru",
-    f"reset_after layer_norm gate_clip zoneout_h {_DROPOUTS} num_heads",
+    f"reset_after layer_norm norm_eps gate_clip zoneout_h {_DROPOUTS} num_heads",
     ("layer_norm", True, "gru_norm"),
     ("reset_after", False, "gru_before"),
     ("proj_size", True, "gru_projected"),
     projections=(False, True),
+)
+DREAMER_GRU = _family(
+    "dreamer_gru",
+    "dreamer_gru",
+    f"norm_eps gate_clip zoneout_h {_DROPOUTS} num_heads",
+    plain=Options(norm_eps=1e-3),
 )
 MGU = _family(
     "mgu",
@@ -174,7 +183,7 @@ SLSTM = _family(
 _RNN = "gate_clip zoneout_h variational_dropout num_heads"
 RNN_TANH = _family("rnn_tanh", "rnn_tanh", _RNN)
 RNN_RELU = _family("rnn_relu", "rnn_relu", _RNN)
-FAMILIES = (LSTM, NESTED_LSTM, SLSTM, GRU, MGU, RNN_TANH, RNN_RELU)
+FAMILIES = (LSTM, NESTED_LSTM, SLSTM, GRU, DREAMER_GRU, MGU, RNN_TANH, RNN_RELU)
 
 # Public names that are not kinds, with the kind that runs by default.
 ALIASES = {"rnn": "rnn_tanh"}

@@ -90,8 +90,9 @@ class Call(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """Arguments of an autograd.Function: constants, then all tensors. The first FIXED tensors have no gradient."""
-        peephole, heads, *masks, numbers = self.extras or NO_EXTRAS
-        scalars = (peephole, heads, numbers) if self.extras else None
+        *flags, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers = self.extras or NO_EXTRAS
+        masks = reset, zoneout_h, zoneout_c, candidate, variational
+        scalars = (*flags, heads, numbers) if self.extras else None
         constants = self.bidirectional, scalars, self.recompute
         return constants, self.batch_sizes, self.lengths, *masks, *self.differentiable
 
@@ -100,7 +101,7 @@ class Call(NamedTuple):
         """The inverse of `flat`."""
         bidirectional, scalars, recompute = constants
         batch_sizes, lengths, *masks = tensors[:FIXED]
-        extras = Extras._make((*scalars[:2], *masks, scalars[2])) if scalars else None
+        extras = Extras(*scalars[:-1], *masks, scalars[-1]) if scalars else None
         weights = FIXED + 1 + len(kind.states)
         states0 = tensors[FIXED + 1 : weights]
         return Call(
@@ -231,7 +232,8 @@ def _register(kind: Kind, namespace: str) -> None:
 
     def fake_infer(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         weights, batch_sizes, _, bidirectional, *extras = args[states:]
-        _, heads, *_, variational, _ = Extras(*extras)
+        options = Extras(*extras)
+        heads, variational = options.heads, options.variational
         if x.dim() != (3 if batch_sizes is None else 2) or len(weights) < 2 or any(w.dim() != 2 for w in weights[:2]):
             raise ValueError(f"{kind.name}: x or weights must have other dimensions, got {list(x.shape)}")
         given = [s for s in args[:states] if s is not None]
@@ -260,8 +262,7 @@ def _register(kind: Kind, namespace: str) -> None:
         extras, recompute = Extras(*last[: len(NO_EXTRAS)]), len(last) > len(NO_EXTRAS) and last[-1]
         outputs = fake_infer(x, *args[: states + 4], *extras)
         directions, H = 2 if bidirectional else 1, _hidden(weights)
-        varied = any(t is not None for t in extras[2:-1]) or len(extras.numbers) > 0 or extras.peephole
-        width = 0 if recompute else _C.recurrent_saved(kind.name, H, varied)
+        width = 0 if recompute else _C.recurrent_saved(kind.name, H, extras.any_option)
         rows = math.prod(x.shape[:-1])
         saved = x.new_empty(directions, rows, width)
         every = (x.new_empty(*x.shape[:-1], directions * H) for _ in kind.states[1:])

@@ -22,6 +22,7 @@ class Options:
     peephole: bool = False
     coupled_gates: bool = False
     layer_norm: bool = False
+    norm_eps: float = 1e-5
     reset_after: bool = True
     forget_gate: str = "sigmoid"
     forget_bias: float | None = None
@@ -61,6 +62,7 @@ ABOUT = {
     "layer_norm": "both products are normalised over the hidden units, and an LSTM's cell where it makes h. Weights: "
     "gain_ih and gain_hh, an LSTM's gain_c and bias_c; b_ih and b_hh are the shifts. Source: Ba, Kiros and Hinton, "
     '"Layer Normalization", arXiv 1607.06450.',
+    "norm_eps": "what layer normalisation adds to the variance.",
     "reset_after": "the gate that resets h acts after the product with weight_hh, as in torch.nn.GRU, or before it. "
     "Source: Cho et al., arXiv 1406.1078 (before); Zhou et al., arXiv 1603.09420 (MGU, before).",
     "forget_gate": "sigmoid or exp: the activation of the forget gate.",
@@ -119,6 +121,8 @@ def options_of(who: str, plain: Options, given: Mapping[str, Any]) -> Options:
             _check_number(who, name, value, "be None or above 0", lambda v: v > 0)
         elif name == "forget_bias" and value is not None:
             _check_number(who, name, value, "be None or finite", math.isfinite)
+        elif name == "norm_eps":
+            _check_number(who, name, value, "be finite and at least 0", lambda v: 0 <= v < math.inf)
         elif name == "forget_gate":
             if value not in ("sigmoid", "exp"):
                 raise ValueError(f"{who}: forget_gate must be sigmoid or exp, got {value!r}")
@@ -126,6 +130,8 @@ def options_of(who: str, plain: Options, given: Mapping[str, Any]) -> Options:
             _check_number(who, name, value, "be an integer above 0", lambda v: v > 0, numbers.Integral)
         elif isinstance(_NEUTRAL[name], bool) and not isinstance(value, bool):
             raise TypeError(f"{who}: {name} must be a bool, got {type(value).__name__}")
+    if given.get("layer_norm") is False and given["norm_eps"] != plain.norm_eps:
+        raise ValueError(f"{who}: norm_eps must be {plain.norm_eps} without layer_norm, got {given['norm_eps']}")
     return dataclasses.replace(plain, **given)
 
 

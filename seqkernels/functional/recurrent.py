@@ -117,6 +117,7 @@ def lstm(
     peephole: bool = False,
     coupled_gates: bool = False,
     layer_norm: bool = False,
+    norm_eps: float = 1e-5,
     cell_clip: float | None = None,
     gate_clip: float | None = None,
     zoneout_h: float = 0.0,
@@ -131,6 +132,7 @@ def lstm(
         peephole=peephole,
         coupled_gates=coupled_gates,
         layer_norm=layer_norm,
+        norm_eps=norm_eps,
         cell_clip=cell_clip,
         gate_clip=gate_clip,
         zoneout_h=zoneout_h,
@@ -271,6 +273,7 @@ def gru(
     backend: str | None = None,
     reset_after: bool = True,
     layer_norm: bool = False,
+    norm_eps: float = 1e-5,
     gate_clip: float | None = None,
     zoneout_h: float = 0.0,
     recurrent_dropout: float = 0.0,
@@ -282,6 +285,7 @@ def gru(
     options = dict(
         reset_after=reset_after,
         layer_norm=layer_norm,
+        norm_eps=norm_eps,
         gate_clip=gate_clip,
         zoneout_h=zoneout_h,
         recurrent_dropout=recurrent_dropout,
@@ -292,6 +296,57 @@ def gru(
     )
     return _run(
         families.GRU, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
+        training, reset, backend, options,
+    )  # fmt: skip
+
+
+@_documented(
+    families.DREAMER_GRU,
+    title="The GRU of Dreamer, with one normalisation of the sum of both products",
+    rows="3H",
+    fed_back="= H",
+    more_weights=", then norm_weight and norm_bias [3H]",
+    gates="Gates are r, n, u. ",
+    hx="h0 [L * directions, B, H]",
+    states="h_n",
+    equivalent="",
+    source="Hafner et al., arXiv 2010.02193 (DreamerV2) and arXiv 2301.04104 (DreamerV3: num_heads).",
+)
+def dreamer_gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    norm_eps: float = 1e-3,
+    gate_clip: float | None = None,
+    zoneout_h: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: float = 0.0,
+    num_heads: int = 1,
+    return_all_states: bool = False,
+    memory_efficient: bool = False,
+) -> Output:
+    options = dict(
+        norm_eps=norm_eps,
+        gate_clip=gate_clip,
+        zoneout_h=zoneout_h,
+        recurrent_dropout=recurrent_dropout,
+        variational_dropout=variational_dropout,
+        num_heads=num_heads,
+        return_all_states=return_all_states,
+        memory_efficient=memory_efficient,
+    )
+    return _run(
+        families.DREAMER_GRU, input, hx, weights, batch_sizes, lengths, num_layers, bidirectional, batch_first, dropout,
         training, reset, backend, options,
     )  # fmt: skip
 
@@ -469,7 +524,8 @@ def _run(
     check_together(who, options)
     weights = list(weights)
     directions = 2 if bidirectional else 1
-    kind, projected, table = _kind_of(family, options, weights, hx, num_layers, directions)
+    kind, bias, projected = _kind_of(family, options, weights, hx, num_layers, directions)
+    table = _weights(kind, options, bias, projected)
     kind = chosen(who, kind, input, options.num_heads, projected, backend)
     states0 = states_of(who, kind, hx)
     transposed = batch_first and batch_sizes is None and input.dim() == 3
@@ -479,8 +535,8 @@ def _run(
         check_reset(who, reset, input)
         reset = reset.transpose(0, 1) if transposed else reset
     y, states, every = stack(
-        who, kind, x, weights, states0, batch_sizes, lengths, num_layers, bidirectional, dropout if training else 0.0,
-        options, training, reset,
+        who, kind, x, weights, bias, projected, states0, batch_sizes, lengths, num_layers, bidirectional,
+        dropout if training else 0.0, options, training, reset,
     )  # fmt: skip
     if transposed:
         y, every = y.transpose(0, 1), tuple(tuple(s.transpose(0, 1) for s in of_layer) for of_layer in every)
@@ -502,6 +558,8 @@ def stack(
     kind: Kind,
     x: Tensor,
     weights: list[Tensor],
+    bias: bool,
+    projected: bool,
     hx: Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
     lengths: Lengths,
@@ -524,7 +582,7 @@ def stack(
     if lengths is not None:
         lengths = _check_lengths(who, lengths, x)
     each, directions = len(weights) // num_layers, 2 if bidirectional else 1
-    plain = options.plain and reset is None
+    plain = options.plain and reset is None and bias and not projected
     none = (None,) * len(kind.states)
     if num_layers == 1 and plain:
         try:
@@ -544,7 +602,7 @@ def stack(
         of_layer = weights[i * each : (i + 1) * each]
         extras = None
         if not plain:
-            x, extras = extras_of(kind, options, training, x, of_layer, bidirectional, reset, packed)
+            x, extras = extras_of(kind, options, training, x, of_layer, bias, projected, bidirectional, reset, packed)
         asked = options.memory_efficient, options.return_all_states
         try:
             x, *states = layer(kind, x, states0, of_layer, batch_sizes, lengths, bidirectional, extras, *asked)
@@ -577,9 +635,9 @@ def states_of(who: str, kind: Kind, hx: Any) -> States | None:
 
 def _kind_of(
     family: Family, options: Options, weights: list[Tensor], hx: Any, num_layers: int, directions: int
-) -> tuple[Kind, bool, list[Weight]]:
-    """The kind that the options and the number of weights choose, whether it is projected, and the weights of one layer
-    and direction.
+) -> tuple[Kind, bool, bool]:
+    """The kind that the options and the number of weights choose, whether there are biases, and whether there is a
+    projection. A module has these from its arguments.
     """
     kinds = [(family.kind_of(options, projected), projected) for projected in family.projections]
     if isinstance(hx, Tensor):  # a GRU with one state is not projected
@@ -588,7 +646,7 @@ def _kind_of(
         for bias in (False, True):
             table = _weights(kind, options, bias, projected)
             if num_layers > 0 and len(table) * num_layers * directions == len(weights):
-                return kind, projected, table
+                return kind, bias, projected
     (kind, projected), (most_kind, most_projected) = kinds[0], kinds[-1]
     least = [w.name for w in _weights(kind, options, False, projected)]
     most = [w.name for w in _weights(most_kind, options, True, most_projected)]

@@ -23,7 +23,7 @@ from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, op
 from seqkernels.functional._checks import TypeRuntimeError, describe, of_op
-from seqkernels.functional._recurrent_extras import extras_of
+from seqkernels.functional._recurrent_extras import Extras, extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
 from seqkernels.functional._recurrent_ops import Call, layer
 from seqkernels.functional._recurrent_options import Options
@@ -147,11 +147,11 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights,
             raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
         F.chosen(who, cell.kind, input, 1, False, backend)
     if backend == "triton" or _compiling() or _transforms() or forward_ad._current_level >= 0:
-        return as_layer(who, cell.kind, input, states0, weights, backend=backend)
+        return as_layer(who, cell.kind, input, states0, weights, weights[2] is not None, backend=backend)
     try:
         if input.is_cuda:
             if not backends.cuda_runs_on(input.device):
-                return as_layer(who, cell.kind, input, states0, weights)
+                return as_layer(who, cell.kind, input, states0, weights, weights[2] is not None)
             follow_tf32(input, torch.backends.cudnn.rnn)
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, states0, weights = _autocast(input, states0, weights)
@@ -161,7 +161,7 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights,
                     return cell.record(input, *states0, *weights)
         return cell.infer(input, *states0, *weights)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        check(who, cell.kind, input, states0, weights)
+        check(who, cell.kind, input, states0, weights, weights[2] is not None)
         raise of_op(who, error) from None
 
 
@@ -175,18 +175,19 @@ def as_layer(
     input: Tensor,
     states0: States,
     weights: Weights,
+    bias: bool,
     options: Options = F.PLAIN,
     training: bool = False,
     backend: str | None = None,
 ) -> Any:
     """`step`, by the layer's ops, and with the options of a layer."""
-    kind = check(who, kind, input, states0, weights, options, backend)
+    kind = check(who, kind, input, states0, weights, bias, options, backend)
     if autocast_dtype(input.device) is not None:
         input, states0, weights = _autocast(input, states0, weights)
     x, before = _lift(input, input.dim()), [_lift(s, input.dim()) for s in states0]
     given, extras = [w for w in weights if w is not None], None
-    if not options.plain:
-        x, extras = extras_of(kind, options, training, x, given)
+    if not (options.plain and bias):
+        x, extras = extras_of(kind, options, training, x, given, bias, projected=False)
     try:
         states = layer(kind, x, before, given, None, None, False, extras)[1:]
     except RuntimeError as error:
@@ -218,6 +219,7 @@ def check(
     input: Tensor,
     states0: States,
     weights: Weights,
+    bias: bool,
     options: Options = F.PLAIN,
     backend: str | None = None,
 ) -> Kind:
@@ -242,9 +244,8 @@ def check(
     for w in present:
         if not isinstance(w, Tensor):
             raise TypeError(f"{who}: weights must be tensors, got {describe(w)}")
-    tables = [kind.weights(bias, False, options.peephole, options.num_heads > 1) for bias in (False, True)]
-    table = next((table for table in tables if len(table) == len(present)), None)
-    if table is None or any(w is None for w in weights[:2]):
+    table = kind.weights(bias, False, options.peephole, options.num_heads > 1)
+    if len(table) != len(present) or any(w is None for w in weights[:2]):
         raise ValueError(f"{who}: weights must be w_ih, w_hh[, b_ih, b_hh], got None for some of them")
     w_ih, w_hh = present[:2]
     if w_ih.dim() == 2 and input.shape[-1] != w_ih.shape[1]:
@@ -312,7 +313,8 @@ def _by_definition(
     assert x is not None
     n = x.dim()
     given = [w for w in weights if w is not None]
-    call = Call(_lift(x, n), [_lift(s, n) for s in inputs[1 : 1 + states]], given, None, None, False, None, False)
+    states0, extras = [_lift(s, n) for s in inputs[1 : 1 + states]], Extras(bias=weights[2] is not None)
+    call = Call(_lift(x, n), states0, given, None, None, False, extras, recompute=False)
     upstream = None, *(_lift(g, n) for g in grads), *[None] * (states - 1)
     found = call.backward_by_definition(kind, upstream, needs[: 1 + states + len(given)])
     of_weights = found[1 + states :]

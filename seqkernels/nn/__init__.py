@@ -10,8 +10,8 @@ from seqkernels.nn.embedding_bag import (
 )
 from seqkernels.nn.embedding_bag_sharded import RowShardedEmbeddingBag
 from seqkernels.nn.fused_optimizer import FusedAdagrad, FusedAdam, FusedRowwiseAdagrad, FusedSGD
-from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, SLSTM, NestedLSTM
-from seqkernels.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from seqkernels.nn.recurrent import GRU, LSTM, MGU, RNN, SLSTM, DreamerGRU, NestedLSTM
+from seqkernels.nn.recurrent_cells import DreamerGRUCell, GRUCell, LSTMCell, RNNCell
 from seqkernels.nn.transformer import PositionalEncoding, TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "MGU",
     "RNN",
     "SLSTM",
+    "DreamerGRU",
+    "DreamerGRUCell",
     "Embedding",
     "EmbeddingBag",
     "EmbeddingBagCollection",

@@ -204,8 +204,9 @@ class _Recurrent(RNNBase):
         dropout = self.dropout if training else 0.0
         L, bidirectional = self.num_layers, self.bidirectional
         return F.stack(
-            self._name, kind, x, weights, hx, batch_sizes, lengths, L, bidirectional, dropout, options, training, reset
-        )
+            self._name, kind, x, weights, self.bias, self.proj_size > 0, hx, batch_sizes, lengths, L, bidirectional,
+            dropout, options, training, reset,
+        )  # fmt: skip
 
     # ---- torch's own checks, with their messages
 
@@ -299,6 +300,7 @@ class LSTM(_Recurrent):
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
+        norm_eps: float = 1e-5,
         forget_bias: float | None = None,
         cell_clip: float | None = None,
         gate_clip: float | None = None,
@@ -318,6 +320,7 @@ class LSTM(_Recurrent):
                 peephole=peephole,
                 coupled_gates=coupled_gates,
                 layer_norm=layer_norm,
+                norm_eps=norm_eps,
                 forget_bias=forget_bias,
                 cell_clip=cell_clip,
                 gate_clip=gate_clip,
@@ -367,6 +370,7 @@ class GRU(_Recurrent):
         *,
         reset_after: bool = True,
         layer_norm: bool = False,
+        norm_eps: float = 1e-5,
         gate_clip: float | None = None,
         zoneout_h: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -382,6 +386,68 @@ class GRU(_Recurrent):
             dict(
                 reset_after=reset_after,
                 layer_norm=layer_norm,
+                norm_eps=norm_eps,
+                gate_clip=gate_clip,
+                zoneout_h=zoneout_h,
+                recurrent_dropout=recurrent_dropout,
+                variational_dropout=variational_dropout,
+                num_heads=num_heads,
+                learn_initial_state=learn_initial_state,
+                return_all_states=return_all_states,
+                memory_efficient=memory_efficient,
+            ),
+        )  # fmt: skip
+
+
+class DreamerGRU(_Recurrent):
+    """The GRU of the world models of Dreamer: one normalisation of the sum of both products.
+
+        r~, n~, u~ = norm(weight_ih x + bias_ih + weight_hh h + bias_hh) norm_weight + norm_bias
+        r = sigmoid(r~), n = tanh(r n~), u = sigmoid(u~ - 1)
+        h' = u n + (1 - u) h
+
+    norm has the mean and the variance of all 3 * hidden_size values of a step. Constructor, inputs and outputs: as
+    seqkernels.nn.GRU without proj_size. Parameters: those of torch.nn.GRU with gates r, n, u, and for each layer and
+    direction norm_weight and norm_bias [3 * hidden_size]. num_heads makes weight_hh block-diagonal.
+
+    Other implementations keep weight_ih and weight_hh side by side in one matrix, with one bias or none: bias_ih, with
+    bias_hh zero, or bias=False.
+
+    Options, by keyword, the same for all layers and directions:
+        {options}
+    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.dreamer_gru.
+    Source: Hafner et al., "Mastering Atari with Discrete World Models", arXiv 2010.02193, and "Mastering Diverse
+        Domains through World Models", arXiv 2301.04104 (num_heads).
+    """
+
+    _name, _family = "DreamerGRU", families.DREAMER_GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm_eps: float = 1e-3,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        num_heads: int = 1,
+        learn_initial_state: bool = False,
+        return_all_states: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
+            dict(
+                norm_eps=norm_eps,
                 gate_clip=gate_clip,
                 zoneout_h=zoneout_h,
                 recurrent_dropout=recurrent_dropout,
@@ -624,6 +690,7 @@ class RNN(_Recurrent):
 for _module, _of in (
     (LSTM, families.LSTM),
     (GRU, families.GRU),
+    (DreamerGRU, families.DREAMER_GRU),
     (MGU, families.MGU),
     (NestedLSTM, families.NESTED_LSTM),
     (SLSTM, families.SLSTM),

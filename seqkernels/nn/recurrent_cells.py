@@ -44,7 +44,7 @@ class _Cell(RNNCellBase):
         check_together(self._name, options, hidden_size, bias=bool(bias))
         kind = self._family.kind_of(options)
         super().__init__(input_size, hidden_size, bias, len(kind.gates), device=device, dtype=dtype)
-        self.options, self._plain = options, options.plain and kind.name == self._family.kind
+        self.options, self._plain = options, options.plain and kind.name in families.PLAIN_CELLS
         sizes = {"D": input_size, "H": hidden_size, "H/heads": hidden_size // options.num_heads}
         for weight in self._table():
             shape, made = weight.sizes(sizes), getattr(self, weight.name, None)
@@ -76,9 +76,9 @@ class _Cell(RNNCellBase):
         given = ((name, getattr(self.options, name)) for name in _takes(self._family))
         return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
 
-    def _run(self, cell: F.Cell, input: Tensor, states0: F.States) -> Any:
-        """One step; `cell` has the ops of the cell without options."""
-        if self._plain:
+    def _run(self, cell: F.Cell | None, input: Tensor, states0: F.States) -> Any:
+        """One step; `cell` has the ops of the cell without options, where there are such."""
+        if self._plain and cell is not None:
             parameters = self._parameters
             try:
                 weights: F.Weights = (
@@ -91,7 +91,7 @@ class _Cell(RNNCellBase):
                 weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
             return F.step(self._name, cell, input, states0, weights)
         weights = [getattr(self, weight.name) for weight in self._table()]
-        return F.as_layer(self._name, self._kind, input, states0, weights, self.options, self.training)
+        return F.as_layer(self._name, self._kind, input, states0, weights, bool(self.bias), self.options, self.training)
 
 
 def _takes(family: families.Family) -> tuple[str, ...]:
@@ -130,6 +130,7 @@ class LSTMCell(_Cell):
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
+        norm_eps: float = 1e-5,
         forget_bias: float | None = None,
         cell_clip: float | None = None,
         gate_clip: float | None = None,
@@ -142,6 +143,7 @@ class LSTMCell(_Cell):
             peephole=peephole,
             coupled_gates=coupled_gates,
             layer_norm=layer_norm,
+            norm_eps=norm_eps,
             forget_bias=forget_bias,
             cell_clip=cell_clip,
             gate_clip=gate_clip,
@@ -185,6 +187,7 @@ class GRUCell(_Cell):
         *,
         reset_after: bool = True,
         layer_norm: bool = False,
+        norm_eps: float = 1e-5,
         gate_clip: float | None = None,
         zoneout_h: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -193,6 +196,7 @@ class GRUCell(_Cell):
         options = dict(
             reset_after=reset_after,
             layer_norm=layer_norm,
+            norm_eps=norm_eps,
             gate_clip=gate_clip,
             zoneout_h=zoneout_h,
             recurrent_dropout=recurrent_dropout,
@@ -202,6 +206,49 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         result: Tensor = self._run(F.GRU, input, (hx,))
+        return result
+
+
+class DreamerGRUCell(_Cell):
+    """One step of seqkernels.nn.DreamerGRU, the GRU of the world models of Dreamer.
+
+    Inputs and outputs: as seqkernels.nn.GRUCell. Parameters: those of torch.nn.GRUCell with gates r, n, u, and
+    norm_weight and norm_bias [3 * hidden_size].
+
+    Options, by keyword:
+        {options}
+    Deterministic: yes, but for what dropout and zoneout draw; on a CPU a loop over cells gives the bits of
+        seqkernels.nn.DreamerGRU.
+    Source: Hafner et al., arXiv 2010.02193 and arXiv 2301.04104.
+    """
+
+    _name, _family = "DreamerGRUCell", families.DREAMER_GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm_eps: float = 1e-3,
+        gate_clip: float | None = None,
+        zoneout_h: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        num_heads: int = 1,
+    ) -> None:
+        options = dict(
+            norm_eps=norm_eps,
+            gate_clip=gate_clip,
+            zoneout_h=zoneout_h,
+            recurrent_dropout=recurrent_dropout,
+            num_heads=num_heads,
+        )
+        super().__init__(input_size, hidden_size, bias, device, dtype, options)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        result: Tensor = self._run(None, input, (hx,))
         return result
 
 
@@ -256,6 +303,11 @@ class RNNCell(_Cell):
         return families.RNN_RELU if self.nonlinearity == "relu" else families.RNN_TANH
 
 
-for _module, _of in ((LSTMCell, families.LSTM), (GRUCell, families.GRU), (RNNCell, families.RNN_TANH)):
+for _module, _of in (
+    (LSTMCell, families.LSTM),
+    (GRUCell, families.GRU),
+    (DreamerGRUCell, families.DREAMER_GRU),
+    (RNNCell, families.RNN_TANH),
+):
     if _module.__doc__:  # absent under python -OO
         _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _takes(_of))))

@@ -12,13 +12,14 @@ from seqkernels.reference.embedding_bag import (
     rowwise_adagrad_step,
     sgd_step,
 )
-from seqkernels.reference.recurrent import gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
+from seqkernels.reference.recurrent import dreamer_gru, gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
 
 __all__ = [
     "adagrad_step",
     "adam_step",
     "attention",
     "attention_weights",
+    "dreamer_gru",
     "embedding",
     "embedding_bag",
     "embedding_bag_winners",

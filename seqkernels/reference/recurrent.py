@@ -34,10 +34,10 @@ def product(h: Tensor, w: Tensor, heads: int = 1) -> Tensor:
     return torch.einsum("bkj,gkij->bgki", h.reshape(B, heads, group), by_group).reshape(B, w.shape[0])
 
 
-def norm(v: Tensor) -> Tensor:
+def norm(v: Tensor, eps: float = 1e-5) -> Tensor:
     """Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450."""
     mean = v.mean(-1, keepdim=True)
-    return (v - mean) / torch.sqrt((v - mean).square().mean(-1, keepdim=True) + 1e-5)
+    return (v - mean) / torch.sqrt((v - mean).square().mean(-1, keepdim=True) + eps)
 
 
 def clip(v: Tensor, limit: float) -> Tensor:
@@ -63,12 +63,14 @@ class Step:
     gate_clip: float = math.inf
     cell_clip: float = math.inf
     keep: Tensor | None = None  # [B, H] candidate mask over its probability of keeping
+    norm_eps: float = 1e-5
 
     def from_h(self, h: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Share of the fed-back state in the gates first to last (all of them unless said)."""
         H = self.weights["w_hh"].shape[0] // self.kind.gates
         rows = slice(first * H, None if last is None else last * H)
-        return self.kind.affine(product(h, self.weights["w_hh"][rows], self.heads), self.weights, "hh", rows)
+        v = product(h, self.weights["w_hh"][rows], self.heads)
+        return self.kind.affine(v, self.weights, "hh", rows, self.norm_eps)
 
     def sigmoid(self, v: Tensor) -> Tensor:
         return torch.sigmoid(clip(v, self.gate_clip))
@@ -99,12 +101,12 @@ class Kind:
     own_weights: tuple[str, ...] = ()
     own_biases: tuple[str, ...] = ()
 
-    def affine(self, v: Tensor, weights: Weights, of: str, rows: slice = slice(None)) -> Tensor:
+    def affine(self, v: Tensor, weights: Weights, of: str, rows: slice = slice(None), norm_eps: float = 1e-5) -> Tensor:
         """v [..., G * H], a product with w_ih or w_hh (`of` is ih or hh), normalised and with its bias."""
         if self.norms:
             H = v.shape[-1] // self.gates
             parts = v.split([gates * H for gates in self.norms], dim=-1)
-            v = weights[f"gain_{of}"] * torch.cat([norm(part) for part in parts], dim=-1)
+            v = weights[f"gain_{of}"] * torch.cat([norm(part, norm_eps) for part in parts], dim=-1)
         bias = weights.get(f"b_{of}")
         return v if bias is None else v + bias[rows]
 
@@ -134,7 +136,7 @@ def lstm_norm_cell(s: Step) -> States:
     """Source: Ba, Kiros and Hinton, arXiv 1607.06450, equations 20 to 22. The carried c is not the normalised one."""
     i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
     c = clip(s.sigmoid(f) * s.states[1] + s.sigmoid(i) * s.candidate(g), s.cell_clip)
-    return s.sigmoid(o) * torch.tanh(s.weights["gain_c"] * norm(c) + s.weights["bias_c"]), c
+    return s.sigmoid(o) * torch.tanh(s.weights["gain_c"] * norm(c, s.norm_eps) + s.weights["bias_c"]), c
 
 
 def nested_lstm_cell(s: Step) -> States:
@@ -194,6 +196,14 @@ def gru_projected_cell(s: Step) -> States:
     return c, c
 
 
+def dreamer_gru_cell(s: Step) -> States:
+    """One normalisation of the sum. Source: Hafner et al., arXiv 2010.02193; heads: arXiv 2301.04104."""
+    v = norm(s.x + s.from_h(s.h), s.norm_eps) * s.weights["norm_weight"] + s.weights["norm_bias"]
+    r, n, u = v.chunk(3, dim=-1)
+    n, u = s.candidate(s.sigmoid(r) * n), s.sigmoid(u - 1)
+    return (u * n + (1 - u) * s.states[0],)
+
+
 def mgu_after_cell(s: Step) -> States:
     """One gate, after the product, as torch's GRU has its reset gate. Source: Zhou et al., 2016, arXiv 1603.09420."""
     x_f, x_n = s.x.chunk(2, dim=-1)
@@ -231,6 +241,7 @@ KINDS = {
     "gru_before": Kind(gru_before_cell, 3),
     "gru_norm": Kind(gru_cell, 3, 1, (2, 1), ("gain_ih", "gain_hh")),
     "gru_projected": Kind(gru_projected_cell, 3, 2),
+    "dreamer_gru": Kind(dreamer_gru_cell, 3, own_weights=("norm_weight", "norm_bias")),
     "mgu": Kind(mgu_cell, 2),
     "mgu_after": Kind(mgu_after_cell, 2),
     "rnn_tanh": Kind(rnn_tanh_cell, 1),
@@ -241,12 +252,17 @@ KINDS = {
 # ---- one layer ----
 
 
-def weight_names(kind: Kind, count: int, peephole: bool = False) -> list[str]:
+def weight_names(kind: Kind, bias: bool, projected: bool, peephole: bool = False) -> list[str]:
+    """The names of one direction's weights, in order."""
+    names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * bias, *["w_hr"] * projected, *["w_ph"] * peephole]
+    return [*names, *kind.own_weights, *kind.own_biases * bias]
+
+
+def weight_names_of(kind: Kind, count: int, peephole: bool = False) -> list[str]:
     """The names of one direction's weights, of which there are `count`: biases and a projection may be absent."""
     for bias in (False, True):
         for projected in (False, True):
-            names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * bias, *["w_hr"] * projected, *["w_ph"] * peephole]
-            names += [*kind.own_weights, *kind.own_biases * bias]
+            names = weight_names(kind, bias, projected, peephole)
             if len(names) == count:
                 return names
     raise ValueError(f"reference: weights must be those of the kind, got {count} in a direction")
@@ -270,6 +286,8 @@ def layer(
     lengths: Tensor | None = None,
     bidirectional: bool = False,
     *,
+    bias: bool | None = None,
+    projected: bool | None = None,
     peephole: bool = False,
     heads: int = 1,
     reset: Tensor | None = None,
@@ -290,13 +308,15 @@ def layer(
             absent, with peephole w_ph (weight_ph) [3H] ([2H] of a coupled LSTM), then the kind's own.
         batch_sizes: [T] as in torch.nn.utils.rnn.PackedSequence.
         lengths: [B] real steps of each row of a padded batch.
+        bias, projected: whether there are biases and a projection; None: as the number of weights says.
         reset: [T, B] or [N] True where a sequence starts anew: no state passes from the step before, in either
             direction.
         zoneout_h, zoneout_c: [T, B, directions * H] or [N, ...], 1 where the old value of the state stays.
         candidate: the same shape, 0 where recurrent dropout zeroes the candidate.
         variational: [directions, B, P] factors of the fed-back h, the same at every step.
         numbers: empty, or cell_clip, gate_clip, the shares of the old h and of the old c that stay where there is no
-            mask for them, and the probability with which `candidate` was drawn to be 0.
+            mask for them, the probability with which `candidate` was drawn to be 0, and what a normalisation adds to
+            the variance.
     Returns:
         y [T, B, directions * P] (or [N, ...]), zero beyond each length; the last states, like states0; then c and s at
         every step, laid out like y, where the kind has them.
@@ -304,7 +324,11 @@ def layer(
     kind = KINDS[kind_name]
     directions = 2 if bidirectional else 1
     each = len(weights) // directions
-    cell_clip, gate_clip, constant_h, constant_c, p = numbers or (math.inf, math.inf, 0.0, 0.0, 0.0)
+    if bias is None or projected is None:
+        names = weight_names_of(kind, each, peephole)
+    else:
+        names = weight_names(kind, bias, projected, peephole)
+    cell_clip, gate_clip, constant_h, constant_c, p, eps = numbers or (math.inf, math.inf, 0.0, 0.0, 0.0, 1e-5)
     if batch_sizes is not None:
         T, B = batch_sizes.numel(), int(batch_sizes[0]) if batch_sizes.numel() else 0
     else:
@@ -330,12 +354,11 @@ def layer(
     outputs: list[list[Tensor]] = []
     last: list[States] = []
     for d in range(directions):
-        names = weight_names(kind, each, peephole)
-        w = dict(zip(names, weights[d * each : (d + 1) * each]))
+        w = dict(zip(names, weights[d * each : (d + 1) * each], strict=True))
         P, H = w["w_hh"].shape[1] * heads, w["w_hh"].shape[0] // kind.gates
         widths = P, *[H] * (kind.states - 1)
         states = tuple(x.new_zeros(B, width) if s is None else s[d] for s, width in zip(states0, widths))
-        from_x = kind.affine(F.linear(x, w["w_ih"]), w, "ih")
+        from_x = kind.affine(F.linear(x, w["w_ih"]), w, "ih", norm_eps=eps)
         of_x = from_x.unbind(0)
         keep = each_step(None if candidate is None else candidate.to(x.dtype) / (1 - p), d)
         zones = [each_step(zoneout_h, d, constant_h), each_step(zoneout_c, d, constant_c)]
@@ -348,7 +371,7 @@ def layer(
             if restarts is not None:
                 states = tuple(torch.where(before[t], s.new_zeros(()), s) for s in states)
             h = states[0] if variational is None else states[0] * variational[d]
-            h, *others = kind.cell(Step(of_x[t], h, states, w, kind, heads, gate_clip, cell_clip, keep[t]))
+            h, *others = kind.cell(Step(of_x[t], h, states, w, kind, heads, gate_clip, cell_clip, keep[t], eps))
             if "w_hr" in w:  # Sak, Senior and Beaufays, 2014, arXiv 1402.1128
                 h = h @ w["w_hr"].T
             new = tuple(zoned_out(v, old, zone[t]) for v, old, zone in zip((h, *others), states, zones))
@@ -441,6 +464,7 @@ class Definition(Protocol):
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
+        norm_eps: float = ...,
         reset_after: bool | None = None,
         forget_gate: str = "sigmoid",
         cell_clip: float | None = None,
@@ -453,7 +477,9 @@ class Definition(Protocol):
     ) -> tuple[Any, ...]: ...
 
 
-def _function(name: str, choose: Callable[..., str]) -> Definition:
+def _function(name: str, choose: Callable[..., str], norm_eps: float = 1e-5) -> Definition:
+    default_eps = norm_eps
+
     def function(
         input: Tensor,
         hx: Tensor | States | None,
@@ -471,6 +497,7 @@ def _function(name: str, choose: Callable[..., str]) -> Definition:
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
+        norm_eps: float = default_eps,
         reset_after: bool | None = None,
         forget_gate: str = "sigmoid",
         cell_clip: float | None = None,
@@ -503,7 +530,7 @@ def _function(name: str, choose: Callable[..., str]) -> Definition:
             masks=masks,
             peephole=peephole,
             heads=num_heads,
-            numbers=(*limits, zoneout_h, zoneout_c, recurrent_dropout),
+            numbers=(*limits, zoneout_h, zoneout_c, recurrent_dropout, norm_eps),
         )
         last = states if len(states) > 1 else states[0]
         return (y, last, every) if return_all_states else (y, last)
@@ -534,6 +561,7 @@ lstm = _function("lstm", _lstm)
 nested_lstm = _function("nested_lstm", lambda **_: "nested_lstm")
 slstm = _function("slstm", lambda forget_gate, **_: "slstm_exp" if forget_gate == "exp" else "slstm")
 gru = _function("gru", _gru)
+dreamer_gru = _function("dreamer_gru", lambda **_: "dreamer_gru", norm_eps=1e-3)
 mgu = _function("mgu", lambda reset_after, **_: "mgu_after" if reset_after else "mgu")
 rnn_tanh = _function("rnn_tanh", lambda **_: "rnn_tanh")
 rnn_relu = _function("rnn_relu", lambda **_: "rnn_relu")

@@ -104,6 +104,10 @@ VARIANTS = [
     gru(layer_norm=True),
     gru(gate_clip=0.5, zoneout_h=0.3),
     gru(recurrent_dropout=0.4, num_heads=2),
+    gru(layer_norm=True, norm_eps=0.01),
+    Cell("DreamerGRUCell", 3),
+    Cell("DreamerGRUCell", 3, {"norm_eps": 1e-5}),
+    Cell("DreamerGRUCell", 3, {"num_heads": 3, "gate_clip": 0.8, "zoneout_h": 0.3, "recurrent_dropout": 0.1}),
     Cell("RNNCell", 1, {"gate_clip": 0.5, "zoneout_h": 0.3}),
     Cell("RNNCell", 1, {"nonlinearity": "relu", "num_heads": 2}),
 ]
@@ -311,7 +315,7 @@ def test_options_against_the_definition(cell: Cell) -> None:
     o = module.options
     heads = {"peephole": o.peephole, "heads": o.num_heads}
     limits = [float("inf") if limit is None else limit for limit in (o.cell_clip, o.gate_clip)]
-    numbers = [*limits, o.zoneout_h, o.zoneout_c, 0.0]
+    numbers = [*limits, o.zoneout_h, o.zoneout_c, 0.0, o.norm_eps]
 
     class Defined(torch.nn.Module):
         def __init__(self) -> None:

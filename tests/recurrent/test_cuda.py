@@ -178,8 +178,8 @@ def inputs_of(layer: Layer) -> Inputs:
     def mask(p: float) -> Tensor:
         return (torch.rand(*leading, directions * H) < p).to(torch.uint8)
 
-    extras: dict[str, Any] = {}
-    numbers = [float("inf"), float("inf"), 0.0, 0.0, 0.0]
+    extras: dict[str, Any] = {} if layer.bias else {"bias": False}
+    numbers = [float("inf"), float("inf"), 0.0, 0.0, 0.0, 1e-5]
     for option in layer.options:
         if option == "peephole":
             extras["peephole"] = True
@@ -201,7 +201,7 @@ def inputs_of(layer: Layer) -> Inputs:
             numbers[1] = 0.5 if layer.kind not in SLSTMS else float("inf")
             if has_c:
                 numbers[0] = 0.3
-    if any(n not in (0.0, float("inf")) for n in numbers):
+    if any(n not in (0.0, float("inf")) for n in numbers[:5]):
         extras["numbers"] = numbers
     return Inputs(x, states, weights, batch_sizes, None if layer.form != "lengths" else lengths, extras)
 
@@ -613,7 +613,7 @@ def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
         with tiers("steps"):
             for one, other in zip(first, run(of)):
                 check(one, other.double(), dtype, "of launches of a step", tolerance)
-        clipped = dataclasses.replace(of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0]})
+        clipped = dataclasses.replace(of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0, 1e-5]})
         for one, other in zip(first, run(clipped)):
             check(one, other.double(), dtype, "of the kernels with options", tolerance)
 

@@ -286,7 +286,8 @@ def test_extreme_gates_saturate_as_in_torch(size: float, isa: str) -> None:
 def forward_arguments(case: Case) -> list:
     inputs = make_inputs(case, torch.float32)
     h0, c0 = inputs.hx
-    return [inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional]
+    of_weights = case.bidirectional, case.bias, case.P > 0
+    return [inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, *of_weights]
 
 
 X, H0, C0, WEIGHTS, BATCH_SIZES, LENGTHS, BIDIRECTIONAL = range(7)
@@ -401,7 +402,7 @@ def test_backward_op_errors(case: Case, argument: int, change: Callable, text: s
     inputs = make_inputs(case, torch.float32)
     forward = forward_arguments(case)
     y, _, _, gates, cells = ops.lstm_forward(*forward)
-    good = [inputs.dy, inputs.dh_n, inputs.dc_n, *forward, y, gates, cells, True, True]
+    good = [inputs.dy, inputs.dh_n, inputs.dc_n, *forward[:7], y, gates, cells, True, True, *forward[7:]]
     ops.lstm_backward(*good)
     bad = list(good)
     bad[argument] = change(good[argument])

@@ -72,6 +72,7 @@ CELLS = [
     Layer("GRU", {"reset_after": False}),
     Layer("GRU", {"layer_norm": True}),
     Layer("GRU", {"proj_size": 4}),
+    Layer("DreamerGRU", {"num_heads": 2}),
     Layer("MGU"),
     Layer("MGU", {"reset_after": True}),
 ]

@@ -289,18 +289,18 @@ op_cases = pytest.mark.parametrize("case", OP_CASES, ids=str)
 
 
 def op_arguments(kind: Kind, case: Case, grad: bool = False, padding: float = float("nan")) -> tuple:
-    """(x, h0, weights, batch_sizes, lengths, bidirectional) of one layer."""
+    """(x, h0, weights, batch_sizes, lengths, bidirectional, bias) of one layer."""
     inputs = kind.inputs(case, torch.float32, padding=padding)
     if grad:
         inputs = inputs.map(lambda t: t.detach().requires_grad_())
     h0 = inputs.state_argument()
-    return inputs.x, h0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional
+    return inputs.x, h0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional, case.bias
 
 
 def backward_arguments(kind: Kind, case: Case) -> tuple:
     inputs, forward = kind.inputs(case, torch.float32), op_arguments(kind, case)
     y, _, saved = kind.op("_forward")(*forward)
-    return inputs.dy, inputs.dh_n, *forward, y, saved, True, True
+    return inputs.dy, inputs.dh_n, *forward[:6], y, saved, True, True, *forward[6:]
 
 
 @op_cases
@@ -325,7 +325,7 @@ def test_an_absent_state_is_zero(kind: Kind) -> None:
 def test_backward_gives_what_is_wanted(kind: Kind, want_x: bool, want_w: bool) -> None:
     arguments = backward_arguments(kind, OP_CASES[2])
     dx, dh0, dw = kind.op("_backward")(*arguments)
-    some = kind.op("_backward")(*arguments[:-2], want_x, want_w)
+    some = kind.op("_backward")(*arguments[:-3], want_x, want_w, *arguments[-1:])
     assert torch.equal(some[1], dh0)
     assert not want_x or torch.equal(some[0], dx)
     assert not want_w or all(torch.equal(a, b) for a, b in zip(some[2], dw, strict=True))
@@ -936,9 +936,18 @@ def test_explain_names_the_ops_it_knows() -> None:
         seqkernels.explain("attention", T=1, B=1, D=1, H=1)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "mgu", "nested_lstm", "slstm", "rnn", "rnn_tanh", "rnn_relu"])
+MODULES = {
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "dreamer_gru": "DreamerGRU",
+    "mgu": "MGU",
+    "nested_lstm": "NestedLSTM",
+    "slstm": "SLSTM",
+}
+
+
+@pytest.mark.parametrize("name", [*MODULES, "rnn", "rnn_tanh", "rnn_relu"])
 def test_a_name_explains_what_the_default_module_runs(name: str) -> None:
-    modules = {"lstm": "LSTM", "gru": "GRU", "mgu": "MGU", "nested_lstm": "NestedLSTM", "slstm": "SLSTM"}
     options = {"nonlinearity": "relu"} if name == "rnn_relu" else {}
-    module = getattr(seqkernels.nn, modules.get(name, "RNN"))(3, 4, **options)
+    module = getattr(seqkernels.nn, MODULES.get(name, "RNN"))(3, 4, **options)
     assert seqkernels.explain(name, T=2, B=2, D=3, H=4)["op"] == module._kind.name

@@ -213,22 +213,23 @@ def test_no_input_features() -> None:
 
 
 def op_arguments(case: Case, dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple:
-    """(x, h0, c0, weights, batch_sizes, lengths, bidirectional) of one layer."""
+    """(x, h0, c0, weights, batch_sizes, lengths, bidirectional, bias, projected) of one layer."""
     assert case.L == 1 and not case.batch_first
     inputs = make_inputs(case, dtype)
     if grad:
         inputs = inputs.map(lambda t: t.detach().requires_grad_())
     h0, c0 = inputs.hx or (None, None)
-    return inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional
+    of_weights = case.bidirectional, case.bias, case.P > 0
+    return inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, *of_weights
 
 
 def backward_arguments(case: Case, dtype: torch.dtype = torch.float32) -> list:
     """All that `lstm_backward` takes, as the forward pass leaves it."""
     inputs = make_inputs(case, dtype)
-    x, h0, c0, weights, batch_sizes, lengths, bidirectional = op_arguments(case, dtype)
-    y, _, _, gates, cells = ops.lstm_forward(x, h0, c0, weights, batch_sizes, lengths, bidirectional)
+    forward = op_arguments(case, dtype)
+    y, _, _, gates, cells = ops.lstm_forward(*forward)
     upstream = [inputs.dy, inputs.dh_n, inputs.dc_n]
-    return [*upstream, x, h0, c0, weights, batch_sizes, lengths, bidirectional, y, gates, cells, True, True]
+    return [*upstream, *forward[:7], y, gates, cells, True, True, *forward[7:]]
 
 
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
@@ -262,8 +263,8 @@ def test_an_absent_state_is_zero(absent: tuple[int, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ops.lstm(*some), want, strict=False))
     upstream = inputs.dy, inputs.dh_n, inputs.dc_n
-    dx, dh0, dc0, dw = ops.lstm_backward(*upstream, *full, want[0], *want[3:], True, True)
-    ex, eh0, ec0, ew = ops.lstm_backward(*upstream, *some, got[0], *got[3:], True, True)
+    dx, dh0, dc0, dw = ops.lstm_backward(*upstream, *full[:7], want[0], *want[3:], True, True, *full[7:])
+    ex, eh0, ec0, ew = ops.lstm_backward(*upstream, *some[:7], got[0], *got[3:], True, True, *some[7:])
     assert all(torch.equal(a, b) for a, b in zip((ex, *ew), (dx, *dw), strict=True))
     assert torch.equal(eh0, dh0) if 1 not in absent else not eh0.numel()
     assert torch.equal(ec0, dc0) if 2 not in absent else not ec0.numel()
@@ -273,7 +274,7 @@ def test_an_absent_state_is_zero(absent: tuple[int, ...]) -> None:
 def test_backward_gives_what_is_wanted(want_x: bool, want_w: bool) -> None:
     arguments = backward_arguments(OP_CASES[2])
     dx, dh0, dc0, dw = ops.lstm_backward(*arguments)
-    some = ops.lstm_backward(*arguments[:-2], want_x, want_w)
+    some = ops.lstm_backward(*arguments[:-4], want_x, want_w, *arguments[-2:])
     assert_same_bits({"dh0": some[1], "dc0": some[2]}, {"dh0": dh0, "dc0": dc0})
     if want_x:
         assert torch.equal(some[0], dx)

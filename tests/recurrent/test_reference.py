@@ -36,8 +36,8 @@ def sigmoid(v: Array) -> Array:
     return 1 / (1 + np.exp(-v))
 
 
-def normalised(v: Array) -> Array:
-    return (v - v.mean()) / np.sqrt(v.var() + 1e-5)
+def normalised(v: Array, eps: float) -> Array:
+    return (v - v.mean()) / np.sqrt(v.var() + eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class Options:
     keep_c: Array | float = 0.0
     candidate: Array | float = 1.0  # over its probability of keeping
     fed: Array | float = 1.0
+    norm_eps: float = 1e-5
 
     def gate(self, v: Array) -> Array:
         return np.clip(v, -self.gate_clip, self.gate_clip)
@@ -66,16 +67,16 @@ def recurrent(w: dict[str, Array], h: Array, gate: int, heads: int) -> Array:
     return result
 
 
-def gates_of(kind: str, w: dict[str, Array], x: Array, h: Array, heads: int) -> tuple[list[Array], list[Array]]:
+def gates_of(kind: str, w: dict[str, Array], x: Array, h: Array, o: Options) -> tuple[list[Array], list[Array]]:
     """The shares of x and h in each gate; a gate that waits for another is not to be used."""
     count = len(w["w_ih"]) // H
     if not kind.endswith("_norm"):
         of_x = w["w_ih"] @ x + w.get("b_ih", 0)
-        return np.split(of_x, count), [recurrent(w, h, gate, heads) for gate in range(count)]
+        return np.split(of_x, count), [recurrent(w, h, gate, o.heads) for gate in range(count)]
     ends = [4 * H] if kind == "lstm_norm" else [2 * H, 3 * H]
     shares = []
     for of, v in (("ih", w["w_ih"] @ x), ("hh", w["w_hh"] @ h)):
-        v = np.concatenate([normalised(v[a:b]) for a, b in zip([0, *ends], ends, strict=False)])
+        v = np.concatenate([normalised(v[a:b], o.norm_eps) for a, b in zip([0, *ends], ends, strict=False)])
         shares.append(np.split(w[f"gain_{of}"] * v + w.get(f"b_{of}", 0), count))
     return shares[0], shares[1]
 
@@ -83,7 +84,7 @@ def gates_of(kind: str, w: dict[str, Array], x: Array, h: Array, heads: int) -> 
 def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Options) -> list[Array]:
     """The states after one token of one sequence."""
     h, fed = states[0], states[0] * o.fed
-    of_x, of_h = gates_of(kind, w, x, fed, o.heads)
+    of_x, of_h = gates_of(kind, w, x, fed, o)
     pre = [a + b for a, b in zip(of_x, of_h, strict=True)]
     if kind == "nested_lstm":
         i, f, g, out = sigmoid(pre[0]), sigmoid(pre[1]), np.tanh(pre[2]), sigmoid(pre[3])
@@ -100,7 +101,7 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
         g = np.tanh(o.gate(pre[-2])) * o.candidate
         c = np.clip(f * old + i * g, -o.cell_clip, o.cell_clip)
         out = sigmoid(o.gate(pre[-1] + p[-1] * c))
-        new = [out * np.tanh(w["gain_c"] * normalised(c) + w["bias_c"] if kind == "lstm_norm" else c), c]
+        new = [out * np.tanh(w["gain_c"] * normalised(c, o.norm_eps) + w["bias_c"] if kind == "lstm_norm" else c), c]
     elif kind.startswith("slstm"):
         i, log_f, z, out = pre[0], pre[1], np.tanh(pre[2]) * o.candidate, sigmoid(pre[3])
         if kind == "slstm":
@@ -111,6 +112,10 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
         i = np.exp(i - new_m)
         c, n = f * c + i * z, f * n + i
         new = [out * c / n, c, n, new_m]
+    elif kind == "dreamer_gru":
+        r, n, u = np.split(normalised(np.concatenate(pre), o.norm_eps) * w["norm_weight"] + w["norm_bias"], 3)
+        u = sigmoid(o.gate(u - 1))
+        new = [u * np.tanh(o.gate(sigmoid(o.gate(r)) * n)) * o.candidate + (1 - u) * h]
     elif kind.startswith("rnn"):
         new = [np.tanh(o.gate(pre[0])) if kind == "rnn_tanh" else np.maximum(o.gate(pre[0]), 0)]
     else:
@@ -168,7 +173,7 @@ class Drawn:
         return [every[0], *last, *every[1:]]
 
     def options(self, d: int, b: int, t: int) -> Options:
-        cell_clip, gate_clip, *rates, p = self.numbers or [math.inf, math.inf, 0, 0, 0]
+        cell_clip, gate_clip, *rates, p, eps = self.numbers or [math.inf, math.inf, 0, 0, 0, 1e-5]
 
         def at(name: str, otherwise: float) -> Array | float:
             return self.masks[name][t, b, d * H :][:H].astype(float) if name in self.masks else otherwise
@@ -181,6 +186,7 @@ class Drawn:
             keep_c=at("zoneout_c", rates[1]),
             candidate=at("candidate", 1 - p) / (1 - p),
             fed=self.masks["variational"][d, b] if "variational" in self.masks else 1.0,
+            norm_eps=eps,
         )
 
     def torch(self, packed: bool = False) -> list[Array]:
@@ -234,6 +240,7 @@ def drawn(kind: str, seed: int) -> Drawn:
     shapes |= {"w_ph": ((G - 1) * H,)} if peephole else {}
     of_cell = {"gain_c": (H,), "bias_c": (H,)} if lstm else {}
     shapes |= {"gain_ih": (G * H,), "gain_hh": (G * H,), **of_cell} if normed else {}
+    shapes |= {"norm_weight": (G * H,), "norm_bias": (G * H,)} if kind == "dreamer_gru" else {}
     shapes |= {"inner_ih": (4 * H, H), "inner_hh": (4 * H, H)} if nested else {}
     shapes |= {"inner_b_ih": (4 * H,), "inner_b_hh": (4 * H,)} if nested and bias else {}
     directions = int(rng.integers(1, 3))
@@ -254,6 +261,7 @@ def drawn(kind: str, seed: int) -> Drawn:
         0.3 if maybe(not projected) else 0.0,
         0.2 if maybe(lstm and not nested) else 0.0,
         0.4 if maybe("candidate" in masks) else 0.0,
+        0.01 if maybe(normed or kind == "dreamer_gru") else 1e-5,
     ]
     widths = (fed, H, H, H)[: has.states]
     states0 = [rng.normal(size=(directions, B, width)) for width in widths]
@@ -270,7 +278,7 @@ def drawn(kind: str, seed: int) -> Drawn:
         heads=heads,
         reset=rng.random((T, B)) < 0.3 if maybe() else None,
         masks=masks,
-        numbers=numbers if maybe() or any(numbers[2:]) else [],
+        numbers=numbers if maybe() or any(numbers[2:5]) or numbers[5] != 1e-5 else [],
     )
 
 
@@ -433,6 +441,8 @@ def test_public_functions_choose_their_kind() -> None:
     same("gru", "gru_before", 1, gates(3), reset_after=False)
     same("gru", "gru_norm", 1, [*gates(3), uniform(3 * H), uniform(3 * H)], layer_norm=True)
     same("gru", "gru_projected", 2, projection)
+    normed = [*gates(3), uniform(3 * H), uniform(3 * H)]
+    same("dreamer_gru", "dreamer_gru", 1, normed, norm_eps=1e-5)
     same("mgu", "mgu", 1, gates(2))
     same("mgu", "mgu_after", 1, gates(2), reset_after=True)
     same("rnn_tanh", "rnn_tanh", 1, gates(1))
@@ -449,7 +459,7 @@ def test_layers_on_layers_with_masks() -> None:
     ]
     common = dict(num_layers=2, masks=masks, return_all_states=True, recurrent_dropout=0.5, gate_clip=0.5)
     y, h_n, every = reference.gru(x.transpose(0, 1), None, weights, batch_first=True, reset=reset.t(), **common)
-    numbers = (math.inf, 0.5, 0.0, 0.0, 0.5)
+    numbers = (math.inf, 0.5, 0.0, 0.0, 0.5, 1e-5)
     of_input, last = x, []
     for i, mask in enumerate(masks):
         own = weights[2 * i : 2 * i + 2]

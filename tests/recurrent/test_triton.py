@@ -66,7 +66,7 @@ def layer_of(kind: str, case: Case, dtype: torch.dtype, peephole: bool = False) 
         return torch.randn(shape, dtype=torch.float64).mul(0.6).to(dtype)
 
     x = normal(*case.rows, case.D)
-    arguments: dict = dict(bidirectional=case.bidirectional)
+    arguments: dict = dict(bidirectional=case.bidirectional, bias=case.bias, projected=False)
     if case.packed:
         arguments["batch_sizes"] = batch_sizes_of(case.lengths)
     elif case.lengths is not None:
@@ -92,7 +92,7 @@ def options_of(kind: str, case: Case, *names: str) -> dict:
         reset=torch.rand(case.rows) < 0.4,
         zoneout_h=mask(0.3),
         variational=2 * torch.rand(case.directions, case.B, case.H, dtype=torch.float64),
-        numbers=[0.5 if lstm else math.inf, 0.6, 0.0, 0.0, 0.0 if rnn else 0.3],
+        numbers=[0.5 if lstm else math.inf, 0.6, 0.0, 0.0, 0.0 if rnn else 0.3, 1e-5],
     )
     if not rnn:
         every["candidate"] = mask(0.7)
@@ -130,7 +130,8 @@ def ours(
     arguments = {k: v.to(DEVICE) if isinstance(v, Tensor) and k not in on_cpu else v for k, v in arguments.items()}
     options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
     given = [None if t is None else t.to(DEVICE) for t in given]
-    extras = Extras(**options) if options else None
+    flags = {name: arguments.pop(name) for name in ("bias", "projected")}
+    extras = Extras(**flags, **options) if options or not flags["bias"] else None
     return results(recurrent.layer, kind, given, arguments | dict(extras=extras, every=every) | more, dtype, every)
 
 
@@ -194,7 +195,7 @@ def test_every_option_packed(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_zoneout_as_a_share(kind: str):
     """Numbers alone, and no limits, as in evaluation."""
-    numbers = [math.inf, math.inf, 0.2, 0.3 if kind.startswith("lstm") else 0.0, 0.0]
+    numbers = [math.inf, math.inf, 0.2, 0.3 if kind.startswith("lstm") else 0.0, 0.0, 1e-5]
     case = Case(T=2, bidirectional=False)
     given, arguments = layer_of(kind, case, torch.float64)
     options = dict(numbers=numbers)
@@ -280,14 +281,14 @@ def test_nothing_to_do(kind: str):
     [
         ("lstm_norm", {}, "lstm_norm is none of lstm, lstm_coupled, gru"),
         ("lstm", dict(extras=Extras(heads=3)), "heads must be 1, got 3"),
-        ("lstm", dict(projected=True), "a projection must be absent"),
+        ("lstm", dict(extras=Extras(projected=True)), "a projection must be absent"),
         ("lstm", dict(dtype=torch.int32), "dtype torch.int32 is none of"),
     ],
 )
 def test_what_is_not_supported(kind: str, change: dict, message: str):
     given, _ = layer_of("lstm", Case(bidirectional=False), torch.float64)
     x, h0, c0, *weights = (t.to(DEVICE) for t in given)
-    if change.pop("projected", False):
+    if change.get("extras", Extras()).projected:
         weights.append(torch.ones(2, 3, dtype=torch.float64, device=DEVICE))
     dtype = change.pop("dtype", torch.float64)
     with pytest.raises(NotImplementedError, match=re.escape(message)), torch.no_grad():
@@ -429,7 +430,7 @@ def test_functional_compiled():
 @pytest.mark.parametrize("kind", KINDS)
 def test_ops_have_fakes(kind: str):
     """What forward saves has the shape that tracing expects, with options and without."""
-    for options in ({}, dict(numbers=[math.inf, 0.6, 0.0, 0.0, 0.0])):
+    for options in ({}, dict(numbers=[math.inf, 0.6, 0.0, 0.0, 0.0, 1e-5])):
         given, _ = layer_of(kind, Case(bidirectional=False), torch.float64)
         states = definition.KINDS[kind].states
         x, *rest = (t.to(DEVICE) for t in given)

@@ -357,11 +357,20 @@ def test_the_saved_width_is_as_said(variant: Variant) -> None:
 
 def inf(*others: float) -> list[float]:
     """An op's numbers without clips."""
-    return [math.inf, math.inf, *others]
+    return [math.inf, math.inf, *others, 1e-5]
 
 
 WRONG_CALLS = [
     ("gru", dict(peephole=True), "gru: peephole must be false for this cell"),
+    ("gru", dict(projected=True), "gru: projected must be false for this cell, got true"),
+    ("gru_projected", dict(projected=False), "gru_projected: projected must be true for this cell, got false"),
+    ("lstm", dict(bias=False), "lstm: weights must hold weight_ih, weight_hh for each of 1 directions, got 4 tensors"),
+    ("lstm", dict(projected=True), "lstm: weights must hold weight_ih, weight_hh, bias_ih, bias_hh, weight_hr for"),
+    (
+        "dreamer_gru",
+        dict(bias=False),
+        "dreamer_gru: weights must hold weight_ih, weight_hh, norm_weight, norm_bias for",
+    ),
     ("lstm_norm", dict(heads=2), "lstm_norm: heads must be 1 for this cell, got 2"),
     ("gru", dict(heads=0), "gru: heads must be positive, got 0"),
     ("gru", dict(heads=4), "gru: heads must divide H = 6, got 4"),
@@ -376,13 +385,16 @@ WRONG_CALLS = [
     ("rnn_tanh", dict(variational=torch.ones(1, 2, 5)), r"rnn_tanh: variational must have shape \[1, 2, 6\]"),
     ("rnn_tanh", dict(variational=torch.ones(1, 2, 6).double()), "rnn_tanh: variational must be float32, got float64"),
     ("lstm", dict(numbers=[1.0]), "lstm: numbers must be empty or hold .*, got 1 numbers"),
-    ("lstm", dict(numbers=[0.0, 1.0, 0.0, 0.0, 0.0]), "lstm: cell_clip must be positive, got 0"),
-    ("lstm", dict(numbers=[1.0, math.nan, 0.0, 0.0, 0.0]), "lstm: gate_clip must be positive, got -?nan"),
+    ("lstm", dict(numbers=[0.0, 1.0, 0.0, 0.0, 0.0, 1e-5]), "lstm: cell_clip must be positive, got 0"),
+    ("lstm", dict(numbers=[1.0, math.nan, 0.0, 0.0, 0.0, 1e-5]), "lstm: gate_clip must be positive, got -?nan"),
     ("gru", dict(numbers=inf(1.0, 0.0, 0.0)), r"gru: zoneout_h must lie in \[0, 1\), got 1"),
     ("lstm", dict(numbers=inf(0.0, -0.5, 0.0)), r"lstm: zoneout_c must lie in \[0, 1\), got -0.5"),
     ("mgu_after", dict(numbers=inf(0.0, 0.0, 2.0)), r"mgu_after: recurrent_dropout must lie in \[0, 1\), got 2"),
     ("gru", dict(numbers=inf(0.0, 0.1, 0.0)), "gru: cell_clip and zoneout_c must be absent for this cell"),
-    ("nested_lstm", dict(numbers=[math.inf, 1.0, 0.0, 0.0, 0.0]), "nested_lstm: gate_clip must be absent"),
+    ("gru", dict(numbers=[*inf(0.0, 0.0, 0.0)[:5], 1e-3]), "gru: norm_eps must be 1e-05 for this cell, got 0.001"),
+    ("gru_norm", dict(numbers=[*inf(0.0, 0.0, 0.0)[:5], -1.0]), "gru_norm: norm_eps must be finite and at least 0"),
+    ("dreamer_gru", dict(numbers=[*inf(0.0, 0.0, 0.0)[:5], math.nan]), "norm_eps must be finite and at least 0"),
+    ("nested_lstm", dict(numbers=[math.inf, 1.0, 0.0, 0.0, 0.0, 1e-5]), "nested_lstm: gate_clip must be absent"),
     (
         "gru_projected",
         dict(numbers=inf(0.1, 0.0, 0.0)),
@@ -398,6 +410,7 @@ def test_ops_check_their_options(kind: str, options: dict, message: str) -> None
     case = Case(B=2, T=3, D=2, H=6, P=2, bidirectional=False, reset=False, why="plain")
     call = make_call(plain, case, torch.float32)
     y, *rest = op(call, "_forward")(*arguments(call))
+    options = call.weights_there() | options
     with pytest.raises(RuntimeError, match=message):
         op(call)(*arguments(call)[: 5 + len(call.states0)], **options)
     n = 1 + len(call.states0)
@@ -414,6 +427,7 @@ SHARED = {
     "NestedLSTM": reference.nested_lstm,
     "SLSTM": reference.slstm,
     "GRU": reference.gru,
+    "DreamerGRU": reference.dreamer_gru,
     "MGU": reference.mgu,
 }
 forms = pytest.mark.parametrize("form", ["dense", "batch_first", "unbatched", "lengths", "packed"])
@@ -519,6 +533,7 @@ def test_a_function_is_its_module(variant: Variant) -> None:
     common = dict(bidirectional=True, batch_first=True, return_all_states=True)
     module = make(variant, L=2, random_weights=True, **common).eval()
     names = {"LSTM": "lstm", "NestedLSTM": "nested_lstm", "SLSTM": "slstm", "GRU": "gru", "MGU": "mgu"}
+    names["DreamerGRU"] = "dreamer_gru"
     name = names.get(variant.module, variant.kind)
     options = {k: o for k, o in variant.options.items() if k not in ("proj_size", "bias", "nonlinearity")}
     x, hx = torch.randn(4, 5, D), as_argument(states_for(variant, 4, 2, 2, torch.float32))
@@ -815,7 +830,7 @@ def test_forget_bias(module: str, options: dict, value: float) -> None:
 
 @variants
 def test_parameters_begin_as_told(variant: Variant) -> None:
-    """Names and shapes; gains are one, the shift of c zero, all else uniform as torch has it."""
+    """Names and shapes; gains are one, shifts of normalisations zero, all else uniform as in torch."""
     module, bound = make(variant, L=2, bidirectional=True), 1 / math.sqrt(H)
     shapes = {}
     for i, suffix in itertools.product((0, 1), ("", "_reverse")):
@@ -824,8 +839,10 @@ def test_parameters_begin_as_told(variant: Variant) -> None:
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == shapes
     assert list(module.state_dict()) == list(shapes)
     for name, p in module.named_parameters():
-        if name.startswith(("gain", "bias_c")):
-            assert (p == (1 if name.startswith("gain") else 0)).all(), name
+        if name.startswith(("gain", "norm_weight")):
+            assert (p == 1).all(), name
+        elif name.startswith(("bias_c", "norm_bias")):
+            assert (p == 0).all(), name
         else:
             assert p.abs().max() <= bound and p.std() > 0.3 * bound, name
 
@@ -904,6 +921,12 @@ WRONG = [
     ("NestedLSTM", dict(gate_clip=1.0), TypeError, "gate_clip"),
     ("NestedLSTM", dict(num_heads=2), TypeError, "num_heads"),
     ("LSTM", dict(reset_after=False), TypeError, "reset_after"),
+    ("LSTM", dict(norm_eps=0.1), ValueError, "LSTM: norm_eps must be 1e-05 without layer_norm, got 0.1"),
+    ("GRU", dict(layer_norm=True, norm_eps=-0.1), ValueError, "GRU: norm_eps must be finite and at least 0, got -0.1"),
+    ("DreamerGRU", dict(norm_eps=math.inf), ValueError, "norm_eps must be finite"),
+    ("DreamerGRU", dict(norm_eps="1e-3"), TypeError, "norm_eps"),
+    ("DreamerGRU", dict(layer_norm=True), TypeError, "layer_norm"),
+    ("DreamerGRU", dict(num_heads=4), ValueError, "num_heads"),
     ("LSTM", dict(peephole=1), TypeError, "peephole"),
 ]
 
@@ -930,3 +953,36 @@ def test_wrong_resets() -> None:
     learned = seqkernels.nn.LSTM(D, H, learn_initial_state=True)
     with pytest.raises(ValueError, match="reset excludes learn_initial_state"):
         learned(x, reset=good)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dreamer_gru_is_a_linear_layer_of_both_and_a_layer_norm(dtype: torch.dtype) -> None:
+    """As world models write it: torch.nn.LayerNorm after one torch.nn.Linear of the input beside the state."""
+    linear, norm = torch.nn.Linear(D + H, 3 * H, dtype=dtype), torch.nn.LayerNorm(3 * H, eps=1e-3, dtype=dtype)
+    ours = seqkernels.nn.DreamerGRU(D, H, dtype=dtype)
+    with torch.no_grad():
+        norm.weight.add_(0.5 * torch.randn(3 * H))
+        norm.bias.add_(0.5 * torch.randn(3 * H))
+        ours.weight_ih_l0.copy_(linear.weight[:, :D])
+        ours.weight_hh_l0.copy_(linear.weight[:, D:])
+        ours.bias_ih_l0.copy_(linear.bias)
+        ours.bias_hh_l0.zero_()
+        ours.norm_weight_l0.copy_(norm.weight)
+        ours.norm_bias_l0.copy_(norm.bias)
+    x, h0 = torch.randn(6, 3, D, dtype=dtype), torch.randn(1, 3, H, dtype=dtype)
+    h, outputs = h0[0], []
+    for x_t in x:
+        r, n, u = norm(linear(torch.cat((x_t, h), -1))).chunk(3, -1)
+        n, u = torch.tanh(torch.sigmoid(r) * n), torch.sigmoid(u - 1)
+        h = u * n + (1 - u) * h
+        outputs.append(h)
+    want, (got, h_n) = torch.stack(outputs), ours(x, h0)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(h_n[0], h)
+    upstream = torch.randn_like(want)
+    theirs = torch.autograd.grad(want, [linear.weight, linear.bias, norm.weight, norm.bias], upstream)
+    of_weights = ours.weight_ih_l0, ours.weight_hh_l0, ours.bias_ih_l0, ours.norm_weight_l0, ours.norm_bias_l0
+    dw_ih, dw_hh, *others = torch.autograd.grad(got, of_weights, upstream)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else {}
+    for mine, other in zip((torch.cat((dw_ih, dw_hh), 1), *others), theirs, strict=True):
+        torch.testing.assert_close(mine, other, **tolerance)

@@ -53,6 +53,8 @@ class Variant:
             )
         if self.module == "GRU":
             return "gru" + after + "_norm" * self.option("layer_norm", False) + "_projected" * self.projected
+        if self.module == "DreamerGRU":
+            return "dreamer_gru"
         if self.module == "SLSTM":
             return "slstm" + "_exp" * (self.option("forget_gate") == "exp")
         names = {"NestedLSTM": "nested_lstm", "MGU": "mgu" + "_after" * self.option("reset_after", False)}
@@ -80,7 +82,8 @@ class Variant:
     def numbers(self) -> list[float]:
         clips = [self.option(name, math.inf) for name in ("cell_clip", "gate_clip")]
         numbers = clips + [self.option(name) for name in ("zoneout_h", "zoneout_c", "recurrent_dropout")]
-        return [] if numbers == [math.inf, math.inf, 0.0, 0.0, 0.0] else numbers
+        numbers.append(self.option("norm_eps", 1e-3 if self.module == "DreamerGRU" else 1e-5))
+        return [] if numbers == [math.inf, math.inf, 0.0, 0.0, 0.0, 1e-5] else numbers
 
     @property
     def random(self) -> bool:
@@ -102,6 +105,8 @@ class Variant:
         if self.option("layer_norm", False):
             shapes |= {"gain_ih": rows, "gain_hh": rows}
             shapes |= {"gain_c": (H,), "bias_c": (H,)} if self.module == "LSTM" else {}
+        if self.module == "DreamerGRU":
+            shapes |= {"norm_weight": rows, "norm_bias": rows}
         if self.module == "NestedLSTM":
             shapes |= {"weight_inner_ih": (4 * H, H), "weight_inner_hh": (4 * H, H)}
             shapes |= {"bias_inner_ih": (4 * H,), "bias_inner_hh": (4 * H,)} if bias else {}
@@ -164,6 +169,12 @@ VARIANTS = [
     v("GRU", layer_norm=True),
     v("GRU", layer_norm=True, bias=False),
     v("GRU", layer_norm=True, gate_clip=0.6, **DROPS),
+    v("GRU", layer_norm=True, norm_eps=0.01),
+    v("LSTM", layer_norm=True, norm_eps=0.01),
+    v("DreamerGRU"),
+    v("DreamerGRU", bias=False, num_heads=3),
+    v("DreamerGRU", norm_eps=1e-5, num_heads=2),
+    v("DreamerGRU", num_heads=2, norm_eps=0.02, gate_clip=0.6, **DROPS),
     v("GRU", proj_size=True),
     v("GRU", proj_size=True, bias=False, gate_clip=0.6, recurrent_dropout=0.4, variational_dropout=0.5),
     v("MGU", reset_after=True),
@@ -261,7 +272,10 @@ class Call:
 
     def options(self) -> dict:
         heads, peephole = self.variant.option("num_heads", 1), self.variant.option("peephole", False)
-        return dict(peephole=peephole, heads=heads, numbers=self.numbers, **self.masks)
+        return dict(**self.weights_there(), peephole=peephole, heads=heads, numbers=self.numbers, **self.masks)
+
+    def weights_there(self) -> dict[str, bool]:
+        return dict(bias=self.variant.option("bias", True), projected=bool(self.variant.projected))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Call:
         """The same call with f applied to every floating-point tensor, but not to the gradients from above."""
@@ -303,7 +317,7 @@ def make_call(variant: Variant, case: Case, dtype: torch.dtype, seed: int = 0) -
     for _ in range(directions):
         for name, shape in variant.weights(case.D, H, P).items():
             scale = 1.0 if name in ("weight_ph", "bias_c") or "bias" in name else 2 / math.sqrt(shape[-1])
-            weights.append((1 if "gain" in name else 0) + 0.5 * normal(*shape) * scale)
+            weights.append((1 if "gain" in name or name == "norm_weight" else 0) + 0.5 * normal(*shape) * scale)
     widths = [P if s == "h" else H for s in variant.states]
     states0 = tuple(normal(directions, B, width) if case.state else None for width in widths)
     if case.state:  # a normaliser is positive
@@ -362,7 +376,8 @@ def arguments(call: Call) -> tuple:
     masks = [options.get(name) for name in MASKS]
     return (
         *(call.x, *call.states0, list(call.weights), call.batch_sizes, call.lengths, call.bidirectional),
-        *(options["peephole"], options["heads"], *masks, options["numbers"]),
+        *(options[name] for name in ("bias", "projected", "peephole", "heads")),
+        *(*masks, options["numbers"]),
     )
 
 

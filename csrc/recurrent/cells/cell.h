@@ -45,8 +45,10 @@ struct CellDefaults {
   static constexpr bool kCellOptions = false;  // may have cell_clip and zoneout_c
   static constexpr bool kGateClip = true;      // may have gate_clip
   // Layer normalisation: kNormGroups sets of gates that are normalised together. kNormC: also the cell on its way to h.
-  static constexpr int kNormGroups = 0;
-  static constexpr bool kNormC = false;
+  // kJointNorm: the sum of both products is normalised, over all heads, instead of each product. kReadsGate: the gate
+  // whose product, normalised, scaled and shifted, backward reads after the saved values.
+  static constexpr int kNormGroups = 0, kReadsGate = 0;
+  static constexpr bool kNormC = false, kJointNorm = false;
   static constexpr bool kCuda = true;      // CUDA kernels exist
   static constexpr bool kHasPlain = true;  // kernels without options are compiled besides those with options
   static constexpr bool kStep = false;     // torch.ops.seqkernels.<name>_cell* exist: one step without options

@@ -22,6 +22,7 @@
   CELL(GRUBefore)              \
   CELL(GRUNorm)                \
   CELL(GRUProjected)           \
+  CELL(DreamerGRU)             \
   CELL(MGU)                    \
   CELL(MGUAfter)               \
   CELL(RNNTanh)                \
@@ -60,7 +61,7 @@ struct CellShape {
   int64_t saved_scalars;                // and single numbers: means and deviations of normalisations
   bool saves_output;                    // without options saved[0] is y
   int64_t peepholes, inner_gates, norm_groups;
-  bool norm_c, separate, stages, passes_h;
+  bool joint_norm, norm_c, separate, stages, passes_h;
   Projection projection;
   bool heads, cell_options, gate_clip, cuda, plain, step;
 };
@@ -78,6 +79,7 @@ constexpr CellShape shape_of(CellKind kind) {
     static_assert(C::kFirst <= C::kGates, "the first stage has gates of the cell");
     static_assert((C::kFactors > 0) == (C::kFirst < C::kGates || C::kInnerGates > 0), "a second stage has inputs");
     static_assert(C::kSavedFirst <= C::kSaved, "the first stage saves some of the values");
+    static_assert(!C::kJointNorm || !(C::kSeparate || C::kNormC), "a joint normalisation has one gradient");
     static_assert(!C::kSavesOutput || C::kSaved == 1, "a cell that saves y saves nothing else");
     CellShape shape{};
     shape.name = C::kName;
@@ -88,11 +90,12 @@ constexpr CellShape shape_of(CellKind kind) {
     shape.cells = C::kCells;
     shape.states = 1 + C::kCells;
     shape.saved = C::kSaved;
-    shape.saved_scalars = 2 * C::kNormGroups + 2 * C::kNormC;
+    shape.saved_scalars = (C::kJointNorm ? 1 : 2) * C::kNormGroups + 2 * C::kNormC;
     shape.saves_output = C::kSavesOutput;
     shape.peepholes = C::kPeepholes;
     shape.inner_gates = C::kInnerGates;
     shape.norm_groups = C::kNormGroups;
+    shape.joint_norm = C::kJointNorm;
     shape.norm_c = C::kNormC;
     shape.separate = C::kSeparate;
     shape.stages = C::kFactors > 0;

@@ -1,5 +1,5 @@
-// Cells whose products with x and with h are each normalised over the hidden units (layer normalisation); the kernels
-// around them (cpu/norm.h) normalise. Source: Ba, Kiros and Hinton, https://arxiv.org/abs/1607.06450
+// Cells with layer normalisation over the hidden units: of the products with x and with h, each by itself, or of their
+// sum. The kernels around them (cpu/norm.h) normalise. Source: Ba, Kiros and Hinton, https://arxiv.org/abs/1607.06450
 #pragma once
 
 #include "recurrent/cells/cell.h"
@@ -45,9 +45,42 @@ struct LSTMNorm : CellDefaults {
 // torch's GRU; gates r and z are normalised together, n by itself.
 struct GRUNorm : GRUCell<false> {
   static constexpr const char* kName = "gru_norm";
-  static constexpr int kSaved = 9, kValues = 3, kNormGroups = 2;
+  static constexpr int kSaved = 9, kValues = 3, kNormGroups = 2, kReadsGate = 2;
   static constexpr bool kHeads = false, kCuda = false, kHasPlain = false;
   static constexpr int group_of(int gate) { return gate == 2; }
+};
+
+// The GRU of Dreamer: x holds norm(W_ih x + W_hh h), one normalisation over all gates and heads;
+// n = tanh(r n~), u = sigmoid(u~ - 1), h' = u n + (1 - u) h. kSaved: the gates, then the normalised sum.
+// Source: Hafner et al., https://arxiv.org/abs/2010.02193 and https://arxiv.org/abs/2301.04104
+struct DreamerGRU : CellDefaults {
+  static constexpr const char* kName = "dreamer_gru";
+  static constexpr const char* kGateNames = "rnu";
+  static constexpr int kGates = 3, kFirst = 3, kSaved = 6, kValues = 3, kNormGroups = 1, kReadsGate = 1;
+  static constexpr bool kJointNorm = true, kPassesH = true, kReadsH = true, kHeads = true;
+  static constexpr bool kCuda = false, kHasPlain = false;
+  static constexpr int group_of(int /*gate*/) { return 0; }
+
+  template <class O, class V>
+  static SK_CELL V forward(const V* x, const V* /*h*/, const O& o, V h_prev, V* /*c*/, V* saved) {
+    using A = typename O::Arithmetic;
+    const V r = activate<Sigmoid>(o, x[0], saved[0]);
+    const V n = drop_candidate(o, activate<Tanh>(o, r * x[1], saved[1]));
+    const V u = activate<Sigmoid>(o, x[2] - typename A::T(1), saved[2]);
+    return A::fma(u, n - h_prev, h_prev);
+  }
+  template <class O, class V>
+  static SK_CELL void backward(const V* saved, const O& o, V h_prev, const V* /*c*/, const V* /*c_prev*/, V dh,
+                               V* /*dc*/, StepGradient<V>& d) {
+    using T = typename O::Arithmetic::T;
+    const auto r = restore<Sigmoid>(o, saved[0]), u = restore<Sigmoid>(o, saved[2]);
+    const auto n = restore<Tanh>(o, saved[1]);
+    const V dn = drop_candidate(o, dh * u.value) * n.slope;
+    d.x[0] = dn * saved[kValues] * r.slope;
+    d.x[1] = dn * r.value;
+    d.x[2] = dh * (drop_candidate(o, n.value) - h_prev) * u.slope;
+    d.direct = dh * (T(1) - u.value);
+  }
 };
 
 }  // namespace seqkernels

@@ -47,6 +47,7 @@ struct CellOn : C {
   static constexpr bool kDirect = C::kPassesH || kOptions;       // a part of dh bypasses the product
   static constexpr bool kProjects = C::kProjection != Projection::kNever;
   static constexpr bool kTwoStages = C::kFactors > 0, kInner = C::kInnerGates > 0, kNorm = C::kNormGroups > 0;
+  static constexpr int kNormProducts = C::kJointNorm ? 1 : 2;  // that are normalised: the sum, or each of the two
   using First = GateRange<0, C::kFirst>;
   using Second = GateRange<(kInner ? 0 : C::kFirst), (kInner ? C::kInnerGates : C::kGates - C::kFirst)>;
 };

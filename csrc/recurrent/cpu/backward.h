@@ -20,7 +20,8 @@ struct Backward : Layer<Cell> {
   using typename L::V;
   static constexpr bool kTwoStages = Cell::kTwoStages;
   static constexpr int kFirstGates = Cell::First::kGates;
-  static constexpr int kSums = Cell::kNorm ? 4 * kGates + 2 : Cell::kPeepholes;
+  static constexpr int kSums = Cell::kNorm ? 2 * Cell::kNormProducts * kGates + 2 * Cell::kNormC : Cell::kPeepholes;
+  static constexpr bool kBiasOfProduct = !Cell::kNorm || Cell::kJointNorm;  // else the bias is a shift after it
 
   struct Second : Cell::Second {  // without gates in a cell of one stage
     static constexpr int kFactors = Cell::kFactors;
@@ -49,7 +50,7 @@ struct Backward : Layer<Cell> {
   OuterProduct<T> outer;
   static constexpr int kTiles = Second::kFactors > 1 ? Second::kFactors : 1;
 
-  explicit Backward(const BackwardArgs& a) : L{a}, grad(a), teams{a} {}
+  explicit Backward(const BackwardArgs& a) : L{a}, grad(a), teams{a, Cell::kJointNorm ? a.heads : 1} {}
 
   const Weights& weights(int64_t stream) const { return args.weights[this->direction(stream)]; }
   static const S* typed(const void* p) { return static_cast<const S*>(p); }
@@ -540,11 +541,11 @@ struct Backward : Layer<Cell> {
     const auto x = RightOperand{D, 0, [&](int64_t n) { return typed(args.x) + walk.x_offsets[n]; }};
     const T *of_x = dgates_x + d * walk.N * G, *of_h = dgates_h + d * walk.N * G;
     const auto write_x = [&](Range part) {
-      if (!Cell::kNorm) product.write_sums(static_cast<S*>(dw.b_ih), part, none);
+      if (kBiasOfProduct) product.write_sums(static_cast<S*>(dw.b_ih), part, none);
       product.write(static_cast<S*>(dw.w_ih), D, part, 0, none);
     };
     const auto write_h = [&](Range part) {
-      if (!Cell::kNorm) product.write_sums(static_cast<S*>(dw.b_hh), part, none);
+      if (kBiasOfProduct) product.write_sums(static_cast<S*>(dw.b_hh), part, none);
       product.write(static_cast<S*>(dw.w_hh), P, part, to_panels(D), none);
     };
     if (Cell::kSeparate) {
@@ -620,10 +621,14 @@ struct Backward : Layer<Cell> {
           }
         }
       };
-      if constexpr (Cell::kNorm) {
+      if constexpr (Cell::kJointNorm) {
+        for (void* const of_gates : {dw.norm_bias, dw.norm_weight}) write(of_gates, kGates);
+      } else if constexpr (Cell::kNorm) {
         for (void* const of_gates : {dw.b_ih, dw.b_hh, dw.gain_ih, dw.gain_hh}) write(of_gates, kGates);
-        write(dw.gain_c, 1);
-        write(dw.bias_c, 1);
+        if constexpr (Cell::kNormC) {
+          write(dw.gain_c, 1);
+          write(dw.bias_c, 1);
+        }
       } else {
         write(dw.peephole, Cell::kPeepholes);
       }

@@ -171,7 +171,7 @@ struct Forward : Layer<Cell> {
   int64_t team_size, member_size;  // elements of states, of products
 
   explicit Forward(const ForwardArgs& a)
-      : L{a}, out(a), teams{a}, first(*this, walk.T > 1), second(*this, walk.T > 1) {}
+      : L{a}, out(a), teams{a, Cell::kJointNorm ? a.heads : 1}, first(*this, walk.T > 1), second(*this, walk.T > 1) {}
 
   Operand<S> hr(int64_t stream) const {
     const S* w = static_cast<const S*>(args.weights[this->direction(stream)].w_hr);

@@ -46,15 +46,18 @@ inline Range within(Range range, int64_t start, int64_t size) {
   return {begin, min(size, range.end - start)};
 }
 
-// The members [first, last) of a team that one thread runs.
+// The members [first, last) of a team that one thread runs. Where teams are joined, `stream` is the direction.
 struct Member {
   int64_t stream, group, first, last;
   Barrier* barrier;
   void sync() const { barrier->arrive_and_wait(last - first); }
 };
 
+// joined: the number of teams that synchronise together, those of the heads of one direction where a normalisation
+// covers all heads; else 1.
 struct Teams {
   const RecurrentArgs& args;
+  const int64_t joined = 1;
   Barrier* barriers = nullptr;  // one per team
   Barrier everyone = {};
 
@@ -64,18 +67,29 @@ struct Teams {
   int64_t team(const Member& member) const { return member.stream * args.plan.row_groups + member.group; }
 
   void start() {
-    for (int64_t i = 0; i < count(); ++i) (new (barriers + i) Barrier)->reset(args.plan.unit_groups);
+    for (int64_t i = 0; i < count(); ++i) (new (barriers + i) Barrier)->reset(args.plan.unit_groups * joined);
     everyone.reset(members());
   }
 
-  // Calls f for each team with members among [begin, end) of all members.
+  // Calls f for each team (each group of joined teams) with members among [begin, end) of all members.
   template <class F>
   void each(int64_t begin, int64_t end, F&& f) const {
-    const int64_t units = args.plan.unit_groups;
+    const int64_t units = args.plan.unit_groups * joined;
     for (int64_t team = begin / units; team * units < end; ++team) {
       const int64_t first = team * units < begin ? begin - team * units : 0;
       const int64_t last = min(units, end - team * units);
       f(Member{team / args.plan.row_groups, team % args.plan.row_groups, first, last, barriers + team});
+    }
+  }
+
+  // The members of joined teams, team by team. before: the number of members in the teams before this one.
+  template <class F>
+  void each_team(const Member& all, F&& f) const {
+    const int64_t units = args.plan.unit_groups;
+    for (int64_t head = all.first / units; head * units < all.last; ++head) {
+      const Range own = within({all.first, all.last}, head * units, units);
+      const int64_t before = head * units + own.begin - all.first;
+      f(Member{all.stream * joined + head, all.group, own.begin, own.end, all.barrier}, before);
     }
   }
 };

@@ -1,5 +1,5 @@
-// Recurrent layers whose products with x and h are normalised over all units of
-// a row, forward and backward.
+// Recurrent layers whose products with x and h, or their sum, are normalised
+// over all units of a row, forward and backward.
 //
 // A step has more barriers than that of other cells, since the mean and
 // variance of a row need all units: forward computes the products,
@@ -8,14 +8,16 @@
 // the gradients through the normalisation. Members exchange sums per panel of
 // units, which each member adds in the order of panels, by lane and then across
 // lanes, so the result is independent of the division among threads.
+//
+// A normalisation of the sum covers all heads: the teams of the heads of one
+// direction are joined (see Teams), and a thread runs each phase of a step for
+// all of its teams before it synchronises.
 #pragma once
 
 #include "recurrent/cpu/backward.h"
 #include "recurrent/cpu/forward.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
-
-constexpr double kNormEpsilon = 1e-5;
 
 template <class T>
 SEQKERNELS_INLINE T sum_of_lanes(Native<T> v) {
@@ -58,25 +60,27 @@ struct Moments {
     return {mean, deviation};
   }
 
-  // Combines `panels` moments of `each` values per lane, `stride` apart;
-  // `units` lanes in total hold values.
-  static Norm<T> combine(const Moments* parts, int64_t panels, int64_t stride, int each, int64_t units) {
+  // Combines the moments of `each` values per lane, `stride` apart: `panels` of
+  // each head, whose first `units` lanes hold values.
+  static Norm<T> combine(const Moments* parts, int64_t heads, int64_t panels, int64_t stride, int each, int64_t units,
+                         double eps) {
     constexpr int64_t kWidth = kLanes<T>;
     V mean = {}, deviation = {}, count = {};
     const V more = broadcast(T(each));
-    for (int64_t p = 0; p < panels; ++p) {
-      const Moments& part = parts[p * stride];
-      const V added = first_lanes<T>(more, units - p * kWidth), together = count + added;
-      const V delta = first_lanes<T>(part.mean - mean, units - p * kWidth);
-      const V share = together > T(0) ? added / together : V{};
-      mean = fma(delta, share, mean);
-      deviation = deviation + first_lanes<T>(part.deviation, units - p * kWidth) + delta * delta * count * share;
-      count = together;
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t p = 0; p < panels; ++p, parts += stride) {
+        const V added = first_lanes<T>(more, units - p * kWidth), together = count + added;
+        const V delta = first_lanes<T>(parts->mean - mean, units - p * kWidth);
+        const V share = together > T(0) ? added / together : V{};
+        mean = fma(delta, share, mean);
+        deviation = deviation + first_lanes<T>(parts->deviation, units - p * kWidth) + delta * delta * count * share;
+        count = together;
+      }
     }
-    const T all = T(each) * T(units), center = sum_of_lanes<T>(mean * count) / all;
+    const T all = T(each) * T(heads * units), center = sum_of_lanes<T>(mean * count) / all;
     const V off = mean - center;
     const T variance = sum_of_lanes<T>(fma(off * off, count, deviation)) / all;
-    return {center, T(1 / __builtin_sqrt(variance + kNormEpsilon))};
+    return {center, T(1 / __builtin_sqrt(variance + eps))};
   }
 };
 
@@ -94,6 +98,16 @@ constexpr int first_gate(int group) {
   return g;
 }
 
+// The weights of the normalisation of product 0 (with x, or the sum) or 1.
+template <class Cell, class Pointer>
+Pointer gain_of(const WeightsOf<Pointer>& w, int product) {
+  return Cell::kJointNorm ? w.norm_weight : product == 0 ? w.gain_ih : w.gain_hh;
+}
+template <class Cell, class Pointer>
+Pointer shift_of(const WeightsOf<Pointer>& w, int product) {
+  return Cell::kJointNorm ? w.norm_bias : product == 0 ? w.b_ih : w.b_hh;
+}
+
 template <class Cell>
 struct NormForward : Forward<Cell> {
   using F = Forward<Cell>;
@@ -103,26 +117,48 @@ struct NormForward : Forward<Cell> {
   using typename F::T;
   using typename F::V;
   using Part = Moments<T>;
-  static constexpr int kGroups = Cell::kNormGroups;
-  static constexpr bool kNormC = Cell::kNormC;
+  static constexpr int kGroups = Cell::kNormGroups, kProducts = Cell::kNormProducts;
+  static constexpr bool kNormC = Cell::kNormC, kJoint = Cell::kJointNorm;
+
+  // Workspace of a thread in one team, beside Workspace.
+  struct NormWorkspace {
+    Part *x, *h, *c;  // of the joined teams
+    T *now, *output_gate, *from_h;
+    Norm<T>* norms;
+    int64_t first_panel;  // of the team among the joined ones
+    Range panels, own;
+    bool first_member;  // writes the values that exist once per row
+  };
+  struct TeamWork {
+    Workspace<T> work;
+    NormWorkspace norm;
+  };
+  // The teams among the joined ones of which a thread runs members.
+  struct TeamWorks {
+    TeamWork *first, *last;
+    TeamWork* begin() const { return first; }
+    TeamWork* end() const { return last; }
+  };
 
   Part *parts_x, *parts_h, *parts_c;  // [teams, panels, rows, kGroups]
   T *now, *output_gate;               // [teams, group_rows, HV] c before zoneout, o
   T* all_from_h;                      // [members, panels, group_rows, kWide1]
   Norm<T>* norms;                     // [members, chunk_rows, kGroups] of the input's share
+  TeamWork* team_works;               // [members]
 
   explicit NormForward(const ForwardArgs& a) : F(a) {}
 
   void carve(Arena& arena) {
     F::carve(arena);
     const int64_t parts = teams.count() * first.panels();
-    parts_x = arena.take<Part>(parts * chunk_rows * kGroups);
+    parts_x = kJoint ? nullptr : arena.take<Part>(parts * chunk_rows * kGroups);
     parts_h = arena.take<Part>(parts * group_rows * kGroups);
     parts_c = kNormC ? arena.take<Part>(parts * group_rows) : nullptr;
     now = kNormC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
     output_gate = kNormC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
     all_from_h = arena.take<T>(teams.members() * first.member_panels() * group_rows * kWide1);
-    norms = arena.take<Norm<T>>(teams.members() * chunk_rows * kGroups);
+    norms = kJoint ? nullptr : arena.take<Norm<T>>(teams.members() * chunk_rows * kGroups);
+    team_works = arena.take<TeamWork>(teams.members());
   }
 
   void run(int64_t begin, int64_t end) {
@@ -130,70 +166,97 @@ struct NormForward : Forward<Cell> {
     teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
   }
 
-  // Workspace of a member beside Workspace.
-  struct NormWorkspace {
-    Part *x, *h, *c;
-    T *now, *output_gate, *from_h;
-    Norm<T>* norms;
-    Range panels, own;
-    bool first_member;  // writes the values that exist once per row
-  };
+  TeamWorks works_of(const Member& all, int64_t slot) const {
+    TeamWorks works{team_works + slot, team_works + slot};
+    const int64_t panels = first.panels(), joined = teams.team(all) * teams.joined;
+    teams.each_team(all, [&](const Member& member, int64_t before) {
+      TeamWork& to = *new (works.last++) TeamWork{{member.stream, {walk, args.plan.row_groups, member.group}}, {}};
+      Arena of_team{reinterpret_cast<char*>(states + teams.team(member) * team_size)};
+      Arena of_member{reinterpret_cast<char*>(products + (slot + before) * member_size)};
+      this->states_of(of_team, to.work);
+      this->products_of(of_member, to.work);
+      to.work.x_chunk = works.first->work.x_chunk;
+      const int64_t team = teams.team(member);
+      to.norm.x = kJoint ? nullptr : parts_x + joined * panels * chunk_rows * kGroups;
+      to.norm.h = parts_h + joined * panels * group_rows * kGroups;
+      if (kNormC) {
+        to.norm.c = parts_c + joined * panels * group_rows;
+        to.norm.now = now + team * group_rows * HV;
+        to.norm.output_gate = output_gate + team * group_rows * HV;
+      }
+      to.norm.from_h = all_from_h + (slot + before) * first.member_panels() * group_rows * kWide1;
+      to.norm.norms = kJoint ? nullptr : norms + slot * chunk_rows * kGroups;
+      to.norm.first_panel = member.stream % teams.joined * panels;
+      to.norm.panels = first.share_of(member);
+      to.norm.own = first.units_of(to.norm.panels);
+      to.norm.first_member = all.first == 0 && before == 0;
+    });
+    return works;
+  }
 
   void run_sequences(const Member& member, int64_t slot) {
-    Workspace<T> work{member.stream, {walk, args.plan.row_groups, member.group}};
-    Arena of_team{reinterpret_cast<char*>(states + teams.team(member) * team_size)};
-    Arena of_member{reinterpret_cast<char*>(products + slot * member_size)};
-    this->states_of(of_team, work);
-    this->products_of(of_member, work);
-    const int64_t team = teams.team(member), panels_all = first.panels(), stream = member.stream;
-    NormWorkspace norm_work{};
-    norm_work.x = parts_x + team * panels_all * chunk_rows * kGroups;
-    norm_work.h = parts_h + team * panels_all * group_rows * kGroups;
-    if (kNormC) {
-      norm_work.c = parts_c + team * panels_all * group_rows;
-      norm_work.now = now + team * group_rows * HV;
-      norm_work.output_gate = output_gate + team * group_rows * HV;
-    }
-    norm_work.from_h = all_from_h + slot * first.member_panels() * group_rows * kWide1;
-    norm_work.norms = norms + slot * chunk_rows * kGroups;
-    norm_work.panels = first.share_of(member);
-    norm_work.own = first.units_of(norm_work.panels);
-    norm_work.first_member = member.first == 0;
-    const Range panels = norm_work.panels;
-    this->begin_sequences(work, norm_work.own, norm_work.own);
+    const TeamWorks works = works_of(member, slot);
+    const Workspace<T>& any = works.first->work;  // rows and direction are those of all teams
+    for (const TeamWork& team : works) this->begin_sequences(team.work, team.norm.own, team.norm.own);
     member.sync();
 
     for (int64_t s = 0, next; s < walk.T; s = next) {
-      const int64_t in_chunk = this->gather_chunk(work, s, next);
+      const int64_t in_chunk = this->gather_chunk(any, s, next);
       if (in_chunk == 0) continue;
-      for (int64_t p = panels.begin; p < panels.end; ++p) {
-        T* to = work.from_x + (p - panels.begin) * chunk_rows * kWide1;
-        first.product_x(stream, p, in_chunk, work.x_chunk, work.scratch, to);
-        measure(to, in_chunk, norm_work.x + p * chunk_rows * kGroups);
-      }
-      member.sync();
-      for (int64_t row = 0; row < in_chunk; ++row)
-        combine(norm_work.x, row, chunk_rows, norm_work.norms + row * kGroups);
-      for (int64_t row = 0; s < next; ++s) {
-        const int64_t t = this->step(s, stream), active = work.rows.at(t);
-        if (active == 0) continue;
-        for (int64_t p = panels.begin; p < panels.end; ++p) {
-          T* to = norm_work.from_h + (p - panels.begin) * group_rows * kWide1;
-          first.product_h(stream, 0, p, active, work.recurrent, PV, work.scratch, to, Into::kReplace);
-          measure(to, active, norm_work.h + p * group_rows * kGroups);
-        }
+      for (const TeamWork& team : works) from_input(team, in_chunk);
+      if constexpr (!kJoint) {
         member.sync();
-        normed_cells(work, norm_work, t, active, row);
+        const NormWorkspace& norm = works.first->norm;
+        for (int64_t row = 0; row < in_chunk; ++row) combine(norm.x, row, chunk_rows, norm.norms + row * kGroups);
+      }
+      for (int64_t row = 0; s < next; ++s) {
+        const int64_t t = this->step(s, any.stream), active = any.rows.at(t);
+        if (active == 0) continue;
+        for (const TeamWork& team : works) from_state(team, active, row);
+        member.sync();
+        normed_cells(works, t, active, row);
         if (kNormC) {
           member.sync();
-          outputs(work, norm_work, t, active);
+          outputs(any, works.first->norm, t, active);
         }
-        this->end_of_step(work, t, active, norm_work.own, norm_work.own);
-        F::swap(work.h, work.h_next);
-        F::swap(work.recurrent, work.recurrent_next);
+        for (TeamWork& team : works) {
+          this->end_of_step(team.work, t, active, team.norm.own, team.norm.own);
+          F::swap(team.work.h, team.work.h_next);
+          F::swap(team.work.recurrent, team.work.recurrent_next);
+        }
         row += active;
         member.sync();
       }
+    }
+  }
+
+  // The products with the rows of x of a chunk.
+  void from_input(const TeamWork& team, int64_t rows) const {
+    const Workspace<T>& work = team.work;
+    for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) {
+      T* to = work.from_x + (p - team.norm.panels.begin) * chunk_rows * kWide1;
+      first.product_x(work.stream, p, rows, work.x_chunk, work.scratch, to);
+      if constexpr (!kJoint) measure(to, rows, team.norm.x + p * chunk_rows * kGroups);
+    }
+  }
+
+  // The products with h of one step; where the sum is normalised, the sum with
+  // those with x and the biases. row: the first row of the step in the chunk.
+  void from_state(const TeamWork& team, int64_t active, int64_t row) const {
+    const Workspace<T>& work = team.work;
+    for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) {
+      const int64_t local = p - team.norm.panels.begin;
+      T* to = team.norm.from_h + local * group_rows * kWide1;
+      first.product_h(work.stream, 0, p, active, work.recurrent, PV, work.scratch, to, Into::kReplace);
+      if constexpr (kJoint) {
+        const T* from_x = work.from_x + (local * chunk_rows + row) * kWide1;
+        for (int64_t i = 0; i < active; ++i) {
+          V x[kGates], h[kGates];
+          first.gates(work.stream, p, 0, from_x + i * kWide1, to + i * kWide1, x, h);
+          for (int g = 0; g < kGates; ++g) store(to + i * kWide1 + g * kWidth, x[g] + h[g]);
+        }
+      }
+      measure(to, active, team.norm.h + (team.norm.first_panel + p) * group_rows * kGroups);
     }
   }
 
@@ -209,8 +272,8 @@ struct NormForward : Forward<Cell> {
   }
   void combine(const Part* parts, int64_t row, int64_t rows, Norm<T>* to) const {
     for (int group = 0; group < kGroups; ++group) {
-      to[group] =
-          Part::combine(parts + row * kGroups + group, first.panels(), rows * kGroups, gates_in<Cell>(group), H);
+      to[group] = Part::combine(parts + row * kGroups + group, teams.joined, first.panels(), rows * kGroups,
+                                gates_in<Cell>(group), H, args.options.norm_eps);
     }
   }
 
@@ -218,51 +281,62 @@ struct NormForward : Forward<Cell> {
     return p == nullptr ? V{} : load(static_cast<const S*>(p) + u, valid);
   }
 
-  // Normalises both products and runs the cell on own panels. row: the first
-  // row of the step in the chunk.
-  void normed_cells(const Workspace<T>& work, const NormWorkspace& norm_work, int64_t t, int64_t active,
-                    int64_t row) const {
-    const Weights& w = first.weights(work.stream);
+  // Normalises and runs the cell on own panels. row: the first row of the step
+  // in the chunk.
+  void normed_cells(const TeamWorks& works, int64_t t, int64_t active, int64_t row) const {
+    const Workspace<T>& any = works.first->work;
+    const NormWorkspace& norm = works.first->norm;
     for (int64_t i = 0; i < active; ++i) {
-      const int64_t n = work.rows.packed(t, i);
-      const Norm<T>* of_x = norm_work.norms + (row + i) * kGroups;
+      const int64_t n = any.rows.packed(t, i);
+      const Norm<T>* norms[kProducts];
       Norm<T> of_h[kGroups];
-      combine(norm_work.h, i, group_rows, of_h);
-      if (norm_work.first_member && out.saved != nullptr) {
-        S* to = scalars(work.stream, n);
-        for (int group = 0; group < kGroups; ++group) {
-          put(to + group, of_x[group].inverse);
-          put(to + kGroups + group, of_h[group].inverse);
+      combine(norm.h, i, group_rows, of_h);
+      if constexpr (!kJoint) norms[0] = norm.norms + (row + i) * kGroups;
+      norms[kProducts - 1] = of_h;
+      if (norm.first_member && out.saved != nullptr) {
+        S* to = scalars(any.stream, n);
+        for (int product = 0; product < kProducts; ++product) {
+          for (int group = 0; group < kGroups; ++group)
+            put(to + product * kGroups + group, norms[product][group].inverse);
         }
       }
-      for (int64_t p = norm_work.panels.begin; p < norm_work.panels.end; ++p) {
-        const int64_t u = p * kWidth, valid = min(kWidth, H - u), local = p - norm_work.panels.begin;
-        const T* from_x = work.from_x + (local * chunk_rows + row + i) * kWide1;
-        const T* from_h = norm_work.from_h + (local * group_rows + i) * kWide1;
-        V x[kGates], h[kGates], values[Cell::kValues + 1], normal_x[kGates], normal_h[kGates];
-        for (int g = 0; g < kGates; ++g) {
-          const Norm<T>&nx = of_x[Cell::group_of(g)], &nh = of_h[Cell::group_of(g)];
-          normal_x[g] = (load(from_x + g * kWidth) - nx.mean) * nx.inverse;
-          normal_h[g] = (load(from_h + g * kWidth) - nh.mean) * nh.inverse;
-          x[g] = fma(at(w.gain_ih, g * H + u, valid), normal_x[g], at(w.b_ih, g * H + u, valid));
-          h[g] = fma(at(w.gain_hh, g * H + u, valid), normal_h[g], at(w.b_hh, g * H + u, valid));
-        }
-        const auto e = this->options_at(work.stream, n, work.rows.sequence(i), u, valid);
-        const V h_prev = load(work.h + i * PV + u);
-        V c[1] = {};
-        if constexpr (kNormC) c[0] = load(work.c[0] + i * HV + u);
-        const V result = Cell::forward(x, h, e, h_prev, c, values);
-        this->save(work.stream, n, u, valid, values, 0, Cell::kValues);
-        this->save(work.stream, n, u, valid, normal_x, Cell::kValues, Cell::kValues + kGates);
-        this->save(work.stream, n, u, valid, normal_h, Cell::kValues + kGates, Cell::kSaved);
-        if constexpr (kNormC) {
-          store(norm_work.now + i * HV + u, result);
-          store(norm_work.output_gate + i * HV + u, restore<Sigmoid>(e, values[3]).value);
-          norm_work.c[p * group_rows + i] = Part::of(&result, 1);
-        } else {
-          this->store_h(work, i, n, u, valid, e, h_prev, result);
-        }
+      for (const TeamWork& team : works) {
+        for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) cell(team, i, n, p, row, norms);
       }
+    }
+  }
+
+  // The i-th row and one panel.
+  SEQKERNELS_INLINE void cell(const TeamWork& team, int64_t i, int64_t n, int64_t p, int64_t row,
+                              const Norm<T>* const* norms) const {
+    const Workspace<T>& work = team.work;
+    const Weights& w = first.weights(work.stream);
+    const int64_t u = p * kWidth, valid = min(kWidth, H - u), local = p - team.norm.panels.begin;
+    const T* const from_h = team.norm.from_h + (local * group_rows + i) * kWide1;
+    const T* const from[] = {kJoint ? from_h : work.from_x + (local * chunk_rows + row + i) * kWide1, from_h};
+    V inputs[2][kGates] = {}, normal[kProducts][kGates], values[Cell::kValues + 1];
+    for (int product = 0; product < kProducts; ++product) {
+      for (int g = 0; g < kGates; ++g) {
+        const Norm<T>& of = norms[product][Cell::group_of(g)];
+        const int64_t at_weight = g * all_H + this->unit0(work.stream) + u;
+        normal[product][g] = (load(from[product] + g * kWidth) - of.mean) * of.inverse;
+        inputs[product][g] = fma(at(gain_of<Cell>(w, product), at_weight, valid), normal[product][g],
+                                 at(shift_of<Cell>(w, product), at_weight, valid));
+      }
+    }
+    const auto e = this->options_at(work.stream, n, work.rows.sequence(i), u, valid);
+    const V h_prev = load(work.h + i * PV + u);
+    V c[1] = {};
+    if constexpr (kNormC) c[0] = load(work.c[0] + i * HV + u);
+    const V result = Cell::forward(inputs[0], inputs[1], e, h_prev, c, values);
+    this->save(work.stream, n, u, valid, values, 0, Cell::kValues);
+    this->save(work.stream, n, u, valid, normal[0], Cell::kValues, Cell::kSaved);
+    if constexpr (kNormC) {
+      store(team.norm.now + i * HV + u, result);
+      store(team.norm.output_gate + i * HV + u, restore<Sigmoid>(e, values[3]).value);
+      team.norm.c[p * group_rows + i] = Part::of(&result, 1);
+    } else {
+      this->store_h(work, i, n, u, valid, e, h_prev, result);
     }
   }
 
@@ -272,7 +346,7 @@ struct NormForward : Forward<Cell> {
       const Weights& w = first.weights(work.stream);
       for (int64_t i = 0; i < active; ++i) {
         const int64_t n = work.rows.packed(t, i);
-        const Norm<T> norm = Part::combine(norm_work.c + i, first.panels(), group_rows, 1, H);
+        const Norm<T> norm = Part::combine(norm_work.c + i, 1, first.panels(), group_rows, 1, H, args.options.norm_eps);
         if (norm_work.first_member && out.saved != nullptr) {
           put(scalars(work.stream, n) + 2 * kGroups, norm.mean);
           put(scalars(work.stream, n) + 2 * kGroups + 1, norm.inverse);
@@ -308,13 +382,23 @@ struct NormBackward : Backward<Cell> {
   using typename Bw::T;
   using typename Bw::V;
   using typename Bw::Workspace;
-  static constexpr int kGroups = Cell::kNormGroups;
+  static constexpr int kGroups = Cell::kNormGroups, kProducts = Cell::kNormProducts;
   static constexpr bool kNormC = Cell::kNormC;
-  static constexpr int kParts = 4 * kGroups;  // sums of v and of v times the normalised product, for x and
-                                              // for h
+  // Sums of v and of v times the normalised product, for each group and product.
+  static constexpr int kPartsOfGroup = 2 * kProducts, kParts = kPartsOfGroup * kGroups;
 
-  V *parts, *parts_c;  // [teams, vectors of units, group_rows, kParts or 2]
-  T* dc_normal;        // [teams, group_rows, HV] gradient of the normalised c
+  // Workspace of a thread in one team.
+  struct TeamWork {
+    Workspace work;
+    V *parts, *parts_c;  // of the joined teams
+    T* dc_normal;
+    int64_t first_vector;  // of the team among the joined ones
+    Range panels, own;
+  };
+
+  V *parts, *parts_c;    // [teams, vectors of units, group_rows, kParts or 2]
+  T* dc_normal;          // [teams, group_rows, HV] gradient of the normalised c
+  TeamWork* team_works;  // [members]
 
   explicit NormBackward(const BackwardArgs& a) : Bw(a) {}
 
@@ -326,6 +410,7 @@ struct NormBackward : Backward<Cell> {
     parts = arena.take<V>(count * kParts);
     parts_c = kNormC ? arena.take<V>(count * 2) : nullptr;
     dc_normal = kNormC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
+    team_works = arena.take<TeamWork>(teams.members());
   }
 
   void run(int64_t begin, int64_t end) {
@@ -335,59 +420,66 @@ struct NormBackward : Backward<Cell> {
     Bw::finish(begin, end);
   }
 
-  struct NormWorkspace {
-    V *parts, *parts_c;
-    T* dc_normal;
-  };
-
-  void run_sequences(const Member& member, int64_t slot) {
-    Workspace work = this->workspace_of(member, slot);
-    const int64_t stream = member.stream, team = teams.team(member), count = vectors() * group_rows;
-    const Range panels = share(Bw::to_panels(H), args.plan.unit_groups, member.first, member.last);
-    const Range own = {min(H, panels.begin * kPanel<T>), min(H, panels.end * kPanel<T>)};
-    NormWorkspace norm_work{parts + team * count * kParts, nullptr, nullptr};
-    if (kNormC) {
-      norm_work.parts_c = parts_c + team * count * 2;
-      norm_work.dc_normal = dc_normal + team * group_rows * HV;
-    }
-    this->begin_sequences(work, own);
+  void run_sequences(const Member& all, int64_t slot) {
+    TeamWork *const begin = team_works + slot, *end = begin;
+    const int64_t count = vectors() * group_rows, joined = teams.team(all) * teams.joined;
+    teams.each_team(all, [&](const Member& member, int64_t before) {
+      TeamWork& to = *new (end++) TeamWork{this->workspace_of(member, slot + before), {}, {}, {}, {}, {}, {}};
+      to.panels = share(Bw::to_panels(H), args.plan.unit_groups, member.first, member.last);
+      to.own = {min(H, to.panels.begin * kPanel<T>), min(H, to.panels.end * kPanel<T>)};
+      to.parts = parts + joined * count * kParts;
+      to.first_vector = member.stream % teams.joined * vectors();
+      if (kNormC) {
+        to.parts_c = parts_c + joined * count * 2;
+        to.dc_normal = dc_normal + teams.team(member) * group_rows * HV;
+      }
+      this->begin_sequences(to.work, to.own);
+    });
+    const Workspace& any = begin->work;  // rows and direction are those of all teams
     int64_t before = 0, before_t = 0;
     for (int64_t s = walk.T - 1; s >= 0; --s) {
-      const int64_t t = this->step(s, stream), active = work.rows.at(t);
+      const int64_t t = this->step(s, any.stream), active = any.rows.at(t);
       if (active == 0 && before == 0) continue;
-      for (int64_t p = panels.begin; p < panels.end; ++p) {
-        this->recurrent_gradient(work, before_t, before, p);
-        from_output(work, norm_work, t, active, before, p);
-        this->store_h(work, active, before, p);
+      for (TeamWork* team = begin; team < end; ++team) {
+        for (int64_t p = team->panels.begin; p < team->panels.end; ++p) {
+          this->recurrent_gradient(team->work, before_t, before, p);
+          from_output(*team, t, active, before, p);
+          this->store_h(team->work, active, before, p);
+        }
       }
-      member.sync();
+      all.sync();
       if (kNormC) {
-        from_cell(work, norm_work, t, active, own);
-        member.sync();
+        from_cell(*begin, t, active);
+        all.sync();
       }
-      through_norms(work, norm_work, t, active, own);
-      if ((work.run += active) >= UnitSums<T>::kRun) {
-        work.sums.flush(kSums, own);
-        work.run = 0;
+      through_norms(begin, end, t, active);
+      for (TeamWork* team = begin; team < end; ++team) {
+        if ((team->work.run += active) < UnitSums<T>::kRun) continue;
+        team->work.sums.flush(kSums, team->own);
+        team->work.run = 0;
       }
       before = active;
       before_t = t;
-      member.sync();
+      all.sync();
     }
-    work.sums.flush(kSums, own);
-    this->end_sequences(work, own, panels, before_t, before);
+    for (TeamWork* team = begin; team < end; ++team) {
+      team->work.sums.flush(kSums, team->own);
+      this->end_sequences(team->work, team->own, team->panels, before_t, before);
+    }
   }
 
   static T get(const S* p) { return load(p, 1)[0]; }
-  const S* scalars(const Around& a) const { return a.saved + Cell::kSaved * all_H; }
+  const S* scalars(int64_t stream, const Around& a) const {
+    return a.saved - this->unit0(stream) + Cell::kSaved * all_H;
+  }
   V weight(const void* p, int64_t u, int64_t valid) const {
     return p == nullptr ? V{} : load(static_cast<const S*>(p) + u, valid);
   }
 
   // One panel: from the gradient of h in the tile to that of the normalised c,
   // or through the cell.
-  void from_output(Workspace& work, const NormWorkspace& norm_work, int64_t t, int64_t active, int64_t before,
-                   int64_t panel) const {
+  void from_output(TeamWork& team, int64_t t, int64_t active, int64_t before, int64_t panel) const {
+    Workspace& work = team.work;
     const Weights& w = this->weights(work.stream);
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = work.rows.packed(t, i);
@@ -402,7 +494,8 @@ struct NormBackward : Backward<Cell> {
         V saved[Cell::kValues + 1];
         for (int k = 0; k < Cell::kValues; ++k) saved[k] = load(a.saved + k * all_H + u, valid);
         if constexpr (kNormC) {
-          const T mean = get(scalars(a) + 2 * kGroups), inverse = get(scalars(a) + 2 * kGroups + 1);
+          const T mean = get(scalars(work.stream, a) + 2 * kGroups),
+                  inverse = get(scalars(work.stream, a) + 2 * kGroups + 1);
           const V c_prev = Bw::at(a.c_prev[0], u, valid);
           const V c = before_zoneout(e, load(a.c[0] + u, valid), Cell::unclipped(saved, e, c_prev));
           const V normal = first_lanes<T>((c - mean) * inverse, valid), gain = weight(w.gain_c, u, valid);
@@ -411,37 +504,43 @@ struct NormBackward : Backward<Cell> {
           store(dgates_x + this->gates_at(n, work.stream) + 3 * all_H + u, dh * shown * o.slope, valid);
           const V du = first_lanes<T>(dh * o.value * Tanh::slope<typename Cell::Arithmetic>(shown), valid),
                   dnormal = du * gain;
-          work.sums.add(4 * kGates, u, du * normal);
-          work.sums.add(4 * kGates + 1, u, du);
-          store(norm_work.dc_normal + i * HV + u, dnormal);
-          V* to = norm_work.parts_c + (u / kWidth * group_rows + i) * 2;
+          work.sums.add(2 * kProducts * kGates, u, du * normal);
+          work.sums.add(2 * kProducts * kGates + 1, u, du);
+          store(team.dc_normal + i * HV + u, dnormal);
+          V* to = team.parts_c + (u / kWidth * group_rows + i) * 2;
           to[0] = dnormal;
           to[1] = dnormal * normal;
           store(work.direct + i * HV + u, kept_h);
         } else {
-          const V normal = load(a.saved + (Cell::kValues + kGates + 2) * all_H + u, valid);
-          saved[3] = fma(weight(w.gain_hh, 2 * H + u, valid), normal, weight(w.b_hh, 2 * H + u, valid));
+          constexpr int kProduct = kProducts - 1, kGate = Cell::kReadsGate;
+          const V normal = load(a.saved + (Cell::kValues + kProduct * kGates + kGate) * all_H + u, valid);
+          const int64_t at_weight = kGate * all_H + this->unit0(work.stream) + u;
+          saved[Cell::kValues] = fma(weight(gain_of<Cell>(w, kProduct), at_weight, valid), normal,
+                                     weight(shift_of<Cell>(w, kProduct), at_weight, valid));
           StepGradient<V> step;
           V none[1] = {};
           Cell::backward(saved, e, Bw::at(a.h_prev, u, valid), none, none, dh, none, step);
           store(work.direct + i * HV + u, step.direct + kept_h);
-          through_gains(work, norm_work, a, i, n, u, valid, step.x, step.h);
+          through_gains(team, a, i, n, u, valid, step.x, step.h);
         }
       }
     }
   }
 
   // Own units: from the gradient of the normalised c through c and the gates.
-  void from_cell(Workspace& work, const NormWorkspace& norm_work, int64_t t, int64_t active, Range own) const {
+  void from_cell(TeamWork& team, int64_t t, int64_t active) const {
     if constexpr (kNormC) {
+      Workspace& work = team.work;
+      const Range own = team.own;
       for (int64_t i = 0; i < active; ++i) {
         const int64_t n = work.rows.packed(t, i);
         const Around a = this->around(work, t, i, n);
-        const T mean = get(scalars(a) + 2 * kGroups), inverse = get(scalars(a) + 2 * kGroups + 1);
+        const T mean = get(scalars(work.stream, a) + 2 * kGroups),
+                inverse = get(scalars(work.stream, a) + 2 * kGroups + 1);
         V sum = {}, sum_normal = {};
         for (int64_t p = 0; p < vectors(); ++p) {
-          sum += norm_work.parts_c[(p * group_rows + i) * 2];
-          sum_normal += norm_work.parts_c[(p * group_rows + i) * 2 + 1];
+          sum += team.parts_c[(p * group_rows + i) * 2];
+          sum_normal += team.parts_c[(p * group_rows + i) * 2 + 1];
         }
         const T mean_d = sum_of_lanes<T>(sum) / T(H), mean_dn = sum_of_lanes<T>(sum_normal) / T(H);
         for (int64_t u = own.begin; u < own.end; u += kWidth) {
@@ -456,71 +555,72 @@ struct NormBackward : Backward<Cell> {
           if (grad.dcells[0] != nullptr) dc += load(static_cast<const S*>(grad.dcells[0]) + a.cell + u, valid);
           const V kept_c = dc * e.zoneout_c;
           dc = dc - kept_c;
-          dc = fma(load(norm_work.dc_normal + i * HV + u) - mean_d - normal * mean_dn, broadcast(inverse), dc);
+          dc = fma(load(team.dc_normal + i * HV + u) - mean_d - normal * mean_dn, broadcast(inverse), dc);
           Cell::backward(saved, e, c_prev, dc, d);
           d[3] = load(dgates_x + this->gates_at(n, work.stream) + 3 * all_H + u, valid);
           store(work.dc[0] + i * HV + u, a.restarts ? V{} : dc + kept_c);
-          through_gains(work, norm_work, a, i, n, u, valid, d, d);
+          through_gains(team, a, i, n, u, valid, d, d);
         }
       }
     }
   }
 
-  // Adds the gradients of gains and biases, and stores the gradients of the
+  // Adds the gradients of gains and shifts, and stores the gradients of the
   // normalised products and their sums.
-  SEQKERNELS_INLINE void through_gains(Workspace& work, const NormWorkspace& norm_work, const Around& a, int64_t i,
-                                       int64_t n, int64_t u, int64_t valid, const V* dx, const V* dh) const {
+  SEQKERNELS_INLINE void through_gains(TeamWork& team, const Around& a, int64_t i, int64_t n, int64_t u, int64_t valid,
+                                       const V* dx, const V* dh) const {
+    Workspace& work = team.work;
     const Weights& w = this->weights(work.stream);
-    V* to = norm_work.parts + (u / kWidth * group_rows + i) * kParts;
+    V* to = team.parts + ((team.first_vector + u / kWidth) * group_rows + i) * kParts;
     for (int k = 0; k < kParts; ++k) to[k] = V{};
-    const int64_t gates = this->gates_at(n, work.stream) + u;
-    for (int g = 0; g < kGates; ++g) {
-      const V normal_x = load(a.saved + (Cell::kValues + g) * all_H + u, valid);
-      const V normal_h = load(a.saved + (Cell::kValues + kGates + g) * all_H + u, valid);
-      const V of_x = first_lanes<T>(dx[g], valid), of_h = first_lanes<T>(dh[g], valid);
-      work.sums.add(g, u, of_x);
-      work.sums.add(kGates + g, u, of_h);
-      work.sums.add(2 * kGates + g, u, of_x * normal_x);
-      work.sums.add(3 * kGates + g, u, of_h * normal_h);
-      const V vx = of_x * weight(w.gain_ih, g * H + u, valid), vh = of_h * weight(w.gain_hh, g * H + u, valid);
-      V* sums = to + 4 * Cell::group_of(g);
-      sums[0] += vx;
-      sums[1] = fma(vx, normal_x, sums[1]);
-      sums[2] += vh;
-      sums[3] = fma(vh, normal_h, sums[3]);
-      store(dgates_x + gates + g * all_H, vx, valid);
-      store(dgates_h + gates + g * all_H, vh, valid);
+    const int64_t gates = this->gates_at(n, work.stream) + u, first_weight = this->unit0(work.stream) + u;
+    for (int product = 0; product < kProducts; ++product) {
+      const V* d = product == 0 ? dx : dh;
+      for (int g = 0; g < kGates; ++g) {
+        const V normal = load(a.saved + (Cell::kValues + product * kGates + g) * all_H + u, valid);
+        const V of = first_lanes<T>(d[g], valid);
+        work.sums.add(product * kGates + g, u, of);
+        work.sums.add((kProducts + product) * kGates + g, u, of * normal);
+        const V v = of * weight(gain_of<Cell>(w, product), g * all_H + first_weight, valid);
+        V* sums = to + kPartsOfGroup * Cell::group_of(g) + 2 * product;
+        sums[0] += v;
+        sums[1] = fma(v, normal, sums[1]);
+        store((product == 0 ? dgates_x : dgates_h) + gates + g * all_H, v, valid);
+      }
     }
   }
 
   // Own units: from the gradients of the normalised products to those of the
   // products.
-  void through_norms(const Workspace& work, const NormWorkspace& norm_work, int64_t t, int64_t active,
-                     Range own) const {
+  void through_norms(const TeamWork* begin, const TeamWork* end, int64_t t, int64_t active) const {
+    const Workspace& any = begin->work;
     for (int64_t i = 0; i < active; ++i) {
-      const int64_t n = work.rows.packed(t, i);
-      const Around a = this->around(work, t, i, n);
-      T mean[kParts], inverse_x[kGroups], inverse_h[kGroups];
+      const int64_t n = any.rows.packed(t, i);
+      const S* const from = scalars(any.stream, this->around(any, t, i, n));
+      T mean[kParts], inverse[kProducts][kGroups];
       for (int k = 0; k < kParts; ++k) {
         V sum = {};
-        for (int64_t p = 0; p < vectors(); ++p) sum += norm_work.parts[(p * group_rows + i) * kParts + k];
-        mean[k] = sum_of_lanes<T>(sum) / (T(H) * T(gates_in<Cell>(k / 4)));
+        for (int64_t p = 0; p < teams.joined * vectors(); ++p) sum += begin->parts[(p * group_rows + i) * kParts + k];
+        mean[k] = sum_of_lanes<T>(sum) / (T(teams.joined * H) * T(gates_in<Cell>(k / kPartsOfGroup)));
       }
-      for (int group = 0; group < kGroups; ++group) {
-        inverse_x[group] = get(scalars(a) + group);
-        inverse_h[group] = get(scalars(a) + kGroups + group);
+      for (int product = 0; product < kProducts; ++product) {
+        for (int group = 0; group < kGroups; ++group) inverse[product][group] = get(from + product * kGroups + group);
       }
-      const int64_t gates = this->gates_at(n, work.stream);
-      for (int g = 0; g < kGates; ++g) {
-        const int group = Cell::group_of(g);
-        const T* of = mean + 4 * group;
-        for (int64_t u = own.begin; u < own.end; u += kWidth) {
-          const int64_t valid = min(kWidth, H - u);
-          const V normal_x = load(a.saved + (Cell::kValues + g) * all_H + u, valid);
-          const V normal_h = load(a.saved + (Cell::kValues + kGates + g) * all_H + u, valid);
-          T *x = dgates_x + gates + g * all_H + u, *h = dgates_h + gates + g * all_H + u;
-          store(x, (load(x, valid) - of[0] - normal_x * of[1]) * inverse_x[group], valid);
-          store(h, (load(h, valid) - of[2] - normal_h * of[3]) * inverse_h[group], valid);
+      for (const TeamWork* team = begin; team < end; ++team) {
+        const int64_t stream = team->work.stream, gates = this->gates_at(n, stream);
+        const S* const saved = Bw::typed(grad.saved) + this->saved_at(n, stream);
+        for (int product = 0; product < kProducts; ++product) {
+          T* const d = (product == 0 ? dgates_x : dgates_h) + gates;
+          for (int g = 0; g < kGates; ++g) {
+            const int group = Cell::group_of(g);
+            const T* of = mean + kPartsOfGroup * group + 2 * product;
+            for (int64_t u = team->own.begin; u < team->own.end; u += kWidth) {
+              const int64_t valid = min(kWidth, H - u);
+              const V normal = load(saved + (Cell::kValues + product * kGates + g) * all_H + u, valid);
+              T* to = d + g * all_H + u;
+              store(to, (load(to, valid) - of[0] - normal * of[1]) * inverse[product][group], valid);
+            }
+          }
         }
       }
     }

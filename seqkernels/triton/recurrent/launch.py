@@ -148,6 +148,8 @@ class LayerArgs(NamedTuple):
     batch_sizes: Tensor | None  # [T] on the CPU
     lengths: Tensor | None  # [B]
     bidirectional: bool
+    bias: bool
+    projected: bool
     peephole: bool
     reset: Tensor | None
     zoneout_h: Tensor | None
@@ -166,9 +168,9 @@ class Layer:
         self.batch_sizes, self.lengths = args.batch_sizes, args.lengths
         self.directions = 2 if args.bidirectional else 1
         each = len(args.weights) // self.directions
-        self.names = definition.weight_names(definition.KINDS[kind], each, args.peephole)
+        self.names = definition.weight_names(definition.KINDS[kind], args.bias, args.projected, args.peephole)
         self.weights = [
-            dict(zip(self.names, (w.contiguous() for w in args.weights[d * each : (d + 1) * each])))
+            dict(zip(self.names, (w.contiguous() for w in args.weights[d * each : (d + 1) * each]), strict=True))
             for d in range(self.directions)
         ]
         self.G = definition.KINDS[kind].gates
@@ -193,7 +195,7 @@ class Layer:
         self.options = drawn or args.peephole or len(args.numbers) > 0
         self.numbers = None
         if self.options:
-            cell_clip, gate_clip, old_h, old_c, p = args.numbers or (math.inf, math.inf, 0.0, 0.0, 0.0)
+            cell_clip, gate_clip, old_h, old_c, p, _ = args.numbers or (math.inf, math.inf, 0.0, 0.0, 0.0, 1e-5)
             self.numbers = torch.empty(5, dtype=self.acc, device=x.device)
             for i, value in enumerate((gate_clip, cell_clip, old_h, old_c, 1 / (1 - p) if p < 1 else 0.0)):
                 self.numbers[i].fill_(value)

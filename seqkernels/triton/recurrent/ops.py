@@ -24,11 +24,8 @@ from seqkernels.triton.recurrent.launch import (
 )
 
 
-def unsupported(
-    kind: str, x: Tensor, weights: Sequence[Tensor], bidirectional: bool = False, extras: Extras | None = None
-) -> list[str]:
+def unsupported(kind: str, x: Tensor, extras: Extras = NO_EXTRAS) -> list[str]:
     """Reasons why these kernels do not support such inputs; an empty list: they do."""
-    extras = extras or NO_EXTRAS
     reasons = []
     if x.device.type != "cuda" and not interpreted():
         reasons.append(f"the tensors are on {x.device}")
@@ -36,13 +33,10 @@ def unsupported(
         reasons.append(f"dtype {x.dtype} is none of {', '.join(str(d) for d in DTYPES)}")
     if kind not in SUPPORTED:
         reasons.append(f"{kind} is none of {', '.join(SUPPORTED)}")
-        return reasons
     if extras.heads != 1:
         reasons.append(f"heads must be 1, got {extras.heads}")
-    else:
-        each = len(weights) // (2 if bidirectional else 1)
-        if "w_hr" in definition.weight_names(definition.KINDS[kind], each, extras.peephole):
-            reasons.append("a projection must be absent")
+    if extras.projected:
+        reasons.append("a projection must be absent")
     return reasons
 
 
@@ -50,7 +44,7 @@ def _layer(kind: str, x: Tensor, *args: Any) -> Layer:
     states = definition.KINDS[kind].states
     weights, batch_sizes, lengths, bidirectional, *rest = args[states:]
     extras = Extras(*rest)
-    if reasons := unsupported(kind, x, weights, bidirectional, extras):
+    if reasons := unsupported(kind, x, extras):
         raise NotImplementedError(f"{kind}: the Triton kernels do not run: {'; '.join(reasons)}")
     options = {name: value for name, value in extras._asdict().items() if name != "heads"}
     return Layer(kind, LayerArgs(x, args[:states], weights, batch_sizes, lengths, bidirectional, **options))
@@ -124,7 +118,7 @@ def layer(
     are not supported.
     """
     if kind not in KINDS:
-        raise NotImplementedError(f"{kind}: the Triton kernels do not run: " + unsupported(kind, x, weights)[-1])
+        raise NotImplementedError(f"{kind}: the Triton kernels do not run: " + unsupported(kind, x)[-1])
     return _recurrent_ops.layer(
         *(KINDS[kind], x, states0, list(weights), batch_sizes, lengths, bidirectional),
         *(extras, recompute, every),
