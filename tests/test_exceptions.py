@@ -588,7 +588,7 @@ rows(
         "dtype": (
             lambda f: f("lstm", T=1, B=1, D=1, H=1, dtype=torch.int8),
             NotImplementedError,
-            "no backend takes a layer",
+            "no backend supports a layer",
         ),
     },
 )

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import seqkernels
 from seqkernels import backend, reference
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional._attention_ops import How, Inputs
+from seqkernels.functional._attention_ops import AttentionArgs, Inputs
 from seqkernels.reference.attention import dropout_keep
 from support.cases import (
     ATTENTION_CASES,
@@ -675,7 +675,7 @@ def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"\w*a
 GOOD: dict[str, Any] = dict(query=Q, key=K, value=K, enable_gqa=True)
 ERRORS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "query a list": (dict(query=[1.0]), TypeError, form("query", "be a tensor", "a list")),
-    "query of integers": (dict(query=Q.long()), NotImplementedError, "no backend takes a query .*int64"),
+    "query of integers": (dict(query=Q.long()), NotImplementedError, "no backend supports a query .*int64"),
     "query 1-D": (dict(query=R(8)), ValueError, form("query", "have at least 2 dimensions")),
     "key of another dtype": (dict(key=K.double()), TypeError, form("key", "be of query's dtype")),
     "key elsewhere": (dict(key=K.to("meta")), ValueError, form("key", "be on query's device")),
@@ -758,7 +758,7 @@ NOTHING = (None,) * 6 + (0, 0, 1.0, 0, -1, -1, 0.0, 0.0, None)
 
 
 def changed(**at: Any) -> tuple:
-    names = Inputs._fields + How._fields + ("seed",)
+    names = Inputs._fields + AttentionArgs._fields + ("seed",)
     return tuple({**dict(zip(names, NOTHING)), **at}.values())
 
 

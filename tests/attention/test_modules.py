@@ -342,7 +342,7 @@ def test_one_step_at_a_time_is_all_at_once(first):
             at += n
             torch.testing.assert_close(w, weights[:, at - n : at, :at])
             assert cache.longest == at and cache.lengths.tolist() == [at] * B
-        with pytest.raises(ValueError, match=r"KeyValueCache: steps must fit the capacity of 6, got 1 behind 6"):
+        with pytest.raises(ValueError, match=r"KeyValueCache: steps must fit the capacity of 6, got 1 after 6"):
             ours(now[:1] if not first else now[:, :1], *[now[:1] if not first else now[:, :1]] * 2, cache=cache)
     cache.reset()
     assert cache.longest == 0 and cache.lengths.tolist() == [0] * B
@@ -718,7 +718,7 @@ def test_errors():
         (ValueError, r"key must have as many dimensions as query, 3, got \[5, 12\]", lambda: ours(x, rows, rows)),
         (ValueError, "value must have 12 columns, got 6", lambda: ours(x, x, x[..., :6])),
         (ValueError, r"value must have as many rows as key, \[5, 3\], got \[4, 3\]", lambda: ours(x, x, x[1:])),
-        (ValueError, r"key must be of as many sequences as query, 3, got 2 \(batch_first is False\)",
+        (ValueError, r"key must have as many sequences as query, 3, got 2 \(batch_first is False\)",
          lambda: ours(x, x[:, 1:], x[:, 1:])),
         (TypeError, "attn_mask must be bool or floating, got torch.int64",
          lambda: ours(x, x, x, attn_mask=torch.zeros(T, T).long())),
@@ -738,16 +738,16 @@ def test_errors():
          lambda: extra(rows, rows, rows, cu_seqlens_q=cu)),
         (NotImplementedError, "add_bias_kv and add_zero_attn must be False for cached sequences",
          lambda: extra(x, x, x, cache=cache)),
-        (NotImplementedError, "lengths must be of keys alone with add_bias_kv or add_zero_attn",
+        (NotImplementedError, "lengths must be those of keys only with add_bias_kv or add_zero_attn",
          lambda: extra(x, x, x, lengths=(cu, cu))),
         (ValueError, "query must have 3 dimensions with cache", lambda: first(rows, rows, rows, cache=cache)),
         (ValueError, "key_padding_mask must be None with cache", lambda: first(y, y, y, padding, cache=cache)),
         (ValueError, "key and value must both be None, or neither", lambda: first(y, y, None, cache=cache)),
-        (ValueError, "is_causal must be False where nothing is added",
+        (ValueError, "is_causal must be False without key and value",
          lambda: first(y, None, None, is_causal=True, cache=cache)),
-        (ValueError, "lengths must be None where nothing is added",
+        (ValueError, "lengths must be None without key and value",
          lambda: first(y, None, None, lengths=[1, 1, 1], cache=cache)),
-        (ValueError, "query must be of as many sequences as the cache, 3, got 2",
+        (ValueError, "query must have as many sequences as the cache, 3, got 2",
          lambda: first(y[1:], None, None, cache=cache)),
     ):  # fmt: skip
         with pytest.raises(error, match=f"MultiheadAttention: {text}"):
@@ -761,7 +761,7 @@ def test_errors():
         (ValueError, "value must have as many steps as key, 2, got 1", lambda: cache.append(k, k[:, :, 1:])),
         (TypeError, "key must be of the cache's dtype torch.float32, got torch.float64",
          lambda: cache.append(k.double(), k)),
-        (ValueError, "steps must fit the capacity of 4, got 6 behind 0",
+        (ValueError, "steps must fit the capacity of 4, got 6 after 0",
          lambda: cache.append(*[k.repeat(1, 1, 3, 1)] * 2)),
         (ValueError, r"lengths must have shape \[B\] = \[3\], got \[2\]", lambda: cache.append(k, k, [1, 2])),
         (TypeError, "lengths must be int32 or int64, got torch.float32",
@@ -780,13 +780,13 @@ def test_errors_of_layers_and_positions():
     jagged = torch.nested.nested_tensor_from_jagged(rows, cu)
     for text, call in (
         ("memory must be given without cache", lambda: decoder(x, None)),
-        ("memory must be given where the cache holds none", lambda: decoder(x, None, cache=decoder.new_cache(B, 5, 5))),
+        ("memory must be given in the first call with cache", lambda: decoder(x, None, cache=decoder.new_cache(B, 5, 5))),
         ("cu_seqlens and memory_cu_seqlens must both be given", lambda: decoder(rows, rows, cu_seqlens=cu)),
         ("memory must be nested and cu_seqlens None", lambda: decoder(jagged, rows)),
     ):
         with pytest.raises(ValueError, match=f"TransformerDecoderLayer: {text}"):
             call()
-    with pytest.raises(ValueError, match="TransformerEncoderLayer: cu_seqlens must be None where src is nested"):
+    with pytest.raises(ValueError, match="TransformerEncoderLayer: cu_seqlens must be None if src is nested"):
         nn.TransformerEncoderLayer(E, H, 16)(jagged, cu_seqlens=cu)
     with pytest.raises(RuntimeError, match="activation should be relu/gelu, not swish"):
         nn.TransformerEncoderLayer(E, H, 16, activation="swish")

@@ -699,8 +699,8 @@ WRONG = {
         *(TypeError, "h0 must have the dtype of input, torch.float32, got torch.float64"),
         lambda m: m(z(3, 5), (z(3, 7, dtype=torch.float64), z(3, 7))),
     ),
-    "integers": (NotImplementedError, "LSTMCell: no backend takes", lambda m: m(z(3, 5, dtype=torch.int64))),
-    "another device": (NotImplementedError, "LSTMCell: no backend takes", lambda m: m(z(3, 5, device="meta"))),
+    "integers": (NotImplementedError, "LSTMCell: no backend supports", lambda m: m(z(3, 5, dtype=torch.int64))),
+    "another device": (NotImplementedError, "LSTMCell: no backend supports", lambda m: m(z(3, 5, device="meta"))),
     "h on another device": (
         *(ValueError, "h0 must be on the device of input, cpu, got meta"),
         lambda m: m(z(3, 5), (z(3, 7, device="meta"), z(3, 7))),

@@ -825,7 +825,7 @@ def test_explain_knows_what_is_made_again(with_cuda: None) -> None:
             ValueError,
             "must be given where there is no CUDA device",
         ),
-        ("lstm", dict(dtype=torch.int32), NotImplementedError, "no backend takes a layer, torch.int32, on cuda"),
+        ("lstm", dict(dtype=torch.int32), NotImplementedError, "no backend supports a layer, torch.int32, on cuda"),
     ],
     ids=str,
 )
@@ -851,9 +851,13 @@ def test_explain_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """And without Triton."""
     monkeypatch.setattr(backend, "_CUDA_BUILT", False)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotImplementedError, match=r"no backend takes a layer.* cuda: this build has none"):
+    with pytest.raises(
+        NotImplementedError, match=r"no backend supports a layer.* cuda: this build has no CUDA kernels"
+    ):
         seqkernels.explain("lstm", B=2, T=8, D=64, H=64, **DESCRIBED)
-    with pytest.raises(NotImplementedError, match=r"no backend takes a table.* cuda: this build has none"):
+    with pytest.raises(
+        NotImplementedError, match=r"no backend supports a table.* cuda: this build has no CUDA kernels"
+    ):
         seqkernels.explain("embedding_bag", E=10, D=8, N=4, B=2, device="cuda")
 
 

@@ -468,7 +468,9 @@ def test_layers_without_cuda_kernels(make: Callable, text: str, monkeypatch: pyt
         with pytest.raises(NotImplementedError, match=text) as info:
             on_cuda(make())(x)
         said = str(info.value)
-        assert said.split(":", 1)[1].startswith(f" no backend takes an input of shape [{T}, {B}, {D}], torch.float32")
+        assert said.split(":", 1)[1].startswith(
+            f" no backend supports an input of shape [{T}, {B}, {D}], torch.float32"
+        )
         assert "cpu: the tensors are on cuda" in said
 
 
@@ -479,7 +481,7 @@ def test_cells_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             (dict(layer_norm=True), "lstm_norm has no CUDA kernel"),
             (dict(num_heads=2), "heads must be 1"),
         ):
-            with pytest.raises(NotImplementedError, match=f"LSTMCell: no backend takes an input.*{text}"):
+            with pytest.raises(NotImplementedError, match=f"LSTMCell: no backend supports an input.*{text}"):
                 on_cuda(LSTMCell(D, H, **options))(torch.empty(B, D, device="cuda"))
 
 

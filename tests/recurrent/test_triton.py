@@ -525,8 +525,8 @@ def test_explain_tells_the_tier():
     for change, kind, why in (
         (dict(H=129), "lstm", "H must be at most 128, got 129"),
         (dict(H=128), "lstm", "W_hh needs 569344 bytes of shared memory, a program has 232448"),
-        (dict(options=["zoneout_h"]), "lstm", "the kernels for all steps do not have zoneout_h"),
-        (dict(dtype=torch.float64), "lstm", "Triton does not compile chains of float64 products"),
+        (dict(options=["zoneout_h"]), "lstm", "the kernels for all steps do not support zoneout_h"),
+        (dict(dtype=torch.float64), "lstm", "Triton cannot compile chains of float64 products"),
         ({}, "mgu", "mgu has no kernel for all steps"),
     ):
         plan = seqkernels.explain(kind, **(sizes | change))["backward"]
