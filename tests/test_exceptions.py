@@ -540,7 +540,7 @@ rows(
         "batch": (
             lambda m: m(8, 2)(X, zeros(T, B + 1, 8), zeros(T, B + 1, 8)),
             ValueError,
-            f"{NAME}: key must be of as many",
+            f"{NAME}: key must have as many",
         ),
         "attn_mask shape": (
             lambda m: m(8, 2)(X, X, X, attn_mask=zeros(T, T + 1)),

@@ -194,7 +194,7 @@ def test_no_features(cell: Cell) -> None:
 
 
 @each
-def test_strides_do_not_matter(cell: Cell) -> None:
+def test_strides(cell: Cell) -> None:
     ours, _ = cell.pair(5, 7)
     x, hx = torch.randn(4, 5), cell.hx(4, 7)
     want = everything(ours, x, hx)
@@ -611,7 +611,7 @@ def samples(cell: Cell, dtype: torch.dtype, training: bool, requires_grad: bool 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("cell", PLAIN[:3], ids=str)
-def test_torchs_samples(cell: Cell, training: bool) -> None:
+def test_samples_of_torch(cell: Cell, training: bool) -> None:
     """test_forward, test_grad and test_gradgrad of torch's test_modules.py."""
     for dtype in (torch.float32, torch.float64):
         for ours, theirs, forward, definition in samples(cell, dtype, training):

@@ -294,7 +294,7 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @variants
-def test_vmap_is_a_loop(layer: Layer) -> None:
+def test_vmap_matches_a_loop(layer: Layer) -> None:
     """Over the input, and over an ensemble's weights."""
     ensemble = [Flat(layer.make()).eval() for _ in range(3)]
     x, *more = arguments_of(layer, "dense", 5, 2)
@@ -328,7 +328,7 @@ def test_vmap_draws_masks_as_it_is_told(layer: Layer) -> None:
 
 
 @variants
-def test_per_sample_gradients_are_those_of_a_loop(layer: Layer) -> None:
+def test_per_sample_gradients_match_a_loop(layer: Layer) -> None:
     module = Flat(layer.make(num_layers=2, dtype=torch.float64)).eval()
     x, *more = arguments_of(layer, "dense", 5, 2, torch.float64)
     xs, call = torch.stack([x, -x, 2 * x]), function_of(module, *more)

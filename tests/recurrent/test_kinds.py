@@ -205,7 +205,7 @@ def test_every_output_alone_has_its_gradient(kind: Kind, upstream: str) -> None:
 
 
 @kinds
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(kind: Kind) -> None:
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(kind: Kind) -> None:
     """Input's, state's and each weight's; GRU's two products have gradients of their own."""
     inputs = kind.inputs(Case(B=6, T=9, D=8, H=24, lengths=(9, 4, 0, 7, 7, 2), why="lengths"), torch.float32)
     everything = run(kind.function, inputs)
@@ -219,7 +219,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(kind: Kind) -> No
 
 @kinds
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=lambda d: str(d).removeprefix("torch."))
-def test_error_is_at_most_torchs(kind: Kind, dtype: torch.dtype) -> None:
+def test_error_does_not_exceed_the_error_of_torch(kind: Kind, dtype: torch.dtype) -> None:
     """RMS error against float64, relative to each tensor's size, over all sizes and draws together."""
     ours: dict[str, float] = collections.defaultdict(float)
     theirs: dict[str, float] = collections.defaultdict(float)
@@ -252,7 +252,7 @@ def of_tensors(kind: Kind, inputs: Inputs):
 
 
 SMALL = [c for c in TINY if not c.P] + [
-    Case(B=2, T=2, D=2, H=3, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="everything on, packed")
+    Case(B=2, T=2, D=2, H=3, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="all options, packed")
 ]
 tiny_cases = pytest.mark.parametrize("case", SMALL, ids=str)
 
@@ -362,7 +362,9 @@ RAGGED_CHOSEN = [RAGGED[i] for i in (0, 2, 5, 6)]
 @dtypes
 @pytest.mark.parametrize("case", RAGGED_CHOSEN, ids=str)
 @kinds
-def test_packed_equals_padded_equals_one_at_a_time(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(
+    kind: Kind, case: Case, dtype: torch.dtype, isa: str
+) -> None:
     inputs = kind.inputs(case, dtype)
     padded = run(kind.function, inputs)
     assert_same_bits(as_packed(inputs, kind.function), padded, SEQUENCE)
@@ -377,7 +379,7 @@ def test_packed_equals_padded_equals_one_at_a_time(kind: Kind, case: Case, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [c for c in CHOSEN if "thread" in c.why or "many" in c.why], ids=str)
 @kinds
-def test_the_number_of_threads_changes_nothing(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_bits_are_independent_of_the_number_of_threads(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
     """Weight gradients included."""
     inputs, results = kind.inputs(case, dtype), []
     for n in (1, 2):
@@ -407,7 +409,7 @@ def test_a_stream_equals_one_long_call(kind: Kind, dtype: torch.dtype, isa: str)
 @dtypes
 @cases
 @kinds
-def test_inference_equals_training(kind: Kind, case: Case, dtype: torch.dtype) -> None:
+def test_inference_matches_training(kind: Kind, case: Case, dtype: torch.dtype) -> None:
     inputs = kind.inputs(case, dtype)
     training = run(kind.function, inputs)
     with torch.no_grad():
@@ -417,7 +419,7 @@ def test_inference_equals_training(kind: Kind, case: Case, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("layout", [spread, negated], ids=lambda f: f.__name__)
 @kinds
-def test_strides_do_not_matter(kind: Kind, layout: Callable, isa: str) -> None:
+def test_strides(kind: Kind, layout: Callable, isa: str) -> None:
     for case in (CHOSEN[0], CHOSEN[-1], CHOSEN[-4]):
         inputs = kind.inputs(case, torch.float32)
         tidy = inputs.map(lambda t: layout(t).clone(memory_format=torch.contiguous_format))
@@ -746,7 +748,7 @@ def test_func_grad_of_a_module_is_that_of_torchs(kind: Kind) -> None:
 
 
 @all_kinds
-def test_per_sample_gradients_are_those_of_a_loop(kind: Kind) -> None:
+def test_per_sample_gradients_match_a_loop(kind: Kind) -> None:
     module, theirs = kind.pair(input_size=3, hidden_size=4, num_layers=2, bidirectional=True, dtype=torch.float64)
     xs, weights = torch.randn(5, 6, 3, dtype=torch.float64), weights_of(module)
     got = torch.func.vmap(torch.func.grad(functools.partial(loss_of, module)), in_dims=(None, 0))(weights, xs)
@@ -757,7 +759,7 @@ def test_per_sample_gradients_are_those_of_a_loop(kind: Kind) -> None:
 
 
 @all_kinds
-def test_vmap_is_a_loop(kind: Kind) -> None:
+def test_vmap_matches_a_loop(kind: Kind) -> None:
     """Over x alone, along another dimension, with states, over an ensemble of weights, and nested."""
     module, _ = kind.pair(input_size=3, hidden_size=4)
     xs, outer = torch.randn(5, 6, 2, 3), torch.randn(2, 5, 6, 2, 3)

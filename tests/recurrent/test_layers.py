@@ -74,7 +74,7 @@ def test_parity_in_raw_memory(case: Case, raw_memory: None, isa: str) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.B and c.T and 0 not in (c.lengths or (1,))], ids=str)
-def test_the_definition_is_torchs(case: Case) -> None:
+def test_definition_matches_torch(case: Case) -> None:
     """The reference itself, in float64, against torch.nn.LSTM; lengths through a packed copy of the batch."""
     torch.set_num_threads(1)
     inputs = make_inputs(case, torch.float64, padding=0.0)
@@ -106,8 +106,8 @@ def test_every_output_alone_has_its_gradient(case: Case, upstream: tuple[str, ..
 
 
 @pytest.mark.parametrize("wanted", ["dx", "dh0", "dc0", "dw_ih_l0", "dw_hh_l0", "db_hh_l0", "dw_hr_l0_reverse"])
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted: str) -> None:
-    case = Case(B=6, T=9, D=8, H=24, P=5, bidirectional=True, lengths=(9, 4, 0, 7, 7, 2), why="everything on")
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(wanted: str) -> None:
+    case = Case(B=6, T=9, D=8, H=24, P=5, bidirectional=True, lengths=(9, 4, 0, 7, 7, 2), why="all options")
     inputs = make_inputs(case, torch.float32)
     everything = run(functional.lstm, inputs)
     names = ["dx", "dh0", "dc0", *weight_names(case)]
@@ -123,7 +123,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted: str) -> N
 
 
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=lambda d: str(d).removeprefix("torch."))
-def test_error_is_at_most_torchs(dtype: torch.dtype) -> None:
+def test_error_does_not_exceed_the_error_of_torch(dtype: torch.dtype) -> None:
     """RMS error against float64, relative to each tensor's size, for each output and each gradient.
 
     Taken together over all sizes and draws: of one tensor alone it scatters by several percent either way.
@@ -170,7 +170,7 @@ def test_gradgradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[0], *cases_like("P5")], ids=str)
-def test_a_gradient_penalty_is_the_definitions(case: Case) -> None:
+def test_gradient_penalty_matches_the_definition(case: Case) -> None:
     """The second derivative through every saved activation: the gradient of the norm of the first."""
 
     def penalty(lstm) -> list[Tensor]:
@@ -185,7 +185,7 @@ def test_a_gradient_penalty_is_the_definitions(case: Case) -> None:
     assert_near(dict(enumerate(got)), dict(enumerate(want)), torch.float64)
 
 
-def test_backward_twice_through_a_kept_graph() -> None:
+def test_backward_twice_with_retain_graph() -> None:
     inputs = make_inputs(CASES[0], torch.float32)
     x = inputs.x.requires_grad_()
     y, _ = functional.lstm(x, inputs.hx, inputs.weights, **inputs.keywords())
@@ -360,7 +360,7 @@ def canonical(case: Case, dtype: torch.dtype) -> Inputs:
 
 @dtypes
 @ragged_cases
-def test_packed_equals_padded_equals_one_at_a_time(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(case: Case, dtype: torch.dtype, isa: str) -> None:
     inputs = canonical(case, dtype)
     padded = run(functional.lstm, inputs)
     assert_same_bits(as_packed(inputs), padded, SEQUENCE)
@@ -401,12 +401,12 @@ def test_a_dense_batch_equals_its_rows(B: int, dtype: torch.dtype, isa: str) -> 
         assert_same_bits(alone, {s: whole[s][:, b : b + 1] for s in SEQUENCE}, SEQUENCE)
 
 
-THREADED = [c for c in CASES if c.B * c.T and (c.B * c.T * c.H * (c.D + c.H) > 100_000 or "everything" in c.why)]
+THREADED = [c for c in CASES if c.B * c.T and (c.B * c.T * c.H * (c.D + c.H) > 100_000 or "all options" in c.why)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", THREADED, ids=str)
-def test_the_number_of_threads_changes_nothing(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_bits_are_independent_of_the_number_of_threads(case: Case, dtype: torch.dtype, isa: str) -> None:
     """Weight gradients included."""
     inputs = make_inputs(case, dtype)
     results = []
@@ -419,7 +419,7 @@ def test_the_number_of_threads_changes_nothing(case: Case, dtype: torch.dtype, i
 
 @dtypes
 @pytest.mark.parametrize("case", THREADED, ids=str)
-def test_a_run_repeats_itself(case: Case, dtype: torch.dtype) -> None:
+def test_repeated_runs_have_the_same_bits(case: Case, dtype: torch.dtype) -> None:
     """Weight gradients included, whatever the memory in between was."""
     inputs = make_inputs(case, dtype)
     first = run(functional.lstm, inputs)
@@ -452,7 +452,7 @@ def test_a_stream_equals_one_long_call(case: Case, dtype: torch.dtype, isa: str)
 
 @dtypes
 @cases
-def test_inference_equals_training(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_inference_matches_training(case: Case, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     training = run(functional.lstm, inputs)
     with torch.no_grad():
@@ -460,7 +460,7 @@ def test_inference_equals_training(case: Case, dtype: torch.dtype, isa: str) -> 
     assert_same_bits({"y": y, "h_n": h_n, "c_n": c_n}, training, ("y", "h_n", "c_n"))
 
 
-def test_callers_in_several_threads_do_not_meet() -> None:
+def test_concurrent_calls() -> None:
     every = [make_inputs(c, torch.float32, seed=s) for c in THREADED[:4] for s in range(3)]
     want = [run(functional.lstm, inputs) for inputs in every]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -538,7 +538,7 @@ def test_lengths_come_in_any_integer_type(kind: str) -> None:
     assert_same_bits({"y": y, "h_n": h_n, "c_n": c_n}, want, ("y", "h_n", "c_n"))
 
 
-def test_module_equals_functional() -> None:
+def test_module_matches_functional() -> None:
     for case in CASES:
         inputs = make_inputs(case, torch.float32)
         keywords = {} if inputs.lengths is None else {"lengths": inputs.lengths}
@@ -561,7 +561,7 @@ def expanded(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [spread, turned, expanded, negated], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", [*CASES[:1], *cases_like("P5"), *cases_like("bf-lengths")], ids=str)
-def test_strides_do_not_matter(case: Case, layout, isa: str) -> None:
+def test_strides(case: Case, layout, isa: str) -> None:
     def lay_out(t: Tensor) -> Tensor:
         return layout(t)
 
@@ -576,7 +576,7 @@ def test_strides_do_not_matter(case: Case, layout, isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("offset", [1, 3])
-def test_an_offset_does_not_matter_and_what_lies_around_stays(dtype: torch.dtype, offset: int, isa: str) -> None:
+def test_unaligned_inputs_between_sentinels(dtype: torch.dtype, offset: int, isa: str) -> None:
     """Inputs that start off alignment, between sentinels."""
     case = Case(B=5, T=8, D=5, H=17, P=6, bidirectional=True, lengths=(3, 8, 0, 8, 5), why="guarded")
     inputs = make_inputs(case, dtype)
@@ -597,7 +597,7 @@ def test_an_offset_does_not_matter_and_what_lies_around_stays(dtype: torch.dtype
 
 
 @cases
-def test_inputs_are_never_written(case: Case) -> None:
+def test_inputs_are_not_modified(case: Case) -> None:
     inputs = make_inputs(case, torch.float32)
     every = [t for t in (*inputs.differentiable(), inputs.batch_sizes, inputs.lengths) if t is not None]
     upstream = [inputs.dy, inputs.dh_n, inputs.dc_n]
@@ -618,7 +618,7 @@ def test_outputs_share_no_memory_with_inputs_or_each_other() -> None:
         assert len(set(every)) == len(every)
 
 
-def test_no_memory_stays_behind() -> None:
+def test_no_memory_leaks() -> None:
     """Tensors alive before and after a training step are the same."""
     inputs = make_inputs(Case(B=9, T=20, D=24, H=96, L=2, bidirectional=True, why="leaks"), torch.float32)
 

@@ -64,7 +64,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 @modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_torchs_samples(dtype: torch.dtype, training: bool) -> None:
+def test_samples_of_torch(dtype: torch.dtype, training: bool) -> None:
     """test_forward of torch's test_modules.py: against torch's reference function and against torch's class."""
     for module, forward, reference, constructor in samples(dtype, training):
         got = module(*forward.args, **forward.kwargs)
@@ -76,7 +76,7 @@ def test_torchs_samples(dtype: torch.dtype, training: bool) -> None:
 
 
 @modes
-def test_torchs_samples_differentiate(training: bool) -> None:
+def test_gradients_of_samples_of_torch(training: bool) -> None:
     """test_grad and test_gradgrad of torch's test_modules.py."""
     torch.set_num_threads(1)
     for module, forward, _, _ in samples(torch.float64, training, requires_grad=True):

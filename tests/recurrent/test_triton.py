@@ -268,7 +268,7 @@ def test_lengths_that_do_not_fit_read_nothing_outside():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_nothing_to_do(kind: str):
+def test_empty_inputs(kind: str):
     for case in (Case(T=0), Case(B=0), Case(lengths=(0, 0, 0))):
         given, arguments = layer_of(kind, case, torch.float64)
         want = defined(kind, given, arguments, {}, every=False)

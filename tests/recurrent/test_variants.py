@@ -87,7 +87,7 @@ def test_parity(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> N
 
 @pytest.mark.parametrize("case", EMPTY, ids=lambda case: case.why)
 @fullest
-def test_nothing_to_do(variant: Variant, case: Case) -> None:
+def test_empty_inputs(variant: Variant, case: Case) -> None:
     """No outputs; the initial states are the last, and so are their gradients; all other gradients are zero."""
     call = make_call(variant, case, torch.float32)
     got, want = run(call), expected(variant, case, torch.float32)
@@ -126,7 +126,7 @@ def test_error_is_that_of_torchs_ops(variant: Variant, dtype: torch.dtype, most:
 
 
 @fullest
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(variant: Variant) -> None:
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(variant: Variant) -> None:
     call = make_call(variant, CASES[0], torch.float32)
     every = run(call)
     tensors, names = [call.x, *call.states0, *call.weights], [n for n in every if n.startswith("d")]
@@ -167,7 +167,7 @@ def test_recomputed_gates_of_every_variant(variant: Variant, case: Case) -> None
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], RAGGED], ids=str)
 @float_and_half
 @fullest
-def test_the_number_of_threads_changes_nothing(variant: Variant, dtype: torch.dtype, case: Case) -> None:
+def test_bits_are_independent_of_the_number_of_threads(variant: Variant, dtype: torch.dtype, case: Case) -> None:
     results = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -183,7 +183,7 @@ def sequence(call: Call, b: int, n: int) -> Call:
 
 @float_and_half
 @fullest
-def test_packed_equals_padded_equals_one_at_a_time(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(variant: Variant, dtype: torch.dtype, isa: str) -> None:
     case, call = RAGGED, make_call(variant, RAGGED, dtype)
     padded, rows = run(call), run(packed(call, case))
     order = torch.argsort(call.lengths, descending=True, stable=True)
@@ -267,13 +267,13 @@ def scattered(call: Call) -> Call:
 
 @cases
 @fullest
-def test_strides_do_not_matter(variant: Variant, case: Case) -> None:
+def test_strides(variant: Variant, case: Case) -> None:
     call = make_call(variant, case, torch.float32)
     assert_same_bits(run(scattered(call)), run(call))
 
 
 @fullest
-def test_inputs_are_never_written(variant: Variant) -> None:
+def test_inputs_are_not_modified(variant: Variant) -> None:
     call = make_call(variant, RAGGED, torch.float32)
     tensors = [call.x, *call.states0, *call.weights, *call.masks.values(), *call.upstream.values()]
     before = [t.clone() for t in tensors]
