@@ -80,13 +80,13 @@ def test_output_is_shown_when_it_is_written(tmp_path: Path, capfd: pytest.Captur
         tmp_path / "log",
     )
     assert ended == ("passed", "first\nµ last", 0)
-    assert (tmp_path / "log").read_text(encoding="utf-8") == ended.said
-    assert ended.said in capfd.readouterr().out
+    assert (tmp_path / "log").read_text(encoding="utf-8") == ended.output
+    assert ended.output in capfd.readouterr().out
 
 
 def test_failing_command(tmp_path: Path) -> None:
     ended = run("print('so'); raise SystemExit(3)", tmp_path / "log")
-    assert (ended.status, ended.said, ended.code) == ("failed", "so\n", 3)
+    assert (ended.status, ended.output, ended.code) == ("failed", "so\n", 3)
 
 
 def test_output_of_a_command_that_is_interrupted(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_output_of_a_command_that_is_interrupted(tmp_path: Path) -> None:
         tmp_path / "log",
         seconds=1.0,
     )
-    assert (ended.status, ended.said) == ("cut", "begun\nkept\n")
+    assert (ended.status, ended.output) == ("cut", "begun\nkept\n")
     assert time.monotonic() - start < 10
 
 
@@ -126,7 +126,7 @@ def test_children_are_terminated(tmp_path: Path, parent: str) -> None:
         seconds=60.0 if parent == "ends" else 2.0,
     )
     assert ended.status == ("passed" if parent == "ends" else "cut")
-    assert gone(int(ended.said.split()[0]))
+    assert gone(int(ended.output.split()[0]))
 
 
 def test_termination_interrupts_the_part(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_device_error_starts_a_new_process(site: Path) -> None:
 def test_error_of_a_part_that_cannot_start(site: Path) -> None:
     write_tests(site, "import nothing_of_that_name")
     found = gpu.run_tests(part(site, 60))
-    assert found["status"] == "failed" and "nothing_of_that_name" in found["said"]
+    assert found["status"] == "failed" and "nothing_of_that_name" in found["output"]
 
 
 def test_reports_of_a_sanitizer() -> None:
@@ -307,7 +307,7 @@ def test_reports_of_a_sanitizer() -> None:
 =========     at kernel(float *)+0x90
 ========= ERROR SUMMARY: 1 error
 """
-    assert gpu.sanitizer_said(text) == {
+    assert gpu.sanitizer_reports(text) == {
         "summaries": ["ERROR SUMMARY: 1 error"],
         "reports": ["Invalid __global__ read of size 4 bytes", "at kernel(float *)+0x90"],
     }

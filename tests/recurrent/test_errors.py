@@ -467,11 +467,11 @@ def test_layers_without_cuda_kernels(make: Callable, text: str, monkeypatch: pyt
         x = torch.empty(T, B, D, device="cuda")
         with pytest.raises(NotImplementedError, match=text) as info:
             on_cuda(make())(x)
-        said = str(info.value)
-        assert said.split(":", 1)[1].startswith(
+        message = str(info.value)
+        assert message.split(":", 1)[1].startswith(
             f" no backend supports an input of shape [{T}, {B}, {D}], torch.float32"
         )
-        assert "cpu: the tensors are on cuda" in said
+        assert "cpu: the tensors are on cuda" in message
 
 
 def test_cells_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
