@@ -6,8 +6,8 @@
     python examples/text_classification.py --model bag                        # the mean of token vectors, EmbeddingBag
 
 Both models start with the same weights and train on the same batches in the same order, alternating by epoch. The
-output is a table, the maximum differences between the two, and a plot of losses and times. Nothing is downloaded. Requires
-tokenizers, tqdm and matplotlib.
+output is a table, the maximum differences between the two, and a plot of losses and times. Nothing is downloaded.
+Requires tokenizers, tqdm and matplotlib.
 """
 
 import argparse
