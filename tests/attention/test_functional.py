@@ -387,16 +387,16 @@ def test_nan_in_masked_keys_does_not_affect_a_query(name: str, threads: int, bad
 
     clean = gradients(run, *tensors)
     for which, j in ((1, 40), (2, 40), (1, 3), (2, 3)):
-        spoilt = [t.clone() for t in tensors]
-        spoilt[which][0, 0, j, 2] = bad
-        got = gradients(run, *spoilt)
+        with_nan_and_infinities = [t.clone() for t in tensors]
+        with_nan_and_infinities[which][0, 0, j, 2] = bad
+        got = gradients(run, *with_nan_and_infinities)
         rows = ~seen[:, j]
         for key in ("result 0", "result 1", "gradient 0"):
             assert torch.equal(got[key][0, 0][rows], clean[key][0, 0][rows]), f"{key} with {bad} in {which} at {j}"
     i = 30
-    spoilt = [t.clone() for t in tensors]
-    spoilt[0][0, 0, i, 2] = bad
-    got = gradients(run, *spoilt)
+    with_nan_and_infinities = [t.clone() for t in tensors]
+    with_nan_and_infinities[0][0, 0, i, 2] = bad
+    got = gradients(run, *with_nan_and_infinities)
     for key in ("gradient 1", "gradient 2"):
         assert torch.equal(got[key][0, 0][~seen[i]], clean[key][0, 0][~seen[i]]), f"{key} with {bad} in query {i}"
 
