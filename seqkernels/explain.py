@@ -146,7 +146,7 @@ _CHOOSE_THE_KIND = ("coupled_gates", "layer_norm", "reset_after", "num_heads")
 def _check_options(kind: Kind, names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise TypeError(f"explain: options must be a sequence of names, got {names!r}")
-    known = [*(name for name in family_of(kind).takes if name not in _CHOOSE_THE_KIND), "reset"]
+    known = [*(name for name in family_of(kind).supported if name not in _CHOOSE_THE_KIND), "reset"]
     for name in names:
         if name not in known:
             raise ValueError(f"explain: options of {kind.name} must be some of {', '.join(known)}, got {name!r}")

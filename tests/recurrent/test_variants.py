@@ -771,7 +771,7 @@ def test_row_positions_match_the_cpu(batch_sizes: list[int]) -> None:
     """The positions computed for CUDA devices, without a copy to the device."""
     sizes, x = torch.tensor(batch_sizes, dtype=torch.int64), torch.zeros(sum(batch_sizes), 1)
     _, wanted = _recurrent_extras.sequences_of(x, None, sizes)
-    found = _recurrent_extras.places_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
+    found = _recurrent_extras.positions_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
     assert torch.equal(found, wanted)
     assert found.tolist() == [j for size in batch_sizes for j in range(size)]
 
