@@ -875,7 +875,7 @@ def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> No
     shape = Shape(256, B, H, H)
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF, **options)
     lengths = drawn_lengths(shape) if PACKED in name else None
-    contenders = [on_cuda(who, m, shape, lengths, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    contenders = [on_cuda(name, m, shape, lengths, step=step) for name, m in (("ours", ours), ("cuDNN", theirs))]
     tokens = shape.T * shape.B if lengths is None else sum(lengths)
     work = (TRAINING if step else 1) * flop(tokens, ours)
     bars = {"cuDNN": Bar(at_least=EACH_BAR, mean_at_least=MEAN_BAR, mean_rows=len(ON_CUDA) * len(ON_CUDA_SIZES))}
@@ -890,7 +890,7 @@ def test_steps_on_cuda(bench: Any, kind: Kind, B: int) -> None:
     """1024 steps, including the input projection."""
     shape = Shape(1024, B, 256, 256)
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
-    contenders = [on_cuda(who, m, shape, None, step=False) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    contenders = [on_cuda(name, m, shape, None, step=False) for name, m in (("ours", ours), ("cuDNN", theirs))]
     group = "bfloat16, forward of 1024 steps, on CUDA"
     work = flop(shape.T * shape.B, ours)
     goals = {"1 µs a step": shape.T * STEP_S}
@@ -919,7 +919,7 @@ def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
     """Both with the default setting of torch.backends.cudnn, which allows TF32."""
     shape = Shape(256, 16, 256, 256)
     ours, theirs = layers_on_cuda(shape, kind, ours=torch.float32, theirs=torch.float32)
-    contenders = [on_cuda(who, m, shape, None, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    contenders = [on_cuda(name, m, shape, None, step=step) for name, m in (("ours", ours), ("cuDNN", theirs))]
     work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
     group = f"float32 (TF32), {'training step' if step else 'forward'}, on CUDA"
     bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)

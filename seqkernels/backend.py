@@ -63,7 +63,7 @@ def choose(
         for name, unsupported in implementations.items():
             if not unsupported(request):
                 return name
-        refuse(op, implementations, request, what, shape)
+        raise_unsupported(op, implementations, request, what, shape)
     if backend not in implementations:
         raise ValueError(f"{op}: backend must be None, {', '.join(implementations)}, got {backend!r}")
     reasons = implementations[backend](request._replace(named=True))
@@ -77,7 +77,7 @@ def unsupported(implementations: Implementations, request: Request) -> dict[str,
     return {name: reasons_of(request) for name, reasons_of in implementations.items()}
 
 
-def refuse(
+def raise_unsupported(
     op: str, implementations: Implementations, request: Request, what: str, shape: Sequence[int] | None = None
 ) -> NoReturn:
     """Raises NotImplementedError with the reasons of each implementation."""
@@ -171,7 +171,7 @@ TRITON_KINDS = ("lstm", "lstm_coupled", "gru", "gru_before", "mgu", "mgu_after",
 
 
 def in_triton(request: Request) -> list[str]:
-    """The Triton kernels of recurrent layers and bags: the CUDA backend without nvcc, or for other GPUs.
+    """The Triton kernels of recurrent layers and bags, for calls on CUDA that the CUDA kernels do not support.
 
     With TRITON_INTERPRET=1 and backend="triton", Triton's interpreter runs them on CPU tensors.
     """

@@ -279,7 +279,7 @@ class _Recorded(torch.autograd.Function):
         weights: Tensor | None,
         *tables: Tensor,
     ) -> Any:
-        if torch.compiler.is_compiling():  # after the graph break in `lookup`, this frame runs eagerly as well
+        if torch.compiler.is_compiling():  # the error makes torch.compile run this frame eagerly, as it does `lookup`
             raise NotImplementedError("embedding_bag: this call is not traced")
         with below_autograd():
             if args.features:

@@ -224,7 +224,9 @@ def bag(rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float32, 
     return functional.embedding_bag(torch.arange(len(rows))[None], table, mode=mode, **more)[0]
 
 
-def winners(rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float32, weights=None) -> list[int]:
+def selected_positions(
+    rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float32, weights=None
+) -> list[int]:
     table, inputs = torch.tensor(rows, dtype=dtype), torch.arange(len(rows))
     weights = None if weights is None else torch.tensor(weights, dtype=dtype)
     _, arg = ops.embedding_bag_forward(table, inputs, torch.tensor([0]), weights, BAG_MODES.index(mode))
@@ -236,9 +238,13 @@ def winners(rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float
 def test_first_of_equal_values_is_selected(mode: str, dtype: torch.dtype, isa: str) -> None:
     for D in (1, 5, 16, 40):
         rows = [[0.0] * D, [3.0] * D, [-3.0] * D, [3.0] * D, [-3.0] * D]
-        assert winners(rows, mode, dtype) == [1 if mode == "max" else 2] * D
-        assert winners([[0.0] * D, [-0.0] * D], mode, dtype) == winners([[-0.0] * D, [0.0] * D], mode, dtype) == [0] * D
-        weighted = winners([[1.0] * D, [2.0] * D, [-2.0] * D], mode, dtype, [2.0, 1.0, -1.0])
+        assert selected_positions(rows, mode, dtype) == [1 if mode == "max" else 2] * D
+        assert (
+            selected_positions([[0.0] * D, [-0.0] * D], mode, dtype)
+            == selected_positions([[-0.0] * D, [0.0] * D], mode, dtype)
+            == [0] * D
+        )
+        weighted = selected_positions([[1.0] * D, [2.0] * D, [-2.0] * D], mode, dtype, [2.0, 1.0, -1.0])
         assert weighted == [0] * D
 
 
@@ -266,7 +272,7 @@ def test_infinities(mode: str, dtype: torch.dtype, isa: str) -> None:
         want = {"sum": table.sum(0), "mean": table.mean(0), "max": table.amax(0), "min": table.amin(0)}[mode]
         exactly(bag(rows, mode, dtype), want)
     lowest = -inf if mode == "max" else inf
-    assert mode in ("sum", "mean") or winners([[lowest] * 20] * 3, mode, dtype) == [0] * 20
+    assert mode in ("sum", "mean") or selected_positions([[lowest] * 20] * 3, mode, dtype) == [0] * 20
 
 
 @dtypes
@@ -991,7 +997,9 @@ def test_no_memory_leaks() -> None:
 # ---- sizes beyond 32 bits, of which few pages are touched
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-needs_proc = pytest.mark.skipif(not CLEAR.exists(), reason="no /proc/self/clear_refs, which tells the peak of memory")
+needs_proc = pytest.mark.skipif(
+    not CLEAR.exists(), reason="no /proc/self/clear_refs, which is required to measure peak memory"
+)
 
 
 def peak_of(call: Callable[[], object]) -> int:

@@ -48,7 +48,7 @@ CUDA_CASES = [
     BagCase(E=40, D=4, lengths=(2300,), form="2-D", why="one long bag, one lane"),
     BagCase(E=30, D=64, lengths=(700, 3), weights="same", weight_norm="weight", padding_idx=1, why="long, by weight"),
     BagCase(E=30, D=16, lengths=bag_lengths(80, 40), rows="one", why="one row in all positions"),
-    BagCase(E=300, D=6, lengths=bag_lengths(80, 40), rows="few", scale_grad_by_freq=True, why="hot rows, counts"),
+    BagCase(E=300, D=6, lengths=bag_lengths(80, 40), rows="few", scale_grad_by_freq=True, why="frequent rows, counts"),
     BagCase(E=31, D=5, lengths=(1,) * 32, rows="one", why="a row that ends with a group"),
     BagCase(E=31, D=5, lengths=(1,) * 33, rows="one", form="last", trailing=40, why="and trailing indices"),
     BagCase(E=5000, D=260, lengths=bag_lengths(20, 9), why="three tiles of float32, two of half types"),

@@ -961,7 +961,7 @@ STEPS = [
 ]
 
 
-def beside(t: Tensor) -> Tensor:
+def with_row_stride(t: Tensor) -> Tensor:
     """The same values with a larger row stride."""
     return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
 
@@ -981,7 +981,7 @@ def test_cells(kind: str, layer: Layer, dtype: torch.dtype) -> None:
     # In a layer of one step, y equals h, and cells equals c.
     into = [upstream[i][0] + upstream[i + 1][0] for i in range(0, 2 * states, 2)]
     runs = []
-    for form in (lambda t: t, spread, beside):
+    for form in (lambda t: t, spread, with_row_stride):
         given = [None if t is None else form(t) for t in inputs]
         *found, saved = cell[1](*given)
         inferred = cell[0](*given)
