@@ -1,6 +1,6 @@
-"""Drives CMakeLists.txt with Ninja for pip; the metadata is in pyproject.toml.
+"""Runs CMake with Ninja for pip; pyproject.toml has the metadata.
 
-Environment: CMAKE_ARGS is handed to CMake (CMAKE_ARGS="-DSEQKERNELS_CUDA=OFF"), CMAKE_BUILD_PARALLEL_LEVEL bounds the
+Environment: CMAKE_ARGS is passed to CMake (CMAKE_ARGS="-DSEQKERNELS_CUDA=OFF"), CMAKE_BUILD_PARALLEL_LEVEL limits the
 number of jobs.
 """
 
@@ -21,18 +21,18 @@ BUILD_TOOLS = ["cmake", "ninja", "pybind11"]
 
 
 def check_environment() -> None:
-    """Stop early, before pip resolves dependencies: an isolated build would fetch a CUDA torch of gigabytes."""
+    """Checks for torch before pip resolves dependencies, because isolated builds download gigabytes of torch."""
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(
-            "\nseqkernels builds against the torch that is installed, and this Python sees none "
-            "(pip's isolated build hides it too). Install torch, then build without isolation:\n\n"
+            "\nseqkernels builds against the installed torch, and this Python finds none "
+            "(pip's build isolation also hides it). Install torch, then build without isolation:\n\n"
             f"    pip install torch 'setuptools>=77' {' '.join(BUILD_TOOLS)}\n"
             "    pip install --no-build-isolation .\n"
         )
 
 
 def find_tool(name: str) -> str:
-    """The tool's pip package beside this Python, also where its scripts are not on PATH; else the system's."""
+    """Path of a tool: from its pip package, even if its scripts are not on PATH, otherwise from the system."""
     scripts = sysconfig.get_path("scripts")
     found = shutil.which(name, path=os.pathsep.join([scripts, os.environ.get("PATH", "")]))
     if found is None:
@@ -41,7 +41,7 @@ def find_tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds seqkernels._C. The folder under build/ is kept, so a second build compiles only what changed."""
+    """Builds seqkernels._C. The folder under build/ is kept for incremental builds."""
 
     def build_extension(self, ext: Extension) -> None:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")

@@ -1,9 +1,9 @@
 """Attention against torch's scaled_dot_product_attention and flex_attention under torch.compile.
 
-The bars are the claims of the project; the table says PASS or MISS for each. A forward row runs without recording a
-gradient; "forward+backward" is both, with gradients of query, key and value and, where it has one, of the bias.
+The bars are the claims of the project; the table reports PASS or MISS for each. Forward rows run without autograd;
+"forward+backward" rows include gradients of query, key, value and, if present, of the bias.
 
-Work is what is useful: 4 D operations for each pair of a query and a key that it sees (forward), 14 D with backward.
+Work counts useful operations: 4 D for each pair of a query and a key that it attends to (forward), 14 D with backward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key."""
+        """Number of pairs of a query and a key."""
         return self.B * self.H * self.L * self.L
 
     @property
@@ -61,7 +61,7 @@ def drawn(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def contender(name: str, function: Callable[..., Tensor], tensors: Sequence[Tensor], which: str) -> Contender:
-    """A function of tensors, all of which have a gradient."""
+    """A contender that calls a function of differentiable tensors."""
     with torch.no_grad():
         shape = function(*tensors).shape
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
@@ -99,7 +99,7 @@ def row(
 
 
 def flex(shape: Shape, tensors: Sequence[Tensor], which: str, mask: Callable | None) -> Contender:
-    """Compiled flex_attention, whose backward pass is not there on a CPU."""
+    """Compiled flex_attention, which has no backward pass on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     name = "flex_attention, compiled"
@@ -156,7 +156,7 @@ def test_key_lengths(bench: Any, which: str) -> None:
 
 @passes
 def test_dropout(bench: Any, which: str) -> None:
-    """What is dropped is not the same: parity is with our weights, times values."""
+    """The dropout masks differ, so parity compares the output with the weights of seqkernels times the values."""
     tensors = drawn(MIDDLE)
     contenders = [
         contender("ours", lambda *t: OURS(*t, dropout_p=0.1), tensors, which),
@@ -178,7 +178,7 @@ def test_dropout(bench: Any, which: str) -> None:
 @passes
 @pytest.mark.parametrize("batch", [1, MIDDLE.B])
 def test_bias(bench: Any, batch: int, which: str) -> None:
-    """A float mask with a gradient, of every sequence or of each."""
+    """A float mask with a gradient, shared by the sequences or one for each."""
     shape = MIDDLE
     bias = torch.randn(batch, shape.H, shape.L, shape.L, generator=torch.Generator().manual_seed(2)).requires_grad_()
     tensors = [*drawn(shape), bias]
@@ -207,7 +207,7 @@ def test_window(bench: Any, which: str) -> None:
 
 @passes
 def test_varlen(bench: Any, which: str) -> None:
-    """Packed rows against padded ones with a mask."""
+    """Packed sequences against a padded batch with a mask."""
     B, H, longest, D = 16, 8, 512, 64
     lengths = torch.randint(32, longest + 1, (B,), generator=torch.Generator().manual_seed(3))
     cu = F.pad(lengths.cumsum(0), (1, 0))
@@ -256,7 +256,7 @@ GPU_PEERS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
     "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# 16k rows and 2048 columns in all, as in the charts of FlashAttention 3.
+# 16k rows and 2048 columns in total, as in the benchmarks of FlashAttention 3.
 GPU_SHAPES = [Shape(B, 2048 // D, L, D) for D in (64, 128) for B, L in ((32, 512), (8, 2048), (2, 8192))]
 
 
@@ -280,7 +280,7 @@ GPU_KINDS = [
 ]
 
 
-# Without biases of gigabytes.
+# Excludes biases of gigabytes.
 GPU_ROWS = [
     pytest.param(s, kind, marks=pytest.mark.cuda(turn=2 if (kind.half or kind.bias) and s.D == 128 else 5))
     for s in GPU_SHAPES
@@ -303,7 +303,7 @@ def gpu_flop(shape: Shape, kind: Kind, training: bool) -> float:
 def gpu_contender(
     name: str, call: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor, training: bool, real: Tensor | None
 ) -> Contender:
-    """`real`: rows that count, [B, 1, L, 1]; what padding holds is nobody's business."""
+    """`real`: mask of valid rows, [B, 1, L, 1]; padding is not compared."""
 
     def once() -> tuple[Tensor, ...]:
         if not training:
@@ -335,7 +335,7 @@ def torch_with(backend: SDPBackend, **options: Any) -> Callable[..., Tensor]:
 
 
 @pytest.mark.cuda
-@pytest.mark.filterwarnings("ignore")  # torch says why a backend does not run as warnings
+@pytest.mark.filterwarnings("ignore")  # torch warns with the reasons why a backend does not run
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize(("shape", "kind"), GPU_ROWS, ids=str)
 def test_on_a_gpu(bench: Any, shape: Shape, kind: Kind, training: bool) -> None:

@@ -1,14 +1,14 @@
-"""EmbeddingBag against torch's, FBGEMM's and what torch.compile makes of a gather and a reduction.
+"""EmbeddingBag against torch, FBGEMM, and a gather and reduction under torch.compile.
 
-The bars are the claims of the project; the table says PASS or MISS for each.
+The bars are the claims of the project; the table reports PASS or MISS for each.
 
-Every step takes the next of SETS sets of random indices, the same ones for every contender: rows then come from where
-they come from in training, and not from what the call before left in the caches. A backward row is timed without the
-forward pass, which runs ahead of each step; "training" is all of it.
+Each step uses the next of SETS sets of random indices, which are the same for all contenders, so that rows are read
+from memory as in training, not from the caches filled by the previous call. Backward rows exclude the forward pass,
+which runs before each step; "training" rows include it.
 
-Work is the least traffic there is, in bytes: a forward pass reads each row it was asked for and writes the output, a
-backward pass reads the gradient of the output and writes that of the table, or reads and writes the rows that move. A
-share of more than 100% of the best copy means that rows came from a cache.
+Work is the minimum memory traffic in bytes: a forward pass reads each row and writes the output; a backward pass reads
+the gradient of the output and writes that of the table, or reads and writes the updated rows. A share of more than 100%
+of the best copy means that rows are read from a cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import seqkernels
 SETS = 32
 ONE_ROW_CALLS = 100
 TOLERANCE = 2e-5
-BFLOAT16_TOLERANCE = 1e-2  # bfloat16 keeps 8 bits
+BFLOAT16_TOLERANCE = 1e-2  # bfloat16 has 8 significant bits
 INT = 8  # bytes of an index and of an offset
 
 
@@ -67,9 +67,9 @@ def shape_id(value: object) -> str | None:
 class Lookup(NamedTuple):
     indices: Tensor  # [N]
     offsets: Tensor  # [B]
-    bounds: Tensor  # [B + 1], the same with the end
+    bounds: Tensor  # [B + 1], offsets and the end of the last bag
     weights: Tensor | None = None  # [N]
-    tables: Sequence[Lookup] = ()  # of a collection: the same, table by table
+    tables: Sequence[Lookup] = ()  # collections: the lookup of each table
 
 
 @dataclass
@@ -81,14 +81,16 @@ class Lookups:
 
 
 def drawn(shape: Shape, *, zipf: bool = False, skewed: bool = False, weights: str = "", seed: int = 0) -> Lookups:
-    """Bags of L rows each; with `zipf`, the k-th row comes about 1/k as often as the first; with `skewed`, the first
-    bag has half of all indices; with `weights`, "plain" or "with gradient", there are per_sample_weights.
+    """Bags of L rows each.
+
+    zipf: the k-th row occurs about 1/k as often as the first. skewed: the first bag has half of all indices. weights:
+    "plain" or "with gradient" adds per_sample_weights.
     """
     generator = torch.Generator().manual_seed(seed)
     bounds = torch.arange(shape.B + 1) * shape.L
     if skewed:
         bounds[1:] = (shape.N + bounds[1:]) // 2
-    places = torch.randperm(shape.E, generator=generator)  # a row often drawn stands anywhere
+    places = torch.randperm(shape.E, generator=generator)  # frequent rows have random positions
     sets = []
     for _ in range(SETS):
         indices = torch.randint(shape.E, (shape.N,), generator=generator)
@@ -103,13 +105,13 @@ def drawn(shape: Shape, *, zipf: bool = False, skewed: bool = False, weights: st
 
 
 def drawn_for_tables(shapes: Sequence[Shape]) -> Lookups:
-    """The bags of each table, one table after the other."""
+    """The bags of all tables, by table."""
     of_tables = zip(*(drawn(shape, seed=i).sets for i, shape in enumerate(shapes)))
     bounds = F.pad(torch.tensor([shape.L for shape in shapes for _ in range(shape.B)]).cumsum(0), (1, 0))
     return Lookups([Lookup(torch.cat([x.indices for x in t]), bounds[:-1], bounds, tables=t) for t in of_tables])
 
 
-@functools.lru_cache(maxsize=1)  # rows that follow one another often share one; a gigabyte is enough to keep
+@functools.lru_cache(maxsize=1)  # consecutive rows often share a table; the size limits the cache to one
 def table_of(E: int, D: int) -> Tensor:
     return torch.randn(E, D, generator=torch.Generator().manual_seed(1))
 
@@ -126,7 +128,7 @@ def forward_bytes(shape: Shape, element: int = 4) -> float:
 
 
 def gradient_bytes(shape: Shape, rows: float, passes: int = 1) -> float:
-    """Backward: `rows` of the table are written (1 pass), or read and written (2)."""
+    """Bytes of backward: `rows` of the table are written (1 pass), or read and written (2)."""
     return 4.0 * shape.D * (shape.B + passes * rows) + INT * (shape.N + shape.B)
 
 
@@ -141,7 +143,7 @@ OURS, TORCH = seqkernels.functional.embedding_bag, F.embedding_bag
 
 
 def bag(function: Callable[..., Tensor], mode: str, **options: Any) -> Call:
-    """Ours or torch's, which take the same arguments."""
+    """A call of embedding_bag of seqkernels or torch, which have the same arguments."""
 
     def call(table: Tensor, lookup: Lookup) -> Tensor:
         return function(lookup.indices, table, lookup.offsets, mode=mode, per_sample_weights=lookup.weights, **options)
@@ -169,7 +171,7 @@ def backward(
     whole: bool = False,
     finish: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Contender:
-    """The gradient of the table, or of the weights where the table has none; `whole`: forward and backward."""
+    """Gradient of the table, or of the weights if the table has none. `whole`: forward and backward."""
     following, output, lookup = lookups.rotation(), torch.empty(0), lookups.sets[0]
     with torch.no_grad():
         upstream = torch.randn(call(table, lookup).shape, generator=torch.Generator().manual_seed(2)).to(table.device)
@@ -208,14 +210,14 @@ def optimising(
     *,
     whole: bool,
 ) -> Contender:
-    """Backward and the optimiser's step, which is part of backward where `step_of_optimizer` is None.
+    """Backward and the optimiser step, which is part of backward if `step_of_optimizer` is None.
 
-    With `whole`, the forward pass too.
+    whole: includes the forward pass.
     """
     following, output = lookups.rotation(), torch.empty(0)
     with torch.no_grad():
         shape = call(lookups.sets[0]).shape
-    # Eighths: their sums are exact in any order, so that dividing by a root of squares does not enlarge rounding.
+    # Multiples of 1/8: their sums are exact in any order, so that division by a root of squares amplifies no rounding.
     upstream = (torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(3)) / 8).to(tables[0].device)
 
     def look_up(lookup: Lookup) -> None:
@@ -237,7 +239,7 @@ def optimising(
         update()
 
     def result() -> Results:
-        """Two steps: the second one finds states that are not zero."""
+        """Two steps, so that the second has nonzero states."""
         start = [table.detach().clone() for table in tables]
         for lookup in lookups.sets[:2]:
             look_up(lookup)
@@ -247,14 +249,14 @@ def optimising(
     return Contender(name, both, result) if whole else Contender(name, update, result, before)
 
 
-# --- contenders: FBGEMM, tables batched in one call ---
+# --- contenders: FBGEMM with all tables in one call ---
 
 FBGEMM = "FBGEMM TBE"
 
 
 @functools.lru_cache(maxsize=1)
 def fbgemm() -> Any:
-    """The module, or why there is none."""
+    """The module, or the reason why it is unavailable."""
     try:
         from fbgemm_gpu import split_table_batched_embeddings_ops_training as module
     except (ImportError, OSError) as error:
@@ -300,7 +302,7 @@ LR, EPS = 0.1, 1e-8
 
 
 class RowwiseAdagrad:
-    """One number of state per row, on torch's sparse gradient: what one writes without a fused optimiser."""
+    """Row-wise Adagrad with the sparse gradient of torch, as implemented without a fused optimiser."""
 
     def __init__(self, tables: list[Tensor]) -> None:
         self.tables, self.states = tables, [table.new_zeros(len(table)) for table in tables]
@@ -319,7 +321,7 @@ class Optimizer(NamedTuple):
     name: str
     ours: Callable[[], Any]
     torch: Callable[[list[Tensor]], Any]
-    fbgemm: str = ""  # on a CPU it has no Adam
+    fbgemm: str = ""  # name in FBGEMM, which has no Adam on a CPU
 
     def __str__(self) -> str:
         return self.name
@@ -345,7 +347,7 @@ OPTIMIZERS = [
 
 
 def optimised(shape: Shape, lookups: Lookups, optimizer: Optimizer, *, whole: bool) -> list[Contender]:
-    """Ours, torch's with sparse gradients, our sparse gradients with torch's optimiser, FBGEMM's."""
+    """The fused step, torch with sparse gradients, torch's optimiser with gradients of seqkernels, and FBGEMM."""
     table = table_of(shape.E, shape.D)
     module = seqkernels.nn.EmbeddingBag.from_pretrained(
         table.clone(), freeze=False, mode="sum", fused_optimizer=optimizer.ours()
@@ -400,7 +402,7 @@ def test_forward(bench: Any, shape: Shape, mode: str) -> None:
 def plain_row(
     bench: Any, group: str, label: str, table: Tensor, lookups: Lookups, mode: str, work: float, **more: Any
 ) -> None:
-    """Ours against torch's on the same arguments."""
+    """seqkernels against torch with the same arguments."""
     contenders = [forward("ours", bag(OURS, mode), table, lookups), forward("torch", bag(TORCH, mode), table, lookups)]
     bars = more.pop("bars", {})
     bench.time(group, label, contenders, bars=bars, work=work, work_unit="byte", **more)
@@ -435,7 +437,7 @@ def test_skewed_bags(bench: Any) -> None:
 
 @pytest.mark.parametrize(("shape", "bar"), [(MIDDLE, PADDING_BAR), (LARGE, None)], ids=shape_id)
 def test_padding(bench: Any, shape: Shape, bar: float | None) -> None:
-    """The padding row is drawn as seldom as any other, so that skipping it saves no work."""
+    """The padding row is as rare as the others, so that skipping it saves no significant work."""
     table, lookups = table_of(shape.E, shape.D), drawn(shape)
     ours, theirs, plain = (
         forward(name, bag(function, "sum", **options), table, lookups)
@@ -467,7 +469,7 @@ def test_columns_of_a_wider_table(bench: Any) -> None:
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_one_row(bench: Any, training: bool, mode: str) -> None:
-    """In a loop, so the row is in a cache: what is timed is the call."""
+    """A loop over a cached row, which measures the overhead of the call."""
     shape = ONE_ROW
     table, lookups = table_of(shape.E, shape.D).detach().requires_grad_(training), drawn(shape)
     contenders = [
@@ -483,7 +485,7 @@ def test_one_row(bench: Any, training: bool, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["sum", "max"])
 @pytest.mark.parametrize("shape", [MIDDLE, LARGE], ids=shape_id)
 def test_compiled(bench: Any, shape: Shape, mode: str) -> None:
-    """torch.compile leaves embedding_bag as it is, but makes one loop of a gather and a reduction."""
+    """torch.compile does not fuse embedding_bag, but fuses a gather and a reduction into one loop."""
     table, lookups = table_of(shape.E, shape.D), drawn(shape)
 
     def gather(table: Tensor, lookup: Lookup) -> Tensor:
@@ -517,7 +519,7 @@ def test_max(bench: Any, shape: Shape, training: bool) -> None:
 
 
 def test_min(bench: Any) -> None:
-    """torch has no min: the peer is max over a table with its signs turned, and turns those of the output."""
+    """torch has no min; the peer is the negated max of the negated table."""
     shape = MAX_SHAPES[0]
     table, lookups, torch_max = table_of(shape.E, shape.D), drawn(shape), bag(TORCH, "max")
     turned = -table
@@ -584,7 +586,7 @@ def test_dense_backward(bench: Any, shape: Shape, mode: str, zipf: bool) -> None
 @pytest.mark.parametrize("zipf", [False, True], ids=["uniform", "zipf"])
 @pytest.mark.parametrize("shape", SPARSE, ids=shape_id)
 def test_sparse_backward(bench: Any, shape: Shape, zipf: bool) -> None:
-    """Ours is coalesced as it comes; torch's has a row per index until coalesce() adds them up."""
+    """The gradient of seqkernels is coalesced; that of torch has a row per index and requires coalesce()."""
     table, lookups = leaf_of(shape), drawn(shape, zipf=zipf)
 
     def as_it_comes(gradient: Tensor) -> Tensor:
@@ -612,7 +614,7 @@ def test_weights_backward(bench: Any, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", SPARSE[:3], ids=shape_id)
 def test_fused_sgd(bench: Any, shape: Shape) -> None:
-    """Backward and the optimiser's step."""
+    """Backward and the optimiser step."""
     lookups = drawn(shape)
     contenders = optimised(shape, lookups, SGD, whole=False)
     group = "EmbeddingBag backward and SGD"
@@ -622,7 +624,7 @@ def test_fused_sgd(bench: Any, shape: Shape) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 def test_fused_training(bench: Any, optimizer: Optimizer) -> None:
-    """Forward, backward and the optimiser's step; the work leaves the optimiser's states out."""
+    """Forward, backward and the optimiser step; the work excludes the states of the optimiser."""
     shape, lookups = MIDDLE, drawn(MIDDLE)
     contenders = optimised(shape, lookups, optimizer, whole=True)
     work = forward_bytes(shape) + gradient_bytes(shape, rows_that_occur(lookups), 2)
@@ -630,7 +632,7 @@ def test_fused_training(bench: Any, optimizer: Optimizer) -> None:
     bench.time(group, optimizer.name, contenders, bars={}, work=work, work_unit="byte")
 
 
-# --- rows: plain lookup, rows of bytes, collections ---
+# --- rows: Embedding, quantized tables, collections ---
 
 
 @pytest.mark.parametrize("shape", [MIDDLE, LARGE], ids=shape_id)
@@ -661,7 +663,7 @@ def test_embedding_backward(bench: Any, sparse: bool) -> None:
 
 @pytest.mark.parametrize("shape", [MIDDLE, LARGE], ids=shape_id)
 def test_bytes(bench: Any, shape: Shape) -> None:
-    """All over the same rows, which torch has quantised, except that the last contender has them in float32."""
+    """All contenders use rows quantized by torch, except the last, which uses float32."""
     packed, lookups = torch.ops.quantized.embedding_bag_byte_prepack(table_of(shape.E, shape.D)), drawn(shape)
     wide = packed[:, : shape.D].float() * packed[:, shape.D : shape.D + 4].contiguous().view(torch.float32)
     wide += packed[:, shape.D + 4 :].contiguous().view(torch.float32)
@@ -684,7 +686,7 @@ def test_bytes(bench: Any, shape: Shape) -> None:
 
 
 def collection(B: int) -> tuple[str, list[Shape], list[Tensor], Lookups]:
-    """26 tables of 1k to 200k rows, one feature each, as a click model has; bags of 1 to 9 rows."""
+    """26 tables of 1k to 200k rows with one feature each, as in a click model; bags of 1 to 9 rows."""
     shapes = [Shape(round(1000 * 200 ** (i / 25)), (32, 64)[i % 2], B, 1 + i % 9) for i in range(26)]
     tables = [torch.randn(s.E, s.D, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)]
     return f"26 tables, E=1k..200k D=32, 64 B={B} L=1..9", shapes, tables, drawn_for_tables(shapes)
@@ -742,7 +744,7 @@ def test_collection_training(bench: Any, B: int) -> None:
 
 
 # --- rows: on a GPU ---
-# Tables that its second-level cache cannot hold, unless the row says so.
+# The tables exceed the L2 cache, unless a row says otherwise.
 
 ON_CUDA = [
     Shape(10_000_000, 32, 65_536, 20),
@@ -751,7 +753,7 @@ ON_CUDA = [
     Shape(4_000_000, 256, 65_536, 20),
     Shape(10_000_000, 128, 262_144, 3),
 ]
-ON_CUDA_SETS = 4  # of indices
+ON_CUDA_SETS = 4  # sets of indices
 COPY_BAR, UPDATE_BAR, ON_CUDA_BAR = 0.8, 0.5, 1.5
 COPY = "copy of as many bytes"
 
@@ -776,7 +778,7 @@ def drawn_on_cuda(shape: Shape, *, zipf: bool = False, weights: bool = False) ->
 
 
 def copying(work: float) -> Contender:
-    """A copy that reads and writes `work` bytes together: what a share of the copy bandwidth is a share of."""
+    """A copy that reads and writes `work` bytes in total, as the reference of bandwidth shares."""
     source = torch.empty(int(work / 2), device="cuda", dtype=torch.uint8).random_(0, 256)
     target = torch.empty_like(source)
     return Contender(COPY, lambda: target.copy_(source), on_cuda=True)
@@ -785,7 +787,7 @@ def copying(work: float) -> Contender:
 def time_on_cuda(
     bench: Any, group: str, label: str, contenders: list[Contender], work: float, share: float | None, **more: Any
 ) -> None:
-    """Against torch, and against a copy of as many bytes as there must be read and written."""
+    """Against torch, and against a copy of the minimum number of bytes."""
     for contender in contenders:
         contender.on_cuda = True
     bars = {"torch": Bar(at_least=ON_CUDA_BAR), COPY: Bar(at_least=share)}
@@ -801,7 +803,7 @@ def test_forward_on_cuda(bench: Any, shape: Shape, mode: str, dtype: torch.dtype
     table, lookups = table_on_cuda(shape.E, shape.D, dtype), drawn_on_cuda(shape)
     contenders = [forward(name, bag(f, mode), table, lookups) for name, f in (("ours", OURS), ("torch", TORCH))]
     name, element = str(dtype).removeprefix("torch."), dtype.itemsize
-    wide = shape.D * element >= 128  # bytes of a row, from which on the bar holds
+    wide = shape.D * element >= 128  # minimum bytes per row for the bar
     group = f"EmbeddingBag forward, {name}, on CUDA"
     tolerance = TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE
     work = forward_bytes(shape, element)
@@ -825,7 +827,7 @@ def test_dense_backward_on_cuda(bench: Any, zipf: bool, weighted: bool) -> None:
 @pytest.mark.parametrize("zipf", [False, True], ids=["uniform", "zipf"])
 @pytest.mark.parametrize("optimizer", [SGD, OPTIMIZERS[2]], ids=str)
 def test_fused_on_cuda(bench: Any, optimizer: Optimizer, zipf: bool) -> None:
-    """Backward and the optimiser's step, from sorting the indices on."""
+    """Backward and the optimiser step, including the sort of the indices."""
     shape = Shape(4_000_000, 128, 65_536, 20)
     table, lookups = table_on_cuda(shape.E, shape.D, torch.float32), drawn_on_cuda(shape, zipf=zipf)
     module = seqkernels.nn.EmbeddingBag.from_pretrained(

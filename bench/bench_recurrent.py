@@ -1,7 +1,7 @@
-"""Recurrent layers and cells against torch's (packed, padded + mask, dense), torch.compile and onnxruntime; variants
-against our own plain layers.
+"""Recurrent layers and cells against torch (packed, padded + mask, dense), torch.compile and onnxruntime.
 
-The bars are the claims of the project; the table says PASS or MISS for each.
+Variants are compared with the layers without options. The bars are the claims of the project; the table reports PASS or
+MISS for each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import seqkernels
 from seqkernels import reference
 
-TRAINING = 3  # forward, and in backward one product for the inputs and one for the weights
+TRAINING = 3  # matrix products: one in forward, two in backward, for the inputs and for the weights
 STREAM_CALLS = 100
 CELL_CALLS = 20
 STATES = ("h_n", "c_n", "s_n")
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """A module of torch.nn and of seqkernels.nn; `onnx` has torch's gates in the order of ONNX's operator."""
+    """A module of torch.nn and seqkernels.nn. `onnx`: positions of torch's gates in the order of the ONNX operator."""
 
     name: str
     onnx: tuple[int, ...]
@@ -64,7 +64,7 @@ def shape_id(value: object) -> str | None:
 
 
 def flop(tokens: int, layer: nn.Module) -> float:
-    """Floating point operations of a forward pass over `tokens` real tokens: one product with each weight."""
+    """Floating-point operations of a forward pass with `tokens` valid steps: one product with each weight."""
     return 2.0 * tokens * sum(p.numel() for n, p in layer.named_parameters() if n.startswith("weight") and p.dim() == 2)
 
 
@@ -72,13 +72,13 @@ def flop(tokens: int, layer: nn.Module) -> float:
 
 
 def drawn_lengths(shape: Shape) -> list[int]:
-    """Between T/4 and T; the same fractions of T for every T, so that rows of different T compare."""
+    """Lengths between T/4 and T, with the same fractions of T for each T, so that rows are comparable."""
     fractions = 0.25 + 0.75 * torch.rand(shape.B, generator=torch.Generator().manual_seed(0))
     return [max(1, round(fraction * shape.T)) for fraction in fractions.tolist()]
 
 
 def pair_of_layers(shape: Shape, kind: Kind = LSTM) -> tuple[nn.Module, nn.Module]:
-    """(ours, torch's) with the same weights."""
+    """Layers of seqkernels and torch with the same weights."""
     torch.manual_seed(1)
     theirs = getattr(nn, kind.name)(shape.I, shape.H)
     ours = our_layer(shape, kind.name)
@@ -92,7 +92,7 @@ def our_layer(shape: Shape, name: str, **options: Any) -> nn.Module:
 
 
 class Batch:
-    """A padded batch [longest, B, I] and the gradient that training puts on the output; every contender gets these."""
+    """A padded batch [longest, B, I] and the upstream gradient of the output, shared by all contenders."""
 
     def __init__(self, shape: Shape, lengths: list[int]) -> None:
         generator = torch.Generator().manual_seed(2)
@@ -112,7 +112,7 @@ class Batch:
 
 # --- contenders: training ---
 
-Forward = Callable[[Tensor], tuple[Any, ...]]  # output, states[, every state]
+Forward = Callable[[Tensor], tuple[Any, ...]]  # output, states[, states of all steps]
 
 
 def named_states(states: Tensor | tuple[Tensor, ...]) -> Results:
@@ -128,10 +128,10 @@ def training(
     rows: Callable[[Tensor], Tensor],
     definition: bool = False,
 ) -> Contender:
-    """A training step of `layer`; `rows` brings an output or dx to the layout in which parity compares.
+    """A training step of `layer`. `rows` converts an output or dx to the layout of the parity test.
 
-    With `definition`, the result's gradients are those of seqkernels.reference, as under create_graph, with the same
-    masks: what a variant is held against, as no other library has it.
+    definition: computes the gradients with seqkernels.reference, as under create_graph, with the same masks. It is the
+    reference of variants that no other library has.
     """
     x = x.clone().requires_grad_()
     upstream = upstream[..., : getattr(layer, "proj_size", 0) or upstream.shape[-1]]
@@ -160,7 +160,7 @@ def training(
 def packed_training(
     name: str, layer: nn.Module, batch: Batch, *, definition: bool = False, **keywords: Any
 ) -> Contender:
-    """Input and output are PackedSequences; packing is not part of the step."""
+    """Input and output are PackedSequences; the step excludes packing."""
     packed = batch.pack(batch.x)
 
     def forward(data: Tensor) -> tuple[Any, ...]:
@@ -171,7 +171,7 @@ def packed_training(
 
 
 def lengths_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
-    """Padded in, padded out, with lengths: what torch does not have."""
+    """A padded batch with lengths, which torch does not support."""
 
     def forward(x: Tensor) -> tuple[Any, ...]:
         return layer(x, lengths=batch.lengths)
@@ -180,7 +180,7 @@ def lengths_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
 
 
 def masked_training(name: str, layer: nn.Module, batch: Batch) -> Contender:
-    """A dense layer over the padded batch, output masked; its h_n and c_n are those of the padding, so not compared."""
+    """A dense layer with a padded batch and masked output; h_n and c_n include padding and are not compared."""
 
     def forward(x: Tensor) -> tuple[Any, ...]:
         output, states = layer(x)
@@ -223,7 +223,7 @@ def dense_inference(name: str, forward: Forward, batch: Batch) -> Contender:
 
 
 def streaming(name: str, layer: nn.Module, shape: Shape) -> Contender:
-    """One step of a stream: T=1, the state carried from call to call."""
+    """One step of a stream: T=1, with the state of the previous call."""
     x = torch.randn(STREAM_CALLS, 1, shape.B, shape.I, generator=torch.Generator().manual_seed(3)).unbind()
 
     @torch.no_grad()
@@ -247,7 +247,7 @@ def streaming(name: str, layer: nn.Module, shape: Shape) -> Contender:
 def onnxruntime_inference(
     name: str, layer: nn.Module, kind: Kind, shape: Shape, batch: Batch, threads: int
 ) -> Contender:
-    """ONNX's operator with the same weights; plain run or IO binding, whichever is faster here."""
+    """The ONNX operator with the same weights, with run or IO binding, whichever is faster."""
     try:
         import numpy as np
         import onnxruntime as ort
@@ -317,14 +317,14 @@ def onnxruntime_inference(
 
 
 def cell_inputs(cell: nn.Module, shape: Shape) -> tuple[Tensor, Any]:
-    """x and the state, as the cell takes it."""
+    """Input and state of the cell."""
     generator = torch.Generator().manual_seed(5)
     x, h, c = (torch.randn(shape.B, size, generator=generator) for size in (shape.I, shape.H, shape.H))
     return x, (h, c) if isinstance(cell, (nn.LSTMCell, seqkernels.nn.LSTMCell)) else h
 
 
 def cell_inference(name: str, cell: nn.Module, shape: Shape) -> Contender:
-    """A loop that carries the state."""
+    """A loop of calls, each with the state of the previous one."""
     x, first = cell_inputs(cell, shape)
 
     @torch.no_grad()
@@ -338,7 +338,7 @@ def cell_inference(name: str, cell: nn.Module, shape: Shape) -> Contender:
 
 
 def cell_training(name: str, cell: nn.Module, shape: Shape, *, definition: bool = False) -> Contender:
-    """One step forward and back, with a gradient for each state; `definition` as in `training`."""
+    """Forward and backward of one step, with a gradient for each state. `definition`: as in `training`."""
     x, state = cell_inputs(cell, shape)
     inputs = [x, *named_states(state).values()]
     wanted = [t.requires_grad_() for t in inputs] + list(cell.parameters())
@@ -360,7 +360,7 @@ def cell_training(name: str, cell: nn.Module, shape: Shape, *, definition: bool 
 
 
 class NormalisedLSTM(nn.Module):
-    """What one writes without this library; the share of the input is taken out of the loop, which favours it."""
+    """The layer in torch ops. The input projection is computed outside of the loop, which favours it."""
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:
         super().__init__()
@@ -383,7 +383,7 @@ class NormalisedLSTM(nn.Module):
 
 # --- rows ---
 
-# Layer, shape and its bar against torch packed.
+# Layer, shape and bar against torch packed.
 DRAWN = [
     (LSTM, Shape(100, 8, 256, 256), 3.0),
     (LSTM, Shape(400, 8, 256, 256), 6.0),
@@ -430,9 +430,9 @@ DENSE_INFERENCE = [(LSTM, shape) for shape in dict.fromkeys(DENSE + ONNX)]
 DENSE_INFERENCE += [(kind, shape) for kind in (GRU, RNN) for shape in ONNX]
 INFERENCE_BAR = {LSTM: 0.95}  # against torch, over the shapes of DENSE
 
-COMPILE_MAX_T = 64  # with allow_rnn the compiler unrolls time: minutes already at 50 steps
+COMPILE_MAX_T = 64  # with allow_rnn, torch.compile unrolls the steps, which takes minutes for 50 steps
 
-# Layer, hidden size and its bar against torch.
+# Layer, hidden size and bar against torch.
 STREAM = [(LSTM, 32, 3.0), (LSTM, 128, 4.0), (LSTM, 256, 12.0), (GRU, 128, None), (RNN, 128, None)]
 
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
@@ -452,7 +452,7 @@ CELL_VARIANTS = [
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A module of seqkernels.nn with options, against a plain one; `reset` gives it a reset mask."""
+    """A module of seqkernels.nn with options, against one without. `reset`: with a reset mask."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -465,7 +465,7 @@ class Variant:
         )
 
 
-# Each with its bar against the plain layer.
+# Variant and bar against the layer without options.
 VARIANTS = [
     (Variant("LSTM", {"peephole": True}), 0.85),
     (Variant("LSTM", {"coupled_gates": True}), 0.85),
@@ -485,16 +485,16 @@ VARIANTS = [
     (Variant("LSTM", {"return_all_states": True}), None),
     (Variant("LSTM", reset=True), None),
 ]
-RESET_EVERY = 20  # steps between restarts, on average
+RESET_EVERY = 20  # mean number of steps between resets
 
-NORMALISED = [Shape(32, 1, 128, 128), Shape(32, 16, 128, 128)]  # the compiler unrolls time: minutes at 50 steps
+NORMALISED = [Shape(32, 1, 128, 128), Shape(32, 16, 128, 128)]  # torch.compile takes minutes for 50 steps
 NORMALISED_BAR = 5.0
-NORMALISED_TOLERANCE = 2e-4  # of small cells the norm enlarges rounding: float32 is 7e-5 from float64 in any code
+NORMALISED_TOLERANCE = 2e-4  # the norm amplifies rounding: errors of float32 are 7e-5 in any implementation
 TOLERANCE = 2e-5
 
 AUTOCAST_SHAPE = Shape(100, 16, 256, 256)
 AUTOCAST_BAR = 1.0
-AUTOCAST_TOLERANCE = 5e-2  # bfloat16 keeps 8 bits
+AUTOCAST_TOLERANCE = 5e-2  # bfloat16 has 8 significant bits
 
 MEMORY = [Shape(400, 8, 256, 256), Shape(400, 16, 256, 256), Shape(50, 64, 64, 128)]
 MEMORY_BAR = 1.0
@@ -531,7 +531,7 @@ def test_packed_training_one_step_shorter(bench: Any, shape: Shape) -> None:
 
 
 def test_packed_training_grows_with_t(bench: Any) -> None:
-    """Time at T=1600 over time at T=400: linear is 4."""
+    """Ratio of the times at T=1600 and T=400; linear cost gives 4."""
     contenders, parity = [], []
     for T in (400, 1600):
         shape = Shape(T, 8, 256, 256)
@@ -617,7 +617,7 @@ def test_cell_variant(bench: Any, name: str, options: dict[str, Any]) -> None:
 
 
 def variant_row(bench: Any, variant: Variant, shape: Shape, form: str, bar: float | None) -> None:
-    """Parity is against the definition; the peer is our plain layer."""
+    """Parity with the definition; the peer is the layer without options."""
     layer, (plain, _) = our_layer(shape, variant.name, **variant.options), pair_of_layers(shape, variant.plain)
     batch = Batch(shape, drawn_lengths(shape) if form == "packed" else [shape.T] * shape.B)
     keywords = {}
@@ -652,7 +652,7 @@ def test_variant_dense_training(bench: Any, variant: Variant, bar: float) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", NORMALISED, ids=shape_id)
 def test_layer_normalised_training(bench: Any, shape: Shape) -> None:
-    """Compiling the loop takes a minute or more, outside the timing."""
+    """Compiling the loop takes a minute or more, which is not timed."""
     ours, batch = our_layer(shape, "LSTM", layer_norm=True), Batch(shape, [shape.T] * shape.B)
     theirs = NormalisedLSTM(dict(ours.named_parameters()))
     contenders = [
@@ -707,7 +707,7 @@ def memory_contender(which: str, shape: Shape, num_layers: int = 1) -> Contender
 
 
 def memory_case(which: str, shape: list[int], num_layers: int = 1) -> MemoryCase:
-    """A dense training step, for a process of its own."""
+    """A dense training step in a separate process."""
     full = Shape(*shape)
     warm, measured = memory_contender(which, full._replace(T=2), num_layers), memory_contender(which, full, num_layers)
 
@@ -764,10 +764,10 @@ def test_memory_efficient_saved(bench: Any) -> None:
 
 
 # --- rows: on a GPU ---
-# The peer is cuDNN, through torch.nn on the same dtype; where a row says float16, on that. "step" is a training step.
+# The peer is cuDNN through torch.nn with the same dtype, unless a row says float16. "step" is a training step.
 
 HALF = torch.bfloat16
-HALF_TOLERANCE = 5e-2  # both round states and gradients of gates to 8 bits, at T steps
+HALF_TOLERANCE = 5e-2  # both round states and gradients of gates to 8 bits at each step
 LONG, PACKED = Shape(1024, 16, 768, 768), "packed"
 LONG_BAR, EACH_BAR, MEAN_BAR, FILL_BAR = 1.3, 1.0, 2.0, 1.6
 ON_CUDA = {
@@ -778,21 +778,21 @@ ON_CUDA = {
     "GRU, packed": (GRU, {}),
 }
 ON_CUDA_SIZES = [(B, H) for H in (128, 256, 512, 1024) for B in (1, 16, 64)]
-ON_CUDA_ROWS = [  # wide layers first, of which the grid kernels walk the widest, then packed ones
+ON_CUDA_ROWS = [  # wide layers, the widest in the grid tier, then packed layers
     pytest.param(name, B, H, marks=pytest.mark.cuda(turn=1 if (B, H) == (64, 1024) else 3 if PACKED in name else 5))
     for name in ON_CUDA
     for B, H in ON_CUDA_SIZES
 ]
-STEP_S = 1e-6  # of a forward pass at H=256
+STEP_S = 1e-6  # target per step of a forward pass at H=256
 COMPILED = Shape(32, 16, 256, 256)
-FLASHRNN = [(LSTM, LONG, "cuda_fused"), (GRU, LONG, "cuda")]  # fused kernels of a GRU it has none
+FLASHRNN = [(LSTM, LONG, "cuda_fused"), (GRU, LONG, "cuda")]  # FlashRNN has no fused GRU kernels
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def layers_on_cuda(
     shape: Shape, kind: Kind, *, ours: torch.dtype, theirs: torch.dtype, **options: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """(ours, torch's) with the same weights, each in its dtype."""
+    """Layers of seqkernels and torch with the same weights, each in its dtype."""
     torch.manual_seed(1)
     peer = getattr(nn, kind.name)(shape.I, shape.H, **options)
     mine = getattr(seqkernels.nn, kind.name)(shape.I, shape.H, **options)
@@ -809,9 +809,9 @@ def on_cuda(
     step: bool,
     call: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Contender:
-    """A training step of a layer, dense or packed, or inference, in which no peer keeps anything for backward either.
+    """A training step of a layer, dense or packed, or inference, in which peers save nothing for backward either.
 
-    `call`: what runs it, if not itself.
+    call: runs the layer instead of the module.
     """
     layer.train(step)
     call = layer if call is None else call
@@ -853,7 +853,7 @@ STEPS = pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
 @pytest.mark.cuda(turn=1)
 @STEPS
 def test_long_on_cuda(bench: Any, step: bool) -> None:
-    """cuDNN has a persistent kernel of float16 for this shape."""
+    """cuDNN has a persistent float16 kernel for this shape."""
     ours, half = layers_on_cuda(LONG, LSTM, ours=HALF, theirs=torch.float16)
     _, same = layers_on_cuda(LONG, LSTM, ours=HALF, theirs=HALF)
     contenders = [
@@ -875,7 +875,7 @@ def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> No
     shape = Shape(256, B, H, H)
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF, **options)
     lengths = drawn_lengths(shape) if PACKED in name else None
-    contenders = [on_cuda(who, m, shape, lengths, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    contenders = [on_cuda(name, m, shape, lengths, step=step) for name, m in (("ours", ours), ("cuDNN", theirs))]
     tokens = shape.T * shape.B if lengths is None else sum(lengths)
     work = (TRAINING if step else 1) * flop(tokens, ours)
     bars = {"cuDNN": Bar(at_least=EACH_BAR, mean_at_least=MEAN_BAR, mean_rows=len(ON_CUDA) * len(ON_CUDA_SIZES))}
@@ -887,10 +887,10 @@ def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> No
 @pytest.mark.parametrize("B", [1, 16, 32])
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
 def test_steps_on_cuda(bench: Any, kind: Kind, B: int) -> None:
-    """1024 steps, the product with x included."""
+    """1024 steps, including the input projection."""
     shape = Shape(1024, B, 256, 256)
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
-    contenders = [on_cuda(who, m, shape, None, step=False) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    contenders = [on_cuda(name, m, shape, None, step=False) for name, m in (("ours", ours), ("cuDNN", theirs))]
     group = "bfloat16, forward of 1024 steps, on CUDA"
     work = flop(shape.T * shape.B, ours)
     goals = {"1 µs a step": shape.T * STEP_S}
@@ -901,7 +901,7 @@ def test_steps_on_cuda(bench: Any, kind: Kind, B: int) -> None:
 @STEPS
 @pytest.mark.parametrize(("B", "H"), [(16, 256), (64, 512)])
 def test_half_fill_on_cuda(bench: Any, B: int, H: int, step: bool) -> None:
-    """Packed rows of sequences between no and all steps, against the same padded: half of it is padding."""
+    """Packed sequences of 0 to T steps against a padded batch, half of which is padding."""
     shape = Shape(512, B, H, H)
     ours, _ = layers_on_cuda(shape, LSTM, ours=HALF, theirs=HALF)
     lengths = [max(1, round(shape.T * (b + 0.5) / B)) for b in range(B)]
@@ -916,10 +916,10 @@ def test_half_fill_on_cuda(bench: Any, B: int, H: int, step: bool) -> None:
 @STEPS
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
-    """Both under torch.backends.cudnn's setting, which allows TF32 unless told otherwise."""
+    """Both with the default setting of torch.backends.cudnn, which allows TF32."""
     shape = Shape(256, 16, 256, 256)
     ours, theirs = layers_on_cuda(shape, kind, ours=torch.float32, theirs=torch.float32)
-    contenders = [on_cuda(who, m, shape, None, step=step) for who, m in (("ours", ours), ("cuDNN", theirs))]
+    contenders = [on_cuda(name, m, shape, None, step=step) for name, m in (("ours", ours), ("cuDNN", theirs))]
     work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
     group = f"float32 (TF32), {'training step' if step else 'forward'}, on CUDA"
     bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
@@ -929,7 +929,7 @@ def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
 
 
 class Loop(nn.Module):
-    """The reference's cell in a plain loop, the share of the input taken out of it, with the weights of a layer."""
+    """A loop over the reference cell with the weights of a layer; the input projection is outside of the loop."""
 
     def __init__(self, kind: Kind, layer: nn.Module) -> None:
         super().__init__()
@@ -953,7 +953,7 @@ class Loop(nn.Module):
 @STEPS
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
 def test_compiled_loop_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
-    """The compiler unrolls time: a minute at these steps, outside the timing."""
+    """torch.compile unrolls the steps, which takes a minute and is not timed."""
     shape = COMPILED
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
     loop = Loop(kind, theirs)
@@ -973,15 +973,15 @@ def test_compiled_loop_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
 
 
 def flashrnn(name: str, kind: Kind, layer: nn.Module, shape: Shape, *, step: bool, backend: str) -> Contender:
-    """NX-AI's FlashRNN, https://pypi.org/project/flashrnn, as its README calls it: one head, and x and its product
-    with w_ih, which it leaves to its user, in the layout [B, T, ..] that it takes.
+    """FlashRNN of NX-AI, https://pypi.org/project/flashrnn, called as in its README, with one head.
 
-    Its gates stand in torch's order, but for the share of the state in those of a GRU, which has n first, and for the
-    biases of a GRU: one of the state in n, those of r and z, one of the input in n.
+    Its input is the input projection in the layout [B, T, ..], which the contender computes. Its gates have torch's
+    order, except for the recurrent projection of a GRU, where n is first, and the biases of a GRU: recurrent bias of n,
+    biases of r and z, input bias of n.
     """
     try:
         from flashrnn import flashrnn as run
-    except Exception as error:  # importing it looks for a compiler, and fails in many ways
+    except Exception as error:  # the import searches for a compiler and may raise any exception
         return Contender(name, refused=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     w_ih, w_hh, b_ih, b_hh = (p.detach() for p in layer.parameters())
     gates, H = len(kind.onnx), shape.H
@@ -1015,7 +1015,7 @@ def flashrnn(name: str, kind: Kind, layer: nn.Module, shape: Shape, *, step: boo
 
     try:
         result()
-    except Exception as error:  # it compiles at the first call
+    except Exception as error:  # the first call compiles
         return Contender(name, refused=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     return Contender(name, training if step else forward, result, on_cuda=True)
 
@@ -1025,7 +1025,7 @@ def flashrnn(name: str, kind: Kind, layer: nn.Module, shape: Shape, *, step: boo
 @STEPS
 @pytest.mark.parametrize(("kind", "shape", "backend"), FLASHRNN, ids=shape_id)
 def test_flashrnn_on_cuda(bench: Any, kind: Kind, shape: Shape, backend: str, step: bool) -> None:
-    """Its kernels are compiled for a shape when they are first called, for minutes, outside the timing."""
+    """The first call for a shape compiles its kernels, which takes minutes and is not timed."""
     ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
     contenders = [
         on_cuda("ours", ours, shape, None, step=step),

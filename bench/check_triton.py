@@ -1,8 +1,8 @@
-"""Compiles every configuration of the Triton kernels to machine code, without a GPU, and fails where one spills.
+"""Compiles all configurations of the Triton kernels to machine code, without a GPU, and fails if one spills.
 
 python bench/check_triton.py [--jobs N] [--only TEXT] [--archs 80 90 100] [--write FILE]
 
-Prints the worst of each kernel, type and architecture; --write keeps a row for every configuration.
+Prints the maxima of each kernel, type and architecture; --write saves a row for each configuration.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SHARED = {
     80: 163 << 10,
     90: 227 << 10,
     100: 227 << 10,
-}  # bytes that a program can have, from NVIDIA's programming guide
+}  # maximum bytes per block, from NVIDIA's programming guide
 POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 SHORT = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
 class Job:
-    """One kernel as a launcher would compile it: its constexprs, with None for a pointer that is not given."""
+    """A kernel and the arguments that determine its compilation: constexprs, and None for absent pointers."""
 
     module: str
     kernel: str
@@ -45,8 +45,8 @@ class Job:
     arch: int
     num_warps: int
     maxnreg: int | None = None
-    types: dict[str, str] = field(default_factory=dict)  # of parameters that are not pointers to dtype
-    shared: int | None = None  # bytes that the launcher expects it to need
+    types: dict[str, str] = field(default_factory=dict)  # types of parameters that are not pointers to dtype
+    shared: int | None = None  # shared memory that the launcher expects, in bytes
     num_stages: int = 1
     even: tuple[str, ...] = ()  # further sizes that are multiples of 16
     may_spill: bool = False
@@ -61,7 +61,7 @@ class Job:
 @dataclass
 class Usage:
     registers: int = 0
-    stack: int = 0  # bytes per thread: where spilled registers go
+    stack: int = 0  # bytes per thread, used by spilled registers
     shared: int = 0
     error: str = ""
 
@@ -71,7 +71,7 @@ class Usage:
 
 @functools.cache
 def groups() -> dict[str, Any]:
-    """The named tuples that kernels take, by the name of the parameter."""
+    """Named tuples of kernel arguments, by parameter name."""
     from seqkernels.triton.embedding_bag import backward, bags
     from seqkernels.triton.recurrent import layer, step
 
@@ -93,11 +93,11 @@ def groups() -> dict[str, Any]:
 
 
 def parameters(kernel: Any) -> list[str]:
-    """Names of parameters, of groups, and of what groups hold."""
+    """Names of parameters, of groups and of the fields of groups."""
     return [n for name in kernel.arg_names for n in (name, *getattr(groups().get(name), "_fields", ()))]
 
 
-# ---- what there is
+# ---- configurations
 
 
 BAG_TYPES = dict(p_indices="*i64", p_offsets="*i64", p_arg="*i32", p_fault="*i64", p_row="*i64", p_bag="*i64")
@@ -236,7 +236,7 @@ def step_jobs(arch: int) -> Iterator[Job]:
         yield Job(module, name, dtype, constexprs, arch, 1, launch.MOST_REGISTERS, types)
 
 
-# What a call of attention may have besides q, k and v: pointers that are given, and constexprs.
+# Options of attention: pointers and constexprs.
 ATTENTION = {
     "dense": ((), {}),
     "causal": ((), dict(RIGHT=True)),
@@ -292,7 +292,7 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         program = kernel if kernel in ("forward", "rows", "keys") else "tiles"
         chosen = module.config(program, dtype, D, D, roomy, SHARED[arch])
         columns = module.columns(program, dtype, D, D)
-        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D  # else it has to fit, no more
+        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D  # otherwise only check that it fits
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
         constexprs |= dict(PRECISION="ieee", BM=chosen.BM, BN=chosen.BN, **columns)
         constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_qd", "s_kd", "s_vd", "s_od"), 1))
@@ -318,8 +318,8 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             module.needed(program, dtype, BD, BD, chosen, roomy) if fixed else None,
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
-            # On sm_100 Triton's products of float64 keep both operands in registers, and dense wide heads spill 16
-            # bytes; with other tiles, packed ones do.
+            # On sm_100, float64 products of Triton keep both operands in registers, and dense wide heads spill 16
+            # bytes; with other tiles, packed ones spill.
             (arch, kernel, dtype.itemsize) in ((100, "forward", 8), (100, "rows", 8))
             or (arch, kernel, D, name) == (100, "forward", 640, "dense"),
         )
@@ -342,7 +342,7 @@ def compile_one(job: Job) -> Usage:
         if name in job.constexprs:
             constexprs[path] = job.constexprs[name]
             return "constexpr"
-        # As for tensors that torch has allocated and sizes that are multiples of 16.
+        # Alignment of tensors allocated by torch, and sizes that are multiples of 16.
         if name.startswith("p_") or name in ("H", "D", "s_row", "stride", "first", *job.even):
             attributes[path] = [["tt.divisibility", 16]]
         return job.types.get(name, POINTER[job.dtype] if name.startswith("p_") else "i32")
@@ -365,21 +365,21 @@ def compile_one(job: Job) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], built.metadata.shared)
 
 
 def verdict(job: Job, used: Usage) -> str:
-    """What is wrong, or nothing."""
+    """The problem of a configuration, or an empty text."""
     if used.error:
         return used.error
     if used.stack and not job.may_spill:
         return f"spills: {used.stack} bytes of stack"
     if used.shared > SHARED[job.arch]:
-        return f"needs {used.shared} bytes of shared memory, there are {SHARED[job.arch]}"
+        return f"requires {used.shared} bytes of shared memory, available are {SHARED[job.arch]}"
     if job.shared is not None and used.shared > job.shared:
-        return f"needs {used.shared} bytes of shared memory, the launcher expects {job.shared}"
+        return f"requires {used.shared} bytes of shared memory, the launcher expects {job.shared}"
     return ""
 
 
@@ -388,10 +388,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="configurations whose description matches this expression")
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHS, choices=ARCHS)
-    parser.add_argument("--write", type=Path, help="a table of all configurations")
+    parser.add_argument("--write", type=Path, help="write a table of all configurations")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+        parser.error("TRITON_INTERPRET must be unset to compile")
     every = (
         job
         for arch in options.archs

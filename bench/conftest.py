@@ -1,4 +1,4 @@
-"""Options of the bench, the `compare` fixture that every bench file uses, and the table at the end."""
+"""Options of the benchmarks, the `bench` fixture, and the table at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # harness and report, whatever pytest's import mode
+sys.path.insert(0, str(Path(__file__).parent))  # harness and report, for any import mode of pytest
 
 import harness
 import report
@@ -30,17 +30,17 @@ Bars = Mapping[str, Bar | float]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("seqkernels bench")
-    group.addoption("--threads", type=int, default=2, help="threads for ours and every peer (default 2)")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="which rows: those marked cuda, or not")
+    group.addoption("--threads", type=int, default=2, help="threads for seqkernels and all peers (default 2)")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="run the rows marked cuda, or the others")
     group.addoption("--budget", type=float, default=8.0, metavar="S", help="timing per row (default 8)")
-    group.addoption("--quick", action="store_true", help="1 second per row, slow rows left out; not for quoting")
-    group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="wait up to so long for a quiet machine")
+    group.addoption("--quick", action="store_true", help="1 second per row, without slow rows; not for publication")
+    group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="maximum wait for an idle machine")
     group.addoption(
         "--save-results",
         nargs="?",
         const="",
         metavar="FILE",
-        help="write each row to bench/results/<device>-<date>.json, or to =FILE, whose rows are kept",
+        help="write each row to bench/results/<device>-<date>.json, or append to =FILE",
     )
     group.addoption("--strict-bars", action="store_true", help="exit with an error if a bar is missed")
     group.addoption("--compile-rnn", action="store_true", help="torch.compile with experimental allow_rnn (minutes)")
@@ -51,8 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     ignored = ("ignore::pytest_benchmark.logger.PytestBenchmarkWarning", "ignore::DeprecationWarning:fbgemm_gpu.*")
     for line in ("default", *ignored):
-        config.addinivalue_line("filterwarnings", line)  # a warning of a peer is no failure here
-    config.option.benchmark_quiet = True  # our table has the ratios; --benchmark-verbose brings theirs back
+        config.addinivalue_line("filterwarnings", line)  # warnings of peers do not fail
+    config.option.benchmark_quiet = True  # replaced by the table with ratios; --benchmark-verbose shows it
     torch.set_num_threads(config.getoption("threads"))
 
 
@@ -90,7 +90,7 @@ def _say(config: pytest.Config, line: str, **markup: bool) -> None:
 
 
 def _save(config: pytest.Config) -> Path | None:
-    """The rows so far, if they are wanted: a run that is cut leaves them."""
+    """Saves the rows so far, if requested, so that an interrupted run keeps them."""
     given, run = config.getoption("save_results"), config.stash[RUN]
     if given is None:
         return None
@@ -102,11 +102,11 @@ def _save(config: pytest.Config) -> Path | None:
 
 @pytest.fixture(scope="session")
 def bench_run(request: pytest.FixtureRequest) -> Run:
-    """The run of this session: made when the first row asks for it, after a look at the machine."""
+    """The run of this session, created for the first row after the load of the machine is measured."""
     config = request.config
     load = harness.wait_until_quiet(config.getoption("wait_quiet"), report.NOISY_LOAD)
     if report.noisy(load):
-        warning = f"NOISY MACHINE: other processes hold {100 * load:.0f}% of a processor; do not quote these figures"
+        warning = f"NOISY MACHINE: other processes use {100 * load:.0f}% of a processor; do not publish these figures"
         _say(config, warning, red=True, bold=True)
     run = Run(
         date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -118,7 +118,7 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
         quick=config.getoption("quick"),
     )
     given = config.getoption("save_results")
-    if given and Path(given).exists():  # begun in another process
+    if given and Path(given).exists():  # started by another process
         run.rows += report.from_json(Path(given).read_text(encoding="utf-8")).rows
     config.stash[RUN] = run
     return run
@@ -126,7 +126,7 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
 
 @dataclass
 class Bench:
-    """What a bench function gets: each call measures one row and puts it into the table."""
+    """The fixture of benchmark functions. Each call measures one row and adds it to the table."""
 
     benchmark: Any
     run: Run
@@ -154,10 +154,10 @@ class Bench:
         tolerance: float = 2e-5,
         goals: Mapping[str, float] | None = None,
     ) -> None:
-        """Time `contenders`, ours first, alternately.
+        """Time `contenders` alternately; the first is seqkernels.
 
-        Parity is checked first: all against the first peer, or the pairs (reference, contender) given. `goals` are
-        seconds of one call that ours must not exceed, by name: listed like peers that always take so long.
+        Parity is checked first: all against the first peer, or the given pairs (reference, contender). `goals` are
+        maximum seconds of one call, by name, and are listed like peers with this time.
         """
         refused = {c.name: c.refused for c in contenders if c.refused}
         able = [c for c in contenders if not c.refused]
@@ -172,14 +172,15 @@ class Bench:
                 values[i].append(harness.sample(able[i], plan.numbers[i], plan.warm[i]))
 
             def peers() -> None:
-                # In another order each round: what one leaves behind (threads, caches, clock) meets each in turn.
+                # The order changes each round, so that the effects of a contender (threads, caches, clock) on the next
+                # are distributed.
                 others = list(range(1, len(able)))
                 first = len(values[0]) % len(others)
                 for i in others[first:] + others[:first]:
                     measure(i)
 
             meter = harness.LoadMeter()
-            # pytest-benchmark runs setup before each round: so every round is all peers once, then ours once.
+            # pytest-benchmark runs setup before each round, so each round measures all peers, then seqkernels.
             self.benchmark.pedantic(measure, args=(0,), setup=peers, rounds=plan.rounds)
             load = meter.others()
         goals = goals or {}
@@ -203,9 +204,9 @@ class Bench:
         parity: Sequence[tuple[Contender, Contender]],
         tolerance: float = 2e-5,
     ) -> None:
-        """Peak memory of a step, each in a fresh process; `contenders` maps a name to the factory's arguments."""
+        """Peak memory of a step, each in a new process; `contenders` maps a name to the arguments of the factory."""
         if not Path("/proc/self/clear_refs").exists():
-            pytest.skip("peak memory needs Linux's /proc/self/clear_refs")
+            pytest.skip("peak memory requires /proc/self/clear_refs of Linux")
         harness.check_parity(parity, tolerance)
         values: list[list[float]] = [[] for _ in contenders]
 
@@ -220,7 +221,7 @@ class Bench:
     def saved_memory(
         self, group: str, label: str, contenders: Mapping[str, tuple[Callable[[], object], Sequence[torch.Tensor]]]
     ) -> None:
-        """What autograd keeps of a forward pass; `contenders` maps a name to the pass and the tensors it was given."""
+        """Memory saved by autograd in a forward pass; `contenders` maps a name to the pass and its input tensors."""
         values = [[harness.saved_memory(forward, given)] for forward, given in contenders.values()]
         self.benchmark.pedantic(next(iter(contenders.values()))[0], rounds=1)
         self.add(Row(group, label, report.summarise(list(contenders), values, {}, {}), "MiB", rounds=0))
@@ -236,7 +237,7 @@ def bench(benchmark: Any, bench_run: Run, request: pytest.FixtureRequest) -> Ben
 
 
 def _turn(item: pytest.Item) -> int:
-    """When a row comes: @pytest.mark.cuda(turn=1) first, so that a run that is cut has what is least known."""
+    """Position of a row: @pytest.mark.cuda(turn=1) runs first, so interrupted runs have the least measured rows."""
     return min(mark.kwargs.get("turn", 5) for mark in item.iter_markers("cuda"))
 
 
@@ -250,7 +251,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("quick"):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="--quick leaves slow rows out"))
+                item.add_marker(pytest.mark.skip(reason="--quick skips slow rows"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,21 +1,21 @@
-"""Everything that a machine with a GPU and nvcc can say, in parts that end in time: `make gpu`, or
+"""Build, tests and benchmarks on a machine with a GPU and nvcc, in parts with time limits: `make gpu`, or
 
     python bench/gpu.py [--only build,tests] [--minutes 9] [--select "bench=lstm and not packed"] [--out folder]
 
-build        _C for this GPU, out of the tree in build/gpu
-tests        those marked `cuda`; in several processes where pytest-xdist is there
-memcheck     compute-sanitizer over those marked `sanitize` as well
-racecheck    likewise
-tune         the tiers of recurrent layers against each other: bench/tune.py
-bench        the rows marked `cuda`, what is least measured first
+build        builds _C for this GPU in build/gpu
+tests        runs the tests marked `cuda`, in several processes if pytest-xdist is installed
+memcheck     runs compute-sanitizer on the tests marked `cuda` and `sanitize`
+racecheck    the same with its race detection
+tune         compares the tiers of recurrent layers: bench/tune.py
+bench        runs the rows marked `cuda`, the least measured first
 
-Each part has a share of the time, and what it leaves goes to the next. A part whose time is over is interrupted, then
-killed with all its processes; what it found by then is kept. This Python must have torch with CUDA, cmake, ninja,
+Each part has a share of the time and passes unused time on to the next. A part that exceeds its time is interrupted,
+then killed with all its processes; its results so far are kept. This Python must have torch with CUDA, cmake, ninja,
 pybind11, pytest, pytest-benchmark and hypothesis; nothing is installed.
 
-Written to bench/results, or to --out: <device>-<date>.json, which bench/report.py prints, <device>-<date>-tuning.json,
-and after each part how it ended, to <device>-<date>-checks.json, where a later run adds its parts. What the parts said
-goes to build/gpu, or to --out.
+Results in bench/results, or in --out: <device>-<date>.json, which bench/report.py prints, <device>-<date>-tuning.json,
+and <device>-<date>-checks.json with the status of each part, to which later runs add their parts. The output of the
+parts is in build/gpu, or in --out.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ import tally
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
-SITE = BUILD / "site"  # what the parts run: the built module with copies of everything else
+SITE = BUILD / "site"  # the tree in which the parts run: the built module and copies of all other files
 RESULTS = ROOT / "bench" / "results"
-# Shares of the time: on 16 processors the build takes 90 s, most of it for the CPU kernels.
+# Shares of the time. On 16 processors, the build takes 90 s, mostly for the CPU kernels.
 SHARES = {"build": 110, "tests": 130, "memcheck": 45, "racecheck": 45, "tune": 45, "bench": 155}
-RESERVE = 10.0  # seconds left for writing down what was found
-GRACE = 5.0  # seconds between an interrupt and the end
-TEST_S = 60.0  # that one test or row may take, ten times that if it is marked slow: Triton compiles in some
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # tests ask torch for deterministic algorithms
-STOP = threading.Event()  # this process was told to end
+RESERVE = 10.0  # seconds reserved for writing results
+GRACE = 5.0  # seconds between an interrupt and a kill
+TEST_S = 60.0  # time limit of a test or row, ten times that if it is marked slow, because Triton compiles in some
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # required for deterministic algorithms of torch
+STOP = threading.Event()  # set by a termination signal
 
 
 def require(condition: object, what: str) -> None:
@@ -61,7 +61,7 @@ def require(condition: object, what: str) -> None:
 
 
 def deadlines(parts: Sequence[str], start: float, seconds: float) -> dict[str, float]:
-    """When each part must be over, if the parts share so many seconds from `start` on."""
+    """Deadline of each part, if the parts share `seconds` from `start` on."""
     each, whole, ends = 0.0, sum(SHARES[part] for part in parts), {}
     for part in parts:
         each += SHARES[part]
@@ -74,12 +74,12 @@ def deadlines(parts: Sequence[str], start: float, seconds: float) -> dict[str, f
 
 class Ended(NamedTuple):
     status: str  # passed, failed or cut
-    said: str
+    output: str
     code: int
 
 
 def run(command: Sequence[object], until: float, log: Path, **environment: str) -> Ended:
-    """Run a command until that time of the monotonic clock; its output is shown as it comes, and added to `log`."""
+    """Run a command until the deadline of the monotonic clock. Shows its output immediately and appends it to `log`."""
     print("$", *command, flush=True)
     paths = [str(SITE), str(SITE / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PATH": tools(), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
@@ -89,28 +89,28 @@ def run(command: Sequence[object], until: float, log: Path, **environment: str) 
         env={**os.environ, **ours, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # so that a signal reaches its children
+        start_new_session=True,  # signals also reach its children
     )
     assert process.stdout is not None
-    said: list[str] = []
-    reader = threading.Thread(target=show, args=(process.stdout, log, said), daemon=True)
+    output: list[str] = []
+    reader = threading.Thread(target=show, args=(process.stdout, log, output), daemon=True)
     reader.start()
     cut = not ends_by(process, until)
     if cut:
-        tell(process, signal.SIGINT)
+        send(process, signal.SIGINT)
         ends_by(process, time.monotonic() + GRACE, stoppable=False)
-    tell(process, signal.SIGKILL)  # children that outlive it too
+    send(process, signal.SIGKILL)  # also terminates remaining children
     code = process.wait()
     reader.join(timeout=2.0)
-    return Ended("cut" if cut else "passed" if code == 0 else "failed", "".join(said), code)
+    return Ended("cut" if cut else "passed" if code == 0 else "failed", "".join(output), code)
 
 
-def show(pipe: IO[bytes], log: Path, said: list[str]) -> None:
+def show(pipe: IO[bytes], log: Path, output: list[str]) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with pipe, open(log, "a", encoding="utf-8") as file:
         while data := os.read(pipe.fileno(), 1 << 16):
             text = decoder.decode(data)
-            said.append(text)
+            output.append(text)
             for stream in (sys.stdout, file):
                 stream.write(text)
                 stream.flush()
@@ -124,13 +124,13 @@ def ends_by(process: subprocess.Popen[bytes], until: float, *, stoppable: bool =
     return True
 
 
-def tell(process: subprocess.Popen[bytes], what: signal.Signals) -> None:
+def send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, what)
+        os.killpg(process.pid, number)
 
 
 def tools() -> str:
-    """PATH with this Python's scripts, and the usual place of the toolkit, on it."""
+    """PATH extended by the scripts of this Python and the default location of the CUDA toolkit."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 
@@ -139,7 +139,7 @@ def tools() -> str:
 
 @dataclass
 class Part:
-    """What a part is given: its end, a pytest -k expression or "", files beside which it may put its own."""
+    """Arguments of a part: its deadline, a pytest -k expression or "", and the location of its files."""
 
     name: str
     until: float
@@ -161,7 +161,7 @@ class Part:
 
 
 def stage() -> None:
-    """The tree as it is now, beside the built module."""
+    """Copies the current tree to the folder of the built module."""
     for name in ("seqkernels", "tests", "bench", "csrc"):
         ignored = shutil.ignore_patterns("_C.*so", "__pycache__", "results", "_emulated*", "_selftest*")
         shutil.copytree(ROOT / name, SITE / name, ignore=ignored, dirs_exist_ok=True)
@@ -169,7 +169,7 @@ def stage() -> None:
 
 
 def build(part: Part) -> dict[str, Any]:
-    """For this device alone, with CPU kernels that run on any processor: those of others take most of the time."""
+    """Builds for this device only, with portable CPU kernels, because other instruction sets take most of the time."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -188,12 +188,12 @@ def build(part: Part) -> dict[str, Any]:
     for step in steps:
         ended = part.run(step)
         if ended.status != "passed":
-            return {"status": ended.status, "architecture": architecture, "said": ended.said[-2000:]}
+            return {"status": ended.status, "architecture": architecture, "output": ended.output[-2000:]}
     return {"status": "passed", "architecture": architecture}
 
 
 def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tuple[dict[str, Any], str]:
-    """What pytest found, and said; begun again, without what is known, where a test ended its process."""
+    """Results and output of pytest. If a test crashes the process, pytest restarts with the remaining tests."""
     record, before = part.logs / f"{part.name}.jsonl", part.logs / f"{part.name}-before.jsonl"
     for path in (record, before):
         path.unlink(missing_ok=True)
@@ -203,13 +203,13 @@ def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tu
         "SEQKERNELS_TALLY_SECONDS": str(TEST_S),
     }
     command = [*command, "-q", "-p", "no:cacheprovider", "-p", "tally", *part.selection]
-    known, said = -1, ""
+    known, output = -1, ""
     while True:
         ended = part.run(command, **environment)
-        said += ended.said
+        output += ended.output
         found = tally.read(record)
         if ended.status != "failed" or 0 <= ended.code <= 5 or len(found.outcomes) == known:
-            break  # pytest itself said how it ended, or nothing is gained
+            break  # pytest ended normally, or a restart has made no progress
         known = len(found.outcomes)
         shutil.copy2(record, before)
     counts = found.counts()
@@ -219,20 +219,20 @@ def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tu
     if found.messages or found.unfinished():
         result |= {"failures": dict(list(found.messages.items())[:20]), "unfinished tests": found.unfinished()[:20]}
     elif status == "failed":
-        result["said"] = said[-4000:]
-    return result, said
+        result["output"] = output[-4000:]
+    return result, output
 
 
 def run_tests(part: Part) -> dict[str, Any]:
-    """In processes that share the device, where pytest-xdist is there."""
+    """Runs the tests, in several processes that share the device if pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
     return pytest_part(part, command, **DETERMINISTIC)[0]
 
 
-def sanitizer_said(text: str) -> dict[str, Any]:
-    """compute-sanitizer's counts, one of each process begun, and its first reports."""
+def sanitizer_reports(text: str) -> dict[str, Any]:
+    """Summaries of compute-sanitizer, one per process, and its first reports."""
     lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
     summaries = [line for line in lines if "SUMMARY" in line]
     reports = [line for line in lines if line not in summaries and not line.startswith("COMPUTE-SANITIZER")]
@@ -247,26 +247,26 @@ def sanitizer(part: Part) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer", path=tools())
     if program is None:
         return {"status": "no compute-sanitizer"}
-    # Only files with such tests: collecting all takes as long as running these. The files of operators run first,
-    # the recurrent layers before the others.
+    # Only files with such tests, because collecting all files takes as long as running them. The files of operators run
+    # first, the recurrent layers before the others.
     tests = SITE / "tests"
     every = sorted(tests.rglob("test_*.py"), key=lambda file: (file.parent != tests, file), reverse=True)
     files = [file.relative_to(SITE) for file in every if "sanitize" in file.read_text(encoding="utf-8")]
     wrapper = [program, f"--tool={part.name}", "--error-exitcode=86", "--target-processes=all"]
     command = [*wrapper, sys.executable, "-m", "pytest", *files, "-m", "cuda and sanitize"]
-    # torch's allocator would hide what lies outside a tensor.
-    found, said = pytest_part(part, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **DETERMINISTIC)
-    heard = sanitizer_said(said)
-    if found["status"] != "cut" and found_errors(heard["summaries"]):
+    # The caching allocator of torch would hide accesses out of bounds.
+    found, output = pytest_part(part, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **DETERMINISTIC)
+    reports = sanitizer_reports(output)
+    if found["status"] != "cut" and found_errors(reports["summaries"]):
         found["status"] = "failed"
-    return found | {"sanitizer": heard}
+    return found | {"sanitizer": reports}
 
 
 def tune(part: Part) -> dict[str, Any]:
     file = report.unused(part.out, f"{part.stem}-tuning")
     ended = part.run([sys.executable, SITE / "bench" / "tune.py", "--device", "cuda", "--save", file, *part.selection])
     return {"status": ended.status, **rows_of(file)} | (
-        {"said": ended.said[-4000:]} if ended.status == "failed" else {}
+        {"output": ended.output[-4000:]} if ended.status == "failed" else {}
     )
 
 
@@ -293,7 +293,7 @@ PARTS = {
 }
 
 
-# ---- all of it ----
+# ---- all parts ----
 
 
 def selections(given: Sequence[str]) -> dict[str, str]:
@@ -318,10 +318,10 @@ def summary(checks: dict[str, dict[str, Any]]) -> str:
 
 def machine() -> dict[str, Any]:
     missing = [n for n in ("torch", "pybind11", "pytest", "pytest_benchmark") if importlib.util.find_spec(n) is None]
-    require(not missing, f"{sys.executable} lacks {', '.join(missing)}")
+    require(not missing, f"{sys.executable} must have the packages {', '.join(missing)}")
     import torch
 
-    require(torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device")
+    require(torch.cuda.is_available(), f"torch {torch.__version__} finds no CUDA device")
     for program in ("nvcc", "cmake", "ninja"):
         require(shutil.which(program, path=tools()), f"{program} is not on PATH")
     return {
@@ -337,12 +337,12 @@ def machine() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
-    parser.add_argument("--minutes", type=float, default=9.0, help="end within so many (default 9)")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit in minutes (default 9)")
     parser.add_argument(
-        "--select", action="append", default=[], metavar="PART=EXPRESSION", help="pytest's -k of a part"
+        "--select", action="append", default=[], metavar="PART=EXPRESSION", help="expression for pytest -k of a part"
     )
-    parser.add_argument("--out", type=Path, help="a folder for results and output")
+    parser.add_argument("--out", type=Path, help="folder for results and output")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",")
     require(set(wanted) <= set(PARTS), f"--only takes {', '.join(PARTS)}; got {options.only}")

@@ -1,7 +1,7 @@
-"""Measuring: contenders that alternate in one process, parity, a quiet machine, the best matrix product and the best
-copy, peak memory.
+"""Measurements: alternating contenders in one process, parity, load of the machine, best matrix product and copy, peak
+memory.
 
-As a script it is one memory measurement in a process of its own (see `peak_memory`).
+As a script, it makes one memory measurement in a separate process (see `peak_memory`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Results = dict[str, Tensor]
 
 @dataclass
 class Contender:
-    """One way to compute a row.
+    """An implementation that computes a row.
 
-    `step` is what is timed, and makes `calls` calls; `before` runs ahead of every step, outside the timing.
-    `result` makes one step and returns what parity compares.
-    A contender that cannot take the row says why in `refused`: it is listed, not timed.
-    `work` is that of one call, where it is not the row's. `on_cuda`: the steps are work of the current CUDA device,
-    which is timed by its events.
+    step: the timed function, which makes `calls` calls. before: runs before each step and is not timed.
+    result: makes one step and returns the results for the parity test.
+    refused: the reason why the contender does not support the row; it is then listed, but not timed.
+    work: work of one call, if it differs from that of the row.
+    on_cuda: whether the steps run on the current CUDA device and are timed by events.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Contender:
 
 
 def compiled(name: str, function: Callable, make: Callable[[Callable], Contender], **options: object) -> Contender:
-    """What `make` makes of torch.compile(function) as one graph, compiled here, outside every timing.
+    """The contender make(torch.compile(function)) with one graph, which is compiled here and not timed.
 
-    `options` are those of torch._dynamo.config.
+    options: settings of torch._dynamo.config.
     """
     import torch._dynamo
 
@@ -66,7 +66,7 @@ def compiled(name: str, function: Callable, make: Callable[[Callable], Contender
                 if contender.before is not None:
                     contender.before()
                 contender.step()
-    except Exception as error:  # whatever the compiler says is the reason that the table gives
+    except Exception as error:  # the table lists the error as the reason
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if line.startswith("Explanation:")), lines[0] if lines else repr(error))
         return Contender(name, refused=reason.removeprefix("Explanation: "))
@@ -77,11 +77,10 @@ def compiled(name: str, function: Callable, make: Callable[[Callable], Contender
 
 
 def check_parity(pairs: Sequence[tuple[Contender, Contender]], tolerance: float) -> dict[str, float]:
-    """For each (reference, contender): raise unless every result of the contender is that of the reference.
+    """For each pair (reference, contender), raise if a result differs by more than `tolerance` of its largest element.
 
-    Within `tolerance` of the largest element of that result. One of the two may have fewer results than the other: a
-    padded layer has no last state of each sequence, onnxruntime has no gradients.
-    Returns the seconds that each contender took, by name.
+    One of the two may have fewer results: a padded layer has no last state of each sequence, and onnxruntime has no
+    gradients. Returns the seconds of each contender, by name.
     """
     seconds: dict[str, float] = {}
 
@@ -92,7 +91,7 @@ def check_parity(pairs: Sequence[tuple[Contender, Contender]], tolerance: float)
         seconds[contender.name] = time.perf_counter() - start
         return results
 
-    known: dict[int, Results] = {}  # a reference may take a minute: it runs once
+    known: dict[int, Results] = {}  # a reference may take a minute and runs once
     for reference, contender in pairs:
         if id(reference) not in known:
             known[id(reference)] = results_of(reference)
@@ -104,7 +103,7 @@ def check_parity(pairs: Sequence[tuple[Contender, Contender]], tolerance: float)
             if got.shape != want.shape:
                 raise AssertionError(f"{contender.name}: {key} has shape {list(got.shape)}, not {list(want.shape)}")
             error = ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
-            if not error <= tolerance:  # a NaN fails too
+            if not error <= tolerance:  # also fails for NaN
                 raise AssertionError(
                     f"{contender.name}: {key} differs from {reference.name} by {error:.2e} of its largest element; "
                     f"the tolerance is {tolerance:.0e}"
@@ -116,9 +115,9 @@ def check_parity(pairs: Sequence[tuple[Contender, Contender]], tolerance: float)
 
 
 def settle(limit_s: float = 0.25) -> None:
-    """Sleep until the worker threads of the last contender are asleep.
+    """Sleep until the worker threads of the last contender sleep.
 
-    OpenMP and onnxruntime workers spin for milliseconds after a call, on the processor that the next contender needs.
+    Workers of OpenMP and onnxruntime spin for milliseconds after a call and occupy processors of the next contender.
     """
     deadline = time.perf_counter() + limit_s
     while time.perf_counter() < deadline:
@@ -129,7 +128,7 @@ def settle(limit_s: float = 0.25) -> None:
 
 
 def sample(contender: Contender, number: int, warm: bool) -> float:
-    """Seconds per call over `number` steps, after steps that are not timed if `warm`."""
+    """Seconds per call over `number` steps, after untimed steps if `warm`."""
     if contender.on_cuda:
         return sample_on_cuda(contender, number, warm)
     before, step, clock = contender.before, contender.step, time.perf_counter
@@ -155,8 +154,9 @@ def sample(contender: Contender, number: int, warm: bool) -> float:
 
 
 def sample_on_cuda(contender: Contender, number: int, warm: bool) -> float:
-    """The same by events of the device, which never waits for the host but where a step itself is shorter than its
-    launches. What `before` does is outside the timing here as well.
+    """Seconds per call measured by CUDA events; `before` is not timed.
+
+    The device does not wait for the host, unless a step is shorter than its launches.
     """
     before, step = contender.before, contender.step
     ready = time.perf_counter() + WARM_ON_CUDA_S
@@ -186,25 +186,25 @@ def sample_on_cuda(contender: Contender, number: int, warm: bool) -> float:
 
 @dataclass
 class Plan:
-    """How a row is measured: steps per sample for each contender, and rounds."""
+    """Plan of a measurement: steps per sample for each contender, and number of rounds."""
 
     numbers: list[int]
     warm: list[bool]
     rounds: int
 
 
-MIN_SAMPLE_S = 0.02  # a sample is at least this long, so that the clock and one interrupt do not count
-WARM_BELOW_S = 0.1  # shorter steps feel the caches that the contender before left
-WARM_S = 0.05  # and on a virtual machine two idle processors may share a core for tens of milliseconds after they wake
+MIN_SAMPLE_S = 0.02  # minimum length of a sample, which limits the effect of the clock resolution and of interrupts
+WARM_BELOW_S = 0.1  # shorter steps are affected by the caches that the previous contender filled
+WARM_S = 0.05  # on a virtual machine, two idle processors may share a core for tens of milliseconds after waking up
 WARM_ON_CUDA_S = 0.01
-SLOW_S = 1.0  # a step this long needs no second look before it is timed
+SLOW_S = 1.0  # longer steps are not estimated a second time
 MIN_ROUNDS, MAX_ROUNDS = 3, 51
 
 
 def plan(contenders: Sequence[Contender], budget_s: float, known: dict[str, float]) -> Plan:
-    """Measure each contender roughly and lay out rounds that take about `budget_s` together.
+    """Estimate the time of each contender and plan rounds that take about `budget_s` in total.
 
-    `known` has the seconds of a first step by name: good enough for those that take long.
+    known: seconds of a first step by name, which is sufficient for slow contenders.
     """
     rough = []
     for contender in contenders:
@@ -215,7 +215,7 @@ def plan(contenders: Sequence[Contender], budget_s: float, known: dict[str, floa
         if seconds * contender.calls < WARM_BELOW_S:
             seconds = min(sample(contender, 3, warm=True) for _ in range(2))
         rough.append(seconds * contender.calls)
-    # Beside a slow peer there are few rounds: the fast ones then take several steps per sample.
+    # A slow peer allows few rounds; fast contenders then make several steps per sample.
     target = max(MIN_SAMPLE_S, max(rough) / 20)
     numbers = [max(1, math.ceil(target / seconds)) for seconds in rough]
     round_s = sum(number * seconds + WARM_S + 0.005 for number, seconds in zip(numbers, rough))
@@ -237,7 +237,7 @@ def no_gc() -> Iterator[None]:
 
 
 class LoadMeter:
-    """How many processors other processes, and the host through steal time, took since the meter was made."""
+    """Number of processors used by other processes, and by the host as steal time, since the creation of the meter."""
 
     def __init__(self) -> None:
         self.wall = time.perf_counter()
@@ -251,7 +251,7 @@ class LoadMeter:
 
     @staticmethod
     def _busy() -> float:
-        """Seconds for which the processors that this process may use were not idle; NaN where /proc does not tell."""
+        """Busy seconds of the processors available to this process; NaN if /proc does not provide them."""
         try:
             mine = {f"cpu{i}" for i in os.sched_getaffinity(0)}
             lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
@@ -271,7 +271,7 @@ class LoadMeter:
 
 
 def other_load(window_s: float = 1.0) -> float:
-    """Processors kept busy by others over a window in which this process sleeps."""
+    """Processors used by others in a window in which this process sleeps."""
     settle()
     meter = LoadMeter()
     time.sleep(window_s)
@@ -279,7 +279,7 @@ def other_load(window_s: float = 1.0) -> float:
 
 
 def wait_until_quiet(limit_s: float, quiet_below: float) -> float:
-    """Look at the load of others until it is low or `limit_s` is over; return the last one seen."""
+    """Measure the load of others until it is low or `limit_s` is over, and return the last measurement."""
     deadline = time.perf_counter() + limit_s
     load = other_load()
     while load > quiet_below and time.perf_counter() < deadline:
@@ -289,9 +289,9 @@ def wait_until_quiet(limit_s: float, quiet_below: float) -> float:
 
 
 def best_matmul(seconds_each: float = 0.15) -> Roof:
-    """The best float32 matrix product over sizes and over the two libraries that torch has on a CPU.
+    """The best float32 matrix product over several sizes and both CPU libraries of torch.
 
-    torch.mm is MKL, which holds back on processors of other makers; oneDNN's is often faster there.
+    torch.mm uses MKL, which is often slower than oneDNN on processors of other vendors.
     """
 
     def onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def best_matmul(seconds_each: float = 0.15) -> Roof:
             try:
                 product(a, b)
             except (AttributeError, RuntimeError, NotImplementedError):
-                break  # this torch was built without it
+                break  # torch was built without it
             settle()
             fastest, end = math.inf, time.perf_counter() + seconds_each
             while time.perf_counter() < end:
@@ -317,17 +317,17 @@ def best_matmul(seconds_each: float = 0.15) -> Roof:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first processor; 32 MiB where the system does not tell."""
+    """Size of the largest cache of the first processor in bytes; 32 MiB if it is unknown."""
     units = {"K": 2**10, "M": 2**20}
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=2**25)
 
 
 def best_copy(seconds_each: float = 0.4) -> Roof:
-    """The best copy of a block that no cache holds; bytes read and bytes written both count.
+    """The best copy of a block larger than the caches; counts bytes read and bytes written.
 
-    torch's copy fills caches with what it writes, the C library's memmove writes past them; which is faster depends on
-    the machine. memmove runs in as many threads as torch has.
+    The copy of torch writes through the caches, and memmove of the C library bypasses them; which is faster depends on
+    the machine. memmove runs in the number of threads of torch.
     """
     threads = torch.get_num_threads()
     size = min(max(2**28, 4 * last_level_cache()), 2**30)
@@ -336,7 +336,7 @@ def best_copy(seconds_each: float = 0.4) -> Roof:
 
     def move(i: int) -> None:
         start, end = i * part, size if i == threads - 1 else (i + 1) * part
-        ctypes.memmove(target.data_ptr() + start, source.data_ptr() + start, end - start)  # lets other threads run
+        ctypes.memmove(target.data_ptr() + start, source.data_ptr() + start, end - start)  # releases the GIL
 
     best = Roof(0.0, "none")
     with ThreadPoolExecutor(threads) as pool:
@@ -364,7 +364,7 @@ def best_on_cuda(name: str, work: float, step: Callable[[], object], limit_s: fl
 
 
 def best_matmul_on_cuda() -> Roof:
-    """On random numbers: zeros are faster."""
+    """Uses random numbers, because products of zeros are faster."""
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return best_on_cuda(f"torch.mm {size}x{size}x{size}, bfloat16", 2.0 * size**3, lambda: torch.mm(a, b))
@@ -378,7 +378,7 @@ def best_copy_on_cuda() -> Roof:
 
 
 Roofs = dict[str, Callable[[], Roof]]
-ROOFS: dict[str, Roofs] = {  # by device, and by the unit of a row's work
+ROOFS: dict[str, Roofs] = {  # by device and unit of work
     "cpu": {"flop": best_matmul, "byte": best_copy},
     "cuda": {"flop": best_matmul_on_cuda, "byte": best_copy_on_cuda},
 }
@@ -389,7 +389,7 @@ ROOFS: dict[str, Roofs] = {  # by device, and by the unit of a row's work
 
 @dataclass
 class MemoryCase:
-    """`warm` starts threads and loads code on a tiny input; `step` is a step of the row. All inputs exist already."""
+    """warm: starts threads and loads code with a tiny input. step: a step of the row. Both use preallocated inputs."""
 
     warm: Callable[[], object]
     step: Callable[[], object]
@@ -410,25 +410,25 @@ def _measure_memory(factory: str, arguments: dict[str, object], threads: int) ->
     case.warm()
     gc.collect()
     level = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to the present level
-    for _ in range(2):  # the second step shows what the first one kept
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM to the current level
+    for _ in range(2):  # the second step includes memory kept by the first
         case.step()
     return _status("VmHWM") - level
 
 
 def peak_memory(factory: str, arguments: dict[str, object], threads: int) -> float:
-    """MiB that a step adds at its peak to what the process held with its inputs, in a fresh process.
+    """Peak memory of a step in MiB, in addition to its inputs, in a new process.
 
-    `factory` is "module:function", which makes the MemoryCase from `arguments`. The peak is VmHWM, reset after the warm
-    step, so imports and code loading do not hide it as they do in ru_maxrss. A fixed mmap threshold makes glibc give
-    every tensor back when it is freed: the growth is what is alive together, not what the heap kept from before.
+    `factory` is "module:function", which creates the MemoryCase from `arguments`. The peak is VmHWM, reset after the
+    warm-up, so that imports and code loading do not hide it as in ru_maxrss. With a fixed mmap threshold, glibc returns
+    each freed tensor to the system, so that the peak counts the tensors that are alive at the same time.
     """
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "MALLOC_TOP_PAD_": "0",
-        "PYTHONPATH": os.pathsep.join(sys.path),  # the same packages as here
+        "PYTHONPATH": os.pathsep.join(sys.path),  # the same packages
     }
     command = [sys.executable, __file__, factory, json.dumps(arguments), str(threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -438,7 +438,7 @@ def peak_memory(factory: str, arguments: dict[str, object], threads: int) -> flo
 
 
 def saved_memory(forward: Callable[[], object], given: Sequence[Tensor]) -> float:
-    """MiB that autograd keeps for backward after a forward pass, besides the tensors given: counted, so exact."""
+    """Exact MiB that autograd saves in a forward pass, excluding the given tensors."""
     known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
 
     def keep(t: Tensor) -> Tensor:

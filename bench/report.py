@@ -1,6 +1,6 @@
-"""What a bench run found: rows, verdicts, one table, JSON.
+"""Results of a benchmark run: rows, verdicts, table, JSON.
 
-Pure functions over plain data; nothing here measures. As a script it prints a saved run again:
+Pure functions without measurements. As a script, it prints a saved run:
 
     python bench/report.py bench/results/<device>-<date>.json [--markdown]
 """
@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NOISY_LOAD = 0.15  # processors kept busy by others; above this, two-thread calls stall for milliseconds
+NOISY_LOAD = 0.15  # processors used by others; with more, two-thread calls stall for milliseconds
 WORK_RATES = {"flop": "GFLOP/s", "byte": "GB/s"}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The ratio that a claim needs.
+    """The minimum ratio of a claim.
 
-    `mean_at_least` is for the geometric mean over all `mean_rows` rows of a group that carry it.
+    mean_at_least: minimum of the geometric mean over all `mean_rows` rows of a group with this bar.
     """
 
     at_least: float | None = None
@@ -35,7 +35,7 @@ class Bar:
     mean_rows: int = 0
 
     def verdict(self, ratio: float) -> str:
-        # Written so that a NaN misses.
+        # The order of the comparison makes NaN a miss.
         reached = (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)
         return "PASS" if reached else "MISS"
 
@@ -47,7 +47,7 @@ class Bar:
 
 @dataclass
 class Entry:
-    """One contender of one row. `ratio` is the median over the rounds of this contender's value over ours."""
+    """A contender of a row. `ratio`: median over the rounds of its value divided by that of seqkernels."""
 
     name: str
     median: float = math.nan
@@ -56,7 +56,7 @@ class Entry:
     ratio_quartiles: tuple[float, float] = (math.nan, math.nan)
     bar: Bar | None = None
     refused: str = ""
-    work: float = 0.0  # of one call, where it is not the row's
+    work: float = 0.0  # work of one call, if it differs from that of the row
 
     @property
     def verdict(self) -> str:
@@ -65,21 +65,21 @@ class Entry:
 
 @dataclass
 class Row:
-    """One set of inputs; the first entry is ours, the others are the peers."""
+    """One set of inputs; the first entry is seqkernels, the others are the peers."""
 
     group: str
     label: str
     entries: list[Entry]
-    unit: str = "s"  # of median and minimum: "s" or "MiB"
-    work: float = 0.0  # useful floating point operations, or bytes, of one call
+    unit: str = "s"  # unit of median and minimum: "s" or "MiB"
+    work: float = 0.0  # useful floating-point operations, or bytes, of one call
     work_unit: str = "flop"
-    rounds: int = 1  # 0 where the figure is counted, not measured
-    other_load: float = math.nan  # processors kept busy by other processes while this row ran
+    rounds: int = 1  # 0 if the figure is counted, not measured
+    other_load: float = math.nan  # processors used by other processes during the row
 
 
 @dataclass
 class Roof:
-    """The best rate that the machine reached in this run, and how."""
+    """The best rate of the machine in this run, and how it was reached."""
 
     rate: float  # work units per second
     how: str
@@ -100,7 +100,7 @@ class Run:
 def summarise(
     names: Sequence[str], values: Sequence[Sequence[float]], bars: dict[str, Bar], refused: dict[str, str]
 ) -> list[Entry]:
-    """Entries from one list of values per contender, ours first; ratios are taken round by round."""
+    """Entries from one list of values per contender, seqkernels first; ratios are computed for each round."""
     ours = values[0]
     entries: list[Entry] = []
     for name, theirs in zip(names, values):
@@ -115,7 +115,7 @@ def summarise(
 
 
 def means(rows: Iterable[Row]) -> list[tuple[str, str, float, int, Bar]]:
-    """Geometric means asked for by the rows' bars: (group, peer, ratio, rows it covers, bar)."""
+    """Geometric means required by the bars: (group, peer, ratio, number of rows, bar)."""
     ratios: dict[tuple[str, str, Bar], list[float]] = {}
     for row in rows:
         for entry in row.entries:
@@ -149,7 +149,7 @@ def _load(load: float) -> str:
 def _conditions(row: Row) -> str:
     if row.unit == "s":
         return f"{row.rounds} rounds, others {_load(row.other_load)}"
-    return f"{row.rounds} fresh process{'es' if row.rounds > 1 else ''} each" if row.rounds else "counted"
+    return f"{row.rounds} new process{'es' if row.rounds > 1 else ''} each" if row.rounds else "counted"
 
 
 def _cells(row: Row, entry: Entry, roofs: dict[str, Roof]) -> list[str]:
@@ -192,20 +192,20 @@ def _groups(run: Run) -> dict[str, list[Row]]:
 
 
 def heading(run: Run) -> list[str]:
-    """What the figures depend on, as lines of text."""
+    """The conditions of the measurements, as lines of text."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [f"{run.device}, {run.threads} threads, {run.date}", versions]
     lines += [f"share: of {roof.rate / 1e9:.1f} {WORK_RATES[unit]}, {roof.how}" for unit, roof in run.roofs.items()]
     lines.append("ratio: median over the rounds of the contender's figure over ours; padding does not count as work")
     if run.quick:
-        lines.append("QUICK RUN: few rounds, slow rows left out; not for quoting")
+        lines.append("QUICK RUN: few rounds, without slow rows; not for publication")
     if noisy(run.other_load):
-        lines.append(f"NOISY MACHINE: other processes held {_load(run.other_load)} of a processor before the first row")
+        lines.append(f"NOISY MACHINE: other processes used {_load(run.other_load)} of a processor before the first row")
     return lines
 
 
 def closing(run: Run) -> list[str]:
-    """Geometric means, refusals, and the count of bars met and missed."""
+    """Geometric means, unsupported rows, and numbers of bars met and missed."""
     lines, verdicts = [], []
     for group, peer, ratio, count, bar in means(run.rows):
         verdict = bar.verdict(ratio) if count == bar.mean_rows else f"no verdict: {count} of {bar.mean_rows} rows"
@@ -220,7 +220,7 @@ def closing(run: Run) -> list[str]:
             elif entry.verdict:
                 verdicts.append((entry.verdict, f"{row.group}, {row.label}, {entry.name}: {entry.ratio:.2f}"))
     for (group, name, reason), count in refusals.items():
-        lines.append(f"{group}, {name}: refused on {count} rows: {reason}")
+        lines.append(f"{group}, {name}: not supported on {count} rows: {reason}")
     missed = [what for verdict, what in verdicts if verdict == "MISS"]
     disturbed = sum(noisy(row.other_load) for row in run.rows)
     if disturbed:
@@ -230,7 +230,7 @@ def closing(run: Run) -> list[str]:
 
 
 def missed_bars(run: Run) -> int:
-    """How many bars this run missed."""
+    """Number of missed bars."""
     rows = sum(entry.verdict == "MISS" for row in run.rows for entry in row.entries)
     return rows + sum(count == bar.mean_rows and bar.verdict(r) == "MISS" for _, _, r, count, bar in means(run.rows))
 
@@ -264,7 +264,7 @@ def markdown(run: Run) -> str:
 
 
 def live_line(row: Row) -> str:
-    """One row in one line, for progress while a run is going on."""
+    """One row in one line, to show progress during a run."""
     ours = row.entries[0]
     parts = [f"{ours.name} {_value(ours.median, row.unit)}"]
     for entry in row.entries[1:]:
@@ -314,7 +314,7 @@ def stem_of(run: Run) -> str:
 
 
 def unused(folder: Path, stem: str) -> Path:
-    """<folder>/<stem>.json; a second one of a day gets a number."""
+    """<folder>/<stem>.json, or with a number if the file exists."""
     path, count = folder / f"{stem}.json", 1
     while path.exists():
         count += 1
@@ -323,7 +323,7 @@ def unused(folder: Path, stem: str) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing: whoever is cut leaves the file whole."""
+    """Writes atomically, so that an interrupted process leaves a complete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
@@ -331,7 +331,7 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print a saved bench run.")
+    parser = argparse.ArgumentParser(description="Print a saved benchmark run.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()

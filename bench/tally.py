@@ -1,9 +1,9 @@
-"""A pytest plugin of gpu.py: what became of each test, written as it happens; and no test that ends the whole run.
+"""pytest plugin of gpu.py: writes the outcome of each test immediately, and ends only the process of a test that hangs.
 
-A kernel that waits for ever, or that leaves the device unusable for its process, ends the process alone: with
-pytest-xdist that is a worker, for which another one starts; without it gpu.py starts pytest again, for the tests that
-are left. In the environment: SEQKERNELS_TALLY, the file to write; SEQKERNELS_TALLY_BEFORE, one whose tests are left
-out; SEQKERNELS_TALLY_SECONDS, that a test may take, or a tenth of what one marked `slow` may.
+A kernel that hangs, or that leaves the device unusable for its process, ends its process: with pytest-xdist a worker,
+which is replaced; without it, gpu.py restarts pytest for the remaining tests. Environment variables: SEQKERNELS_TALLY,
+the file to write; SEQKERNELS_TALLY_BEFORE, a file whose tests are skipped; SEQKERNELS_TALLY_SECONDS, the time limit of
+a test, ten times that for tests marked `slow`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 OUTCOMES = ("passed", "failed", "skipped")
-AGAIN = 87  # exit status of a process that gave up with tests left
+AGAIN = 87  # exit status of a process that ends before its last test
 
 
 @dataclass
 class Tally:
-    """By the name of a test: its outcome, "" where its process ended in it or it was cut; why it failed."""
+    """Outcomes and failure messages by test; the outcome is "" if the process ended during the test."""
 
     outcomes: dict[str, str] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -44,13 +44,13 @@ def read(path: Path) -> Tally:
     for line in lines:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # the process ended while it wrote
+        except json.JSONDecodeError:  # the process ended during the write
             continue
         test = entry["test"]
-        if tally.outcomes.get(test) != "failed":  # what setup or teardown spoiled
+        if tally.outcomes.get(test) != "failed":  # setup or teardown may have failed
             tally.outcomes[test] = entry["outcome"]
         if entry["message"]:
-            tally.messages.setdefault(test, entry["message"])  # the first: a process that ends says no more of it
+            tally.messages.setdefault(test, entry["message"])  # keeps the first message
     return tally
 
 
@@ -64,7 +64,7 @@ def _in_worker() -> bool:
 
 
 def _end(why: str) -> None:
-    os.write(2, f"\n{why}: this process ends, the run goes on\n".encode())
+    os.write(2, f"\n{why}: this process ends, the run continues\n".encode())
     os._exit(AGAIN)
 
 
@@ -102,7 +102,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 class Device:
-    """Looks at it after a test that failed: an error that stays would fail all others."""
+    """Checks the device after a failed test, because a sticky error would fail all following tests."""
 
     failed = False
 
@@ -112,7 +112,7 @@ class Device:
         self.failed |= report.failed
         return report
 
-    @pytest.hookimpl(trylast=True)  # once the reports are out
+    @pytest.hookimpl(trylast=True)  # after the reports are written
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         failed, self.failed = self.failed, False
         if failed and (error := sticky_error()):

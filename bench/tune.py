@@ -1,9 +1,9 @@
-"""What the planner's choice among the tiers of recurrent layers costs: every tier that takes a shape is timed.
+"""Times each tier of recurrent layers that supports a shape, and compares the planner's choice with the best tier.
 
     python bench/tune.py [--device cuda] [--save FILE] [-k "LSTM H=1024"]
 
-The table marks where the planner's choice takes over 5 % more than the best tier; where that is so, the thresholds in
-csrc/recurrent (plan_cluster, plan_grid, plan_recurrent_cuda) are to be changed. --save writes after each shape.
+The table marks choices that take over 5 % more than the best tier, for which the thresholds in csrc/recurrent
+(plan_cluster, plan_grid, plan_recurrent_cuda) should be changed. --save writes after each shape.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from harness import Contender
 import seqkernels
 
 TIERS = ("cluster", "grid", "steps")
-PASSES = {"forward": ("forward",), "step": ("forward", "backward")}  # "step": of training
+PASSES = {"forward": ("forward",), "step": ("forward", "backward")}  # "step": a training step
 LOSS = 0.05
 DTYPE = torch.bfloat16
-STEPS = 64  # of a layer: launches and transfers of weights are then as small a share as in most layers
+STEPS = 64  # steps of a layer, for a typical share of launches and of loading the weights
 SAMPLES, SAMPLE_S = 5, 2e-3
 
 
@@ -48,7 +48,7 @@ class Layer(NamedTuple):
 
 
 def layers(words: str = "") -> list[Layer]:
-    """Those whose name has all the words; sizes about which the planner has most to decide come first."""
+    """Layers whose name contains all words, ordered by relevance for the planner."""
     sizes = itertools.product((768, 1024, 512, 640, 384, 256, 1536, 128), ("LSTM", "GRU"), (64, 16, 256, 1))
     every = [Layer(kind, B, H) for H, kind, B in sizes]
     return [layer for layer in every if all(word in str(layer).split() for word in words.split())]
@@ -56,14 +56,14 @@ def layers(words: str = "") -> list[Layer]:
 
 @dataclass
 class Timing:
-    """One layer, forward or a training step; seconds by tier."""
+    """Seconds by tier of one layer, forward or a training step."""
 
     layer: str
     what: str
-    planned: str  # the planner's tiers of its passes
+    planned: str  # tiers selected by the planner for its passes
     planned_seconds: float
     seconds: dict[str, float] = field(default_factory=dict)
-    reasons: dict[str, list[str]] = field(default_factory=dict)  # why a tier does not take it
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # reasons why a tier does not support it
 
     @property
     def best(self) -> str:
@@ -71,7 +71,7 @@ class Timing:
 
     @property
     def loss(self) -> float:
-        """By how much more time than the best tier the planner's choice takes; 0 where it is the best."""
+        """Relative additional time of the planner's choice over the best tier; 0 if it is the best."""
         return max(0.0, self.planned_seconds / self.seconds[self.best] - 1)
 
     def as_json(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Timing:
 
 class Device(Protocol):
     def plan(self, layer: Layer, tiers: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """By pass: its tier among these, or "none", and the reasons of those that do not take it."""
+        """For each pass: the tier among these, or "none", and the reasons against the others."""
 
     def seconds(self, layer: Layer, what: str, tiers: Sequence[str]) -> float: ...
 
@@ -138,7 +138,7 @@ def only(tiers: Sequence[str]) -> Iterator[None]:
 
 
 class Cuda:
-    """A device that torch knows; it keeps the module of the last layer."""
+    """A device of torch. Caches the module of the last layer."""
 
     def __init__(self, name: str) -> None:
         self.device = torch.device(name)
@@ -177,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda",), default="cuda", help="the current one")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was timed, as JSON")
-    parser.add_argument("-k", dest="words", default="", help="layers whose name has all these words, such as H=1024")
+    parser.add_argument(
+        "-k", dest="words", default="", help="layers whose name contains all these words, such as H=1024"
+    )
     options = parser.parse_args(arguments)
     if not (seqkernels.build_info()["cuda"] and torch.cuda.is_available()):
         raise SystemExit(
@@ -190,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda, "seqkernels": seqkernels.__version__},
         "dtype": str(DTYPE).removeprefix("torch."),
     }
-    with contextlib.suppress(KeyboardInterrupt):  # the rows so far are worth a table
+    with contextlib.suppress(KeyboardInterrupt):  # print the rows so far
         for layer in layers(options.words):
             timings += measured(layer, device)
             print(f"{layer}: {len(timings)} timed", flush=True)

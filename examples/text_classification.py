@@ -1,13 +1,13 @@
-"""Classify texts of very different lengths, once with a layer of torch.nn and once with its namesake of seqkernels.nn.
+"""Classify texts of different lengths with a layer of torch.nn and with the same layer of seqkernels.nn.
 
-    python examples/text_classification.py                                    # docstrings of Python's own library, LSTM
+    python examples/text_classification.py                                    # docstrings of Python's library, LSTM
     python examples/text_classification.py --data ag_news.csv                 # AG News, a small LSTM
     python examples/text_classification.py --data ag_news.csv --preset large  # AG News, two layers, both directions
     python examples/text_classification.py --model bag                        # the mean of token vectors, EmbeddingBag
 
-Both models start from the same weights and see the same batches in the same order, taking turns epoch by epoch.
-At the end come a table, the largest differences between the two, and a picture of losses and times.
-Nothing is downloaded. Needs tokenizers, tqdm and matplotlib.
+Both models start with the same weights and train on the same batches in the same order, alternating by epoch. The
+output is a table, the maximum differences between the two, and a plot of losses and times. Nothing is downloaded.
+Requires tokenizers, tqdm and matplotlib.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import seqkernels
 
-# "nudged" is torch again, from weights moved by one rounding: how far does rounding alone drive two trainings apart?
+# "nudged" is torch with weights perturbed by one rounding, which shows the effect of rounding on training.
 LAYERS: dict[str, dict[str, type[nn.Module]]] = {
     "lstm": {"torch": nn.LSTM, "seqkernels": seqkernels.nn.LSTM, "nudged": nn.LSTM},
     "bag": {"torch": nn.EmbeddingBag, "seqkernels": seqkernels.nn.EmbeddingBag, "nudged": nn.EmbeddingBag},
@@ -47,11 +47,11 @@ PRESETS = {
     "small": {"embedding": 64, "hidden": 32, "layers": 1, "bidirectional": False, "batch": 16, "epochs": 8},
     "large": {"embedding": 300, "hidden": 256, "layers": 2, "bidirectional": True, "batch": 64, "epochs": 3},
 }
-# At the same weights the two may differ by rounding only: the loss of a batch, and its gradient as a share of its norm.
+# Limits of rounding differences with equal weights: the loss of a batch, and its gradient relative to its norm.
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 PAD, UNKNOWN = 0, 1  # token ids
 
-# The topic of a docstring is that of the module or package it stands in. A name that this Python lacks does no harm.
+# The topic of a docstring is that of its module or package. Modules that this Python does not have are ignored.
 TOPICS = {
     "networking": """cgi ftplib http imaplib ipaddress nntplib poplib smtpd smtplib socket socketserver ssl telnetlib
         urllib webbrowser wsgiref xmlrpc""",
@@ -68,21 +68,21 @@ AG_NEWS = ["world", "sports", "business", "science"]
 
 Texts = list[tuple[str, int]]  # text, index of its class
 Samples = list[tuple[Tensor, int]]  # token ids [T], index of the class
-Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T], lengths [B], classes [B]; of bags: tokens [N], offsets [B]
+Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T], lengths [B], classes [B]; for bags, tokens [N], offsets [B]
 
 
 def read_standard_library() -> tuple[list[str], Texts]:
-    """The docstrings of the running Python's standard library; its source is parsed, nothing is imported."""
+    """Docstrings of the standard library of this Python, parsed from its source without imports."""
     root = Path(sysconfig.get_path("stdlib"))
     names = list(TOPICS)
     topic_of = {module: names.index(topic) for topic, modules in TOPICS.items() for module in modules.split()}
-    texts: dict[str, int] = {}  # by text: one that occurs twice must not be in both training and validation
+    texts: dict[str, int] = {}  # by text, so that duplicates are not in both training and validation
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[0] not in topic_of or {"test", "tests"} & set(parts):
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in somebody else's string literals
+            warnings.simplefilter("ignore")  # invalid escapes in string literals
             tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -90,7 +90,7 @@ def read_standard_library() -> tuple[list[str], Texts]:
                 if len(text.split()) >= 6:
                     texts.setdefault(text, topic_of[parts[0]])
     if len(texts) < 1000:
-        raise ValueError(f"{root}: hardly any source of the standard library is here; give texts with --data")
+        raise ValueError(f"{root}: must contain the source of the standard library; use --data instead")
     return names, list(texts.items())
 
 
@@ -109,8 +109,8 @@ def read_ag_news(path: Path) -> tuple[list[str], Texts]:
             continue
         if len(row) != 3 or row[0] not in {"1", "2", "3", "4"} or not "".join(row[1:]).strip():
             raise ValueError(f'{path}: row {number} must be "class 1-4","title","description", got {str(row)[:100]}')
-        text = " ".join(row[1:]).replace("\\", " ")  # a backslash stands where a line ended,
-        text = html.unescape(re.sub(r"(?<!&)#(\d+);", r"&#\1;", text))  # and "#36;" where a dollar sign was
+        text = " ".join(row[1:]).replace("\\", " ")  # a backslash replaces a line break,
+        text = html.unescape(re.sub(r"(?<!&)#(\d+);", r"&#\1;", text))  # and "#36;" a dollar sign
         texts.setdefault(text, int(row[0]) - 1)
     if len(texts) < 100:
         raise ValueError(f"{path}: must hold at least 100 texts, got {len(texts)}")
@@ -118,7 +118,7 @@ def read_ag_news(path: Path) -> tuple[list[str], Texts]:
 
 
 def tokenize(train: Texts, valid: Texts, vocab: int, max_length: int) -> tuple[int, Samples, Samples]:
-    """Learn byte-pair encoding from the training texts; return the vocabulary's size and both sets as token ids."""
+    """Learn byte-pair encoding from the training texts; return the vocabulary size and both sets as token ids."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # words and punctuation
@@ -147,7 +147,7 @@ def padded_batches(samples: Samples, size: int) -> list[Batch]:
 
 
 def bag_batches(samples: Samples, size: int) -> list[Batch]:
-    """Texts one behind the other, and where each begins: nothing is padded."""
+    """Batches of concatenated texts and their offsets, without padding."""
     result = []
     for start in range(0, len(samples), size):
         tokens, labels = zip(*samples[start : start + size], strict=True)
@@ -174,9 +174,9 @@ class LSTMClassifier(nn.Module):
 
 
 class BagClassifier(nn.Module):
-    """The mean, sum or maximum of a text's token vectors, and a linear layer; only the class of the bag differs.
+    """The mean, sum or maximum of the token vectors, and a linear layer; only the class of the bag differs.
 
-    With a mean, the classifier of Joulin et al. 2016, https://arxiv.org/abs/1607.01759 (fastText).
+    With a mean, it is the classifier of Joulin et al. 2016, https://arxiv.org/abs/1607.01759 (fastText).
     """
 
     def __init__(self, bag: type[nn.Module], vocab: int, classes: int, args: argparse.Namespace) -> None:
@@ -194,7 +194,7 @@ BATCHES = {"lstm": padded_batches, "bag": bag_batches}
 
 @dataclass
 class Run:
-    """One model in training, and what it has done so far."""
+    """A model in training and its history."""
 
     name: str
     model: nn.Module
@@ -207,7 +207,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # one per epoch: the sum of its training steps
 
     def __post_init__(self) -> None:
-        # fused: one pass over the parameters, lest updating the embeddings take longer than the layer
+        # fused: a single pass over the parameters; otherwise the update of the embeddings takes longer than the layer
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
 
     def step(self, batch: Batch) -> float:
@@ -241,13 +241,13 @@ class Run:
 
 
 def start_runs(vocab: int, classes: int, args: argparse.Namespace) -> list[Run]:
-    """The models to train, all with the weights of the first."""
+    """The models, all with the weights of the first."""
     runs: list[Run] = []
     for name in args.models:
         torch.manual_seed(args.seed)
         model = CLASSIFIERS[args.model](LAYERS[args.model][name], vocab, classes, args)
         if runs:
-            model.load_state_dict(runs[0].model.state_dict())  # torch.nn and seqkernels.nn name them alike
+            model.load_state_dict(runs[0].model.state_dict())  # torch.nn and seqkernels.nn have the same names
         if name == "nudged":
             with torch.no_grad():
                 for weight in model.layer.parameters():
@@ -257,7 +257,7 @@ def start_runs(vocab: int, classes: int, args: argparse.Namespace) -> list[Run]:
 
 
 def difference(first: nn.Module, second: nn.Module, data: list[Batch]) -> list[tuple[float, float]]:
-    """Copy the first model's weights to a copy of the second; return the differences in loss and gradient by batch."""
+    """Differences in loss and gradient by batch, between the first model and a copy of the second with its weights."""
     second = copy.deepcopy(second)
     second.load_state_dict(first.state_dict())
     result = []
@@ -273,10 +273,10 @@ def difference(first: nn.Module, second: nn.Module, data: list[Batch]) -> list[t
 
 
 def train(runs: list[Run], samples: Samples, valid: list[Batch], args: argparse.Namespace) -> list[tuple[float, float]]:
-    """Train all models, taking turns epoch by epoch; return the difference of torch and seqkernels after each epoch."""
+    """Train all models, alternating by epoch; return the difference of torch and seqkernels after each epoch."""
     differences: list[tuple[float, float]] = []
     models = {run.name: run.model for run in runs}
-    for run in runs:  # what a first call sets up belongs to no epoch
+    for run in runs:  # excludes the setup of the first call from the timing
         Run(run.name, copy.deepcopy(run.model), run.lr, run.clip).step(valid[0])
     steps = args.epochs * len(runs) * -(-len(samples) // args.batch)
     with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
@@ -294,7 +294,7 @@ def train(runs: list[Run], samples: Samples, valid: list[Batch], args: argparse.
 
 
 def speedups(runs: list[Run]) -> list[float]:
-    """How many times as long torch took, epoch by epoch."""
+    """Ratio of the times of torch and seqkernels, by epoch."""
     seconds = {run.name: run.seconds for run in runs}
     if not {"torch", "seqkernels"} <= set(seconds):
         return []
@@ -302,7 +302,7 @@ def speedups(runs: list[Run]) -> list[float]:
 
 
 def table(runs: list[Run]) -> str:
-    """Markdown, one row per epoch; the last row holds the medians."""
+    """Markdown table with one row per epoch and the medians in the last row."""
     ratios = speedups(runs)
     header = ["epoch", *(f"{run.name} {what}" for what in ("loss", "acc", "s") for run in runs)]
     rows = [
@@ -326,29 +326,29 @@ def table(runs: list[Run]) -> str:
 
 
 def compare(runs: list[Run], differences: list[tuple[float, float]]) -> bool:
-    """Print how far apart the models are; return whether torch and seqkernels are equal within rounding."""
+    """Print the differences between the models; return whether torch and seqkernels are equal within rounding."""
     equal = True
     if differences:
-        loss, gradient = np.max(differences, axis=0)  # of numpy: NaN is its largest number, and is not below a limit
+        loss, gradient = np.max(differences, axis=0)  # np.max propagates NaN, which exceeds the limits
         equal = bool(loss <= LOSS_LIMIT and gradient <= GRADIENT_LIMIT)
-        print(f"At the same weights, tried after every epoch: {'' if equal else 'NOT '}equal within rounding.")
+        print(f"With the same weights, compared after each epoch: {'' if equal else 'NOT '}equal within rounding.")
         print(f"  loss of a batch: differs by at most {loss:.1e} (limit {LOSS_LIMIT:.0e})")
         print(f"  its gradient: by at most {gradient:.1e} of its norm (limit {GRADIENT_LIMIT:.0e})")
     if len(runs) > 1:
-        print("In training each step enlarges the rounding of the steps before it. Difference in loss, by epoch:")
+        print("Training amplifies rounding differences from step to step. Difference in loss, by epoch:")
     for run in runs[1:]:
         drift = (abs(loss - first) for loss, first in zip(run.loss, runs[0].loss, strict=True))
         print(f"  {run.name} from {runs[0].name}: {' '.join(f'{d:.0e}' for d in drift)}")
     if differences and "nudged" not in {run.name for run in runs}:
-        print("  (--models torch seqkernels nudged adds torch against itself, from weights moved by one rounding.)")
+        print("  (--models torch seqkernels nudged adds torch with weights perturbed by one rounding.)")
     return equal
 
 
 def draw(runs: list[Run], title: str, path: Path) -> None:
-    """Left: loss by epoch. Middle: the same losses by time spent in training steps. Right: seconds per epoch."""
+    """Left: loss by epoch. Middle: loss by time spent in training steps. Right: seconds per epoch."""
     colors = {"torch": "#f0a45d", "seqkernels": "#14507f", "nudged": "#b9c4cc"}
     epochs, steps = len(runs[0].loss), len(runs[0].step_loss)
-    window = max(1, min(50, steps // (2 * epochs)))  # steps that one point of a curve averages
+    window = max(1, min(50, steps // (2 * epochs)))  # number of steps averaged per point
     figure = Figure(figsize=(13.5, 4.6), layout="constrained")
     by_epoch, by_time, bars = figure.subplots(1, 3)
     figure.suptitle(title, fontsize=10, color="#555555")
@@ -357,7 +357,7 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
         loss = np.convolve(run.step_loss, np.full(window, 1 / window), mode="valid")
         step = np.arange(len(loss)) + window // 2
         seconds = np.cumsum(run.step_seconds)[step]
-        # Each curve is narrower than the one under it, so that equal ones can be seen to be equal.
+        # Each curve is narrower than the previous one, so that equal curves remain visible.
         by_epoch.plot(step * epochs / steps, loss, color=color, linewidth=6 / (1 + 2 * i), label=run.name)
         by_time.plot(seconds, loss, color=color, linewidth=2, label=f"{run.name}, {sum(run.seconds):.1f} s")
         left = np.arange(1, epochs + 1) + (i - len(runs) / 2) * width
@@ -391,7 +391,7 @@ def parse_arguments() -> argparse.Namespace:
         return int(text)
 
     parser = argparse.ArgumentParser(
-        description="Train a text classifier on a layer of torch.nn and on its namesake of seqkernels.nn, side by side."
+        description="Train a text classifier with a layer of torch.nn and with the same layer of seqkernels.nn."
     )
     presets = "; ".join(
         f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items())}" for name, preset in PRESETS.items()
@@ -400,23 +400,23 @@ def parse_arguments() -> argparse.Namespace:
     option(
         "--data", type=Path, help='a CSV file of "class 1-4","title","description"; without it, docstrings of Python'
     )
-    option("--model", choices=CLASSIFIERS, default="lstm", help="lstm, or bag: no order, no padding (%(default)s)")
-    option("--pool", choices=["mean", "sum", "max"], default="mean", help="what a bag does (%(default)s)")
-    option("--preset", choices=PRESETS, default="small", help=f"where the next six start from: {presets}")
-    option("--embedding", type=count, help="size of a token's vector")
-    option("--hidden", type=count, help="size of the LSTM's hidden state")
+    option("--model", choices=CLASSIFIERS, default="lstm", help="lstm, or bag, which ignores the order (%(default)s)")
+    option("--pool", choices=["mean", "sum", "max"], default="mean", help="reduction of a bag (%(default)s)")
+    option("--preset", choices=PRESETS, default="small", help=f"defaults of the next six options: {presets}")
+    option("--embedding", type=count, help="size of the token vectors")
+    option("--hidden", type=count, help="hidden size of the LSTM")
     option("--layers", type=count, help="layers of the LSTM")
-    option("--bidirectional", action=argparse.BooleanOptionalAction, help="read each text both ways")
+    option("--bidirectional", action=argparse.BooleanOptionalAction, help="use a bidirectional LSTM")
     option("--batch", type=count, help="texts per training step")
-    option("--epochs", type=count, help="how often each text is seen")
+    option("--epochs", type=count, help="number of epochs")
     option("--lr", type=float, default=1e-3, help="learning rate of Adam (%(default)s)")
-    option("--clip", type=float, default=1.0, help="largest norm of the gradient, 0 for no limit (%(default)s)")
-    option("--vocab", type=count, default=8000, help="most tokens to learn (%(default)s)")
-    option("--max-length", type=count, default=512, help="tokens after which a text is cut (%(default)s)")
-    option("--seed", type=int, default=0, help="of the split, the weights and the order (%(default)s)")
+    option("--clip", type=float, default=1.0, help="maximum norm of the gradient, 0: unlimited (%(default)s)")
+    option("--vocab", type=count, default=8000, help="maximum size of the vocabulary (%(default)s)")
+    option("--max-length", type=count, default=512, help="maximum tokens per text (%(default)s)")
+    option("--seed", type=int, default=0, help="seed of the split, the weights and the order (%(default)s)")
     option("--threads", type=count, default=torch.get_num_threads(), help="threads of torch (%(default)s)")
     names = list(LAYERS["lstm"])
-    option("--models", nargs="+", choices=names, default=names[:2], help="whose layer to train (the first two)")
+    option("--models", nargs="+", choices=names, default=names[:2], help="models to train (the first two)")
     option("--output", type=Path, default=Path("text_classification.png"), help="the picture (%(default)s)")
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     args = parser.parse_args()
@@ -448,7 +448,7 @@ def main() -> int:
         layer = f"embedding {args.embedding}, hidden {args.hidden}, {layers}, {directions}"
     shape = f"{layer}, batch {args.batch}"
     print(f"data: {source}, {len(texts)} texts: {', '.join(f'{name} {sizes[name]}' for name in names)}")
-    print(f"always guessing the largest class: {max(sizes.values()) / len(texts):.1%}; {held_out} texts validate")
+    print(f"largest class: {max(sizes.values()) / len(texts):.1%}; {held_out} texts for validation")
     print(f"tokens per text: median {statistics.median(lengths):.0f}, mean {statistics.mean(lengths):.0f}, ", end="")
     print(f"longest {max(lengths)}; vocabulary {vocab}")
     print(f"model: {shape}, Adam {args.lr:g}, clip {args.clip:g}, seed {args.seed}")
@@ -459,7 +459,7 @@ def main() -> int:
     print(f"\n{table(runs)}\n")
     print("Training steps in all: " + ", ".join(f"{run.name} {sum(run.seconds):.1f} s" for run in runs))
     if any(max(run.seconds) > 1.5 * min(run.seconds) for run in runs):
-        print("Epochs of one model took very different times: time again when no other process is busy.")
+        print("Times of epochs vary considerably: repeat the run when no other process is busy.")
     equal = compare(runs, differences)
     draw(runs, f"{source}: {shape}", args.output)
     print(f"picture: {args.output}")

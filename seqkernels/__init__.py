@@ -22,11 +22,13 @@ __all__ = ["build_info", "explain", "functional", "nn", "reference"]
 
 
 def build_info() -> dict[str, Any]:
-    """What was built and what runs.
+    """Properties of this build and the instruction set in use.
 
     Returns:
-        version; torch: the release built against (the binary serves 2.11 and later); isa: the instruction set in use;
-        isas: those built that this processor has; cuda: whether CUDA kernels were built; cuda_architectures: where they
-        were, the compute capabilities, 90 for 9.0; compiler.
+        version: of seqkernels.
+        torch: the release that the build was compiled against; the binary runs with 2.11 and later.
+        isa: the instruction set in use. isas: the instruction sets built that this processor supports.
+        cuda: whether CUDA kernels were built. cuda_architectures: with CUDA, their compute capabilities, 90 for 9.0.
+        compiler: name and version.
     """
     return {"version": __version__, **_C.build_info()}

@@ -1,8 +1,8 @@
-"""Which implementation of an operator runs for given inputs, and why the others do not.
+"""Dispatch of an operator to one of its implementations.
 
-An implementation is a name and a function `unsupported(request) -> list[str]`, the reasons why it cannot run. Of an
-operator's implementations the first without a reason runs; `backend="name"` runs that one or raises. A new
-implementation is one entry of the operator's table.
+An implementation is a name and a function `unsupported(request) -> list[str]` that returns the reasons why it cannot
+run a call. A call is dispatched to the first implementation without reasons; `backend="name"` selects one, which runs
+or raises. A new implementation is one entry in the table of its operator.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _CUDA_BUILT: bool = _C.build_info()["cuda"]
 
 
 class Request(NamedTuple):
-    """What the choice depends on."""
+    """Properties of a call that determine its implementation."""
 
     device: torch.device
     dtype: torch.dtype
-    layer: tuple[Kind, int, bool] | None = None  # of a recurrent layer: kind, heads, whether it is projected
-    extras: Sequence[str] = ()  # what the call asks for that torch's own attention, or bags in Triton, do not have
-    masked: bool = False  # of attention: whether there is a mask, dropout or Dv other than D
+    layer: tuple[Kind, int, bool] | None = None  # recurrent layers: kind, number of heads, whether it has a projection
+    extras: Sequence[str] = ()  # options in use that torch's attention, or bags in Triton, do not support
+    masked: bool = False  # attention: whether the call has a mask, dropout or Dv != D
     named: bool = False  # whether `backend` names the implementation
 
 
-Implementations = Mapping[str, Callable[[Request], list[str]]]  # by name, in the order of preference
+Implementations = Mapping[str, Callable[[Request], list[str]]]  # name -> unsupported(), in order of preference
 
 
 def choose(
@@ -48,21 +48,22 @@ def choose(
     what: str = "an input",
     shape: Sequence[int] | None = None,
 ) -> str:
-    """The name of the implementation that runs.
+    """Name of the implementation that runs the call.
 
     Args:
-        op: public name, for errors.
-        backend: the one that must run, or None.
-        what, shape: the input that the request describes, for errors.
+        op: public name of the operator, for error messages.
+        backend: name of the implementation to use, or None for the first that supports the request.
+        what, shape: the input that the request describes, for error messages.
     Raises:
-        ValueError: backend is no name of an implementation.
-        NotImplementedError: that one, or with None every one, cannot run; the message lists the reasons.
+        ValueError: `backend` is not the name of an implementation.
+        NotImplementedError: the selected implementation, or with None each of them, does not support the request; the
+            message lists the reasons.
     """
     if backend is None:
         for name, unsupported in implementations.items():
             if not unsupported(request):
                 return name
-        refuse(op, implementations, request, what, shape)
+        raise_unsupported(op, implementations, request, what, shape)
     if backend not in implementations:
         raise ValueError(f"{op}: backend must be None, {', '.join(implementations)}, got {backend!r}")
     reasons = implementations[backend](request._replace(named=True))
@@ -72,22 +73,23 @@ def choose(
 
 
 def unsupported(implementations: Implementations, request: Request) -> dict[str, list[str]]:
-    """For each implementation the reasons why it cannot run."""
+    """For each implementation, the reasons why it cannot run."""
     return {name: reasons_of(request) for name, reasons_of in implementations.items()}
 
 
-def refuse(
+def raise_unsupported(
     op: str, implementations: Implementations, request: Request, what: str, shape: Sequence[int] | None = None
 ) -> NoReturn:
+    """Raises NotImplementedError with the reasons of each implementation."""
     of_shape = "" if shape is None else f" of shape {list(shape)}"
     reasons = (f"{name}: {'; '.join(why)}" for name, why in unsupported(implementations, request).items())
     raise NotImplementedError(
-        f"{op}: no backend takes {what}{of_shape}, {request.dtype}, on {request.device}. {'. '.join(reasons)}."
+        f"{op}: no backend supports {what}{of_shape}, {request.dtype}, on {request.device}. {'. '.join(reasons)}."
     )
 
 
 def require(op: str, implementations: Implementations, input: Tensor, what: str = "an input") -> None:
-    """Raises where no implementation takes a tensor of this device and dtype, or `input` is no tensor."""
+    """Raises if `input` is not a tensor or no implementation supports its device and dtype."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
     choose(op, implementations, Request(input.device, input.dtype), None, what, input.shape)
@@ -112,7 +114,7 @@ def on_cuda(request: Request) -> list[str]:
     """The CUDA kernels."""
     reasons, device = [], request.device
     if not _CUDA_BUILT:
-        reasons.append("this build has none: they are built where torch has CUDA and nvcc is found")
+        reasons.append("this build has no CUDA kernels: building them requires a torch with CUDA, and nvcc")
     if device.type != "cuda":
         reasons.append(f"the tensors are on {device}")
     elif not torch.compiler.is_compiling():
@@ -125,7 +127,7 @@ def on_cuda(request: Request) -> list[str]:
 
 @functools.cache
 def _too_old(device: torch.device) -> list[str]:
-    """The device may be that of a fake tensor."""
+    """Reasons based on the compute capability; none for the CUDA device of a fake tensor on a machine without GPU."""
     if not torch.cuda.is_available():
         return []
     major, minor = torch.cuda.get_device_capability(device)
@@ -134,8 +136,11 @@ def _too_old(device: torch.device) -> list[str]:
 
 @functools.cache
 def _not_built_for(device: torch.device) -> list[str]:
-    """Code of compute capability x.y runs on x.z with z >= y, and the build has code for later capabilities if it has
-    that for 10.0, as PTX."""
+    """Reasons based on the architectures of the build.
+
+    Code for compute capability x.y runs on x.z with z >= y. A build for 10.0 also contains PTX, which runs on all later
+    capabilities.
+    """
     built: list[int] = _C.build_info().get("cuda_architectures", [])
     if not built or not torch.cuda.is_available():
         return []
@@ -146,12 +151,12 @@ def _not_built_for(device: torch.device) -> list[str]:
 
 
 def cuda_runs_on(device: torch.device) -> bool:
-    """Whether this build has CUDA kernels for a CUDA device."""
+    """Whether this build has CUDA kernels for `device`, a CUDA device."""
     return _CUDA_BUILT and not _too_old(device) and not _not_built_for(device)
 
 
 def unsupported_layer_on_cuda(kind: Kind, num_heads: int, projected: bool) -> list[str]:
-    """Reasons why no CUDA kernel runs a recurrent layer, whatever its size; plan_recurrent_cuda in C++ has the same."""
+    """Reasons why the CUDA kernels cannot run a recurrent layer of any size, as in plan_recurrent_cuda in C++."""
     reasons = []
     if not kind.cuda:
         reasons.append(f"{kind.name} has no CUDA kernel")
@@ -166,9 +171,9 @@ TRITON_KINDS = ("lstm", "lstm_coupled", "gru", "gru_before", "mgu", "mgu_after",
 
 
 def in_triton(request: Request) -> list[str]:
-    """The Triton kernels of recurrent layers and bags. On CUDA they run what the CUDA kernels do not.
+    """The Triton kernels of recurrent layers and bags, for calls on CUDA that the CUDA kernels do not support.
 
-    On the CPU, Triton's interpreter runs them in numpy where TRITON_INTERPRET=1 and `backend` names them.
+    With TRITON_INTERPRET=1 and backend="triton", Triton's interpreter runs them on CPU tensors.
     """
     reasons, device = [], request.device
     if device.type == "cuda":
@@ -192,12 +197,13 @@ def in_triton(request: Request) -> list[str]:
 
 
 def _interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: it does if TRITON_INTERPRET is set when they are imported."""
+    """Whether Triton's interpreter runs the kernels, which TRITON_INTERPRET determines when they are imported."""
     launch = sys.modules.get("seqkernels.triton.recurrent.launch")
     return os.environ.get("TRITON_INTERPRET") == "1" if launch is None else launch.interpreted()
 
 
 def attention_in_triton(request: Request) -> list[str]:
+    """The Triton kernels of attention."""
     reasons = []
     if request.device.type != "cuda":
         reasons.append(f"the tensors are on {request.device}")

@@ -1,4 +1,4 @@
-"""Which kernel serves an operator of a given shape, and how its work is cut. Every number comes from seqkernels._C."""
+"""`explain`: the kernel that runs an operator and its work partition. All numbers come from seqkernels._C."""
 
 from __future__ import annotations
 
@@ -46,46 +46,50 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """Which kernel serves an operator of a given shape, and how its work is cut among threads.
+    """Reports the kernel that runs an operator for given sizes, and its work partition.
 
     Args:
         op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm, slstm_exp, gru, gru_before, gru_norm,
-            gru_projected, dreamer_gru, mgu, mgu_after, rnn_tanh or rnn_relu. The name of a module is the kind that its
-            default options run; rnn is rnn_tanh. Or embedding_bag, or scaled_dot_product_attention.
+            gru_projected, dreamer_gru, mgu, mgu_after, rnn_tanh or rnn_relu; or embedding_bag; or
+            scaled_dot_product_attention. The name of a module selects the kind of its default options; rnn is rnn_tanh.
         dtype, device: of the input.
-    Of a recurrent layer:
+    Args of recurrent layers:
         T, B, D, H: steps, sequences, input size, hidden size.
         proj_size=0, num_heads=1, bidirectional=False: as in the modules.
-        lengths: [B] real steps of each sequence; all T if absent. On CUDA they make no difference.
-        options: names of the options that are on, such as "peephole", "zoneout_h", "reset" or "memory_efficient"
-            (dropouts are on in training only). Options that choose a kind, such as layer_norm, are part of `op`.
-        capability=(9, 0), multiprocessors=132, shared_memory=232448: a CUDA device, with the bytes of shared memory
-            that a block may use. It need not exist. Absent: the current device.
-    Of embedding_bag:
+        lengths: [B] valid steps of each sequence; T by default. Only the CPU plan depends on them.
+        options: names of the options in use, such as "peephole", "zoneout_h", "reset" or "memory_efficient". Dropout
+            counts in training only. Options that select a kind, such as layer_norm, are part of `op`.
+        capability=(9, 0), multiprocessors=132, shared_memory=232448: describe a CUDA device, which need not be
+            present; shared_memory is the maximum in bytes per block. Default: the current device.
+    Args of embedding_bag:
         E, D, N, B: table rows, columns, indices, bags.
         mode="mean": sum, mean, max or min.
-    Of scaled_dot_product_attention:
-        B, Hq, Tq, Tk, D: as there. Hk=Hq, Dv=D, is_causal=False.
-        masked=False: whether there is a mask or dropout.
-        extras: other arguments that are given, such as "lengths".
-        backend: as there.
+    Args of scaled_dot_product_attention:
+        B, Hq, Tq, Tk, D, Hk=Hq, Dv=D, is_causal=False, backend: as in the function.
+        masked=False: whether the call has a mask or dropout.
+        extras: names of other arguments in use, such as "lengths".
     Returns:
-        kernel: the implementation that runs: cpu, cuda or triton; of attention cpu, triton or torch.
-        unsupported: for each other implementation the reasons why it does not run.
-        On a CPU also isa, the instruction set, and threads, how many run:
-            of a layer row_groups (sets of independent sequences) x unit_groups (shares of the hidden units, with a
-            barrier at every step) x directions;
-            of attention tasks, what the threads share, and block, queries and keys of one block.
-        Of a layer on CUDA forward and backward, each with tier (cluster or grid: one launch for all steps; steps: one
-            launch a step; none), reasons (why the tiers before it do not run), grid, block and shared_bytes of the
-            launch, cluster (blocks of a cluster, or of one of the `teams` that share a direction of a grid), rows
-            (sequences of one cluster or team) and workspace (bytes).
-        Of a layer in Triton forward and backward, each with tier (layer: one launch for all steps; steps: one launch a
-            step), reasons, grid, rows (sequences of one program) and warps (of one program).
+        kernel: the implementation that runs: cpu, cuda or triton; for attention cpu, triton or torch.
+        unsupported: for each other implementation, the reasons why it does not run.
+        On a CPU: isa, the instruction set, and threads, the number of threads in use.
+            Layers: row_groups (groups of independent sequences) x unit_groups (groups of hidden units, with a barrier
+            at each step) x directions.
+            Attention: tasks, the work items distributed over threads; block, the queries and keys of a tile.
+        Layers on CUDA: forward and backward, each with
+            tier: cluster or grid, one launch for all steps; steps, one launch per step; none.
+            reasons: why the preceding tiers do not run.
+            grid, block, shared_bytes: of the launch.
+            cluster: blocks per cluster, or per team in the grid tier, where `teams` teams share a direction.
+            rows: sequences per cluster or team.
+            workspace: bytes.
+        Layers in Triton: forward and backward, each with
+            tier: layer, one launch for all steps; steps, one launch per step.
+            reasons, grid: as on CUDA.
+            rows: sequences per program. warps: warps per program.
     Raises:
-        ValueError: no such op, option or mode, a size is out of range, or a device is described in part or absent.
-        TypeError: a size is absent, or is none of this op.
-        NotImplementedError: no implementation takes such inputs.
+        ValueError: unknown op, option or mode; a size out of range; an incomplete or missing description of a device.
+        TypeError: a required size is missing, or an argument does not apply to the op.
+        NotImplementedError: no implementation supports the inputs.
     """
     given: dict[str, Any] = {
         name: value
@@ -142,7 +146,7 @@ _CHOOSE_THE_KIND = ("coupled_gates", "layer_norm", "reset_after", "num_heads")
 def _check_options(kind: Kind, names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise TypeError(f"explain: options must be a sequence of names, got {names!r}")
-    known = [*(name for name in family_of(kind).takes if name not in _CHOOSE_THE_KIND), "reset"]
+    known = [*(name for name in family_of(kind).supported if name not in _CHOOSE_THE_KIND), "reset"]
     for name in names:
         if name not in known:
             raise ValueError(f"explain: options of {kind.name} must be some of {', '.join(known)}, got {name!r}")
@@ -211,7 +215,7 @@ def _explain_recurrent(
 
 
 def _described_memory(described: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of shared memory of the described device, or of the one that is there."""
+    """Shared memory in bytes per Triton program on the described or the current device; 0 for float64, as in launch."""
     if None not in described:
         return 0 if dtype == torch.float64 else int(described[2])
     if described != (None, None, None) or not torch.cuda.is_available():
@@ -279,5 +283,5 @@ def _explain_attention(
         found = _C.explain_attention(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk)
         plan = {"isa": found["isa"], "block": found["block"], "tasks": found["unit"], "threads": found["threads"]}
     elif kernel == "torch" and device.type == "cuda" and backend is None:
-        plan = {"why": "dense and of a half type: torch's cuDNN or flash kernels; backend='triton' runs ours"}
+        plan = {"why": "dense inputs of a half type: torch's cuDNN or flash kernels; backend='triton' selects ours"}
     return _answer(ATTENTION, request, kernel, plan)

@@ -1,4 +1,4 @@
-"""New memory holds NaN, every test starts from one seed, and leaves threads and instruction set as they were."""
+"""Fixtures for all tests: fill new memory with NaN, fix the seed, restore the thread count and the instruction set."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--memory",
         choices=("nan", "raw"),
         default="nan",
-        help="what new memory holds: NaN (default), or whatever was there",
+        help="contents of new memory: NaN (default), or uninitialized",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() and seqkernels.build_info()["cuda"]:
         return
-    needless = [item for item in items if item.get_closest_marker("cuda")]
-    config.hook.pytest_deselected(items=needless)
+    deselected = [item for item in items if item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if not item.get_closest_marker("cuda")]
 
 
 def fill_memory(nan: bool) -> None:
-    """With NaN, reading what was never written shows. It reaches what C++ allocates through torch as well."""
+    """Fills new tensors with NaN, including allocations by C++ through torch. It exposes unwritten memory."""
     torch.use_deterministic_algorithms(nan)
     torch.utils.deterministic.fill_uninitialized_memory = nan
 
@@ -62,7 +62,7 @@ def raw_memory(nan_memory):
 
 @pytest.fixture(autouse=True)
 def watchdog():
-    """Threads that wait for each other for ever end the run, and say where."""
+    """Ends the run with a traceback if a test takes 10 minutes, as in a deadlock."""
     faulthandler.dump_traceback_later(600, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -75,7 +75,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def threads():
-    """As many threads as torch chose, again after each test."""
+    """Restores the number of threads after the test."""
     n = torch.get_num_threads()
     yield
     torch.set_num_threads(n)
@@ -83,7 +83,7 @@ def threads():
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest):
-    """Each instruction set that was compiled and that this processor has, in turn."""
+    """Runs the test with each instruction set that is built and supported by the processor."""
     previous = seqkernels._C.set_isa(request.param)
     yield request.param
     seqkernels._C.set_isa(previous)

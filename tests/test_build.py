@@ -1,4 +1,4 @@
-"""What was built: the instruction sets, the threads, what the binary links, and what importing it needs."""
+"""The build: instruction sets, threads, linked libraries, and dependencies of the import."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.python import output, python
 ISAS = tuple(seqkernels.build_info()["isas"])
 
 
-def test_build_info_says_what_was_built() -> None:
+def test_build_info() -> None:
     info = seqkernels.build_info()
     assert {"version", "torch", "isa", "isas", "cuda", "compiler"} <= info.keys()
     assert info["isa"] in info["isas"]
@@ -36,7 +36,7 @@ def processor_flags() -> set[str]:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86-64 processor")
 @pytest.mark.skipif(not pathlib.Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo")
-def test_every_instruction_set_this_processor_has_is_there() -> None:
+def test_all_instruction_sets_of_the_processor_are_built() -> None:
     flags, isas = processor_flags(), set(ISAS)
     assert "portable" in isas
     assert ("avx2" in isas) == ({"avx2", "fma", "f16c"} <= flags)
@@ -45,24 +45,24 @@ def test_every_instruction_set_this_processor_has_is_there() -> None:
         assert "avx512" in isas
 
 
-def test_the_best_instruction_set_is_chosen() -> None:
+def test_best_instruction_set_is_selected() -> None:
     order = ["portable", "avx2", "avx512"]
     chosen = output("import seqkernels; print(seqkernels.build_info()['isa'])", SEQKERNELS_ISA="")
     assert chosen == max(ISAS, key=order.index)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+def test_instruction_set_of_the_environment(isa: str) -> None:
     assert output("import seqkernels; print(seqkernels.build_info()['isa'])", SEQKERNELS_ISA=isa) == isa
 
 
-def test_an_unknown_instruction_set_in_the_environment_is_an_error() -> None:
+def test_unknown_instruction_set_in_the_environment_raises() -> None:
     result = python("import seqkernels; seqkernels.build_info()", SEQKERNELS_ISA="sse9")
     assert result.returncode == 1
     assert "SEQKERNELS_ISA" in result.stderr and "sse9" in result.stderr and "portable" in result.stderr
 
 
-def test_set_isa_returns_the_previous_one_and_refuses_unknown_ones() -> None:
+def test_set_isa() -> None:
     before = seqkernels.build_info()["isa"]
     try:
         for isa in ISAS:
@@ -80,7 +80,7 @@ def binaries() -> list[pathlib.Path]:
     return sorted(pathlib.Path(seqkernels._C.__file__).parent.glob("*.so"))
 
 
-def test_a_build_without_cuda_links_nothing_of_cuda() -> None:
+def test_build_without_cuda_links_no_cuda_libraries() -> None:
     if seqkernels.build_info()["cuda"]:
         pytest.skip("this build has CUDA")
     assert binaries()
@@ -90,8 +90,8 @@ def test_a_build_without_cuda_links_nothing_of_cuda() -> None:
             assert name not in content, f"{path.name} names {name.decode()}"
 
 
-def test_no_path_of_the_machine_that_built_it_is_searched() -> None:
-    """The binary finds torch through the torch that is imported first."""
+def test_binary_has_no_search_paths() -> None:
+    """The binary uses the torch libraries that `import torch` has loaded."""
     import shutil
 
     if not shutil.which("readelf"):
@@ -109,8 +109,8 @@ cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="no /proc/self/task")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("B", [1, 32], ids=["units shared out", "rows shared out"])
-def test_as_many_threads_run_as_torch_has(threads: int, B: int) -> None:
-    """Processor time by thread, in a process where nothing but the ops runs."""
+def test_number_of_threads_matches_torch(threads: int, B: int) -> None:
+    """Measures the CPU time of each thread in a process that only runs the ops."""
     seconds = output(
         """
         import os, pathlib, sys, time
@@ -149,8 +149,8 @@ def test_as_many_threads_run_as_torch_has(threads: int, B: int) -> None:
 
 
 @pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true", "OMP_NUM_THREADS=1"])
-def test_fewer_threads_than_torch_has_do_not_wait_for_each_other(limit: str) -> None:
-    """OpenMP may give a region fewer threads than were asked for; who waits at a barrier must know."""
+def test_fewer_threads_than_requested_do_not_deadlock(limit: str) -> None:
+    """OpenMP may provide fewer threads than requested; barriers must use the actual number."""
     name, _, value = limit.partition("=")
     said = output(
         """
@@ -168,7 +168,7 @@ def test_fewer_threads_than_torch_has_do_not_wait_for_each_other(limit: str) -> 
 
 
 @pytest.mark.parametrize("arguments", [dict(T=50, B=32, D=128, H=128), dict(T=50, B=1, D=256, H=256)], ids=str)
-def test_explain_follows_the_number_of_threads(arguments: dict) -> None:
+def test_explain_uses_the_number_of_threads(arguments: dict) -> None:
     answers = []
     for n in (1, 2):
         torch.set_num_threads(n)
@@ -176,13 +176,13 @@ def test_explain_follows_the_number_of_threads(arguments: dict) -> None:
     assert answers[0] != answers[1]
 
 
-def test_explain_refuses_an_unknown_operator() -> None:
+def test_explain_raises_for_an_unknown_operator() -> None:
     with pytest.raises((ValueError, NotImplementedError), match="lstm"):
         seqkernels.explain("no_such_operator", T=1, B=1, D=1, H=1)
 
 
-def test_importing_and_running_needs_torch_alone() -> None:
-    """Everything outside torch, what torch itself requires, and the standard library is out of reach."""
+def test_torch_is_the_only_dependency() -> None:
+    """Blocks all packages except torch, its requirements and the standard library."""
     said = output(
         """
         import sys, warnings
@@ -210,7 +210,7 @@ def test_importing_and_running_needs_torch_alone() -> None:
     assert said.splitlines()[-1] == "fine"
 
 
-def test_importing_starts_no_thread_and_prints_nothing() -> None:
+def test_import_starts_no_threads_and_prints_nothing() -> None:
     code = (
         "import torch, threading; n = threading.active_count(); import seqkernels; assert threading.active_count() == n"
     )
@@ -220,7 +220,7 @@ def test_importing_starts_no_thread_and_prints_nothing() -> None:
 
 
 GUARDED = """
-    # Each input lies against a page that may not be touched, once before and once after it.
+    # Places each input directly after, and directly before, a page without access rights.
     import ctypes, mmap, sys
     import torch, seqkernels
     from support.cases import CASES, make_inputs, run
@@ -254,14 +254,14 @@ GUARDED = """
             assert all(torch.equal(got[n], want[n]) for n in want), case
     print("fine", flush=True)
     import os
-    os._exit(0)  # the guarded pages cannot be given back one by one
+    os._exit(0)  # the guarded pages cannot be freed individually
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="page protection is set through Linux's libc")
+@pytest.mark.skipif(sys.platform != "linux", reason="page protection requires libc of Linux")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_nothing_outside_an_input_is_read(isa: str, dtype: str) -> None:
+def test_no_reads_outside_of_inputs(isa: str, dtype: str) -> None:
     tests = str(pathlib.Path(__file__).parent)
     result = python(f"import sys; sys.path.insert(0, {tests!r})\n" + textwrap.dedent(GUARDED), isa, dtype)
     assert result.returncode == 0 and result.stdout.strip() == "fine", result.stderr or f"exit {result.returncode}"
@@ -282,18 +282,18 @@ OVERRUN = "import ctypes, torch; t = torch.zeros(1003); ctypes.memset(t.data_ptr
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_nothing_beyond_an_allocation_is_written(isa: str) -> None:
-    """glibc's checking allocator looks behind every block when it is freed, what the kernels allocate included."""
+def test_no_writes_beyond_allocations(isa: str) -> None:
+    """The debug allocator of glibc checks the end of each block when it is freed, including those of the kernels."""
     checking = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     if python(OVERRUN, **checking).returncode != -6:
-        pytest.skip("glibc's libc_malloc_debug.so.0 is missing or does not see torch's allocations")
+        pytest.skip("libc_malloc_debug.so.0 of glibc is missing or does not intercept allocations of torch")
     tests = str(pathlib.Path(__file__).parent)
     result = python(f"import sys; sys.path.insert(0, {tests!r})\n" + textwrap.dedent(CHECKED), isa, **checking)
     assert result.returncode == 0 and result.stdout.strip() == "fine", result.stderr or f"exit {result.returncode}"
 
 
-def test_a_forked_child_can_run_the_layer() -> None:
-    """A data loader's worker: after the parent used its threads, the child runs on one."""
+def test_forked_process() -> None:
+    """A forked process with one thread, as a worker of a data loader, after the parent has used several threads."""
     said = output(
         """
         import os, signal
@@ -313,8 +313,8 @@ def test_a_forked_child_can_run_the_layer() -> None:
     assert said == "0"
 
 
-def test_one_torch() -> None:
-    """The extension was loaded into the torch that this process imported, of the same or a later minor version."""
+def test_extension_matches_the_torch_version() -> None:
+    """The imported torch has the minor version of the build or a later one."""
     built = tuple(int(p) for p in seqkernels.build_info()["torch"].split("+")[0].split(".")[:2])
     assert built >= (2, 11)
     assert torch.__version__

@@ -1,4 +1,4 @@
-"""Modules on a GPU, at the sizes of real models: against their definition, under graphs, streams and compilers."""
+"""Modules on a GPU with realistic sizes: parity with the definition, CUDA graphs, streams, compilation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """float32 products that are no TF32."""
+    """Disables TF32."""
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     yield
@@ -35,7 +35,7 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, slack: f
     assert error <= slack * TOLERANCE[dtype], f"{what}: off by {error:.2e}"
 
 
-# B, T, D, H: both sides of each tier's limits.
+# B, T, D, H on both sides of the limits of each tier.
 SIZES = [
     (16, 40, 64, 128),
     (70, 20, 100, 256),
@@ -82,7 +82,7 @@ def test_layers(kind: str, size: tuple[int, ...], form: str, dtype: torch.dtype)
 
 @KINDS
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_same_bits_from_run_to_run_and_in_any_batch(kind: str, size: tuple[int, ...]) -> None:
+def test_bits_are_independent_of_the_run_and_the_batch(kind: str, size: tuple[int, ...]) -> None:
     B, T, D, H = size
     layer = getattr(seqkernels.nn, kind)(D, H).to("cuda", torch.bfloat16)
     x = torch.randn(T, B, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -99,20 +99,20 @@ def test_same_bits_from_run_to_run_and_in_any_batch(kind: str, size: tuple[int, 
     assert torch.equal(few, first[0][:, 1:3])
 
 
-# Every option that a kind has on CUDA, drawn or not.
+# All options of a kind on CUDA, with and without random masks.
 DRAWN = dict(zoneout_h=0.1, variational_dropout=0.2, gate_clip=4.0, memory_efficient=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "LSTM": DRAWN | dict(peephole=True, cell_clip=3.0, zoneout_c=0.2, recurrent_dropout=0.1),
     "GRU": DRAWN | dict(recurrent_dropout=0.1),
     "RNN": DRAWN,
 }
-WALKS = [  # by clusters, by grids of one kind and another, by a launch a step
+TIER_CASES = [  # cluster, two kinds of grid, steps
     *((H, torch.bfloat16) for H in (128, 768, 100, 1024)),
     (64, torch.float32),
 ]
 
 
-def nothing_waits(run: Callable[[], list[Tensor]]) -> list[Tensor]:
+def without_synchronization(run: Callable[[], list[Tensor]]) -> list[Tensor]:
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -122,7 +122,7 @@ def nothing_waits(run: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 
 def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of a call, and the tensors that its replays fill."""
+    """A CUDA graph of a call, and the output tensors of its replays."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -137,9 +137,9 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list
 @pytest.mark.parametrize("form", ["lengths", "packed"])
 @pytest.mark.parametrize("options", ["plain", "options"])
 @KINDS
-@pytest.mark.parametrize(("H", "dtype"), WALKS, ids=str)
-def test_nothing_waits_and_a_graph_captures(kind: str, H: int, dtype: torch.dtype, options: str, form: str) -> None:
-    """A replay and a call draw the same masks from the same seed."""
+@pytest.mark.parametrize(("H", "dtype"), TIER_CASES, ids=str)
+def test_no_synchronization_and_graph_capture(kind: str, H: int, dtype: torch.dtype, options: str, form: str) -> None:
+    """A replay and a call with the same seed have the same masks."""
     B, T, D = 5, 9, 64
     given = OPTIONS[kind] if options == "options" else {}
     layer = getattr(seqkernels.nn, kind)(D, H, num_layers=2, **given).to("cuda", dtype).train()
@@ -163,7 +163,7 @@ def test_nothing_waits_and_a_graph_captures(kind: str, H: int, dtype: torch.dtyp
         last = states if isinstance(states, tuple) else (states,)
         return [output, *last, *torch.autograd.grad(output.sum(), wanted)]
 
-    nothing_waits(run)
+    without_synchronization(run)
     graph, captured = capture(run)
     with torch.no_grad():
         x.normal_()
@@ -180,24 +180,24 @@ def test_nothing_waits_and_a_graph_captures(kind: str, H: int, dtype: torch.dtyp
 
 @KINDS
 @pytest.mark.parametrize("as_list", [False, True])
-def test_lengths_on_the_host_wait_for_nothing(kind: str, as_list: bool) -> None:
+def test_no_synchronization_for_lengths_on_the_host(kind: str, as_list: bool) -> None:
     layer = getattr(seqkernels.nn, kind)(64, 128).to("cuda", torch.bfloat16)
     x = torch.randn(9, 5, 64, device="cuda", dtype=torch.bfloat16)
     lengths = torch.tensor([9, 0, 3, 9, 1])
-    (found,) = nothing_waits(lambda: [layer(x, lengths=lengths.tolist() if as_list else lengths)[0]])
+    (found,) = without_synchronization(lambda: [layer(x, lengths=lengths.tolist() if as_list else lengths)[0]])
     assert torch.equal(found, layer(x, lengths=lengths.cuda())[0])
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, T\] = \[0, 9\], got 10"):
         layer(x, lengths=[9, 10, 0, 0, 0])
 
 
-def test_layers_that_nobody_wrote_for_cuda() -> None:
+def test_layers_without_cuda_kernels_raise() -> None:
     x = torch.randn(9, 5, 64, device="cuda")
     for options in (dict(num_heads=2), dict(proj_size=32), dict(layer_norm=True)):
-        with pytest.raises(NotImplementedError, match="no backend takes"):
+        with pytest.raises(NotImplementedError, match="no backend supports"):
             seqkernels.nn.LSTM(64, 128, device="cuda", **options)(x)
 
 
-def test_explain_names_the_kernels_of_this_device() -> None:
+def test_explain_for_the_current_device() -> None:
     has = torch.cuda.get_device_properties(0)
     described: dict[str, Any] = dict(
         capability=(has.major, has.minor),
@@ -239,7 +239,7 @@ def test_cells(name: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @CELLS
-def test_cells_wait_for_nothing_and_a_graph_captures(name: str) -> None:
+def test_no_synchronization_and_graph_capture_of_cells(name: str) -> None:
     cell = getattr(seqkernels.nn, name)(64, 100).to("cuda", torch.bfloat16)
     x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     wanted = [x, *cell.parameters()]
@@ -249,7 +249,7 @@ def test_cells_wait_for_nothing_and_a_graph_captures(name: str) -> None:
         h = state if isinstance(state, Tensor) else state[0]
         return [h, *torch.autograd.grad(h.sum(), wanted)]
 
-    nothing_waits(run)
+    without_synchronization(run)
     graph, captured = capture(run)
     with torch.no_grad():
         x.normal_()
@@ -259,8 +259,8 @@ def test_cells_wait_for_nothing_and_a_graph_captures(name: str) -> None:
 
 
 @CELLS
-def test_a_step_of_a_cell_is_the_layers(name: str) -> None:
-    """Of one step: where torch traces or transforms, a cell is that."""
+def test_cell_matches_a_layer_of_one_step(name: str) -> None:
+    """Cells use a layer of one step while torch traces or transforms them."""
     cell = getattr(seqkernels.nn, name)(64, 100).to("cuda", torch.bfloat16)
     x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
     plain, compiled = cell(x), torch.compile(cell, fullgraph=True)(x)
@@ -268,7 +268,7 @@ def test_a_step_of_a_cell_is_the_layers(name: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_tf32_follows_the_setting_of_cudnn() -> None:
+def test_tf32_uses_the_setting_of_cudnn() -> None:
     layer = seqkernels.nn.LSTM(256, 256).cuda()
     x = torch.randn(30, 16, 256, device="cuda")
     errors = {}
@@ -288,7 +288,7 @@ def test_tf32_follows_the_setting_of_cudnn() -> None:
 
 
 @pytest.mark.parametrize("module", ["lstm", "bag"])
-def test_compiled_as_one_graph(module: str) -> None:
+def test_compile_fullgraph(module: str) -> None:
     layer: nn.Module
     if module == "lstm":
         layer, x = seqkernels.nn.LSTM(16, 32).cuda(), torch.randn(5, 3, 16, device="cuda")
@@ -313,7 +313,7 @@ def test_compiled_as_one_graph(module: str) -> None:
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @DTYPES
 def test_bags(mode: str, D: int, dtype: torch.dtype) -> None:
-    """Hot rows, long bags, empty bags."""
+    """Frequent rows, long bags, empty bags."""
     E = 20_000
     lengths = torch.randint(0, 40, (3000,))
     lengths[::7] = 0
@@ -332,12 +332,12 @@ def test_bags(mode: str, D: int, dtype: torch.dtype) -> None:
     found = torch.autograd.grad(output, (table, weights), upstream)
     expected = torch.autograd.grad(wanted, wide, upstream.double())
     if mode == "max" and dtype.itemsize == 2:
-        return  # rounded products tie where exact ones do not: another row wins
+        return  # rounding produces equal values, which select another row
     for a, b in zip(found, expected):
         close(a, b, dtype, "gradient", 4)
 
 
-def test_bags_wait_for_nothing_and_a_graph_captures() -> None:
+def test_no_synchronization_and_graph_capture_of_bags() -> None:
     table = torch.randn(1000, 64, device="cuda", requires_grad=True)
     indices, offsets = torch.randint(0, 1000, (500,), device="cuda"), torch.arange(0, 500, 10, device="cuda")
 
@@ -360,7 +360,7 @@ def test_bags_wait_for_nothing_and_a_graph_captures() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["FusedSGD", "FusedAdagrad", "FusedRowwiseAdagrad", "FusedAdam"])
-def test_fused_optimizers_as_on_the_cpu(optimizer: str) -> None:
+def test_fused_optimizers_match_the_cpu(optimizer: str) -> None:
     table = torch.randn(300, 64)
     indices = torch.randint(0, 300, (200, 5))
     moved = []
@@ -374,8 +374,8 @@ def test_fused_optimizers_as_on_the_cpu(optimizer: str) -> None:
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-4)
 
 
-def test_an_index_out_of_range_leaves_the_device_usable() -> None:
-    """Without SEQKERNELS_CHECKED nobody waits to say so; the row counts as absent."""
+def test_index_out_of_range_is_skipped_on_cuda() -> None:
+    """Without SEQKERNELS_CHECKED, calls do not synchronize to raise an error; the index is skipped."""
     table = torch.randn(10, 8, device="cuda")
     indices = torch.tensor([[1, 99, -5]], device="cuda")
     output = seqkernels.functional.embedding_bag(indices, table, mode="sum")

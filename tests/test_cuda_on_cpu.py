@@ -1,6 +1,6 @@
-"""The emulation that runs CUDA kernels in every test run: what it computes, and that it finds what is planted.
+"""The emulation of CUDA kernels: its results, and its detection of faults.
 
-What it computes is computed by a GPU as well, where there is one: the emulation must agree with the hardware.
+If a GPU is present, the same kernels run on it, to verify that the emulation agrees with the hardware.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The emulation; a machine that runs only what is marked `cuda` need not have it."""
+    """The emulation; runs of only the tests marked `cuda` do not require it."""
     return cuda_on_cpu.load("_selftest")
 
 
@@ -51,7 +51,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_cpu.SelfTest:
 
 @pytest.fixture(params=[*ORDERS, pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sanitize])], ids=str)
 def run(request: pytest.FixtureRequest):
-    """Runs a kernel; under the emulation the order of threads must not matter, and races are looked for as well."""
+    """Runs a kernel. The emulation also checks races, and that the result is independent of the thread order."""
     if request.param == "cuda":
         yield request.getfixturevalue("gpu")
     else:
@@ -70,7 +70,7 @@ def bits(x: np.ndarray) -> np.ndarray:
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """As uint16, to nearest even, without NumPy's help: numpy has no such type."""
+    """Rounds to nearest even and returns uint16, because numpy has no bfloat16."""
     wide = bits(x).astype(np.uint64)
     rounded = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded).astype(np.uint16)
@@ -80,10 +80,10 @@ def from_bfloat16(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-# ---- what it computes ------------------------------------------------------------------------------------------------
+# ---- results
 
 
-def test_threads_know_where_they_are(run) -> None:
+def test_thread_and_block_indices(run) -> None:
     out = np.zeros((2, 2, 3, 64, 6), np.int32)
     run("indices", out)
     z, y, x, t = np.indices(out.shape[:4])
@@ -138,13 +138,13 @@ def test_atomics(run) -> None:
     np.testing.assert_array_equal(extremes, np.array(want, np.int64))
 
 
-def test_the_last_block_sees_what_all_left(run) -> None:
+def test_last_block_reads_the_results_of_all_blocks(run) -> None:
     parts, ticket, total = np.zeros(40, np.int32), np.zeros(1, np.uint32), np.zeros(1, np.int32)
     run("last_block", parts, ticket, total)
     assert total[0] == 40 * 41 // 2 and ticket[0] == 0
 
 
-def test_blocks_wait_for_each_other_in_a_cooperative_launch(run) -> None:
+def test_grid_barrier_in_a_cooperative_launch(run) -> None:
     values, flags = np.zeros(7, np.int32), np.zeros(7, np.uint32)
     run("chain", values, flags)
     np.testing.assert_array_equal(values, np.arange(1, 8))
@@ -172,7 +172,7 @@ def test_asynchronous_copies(run) -> None:
     np.testing.assert_array_equal(y, np.concatenate([whole.ravel(), small.ravel()]))
 
 
-def test_clusters_read_and_write_each_others_shared_memory(run) -> None:
+def test_distributed_shared_memory_of_clusters(run) -> None:
     out = np.zeros((8, 32), np.float32)
     run("neighbours", out)
     block = np.arange(8)
@@ -198,23 +198,23 @@ def exchange(run, steps: int, variant: int = 0) -> tuple[np.ndarray, np.ndarray]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9])
-def test_a_recurrence_by_stores_into_all_blocks_of_a_cluster(run, steps: int) -> None:
+def test_recurrence_with_stores_to_all_blocks_of_a_cluster(run, steps: int) -> None:
     np.testing.assert_array_equal(*exchange(run, steps))
 
 
-def test_barriers_in_shared_memory(run) -> None:
+def test_mbarriers(run) -> None:
     out = np.zeros(64, np.int32)
     run("arrivals", out)
     np.testing.assert_array_equal(out, np.arange(64)[::-1])
 
 
-# ---- matrix fragments ------------------------------------------------------------------------------------------------
-# Rows and columns of the elements each lane holds, as the PTX ISA tells them ("Matrix Fragments for mma.m16n8k16 with
-# floating point type" and "... mma.m16n8k8", tf32): element i of the lane's fragment of A, B or C.
+# ---- matrix fragments
+# Rows and columns of element i of the fragment of a lane, from the PTX ISA ("Matrix Fragments for mma.m16n8k16 with
+# floating point type" and "... mma.m16n8k8", tf32), for A, B and C.
 
 
 def layout(operand: str, k: int) -> np.ndarray:
-    """[32, elements] offsets in the row-major matrix."""
+    """[32, elements] offsets of fragment elements in the row-major matrix."""
     group, in_group = np.divmod(np.arange(32), 4)
     offsets = []
     for i in range({("a", 16): 8, ("b", 16): 4}.get((operand, k), {"a": 4, "b": 2, "c": 4}[operand])):
@@ -255,14 +255,14 @@ def test_products_of_fragments(run, dtype: str) -> None:
     name = "fragments_" + dtype.split()[0]
     run(name, *stored, c, d, *tables, variant=int("rounded" in dtype))
     np.testing.assert_allclose(d, exact[0] @ exact[1] + c, rtol=1e-5, atol=1e-5)
-    run(name, *stored, c, d, np.ascontiguousarray(tables[0][::-1]), *tables[1:])  # the layouts matter
+    run(name, *stored, c, d, np.ascontiguousarray(tables[0][::-1]), *tables[1:])  # detects wrong layouts
     assert not np.allclose(d, exact[0] @ exact[1] + c, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_matrices_loaded_from_shared_memory(run, n: int, transposed: bool) -> None:
-    """ldmatrix: lane l gets of row l / 4 the elements 2 (l % 4) and the next; transposed, of column l / 4."""
+def test_ldmatrix(run, n: int, transposed: bool) -> None:
+    """ldmatrix loads elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 in lane l; transposed, of column l / 4."""
     out = np.zeros((32, n), np.uint32)
     run(f"matrices_{n}" + "_transposed" * transposed, out)
     element = np.arange(64 * n).reshape(n, 8, 8)
@@ -273,7 +273,7 @@ def test_matrices_loaded_from_shared_memory(run, n: int, transposed: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_product_with_everything(run, dtype: str) -> None:
+def test_matrix_product(run, dtype: str) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((64, 96)).astype(np.float32), rng.standard_normal((32, 96)).astype(np.float32)
     c = np.zeros((64, 32), np.float32)
@@ -287,7 +287,7 @@ def test_a_product_with_everything(run, dtype: str) -> None:
     np.testing.assert_allclose(c, a.astype(float) @ b.astype(float).T, rtol=1e-4, atol=1e-4)
 
 
-def test_numbers(run) -> None:
+def test_conversions(run) -> None:
     rng = np.random.default_rng(0)
     special = [0.0, -0.0, 1.0, np.inf, -np.inf, np.nan, 65504.0, 65520.0, 65519.9, 1e-8, 6e-8, 2.98e-8, 3.4e38, 1e-45]
     x = np.concatenate([np.array(special), rng.standard_normal(200), rng.standard_normal(200) * 1e-5])
@@ -317,17 +317,17 @@ def test_vectors(run) -> None:
     np.testing.assert_array_equal(y, 2 * x)
 
 
-# ---- what it finds ---------------------------------------------------------------------------------------------------
+# ---- detection of faults
 
 
 def line_of(text: str, nth: int = 1) -> str:
-    """selftest_cuda.cu:LINE of the nth line that holds the text: a report must name the very line."""
+    """selftest_cuda.cu:LINE of the nth line with the text; reports must name the exact line."""
     lines = (cuda_on_cpu.FOLDER / "selftest_cuda.cu").read_text().splitlines()
     return f"selftest_cuda.cu:{[i + 1 for i, line in enumerate(lines) if text in line][nth - 1]}"
 
 
 def fails(*parts: str):
-    """All parts in that order."""
+    """Expects a failure whose report contains the parts in this order."""
     return pytest.raises(RuntimeError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
 
 
@@ -335,47 +335,47 @@ X, Y = np.zeros((3, 64), np.float32), np.zeros((3, 64), np.float32)
 WRITE, READ = "tile[i] = in[at + i]", "const float v = tile[args.variant == 4"
 
 
-def test_a_copy_of_more_than_its_size(checks) -> None:
+def test_copy_beyond_its_size(checks) -> None:
     with fails("part of a copy"):
         emulate("part_copies", np.ones(320, np.uint16), np.ones(320, np.uint16), variant=1)
 
 
-def test_a_race_in_shared_memory(checks) -> None:
+def test_race_in_shared_memory(checks) -> None:
     with fails("race in shared memory", "writes", "wrote", line_of("args.variant == 5"), line_of("args.variant == 5")):
         emulate("reverse", X, Y, variant=5)
 
 
-def test_a_missing_barrier(checks) -> None:
+def test_missing_block_barrier(checks) -> None:
     with cuda_on_cpu.settings(library(), unwritten=0), fails("race in shared memory", "reverse_kernel"):
         emulate("reverse", X, Y, variant=1)
     with fails("uninitialised shared memory", line_of(READ), "reverse_kernel with grid (3, 1, 1), block 64"):
         emulate("reverse", X, Y, variant=1)
 
 
-def test_a_missing_barrier_shows_without_checks() -> None:
+def test_missing_block_barrier_without_checks() -> None:
     x, y = np.ones((3, 64), np.float32), np.zeros((3, 64), np.float32)
     emulate("reverse", x, y, variant=1)
     assert np.isnan(y).any()
 
 
-def test_a_missing_warp_barrier(checks) -> None:
+def test_missing_warp_barrier(checks) -> None:
     out = np.zeros(32, np.int32)
     with cuda_on_cpu.settings(library(), unwritten=0), fails("race in shared memory", "neighbour_kernel"):
         emulate("neighbour", out, variant=1)
 
 
-def test_a_read_of_shared_memory_that_nobody_wrote(checks) -> None:
+def test_read_of_unwritten_shared_memory(checks) -> None:
     with fails("a read of uninitialised shared memory (thread 3 of block 0)", line_of(READ)):
         emulate("reverse", X, Y, variant=4)
 
 
-def test_what_nobody_wrote_is_nan() -> None:
+def test_unwritten_shared_memory_is_nan() -> None:
     x, y = np.ones((3, 64), np.float32), np.zeros((3, 64), np.float32)
     emulate("reverse", x, y, variant=4)
     assert np.isnan(y[:, 3]).all() and np.isfinite(np.delete(y, 3, axis=1)).all()
 
 
-def test_a_barrier_that_some_threads_never_reach() -> None:
+def test_barrier_after_threads_have_exited() -> None:
     with fails(
         "divergent barrier",
         "threads 32-63 have exited",
@@ -385,13 +385,13 @@ def test_a_barrier_that_some_threads_never_reach() -> None:
         emulate("reverse", X, Y, variant=2)
 
 
-def test_threads_that_wait_at_different_barriers() -> None:
+def test_threads_at_different_barriers() -> None:
     with fails("divergent barrier", line_of("// one place"), line_of("// the other")):
         emulate("reverse", X, Y, variant=3)
 
 
 @pytest.mark.parametrize("variant", [1, 2])
-def test_a_divergent_warp(variant: int) -> None:
+def test_divergent_warp(variant: int) -> None:
     with fails("divergent barrier"):
         emulate("divergent_warp", np.zeros(32, np.int32), variant=variant)
 
@@ -409,16 +409,16 @@ def test_a_divergent_warp(variant: int) -> None:
         (8, "global", -1, "x[v == 7"),
     ],
 )
-def test_accesses_outside_an_array(variant: int, memory: str, element: int, line: str) -> None:
+def test_accesses_out_of_bounds(variant: int, memory: str, element: int, line: str) -> None:
     thread = 31 if element > 0 else 0
     text = f"out of bounds: element {element} of an array of 36 elements of 4 bytes in {memory} memory"
     with fails(text, f"thread {thread} of block 0", line_of(line)):
         emulate("bounds", np.zeros(36, np.float32), variant=variant)
 
 
-def test_vectors_outside_or_across_their_alignment() -> None:
+def test_vectors_out_of_bounds_or_misaligned() -> None:
     x = np.zeros(40, np.float32)
-    x = x[(-x.ctypes.data // 4) % 4 :][:36]  # at a multiple of 16 bytes
+    x = x[(-x.ctypes.data // 4) % 4 :][:36]  # aligned to 16 bytes
     emulate("bounds", x)
     with fails("out of bounds: element 34 to 37 of an array of 36", line_of("if (v == 9")):
         emulate("bounds", x, variant=9)
@@ -426,51 +426,51 @@ def test_vectors_outside_or_across_their_alignment() -> None:
         emulate("bounds", x, variant=10)
 
 
-def test_more_shared_memory_than_was_asked_for() -> None:
+def test_more_shared_memory_than_requested() -> None:
     with fails("an array of 192 bytes from byte 0 of 144 bytes of dynamic shared memory", "bounds_kernel"):
         emulate("bounds", np.zeros(36, np.float32), variant=11)
 
 
-def test_a_kernel_whose_idea_of_an_array_is_too_large() -> None:
-    """The count that a kernel gives is checked against what the host has told of the array."""
+def test_array_size_of_a_kernel_exceeds_the_allocation() -> None:
+    """The emulation compares the size in the kernel with the size registered by the host."""
     out = np.zeros((3, 64), np.float32)
     with fails("out of bounds", "of an array of 100 elements"):
         emulate("reverse", np.zeros(100, np.float32), out)
 
 
-def test_a_handover_without_answer(checks) -> None:
+def test_named_barrier_without_arrival(checks) -> None:
     with fails("deadlock", "threads 0-31 wait at a named barrier", line_of("named_sync(kEmpty"), "threads 32-63"):
         emulate("handover", np.zeros((2, 32), np.int32), variant=1)
 
 
-def test_counts_without_atomics(checks) -> None:
+def test_increments_without_atomics(checks) -> None:
     arrays = np.full(4096, 3, np.uint32), np.zeros(16, np.uint32), np.zeros(4, np.int64)
     with fails("race in shared memory", line_of("mine[v % 16] += 1u")):
         emulate("histogram", *arrays, variant=1)
 
 
 @pytest.mark.parametrize("variant, memory", [(1, "global"), (2, "shared")])
-def test_the_last_block_without_fences_or_barrier(checks, variant: int, memory: str) -> None:
+def test_last_block_without_fences_or_barrier(checks, variant: int, memory: str) -> None:
     with cuda_on_cpu.settings(library(), unwritten=0), fails(f"race in {memory} memory", "last_block_kernel"):
         emulate("last_block", np.zeros(40, np.int32), np.zeros(1, np.uint32), np.zeros(1, np.int32), variant=variant)
 
 
-def test_a_flag_that_orders_nothing(checks) -> None:
+def test_flag_without_release_or_acquire(checks) -> None:
     with fails("race in global memory", "reads", "wrote", "chain_kernel"):
         emulate("chain", np.zeros(7, np.int32), np.zeros(7, np.uint32), variant=1)
 
 
-def test_a_flag_that_nobody_sets() -> None:
+def test_flag_that_is_never_set() -> None:
     with fails("deadlock", "block 3, 4, 5, 6:", "threads 0 wait at a flag", line_of("wait_acquire(flags, b - 1")):
         emulate("chain", np.zeros(7, np.int32), np.zeros(7, np.uint32), variant=2)
 
 
-def test_a_missing_grid_barrier(checks) -> None:
+def test_missing_grid_barrier(checks) -> None:
     with fails("race in global memory", "rotate_kernel"):
         emulate("rotate", np.zeros(320, np.int32), np.zeros(320, np.int32), variant=1)
 
 
-def test_a_race_between_blocks(checks) -> None:
+def test_race_between_blocks(checks) -> None:
     out = np.zeros(4, np.int32)
     emulate("blocks", out)
     np.testing.assert_array_equal(out, np.arange(4))
@@ -478,7 +478,7 @@ def test_a_race_between_blocks(checks) -> None:
         emulate("blocks", out, variant=1)
 
 
-def test_launches_that_a_device_would_refuse() -> None:
+def test_invalid_launches() -> None:
     a, b = np.zeros(320, np.int32), np.zeros(320, np.int32)
     with fails("a cooperative grid has at most the 256 blocks", "rotate_kernel with grid (1048576, 1, 1)"):
         emulate("too_many", a, b)
@@ -496,7 +496,7 @@ def test_launches_that_a_device_would_refuse() -> None:
         emulate("pingpong", np.zeros(2, np.int32))
 
 
-def test_copies_that_nobody_waited_for(checks) -> None:
+def test_missing_wait_for_asynchronous_copies(checks) -> None:
     x, y = np.random.default_rng(0).random((9, 64), np.float32), np.zeros((9, 64), np.float32)
     with cuda_on_cpu.settings(library(), races=0, unwritten=0):
         emulate("ring", x, y, variant=1)
@@ -506,13 +506,13 @@ def test_copies_that_nobody_waited_for(checks) -> None:
             emulate("ring", x, y, variant=variant)
 
 
-def test_clusters_without_barrier(checks) -> None:
+def test_missing_cluster_barrier(checks) -> None:
     out = np.zeros((8, 32), np.float32)
     with cuda_on_cpu.settings(library(), unwritten=0), fails("race in shared memory", "neighbours_kernel"):
         emulate("neighbours", out, variant=1)
 
 
-def test_shared_memory_of_a_block_that_has_exited() -> None:
+def test_shared_memory_of_an_exited_block() -> None:
     with (
         cuda_on_cpu.settings(library(), backward=1),
         fails("shared memory of block", "which has exited", line_of("load(theirs, lane_index())")),
@@ -520,22 +520,22 @@ def test_shared_memory_of_a_block_that_has_exited() -> None:
         emulate("neighbours", np.zeros((8, 32), np.float32), variant=2)
 
 
-def test_an_exchange_that_does_not_wait(checks) -> None:
+def test_exchange_without_wait(checks) -> None:
     with fails("exchange_kernel"):
         exchange(emulate, 5, variant=1)
 
 
-def test_an_exchange_with_one_buffer(checks) -> None:
+def test_exchange_with_a_single_buffer(checks) -> None:
     with fails("race in shared memory", "exchange_kernel"):
         exchange(emulate, 5, variant=2)
 
 
-def test_an_exchange_that_expects_too_many_bytes() -> None:
+def test_exchange_that_expects_too_many_bytes() -> None:
     with fails("deadlock", "wait at an mbarrier", line_of("if (args.variant != 1) mbarrier_wait(bars, to")):
         exchange(emulate, 5, variant=3)
 
 
-def test_a_ball_that_does_not_come_back() -> None:
+def test_missing_mbarrier_arrival() -> None:
     with fails("deadlock", "wait at an mbarrier", line_of("mbarrier_wait(bars, 0, (rank")):
         emulate("pingpong", np.zeros(2, np.int32), variant=1)
 
@@ -548,24 +548,24 @@ def test_a_ball_that_does_not_come_back() -> None:
         (3, ["an mbarrier that was not initialised"]),
     ],
 )
-def test_wrong_arrivals(variant: int, parts: list[str]) -> None:
+def test_invalid_mbarrier_arrivals(variant: int, parts: list[str]) -> None:
     with fails(*parts, "arrivals_kernel"):
         emulate("arrivals", np.zeros(64, np.int32), variant=variant)
 
 
-def test_a_launch_after_a_failure_is_clean(checks) -> None:
+def test_launch_after_a_failure(checks) -> None:
     for _ in range(3):
         with fails("race"):
             emulate("reverse", X, Y, variant=5)
         emulate("reverse", X, Y)
 
 
-# ---- how fast it is --------------------------------------------------------------------------------------------------
+# ---- speed
 
 
 @pytest.mark.parametrize("name", ["barriers", "barriers_1024"])
-def test_a_switch_takes_less_than_a_microsecond(name: str) -> None:
-    """It takes some 20 nanoseconds; the bound only tells a mistake from a busy machine."""
+def test_time_of_a_fibre_switch(name: str) -> None:
+    """A switch takes about 20 ns; the bound of 1 µs allows for a busy machine."""
     emulate(name, variant=10)
     before, start = cuda_on_cpu.counted(library(), "switches"), time.perf_counter()
     emulate(name, variant=1000)

@@ -1,7 +1,7 @@
 """The table of exceptions, docs/errors.md: operator x mistake -> type and message.
 
-`rule` is the type by the rule of the library. Where ours takes the place of torch's, the same call of torch tells the
-type that ours must have as well.
+`rule` is the type in the general table. For replacements of torch, the exception must also have the type that torch
+raises for the same call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T, B, D, H, E = 4, 3, 5, 6, 7
 
 
 class Row(NamedTuple):
-    call: Callable[..., Any]  # of ours, and of torch's where there is one
+    call: Callable[..., Any]  # called with the callable of seqkernels and, if there is one, that of torch
     ours: Any
     theirs: Any
     rule: type[Exception]
@@ -147,7 +147,7 @@ for _name, _states in STATES.items():
     )
 
 
-# ---- recurrent functions: torch has none with these arguments
+# ---- recurrent functions; torch has no equivalents
 
 for _name, _gates in {"lstm": 4, "gru": 3, "mgu": 2, "rnn_tanh": 1, "nested_lstm": 4}.items():
     _weights = [zeros(_gates * H, D), zeros(_gates * H, H)]
@@ -540,7 +540,7 @@ rows(
         "batch": (
             lambda m: m(8, 2)(X, zeros(T, B + 1, 8), zeros(T, B + 1, 8)),
             ValueError,
-            f"{NAME}: key must be of as many",
+            f"{NAME}: key must have as many",
         ),
         "attn_mask shape": (
             lambda m: m(8, 2)(X, X, X, attn_mask=zeros(T, T + 1)),
@@ -588,7 +588,7 @@ rows(
         "dtype": (
             lambda f: f("lstm", T=1, B=1, D=1, H=1, dtype=torch.int8),
             NotImplementedError,
-            "no backend takes a layer",
+            "no backend supports a layer",
         ),
     },
 )
@@ -600,11 +600,11 @@ def raised(call: Callable[[], Any]) -> Exception:
     return info.value
 
 
-# Exceptions that torch's own code meets by accident, where it does not check a type: ours is the TypeError of the rule.
+# Accidental exceptions of torch, which does not check these types; seqkernels raises TypeError.
 ACCIDENTS = (AttributeError, IndexError)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch warns on the way to some of its errors
+@pytest.mark.filterwarnings("ignore")  # torch warns before some errors
 @pytest.mark.parametrize("name", ROWS)
 def test_exception(name: str) -> None:
     call, ours, theirs, rule, message = ROWS[name]

@@ -1,7 +1,7 @@
-"""Drawn inputs: what is valid equals the definition, what is not raises, and nothing crashes.
+"""Random inputs: valid ones match the definition, invalid ones raise, and none crashes.
 
-A found example becomes a row of CASES, BAG_CASES or ATTENTION_CASES in tests/support/cases.py, or of the tables in the
-files of errors.
+Add each failing example to CASES, BAG_CASES or ATTENTION_CASES in tests/support/cases.py, or to the tables of the error
+tests.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def drawn_cases(draw: st.DrawFn) -> Case:
 
 
 def restrided(t: Tensor, kind: str) -> Tensor:
-    """The same values in other strides."""
+    """The same values with other strides."""
     if kind == "reversed dimensions":
         return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
     if kind == "every second":
@@ -107,9 +107,7 @@ strides = st.sampled_from(["contiguous", "reversed dimensions", "every second", 
     kinds=st.lists(strides, min_size=1, max_size=5),
     seed=st.integers(0, 9),
 )
-def test_valid_input_gives_what_the_definition_gives(
-    case: Case, dtype: torch.dtype, kinds: list[str], seed: int
-) -> None:
+def test_valid_input_matches_the_definition(case: Case, dtype: torch.dtype, kinds: list[str], seed: int) -> None:
     inputs = make_inputs(case, dtype, seed=seed)
     want = defined(inputs)
     turn = iter(kinds * 100)
@@ -119,7 +117,7 @@ def test_valid_input_gives_what_the_definition_gives(
 
 @bounded
 @given(case=drawn_cases(), seed=st.integers(0, 9), threads=st.integers(1, 4))
-def test_threads_and_instruction_sets_at_random(case: Case, seed: int, threads: int) -> None:
+def test_random_threads_and_instruction_sets(case: Case, seed: int, threads: int) -> None:
     inputs = make_inputs(case, torch.float32, seed=seed)
     torch.set_num_threads(1)
     want = run(functional.lstm, inputs)
@@ -128,7 +126,7 @@ def test_threads_and_instruction_sets_at_random(case: Case, seed: int, threads: 
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
-# ---- nonsense
+# ---- invalid input
 
 NUMBERS = st.one_of(st.integers(-3, 12), st.sampled_from([2**31, 2**62, 2**63 - 1, -(2**63)]))
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
@@ -165,7 +163,7 @@ nonsense = st.one_of(
 
 
 def tried(call, allowed: tuple[type[Exception], ...], *arguments, **keywords) -> None:
-    """Either a result or an ordinary error with a text; whatever else fails the test, and a crash the run."""
+    """Calls a function, which must return or raise one of the allowed exceptions with a message."""
     try:
         call(*arguments, **keywords)
     except allowed as error:
@@ -180,7 +178,7 @@ EXCEPTIONS = (ValueError, TypeError, RuntimeError, NotImplementedError)
     case=drawn_cases(), wrong=st.dictionaries(st.sampled_from(range(7)), nonsense, min_size=1, max_size=2),
     op=st.sampled_from(["lstm", "lstm_forward"]),
 )  # fmt: skip
-def test_forward_ops_survive_nonsense(case: Case, wrong: dict, op: str) -> None:
+def test_forward_ops_with_invalid_arguments(case: Case, wrong: dict, op: str) -> None:
     inputs = make_inputs(case, torch.float32)
     weights = inputs.weights[: len(inputs.weights) // case.L]
     h0, c0 = (h[: case.directions] for h in inputs.hx) if inputs.hx else (None, None)
@@ -192,7 +190,7 @@ def test_forward_ops_survive_nonsense(case: Case, wrong: dict, op: str) -> None:
 
 @bounded
 @given(case=drawn_cases(), data=st.data())
-def test_a_wrong_tensor_among_the_weights_is_survived(case: Case, data: st.DataObject) -> None:
+def test_forward_ops_with_an_invalid_weight(case: Case, data: st.DataObject) -> None:
     inputs = make_inputs(case, torch.float32)
     weights = list(inputs.weights)
     for _ in range(data.draw(st.integers(1, 2))):
@@ -211,7 +209,7 @@ def test_a_wrong_tensor_among_the_weights_is_survived(case: Case, data: st.DataO
     wrong=st.dictionaries(st.sampled_from(range(13)), nonsense, min_size=1, max_size=2),
     flags=st.tuples(st.booleans(), st.booleans()),
 )
-def test_backward_op_survives_nonsense(case: Case, wrong: dict, flags: tuple[bool, bool]) -> None:
+def test_backward_op_with_invalid_arguments(case: Case, wrong: dict, flags: tuple[bool, bool]) -> None:
     inputs = make_inputs(case, torch.float32)
     h0, c0 = inputs.hx or (None, None)
     forward = [inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional]
@@ -224,7 +222,7 @@ def test_backward_op_survives_nonsense(case: Case, wrong: dict, flags: tuple[boo
 
 @bounded
 @given(lengths=st.one_of(st.lists(NUMBERS, max_size=6), integers, odd_tensors()), batch_first=st.booleans())
-def test_lengths_are_either_right_or_refused(lengths, batch_first: bool) -> None:
+def test_lengths_are_valid_or_raise(lengths, batch_first: bool) -> None:
     B, T = 3, 4
     module, x = LSTM(2, 5, batch_first=batch_first), torch.randn((B, T, 2) if batch_first else (T, B, 2))
     values = (
@@ -242,7 +240,7 @@ def test_lengths_are_either_right_or_refused(lengths, batch_first: bool) -> None
 
 @bounded
 @given(batch_sizes=st.lists(NUMBERS, max_size=5), N=st.integers(0, 9))
-def test_batch_sizes_are_either_right_or_refused(batch_sizes: list[int], N: int) -> None:
+def test_batch_sizes_are_valid_or_raise(batch_sizes: list[int], N: int) -> None:
     right = sum(batch_sizes) == N and batch_sizes == sorted(batch_sizes, reverse=True)
     right = right and all(n > 0 for n in batch_sizes)
     packed = torch.randn(N, 2), torch.tensor(batch_sizes, dtype=torch.int64)
@@ -264,7 +262,7 @@ def test_batch_sizes_are_either_right_or_refused(batch_sizes: list[int], N: int)
 
 @bounded
 @given(case=drawn_cases(), x=nonsense, hx=st.one_of(nonsense, st.tuples(nonsense, nonsense)), lengths=nonsense)
-def test_module_survives_nonsense(case: Case, x, hx, lengths) -> None:
+def test_module_with_invalid_arguments(case: Case, x, hx, lengths) -> None:
     inputs = make_inputs(case, torch.float32)
     module = module_of(LSTM, inputs)
     right = PackedSequence(inputs.x, inputs.batch_sizes) if case.packed else inputs.x
@@ -280,7 +278,7 @@ def test_module_survives_nonsense(case: Case, x, hx, lengths) -> None:
 
 @st.composite
 def drawn_variant_cases(draw: st.DrawFn) -> variants.Case:
-    """Float64 of a few tokens; a norm over very few units is ill-conditioned, so sizes start at 16."""
+    """Short float64 cases; H is at least 16, because a norm over few units is ill-conditioned."""
     form = draw(st.sampled_from(["dense", "lengths", "packed"]))
     B, T = draw(st.integers(1, 9)), draw(st.integers(1, 6))
     lengths = None
@@ -312,7 +310,7 @@ def drawn_variant_cases(draw: st.DrawFn) -> variants.Case:
     threads=st.integers(1, 3),
     recompute=st.booleans(),
 )
-def test_drawn_variants_equal_the_definition(
+def test_random_variants_match_the_definition(
     variant: variants.Variant, case: variants.Case, threads: int, recompute: bool, isa: str
 ) -> None:
     call = variants.make_call.__wrapped__(variant, case, torch.float64)
@@ -360,10 +358,10 @@ def drawn_bags(draw: st.DrawFn) -> BagCase:
     kinds=st.lists(strides, min_size=1, max_size=5), seed=st.integers(0, 9), threads=st.integers(1, 3),
     isa=st.sampled_from(seqkernels.build_info()["isas"]),
 )  # fmt: skip
-def test_drawn_bags_equal_the_definition(
+def test_random_bags_match_the_definition(
     case: BagCase, mode: str, dtype: torch.dtype, sparse: bool, kinds: list[str], seed: int, threads: int, isa: str
 ) -> None:
-    """In any strides, sparse or dense; and whatever the number of threads, the same bits."""
+    """With any strides, sparse and dense; the bits are independent of the number of threads."""
     inputs, turn = make_bag_inputs(case, dtype, mode, seed=seed), iter(kinds * 100)
     odd = inputs.map(lambda t: restrided(t, next(turn)))
     previous = seqkernels._C.set_isa(isa)
@@ -386,10 +384,8 @@ WIDE_NUMBERS = st.one_of(BAG_NUMBERS, st.sampled_from([2**31, 2**32, 2**32 + 1, 
 
 @bounded
 @given(data=st.data(), mode=st.sampled_from(BAG_MODES), last=st.booleans(), weighted=st.booleans())
-def test_drawn_indices_and_offsets_are_either_right_or_refused(
-    data: st.DataObject, mode: str, last: bool, weighted: bool
-) -> None:
-    """What is right is decided here; in training, in inference, sparse, and by a step of SGD alike."""
+def test_indices_and_offsets_are_valid_or_raise(data: st.DataObject, mode: str, last: bool, weighted: bool) -> None:
+    """The test decides which are valid, for training, inference, sparse gradients and steps of SGD."""
     E, D = 5, 3
     wide = data.draw(st.booleans())
     numbers, integer = (WIDE_NUMBERS, torch.int64) if wide else (BAG_NUMBERS, torch.int32)
@@ -435,7 +431,7 @@ def test_drawn_indices_and_offsets_are_either_right_or_refused(
     case=drawn_bags(), mode=st.sampled_from(BAG_MODES), last=st.booleans(),
     wrong=st.dictionaries(st.integers(0, 7), nonsense, min_size=1, max_size=2),
 )  # fmt: skip
-def test_bag_ops_survive_nonsense(case: BagCase, mode: str, wrong: dict, last: bool) -> None:
+def test_bag_ops_with_invalid_arguments(case: BagCase, mode: str, wrong: dict, last: bool) -> None:
     inputs = make_bag_inputs(case, torch.float32, mode)
     for op in (ops.embedding_bag, ops.embedding_bag_forward):
         arguments = [inputs.weight, *inputs.op_arguments()]
@@ -453,7 +449,7 @@ def test_bag_ops_survive_nonsense(case: BagCase, mode: str, wrong: dict, last: b
     case=drawn_bags(), mode=st.sampled_from(BAG_MODES), op=st.integers(0, 3),
     wrong=st.dictionaries(st.integers(0, 13), nonsense, min_size=1, max_size=2),
 )  # fmt: skip
-def test_backward_bag_ops_survive_nonsense(case: BagCase, mode: str, op: int, wrong: dict) -> None:
+def test_backward_bag_ops_with_invalid_arguments(case: BagCase, mode: str, op: int, wrong: dict) -> None:
     inputs = make_bag_inputs(case, torch.float32, mode)
     bags = inputs.op_arguments()
     _, arg = ops.embedding_bag_forward(inputs.weight, *bags)
@@ -467,7 +463,7 @@ def test_backward_bag_ops_survive_nonsense(case: BagCase, mode: str, op: int, wr
         if index < len(arguments):
             arguments[index] = value
     if name == "backward" and isinstance(arguments[2], int) and arguments[2] > 2**20:
-        return  # a gradient of so many rows is as large as was wished
+        return  # the number of rows determines the size of the gradient
     tried(getattr(ops, f"embedding_bag_{name}"), EXCEPTIONS, *arguments)
 
 
@@ -479,7 +475,7 @@ columns = st.one_of(st.integers(0, 9), st.sampled_from([16, 17, 31, 33, 64]))
 
 @st.composite
 def drawn_attention(draw: st.DrawFn) -> AttentionCase:
-    """All features crossed, but for masks and packed rows."""
+    """All combinations of options, except masks with packed sequences."""
     form = draw(st.sampled_from(["dense", "lengths", "lengths of keys", "packed"]))
     B, Hk = draw(st.integers(1 if form == "packed" else 0, 3)), draw(st.integers(1, 2))
     Tq, Tk = draw(steps), draw(steps)
@@ -514,10 +510,10 @@ def drawn_attention(draw: st.DrawFn) -> AttentionCase:
     case=drawn_attention(), dtype=st.sampled_from(DTYPES), kinds=st.lists(strides, min_size=1, max_size=5),
     seed=st.integers(0, 9), threads=st.integers(2, 4), isa=st.sampled_from(seqkernels.build_info()["isas"]),
 )  # fmt: skip
-def test_drawn_attention_equals_the_definition(
+def test_random_attention_matches_the_definition(
     case: AttentionCase, dtype: torch.dtype, kinds: list[str], seed: int, threads: int, isa: str
 ) -> None:
-    """In any strides; and whatever the number of threads, the same bits."""
+    """With any strides; the bits are independent of the number of threads."""
     inputs, turn = make_attention_inputs(case, dtype, seed=seed), iter(kinds * 100)
     odd = dataclasses.replace(inputs, tensors={n: restrided(t, next(turn)) for n, t in inputs.tensors.items()})
     if inputs.bool_mask is not None:
@@ -530,8 +526,8 @@ def test_drawn_attention_equals_the_definition(
         other = run_attention(inputs)
     finally:
         seqkernels._C.set_isa(previous)
-    # Upstream gradients are of size 1. Where they cancel, as in a row that sees one key or a mask of one number, there
-    # is left the rounding of many of them.
+    # Upstream gradients have size 1. If they cancel, as for a query with one key or a mask of one value, the result is
+    # their accumulated rounding error.
     assert_attention_near(got, attention_definition(inputs), dtype, least=4.0)
     assert_same_bits(got, other)
 
@@ -540,7 +536,7 @@ def test_drawn_attention_equals_the_definition(
 @given(
     lengths=st.tuples(*(st.one_of(st.none(), st.lists(NUMBERS, max_size=3), integers, odd_tensors()) for _ in range(2)))
 )
-def test_lengths_of_attention_are_either_right_or_refused(lengths: tuple) -> None:
+def test_lengths_of_attention_are_valid_or_raise(lengths: tuple) -> None:
     B, T = 2, (3, 4)
     q, k = torch.randn(B, 1, T[0], 2), torch.randn(B, 1, T[1], 2)
 
@@ -560,7 +556,7 @@ def test_lengths_of_attention_are_either_right_or_refused(lengths: tuple) -> Non
 
 @bounded
 @given(cu=st.tuples(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, max_size=4)), longest=st.integers(0, 9))
-def test_bounds_of_attention_are_either_right_or_refused(cu: tuple[list[int], list[int]], longest: int) -> None:
+def test_cu_seqlens_of_attention_are_valid_or_raise(cu: tuple[list[int], list[int]], longest: int) -> None:
     N = (4, 5)
     q, k = torch.randn(N[0], 1, 2), torch.randn(N[1], 1, 2)
     right = len(cu[0]) == len(cu[1])
@@ -580,7 +576,7 @@ def test_bounds_of_attention_are_either_right_or_refused(cu: tuple[list[int], li
     case=drawn_attention(), wrong=st.dictionaries(st.integers(0, 17), nonsense, min_size=1, max_size=2),
     backward=st.dictionaries(st.integers(0, 22), nonsense, min_size=1, max_size=2),
 )  # fmt: skip
-def test_attention_ops_survive_nonsense(case: AttentionCase, wrong: dict, backward: dict) -> None:
+def test_attention_ops_with_invalid_arguments(case: AttentionCase, wrong: dict, backward: dict) -> None:
     inputs = make_attention_inputs(case, torch.float32)
     q, k, v = (inputs.tensors[n] for n in "qkv")
     right = [q, k, v, *inputs.arguments()]

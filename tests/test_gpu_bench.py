@@ -1,5 +1,5 @@
-"""What `make gpu` is made of, where there is no GPU: processes cut by the clock, tests that end their process, results
-that survive, the choice of shapes and the table of tuning."""
+"""The parts of `make gpu` without a GPU: time limits of processes, tests that crash, partial results, selection of
+shapes, and the table of tuning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ report, tally, gpu, tune = (module(name) for name in ("report", "tally", "gpu", 
 
 @pytest.fixture(autouse=True)
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree of its own for the parts to run in."""
+    """A separate tree in which the parts run."""
     folder = tmp_path / "site"
     (folder / "tests").mkdir(parents=True)
     (folder / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['cuda', 'sanitize']\n")
@@ -51,7 +51,7 @@ def run(source: str, log: Path, seconds: float = 60.0) -> Any:
 
 
 def gone(pid: int) -> bool:
-    """Within two seconds; a zombie counts as gone."""
+    """Whether the process ends within two seconds; a zombie has ended."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -66,8 +66,8 @@ def gone(pid: int) -> bool:
 # ---- processes
 
 
-def test_output_comes_as_it_is_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With pauses in which there is nothing to read, one of them inside a letter."""
+def test_output_is_shown_when_it_is_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Output with pauses, one of them within a UTF-8 character."""
     ended = run(
         """
         import os, time
@@ -80,16 +80,16 @@ def test_output_comes_as_it_is_written(tmp_path: Path, capfd: pytest.CaptureFixt
         tmp_path / "log",
     )
     assert ended == ("passed", "first\nµ last", 0)
-    assert (tmp_path / "log").read_text(encoding="utf-8") == ended.said
-    assert ended.said in capfd.readouterr().out
+    assert (tmp_path / "log").read_text(encoding="utf-8") == ended.output
+    assert ended.output in capfd.readouterr().out
 
 
-def test_a_command_that_fails(tmp_path: Path) -> None:
+def test_failing_command(tmp_path: Path) -> None:
     ended = run("print('so'); raise SystemExit(3)", tmp_path / "log")
-    assert (ended.status, ended.said, ended.code) == ("failed", "so\n", 3)
+    assert (ended.status, ended.output, ended.code) == ("failed", "so\n", 3)
 
 
-def test_a_command_that_is_cut_may_say_what_it_has(tmp_path: Path) -> None:
+def test_output_of_a_command_that_is_interrupted(tmp_path: Path) -> None:
     start = time.monotonic()
     ended = run(
         """
@@ -103,13 +103,13 @@ def test_a_command_that_is_cut_may_say_what_it_has(tmp_path: Path) -> None:
         tmp_path / "log",
         seconds=1.0,
     )
-    assert (ended.status, ended.said) == ("cut", "begun\nkept\n")
+    assert (ended.status, ended.output) == ("cut", "begun\nkept\n")
     assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("parent", ["ends", "waits", "is deaf"])
-def test_children_end_too(tmp_path: Path, parent: str) -> None:
-    """Those that hold the pipe open and hear no interrupt."""
+def test_children_are_terminated(tmp_path: Path, parent: str) -> None:
+    """Children that keep the pipe open and ignore interrupts."""
     ended = run(
         f"""
         import signal, subprocess, sys, time
@@ -126,10 +126,10 @@ def test_children_end_too(tmp_path: Path, parent: str) -> None:
         seconds=60.0 if parent == "ends" else 2.0,
     )
     assert ended.status == ("passed" if parent == "ends" else "cut")
-    assert gone(int(ended.said.split()[0]))
+    assert gone(int(ended.output.split()[0]))
 
 
-def test_a_run_that_is_told_to_end_cuts_its_part(tmp_path: Path) -> None:
+def test_termination_interrupts_the_part(tmp_path: Path) -> None:
     threading.Timer(0.5, gpu.STOP.set).start()
     assert run("import time; time.sleep(60)", tmp_path / "log").status == "cut"
 
@@ -137,7 +137,7 @@ def test_a_run_that_is_told_to_end_cuts_its_part(tmp_path: Path) -> None:
 # ---- time
 
 
-def test_parts_share_the_time_and_leave_what_they_do_not_use() -> None:
+def test_parts_share_the_time() -> None:
     ends = gpu.deadlines(list(gpu.PARTS), 100.0, 530.0)
     assert list(ends) == list(gpu.SHARES) and ends["bench"] == pytest.approx(630)
     assert ends["tests"] - ends["build"] == pytest.approx(530 * gpu.SHARES["tests"] / sum(gpu.SHARES.values()))
@@ -154,12 +154,12 @@ def test_selections() -> None:
             gpu.selections(wrong)
 
 
-# ---- all of it
+# ---- all parts
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch, site: Path) -> dict[str, Any]:
-    """Parts that pass at once, on a GPU that is not there."""
+    """Parts that pass immediately, for a simulated GPU."""
     found: dict[str, Any] = {name: lambda part: {"status": "passed"} for name in gpu.PARTS}
     monkeypatch.setattr(gpu, "PARTS", found)
     monkeypatch.setattr(gpu, "stage", lambda: None)
@@ -173,7 +173,7 @@ def checks_in(folder: Path) -> dict[str, str]:
     return {name: part["status"] for name, part in checks["parts"].items()}
 
 
-def test_each_part_leaves_how_it_ended(fakes: dict[str, Any], tmp_path: Path) -> None:
+def test_status_of_each_part(fakes: dict[str, Any], tmp_path: Path) -> None:
     given = []
 
     def bench(part: Any) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def test_each_part_leaves_how_it_ended(fakes: dict[str, Any], tmp_path: Path) ->
     assert checks_in(tmp_path) == {"tests": "passed", "bench": "cut", "tune": "passed"}
 
 
-def test_nothing_follows_a_build_that_fails_or_an_end_that_is_asked_for(fakes: dict[str, Any], tmp_path: Path) -> None:
+def test_no_parts_run_after_a_failed_build_or_a_termination(fakes: dict[str, Any], tmp_path: Path) -> None:
     def stopped(part: Any) -> dict[str, Any]:
         gpu.STOP.set()
         return {"status": "cut"}
@@ -247,8 +247,8 @@ def test_counts_of_tests(site: Path) -> None:
     assert gpu.run_tests(part(site, 60, "good or none"))["status"] == "passed"
 
 
-def test_a_cut_leaves_the_counts(site: Path) -> None:
-    """Of a test that would hear an interrupt, and of one that is deaf to it, as in a kernel that does not end."""
+def test_counts_of_interrupted_tests(site: Path) -> None:
+    """For a test that handles interrupts, and one that ignores them, as in a kernel that does not end."""
     for deaf in ("", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"):
         write_tests(
             site, f"def test_good(): pass\ndef test_long():\n    {deaf}\n    time.sleep(60)\ndef test_last(): pass"
@@ -258,7 +258,7 @@ def test_a_cut_leaves_the_counts(site: Path) -> None:
         assert not deaf or found["unfinished tests"] == ["tests/test_it.py::test_long"]
 
 
-def test_tests_that_end_their_process_do_not_end_the_part(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_that_crash_their_process(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "TEST_S", 1.0)
     write_tests(
         site,
@@ -275,7 +275,7 @@ def test_tests_that_end_their_process_do_not_end_the_part(site: Path, monkeypatc
     assert found["unfinished tests"] == [f"tests/test_it.py::{name}" for name in ("test_hangs", "test_crashes")]
 
 
-def test_a_device_that_a_test_left_unusable_is_left_to_a_new_process(site: Path) -> None:
+def test_device_error_starts_a_new_process(site: Path) -> None:
     write_tests(
         site,
         """
@@ -294,20 +294,20 @@ def test_a_device_that_a_test_left_unusable_is_left_to_a_new_process(site: Path)
     assert "an illegal memory access" in (site / "tests.log").read_text()
 
 
-def test_a_part_that_cannot_begin_says_why(site: Path) -> None:
+def test_error_of_a_part_that_cannot_start(site: Path) -> None:
     write_tests(site, "import nothing_of_that_name")
     found = gpu.run_tests(part(site, 60))
-    assert found["status"] == "failed" and "nothing_of_that_name" in found["said"]
+    assert found["status"] == "failed" and "nothing_of_that_name" in found["output"]
 
 
-def test_what_a_sanitizer_says() -> None:
+def test_reports_of_a_sanitizer() -> None:
     text = """========= COMPUTE-SANITIZER
 ..F
 ========= Invalid __global__ read of size 4 bytes
 =========     at kernel(float *)+0x90
 ========= ERROR SUMMARY: 1 error
 """
-    assert gpu.sanitizer_said(text) == {
+    assert gpu.sanitizer_reports(text) == {
         "summaries": ["ERROR SUMMARY: 1 error"],
         "reports": ["Invalid __global__ read of size 4 bytes", "at kernel(float *)+0x90"],
     }
@@ -322,10 +322,8 @@ def test_what_a_sanitizer_says() -> None:
         ("RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "failed"),
     ],
 )
-def test_errors_of_a_sanitizer_fail_its_part(
-    site: Path, monkeypatch: pytest.MonkeyPatch, summary: str, status: str
-) -> None:
-    """Though all tests pass: a program of that name that runs what it is given."""
+def test_sanitizer_errors_fail_the_part(site: Path, monkeypatch: pytest.MonkeyPatch, summary: str, status: str) -> None:
+    """Although all tests pass. A script simulates compute-sanitizer and runs its arguments."""
     write_tests(site, "@pytest.mark.sanitize\ndef test_good(): pass\ndef test_other(): assert False")
     program = site / "compute-sanitizer"
     good = status == "passed"
@@ -340,8 +338,8 @@ def test_errors_of_a_sanitizer_fail_its_part(
 # ---- results
 
 
-def test_rows_are_saved_one_by_one(site: Path) -> None:
-    """A row that ends the process costs itself alone."""
+def test_rows_are_saved_individually(site: Path) -> None:
+    """A row that crashes the process loses only its own result."""
     pytest.importorskip("pytest_benchmark")
     (site / "bench").mkdir()
     for name in ("conftest.py", "harness.py", "report.py", "tally.py"):
@@ -375,7 +373,7 @@ def test_rows_are_saved_one_by_one(site: Path) -> None:
     assert all(row.entries[2].verdict == "PASS" for row in saved.rows)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = report.unused(tmp_path / "results", "a-gpu-2026-01-01")
     report.write(path, "first")
     assert report.unused(path.parent, "a-gpu-2026-01-01").name == "a-gpu-2026-01-01-2.json"
@@ -385,7 +383,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert path.read_text() == "first"
 
 
-def test_the_summary_names_what_failed() -> None:
+def test_summary_names_failures() -> None:
     checks = {
         "tests": dict(status="failed", seconds=3.0, tests=3, passed=1, failed=1, skipped=0, unfinished=1)
         | {"failures": {"tests/a.py::b": "why"}, "unfinished tests": ["tests/a.py::c"]},
@@ -405,7 +403,7 @@ def test_the_summary_names_what_failed() -> None:
 
 
 class Planned:
-    """A device on which the clusters take H up to 768, but for the backward of 768, and the grid no single sequence."""
+    """A simulated device. Clusters support H up to 768, except for backward of 768; grids do not support B=1."""
 
     def __init__(self, **speed: float) -> None:
         self.speed = {"cluster": 10.0, "grid": 20.0, "steps": 40.0} | speed
@@ -437,7 +435,7 @@ def test_layers_to_tune() -> None:
     assert [str(layer) for layer in tune.layers("GRU H=128 B=1")] == ["GRU B=1 H=128 T=64"]
 
 
-def test_tiers_that_take_a_layer_are_timed_and_others_say_why() -> None:
+def test_supported_tiers_are_timed() -> None:
     forward, step = tune.measured(tune.Layer("LSTM", 16, 512), Planned())
     assert forward.seconds == pytest.approx({"cluster": 10e-6, "grid": 20e-6, "steps": 40e-6})
     assert (step.planned, step.best, step.loss) == ("cluster", "cluster", 0.0)
@@ -446,7 +444,7 @@ def test_tiers_that_take_a_layer_are_timed_and_others_say_why() -> None:
     assert forward.reasons == {"cluster": ["cluster: too large"], "grid": ["grid: too large"]}
 
 
-def test_a_choice_of_two_tiers_is_timed_as_it_is() -> None:
+def test_plan_with_two_tiers_is_timed() -> None:
     device = Planned()
     forward, step = tune.measured(tune.Layer("GRU", 16, 768), device)
     assert (forward.planned, step.planned) == ("cluster", "cluster+grid")
@@ -454,7 +452,7 @@ def test_a_choice_of_two_tiers_is_timed_as_it_is() -> None:
     assert step.planned_seconds == pytest.approx(70e-6) and step.loss == pytest.approx(2.5)
 
 
-def test_the_table_marks_what_the_planner_loses() -> None:
+def test_table_marks_losses_of_the_planner() -> None:
     timings = tune.measured(tune.Layer("LSTM", 16, 512), Planned(grid=8.0))[:1]
     timings += tune.measured(tune.Layer("LSTM", 16, 512), Planned(grid=9.6))[1:]
     timings += tune.measured(tune.Layer("LSTM", 1, 768), Planned())[:1]
@@ -469,8 +467,8 @@ def test_the_table_marks_what_the_planner_loses() -> None:
     assert timings[0].as_json()["best"] == "grid"
 
 
-def test_a_layer_runs_under_the_tiers_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, by another clock."""
+def test_layer_runs_with_the_selected_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with a simulated clock."""
     tiers, asked = [["cluster", "grid", "steps"]], []
 
     def set_tiers(names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Public signatures: those of torch where ours takes the place of torch's, and explicit everywhere."""
+"""Public signatures: explicit, and those of torch for replacements of torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.default, p.kind) for p in found if p.kind is not KEYWORD_ONLY and p.name != "self"]
 
 
-# ---- the same parameters as torch's
+# ---- signatures of torch
 
 SAME = {
     **{f"nn.{name}": (getattr(nn, name), getattr(torch.nn, name)) for name in (
@@ -42,13 +42,13 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_parameters_of_torch_come_first(name: str) -> None:
+def test_signatures_begin_with_the_parameters_of_torch(name: str) -> None:
     ours, theirs = SAME[name]
     assert parameters(ours) == parameters(theirs)
 
 
-# Their constructors are (*args, **kwargs) at run time; the documented signatures are `overload`s. Those of GRU and RNN
-# omit proj_size, which has the position that it has in LSTM: tests/recurrent/test_kinds.py calls them so.
+# The constructors of torch are (*args, **kwargs) at run time; their documented signatures are `overload`s. Those of GRU
+# and RNN omit proj_size, which has the same position as in LSTM; tests/recurrent/test_kinds.py tests it.
 SIZES = ["input_size", "hidden_size"]
 LAYERS = {
     "LSTM": [*SIZES, *COMMON, "proj_size", "device", "dtype"],
@@ -67,7 +67,7 @@ def test_constructors_of_layers(name: str) -> None:
 
 @pytest.mark.skipif(not hasattr(typing, "get_overloads"), reason="typing.get_overloads: from Python 3.11 on")
 @pytest.mark.parametrize("name", LAYERS)
-def test_constructors_of_layers_are_the_overloads_of_torch(name: str) -> None:
+def test_constructors_of_layers_match_the_overloads_of_torch(name: str) -> None:
     overloads = typing.get_overloads(getattr(torch.nn, name).__init__)
     theirs = next(o for o in overloads if "input_size" in inspect.signature(o).parameters)
     expected = [(n, default) for n, default, _ in parameters(theirs)]
@@ -77,7 +77,7 @@ def test_constructors_of_layers_are_the_overloads_of_torch(name: str) -> None:
     assert ours == expected
 
 
-# Functions of torch that are written in C++ have no signature; these are their documented ones.
+# Documented signatures of functions that torch implements in C++, which have no signature in Python.
 BUILTIN = {
     "scaled_dot_product_attention": "query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None "
     "enable_gqa=False",
@@ -88,14 +88,14 @@ BUILTIN = {
 
 
 @pytest.mark.parametrize("name", BUILTIN)
-def test_functions_that_torch_writes_in_cpp(name: str) -> None:
+def test_functions_implemented_in_cpp_by_torch(name: str) -> None:
     shown = [n if d is inspect.Parameter.empty else f"{n}={d}" for n, d, _ in parameters(getattr(functional, name))]
     assert " ".join(shown) == BUILTIN[name]
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "dreamer_gru", "mgu", "nested_lstm", "rnn_tanh", "rnn_relu", "slstm"])
 @pytest.mark.parametrize("of", [functional, reference], ids=["functional", "reference"])
-def test_layers_take_input_then_hx_then_weights(of: Any, name: str) -> None:
+def test_layers_have_input_hx_and_weights(of: Any, name: str) -> None:
     assert [n for n, *_ in parameters(getattr(of, name))] == ["input", "hx", "weights"]
 
 
@@ -122,20 +122,20 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_no_public_callable_is_variadic(name: str) -> None:
+def test_public_callables_are_not_variadic(name: str) -> None:
     if name == "seqkernels.nn.MultiheadAttention":
-        assert "__init__" not in vars(nn.MultiheadAttention)  # torch's own
+        assert "__init__" not in vars(nn.MultiheadAttention)  # inherited from torch
     assert not [p.name for p in inspect.signature(PUBLIC[name]).parameters.values() if p.kind in VARIADIC]
 
 
 @pytest.mark.parametrize("name", functional.__all__)
-def test_every_functional_form_takes_a_backend(name: str) -> None:
+def test_functional_forms_have_a_backend(name: str) -> None:
     parameter = inspect.signature(getattr(functional, name)).parameters["backend"]
     assert parameter.kind is KEYWORD_ONLY and parameter.default is None
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_callable_has_annotations(name: str) -> None:
+def test_public_callables_have_annotations(name: str) -> None:
     value = PUBLIC[name]
     function = value.__init__ if inspect.isclass(value) else value
     if not str(getattr(function, "__module__", None)).startswith("seqkernels"):
@@ -144,7 +144,7 @@ def test_every_public_callable_has_annotations(name: str) -> None:
         assert p.name in ("self", "cls") or p.annotation is not inspect.Parameter.empty, p.name
 
 
-def test_the_default_mode_is_one() -> None:
+def test_default_modes_are_equal() -> None:
     modes = {
         n: inspect.signature(getattr(functional, n)).parameters["mode"].default
         for n in functional.__all__

@@ -1,9 +1,9 @@
-"""The ops of attention: calls, fakes, autograd, torch.func.
+"""Ops of attention: calls, fake implementations, autograd, torch.func.
 
-Every op takes `How` and the tensors that `Inputs` lists. Backward is first order and needs out and lse; under
-create_graph the gradient is that of the reference definition.
+Each op has the tensor arguments `Inputs` and the scalar arguments `AttentionArgs`. The backward ops are first order and
+read out and lse; with create_graph, the gradient is computed through the reference definition.
 
-Dimensions: B batch, Hq heads of queries, Hk of keys, Tq queries, Tk keys, D and Dv columns.
+Dimensions: B batch, Hq query heads, Hk key heads, Tq queries, Tk keys, D and Dv columns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ops:
         for name in NAMES:
             setattr(self, name.removeprefix("attention_"), op(name, namespace))
 
-    def __getattr__(self, name: str) -> Any:  # what __init__ sets
+    def __getattr__(self, name: str) -> Any:  # declares the attributes set by __init__ to type checkers
         raise AttributeError(name)
 
 
@@ -44,7 +44,7 @@ ops = Ops("seqkernels")
 
 
 class Inputs(NamedTuple):
-    """What an op is given besides q, k and v."""
+    """Tensor arguments of an op besides q, k and v."""
 
     attn_mask: Tensor | None = None  # [B | 1, Hq | 1, Tq | 1, Tk | 1]
     alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq]
@@ -54,8 +54,8 @@ class Inputs(NamedTuple):
     cu_k: Tensor | None = None  # [S + 1]
 
 
-class How(NamedTuple):
-    """What is no tensor, but for the seed."""
+class AttentionArgs(NamedTuple):
+    """Scalar arguments of an op."""
 
     max_q: int = 0
     max_k: int = 0
@@ -67,25 +67,27 @@ class How(NamedTuple):
     dropout_p: float = 0.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, how: How, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out and lse, however it is traced, transformed or recorded."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, args: AttentionArgs, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], in eager mode, while tracing and under transforms."""
     mask = inputs.attn_mask
     if transformed():
-        return _Attention.apply(how, seed, *inputs[1:], q, k, v, mask)
+        return _Attention.apply(args, seed, *inputs[1:], q, k, v, mask)
     if not torch.compiler.is_compiling() and not recorded(q, k, v, mask):
         with below_autograd():
-            return ops.forward(q, k, v, *inputs, *how, seed)
-    return ops.forward(q, k, v, *inputs, *how, seed)
+            return ops.forward(q, k, v, *inputs, *args, seed)
+    return ops.forward(q, k, v, *inputs, *args, seed)
 
 
-def weights_of(q: Tensor, k: Tensor, inputs: Inputs, how: How, seed: Tensor | None, lse: Tensor) -> Tensor:
-    """[B, Hq, Tq, Tk], after dropout."""
+def weights_of(q: Tensor, k: Tensor, inputs: Inputs, args: AttentionArgs, seed: Tensor | None, lse: Tensor) -> Tensor:
+    """Attention weights [B, Hq, Tq, Tk] after dropout."""
     if transformed():
-        return _Weights.apply(how, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
-    return ops.weights(q, k, *inputs, *how, seed, lse)
+        return _Weights.apply(args, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
+    return ops.weights(q, k, *inputs, *args, seed, lse)
 
 
-# ---- gradients, by the kernels and by the definition
+# ---- gradients by the kernels and by the reference definition
 
 
 def _needs_mask(mask: Tensor | None, needed: bool) -> bool:
@@ -93,7 +95,7 @@ def _needs_mask(mask: Tensor | None, needed: bool) -> bool:
 
 
 def _backward(
-    how: How,
+    args: AttentionArgs,
     seed: Tensor | None,
     inputs: Inputs,
     q: Tensor,
@@ -103,18 +105,18 @@ def _backward(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, mask; needs: of which."""
+    """Gradients of q, k, v and the mask, None where `needs` is False."""
     out, lse = saved
     dout, dlse = grads
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     of_mask = _needs_mask(inputs.attn_mask, needs[3])
-    *found, dmask = ops.backward(dout, dlse, q, k, v, *inputs, *how, seed, out, lse, of_mask)
+    *found, dmask = ops.backward(dout, dlse, q, k, v, *inputs, *args, seed, out, lse, of_mask)
     return *(g if need else None for g, need in zip(found, needs)), dmask if of_mask else None
 
 
 def _weights_backward(
-    how: How,
+    args: AttentionArgs,
     seed: Tensor | None,
     inputs: Inputs,
     q: Tensor,
@@ -123,39 +125,39 @@ def _weights_backward(
     grad: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, mask, lse."""
+    """Gradients of q, k, the mask and lse, None where `needs` is False."""
     of_mask = _needs_mask(inputs.attn_mask, needs[2])
-    dq, dk, dlse, dmask = ops.weights_backward(grad, q, k, *inputs, *how, seed, lse, of_mask)
+    dq, dk, dlse, dmask = ops.weights_backward(grad, q, k, *inputs, *args, seed, lse, of_mask)
     return tuple(g if need else None for g, need in zip((dq, dk, dmask if of_mask else None, dlse), needs))
 
 
-def _of_attention(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
+def _of_attention(args: AttentionArgs, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        given: Any = (*inputs[1:], *how, seed)
+        given: Any = (*inputs[1:], *args, seed)
         return attention_definition(q, k, v, mask, *given)
 
     return attention
 
 
-def _of_weights(how: How, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
+def _of_weights(args: AttentionArgs, seed: Tensor | None, inputs: Inputs) -> Callable[..., Any]:
     def weights(q: Tensor, k: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
-        given: Any = (*inputs[1:], *how, seed, lse)
+        given: Any = (*inputs[1:], *args, seed, lse)
         return weights_definition(q, k, mask, *given)
 
     return weights
 
 
-FIRST = 7  # of the arguments below that have a gradient
+FIRST = 7  # position of the first argument below that has a gradient
 
 
 class _Attention(torch.autograd.Function):
-    """Attention under torch.func's transforms and forward-mode AD, which the registered autograd does not support."""
+    """Attention under torch.func transforms and forward-mode AD, which register_autograd does not support."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        how: How,
+        args: AttentionArgs,
         seed: Tensor | None,
         alibi_slopes: Tensor | None,
         q_lengths: Tensor | None,
@@ -167,12 +169,12 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return ops.forward(q, k, v, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *how, seed)
+        return ops.forward(q, k, v, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *args, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        how, *tensors = inputs
-        ctx.how = how
+        args, *tensors = inputs
+        ctx.args = args
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
@@ -185,25 +187,25 @@ class _Attention(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = vjp_by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, mask), grads, needs)
+            found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, mask), grads, needs)
         else:
-            found = _backward(ctx.how, seed, inputs, q, k, v, (out, lse), grads, needs)
+            found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse), grads, needs)
         return *[None] * FIRST, *found
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         seed, *rest, q, k, v, mask = ctx.saved_tensors
-        return jvp_by_definition(_of_attention(ctx.how, seed, Inputs(mask, *rest)), (q, k, v, mask), tangents[FIRST:])
+        return jvp_by_definition(_of_attention(ctx.args, seed, Inputs(mask, *rest)), (q, k, v, mask), tangents[FIRST:])
 
 
 class _Weights(torch.autograd.Function):
-    """attention_weights, likewise."""
+    """attention_weights under torch.func transforms and forward-mode AD."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        how: How,
+        args: AttentionArgs,
         seed: Tensor | None,
         alibi_slopes: Tensor | None,
         q_lengths: Tensor | None,
@@ -215,12 +217,12 @@ class _Weights(torch.autograd.Function):
         mask: Tensor | None,
         lse: Tensor,
     ) -> Tensor:
-        return ops.weights(q, k, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *how, seed, lse)
+        return ops.weights(q, k, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *args, seed, lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        how, *tensors = inputs
-        ctx.how = how
+        args, *tensors = inputs
+        ctx.args = args
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -230,24 +232,24 @@ class _Weights(torch.autograd.Function):
         needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = vjp_by_definition(_of_weights(ctx.how, seed, inputs), (q, k, mask, lse), (grad,), needs)
+            found = vjp_by_definition(_of_weights(ctx.args, seed, inputs), (q, k, mask, lse), (grad,), needs)
         else:
-            found = _weights_backward(ctx.how, seed, inputs, q, k, lse, grad, needs)
+            found = _weights_backward(ctx.args, seed, inputs, q, k, lse, grad, needs)
         return *[None] * FIRST, *found
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         seed, *rest, q, k, mask, lse = ctx.saved_tensors
-        return jvp_by_definition(_of_weights(ctx.how, seed, Inputs(mask, *rest)), (q, k, mask, lse), tangents[FIRST:])[
+        return jvp_by_definition(_of_weights(ctx.args, seed, Inputs(mask, *rest)), (q, k, mask, lse), tangents[FIRST:])[
             0
         ]
 
 
-# ---- the ops' fakes, autograd and vmap
+# ---- fake implementations, autograd and vmap
 
 
 def layout_like(x: Tensor, D: Any) -> Tensor:
-    """New [B, H, T, D], in memory [B, T, H, D] where x [B, H, T, *] lies so."""
+    """Uninitialized [B, H, T, D] with the memory layout of x [B, H, T, *]: [B, T, H, D] or [B, H, T, D]."""
     B, H, T, _ = x.shape
     if x.stride(1) < x.stride(2):
         return x.new_empty(B, T, H, D).transpose(1, 2)
@@ -305,8 +307,8 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *rest = inputs
-    *how, seed = rest[len(Inputs._fields) :]
-    ctx.how = How(*how)
+    *args, seed = rest[len(Inputs._fields) :]
+    ctx.args = AttentionArgs(*args)
     ctx.save_for_backward(q, k, v, *rest[: len(Inputs._fields)], seed, *output)
     ctx.set_materialize_grads(False)
 
@@ -317,16 +319,16 @@ def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     found: Sequence[Tensor | None] = (None,) * 4
     if grads[0] is not None or grads[1] is not None:
         if torch.is_grad_enabled():
-            found = vjp_by_definition(_of_attention(ctx.how, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
+            found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
         else:
-            found = _backward(ctx.how, seed, inputs, q, k, v, (out, lse), grads, needs)
+            found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse), grads, needs)
     return *found, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, *rest, lse = inputs
-    *how, seed = rest[len(Inputs._fields) :]
-    ctx.how = How(*how)
+    *args, seed = rest[len(Inputs._fields) :]
+    ctx.args = AttentionArgs(*args)
     ctx.save_for_backward(q, k, *rest[: len(Inputs._fields)], seed, lse)
 
 
@@ -335,14 +337,14 @@ def _backward_of_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs, inputs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[-1]), Inputs(*tensors)
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled():
-        found = vjp_by_definition(_of_weights(ctx.how, seed, inputs), (q, k, inputs.attn_mask, lse), (grad,), needs)
+        found = vjp_by_definition(_of_weights(ctx.args, seed, inputs), (q, k, inputs.attn_mask, lse), (grad,), needs)
     else:
-        found = _weights_backward(ctx.how, seed, inputs, q, k, lse, grad, needs)
+        found = _weights_backward(ctx.args, seed, inputs, q, k, lse, grad, needs)
     return *found[:3], *[None] * (len(ctx.needs_input_grad) - 4), found[3]
 
 
 def register(namespace: str) -> None:
-    """Fakes, autograd and vmap rules of a namespace's ops."""
+    """Registers the fake implementations, autograd formulas and vmap rules of the ops of a namespace."""
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}")(fake)
         overload = op(name, namespace)
@@ -357,14 +359,14 @@ def register(namespace: str) -> None:
 
 register("seqkernels")
 
-# ---- tensors on CUDA: Triton, imported at the first call
+# ---- CUDA: the Triton kernels
 
 _library = torch.library.Library("seqkernels", "IMPL")
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        from seqkernels.triton import attention
+        from seqkernels.triton import attention  # imports Triton, which a CPU installation does not have
 
         return getattr(attention, name)(*args)
 

@@ -1,4 +1,4 @@
-"""What the operators share: op handles, gradients by definition, the vmap rule, casts of autocast, TF32."""
+"""Functions shared by the operators: op handles, gradients of reference definitions, vmap rule, autocast, TF32."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from seqkernels import _C  # importing it registers the ops
+from seqkernels import _C  # the import registers the ops
 
 Function = Callable[..., Any]
 
 
 def op(name: str, namespace: str = "seqkernels") -> Function:
-    """The `.default` overload of an op. A call through it takes half the time of a call through the packet."""
+    """The `.default` overload of an op. Calling it takes half the time of calling the overload packet."""
     overload: Function = getattr(getattr(torch.ops, namespace), name).default
     return overload
 
 
-# ---- how a call is differentiated
+# ---- differentiation
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -32,14 +32,14 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD transforms the call. A compiler traces both through the ops."""
+    """Whether a torch.func transform or forward-mode AD is active. torch.compile traces both through the ops."""
     return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 
 def replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
-    """`values` with those at the positions `at` replaced."""
+    """Copy of `values` in which by[i] replaces the value at position at[i]."""
     values = list(values)
     for i, value in zip(at, by):
         values[i] = value
@@ -52,12 +52,14 @@ def vjp_by_definition(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Vector-Jacobian product of a reference definition: differentiable to any order, inside any transform.
+    """Vector-Jacobian product of a reference definition, differentiable to any order and in any transform.
 
     Args:
-        function: of the primals; returns a tensor or a tuple of tensors.
-        grads: upstream gradient of each output; None is zero.
-        needs: for each primal whether its gradient is wanted.
+        function: maps the primals to a tensor or a tuple of tensors.
+        grads: upstream gradient of each output; None is a zero gradient.
+        needs: for each primal, whether its gradient is required.
+    Returns:
+        A gradient for each primal, None where it is not required.
     """
     wanted = [i for i, need in enumerate(needs) if need and primals[i] is not None]
     given = [i for i, grad in enumerate(grads) if grad is not None]
@@ -76,9 +78,9 @@ def vjp_by_definition(
 def jvp_by_definition(
     function: Function, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Tangents of the outputs of a reference definition.
+    """Jacobian-vector product of a reference definition: the tangents of its outputs.
 
-    A vector-Jacobian product is linear in its vector; its transpose is the Jacobian-vector product.
+    The vector-Jacobian product is linear in its vector, and its transpose is the Jacobian-vector product.
     """
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
@@ -96,7 +98,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def vmap_rule(op: Function) -> Function:
-    """One call per sample: each may have its own weights, and gets its own weight gradient."""
+    """vmap rule that calls the op once per sample, so that samples may have separate weights and weight gradients."""
 
     def one(value: Any, dim: Any, i: int) -> Any:
         if isinstance(value, (list, tuple)):
@@ -118,7 +120,7 @@ def vmap_rule(op: Function) -> Function:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype to which autocast casts the inputs of a matrix product on this device; None where it is off."""
+    """The dtype to which autocast casts inputs of matrix products on `device`, or None if autocast is disabled."""
     kind = device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return None
@@ -126,26 +128,27 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t as autocast passes it on; integers and float64 stay."""
+    """Casts t to the dtype of autocast. Integer and float64 tensors are returned unchanged."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 # ---- TF32
 
-_SET_TF32 = getattr(_C, "set_tf32", None)  # in builds with CUDA kernels
+_SET_TF32 = getattr(_C, "set_tf32", None)  # None in builds without CUDA kernels
 
 
 def follow_tf32(x: Tensor, setting: Any) -> None:
-    """Makes float32 products on CUDA use TF32 where torch's products do.
+    """Enables TF32 in the float32 matrix products of the CUDA kernels if torch enables it.
 
     Args:
-        setting: the part of torch.backends that holds `fp32_precision` for the operator. A compiled graph keeps the
-            value of the last eager call.
+        setting: the module of torch.backends with the `fp32_precision` of the operator. Compiled graphs use the value
+            of the last eager call.
     """
     if _SET_TF32 is not None and x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         _SET_TF32(allows_tf32(setting))
 
 
 def allows_tf32(setting: Any) -> bool:
+    """Whether a module of torch.backends allows TF32."""
     allowed: bool = setting.fp32_precision == "tf32"
     return allowed

@@ -1,8 +1,8 @@
-"""Exceptions of all operators and what their messages are made of. The table of exceptions is docs/errors.md.
+"""Exceptions of all operators and helpers for their messages. docs/errors.md has the table of exceptions.
 
-One rule: ValueError for values and shapes, TypeError for types and dtypes, IndexError for indices out of range,
-NotImplementedError for a case without an implementation. Where a function takes the place of torch's, and torch raises
-another type for the same mistake, the exception is of both types.
+ValueError is for values and shapes, TypeError for types and dtypes, IndexError for indices out of range, and
+NotImplementedError for cases without an implementation. If torch raises another type for the same mistake in the
+function that ours replaces, the exception has both types.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from torch import Tensor
 
 
 class ValueRuntimeError(ValueError, RuntimeError):
-    """A value or a shape that does not fit, where torch raises RuntimeError."""
+    """Invalid value or shape, for which torch raises RuntimeError."""
 
 
 class ValueAssertionError(ValueError, AssertionError):
-    """A value or a shape that does not fit, where torch raises AssertionError."""
+    """Invalid value or shape, for which torch raises AssertionError."""
 
 
 class TypeRuntimeError(TypeError, RuntimeError):
-    """A type or a dtype that does not fit, where torch raises RuntimeError."""
+    """Invalid type or dtype, for which torch raises RuntimeError."""
 
 
 class TypeAssertionError(TypeError, AssertionError):
-    """A type or a dtype that does not fit, where torch raises AssertionError."""
+    """Invalid type or dtype, for which torch raises AssertionError."""
 
 
 class IndexRuntimeError(IndexError, RuntimeError):
-    """An index out of range, where torch raises RuntimeError."""
+    """Index out of range, for which torch raises RuntimeError."""
 
 
 _DTYPE = re.compile(r"must be (bool|u?int\d+|b?float\d+)\b")
 
 
-def of_op(who: str, error: Exception) -> Exception:
-    """The error of an op as the public function `who` raises it: under its name, of the type that the rule gives."""
+def of_op(caller: str, error: Exception) -> Exception:
+    """Converts an error raised by an op into the exception of the public function `caller`, with its name and type."""
     op, _, rest = str(error).partition(": ")
     if type(error) is not RuntimeError or " must " not in rest or not op.isidentifier():
         return error
     if " must hold indices" in rest:
-        return IndexRuntimeError(f"{who}: {rest}")
+        return IndexRuntimeError(f"{caller}: {rest}")
     if _DTYPE.search(rest):
-        return TypeRuntimeError(f"{who}: {rest}")
-    return ValueRuntimeError(f"{who}: {rest}")
+        return TypeRuntimeError(f"{caller}: {rest}")
+    return ValueRuntimeError(f"{caller}: {rest}")
 
 
 def describe(value: object) -> str:
-    """A value as error messages show it."""
+    """Description of a value for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
     if isinstance(value, (tuple, list)):

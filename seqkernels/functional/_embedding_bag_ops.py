@@ -1,8 +1,7 @@
-"""The ops of embedding bags: calls, fakes, autograd, torch.func.
+"""Ops of embedding bags: calls, fake implementations, autograd, torch.func.
 
-Every op takes its bags as `Bags` lists them. `embedding_bag` saves nothing; `embedding_bag_forward` also returns `arg`,
-the position of the row that won each column, which is all that backward needs. The ops named `embedding_bags` take
-several tables.
+Each op has the arguments `Bags`. `embedding_bag` saves nothing for backward. `embedding_bag_forward` also returns
+`arg`: for max and min, the position of the row selected for each column. The `embedding_bags` ops have several tables.
 
 Dimensions: E table rows, D columns, N indices, B bags, U rows that occur.
 """
@@ -30,7 +29,7 @@ from seqkernels.reference.embedding_bag import embedding_bag as embedding_bag_de
 from seqkernels.reference.embedding_bag import embedding_bags as embedding_bags_definition
 
 MODES = {"sum": 0, "mean": 1, "max": 2, "min": 3}
-NORMS = {"count": 0, "weight": 1}  # what a mean divides by
+NORMS = {"count": 0, "weight": 1}  # divisor of a mean: the number of rows, or the sum of their weights
 MODE_NAMES, NORM_NAMES = list(MODES), list(NORMS)
 NO_PADDING = -1
 
@@ -42,7 +41,7 @@ class Ops:
         for name in names:
             setattr(self, name, op(name, namespace))
 
-    def __getattr__(self, name: str) -> Any:  # what __init__ sets
+    def __getattr__(self, name: str) -> Any:  # declares the attributes set by __init__ to type checkers
         raise AttributeError(name)
 
 
@@ -56,7 +55,7 @@ NAMES = (
 
 ops = Ops("seqkernels", NAMES)
 
-# Ops that have Triton kernels, and the function of seqkernels.triton.embedding_bag.ops that each calls.
+# Ops with Triton kernels -> their function in seqkernels.triton.embedding_bag.ops.
 _IN_TRITON = {
     "embedding_bag": "infer_op",
     "embedding_bag_forward": "forward_op",
@@ -70,29 +69,29 @@ triton_ops = Ops(_triton_ops.NAMESPACE, tuple(_IN_TRITON))
 
 
 class Bags(NamedTuple):
-    """What is looked up and how it is reduced, as ops take it."""
+    """Arguments that describe the bags and their reduction, in the order of the schemas."""
 
     indices: Tensor  # [N] with offsets, or [B, L]
     offsets: Tensor | None
-    weights: Tensor | None  # per sample, shaped like indices
+    weights: Tensor | None  # per-sample weights, shaped like indices
     mode: int
     padding_idx: int
     include_last_offset: bool
     mean_by: int
 
 
-class How(NamedTuple):
-    """How a lookup is done and differentiated: what is no tensor."""
+class BagArgs(NamedTuple):
+    """Scalar arguments of a lookup and of its gradient."""
 
     mode: int = 0
     padding_idx: int = NO_PADDING
     include_last_offset: bool = False
     mean_by: int = 0
-    by_frequency: bool = False  # a row's gradient is divided by how often it occurs
+    by_frequency: bool = False  # divides the gradient of a row by its number of occurrences
     sparse: bool = False
-    gradient_padding: int = NO_PADDING  # an embedding's padding is left out of backward only
-    features: Sequence[int] = ()  # of each table, where there are several
-    winners: bool = False  # whether a recorded lookup also gives `arg`
+    gradient_padding: int = NO_PADDING  # padding_idx of backward; Embedding skips padding in backward only
+    features: Sequence[int] = ()  # several tables: number of features of each
+    return_arg: bool = False  # whether a recorded lookup also returns `arg`
     triton: bool = False  # whether the Triton kernels run
 
     @property
@@ -100,8 +99,9 @@ class How(NamedTuple):
         return triton_ops if self.triton else ops
 
     def definition(self, bags: Bags, arg: Tensor | None, derivative: bool = False) -> Callable[..., Tensor]:
-        """The lookup as the reference defines it, as a function of the tables, behind the weights. `derivative`:
-        without what makes a gradient another than the derivative.
+        """The reference definition of the lookup, as a function of the per-sample weights and the tables.
+
+        derivative: ignores scale_grad_by_freq and gradient_padding, which change the gradient but not the derivative.
         """
         arg = None if arg is None or arg.dim() < 2 else arg
         by_frequency = self.by_frequency and not derivative
@@ -132,10 +132,10 @@ class How(NamedTuple):
         return embedding if self.gradient_padding != self.padding_idx else embedding_bag
 
 
-Step = Callable[..., None]  # (tables, grad, arg, bags, by_frequency): an optimiser's step on the rows that occur
+Step = Callable[..., None]  # optimiser step on the rows that occur: (tables, grad, arg, bags, by_frequency)
 
 
-# ---- a lookup whose gradient is recorded
+# ---- lookups recorded by autograd
 
 
 def recorded(tables: Sequence[Tensor], weights: Tensor | None) -> bool:
@@ -148,53 +148,53 @@ def lookup(
     weights: Tensor | None,
     indices: Tensor,
     offsets: Tensor | None,
-    how: How,
+    args: BagArgs,
     step: Step | None = None,
 ) -> Tensor:
-    """[B, D], however it is traced, transformed or recorded."""
+    """Output [B, D] of a lookup, in eager mode, while tracing and under transforms."""
     if transformed():
         if step is not None and recorded(tables, weights):
             raise RuntimeError("embedding_bag: fused_optimizer excludes torch.func and forward-mode AD")
-        result: Tensor = _Transformed.apply(how, indices, offsets, weights, *tables)[0]
+        result: Tensor = _Transformed.apply(args, indices, offsets, weights, *tables)[0]
         return result
     if not recorded(tables, weights):
-        return _infer(tables, Bags(indices, offsets, weights, *how[:4]), how)
+        return _infer(tables, Bags(indices, offsets, weights, *args[:4]), args)
     if not torch.compiler.is_compiling():
-        return record(how, step, indices, offsets, weights, *tables)
-    if how.sparse or step is not None:  # outside of a compiler's graph, without fullgraph=True, the same call runs
+        return record(args, step, indices, offsets, weights, *tables)
+    if args.sparse or step is not None:  # without fullgraph=True, torch.compile falls back to eager mode
         what = "a sparse gradient" if step is None else "fused_optimizer"
         raise NotImplementedError(f"embedding_bag: {what} cannot be traced by torch.compile or torch.export")
-    bags = Bags(indices, offsets, weights, *how[:4])
-    if how.by_frequency or how.gradient_padding != how.padding_idx:
-        many = _traced_several if how.features else _traced_in_triton if how.triton else _traced
-        args = (list(tables), how.features) if how.features else tables
-        return many(*args, *bags, how.by_frequency, how.gradient_padding)[0]
-    return _forward(tables, bags, how)[0]
+    bags = Bags(indices, offsets, weights, *args[:4])
+    if args.by_frequency or args.gradient_padding != args.padding_idx:
+        traced = _traced_several if args.features else _traced_in_triton if args.triton else _traced
+        leading = (list(tables), args.features) if args.features else tables
+        return traced(*leading, *bags, args.by_frequency, args.gradient_padding)[0]
+    return _forward(tables, bags, args)[0]
 
 
-def lookup_winners(
-    tables: Sequence[Tensor], weights: Tensor | None, indices: Tensor, offsets: Tensor, how: How, step: Step | None
+def lookup_with_arg(
+    tables: Sequence[Tensor], weights: Tensor | None, indices: Tensor, offsets: Tensor, args: BagArgs, step: Step | None
 ) -> tuple[Tensor, Tensor]:
-    """[B, D], and who won each column, in eager mode. how.winners is on."""
+    """Output [B, D] and `arg`, in eager mode; args.return_arg must be set."""
     if recorded(tables, weights):
-        return record(how, step, indices, offsets, weights, *tables)  # type: ignore[return-value]
-    return _forward(tables, Bags(indices, offsets, weights, *how[:4]), how)
+        return record(args, step, indices, offsets, weights, *tables)  # type: ignore[return-value]
+    return _forward(tables, Bags(indices, offsets, weights, *args[:4]), args)
 
 
-def _infer(tables: Sequence[Tensor], bags: Bags, how: How) -> Tensor:
-    if how.features:
-        return how.ops.embedding_bags(list(tables), how.features, *bags)
-    return how.ops.embedding_bag(tables[0], *bags)
+def _infer(tables: Sequence[Tensor], bags: Bags, args: BagArgs) -> Tensor:
+    if args.features:
+        return args.ops.embedding_bags(list(tables), args.features, *bags)
+    return args.ops.embedding_bag(tables[0], *bags)
 
 
-def _forward(tables: Sequence[Tensor], bags: Bags, how: How) -> tuple[Tensor, Tensor]:
-    if how.features:
-        return how.ops.embedding_bags_forward(list(tables), how.features, *bags)
-    return how.ops.embedding_bag_forward(tables[0], *bags)
+def _forward(tables: Sequence[Tensor], bags: Bags, args: BagArgs) -> tuple[Tensor, Tensor]:
+    if args.features:
+        return args.ops.embedding_bags_forward(list(tables), args.features, *bags)
+    return args.ops.embedding_bag_forward(tables[0], *bags)
 
 
 def _backward(
-    how: How,
+    args: BagArgs,
     grad: Tensor,
     arg: Tensor,
     bags: Bags,
@@ -202,30 +202,30 @@ def _backward(
     tables: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the weights and of each table. tables: needed where that of weights is."""
-    bags = bags._replace(padding_idx=how.gradient_padding)
-    several = len(how.features) > 0
+    """Gradients of the per-sample weights and of each table. Only the gradient of the weights reads `tables`."""
+    bags = bags._replace(padding_idx=args.gradient_padding)
+    several = len(args.features) > 0
     found: list[Any] = [None] * len(needs)
     if needs[0]:
         if several:
-            found[0] = how.ops.embedding_bags_backward_weights(grad, arg, list(tables), how.features, *bags)
+            found[0] = args.ops.embedding_bags_backward_weights(grad, arg, list(tables), args.features, *bags)
         else:
-            found[0] = how.ops.embedding_bag_backward_weights(grad, arg, tables[0], *bags)
+            found[0] = args.ops.embedding_bag_backward_weights(grad, arg, tables[0], *bags)
     if True not in needs[1:]:
         return found
     if several:
         E, D = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
-        of_all = grad, arg, E, D, how.features, *bags, how.by_frequency
-        if how.sparse:
-            of_tables = map(_sparse, *how.ops.embedding_bags_backward_sparse(*of_all), shapes)
+        of_all = grad, arg, E, D, args.features, *bags, args.by_frequency
+        if args.sparse:
+            of_tables = map(_sparse, *args.ops.embedding_bags_backward_sparse(*of_all), shapes)
         else:
-            of_tables = how.ops.embedding_bags_backward(*of_all)
+            of_tables = args.ops.embedding_bags_backward(*of_all)
         found[1:] = (g if need else None for g, need in zip(of_tables, needs[1:]))
-    elif how.sparse:
-        rows, values = how.ops.embedding_bag_backward_sparse(grad, arg, shapes[0][0], *bags, how.by_frequency)
+    elif args.sparse:
+        rows, values = args.ops.embedding_bag_backward_sparse(grad, arg, shapes[0][0], *bags, args.by_frequency)
         found[1] = _sparse(rows, values, shapes[0])
     else:
-        found[1] = how.ops.embedding_bag_backward(grad, arg, shapes[0][0], *bags, how.by_frequency)
+        found[1] = args.ops.embedding_bag_backward(grad, arg, shapes[0][0], *bags, args.by_frequency)
     return found
 
 
@@ -234,7 +234,7 @@ def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _backward_by_definition(
-    how: How,
+    args: BagArgs,
     grad: Tensor,
     arg: Tensor,
     bags: Bags,
@@ -242,113 +242,118 @@ def _backward_by_definition(
     tables: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """`_backward`, itself differentiable. Values of tables that were not saved are not needed: a lookup is linear."""
+    """`_backward` through the reference definition, which is differentiable.
+
+    A lookup is linear in its tables, so zeros replace the tables that were not saved.
+    """
     zero = grad.new_zeros(())
     primals = [bags.weights, *(zero.expand(shape) if t is None else t for t, shape in zip(tables, shapes))]
-    found = vjp_by_definition(how.definition(bags, arg), primals, (grad,), needs)
-    if how.sparse:
-        found[1:] = (None if g is None else _rows_of(g, t, how, bags) for t, g in enumerate(found[1:]))
+    found = vjp_by_definition(args.definition(bags, arg), primals, (grad,), needs)
+    if args.sparse:
+        found[1:] = (None if g is None else _rows_of(g, t, args, bags) for t, g in enumerate(found[1:]))
     return found
 
 
-def _rows_of(dense: Tensor, table: int, how: How, bags: Bags) -> Tensor:
-    """A gradient as a sparse tensor of the rows that occur."""
-    offsets, padding = bags.offsets, how.gradient_padding
-    if how.features:
+def _rows_of(dense: Tensor, table: int, args: BagArgs, bags: Bags) -> Tensor:
+    """A dense gradient as a sparse tensor with the rows that occur."""
+    offsets, padding = bags.offsets, args.gradient_padding
+    if args.features:
         assert offsets is not None
-        before, B = sum(how.features[:table]), (offsets.shape[0] - 1) // sum(how.features)
-        offsets = offsets[before * B : (before + how.features[table]) * B + 1]
-    what = bags_of(bags.indices, offsets, None, how.include_last_offset, None if padding < 0 else padding)
+        before, B = sum(args.features[:table]), (offsets.shape[0] - 1) // sum(args.features)
+        offsets = offsets[before * B : (before + args.features[table]) * B + 1]
+    what = bags_of(bags.indices, offsets, None, args.include_last_offset, None if padding < 0 else padding)
     rows = what.rows[what.counted].unique()
     return _sparse(rows, dense.index_select(0, rows), dense.shape)
 
 
 class _Recorded(torch.autograd.Function):
-    """A lookup in eager mode."""
+    """A recorded lookup in eager mode."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        how: How,
+        args: BagArgs,
         step: Step | None,
         indices: Tensor,
         offsets: Tensor | None,
         weights: Tensor | None,
         *tables: Tensor,
     ) -> Any:
-        if torch.compiler.is_compiling():  # one that has left `lookup` to eager mode leaves this frame too, silently
+        if torch.compiler.is_compiling():  # the error makes torch.compile run this frame eagerly, as it does `lookup`
             raise NotImplementedError("embedding_bag: this call is not traced")
         with below_autograd():
-            if how.features:
-                output, arg = how.ops.embedding_bags_forward(tables, how.features, indices, offsets, weights, *how[:4])
+            if args.features:
+                output, arg = args.ops.embedding_bags_forward(
+                    tables, args.features, indices, offsets, weights, *args[:4]
+                )
             else:
-                output, arg = how.ops.embedding_bag_forward(tables[0], indices, offsets, weights, *how[:4])
-        # Tables are kept only where the weights' gradient reads them: they may change otherwise, as with max_norm.
+                output, arg = args.ops.embedding_bag_forward(tables[0], indices, offsets, weights, *args[:4])
+        # Only the gradient of the weights reads the tables. Unsaved tables may be modified, for example by max_norm.
         kept = tables if weights is not None and ctx.needs_input_grad[FIRST] else ()
         ctx.save_for_backward(indices, offsets, weights, arg, *kept)
-        ctx.how, ctx.step, ctx.shapes = how, step, [t.shape for t in tables]
+        ctx.args, ctx.step, ctx.shapes = args, step, [t.shape for t in tables]
         if step is not None:
             ctx.tables, ctx.stepped = tables, False
-        return (output, arg) if how.winners else output
+        return (output, arg) if args.return_arg else output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None = None) -> tuple[Tensor | None, ...]:
         indices, offsets, weights, arg, *kept = ctx.saved_tensors
         tables = kept or [None] * len(ctx.shapes)
-        how, step, needs = ctx.how, ctx.step, ctx.needs_input_grad[FIRST:]
-        bags = Bags(indices, offsets, weights, *how[:4])
+        args, step, needs = ctx.args, ctx.step, ctx.needs_input_grad[FIRST:]
+        bags = Bags(indices, offsets, weights, *args[:4])
         if step is not None and True in needs[1:]:
             found = _Recorded.stepped(ctx, grad, arg, bags, tables, needs)
         else:
-            # create_graph: the fused backward is first order, the definition is of any order
+            # With create_graph: the fused backward is first order; the definition is differentiable to any order.
             backward = _backward_by_definition if torch.is_grad_enabled() else _backward
-            found = backward(how, grad, arg, bags, ctx.shapes, tables, needs)
+            found = backward(args, grad, arg, bags, ctx.shapes, tables, needs)
         return *[None] * FIRST, *found
 
     @staticmethod
     def stepped(
         ctx: Any, grad: Tensor, arg: Tensor, bags: Bags, tables: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The gradient of weights, and then a step instead of the tables' gradients."""
+        """Computes the gradient of the weights, then makes the optimiser step instead of gradients of the tables."""
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "embedding_bag: fused_optimizer excludes create_graph: its step is no part of a graph; without it the "
-                "gradient can be differentiated"
+                "embedding_bag: fused_optimizer excludes create_graph, because autograd does not record its step; "
+                "use a separate optimiser to differentiate the gradient"
             )
         if ctx.stepped:
             raise RuntimeError(
-                "embedding_bag: with fused_optimizer a call can be sent back through once, and has been: add the "
-                "losses before backward"
+                "embedding_bag: fused_optimizer allows one backward pass for each forward call, got a second one; add "
+                "the losses and call backward once"
             )
         ctx.stepped = True
         none = [False] * (len(needs) - 1)
-        found = _backward(ctx.how, grad, arg, bags, ctx.shapes, tables, (needs[0], *none))
-        ctx.step(ctx.tables, grad, arg, bags._replace(padding_idx=ctx.how.gradient_padding), ctx.how.by_frequency)
+        found = _backward(ctx.args, grad, arg, bags, ctx.shapes, tables, (needs[0], *none))
+        ctx.step(ctx.tables, grad, arg, bags._replace(padding_idx=ctx.args.gradient_padding), ctx.args.by_frequency)
         ctx.tables = None
         return found
 
 
-FIRST = 4  # of the arguments that have a gradient: weights, then tables
+FIRST = 4  # position of the first argument that has a gradient: the weights, followed by the tables
 
-# _Recorded.apply first looks for wrappers of torch.func, which doubles the time of the call.
+# _Recorded.apply without its search for torch.func wrappers, which doubles the time of the call.
 record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Transformed(torch.autograd.Function):
-    """A lookup under torch.func's transforms and forward-mode AD, which the registered autograd does not support."""
+    """A lookup under torch.func transforms and forward-mode AD, which register_autograd does not support."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        how: How, indices: Tensor, offsets: Tensor | None, weights: Tensor | None, *tables: Tensor
+        args: BagArgs, indices: Tensor, offsets: Tensor | None, weights: Tensor | None, *tables: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return _forward(tables, Bags(indices, offsets, weights, *how[:4]), how)
+        return _forward(tables, Bags(indices, offsets, weights, *args[:4]), args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        how, *tensors = inputs
-        ctx.how = how
+        args, *tensors = inputs
+        ctx.args = args
         ctx.save_for_backward(*tensors, output[1])
         ctx.save_for_forward(*tensors, output[1])
         ctx.mark_non_differentiable(output[1])
@@ -356,21 +361,21 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         indices, offsets, weights, *tables, arg = ctx.saved_tensors
-        if ctx.how.sparse:
+        if ctx.args.sparse:
             raise NotImplementedError("embedding_bag: sparse must be False under torch.func, got True")
-        bags = Bags(indices, offsets, weights, *ctx.how[:4])
+        bags = Bags(indices, offsets, weights, *ctx.args[:4])
         backward = _backward_by_definition if torch.is_grad_enabled() else _backward
         needs = ctx.needs_input_grad[3:]
-        return None, None, None, *backward(ctx.how, grad, arg, bags, [t.shape for t in tables], tables, needs)
+        return None, None, None, *backward(ctx.args, grad, arg, bags, [t.shape for t in tables], tables, needs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
         indices, offsets, weights, *tables, arg = ctx.saved_tensors
-        function = ctx.how.definition(Bags(indices, offsets, weights, *ctx.how[:4]), arg, derivative=True)
+        function = ctx.args.definition(Bags(indices, offsets, weights, *ctx.args[:4]), arg, derivative=True)
         return jvp_by_definition(function, [weights, *tables], tangents[3:])[0], None
 
 
-# ---- the ops' fakes, autograd and vmap
+# ---- fake implementations, autograd and vmap
 
 _BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset, "
@@ -378,7 +383,7 @@ _BAGS = (
 )
 _GRADIENT = "bool scale_grad_by_freq, int gradient_padding"
 _library = torch.library.Library("seqkernels", "FRAGMENT")
-# What a compiler records where the gradient is another than the ops' own formula gives.
+# Ops traced by torch.compile when scale_grad_by_freq or gradient_padding is in use: their formulas have both arguments.
 _library.define(f"embedding_bag_traced(Tensor weight, {_BAGS}, {_GRADIENT}) -> (Tensor output, Tensor arg)")
 _library.define(
     f"embedding_bags_traced(Tensor[] weights, int[] features, {_BAGS}, {_GRADIENT}) -> (Tensor output, Tensor arg)"
@@ -399,7 +404,7 @@ _EXTREMES = (MODES["max"], MODES["min"])
 
 
 def _bags_fake(tables: Sequence[Tensor], bags: Bags, features: Sequence[int] = (1,)) -> Any:
-    """How many bags a feature has, once what has no values has been checked."""
+    """Checks shapes and devices, and returns the number of bags of a feature."""
     indices, offsets, weights = bags[:3]
     for t in tables:
         if t.dim() != 2:
@@ -409,12 +414,12 @@ def _bags_fake(tables: Sequence[Tensor], bags: Bags, features: Sequence[int] = (
         raise ValueError(f"embedding_bag: input must be [N] with offsets, or [B, L], got {list(indices.shape)}, {got}")
     for t in (*tables[1:], *(t for t in bags[:3] if t is not None)):
         if t.device != tables[0].device:
-            raise ValueError(f"embedding_bag: all must be on one device, got {tables[0].device} and {t.device}")
+            raise ValueError(f"embedding_bag: all tensors must be on one device, got {tables[0].device} and {t.device}")
     if weights is not None and weights.dim() != indices.dim():
         raise ValueError(f"embedding_bag: per_sample_weights must have the shape of input, got {list(weights.shape)}")
     if offsets is None:
         return indices.shape[0]
-    count = offsets.shape[0] - int(bags.include_last_offset)  # torch 2.11 takes no bool from a symbol
+    count = offsets.shape[0] - int(bags.include_last_offset)  # torch 2.11 rejects SymInt - bool
     return count if len(features) == 1 and features[0] == 1 else count // sum(features)
 
 
@@ -430,16 +435,16 @@ def _forward_fake(tables: Sequence[Tensor], bags: Bags, features: Sequence[int])
 
 
 def _rows_fake(grad: Tensor, D: Any) -> tuple[Tensor, Tensor]:
-    U = torch.library.get_ctx().new_dynamic_size()  # not known while tracing
+    U = torch.library.get_ctx().new_dynamic_size()  # depends on the values of the indices
     return grad.new_empty(U, dtype=torch.int64), grad.new_empty(U, D)
 
 
 ONE = (1,)
-_BAGS_END = (NO_PADDING, False, 0)  # what an op's last arguments are where they are absent
+_BAGS_END = (NO_PADDING, False, 0)  # defaults of padding_idx, include_last_offset and mean_by
 
 
 def _bags(args: Sequence[Any]) -> Bags:
-    """From the first arguments of an op that are bags, the last of which may be absent."""
+    """Bags from the arguments of an op that follow the tables; arguments with a default may be absent."""
     return Bags._make((*args[: len(Bags._fields)], *_BAGS_END[max(len(args) - 4, 0) :]))
 
 
@@ -470,13 +475,13 @@ BYTES_PER_ROW = 8  # float32 scale and bias
 
 
 def _register_autograd(name: str, several: bool, triton: bool = False) -> None:
-    """The formula of an op that returns (output, arg), for tracing and for those who call it themselves."""
+    """Registers the autograd formula of an op that returns (output, arg), for tracing and direct calls."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         tables, features, *rest = inputs if several else ([inputs[0]], (), *inputs[1:])
         bags, more = _bags(rest), rest[len(Bags._fields) :]
         by_frequency, padding = more or (False, bags.padding_idx)
-        ctx.how = How(*bags[3:], by_frequency, False, padding, features, triton=triton)
+        ctx.args = BagArgs(*bags[3:], by_frequency, False, padding, features, triton=triton)
         ctx.tables = len(tables)
         kept = tables if bags.weights is not None else ()
         ctx.shapes = [t.shape for t in tables]
@@ -492,9 +497,9 @@ def _register_autograd(name: str, several: bool, triton: bool = False) -> None:
         others: list[Any] = [[] if isinstance(need, list) else None for need in every]
         if grad is None:
             return tuple(others)
-        at = 4 if several else 3  # of per_sample_weights
+        at = 4 if several else 3  # position of per_sample_weights
         run = _backward_by_definition if torch.is_grad_enabled() else _backward
-        found = run(ctx.how, grad, arg, Bags(*three, *ctx.how[:4]), ctx.shapes, tables, (every[at], *of_tables))
+        found = run(ctx.args, grad, arg, Bags(*three, *ctx.args[:4]), ctx.shapes, tables, (every[at], *of_tables))
         others[at], others[0] = found[0], found[1:] if several else found[1]
         return tuple(others)
 
@@ -502,7 +507,10 @@ def _register_autograd(name: str, several: bool, triton: bool = False) -> None:
 
 
 def _fold_rule(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Samples that share a table become more bags of one call, where each has [B, L] indices; else one call each."""
+    """vmap rule that merges samples with a shared table and [B, L] indices into the bags of one call.
+
+    Otherwise the rule calls the op once per sample.
+    """
     one_by_one = vmap_rule(op)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -529,7 +537,7 @@ def _fold_rule(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(namespace: str, names: Sequence[str] = NAMES) -> None:
-    """Fakes, autograd and vmap rules of a namespace's ops."""
+    """Registers the fake implementations, autograd formulas and vmap rules of the ops of a namespace."""
     here = Ops(namespace, names)
     triton = namespace == _triton_ops.NAMESPACE
     for name in names:

@@ -1,6 +1,6 @@
-"""The ops' arguments for options of recurrent layers, and the masks that training draws.
+"""Arguments of the ops for options of recurrent layers, and the random masks of training.
 
-Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P fed-back size (the projection size, or H).
+Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P size of h (the projection size, or H).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from seqkernels.functional._recurrent_options import Options
 
 
 class Extras(NamedTuple):
-    """The ops' last arguments. A layer with biases and without a projection and options omits them."""
+    """The last arguments of the ops, omitted by layers with biases, without projection and without options."""
 
     bias: bool = True
     projected: bool = False
     peephole: bool = False
     heads: int = 1
-    reset: Tensor | None = None  # bool [T, B] or [N]: the states are zero before such a step
-    zoneout_h: Tensor | None = None  # uint8 [.., directions * H]: h keeps its old value where it is 1
+    reset: Tensor | None = None  # bool [T, B] or [N]: True zeroes the states before the step
+    zoneout_h: Tensor | None = None  # uint8 [.., directions * H]: 1 keeps the previous value of h
     zoneout_c: Tensor | None = None
-    candidate: Tensor | None = None  # uint8 [.., directions * H]: the candidate is dropped where it is 0
-    variational: Tensor | None = None  # [directions, B, P] factors of h in the recurrent products
+    candidate: Tensor | None = None  # uint8 [.., directions * H]: 0 drops the candidate
+    variational: Tensor | None = None  # [directions, B, P] factors of h in the recurrent projection
     numbers: Sequence[float] = []  # cell_clip, gate_clip, zoneout_h, zoneout_c, recurrent_dropout, norm_eps
 
     @property
@@ -53,8 +53,9 @@ def extras_of(
     reset: Tensor | None = None,
     packed: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Extras | None]:
-    """One layer's input, which variational dropout masks, and what its op needs beyond a plain layer: here the masks
-    are drawn. `packed` is what `sequences_of` says of a packed input, wanted for variational dropout alone.
+    """Draws the masks of a layer. Returns its input, masked by variational dropout, and the `Extras` of its op.
+
+    packed: result of `sequences_of` for packed input, required for variational dropout only.
     """
     directions, heads = 2 if bidirectional else 1, options.num_heads
     H, P = weights[1].shape[0] // len(kind.gates), weights[1].shape[1] * heads
@@ -71,38 +72,39 @@ def extras_of(
     limits = (math.inf if limit is None else float(limit) for limit in (options.cell_clip, options.gate_clip))
     values = [*limits, *map(float, zones), float(drop), float(options.norm_eps)]
     scalars = values if values != _NEUTRAL_NUMBERS else []
-    extras = Extras(bias, projected, options.peephole, heads, reset, *masks, variational, scalars)
+    extras = Extras._make((bias, projected, options.peephole, heads, reset, *masks, variational, scalars))
     return x, extras if extras.any_option or heads > 1 or not bias or projected else None
 
 
 def _mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
-    """uint8 of the shape, on the device of like: each is 1 with probability p, else 0."""
+    """Random uint8 mask on the device of `like`: 1 with probability p, otherwise 0."""
     return (torch.rand(shape, device=like.device) < p).to(torch.uint8)
 
 
 def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
-    """B of a time-major or packed input. Once a call: a compiler would not know that two are the same."""
+    """B of a time-major or packed input. Use one call only: torch.compile treats two results as different sizes."""
     if batch_sizes is None or not batch_sizes.shape[0]:
         return x.shape[1] if batch_sizes is None else 0
-    B: Any = batch_sizes[0].item()  # int() could not be traced
+    B: Any = batch_sizes[0].item()  # int() is not traceable
     return B
 
 
 def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor) -> tuple[int, Tensor]:
-    """B of a packed input, and [N] the sequence, by its place in the batch, that each row belongs to."""
-    N, first = x.shape[0], batch_sizes.cumsum(0) - batch_sizes  # [T] the first row of each step
+    """B of a packed input, and [N] the index of the sequence of each row."""
+    N, first = x.shape[0], batch_sizes.cumsum(0) - batch_sizes  # [T] first row of each step
     if x.is_cuda and not torch.compiler.is_compiling():
-        of_row = places_in_steps(first, batch_sizes, N, x.device)
+        of_row = positions_in_steps(first, batch_sizes, N, x.device)
     else:
         of_row = torch.arange(N) - first.repeat_interleave(batch_sizes, output_size=N)
         of_row = of_row.to(x.device)
     return batch_of(x, batch_sizes) if hx is None else hx[0].shape[1], of_row
 
 
-def places_in_steps(first: Tensor, batch_sizes: Tensor, N: int, device: torch.device) -> Tensor:
-    """[N] how far behind the first row of its step each row is, on the device. The numbers of the steps go there as
-    arguments of kernels, of some hundred steps each, and not by a copy from the host, which would be waited for and has
-    no place in a CUDA graph.
+def positions_in_steps(first: Tensor, batch_sizes: Tensor, N: int, device: torch.device) -> Tensor:
+    """[N] position of each row in its step, on the device.
+
+    The first rows of the steps are passed as kernel arguments, some hundred steps per launch. A copy from the host
+    would synchronize, and a CUDA graph cannot capture it.
     """
     rows = torch.arange(N, device=device)
     if N:

@@ -1,9 +1,9 @@
-"""Recurrent kinds: everything that Python has to know of each cell, and which options of a layer lead to which kind.
+"""Recurrent kinds: properties of the cells, and the mapping of options to kinds.
 
-A kind is one cell, one set of ops and one name in seqkernels.explain. A family is a layer as users call it (a function
-and a module); its options choose the kind. The name of a family is the kind that its default options choose.
+A kind is one cell, one set of ops and one name in seqkernels.explain. A family is a public layer (a function and a
+module), whose options select the kind. The name of a family is the kind of its default options.
 
-Dimensions: D input, H hidden, P fed-back size (the projection size, or H), G gates.
+Dimensions: D input, H hidden, P size of h (the projection size, or H), G gates.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """One recurrent cell, as a layer of one or two directions."""
+    """A recurrent cell and the ops of its layers, of one or two directions."""
 
     name: str
     gates: str  # one letter each, in the order of the weights
     states: str  # one letter each, h first: "hc" has the initial states h0, c0 and the last states h_n, c_n
-    cuda: bool  # has CUDA kernels
-    one_bias_gradient: bool  # the gradients of bias_ih and bias_hh are equal
+    cuda: bool  # whether it has CUDA kernels
+    one_bias_gradient: bool  # whether the gradients of bias_ih and bias_hh are equal
     tables: Mapping[tuple[bool, ...], list[Weight]]
     infer: Callable[..., Any]
     forward: Callable[..., Any]
@@ -52,15 +52,15 @@ class Kind:
 
     @property
     def initial_states(self) -> tuple[str, ...]:
-        """Names of the states that hx holds: h0, c0 and so on."""
+        """Names of the states in hx: h0, c0 and so on."""
         return tuple(f"{state}0" for state in self.states)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return kind_named, (self.name,)  # a copy or an unpickled kind is the one of this module
+        return kind_named, (self.name,)  # copies and unpickled kinds are the objects of this module
 
 
 def size_of_state(state: str) -> str:
-    """Letter of a state's size: h is fed back and has P columns, every other state has H."""
+    """Letter of the size of a state: h has P columns, all other states have H."""
     return "P" if state == "h" else "H"
 
 
@@ -69,9 +69,9 @@ def kind_named(name: str) -> Kind:
 
 
 def _kind(cell: Mapping[str, Any]) -> Kind:
-    """A kind from what the kernels say of its cell."""
+    """A kind from the properties of its cell in the kernels."""
     gates = len(cell["gates"])
-    own: list[Weight] = []  # weights that torch's layers do not have
+    own: list[Weight] = []  # weights that layers of torch do not have
     if cell["joint_norm"]:
         own += [Weight("norm_weight", ((gates, "H"),), 1.0), Weight("norm_bias", ((gates, "H"),), 0.0)]
     elif cell["norm_groups"]:
@@ -92,10 +92,10 @@ def _weights(
     gates: int, peepholes: int, own: Sequence[Weight], bias: bool, projected: bool, peephole: bool, heads: bool
 ) -> list[Weight]:
     rows, H = (gates, "H"), (1, "H")
-    fed_back = (1, "P" if projected else "H/heads" if heads else "H")
+    columns_hh = (1, "P" if projected else "H/heads" if heads else "H")
     every = [
         (True, Weight("weight_ih", (rows, (1, "D")))),
-        (True, Weight("weight_hh", (rows, fed_back))),
+        (True, Weight("weight_hh", (rows, columns_hh))),
         (bias, Weight("bias_ih", (rows,))),
         (bias, Weight("bias_hh", (rows,))),
         (projected, Weight("weight_hr", ((1, "P"), H))),
@@ -107,23 +107,23 @@ def _weights(
 
 _CELLS = _C.recurrent_kinds()
 KINDS = {cell["name"]: _kind(cell) for cell in _CELLS}
-# Kinds with the ops <kind>_cell: one step without options.
+# Kinds with the ops <kind>_cell for one step without options.
 PLAIN_CELLS = tuple(cell["name"] for cell in _CELLS if cell["step"])
 
 
-# ---- families: layers as users call them
+# ---- families: public layers
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A layer as users call it: one function and one module, and a kind for each combination of options."""
+    """A public layer: one function and one module, and a kind for each combination of options."""
 
     name: str
-    kind: str  # of the default options
-    takes: tuple[str, ...]  # names of Options
-    variants: tuple[tuple[str, Any, str], ...] = ()  # (option, value, the kind that this value chooses), first match
-    projections: tuple[bool, ...] = (False,)  # whether a projection may be absent, present
-    plain: Options = field(default_factory=Options)  # the default options
+    kind: str  # kind of the default options
+    supported: tuple[str, ...]  # names of the options
+    variants: tuple[tuple[str, Any, str], ...] = ()  # (option, value, kind selected by this value); the first match
+    projections: tuple[bool, ...] = (False,)  # whether the layer works without, and with a projection
+    plain: Options = field(default_factory=Options)  # default options
 
     def kind_of(self, options: Options, projected: bool = False) -> Kind:
         for name, value, kind in self.variants:
@@ -136,8 +136,8 @@ class Family:
         return self.kind, *(kind for *_, kind in self.variants)
 
 
-def _family(name: str, kind: str, takes: str, *variants: tuple[str, Any, str], **more: Any) -> Family:
-    every = f"{takes} learn_initial_state return_all_states memory_efficient"
+def _family(name: str, kind: str, supported: str, *variants: tuple[str, Any, str], **more: Any) -> Family:
+    every = f"{supported} learn_initial_state return_all_states memory_efficient"
     return Family(name, kind, tuple(every.split()), variants, **more)
 
 
@@ -185,7 +185,7 @@ RNN_TANH = _family("rnn_tanh", "rnn_tanh", _RNN)
 RNN_RELU = _family("rnn_relu", "rnn_relu", _RNN)
 FAMILIES = (LSTM, NESTED_LSTM, SLSTM, GRU, DREAMER_GRU, MGU, RNN_TANH, RNN_RELU)
 
-# Public names that are not kinds, with the kind that runs by default.
+# Public names that are not kinds -> the kind of their default options.
 ALIASES = {"rnn": "rnn_tanh"}
 
 

@@ -1,9 +1,9 @@
-"""The ops of recurrent layers: calls, fakes, autograd, torch.func.
+"""Ops of recurrent layers: calls, fake implementations, autograd, torch.func.
 
-Every kind has three ops of the same form: `<kind>` saves nothing, `<kind>_forward` also returns what backward needs,
+Each kind has three ops: `<kind>` saves nothing for backward, `<kind>_forward` also returns the saved tensors, and
 `<kind>_backward`. An op runs one layer, both directions.
 
-Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P fed-back size (the projection size, or H).
+Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P size of h (the projection size, or H).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def layer(
     recompute: bool = False,
     every: bool = False,
 ) -> tuple[Tensor, ...]:
-    """y and the last states; with `every` also the states but h at every step.
+    """y and the last states; with `every` also all states except h at all steps.
 
-    What backward needs is saved only where autograd records the call; with `recompute` the gates are not saved.
+    Tensors are saved for backward only if autograd records the call. With `recompute`, the gates are not saved.
     """
     follow_tf32(x, torch.backends.cudnn.rnn)
     compiling = torch.compiler.is_compiling()
@@ -64,7 +64,7 @@ def layer(
             x, *states0, weights, batch_sizes, lengths, bidirectional, *(extras or ())
         )
         return result
-    recompute = recompute or not (recorded or transformed)  # without backward nothing is saved
+    recompute = recompute or not (recorded or transformed)  # without backward, save nothing
     call = Call(x, states0, weights, batch_sizes, lengths, bidirectional, extras, recompute)
     if transformed:
         outputs = _Transformed.apply(kind, *call.flat())
@@ -77,7 +77,7 @@ def layer(
 
 
 class Call(NamedTuple):
-    """The arguments of one layer's ops."""
+    """Arguments of the ops of one layer."""
 
     x: Tensor  # [T, B, D], or [N, D] with batch_sizes
     states0: Sequence[Tensor | None]  # each [directions, B, P or H]
@@ -89,7 +89,7 @@ class Call(NamedTuple):
     recompute: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """Arguments of an autograd.Function: constants, then all tensors. The first FIXED tensors have no gradient."""
+        """Arguments of an autograd.Function: constants, then all tensors, of which the first FIXED have no gradient."""
         *flags, heads, reset, zoneout_h, zoneout_c, candidate, variational, numbers = self.extras or NO_EXTRAS
         masks = reset, zoneout_h, zoneout_c, candidate, variational
         scalars = (*flags, heads, numbers) if self.extras else None
@@ -101,7 +101,7 @@ class Call(NamedTuple):
         """The inverse of `flat`."""
         bidirectional, scalars, recompute = constants
         batch_sizes, lengths, *masks = tensors[:FIXED]
-        extras = Extras(*scalars[:-1], *masks, scalars[-1]) if scalars else None
+        extras = Extras._make((*scalars[:-1], *masks, scalars[-1])) if scalars else None
         weights = FIXED + 1 + len(kind.states)
         states0 = tensors[FIXED + 1 : weights]
         return Call(
@@ -117,7 +117,7 @@ class Call(NamedTuple):
         return self.x, *self.states0, self.weights, self.batch_sizes, self.lengths, self.bidirectional
 
     def forward(self, kind: Kind) -> tuple[Tensor, ...]:
-        """(y, last states, saved, states but h at every step)."""
+        """Returns (y, last states, saved, states except h at all steps)."""
         last = (*(self.extras or NO_EXTRAS), True) if self.recompute else self.extras or ()
         result: tuple[Tensor, ...] = kind.forward(*self.inputs, *last)
         return result
@@ -125,8 +125,8 @@ class Call(NamedTuple):
     def backward(
         self, kind: Kind, upstream: Sequence[Tensor | None], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of `differentiable`. upstream: of y, the last states, the states but h at every step."""
-        if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any order
+        """Gradients of `differentiable`. upstream: for y, the last states, the states except h at all steps."""
+        if torch.is_grad_enabled():  # create_graph: the fused backward is first order; the definition has any order
             return self.backward_by_definition(kind, upstream, needs)
         follow_tf32(self.x, torch.backends.cudnn.rnn)
         states = len(kind.states)
@@ -149,7 +149,7 @@ class Call(NamedTuple):
         return jvp_by_definition(self.definition(kind), self.differentiable, tangents)
 
     def definition(self, kind: Kind) -> Callable[..., tuple[Tensor, ...]]:
-        """The layer as the reference defines it, as a function of `differentiable`."""
+        """The reference definition of the layer, as a function of `differentiable`."""
         states, extras = len(kind.states), (self.extras or NO_EXTRAS)._asdict()
 
         def outputs_of(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -159,7 +159,7 @@ class Call(NamedTuple):
         return outputs_of
 
 
-FIXED = 7  # batch_sizes, lengths and the tensors of Extras
+FIXED = 7  # number of non-differentiable tensors: batch_sizes, lengths and the tensors of Extras
 
 
 # ---- autograd
@@ -175,13 +175,13 @@ def _keep(ctx: Any, kind: Kind, flat: Sequence[Any], outputs: Sequence[Tensor]) 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     kind, saved = ctx.kind, 1 + len(ctx.kind.states)
-    tensors = ctx.saved_tensors  # the last: y, saved, the states but h at every step
+    tensors = ctx.saved_tensors  # the last ones are y, saved, the states except h at all steps
     call = Call.nested(kind, ctx.constants, *tensors[:-saved])
     return call.backward(kind, (*grads[:saved], *grads[saved + 1 :]), tensors[-saved:], needs)
 
 
 class _Recorded(torch.autograd.Function):
-    """A layer in eager mode: recording takes a third of the time of the ops' registered autograd."""
+    """A recorded layer in eager mode, with a third of the overhead of register_autograd."""
 
     @staticmethod
     def forward(ctx: Any, kind: Kind, *flat: Any) -> tuple[Tensor, ...]:
@@ -197,7 +197,7 @@ class _Recorded(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """A layer under torch.func's transforms and forward-mode AD, which the registered autograd does not support."""
+    """A layer under torch.func transforms and forward-mode AD, which register_autograd does not support."""
 
     generate_vmap_rule = True
 
@@ -223,7 +223,7 @@ class _Transformed(torch.autograd.Function):
         return *result[:saved], None, *result[saved:]
 
 
-# ---- the ops' fakes, autograd and vmap
+# ---- fake implementations, autograd and vmap
 
 
 def _register(kind: Kind, namespace: str) -> None:
@@ -251,7 +251,7 @@ def _register(kind: Kind, namespace: str) -> None:
         elif given or variational is not None:
             B = (*given, variational)[0].shape[1]
         else:
-            B = torch.library.get_ctx().new_dynamic_size()  # batch_sizes[0]: not known while tracing
+            B = torch.library.get_ctx().new_dynamic_size()  # batch_sizes[0], a value that is unknown while tracing
         directions, H, P = 2 if bidirectional else 1, _hidden(weights), weights[1].shape[1] * heads
         y = x.new_empty(*x.shape[:-1], directions * P)
         sizes = {"P": P, "H": H}
@@ -289,7 +289,7 @@ def _register(kind: Kind, namespace: str) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         need_x, *need_states, need_weights = ctx.needs_input_grad[: 2 + states]
         dx, *rest = _backward(ctx, grads, (need_x, *need_states, *need_weights))
-        # torch's wrapper expects one entry for each argument, and a list where the argument is one.
+        # torch expects one entry per argument, and a list for an argument that is a list.
         others: list[Any] = [[] if isinstance(need, list) else None for need in ctx.needs_input_grad[2 + states :]]
         return dx, *rest[:states], rest[states:], *others
 
@@ -305,7 +305,7 @@ for _each in KINDS.values():
     _register(_each, "seqkernels")
 
 
-# ---- the same layers in Triton
+# ---- Triton
 
 
 def _in_triton(kind: Kind) -> Kind:

@@ -1,8 +1,8 @@
-"""The options that recurrent layers have beyond torch's: values, descriptions, checks.
+"""Options of recurrent layers that torch does not have: values, descriptions, checks.
 
-Which layer takes which option, and which kind an option chooses: _recurrent_kinds.py.
+_recurrent_kinds.py has the options of each layer and the kinds that they select.
 
-Dimensions: D input, H hidden, P fed-back size (the projection size, or H), L layers.
+Dimensions: D input, H hidden, P size of h (the projection size, or H), L layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of a layer; the defaults are those of torch's layers."""
+    """Options of a layer; the defaults are the behaviour of torch's layers."""
 
     peephole: bool = False
     coupled_gates: bool = False
@@ -36,65 +36,73 @@ class Options:
     learn_initial_state: bool = False
     return_all_states: bool = False
     memory_efficient: bool = False
-    asked: frozenset[str] = dataclasses.field(
+    enabled: frozenset[str] = dataclasses.field(
         init=False, repr=False, compare=False
-    )  # names of those that differ from the defaults
-    plain: bool = dataclasses.field(init=False, repr=False, compare=False)  # the ops need no argument for them
+    )  # names of options that differ from the defaults
+    plain: bool = dataclasses.field(
+        init=False, repr=False, compare=False
+    )  # whether the ops require no arguments for the options
 
     def __post_init__(self) -> None:
-        asked = frozenset(name for name, neutral in _NEUTRAL.items() if getattr(self, name) != neutral)
-        object.__setattr__(self, "asked", asked)
-        object.__setattr__(self, "plain", asked <= _IN_WEIGHTS)
+        enabled = frozenset(name for name, neutral in _NEUTRAL.items() if getattr(self, name) != neutral)
+        object.__setattr__(self, "enabled", enabled)
+        object.__setattr__(self, "plain", enabled <= _IN_WEIGHTS)
 
 
 _NEUTRAL = {field.name: field.default for field in dataclasses.fields(Options) if field.init}
 _IN_WEIGHTS = {"coupled_gates", "layer_norm", "reset_after", "forget_gate", "forget_bias", "learn_initial_state"}
-OF_MODULES = ("forget_bias", "learn_initial_state")  # functions do not take them
-OF_SEQUENCES = ("variational_dropout", "learn_initial_state", "return_all_states", "memory_efficient")  # not of cells
+OF_MODULES = ("forget_bias", "learn_initial_state")  # options of modules only
+OF_SEQUENCES = (
+    "variational_dropout",
+    "learn_initial_state",
+    "return_all_states",
+    "memory_efficient",
+)  # options of layers only
 _RATES = ("zoneout_h", "zoneout_c", "recurrent_dropout", "variational_dropout")
 _CLIPS = ("cell_clip", "gate_clip")
 
 ABOUT = {
-    "peephole": "the gates also see the cell: i and f the old one, o the new one. Weight: weight_ph [3H] of i, f, o "
+    "peephole": "the gates also depend on the cell: i and f on c, o on the new c. Weight: weight_ph [3H] of i, f, o "
     '([2H] of i, o with coupled_gates). Source: Gers and Schmidhuber, "Recurrent nets that time and count", 2000.',
     "coupled_gates": "the forget gate is 1 - i (CIFG): three gates i, g, o instead of four. Source: Greff et al., "
     '"LSTM: A Search Space Odyssey", arXiv 1503.04069.',
-    "layer_norm": "both products are normalised over the hidden units, and an LSTM's cell where it makes h. Weights: "
-    "gain_ih and gain_hh, an LSTM's gain_c and bias_c; b_ih and b_hh are the shifts. Source: Ba, Kiros and Hinton, "
+    "layer_norm": "normalises the input and the recurrent projection over the hidden units, and in an LSTM also c in "
+    "the computation of h. Weights: gain_ih and gain_hh, in an LSTM also gain_c and bias_c; the biases are those of "
+    "the normalised projections. Source: Ba, Kiros and Hinton, "
     '"Layer Normalization", arXiv 1607.06450.',
     "norm_eps": "what layer normalisation adds to the variance.",
-    "reset_after": "the gate that resets h acts after the product with weight_hh, as in torch.nn.GRU, or before it. "
+    "reset_after": "whether the reset gate multiplies the product with weight_hh, as in torch.nn.GRU, or h before it. "
     "Source: Cho et al., arXiv 1406.1078 (before); Zhou et al., arXiv 1603.09420 (MGU, before).",
-    "forget_gate": "sigmoid or exp: the activation of the forget gate.",
-    "forget_bias": "after initialisation the forget gate's part of bias_ih is this, that of bias_hh zero. Source: "
+    "forget_gate": "activation of the forget gate, sigmoid or exp.",
+    "forget_bias": "initial value of bias_ih of the forget gate; that of bias_hh is zero. Source: "
     'Jozefowicz, Zaremba and Sutskever, "An Empirical Exploration of Recurrent Network Architectures", 2015.',
-    "cell_clip": "the cell stays in [-cell_clip, cell_clip]. Source: Sak, Senior and Beaufays, arXiv 1402.1128.",
-    "gate_clip": "what enters a gate or a candidate stays in [-gate_clip, gate_clip], as with `clip` of ONNX's LSTM.",
-    "zoneout_h": "while training, the probability with which a unit of h keeps its old value; else the share "
-    'of the old value in the new. Source: Krueger et al., "Zoneout", arXiv 1606.01305.',
-    "zoneout_c": "the same for the cell; h is made of the cell before it.",
-    "recurrent_dropout": "while training, the probability of zeroing an element of the candidate at a step. Source: "
+    "cell_clip": "clips c to [-cell_clip, cell_clip]. Source: Sak, Senior and Beaufays, arXiv 1402.1128.",
+    "gate_clip": "clips the pre-activations to [-gate_clip, gate_clip], as `clip` of ONNX's LSTM.",
+    "zoneout_h": "in training, the probability that a unit of h keeps its previous value; in evaluation, the weight "
+    'of the previous value. Source: Krueger et al., "Zoneout", arXiv 1606.01305.',
+    "zoneout_c": "the same for c; h is computed from c before zoneout.",
+    "recurrent_dropout": "in training, the probability of zeroing an element of the candidate at a step. Source: "
     'Semeniuta, Severyn and Barth, "Recurrent Dropout without Memory Loss", arXiv 1603.05118.',
-    "variational_dropout": "while training, the probability of zeroing an element of each layer's input and of h in "
-    'the products, one draw for all steps of a sequence. Source: Gal and Ghahramani, "A Theoretically Grounded '
+    "variational_dropout": "in training, the probability of zeroing an element of the input of each layer and of h in "
+    'the projections, with one mask for all steps of a sequence. Source: Gal and Ghahramani, "A Theoretically Grounded '
     'Application of Dropout in Recurrent Neural Networks", arXiv 1512.05287.',
-    "num_heads": "the hidden units fall into so many equal groups, and weight_hh [.., H / num_heads] joins a unit to "
-    'its own group only. Source: Poeppel, Beck and Hochreiter, "FlashRNN", arXiv 2412.07752.',
-    "learn_initial_state": "parameters initial_h (initial_c, initial_s) [L * directions, P or H], zero at first, are "
-    "the initial state where hx is absent.",
-    "return_all_states": "a third output: for each layer a tuple of its states (h, c, s as it has them) at every step, "
-    "each laid out like output. Gradient: yes.",
-    "memory_efficient": "no gates are saved for backward, which computes them again: the same bits, later.",
+    "num_heads": "number of equal groups of hidden units; weight_hh [.., H / num_heads] is block-diagonal: a unit "
+    'depends on the h of its own group. Source: Poeppel, Beck and Hochreiter, "FlashRNN", arXiv 2412.07752.',
+    "learn_initial_state": "adds parameters initial_h (initial_c, initial_s) [L * directions, P or H], initially "
+    "zero, which are the initial state if hx is None.",
+    "return_all_states": "adds a third output: for each layer a tuple of its states (h, c, s) at all steps, each in "
+    "the layout of output. Gradient: yes.",
+    "memory_efficient": "recomputes the gates in backward instead of saving them: the same bits, less memory, slower.",
 }
 
 
 def about(plain: Options, names: tuple[str, ...], indent: int = 8) -> str:
-    """The options' part of a docstring, one line each."""
+    """The lines of a docstring that describe the options."""
     return ("\n" + " " * indent).join(f"{name}={getattr(plain, name)}: {ABOUT[name]}" for name in names)
 
 
 def wrapped(doc: str) -> str:
-    """doc with lines of at most 120 columns; a continued line is indented by four more."""
+    """Wraps a docstring at 120 columns, with four columns more for continued lines."""
     lines: list[str] = []
     for line in doc.splitlines():
         further = " " * (4 + len(line) - len(line.lstrip()))
@@ -105,8 +113,8 @@ def wrapped(doc: str) -> str:
 # ---- checks
 
 
-def options_of(who: str, plain: Options, given: Mapping[str, Any]) -> Options:
-    """`plain` with the given options, each checked on its own."""
+def options_of(caller: str, plain: Options, given: Mapping[str, Any]) -> Options:
+    """`plain` with the given options, after a check of each value."""
     defaults = vars(plain)
     for name, value in given.items():
         default = defaults[name]
@@ -116,32 +124,32 @@ def options_of(who: str, plain: Options, given: Mapping[str, Any]) -> Options:
         return plain
     for name, value in given.items():
         if name in _RATES:
-            _check_number(who, name, value, "lie in [0, 1)", lambda v: 0 <= v < 1)
+            _check_number(caller, name, value, "lie in [0, 1)", lambda v: 0 <= v < 1)
         elif name in _CLIPS and value is not None:
-            _check_number(who, name, value, "be None or above 0", lambda v: v > 0)
+            _check_number(caller, name, value, "be None or above 0", lambda v: v > 0)
         elif name == "forget_bias" and value is not None:
-            _check_number(who, name, value, "be None or finite", math.isfinite)
+            _check_number(caller, name, value, "be None or finite", math.isfinite)
         elif name == "norm_eps":
-            _check_number(who, name, value, "be finite and at least 0", lambda v: 0 <= v < math.inf)
+            _check_number(caller, name, value, "be finite and at least 0", lambda v: 0 <= v < math.inf)
         elif name == "forget_gate":
             if value not in ("sigmoid", "exp"):
-                raise ValueError(f"{who}: forget_gate must be sigmoid or exp, got {value!r}")
+                raise ValueError(f"{caller}: forget_gate must be sigmoid or exp, got {value!r}")
         elif name == "num_heads":
-            _check_number(who, name, value, "be an integer above 0", lambda v: v > 0, numbers.Integral)
+            _check_number(caller, name, value, "be an integer above 0", lambda v: v > 0, numbers.Integral)
         elif isinstance(_NEUTRAL[name], bool) and not isinstance(value, bool):
-            raise TypeError(f"{who}: {name} must be a bool, got {type(value).__name__}")
+            raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
     if given.get("layer_norm") is False and given["norm_eps"] != plain.norm_eps:
-        raise ValueError(f"{who}: norm_eps must be {plain.norm_eps} without layer_norm, got {given['norm_eps']}")
+        raise ValueError(f"{caller}: norm_eps must be {plain.norm_eps} without layer_norm, got {given['norm_eps']}")
     return dataclasses.replace(plain, **given)
 
 
 def _check_number(
-    who: str, name: str, value: Any, wanted: str, holds: Callable[[Any], bool], type_: type = numbers.Real
+    caller: str, name: str, value: Any, wanted: str, holds: Callable[[Any], bool], type_: type = numbers.Real
 ) -> None:
     if not isinstance(value, type_) or isinstance(value, bool):
-        raise TypeError(f"{who}: {name} must {wanted}, got {value!r}")
+        raise TypeError(f"{caller}: {name} must {wanted}, got {value!r}")
     if not holds(value):
-        raise ValueError(f"{who}: {name} must {wanted}, got {value}")
+        raise ValueError(f"{caller}: {name} must {wanted}, got {value}")
 
 
 _EXCLUDES = {
@@ -149,16 +157,19 @@ _EXCLUDES = {
     "proj_size": ("zoneout_h", "num_heads", "reset_after"),
     "forget_bias": ("bias", "coupled_gates"),
 }
-_SAID = {"num_heads": "num_heads > 1", "reset_after": "reset_after=False", "bias": "bias=False"}
+_SHOWN = {"num_heads": "num_heads > 1", "reset_after": "reset_after=False", "bias": "bias=False"}
 
 
-def check_together(who: str, options: Options, hidden_size: int = 0, *, bias: bool = True, proj_size: int = 0) -> None:
-    if not options.asked:
+def check_together(
+    caller: str, options: Options, hidden_size: int = 0, *, bias: bool = True, proj_size: int = 0
+) -> None:
+    """Raises for combinations of options that exclude each other."""
+    if not options.enabled:
         return
-    asked = {*options.asked, *["bias"] * (not bias), *["proj_size"] * (proj_size > 0)}
+    enabled = {*options.enabled, *["bias"] * (not bias), *["proj_size"] * (proj_size > 0)}
     for one, others in _EXCLUDES.items():
         for other in others:
-            if one in asked and other in asked:
-                raise ValueError(f"{who}: {one} excludes {_SAID.get(other, other)}, got both")
+            if one in enabled and other in enabled:
+                raise ValueError(f"{caller}: {one} excludes {_SHOWN.get(other, other)}, got both")
     if hidden_size % options.num_heads:
-        raise ValueError(f"{who}: num_heads must divide hidden_size, {hidden_size}, got {options.num_heads}")
+        raise ValueError(f"{caller}: num_heads must divide hidden_size, {hidden_size}, got {options.num_heads}")

@@ -1,7 +1,7 @@
-"""The ops of the Triton kernels: torch.ops.seqkernels_triton, with the schemas of torch.ops.seqkernels.
+"""Ops of the Triton kernels: torch.ops.seqkernels_triton, with the schemas of torch.ops.seqkernels.
 
-A device may have CUDA kernels and Triton kernels, so these ops have a namespace of their own. Triton is imported at the
-first call.
+A separate namespace allows both CUDA and Triton kernels for one device. The first call of an op imports Triton, so that
+`import seqkernels` works without it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(name: str, module: str, function: str, *first: Any) -> None:
-    """Defines seqkernels_triton::name by a function of seqkernels.triton.<module>, which takes `first`, then the op's
-    arguments. On the CPU it runs where TRITON_INTERPRET is set.
+    """Defines seqkernels_triton::name, implemented by seqkernels.triton.<module>.<function>(*first, *arguments).
+
+    CPU tensors require TRITON_INTERPRET=1.
     """
     LIBRARY.define(str(op(name)._schema).removeprefix("seqkernels::"))  # type: ignore[attr-defined]
     implementation: Callable[..., Any] | None = None

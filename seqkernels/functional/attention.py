@@ -1,17 +1,17 @@
-"""Scaled-dot-product attention as functions: checks, and the calls of the ops.
+"""Functional forms of scaled dot-product attention: argument checks and calls of the ops.
 
 Intended differences from torch.nn.functional:
-- A NaN in a key or value that a query may not attend to affects neither its output nor its gradients.
-- is_causal and attn_mask go together; causality and windows can be aligned with the last key (causal_alignment).
-- There are gradients of any order, forward-mode ones, and torch.func's transforms; gradients of a float mask, of the
-  logarithm of the denominator, of the weights.
-- Dropout draws one number from torch's generator and counts from there: its mask is not that of torch's function, and
-  the same for any number of threads, on any device and in backward.
+- A NaN in a key or value that a query may not attend to affects neither the output nor the gradients of that query.
+- is_causal and attn_mask can be combined. causal_alignment aligns causality and windows with the first or last key.
+- Gradients of any order, forward-mode gradients and torch.func transforms are supported. Float masks, the logarithm of
+  the softmax denominator and the weights have gradients.
+- Dropout draws a seed from torch's generator and uses a counter-based generator. Its mask differs from torch's, and is
+  the same for any number of threads, on each device and in backward.
 
 Exceptions: docs/errors.md.
 
-Dimensions: B batch, Hq heads of queries, Hk of keys (head h reads keys h // (Hq / Hk)), Tq queries, Tk keys, D and Dv
-columns; Nq and Nk rows of all sequences one after another.
+Dimensions: B batch, Hq query heads, Hk key heads (query head h reads key head h // (Hq / Hk)), Tq queries, Tk keys,
+D and Dv columns; Nq and Nk: rows of all packed sequences.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from seqkernels import backend as backends
-from seqkernels.functional._attention_ops import How, Inputs, attend, weights_of
+from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, weights_of
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
 
 ALIGNMENTS = {"upper_left": 1, "lower_right": 2}
-Result = Any  # the output, or a tuple of it and what was asked for besides
+Result = Any  # the output, or a tuple of the output and the additional outputs
 
 
 def scaled_dot_product_attention(
@@ -54,76 +54,78 @@ def scaled_dot_product_attention(
     return_weights: bool = False,
     backend: str | None = None,
 ) -> Result:
-    """softmax(query key^T * scale) value, computed only where the mask allows it.
+    """softmax(query key^T * scale) value, computed only for the keys that the mask includes.
 
     Args:
-        query: [B, Hq, Tq, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes. Or [Tq, D],
-            [B, Tq, D], or more dimensions in front, which broadcast; or a jagged torch.nested tensor [B, Hq, j, D] or
+        query: [B, Hq, Tq, D] float32, float64, bfloat16 or float16, with any strides; gradient: yes. Also [Tq, D] or
+            [B, Tq, D], or further leading dimensions, which broadcast, or a jagged nested tensor [B, Hq, j, D] or
             [B, j, D].
-        key: [B, Hk, Tk, D], value: [B, Hk, Tk, Dv], likewise. Hk is Hq or 1, or divides it with enable_gqa.
+        key: [B, Hk, Tk, D], value: [B, Hk, Tk, Dv], or the corresponding forms. Hk is Hq or 1; with enable_gqa, a
+            divisor of Hq.
         attn_mask: bool (True: attend) or of query's dtype (added to the scores; gradient: yes), of at least 2
             dimensions, broadcast to [B, Hq, Tq, Tk].
-        dropout_p: weights are dropped with this probability and the others divided by 1 - dropout_p.
-        is_causal: a query attends to keys up to its own position; may be combined with attn_mask.
-        scale: 1 / sqrt(D) if None.
-        enable_gqa: whether head h reads keys and values h // (Hq / Hk).
-        lengths: [B] number of keys of each sequence, or a pair (of queries, of keys), either of them None. Padding is
-            not read, and its output is 0. int32 or int64, on query's device, or a sequence of int.
-        causal_alignment: upper_left: query i has position i; lower_right: i + keys - queries (of each sequence).
-        window: a query at position p attends to keys p - left .. p + right: (left, right) or one number; -1: no bound.
-        softcap: scores become softcap * tanh(score / softcap) before masks are added; 0: off.
-        alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |position - j| is added to the scores. Gradient: no.
-        return_lse, return_weights: additional outputs.
-        backend: cpu, triton or torch (torch's own function, where it can serve the call); None: as explain says.
+        dropout_p: probability of dropping a weight; the other weights are divided by 1 - dropout_p.
+        is_causal: whether a query attends to keys up to its own position only; can be combined with attn_mask.
+        scale: factor of the scores; 1 / sqrt(D) if None.
+        enable_gqa: whether query head h reads key and value head h // (Hq / Hk).
+        lengths: [B] number of keys of each sequence, or a pair (queries, keys), either of which may be None. int32 or
+            int64 on query's device, or a sequence of int. Padding is not read, and its output is 0.
+        causal_alignment: upper_left: query i has position i; lower_right: i + keys - queries of its sequence.
+        window: (left, right) or one number: a query at position p attends to keys p - left to p + right; -1: unbounded.
+        softcap: replaces scores by softcap * tanh(score / softcap) before masks are added; 0: disabled.
+        alibi_slopes: float32 [Hq] or [B, Hq]; adds -slope * |position - j| to the scores. Gradient: no.
+        return_lse, return_weights: return additional outputs.
+        backend: cpu, triton, or torch for torch's own function; None selects one, see seqkernels.explain.
     Returns:
-        out: [B, Hq, Tq, Dv], dtype of query, computed in float32 or wider; 0 for queries without keys. Jagged if query
-        is. With return_lse also [B, Hq, Tq], float32 or wider, the logarithm of the denominator before dropout, -inf
-        for queries without keys; with return_weights also [B, Hq, Tq, Tk], after dropout. Gradient of each: yes.
+        out: [B, Hq, Tq, Dv], dtype of query, computed in float32 or wider; 0 for queries that attend to no key. Jagged
+            for a jagged query. Gradient: yes.
+        lse, with return_lse: [B, Hq, Tq], float32 or wider, logarithm of the softmax denominator before dropout; -inf
+            for queries that attend to no key. Gradient: yes.
+        weights, with return_weights: [B, Hq, Tq, Tk], after dropout. Gradient: yes.
     Raises:
-        ValueError: a shape, a length or a value does not fit. On a GPU the values of lengths are not checked, but
-            clamped.
-        TypeError: a type or a dtype does not fit.
-        NotImplementedError: no implementation takes these inputs; the message lists why.
-        Where torch raises RuntimeError, the exception is a RuntimeError too.
+        ValueError: invalid shape, length or value. On a GPU, the values of lengths are clamped instead.
+        TypeError: invalid type or dtype.
+        NotImplementedError: no implementation supports the inputs; the message lists the reasons.
+        If torch raises RuntimeError for the same mistake, the exception is also a RuntimeError.
     Equivalent to: torch.nn.functional.scaled_dot_product_attention, except for the differences in docs/attention.md.
     Deterministic: yes; the bits of a query are independent of the number of threads and of the batch.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html;
         Dao et al., FlashAttention, arXiv 2205.14135 and 2307.08691; Press et al., ALiBi, arXiv 2108.12409.
     """
-    who = "scaled_dot_product_attention"
+    caller = "scaled_dot_product_attention"
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
+            raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
     if query.is_nested or key.is_nested or value.is_nested:
         if attn_mask is not None or lengths is not None or return_weights:
             raise ValueError(
-                f"{who}: attn_mask, lengths and return_weights must be absent where query, key and value are nested"
+                f"{caller}: attn_mask, lengths and return_weights must be absent where query, key and value are nested"
             )
         return _nested(
-            who, query, key, value, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
+            caller, query, key, value, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
             alibi_slopes, return_lse, backend,
         )  # fmt: skip
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    _check_tensors(who, query, key, value)
-    how = _how(who, query, scale, is_causal, causal_alignment, window, softcap, dropout_p)
+    _check_tensors(caller, query, key, value)
+    args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p)
 
-    lead, q, k, v = _four_dimensions(who, query, key, value, enable_gqa)
+    lead, q, k, v = _four_dimensions(caller, query, key, value, enable_gqa)
     B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
-    mask = _mask(who, attn_mask, query, lead, (Tq, Tk), q)
-    q_lengths, k_lengths = _lengths(who, lengths, B, query.device)
-    slopes = _slopes(who, alibi_slopes, q, B)
+    mask = _mask(caller, attn_mask, query, lead, (Tq, Tk), q)
+    q_lengths, k_lengths = _lengths(caller, lengths, B, query.device)
+    slopes = _slopes(caller, alibi_slopes, q, B)
     inputs = Inputs(mask, slopes, q_lengths, k_lengths)
-    chosen = _choose(who, backend, query, inputs, how, return_lse or return_weights, key, value)
+    chosen = _choose(caller, backend, query, inputs, args, return_lse or return_weights, key, value)
     if chosen == "torch":
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     seed = _seed(dropout_p, query.device)
     try:
-        out, lse = attend(q, k, v, inputs, how, seed)
-        weights = weights_of(q, k, inputs, how, seed, lse) if return_weights else None
+        out, lse = attend(q, k, v, inputs, args, seed)
+        weights = weights_of(q, k, inputs, args, seed, lse) if return_weights else None
     except RuntimeError as error:
-        raise of_op(who, error) from None
+        raise of_op(caller, error) from None
     results = [_restored(out, lead, q)]
     if return_lse:
         results.append(_restored(lse, lead, q))
@@ -152,63 +154,63 @@ def varlen_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Result:
-    """scaled_dot_product_attention of sequences of any lengths, one after another, without padding.
+    """scaled_dot_product_attention of packed sequences of any lengths, without padding.
 
     Args:
         query: [Nq, Hq, D]. key: [Nk, Hk, D]. value: [Nk, Hk, Dv]. As in scaled_dot_product_attention.
-        cu_seqlens_q: [S + 1] int32 or int64, where each sequence begins among the queries: the first 0, none below the
-            one before, the last Nq.
-        cu_seqlens_k: [S + 1] likewise among the keys; cu_seqlens_q if None.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. If None they are looked up, which on a
-            GPU waits for it; where there are no data, as in a compiler, they are Nq and Nk.
+        cu_seqlens_q: [S + 1] int32 or int64, start of each sequence in query and end of the last: 0, ..., Nq,
+            non-decreasing.
+        cu_seqlens_k: [S + 1], the same for key; cu_seqlens_q if None.
+        max_seqlen_q, max_seqlen_k: upper bound of the sequence lengths. If None, the maximum is computed, which
+            synchronizes with a GPU; while tracing and on meta tensors, Nq and Nk.
         alibi_slopes: [Hq] or [S, Hq].
-        Others as in scaled_dot_product_attention.
+        Others: as in scaled_dot_product_attention.
     Returns:
-        out: [Nq, Hq, Dv]; with return_lse also [Hq, Nq].
+        out: [Nq, Hq, Dv]. lse, with return_lse: [Hq, Nq].
     Raises: as scaled_dot_product_attention.
     Equivalent to: scaled_dot_product_attention of each sequence, bit for bit on a CPU.
     Deterministic: yes; the same bits for any number of threads.
     """
-    who = "varlen_attention"
+    caller = "varlen_attention"
     for name, t in (("query", query), ("key", key), ("value", value), ("cu_seqlens_q", cu_seqlens_q)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
+            raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
     query, key, value, _ = _autocast(query, key, value, None)
-    _check_tensors(who, query, key, value)
+    _check_tensors(caller, query, key, value)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 3:
-            raise ValueError(f"{who}: {name} must have 3 dimensions, got {list(t.shape)}")
+            raise ValueError(f"{caller}: {name} must have 3 dimensions, got {list(t.shape)}")
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         if key.shape[0] != query.shape[0]:
             raise ValueError(
-                f"{who}: key must have as many rows as query where cu_seqlens_k is absent, {query.shape[0]}, got "
+                f"{caller}: key must have as many rows as query where cu_seqlens_k is absent, {query.shape[0]}, got "
                 f"{key.shape[0]}"
             )
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check_integers(who, name, t, query.device)
+        _check_integers(caller, name, t, query.device)
         if t.dim() != 1 or t.shape[0] < 1:
-            raise ValueError(f"{who}: {name} must have shape [S + 1], got {list(t.shape)}")
+            raise ValueError(f"{caller}: {name} must have shape [S + 1], got {list(t.shape)}")
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
-            f"{who}: cu_seqlens_k must have the shape of cu_seqlens_q, {list(cu_seqlens_q.shape)}, got "
+            f"{caller}: cu_seqlens_k must have the shape of cu_seqlens_q, {list(cu_seqlens_q.shape)}, got "
             f"{list(cu_seqlens_k.shape)}"
         )
-    max_q = _longest(who, "max_seqlen_q", max_seqlen_q, cu_seqlens_q, query.shape[0])
+    max_q = _longest(caller, "max_seqlen_q", max_seqlen_q, cu_seqlens_q, query.shape[0])
     if max_seqlen_k is None and cu_seqlens_k is cu_seqlens_q:
         max_k = max_q
     else:
-        max_k = _longest(who, "max_seqlen_k", max_seqlen_k, cu_seqlens_k, key.shape[0])
-    how = _how(who, query, scale, is_causal, causal_alignment, window, softcap, dropout_p, max_q, max_k)
+        max_k = _longest(caller, "max_seqlen_k", max_seqlen_k, cu_seqlens_k, key.shape[0])
+    args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p, max_q, max_k)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    q, k, v = _heads(who, q, k, v, enable_gqa)
-    slopes = _slopes(who, alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
+    q, k, v = _heads(caller, q, k, v, enable_gqa)
+    slopes = _slopes(caller, alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
     inputs = Inputs(None, slopes, None, None, cu_seqlens_q, cu_seqlens_k)
-    _choose(who, backend, query, inputs, how, return_lse, key, value)
+    _choose(caller, backend, query, inputs, args, return_lse, key, value)
     try:
-        out, lse = attend(q, k, v, inputs, how, _seed(dropout_p, query.device))
+        out, lse = attend(q, k, v, inputs, args, _seed(dropout_p, query.device))
     except RuntimeError as error:
-        raise of_op(who, error) from None
+        raise of_op(caller, error) from None
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -216,26 +218,26 @@ def varlen_attention(
 # ---- checks
 
 
-def _check_tensors(who: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_tensors(caller: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.device.type != "meta" or query.dtype not in backends.DTYPES:
         request = backends.Request(query.device, query.dtype)
-        backends.choose(who, backends.ATTENTION, request, None, "a query", query.shape)
+        backends.choose(caller, backends.ATTENTION, request, None, "a query", query.shape)
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype:
-            raise TypeRuntimeError(f"{who}: {name} must be of query's dtype {query.dtype}, got {t.dtype}")
+            raise TypeRuntimeError(f"{caller}: {name} must be of query's dtype {query.dtype}, got {t.dtype}")
         if t.device != query.device:
-            raise ValueRuntimeError(f"{who}: {name} must be on query's device {query.device}, got {t.device}")
+            raise ValueRuntimeError(f"{caller}: {name} must be on query's device {query.device}, got {t.device}")
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
-            raise ValueRuntimeError(f"{who}: {name} must have at least 2 dimensions, got {list(t.shape)}")
+            raise ValueRuntimeError(f"{caller}: {name} must have at least 2 dimensions, got {list(t.shape)}")
     if key.shape[-1] != query.shape[-1]:
         raise ValueRuntimeError(
-            f"{who}: key must have as many columns as query, {query.shape[-1]}, got {key.shape[-1]}"
+            f"{caller}: key must have as many columns as query, {query.shape[-1]}, got {key.shape[-1]}"
         )
 
 
-def _how(
-    who: str,
+def _args(
+    caller: str,
     query: Tensor,
     scale: float | None,
     is_causal: bool,
@@ -245,44 +247,51 @@ def _how(
     dropout_p: float,
     max_q: Any = 0,
     max_k: Any = 0,
-) -> How:
+) -> AttentionArgs:
     if causal_alignment not in ALIGNMENTS:
-        raise ValueError(f"{who}: causal_alignment must be upper_left or lower_right, got {causal_alignment!r}")
+        raise ValueError(f"{caller}: causal_alignment must be upper_left or lower_right, got {causal_alignment!r}")
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueRuntimeError(f"{who}: dropout_p must be between 0 and 1, got {dropout_p}")
+        raise ValueRuntimeError(f"{caller}: dropout_p must be between 0 and 1, got {dropout_p}")
     if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"{who}: softcap must be finite and not negative, got {softcap}")
-    left, right = (-1, -1) if window is None else _window(who, window)
+        raise ValueError(f"{caller}: softcap must be finite and not negative, got {softcap}")
+    left, right = (-1, -1) if window is None else _window(caller, window)
     if scale is None:
         D = query.shape[-1]
         scale = 1 / math.sqrt(D) if D > 0 else 1.0
     causal = ALIGNMENTS[causal_alignment] if is_causal or causal_alignment != "upper_left" else 0
     if causal and not is_causal:
-        raise ValueError(f"{who}: causal_alignment must be upper_left where is_causal is False, got {causal_alignment}")
-    return How(max_q, max_k, float(scale), causal, left, right, float(softcap), float(dropout_p))
+        raise ValueError(
+            f"{caller}: causal_alignment must be upper_left where is_causal is False, got {causal_alignment}"
+        )
+    return AttentionArgs(max_q, max_k, float(scale), causal, left, right, float(softcap), float(dropout_p))
 
 
-def _window(who: str, window: int | tuple[int, int]) -> tuple[int, int]:
+def _window(caller: str, window: int | tuple[int, int]) -> tuple[int, int]:
     pair = (window, window) if isinstance(window, int) else tuple(window)
     if len(pair) != 2 or any(not isinstance(w, int) or w < -1 for w in pair):
-        raise ValueError(f"{who}: window must be one or two numbers of at least -1 (no bound), got {window}")
+        raise ValueError(f"{caller}: window must be one or two numbers of at least -1 (no bound), got {window}")
     return pair[0], pair[1]
 
 
 def _four_dimensions(
-    who: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+    caller: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[tuple[Any, ...], Tensor, Tensor, Tensor]:
-    """What stands in front of [Hq, Tq, D] or, where there are fewer dimensions, of [Tq, D]; and q, k, v in 4."""
+    """Leading dimensions of the query, and q, k and v with 4 dimensions.
+
+    The leading dimensions precede [Hq, Tq, D]. They end with None for inputs without heads: [.., Tq, D].
+    """
     if value.shape[-2] != key.shape[-2]:
-        raise ValueRuntimeError(f"{who}: value must have as many rows as key, {key.shape[-2]}, got {value.shape[-2]}")
+        raise ValueRuntimeError(
+            f"{caller}: value must have as many rows as key, {key.shape[-2]}, got {value.shape[-2]}"
+        )
     dims = max(t.dim() for t in (query, key, value))
-    heads = 1 if dims > 3 or enable_gqa else 0  # [B, T, D]: of one head each, but for grouped heads
+    heads = 1 if dims > 3 or enable_gqa else 0  # without enable_gqa, 3 dimensions are [B, T, D]
     of = [t.shape[: max(t.dim() - 2 - heads, 0)] for t in (query, key, value)]
     try:
         lead = torch.broadcast_shapes(*of)
     except RuntimeError:
         raise ValueRuntimeError(
-            f"{who}: batch dimensions of query, key and value must be equal or 1, got {list(query.shape)}, "
+            f"{caller}: batch dimensions of query, key and value must be equal or 1, got {list(query.shape)}, "
             f"{list(key.shape)} and {list(value.shape)}"
         ) from None
     flat = []
@@ -297,12 +306,12 @@ def _four_dimensions(
         if len(lead) != 1:
             t = t.reshape(math.prod(lead), *t.shape[-3:]) if len(lead) else t.unsqueeze(0)
         flat.append(t)
-    q, k, v = _heads(who, flat[0], flat[1], flat[2], enable_gqa)
+    q, k, v = _heads(caller, flat[0], flat[1], flat[2], enable_gqa)
     return tuple(lead) if heads else (*lead, None), q, k, v
 
 
-def _heads(who: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys of one head for every head of queries, or, with enable_gqa, of as many as divide those."""
+def _heads(caller: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Broadcasts q, k and v of a single head, and checks the numbers of heads."""
     Hq, Hk, Hv = q.shape[1], k.shape[1], v.shape[1]
     if Hk != Hv:
         if Hk == 1:
@@ -310,39 +319,41 @@ def _heads(who: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple
         elif Hv == 1:
             v = v.expand(-1, Hk, -1, -1)
         else:
-            raise ValueRuntimeError(f"{who}: value must have as many heads as key, {Hk}, got {Hv}")
+            raise ValueRuntimeError(f"{caller}: value must have as many heads as key, {Hk}, got {Hv}")
     if Hq == Hk or Hk == 1:
         return q, k, v
     if Hq == 1:
         return q.expand(-1, Hk, -1, -1), k, v
     if not enable_gqa:
         raise ValueRuntimeError(
-            f"{who}: key must have as many heads as query, {Hq}, or enable_gqa must be set, got {Hk}"
+            f"{caller}: key must have as many heads as query, {Hq}, or enable_gqa must be set, got {Hk}"
         )
     if Hq % Hk:
-        raise ValueRuntimeError(f"{who}: query's heads must be a multiple of key's with enable_gqa, got {Hq} and {Hk}")
+        raise ValueRuntimeError(
+            f"{caller}: query's heads must be a multiple of key's with enable_gqa, got {Hq} and {Hk}"
+        )
     return q, k, v
 
 
 def _restored(t: Tensor, lead: tuple[Any, ...], q: Tensor) -> Tensor:
-    """A result [B, Hq, ..] with the dimensions of the query."""
+    """Reshapes a result [B, Hq, ..] to the leading dimensions of the query."""
     if lead and lead[-1] is None:
         t, lead = t.squeeze(1), lead[:-1]
     return t if len(lead) == 1 else t.reshape(*lead, *t.shape[1:])
 
 
 def _mask(
-    who: str, mask: Tensor | None, query: Tensor, lead: tuple[Any, ...], last: tuple[Any, Any], q: Tensor
+    caller: str, mask: Tensor | None, query: Tensor, lead: tuple[Any, ...], last: tuple[Any, Any], q: Tensor
 ) -> Tensor | None:
-    """[B | 1, Hq | 1, Tq | 1, Tk | 1]."""
+    """attn_mask with 4 dimensions [B | 1, Hq | 1, Tq | 1, Tk | 1]."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{who}: attn_mask must be a tensor, got {describe(mask)}")
+        raise TypeError(f"{caller}: attn_mask must be a tensor, got {describe(mask)}")
     if mask.dtype not in (torch.bool, query.dtype):
-        raise TypeRuntimeError(f"{who}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
+        raise TypeRuntimeError(f"{caller}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
     if mask.device != query.device:
-        raise ValueRuntimeError(f"{who}: attn_mask must be on query's device {query.device}, got {mask.device}")
+        raise ValueRuntimeError(f"{caller}: attn_mask must be on query's device {query.device}, got {mask.device}")
     headless = bool(lead) and lead[-1] is None
     lead = lead[:-1] if headless else lead
     full = (*lead, *last) if headless else (*lead, q.shape[1], *last)
@@ -352,7 +363,7 @@ def _mask(
         or any(m != 1 and m != f for m, f in zip(reversed(mask.shape), reversed(full)))
     ):
         raise ValueRuntimeError(
-            f"{who}: attn_mask must have at least 2 dimensions and broadcast to {list(full)}, got {list(mask.shape)}"
+            f"{caller}: attn_mask must have at least 2 dimensions and broadcast to {list(full)}, got {list(mask.shape)}"
         )
     mask = mask[(None,) * (len(full) - mask.dim())]
     if headless:
@@ -364,16 +375,16 @@ def _mask(
     return mask.expand(*lead, *mask.shape[len(lead) :]).reshape(q.shape[0], *mask.shape[len(lead) :])
 
 
-def _check_integers(who: str, name: str, t: Any, device: torch.device) -> None:
+def _check_integers(caller: str, name: str, t: Any, device: torch.device) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
     if t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{who}: {name} must be int32 or int64, got {t.dtype}")
+        raise TypeError(f"{caller}: {name} must be int32 or int64, got {t.dtype}")
     if t.device != device:
-        raise ValueError(f"{who}: {name} must be on query's device {device}, got {t.device}")
+        raise ValueError(f"{caller}: {name} must be on query's device {device}, got {t.device}")
 
 
-def _lengths(who: str, lengths: Any, B: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _lengths(caller: str, lengths: Any, B: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     if lengths is None:
         return None, None
     pair = lengths if isinstance(lengths, tuple) and len(lengths) == 2 and not isinstance(lengths[1], int) else None
@@ -382,34 +393,36 @@ def _lengths(who: str, lengths: Any, B: Any, device: torch.device) -> tuple[Tens
         if given is not None and not isinstance(given, Tensor):
             given = torch.tensor(list(given), dtype=torch.int64, device=device)
         if given is not None:
-            _check_integers(who, "lengths", given, device)
+            _check_integers(caller, "lengths", given, device)
             if given.dim() != 1 or given.shape[0] != B:
-                raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(given.shape)}")
+                raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(given.shape)}")
         found.append(given)
     return found[0], found[1]
 
 
-def _slopes(who: str, slopes: Tensor | None, q: Tensor, B: Any) -> Tensor | None:
+def _slopes(caller: str, slopes: Tensor | None, q: Tensor, B: Any) -> Tensor | None:
     if slopes is None:
         return None
     if not isinstance(slopes, Tensor):
-        raise TypeError(f"{who}: alibi_slopes must be a tensor, got {describe(slopes)}")
+        raise TypeError(f"{caller}: alibi_slopes must be a tensor, got {describe(slopes)}")
     if slopes.dtype != torch.float32:
-        raise TypeError(f"{who}: alibi_slopes must be float32, got {slopes.dtype}")
+        raise TypeError(f"{caller}: alibi_slopes must be float32, got {slopes.dtype}")
     if slopes.device != q.device:
-        raise ValueError(f"{who}: alibi_slopes must be on query's device {q.device}, got {slopes.device}")
+        raise ValueError(f"{caller}: alibi_slopes must be on query's device {q.device}, got {slopes.device}")
     Hq = q.shape[1]
     if tuple(slopes.shape) not in ((Hq,), (B, Hq)):
-        raise ValueError(f"{who}: alibi_slopes must have shape [Hq] or [B, Hq] = [{B}, {Hq}], got {list(slopes.shape)}")
+        raise ValueError(
+            f"{caller}: alibi_slopes must have shape [Hq] or [B, Hq] = [{B}, {Hq}], got {list(slopes.shape)}"
+        )
     if slopes.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{who}: alibi_slopes must not require a gradient; attn_mask has one")
+        raise NotImplementedError(f"{caller}: alibi_slopes must not require a gradient; use a float attn_mask instead")
     return slopes
 
 
-def _longest(who: str, name: str, longest: int | None, cu: Tensor, N: Any) -> Any:
+def _longest(caller: str, name: str, longest: int | None, cu: Tensor, N: Any) -> Any:
     if longest is not None:
         if longest < 0:
-            raise ValueError(f"{who}: {name} must not be negative, got {longest}")
+            raise ValueError(f"{caller}: {name} must not be negative, got {longest}")
         return longest
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_no_data(cu):
         return N
@@ -443,34 +456,41 @@ def _autocast(
 
 
 def _choose(
-    who: str, backend: str | None, query: Tensor, inputs: Inputs, how: How, more: bool, key: Tensor, value: Tensor
+    caller: str,
+    backend: str | None,
+    query: Tensor,
+    inputs: Inputs,
+    args: AttentionArgs,
+    returns_more: bool,
+    key: Tensor,
+    value: Tensor,
 ) -> str:
-    """The implementation that runs, or meta: of tensors without data there are shapes only."""
+    """Name of the implementation that runs, or meta for meta tensors, where only shapes are computed."""
     extras = [
         name
         for name, given in (
             ("packed rows", inputs.cu_q is not None),
             ("lengths", inputs.q_lengths is not None or inputs.k_lengths is not None),
-            ("causal_alignment lower_right", how.causal == 2),
-            ("a window", how.window_left >= 0 or how.window_right >= 0),
-            ("softcap", how.softcap > 0),
+            ("causal_alignment lower_right", args.causal == 2),
+            ("a window", args.window_left >= 0 or args.window_right >= 0),
+            ("softcap", args.softcap > 0),
             ("alibi_slopes", inputs.alibi_slopes is not None),
-            ("return_lse or return_weights", more),
+            ("return_lse or return_weights", returns_more),
         )
         if given
     ]
-    masked = inputs.attn_mask is not None or how.dropout_p > 0 or key.shape[-1] != value.shape[-1]
+    masked = inputs.attn_mask is not None or args.dropout_p > 0 or key.shape[-1] != value.shape[-1]
     if backend is None and query.is_meta:
         return "meta"
     request = backends.Request(query.device, query.dtype, None, extras, masked)
-    return backends.choose(who, backends.ATTENTION, request, backend, "a query", query.shape)
+    return backends.choose(caller, backends.ATTENTION, request, backend, "a query", query.shape)
 
 
 # ---- nested tensors
 
 
 def _nested(
-    who: str,
+    caller: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -485,18 +505,18 @@ def _nested(
     return_lse: bool,
     backend: str | None,
 ) -> Result:
-    """Jagged tensors [B, H, j, D] or [B, j, D]: the rows of all sequences are one after another already."""
+    """Attention of jagged tensors [B, H, j, D] or [B, j, D], whose values are packed sequences."""
     rows, offsets, heads = [], [], []
     for name, given in (("query", query), ("key", key), ("value", value)):
         t: Any = given
         if not t.is_nested or t.layout != torch.jagged:
             raise ValueError(
-                f"{who}: query, key and value must all be jagged nested tensors where one is, got {name} of layout "
-                f"{t.layout}"
+                f"{caller}: query, key and value must all be jagged nested tensors if one is nested, got {name} of "
+                f"layout {t.layout}"
             )
         if t.dim() not in (3, 4) or t._ragged_idx != t.dim() - 2 or t.lengths() is not None:
             raise ValueError(
-                f"{who}: {name} must be jagged without holes of shape [B, H, j, D] or [B, j, D], got {list(t.shape)}"
+                f"{caller}: {name} must be jagged without holes of shape [B, H, j, D] or [B, j, D], got {list(t.shape)}"
             )
         values = t.values()
         rows.append(values.unsqueeze(1) if t.dim() == 3 else values.transpose(0, 1))
@@ -504,11 +524,11 @@ def _nested(
         heads.append(t.dim() == 4)
     if len(set(heads)) != 1:
         raise ValueError(
-            f"{who}: query, key and value must have equally many dimensions where they are nested, got "
+            f"{caller}: nested query, key and value must have the same number of dimensions, got "
             f"{query.dim()}, {key.dim()} and {value.dim()}"
         )
     if offsets[1] is not offsets[2] and not torch.equal(offsets[1], offsets[2]):
-        raise ValueError(f"{who}: value must have the lengths of key where they are nested, got others")
+        raise ValueError(f"{caller}: nested key and value must have the same lengths, got different offsets")
     nested: Any = query
     same = offsets[0] is offsets[1]
     out, lse = varlen_attention(

@@ -1,19 +1,19 @@
-"""Rows of a table, reduced bag by bag, as functions: checks, and the calls of the ops.
+"""Functional forms of Embedding and EmbeddingBag: argument checks and calls of the ops.
 
-A call on one row computes for a fraction of a microsecond. In eager mode the op is called at once, and the arguments
-are checked only after it has raised.
+A lookup of one row takes a fraction of a microsecond. Eager calls therefore call the op directly, and check their
+arguments in Python only if the op raises.
 
 Intended differences from torch.nn.functional:
-- per_sample_weights in every mode; float32 ones beside a 16-bit table as well. Mode min. weight_norm.
-- sparse gradients are coalesced, and are given for max and min too; scale_grad_by_freq works in every mode, dense and
-  sparse, and divides by the counts of the rows themselves.
-- Indices beyond the last offset (include_last_offset) are not read in any mode and get no gradient.
-- max and min give NaN where a bag has one; among equal ones the first wins and has the whole gradient.
-- Offsets must begin with 0 and neither decrease nor exceed the number of indices, in every mode.
-- Gradients are summed in float32 or wider and rounded once; there are gradients of any order, forward-mode ones, and
-  torch.func's transforms.
-- indices and offsets may be int32 and int64 in any mixture; a table may have any strides and is not copied.
-- The old order of arguments (weight, input) is refused.
+- per_sample_weights in each mode, also float32 weights with a 16-bit table; mode min; weight_norm.
+- Sparse gradients are coalesced and also support max and min. scale_grad_by_freq supports each mode, dense and sparse,
+  and divides the gradient of a row by the count of that row.
+- Indices beyond the last offset (include_last_offset) are ignored in each mode and get no gradient.
+- max and min return NaN for a bag with a NaN. Among equal values, the first is selected and gets the whole gradient.
+- Offsets must begin with 0, must not decrease and must not exceed the number of indices, in each mode.
+- Gradients are summed in float32 or wider and rounded once. Gradients of any order, forward-mode gradients and
+  torch.func transforms are supported.
+- Indices and offsets may have different integer dtypes. A table may have any strides and is not copied.
+- The deprecated argument order (weight, input) raises TypeError.
 
 Exceptions: docs/errors.md.
 
@@ -38,7 +38,7 @@ from seqkernels.functional._checks import (
     describe,
     of_op,
 )
-from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, How, Step, lookup, record
+from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, BagArgs, Step, lookup, record
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
 
@@ -61,38 +61,36 @@ def embedding_bag(
     weight_norm: str = "count",
     backend: str | None = None,
 ) -> Tensor:
-    """Rows of a table, reduced bag by bag.
+    """Looks up rows of a table and reduces them bag by bag.
 
     Args:
-        input: [N] int32 or int64, each in [0, E), with offsets; or [B, L], bags of one length; or a jagged
-            torch.nested tensor of B bags.
-        weight: [E, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes.
-        offsets: [B] int32 or int64 where each bag begins: the first 0, none below the one before, none above N. [B + 1]
-            with include_last_offset.
-        max_norm: rows that are looked up and whose norm is above it are scaled to it, in weight itself.
-        norm_type: the p of that norm.
-        scale_grad_by_freq: a row's gradient is divided by how often the row occurs in the call.
+        input: [N] int32 or int64, each in [0, E), with offsets; or [B, L] for bags of L indices; or a jagged nested
+            tensor of B bags.
+        weight: [E, D] float32, float64, bfloat16 or float16, with any strides; gradient: yes.
+        offsets: [B] int32 or int64, start of each bag: begins with 0, non-decreasing, at most N. [B + 1] with
+            include_last_offset.
+        max_norm: scales the rows looked up whose norm exceeds max_norm to this norm, in place.
+        norm_type: p of the p-norm of max_norm.
+        scale_grad_by_freq: divides the gradient of a row by its number of occurrences in the call.
         mode: sum, mean, max or min.
-        sparse: the gradient of weight is a coalesced sparse tensor of the rows that occur.
-        per_sample_weights: w, shaped like input, of weight's dtype or, beside 16-bit ones, float32: the sum of w_i e_i,
-            the mean of it as weight_norm says, the extremes of w_i e_i. Gradient: yes.
-        include_last_offset: offsets has the end of the last bag as well; indices behind it are ignored. Of no effect
-            where input is 2-D.
-        padding_idx: a row that does not count, neither in a sum nor in a mean's number; may be negative.
-        weight_norm: what a mean of weighted rows is divided by: their number ("count") or the sum of weights
-            ("weight").
-        backend: name of the implementation that must run, "cpu", "cuda" or "triton"; None chooses, see
-            seqkernels.explain.
+        sparse: returns the gradient of weight as a coalesced sparse tensor with the rows that occur.
+        per_sample_weights: w, shaped like input, of weight's dtype, or float32 with a 16-bit weight. Row e_i is
+            replaced by w_i e_i. Gradient: yes.
+        include_last_offset: whether offsets includes the end of the last bag; indices beyond it are ignored. Ignored
+            for a 2-D input.
+        padding_idx: row excluded from each reduction and from the count of a mean; may be negative.
+        weight_norm: divisor of a weighted mean: "count", the number of rows, or "weight", the sum of the weights.
+        backend: "cpu", "cuda" or "triton"; None selects one, see seqkernels.explain.
     Returns:
-        [B, D], dtype of weight, computed in float32 or wider and rounded once. Zeros where a bag is empty or holds only
-        padding. max and min: the first of equals; NaN if there is one.
+        [B, D], dtype of weight, computed in float32 or wider and rounded once. Zeros for a bag without rows. max and
+        min select the first of equal values, and NaN if the bag has one.
     Raises:
-        ValueError: a shape, an offset, a mode or another value does not fit.
-        TypeError: a dtype does not fit, or an argument is no tensor.
-        IndexError: an index is out of range.
-        NotImplementedError: no implementation takes these inputs; the message lists why.
-        Where torch raises RuntimeError, the exception is a RuntimeError too.
-    Equivalent to: torch.nn.functional.embedding_bag, but for what the module's text lists.
+        ValueError: invalid shape, offset, mode or other value.
+        TypeError: invalid dtype, or an argument that is not a tensor.
+        IndexError: index out of range.
+        NotImplementedError: no implementation supports the inputs; the message lists the reasons.
+        If torch raises RuntimeError for the same mistake, the exception is also a RuntimeError.
+    Equivalent to: torch.nn.functional.embedding_bag, except for the differences listed at the top of this module.
     Deterministic: yes; the same bits for any number of threads.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding_bag.html
     """
@@ -105,8 +103,8 @@ def embedding_bag(
             if _recording() and (
                 weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
             ):
-                how = How(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
-                return record(how, None, input, offsets, per_sample_weights, weight)
+                args = BagArgs(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
+                return record(args, None, input, offsets, per_sample_weights, weight)
             result: Tensor = O.ops.embedding_bag(
                 weight, input, offsets, per_sample_weights, MODES[mode], padding, last, NORMS[weight_norm]
             )
@@ -131,17 +129,17 @@ def embedding(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Rows of a table.
+    """Looks up rows of a table.
 
     Args:
-        input: [*] int32 or int64 of any shape, each in [0, E); or a jagged torch.nested tensor.
-        weight: [E, D] float32, float64, bfloat16 or float16, of any strides; gradient: yes.
-        padding_idx: a row that is found as any other but has no gradient; may be negative.
+        input: [*] int32 or int64 of any shape, each in [0, E); or a jagged nested tensor.
+        weight: [E, D] float32, float64, bfloat16 or float16, with any strides; gradient: yes.
+        padding_idx: row without a gradient; may be negative.
         max_norm, norm_type, scale_grad_by_freq, sparse, backend: as in embedding_bag.
     Returns:
-        [*, D], dtype of weight; jagged if input is.
+        [*, D], dtype of weight; jagged for a jagged input.
     Raises: as embedding_bag.
-    Equivalent to: torch.nn.functional.embedding, but for what the module's text lists.
+    Equivalent to: torch.nn.functional.embedding, except for the differences listed at the top of this module.
     Deterministic: yes; the same bits for any number of threads.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding.html
     """
@@ -163,19 +161,19 @@ def embedding_bags(
     weight_norm: str = "count",
     backend: str | None = None,
 ) -> Tensor:
-    """embedding_bag over several tables in one call; a feature has one bag per sample.
+    """embedding_bag of several tables in one call. A feature has one bag per sample.
 
     Args:
-        input: [N] int32 or int64: the indices of the first feature's bags, then those of the second's, and so on.
+        input: [N] int32 or int64, indices of the bags of the first feature, followed by those of the second, and so on.
         weights: T tables [E_t, D_t] of one dtype, as in embedding_bag; gradient: yes.
-        offsets: [F * B + 1] where each bag begins, and where the last one ends, which may be in front of N.
-        features: [T] how many features each table has, one after another; one each if absent. F is their sum.
+        offsets: [F * B + 1], start of each bag and end of the last; indices beyond it are ignored.
+        features: [T] number of consecutive features of each table, with sum F; one each if None.
         mode, per_sample_weights [N], scale_grad_by_freq, sparse, weight_norm, backend: as in embedding_bag.
     Returns:
-        [B, sum of features_t * D_t]: the features side by side.
+        [B, sum of features_t * D_t], the concatenated outputs of the features.
     Raises: as embedding_bag.
     Equivalent to: torch.cat of an embedding_bag of each feature.
-    Deterministic: yes; the same bits for any number of threads, and as one table at a time.
+    Deterministic: yes; the same bits for any number of threads, and as with one call per table.
     """
     if backend is not None:
         for table in weights:
@@ -184,23 +182,23 @@ def embedding_bags(
 
 
 def quantize_rows(weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """A table whose elements are bytes, with a scale and a bias for each row, for `embedding_bag_bytes`.
+    """Quantizes a table row by row to 8 bits, for `embedding_bag_bytes`.
 
     Args:
         weight: [E, D] float32, float64, bfloat16 or float16; D at least 1.
     Returns:
-        uint8 [E, D + 8]: the bytes of a row, then its float32 scale and bias: value = byte * scale + bias.
+        uint8 [E, D + 8]: the bytes of a row, followed by its float32 scale and bias; value = byte * scale + bias.
     Raises:
         ValueError, TypeError, NotImplementedError: as embedding_bag.
     Equivalent to: torch.ops.quantized.embedding_bag_byte_prepack, bit for bit in float32.
     Deterministic: yes.
     """
-    who = "quantize_rows"
-    check_table(who, weight)
+    caller = "quantize_rows"
+    check_table(caller, weight)
     if backend is not None or _prefers_triton(weight, None):
-        _require(who, weight, backend, who)
+        _require(caller, weight, backend, caller)
     if weight.shape[1] < 1:
-        raise ValueError(f"{who}: weight must have columns, got {list(weight.shape)}")
+        raise ValueError(f"{caller}: weight must have columns, got {list(weight.shape)}")
     result: Tensor = O.ops.embedding_bag_pack_bytes(weight.detach())
     return result
 
@@ -217,16 +215,16 @@ def embedding_bag_bytes(
     weight_norm: str = "count",
     backend: str | None = None,
 ) -> Tensor:
-    """embedding_bag of a table of bytes; inference only.
+    """embedding_bag of a table quantized to 8 bits; inference only.
 
     Args:
         packed: uint8 [E, D + 8] from `quantize_rows` or torch.ops.quantized.embedding_bag_byte_prepack.
         per_sample_weights: float32, shaped like input.
-        Others as in embedding_bag.
+        Others: as in embedding_bag.
     Returns:
         float32 [B, D].
     Raises: as embedding_bag.
-    Equivalent to: torch.ops.quantized.embedding_bag_byte_rowwise_offsets, in every mode.
+    Equivalent to: torch.ops.quantized.embedding_bag_byte_rowwise_offsets, extended to each mode.
     Deterministic: yes; the same bits for any number of threads.
     """
     if backend is not None or _prefers_triton(packed, None):
@@ -248,28 +246,28 @@ def embedding_bag_bytes(
         raise of_op("embedding_bag_bytes", error) from None
 
 
-# ---- eager calls; names of modules are looked up once, as each lookup costs time
+# ---- eager calls; functions of other modules are bound once, because each attribute lookup takes time
 
-SEVERAL = "a lookup in several tables"  # which has no Triton kernel
+SEVERAL = "a lookup in several tables"  # an option that Triton does not support
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
 _transforms = torch._C._are_functorch_transforms_active
 
 
 def _special() -> bool:
-    """Whether a compiler traces or a transform is active; the op is then not called at once."""
+    """Whether torch.compile is tracing or a transform is active, which excludes the direct call of the op."""
     return _compiling() or _transforms() or forward_ad._current_level >= 0
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:
-    """padding_idx as ops take it."""
+    """padding_idx as a non-negative row."""
     E = table.shape[0]
     if -E <= padding_idx < E and type(padding_idx) is not float:
         return padding_idx if padding_idx >= 0 else padding_idx + E
     raise ValueError(f"padding_idx {padding_idx}")
 
 
-# ---- every other call
+# ---- all other calls
 
 
 def bag(
@@ -288,23 +286,23 @@ def bag(
     step: Step | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """embedding_bag. step: an optimiser's, which backward makes instead of a gradient."""
-    who = "embedding_bag"
+    """embedding_bag. step: the step of a fused optimiser, which replaces the gradient in backward."""
+    caller = "embedding_bag"
     if isinstance(input, Tensor) and input.is_nested:
-        input, offsets, per_sample_weights = of_nested(who, input, offsets, per_sample_weights)
+        input, offsets, per_sample_weights = of_nested(caller, input, offsets, per_sample_weights)
         include_last_offset = True
-    check(who, input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
+    check(caller, input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
     padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
     last = include_last_offset and offsets is not None
-    how = How(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
-    if _in_triton(who, weight, backend, max_norm, step):
-        how = how._replace(triton=True)
+    args = BagArgs(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
+    if _in_triton(caller, weight, backend, max_norm, step):
+        args = args._replace(triton=True)
     try:
         if max_norm is not None:
             renorm(weight, input, max_norm, norm_type)
-        return lookup((weight,), per_sample_weights, input, offsets, how, step)
+        return lookup((weight,), per_sample_weights, input, offsets, args, step)
     except RuntimeError as error:
-        raise of_op(who, error) from None
+        raise of_op(caller, error) from None
 
 
 def rows(
@@ -318,37 +316,37 @@ def rows(
     step: Step | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """embedding: bags of one."""
-    who = "embedding"
-    triton = _in_triton(who, weight, backend, max_norm, step)
+    """embedding, computed as bags of one index."""
+    caller = "embedding"
+    triton = _in_triton(caller, weight, backend, max_norm, step)
     try:
         if input.is_nested:
             values = input.values()
             found = rows(values, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, step, backend)
             return jagged_like(input, found)
         if max_norm is not None:
-            check_rows(who, input, weight, padding_idx, max_norm)
+            check_rows(caller, input, weight, padding_idx, max_norm)
             renorm(weight, input, max_norm, norm_type)
         padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
         shape = input.shape
         each = input.unsqueeze(1) if len(shape) == 1 else input.reshape(-1, 1)
         special = _special()
         if special:
-            check_rows(who, input, weight, padding_idx, max_norm)
+            check_rows(caller, input, weight, padding_idx, max_norm)
         if special or (_recording() and weight.requires_grad):
-            how = How(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding, triton=triton)
+            args = BagArgs(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding, triton=triton)
             found = (
-                lookup((weight,), None, each, None, how, step)
+                lookup((weight,), None, each, None, args, step)
                 if special
-                else record(how, step, each, None, None, weight)
+                else record(args, step, each, None, None, weight)
             )
         else:
             ops = O.triton_ops if triton else O.ops
             found = ops.embedding_bag(weight, each, None, None, 0)
         return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
     except ERRORS as error:
-        check_rows(who, input, weight, padding_idx, max_norm)
-        raise of_op(who, error) from None
+        check_rows(caller, input, weight, padding_idx, max_norm)
+        raise of_op(caller, error) from None
 
 
 def bags(
@@ -363,25 +361,27 @@ def bags(
     weight_norm: str,
     step: Step | None = None,
 ) -> Tensor:
-    """embedding_bags."""
+    """embedding_bags. step: as in `bag`."""
     counts = tuple(features) if features is not None else (1,) * len(weights)
     if weights and _prefers_triton(weights[0], None):
         _require("embedding_bags", weights[0], None, SEVERAL)
     try:
-        how = How(MODES[mode], NO_PADDING, True, NORMS[weight_norm], scale_grad_by_freq, sparse, NO_PADDING, counts)
+        args = BagArgs(
+            MODES[mode], NO_PADDING, True, NORMS[weight_norm], scale_grad_by_freq, sparse, NO_PADDING, counts
+        )
         if step is None and not recorded(weights, per_sample_weights) and not _special():
-            result: Tensor = O.ops.embedding_bags(list(weights), counts, input, offsets, per_sample_weights, *how[:4])
+            result: Tensor = O.ops.embedding_bags(list(weights), counts, input, offsets, per_sample_weights, *args[:4])
             return result
         if _special():
             check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
-        return lookup(weights, per_sample_weights, input, offsets, how, step)
+        return lookup(weights, per_sample_weights, input, offsets, args, step)
     except ERRORS as error:
         check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
         raise of_op("embedding_bags", error) from None
 
 
 def renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
-    """max_norm, in the table itself."""
+    """Applies max_norm to the rows looked up, in place."""
     with torch.no_grad():
         O.ops.embedding_bag_renorm_(weight, indices, float(max_norm), float(norm_type))
     if not _compiling():
@@ -389,62 +389,63 @@ def renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -
 
 
 def jagged_like(nested: Any, values: Tensor) -> Tensor:
+    """A jagged tensor with the structure of `nested` and new values."""
     return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), nested.lengths())
 
 
 def of_nested(
-    who: str, input: Any, offsets: Tensor | None, weights: Any
+    caller: str, input: Any, offsets: Tensor | None, weights: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Indices, offsets with the last one, and weights of a jagged input."""
+    """Indices [N], offsets [B + 1] and weights [N] of a jagged input."""
     if input.layout != torch.jagged or input.dim() != 2:
-        raise ValueError(f"{who}: input must be a jagged nested tensor of 2 dimensions, got {describe(input)}")
+        raise ValueError(f"{caller}: input must be a jagged nested tensor of 2 dimensions, got {describe(input)}")
     if offsets is not None:
-        raise ValueError(f"{who}: offsets must be None where input is nested, got {describe(offsets)}")
+        raise ValueError(f"{caller}: offsets must be None where input is nested, got {describe(offsets)}")
     if weights is not None:
         if not (isinstance(weights, Tensor) and weights.is_nested and weights.layout == torch.jagged):
-            raise ValueError(f"{who}: per_sample_weights must be nested where input is, got {describe(weights)}")
-        if weights.shape != input.shape:  # of the same offsets
+            raise ValueError(f"{caller}: per_sample_weights must be nested where input is, got {describe(weights)}")
+        if weights.shape != input.shape:  # the shapes of jagged tensors are equal if they share their offsets
             raise ValueError(
-                f"{who}: per_sample_weights must have the shape of input, {input.shape}, got {weights.shape}"
+                f"{caller}: per_sample_weights must have the shape of input, {input.shape}, got {weights.shape}"
             )
     if input.lengths() is not None:  # with holes
         input, weights = input.contiguous(), None if weights is None else weights.contiguous()
     return input.values(), input.offsets(), None if weights is None else weights.values()
 
 
-# ---- checks: the errors of the public functions; the ops check again what could access memory out of bounds
+# ---- argument checks of the public functions; the ops also check all that could access memory out of bounds
 
 
-def _require(who: str, table: Any, backend: str | None, *special: str, dtype: torch.dtype | None = None) -> str:
-    """The implementation that runs.
+def _require(caller: str, table: Any, backend: str | None, *special: str, dtype: torch.dtype | None = None) -> str:
+    """Name of the implementation that runs.
 
     Args:
-        special: what the call asks for that not every implementation has.
-        dtype: of the output, where that of the table is another.
+        special: options in use that some implementations do not support.
+        dtype: dtype of the output, if it differs from that of the table.
     """
     if not isinstance(table, Tensor):
-        raise TypeError(f"{who}: weight must be a tensor, got {describe(table)}")
+        raise TypeError(f"{caller}: weight must be a tensor, got {describe(table)}")
     request = backends.Request(table.device, dtype or table.dtype, extras=special)
-    return backends.choose(who, backends.EMBEDDING_BAG, request, backend, "a table", table.shape)
+    return backends.choose(caller, backends.EMBEDDING_BAG, request, backend, "a table", table.shape)
 
 
 def _prefers_triton(table: Any, backend: str | None) -> bool:
-    """Whether Triton kernels are named, or the table is on a CUDA device for which this build has no CUDA kernels."""
+    """Whether `backend` is triton, or the table is on a CUDA device for which this build has no CUDA kernels."""
     if backend is not None:
         return backend == "triton"
     return isinstance(table, Tensor) and table.is_cuda and not backends.cuda_runs_on(table.device)
 
 
-def _in_triton(who: str, table: Any, backend: str | None, max_norm: float | None, step: Step | None) -> bool:
-    """Whether the Triton kernels run a lookup; raises where no implementation does."""
+def _in_triton(caller: str, table: Any, backend: str | None, max_norm: float | None, step: Step | None) -> bool:
+    """Whether the Triton kernels run a lookup. Raises if they are selected and do not support it."""
     if not _prefers_triton(table, backend):
         return False
     special = [*["max_norm"] * (max_norm is not None), *["fused_optimizer"] * (step is not None)]
-    return _require(who, table, backend, *special) == "triton"
+    return _require(caller, table, backend, *special) == "triton"
 
 
 def check(
-    who: str,
+    caller: str,
     input: Any,
     weight: Any,
     offsets: Any,
@@ -454,37 +455,37 @@ def check(
     weight_norm: Any,
     max_norm: Any = None,
 ) -> None:
-    """The arguments of embedding_bag, and of those of its form."""
-    check_integers(who, "input", input)
-    if who == "embedding_bag_bytes":
+    """Checks the arguments of embedding_bag, embedding_bag_bytes and modules with the same arguments."""
+    check_integers(caller, "input", input)
+    if caller == "embedding_bag_bytes":
         if not isinstance(weight, Tensor) or weight.dtype != torch.uint8:
-            raise TypeError(f"{who}: packed must be a uint8 tensor, got {describe(weight)}")
+            raise TypeError(f"{caller}: packed must be a uint8 tensor, got {describe(weight)}")
         if weight.dim() != 2 or weight.shape[1] <= O.BYTES_PER_ROW:
-            raise ValueError(f"{who}: packed must have shape [E, D + 8], got {list(weight.shape)}")
+            raise ValueError(f"{caller}: packed must have shape [E, D + 8], got {list(weight.shape)}")
     else:
-        check_table(who, weight)
-    check_options(who, mode, weight_norm)
+        check_table(caller, weight)
+    check_options(caller, mode, weight_norm)
     if input.dim() == 1:
         if offsets is None:
-            raise ValueError(f"{who}: offsets must be a 1-D tensor where input is 1-D, got None")
-        check_integers(who, "offsets", offsets)
+            raise ValueError(f"{caller}: offsets must be a 1-D tensor where input is 1-D, got None")
+        check_integers(caller, "offsets", offsets)
         if offsets.dim() != 1:
-            raise ValueError(f"{who}: offsets must have 1 dimension, got shape {list(offsets.shape)}")
+            raise ValueError(f"{caller}: offsets must have 1 dimension, got shape {list(offsets.shape)}")
     elif input.dim() != 2:
-        raise ValueError(f"{who}: input must be [N] with offsets, or [B, L], got shape {list(input.shape)}")
+        raise ValueError(f"{caller}: input must be [N] with offsets, or [B, L], got shape {list(input.shape)}")
     elif offsets is not None:
-        raise ValueError(f"{who}: offsets must be None where input is 2-D, bags of one length, got {describe(offsets)}")
-    check_weights(who, weights, input, weight.dtype)
-    check_devices(who, weight, input=input, offsets=offsets, per_sample_weights=weights)
-    check_rest(who, weight, padding_idx, max_norm)
+        raise ValueError(f"{caller}: offsets must be None where input is 2-D, got {describe(offsets)}")
+    check_weights(caller, weights, input, weight.dtype)
+    check_devices(caller, weight, input=input, offsets=offsets, per_sample_weights=weights)
+    check_rest(caller, weight, padding_idx, max_norm)
 
 
-def check_rows(who: str, input: Any, weight: Any, padding_idx: Any, max_norm: Any) -> None:
-    """The arguments of embedding."""
-    check_integers(who, "input", input)
-    check_table(who, weight)
-    check_devices(who, weight, input=input)
-    check_rest(who, weight, padding_idx, max_norm)
+def check_rows(caller: str, input: Any, weight: Any, padding_idx: Any, max_norm: Any) -> None:
+    """Checks the arguments of embedding."""
+    check_integers(caller, "input", input)
+    check_table(caller, weight)
+    check_devices(caller, weight, input=input)
+    check_rest(caller, weight, padding_idx, max_norm)
 
 
 def check_bags(
@@ -496,65 +497,65 @@ def check_bags(
     weights: Any,
     weight_norm: Any,
 ) -> None:
-    """The arguments of embedding_bags."""
-    who = "embedding_bags"
+    """Checks the arguments of embedding_bags."""
+    caller = "embedding_bags"
     if len(tables) == 0:
-        raise ValueError(f"{who}: weights must hold at least one table, got none")
+        raise ValueError(f"{caller}: weights must hold at least one table, got none")
     for table in tables:
-        check_table(who, table, "weights")
+        check_table(caller, table, "weights")
         if table.dtype != tables[0].dtype:
-            raise TypeError(f"{who}: weights must have one dtype, got {tables[0].dtype} and {table.dtype}")
-    check_options(who, mode, weight_norm)
+            raise TypeError(f"{caller}: weights must have one dtype, got {tables[0].dtype} and {table.dtype}")
+    check_options(caller, mode, weight_norm)
     if len(features) != len(tables) or not all(isinstance(n, int) and n > 0 for n in features):
         raise ValueError(
-            f"{who}: features must be a positive integer for each of {len(tables)} tables, got {list(features)}"
+            f"{caller}: features must be a positive integer for each of {len(tables)} tables, got {list(features)}"
         )
-    check_integers(who, "input", input)
-    check_integers(who, "offsets", offsets)
+    check_integers(caller, "input", input)
+    check_integers(caller, "offsets", offsets)
     for name, t in (("input", input), ("offsets", offsets)):
         if t.dim() != 1:
-            raise ValueError(f"{who}: {name} must have 1 dimension, got shape {list(t.shape)}")
+            raise ValueError(f"{caller}: {name} must have 1 dimension, got shape {list(t.shape)}")
     F = sum(features)
     if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % F:
-        raise ValueError(f"{who}: offsets must have F * B + 1 elements, F = {F}, got {offsets.shape[0]}")
-    check_weights(who, weights, input, tables[0].dtype)
+        raise ValueError(f"{caller}: offsets must have F * B + 1 elements, F = {F}, got {offsets.shape[0]}")
+    check_weights(caller, weights, input, tables[0].dtype)
     for table in tables:
-        check_devices(who, table, input=input, offsets=offsets, per_sample_weights=weights)
+        check_devices(caller, table, input=input, offsets=offsets, per_sample_weights=weights)
 
 
-def check_integers(who: str, name: str, t: Any) -> None:
+def check_integers(caller: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor, got {describe(t)}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
     if t.dtype not in (torch.int64, torch.int32):
-        hint = "; the table is the second argument" if name == "input" and t.is_floating_point() else ""
-        raise TypeRuntimeError(f"{who}: {name} must be int64 or int32, got {t.dtype}{hint}")
+        hint = "; weight must be the second argument" if name == "input" and t.is_floating_point() else ""
+        raise TypeRuntimeError(f"{caller}: {name} must be int64 or int32, got {t.dtype}{hint}")
 
 
-def check_table(who: str, table: Any, name: str = "weight") -> None:
+def check_table(caller: str, table: Any, name: str = "weight") -> None:
     if not isinstance(table, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor, got {describe(table)}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {describe(table)}")
     if table.layout != torch.strided:
-        raise TypeError(f"{who}: {name} must be dense, got layout {table.layout}")
-    backends.require(who, backends.EMBEDDING_BAG, table, "a table")
+        raise TypeError(f"{caller}: {name} must be dense, got layout {table.layout}")
+    backends.require(caller, backends.EMBEDDING_BAG, table, "a table")
     if table.dim() != 2:
-        raise ValueRuntimeError(f"{who}: {name} must have shape [E, D], got {list(table.shape)}")
+        raise ValueRuntimeError(f"{caller}: {name} must have shape [E, D], got {list(table.shape)}")
 
 
-def check_options(who: str, mode: Any, weight_norm: Any) -> None:
+def check_options(caller: str, mode: Any, weight_norm: Any) -> None:
     if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"{who}: mode must be one of sum, mean, max or min, got {mode!r}")
+        raise ValueError(f"{caller}: mode must be one of sum, mean, max or min, got {mode!r}")
     if not isinstance(weight_norm, str) or weight_norm not in NORMS:
-        raise ValueError(f"{who}: weight_norm must be count or weight, got {weight_norm!r}")
+        raise ValueError(f"{caller}: weight_norm must be count or weight, got {weight_norm!r}")
 
 
-def check_weights(who: str, weights: Any, input: Tensor, dtype: torch.dtype) -> None:
+def check_weights(caller: str, weights: Any, input: Tensor, dtype: torch.dtype) -> None:
     if weights is None:
         return
     if not isinstance(weights, Tensor):
-        raise TypeError(f"{who}: per_sample_weights must be a tensor, got {describe(weights)}")
+        raise TypeError(f"{caller}: per_sample_weights must be a tensor, got {describe(weights)}")
     if weights.shape != input.shape:
         raise ValueError(
-            f"{who}: per_sample_weights must have the same shape as the input, {list(input.shape)}, "
+            f"{caller}: per_sample_weights must have the same shape as the input, {list(input.shape)}, "
             f"got {list(weights.shape)}"
         )
     if dtype == torch.uint8:
@@ -562,26 +563,26 @@ def check_weights(who: str, weights: Any, input: Tensor, dtype: torch.dtype) -> 
     if weights.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         also = " or float32" if dtype.itemsize == 2 else ""
         raise TypeRuntimeError(
-            f"{who}: per_sample_weights must be of the table's dtype, {dtype}{also}, got {weights.dtype}"
+            f"{caller}: per_sample_weights must be of the table's dtype, {dtype}{also}, got {weights.dtype}"
         )
 
 
-def check_devices(who: str, table: Tensor, **others: Tensor | None) -> None:
+def check_devices(caller: str, table: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.device != table.device:
-            raise ValueError(f"{who}: {name} must be on the table's device, {table.device}, got {t.device}")
+            raise ValueError(f"{caller}: {name} must be on the table's device, {table.device}, got {t.device}")
 
 
-def check_rest(who: str, table: Tensor, padding_idx: Any, max_norm: Any) -> None:
+def check_rest(caller: str, table: Tensor, padding_idx: Any, max_norm: Any) -> None:
     if padding_idx is not None:
         E = table.shape[0]
         if not isinstance(padding_idx, (int, torch.SymInt)) or isinstance(padding_idx, bool):
-            raise TypeError(f"{who}: padding_idx must be an integer, got {padding_idx!r}")
+            raise TypeError(f"{caller}: padding_idx must be an integer, got {padding_idx!r}")
         if not -E <= padding_idx < E:
-            error = ValueAssertionError if who == "embedding" else ValueRuntimeError  # as torch
-            raise error(f"{who}: padding_idx must be within the table, [-E, E) = [-{E}, {E}), got {padding_idx}")
+            error = ValueAssertionError if caller == "embedding" else ValueRuntimeError  # the types of torch
+            raise error(f"{caller}: padding_idx must be within the table, [-E, E) = [-{E}, {E}), got {padding_idx}")
     if max_norm is not None and not max_norm >= 0:
-        raise ValueError(f"{who}: max_norm must be at least 0, got {max_norm}")
+        raise ValueError(f"{caller}: max_norm must be at least 0, got {max_norm}")
 
 
 recorded = O.recorded

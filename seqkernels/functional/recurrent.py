@@ -1,4 +1,4 @@
-"""Recurrent layers as functions: checks, and the calls of the ops."""
+"""Functional forms of recurrent layers: argument checks and calls of the ops."""
 
 from __future__ import annotations
 
@@ -27,49 +27,48 @@ from seqkernels.functional._recurrent_options import (
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
-Output = tuple[Any, ...]  # output, last states[, states at every step]
+Output = tuple[Any, ...]  # output, last states[, states at all steps]
 PLAIN = Options()
 
 
 # ---- public functions
 
-_DOC = """{title}, over dense, padded or packed sequences; padding costs nothing.
+_DOC = """{title}, for dense, padded or packed sequences; padding is skipped.
 
-    Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P {fed_back}, L layers.
+    Dimensions: B sequences, T steps, N packed rows, D input, H hidden, P {h_size}, L layers.
 
     Args:
         input: [T, B, D], or [B, T, D] with batch_first, or [N, D] with batch_sizes; float32, float64, bfloat16 or
             float16 (half types compute in float32); gradient: yes.
-        hx: {hx}; zeros where hx is None. Gradient: yes.
+        hx: {hx}; zeros if None. Gradient: yes.
         weights: for each layer and direction, in this order: weight_ih [{rows}, D], weight_hh [{rows}, P], then \
-bias_ih and bias_hh [{rows}] unless there are no biases{more_weights}. {gates}Gradient: yes.
+optionally bias_ih and bias_hh [{rows}]{more_weights}. {gates}Gradient: yes.
         batch_sizes: [T] int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
-        lengths: [B] integers in [0, T], in any order, on any device: the real steps of each row of a padded input.
-            Steps beyond them are never read. Where lengths and input are both on a CUDA device, the values are not
-            checked and are clamped to [0, T]. Lengths on the host are checked and copied to the device without
-            synchronizing; a CUDA graph needs lengths on the device.
+        lengths: [B] integers in [0, T], in any order, on any device: number of valid steps of each sequence of a padded
+            input. Padding is not read. If lengths and input are on a CUDA device, the values are clamped to [0, T]
+            without a check. Lengths on the host are checked and copied to the device without synchronization; a CUDA
+            graph requires lengths on the device.
         num_layers, bidirectional, batch_first: as in torch.nn.
-        dropout: probability of zeroing an element of the output of each layer but the last, while training.
-        training: whether dropouts, zoneout and recurrent_dropout draw masks.
-        reset: bool, [T, B] ([B, T] with batch_first) or [N] with batch_sizes: the states are zero before a step where
-            it is True: a new sequence starts there. In the reverse direction it ends there. No gradient passes.
-        backend: name of the implementation that must run, "cpu", "cuda" or "triton"; None chooses, see
-            seqkernels.explain.
+        dropout: in training, probability of zeroing an element of the output of each layer except the last.
+        training: whether dropout, zoneout and recurrent_dropout draw random masks.
+        reset: bool, [T, B] ([B, T] with batch_first) or [N] with batch_sizes: True sets the states to zero before the
+            step, where a new sequence starts. In the reverse direction, the sequence ends there. No gradient passes a
+            reset.
+        backend: "cpu", "cuda" or "triton"; None selects one, see seqkernels.explain.
     Options:
         {options}
     Returns:
-        output [T, B, directions * P] (or laid out like input), zero beyond each length;
-        {states}, shaped like hx, at the last step of each sequence (hx where its length is zero);
-        with return_all_states that option's third output.
+        output: [T, B, directions * P], or in the layout of input; zero beyond each length.
+        {states}: shaped like hx, at the last step of each sequence; hx for a length of zero.
+        With return_all_states, the states at all steps.
     Raises:
-        ValueError: a shape, a length, the number of weights or an option does not fit, or two options exclude each
-            other.
-        TypeError: a dtype does not fit, or hx or weights are not tensors.
-        NotImplementedError: no implementation takes these inputs; the message lists why.
+        ValueError: invalid shape, length, number of weights or option, or options that exclude each other.
+        TypeError: invalid dtype, or hx or weights that are not tensors.
+        NotImplementedError: no implementation supports the inputs; the message lists the reasons.
     Equivalent to: {equivalent}seqkernels.reference.{name} defines it.
-    Deterministic: yes, except for the masks that dropouts and zoneout draw. The output, the states and the gradients
-        of input and hx of a sequence have the same bits in any batch, padding and number of threads; all gradients have
-        the same bits from run to run.
+    Deterministic: yes, except for random masks. The output, the states and the gradients of input and hx of a sequence
+        have the same bits for any batch, padding and number of threads; all gradients have the same bits in repeated
+        runs.
     Source: {source}
     """
 
@@ -78,11 +77,11 @@ F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
 def _documented(family: Family, **text: str) -> Callable[[F_], F_]:
-    """Gives a function the docstring of its family."""
-    takes = tuple(name for name in family.takes if name not in OF_MODULES)
+    """Decorator that sets the docstring of a function of the family."""
+    supported = tuple(name for name in family.supported if name not in OF_MODULES)
 
     def document(function: F_) -> F_:
-        function.__doc__ = wrapped(_DOC.format(name=family.name, options=about(family.plain, takes), **text))
+        function.__doc__ = wrapped(_DOC.format(name=family.name, options=about(family.plain, supported), **text))
         return function
 
     return document
@@ -92,12 +91,12 @@ def _documented(family: Family, **text: str) -> Callable[[F_], F_]:
     families.LSTM,
     title="Long short-term memory",
     rows="4H",
-    fed_back="the projection size or H",
+    h_size="the projection size or H",
     more_weights=", then weight_hr [P, H] if there is a projection, then those of the options",
     gates="Gates are i, f, g, o (i, g, o with coupled_gates). ",
     hx="h0 [L * directions, B, P] and c0 [L * directions, B, H]",
     states="(h_n, c_n)",
-    equivalent="torch.nn.LSTM, where no option is on; ",
+    equivalent="torch.nn.LSTM, without options; ",
     source='Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers, Schmidhuber and Cummins, 2000.',
 )
 def lstm(
@@ -153,11 +152,11 @@ def lstm(
     families.NESTED_LSTM,
     title="Nested LSTM, whose cell is the output of an inner LSTM",
     rows="4H",
-    fed_back="= H",
+    h_size="= H",
     more_weights=", then weight_inner_ih and weight_inner_hh [4H, H], and with biases bias_inner_ih and bias_inner_hh "
     "[4H]",
     gates="Gates are i, f, g, o. ",
-    hx="h0, c0 and s0, the inner cell, each [L * directions, B, H]",
+    hx="h0, c0 and s0 (the inner cell), each [L * directions, B, H]",
     states="(h_n, c_n, s_n)",
     equivalent="",
     source='Moniz and Krueger, "Nested LSTMs", arXiv 1801.10308.',
@@ -199,10 +198,10 @@ def nested_lstm(
     families.SLSTM,
     title="sLSTM, the scalar LSTM of xLSTM, with exponential gates",
     rows="4H",
-    fed_back="= H",
+    h_size="= H",
     more_weights="",
     gates="Gates are i, f, z, o. ",
-    hx="h0, c0, n0 and m0, the normaliser and the stabiliser of the cell, each [L * directions, B, H]",
+    hx="h0, c0, n0 (normaliser) and m0 (stabiliser), each [L * directions, B, H]",
     states="(h_n, c_n, n_n, m_n)",
     equivalent="",
     source="Beck et al., arXiv 2405.04517; as a recurrent layer: Poeppel, Beck and Hochreiter, arXiv 2412.07752.",
@@ -248,14 +247,13 @@ def slstm(
     families.GRU,
     title="Gated recurrent unit",
     rows="3H",
-    fed_back="the projection size or H",
+    h_size="the projection size or H",
     more_weights=", then weight_hr [P, H] if there is a projection, then those of the options",
     gates="Gates are r, z, n. ",
     hx="h0 [L * directions, B, H]; with a projection (h0 [.., P], c0 [.., H])",
     states="h_n (with a projection (h_n, c_n))",
-    equivalent="torch.nn.GRU, where no option is on; ",
-    source="Cho et al., arXiv 1406.1078. The projection is that of Sak, Senior and Beaufays, arXiv 1402.1128: h = w_hr "
-    "c is fed back, c carried.",
+    equivalent="torch.nn.GRU, without options; ",
+    source="Cho et al., arXiv 1406.1078. Projection, h = w_hr c: Sak, Senior and Beaufays, arXiv 1402.1128.",
 )
 def gru(
     input: Tensor,
@@ -355,7 +353,7 @@ def dreamer_gru(
     families.MGU,
     title="Minimal gated unit",
     rows="2H",
-    fed_back="= H",
+    h_size="= H",
     more_weights="",
     gates="Gates are f, n. ",
     hx="h0 [L * directions, B, H]",
@@ -407,12 +405,12 @@ def mgu(
     title="Elman network, tanh",
     source='Elman, "Finding Structure in Time", 1990.',
     rows="H",
-    fed_back="= H",
+    h_size="= H",
     more_weights="",
     gates="",
     hx="h0 [L * directions, B, H]",
     states="h_n",
-    equivalent="torch.nn.RNN, where no option is on; ",
+    equivalent="torch.nn.RNN, without options; ",
 )
 def rnn_tanh(
     input: Tensor,
@@ -454,12 +452,12 @@ def rnn_tanh(
     title="Elman network, relu",
     source="Le, Jaitly and Hinton, arXiv 1504.00941.",
     rows="H",
-    fed_back="= H",
+    h_size="= H",
     more_weights="",
     gates="",
     hx="h0 [L * directions, B, H]",
     states="h_n",
-    equivalent="torch.nn.RNN, where no option is on; ",
+    equivalent="torch.nn.RNN, without options; ",
 )
 def rnn_relu(
     input: Tensor,
@@ -496,7 +494,7 @@ def rnn_relu(
     )  # fmt: skip
 
 
-# ---- from a public function to the ops
+# ---- calls of the ops
 
 
 def _run(
@@ -515,27 +513,27 @@ def _run(
     backend: str | None,
     given: Mapping[str, Any],
 ) -> Output:
-    who = family.name
+    caller = family.name
     if not isinstance(input, Tensor):
-        raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
+        raise TypeError(f"{caller}: input must be a tensor, got {type(input).__name__}")
     if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"{who}: dropout must lie in [0, 1], got {dropout}")
-    options = options_of(who, family.plain, given)
-    check_together(who, options)
+        raise ValueError(f"{caller}: dropout must lie in [0, 1], got {dropout}")
+    options = options_of(caller, family.plain, given)
+    check_together(caller, options)
     weights = list(weights)
     directions = 2 if bidirectional else 1
     kind, bias, projected = _kind_of(family, options, weights, hx, num_layers, directions)
     table = _weights(kind, options, bias, projected)
-    kind = chosen(who, kind, input, options.num_heads, projected, backend)
-    states0 = states_of(who, kind, hx)
+    kind = chosen(caller, kind, input, options.num_heads, projected, backend)
+    states0 = states_of(caller, kind, hx)
     transposed = batch_first and batch_sizes is None and input.dim() == 3
     x = input.transpose(0, 1) if transposed else input
-    check(who, kind, options, table, x, weights, states0, batch_sizes, lengths, num_layers * directions, directions)
+    check(caller, kind, options, table, x, weights, states0, batch_sizes, lengths, num_layers * directions, directions)
     if reset is not None:
-        check_reset(who, reset, input)
+        check_reset(caller, reset, input)
         reset = reset.transpose(0, 1) if transposed else reset
     y, states, every = stack(
-        who, kind, x, weights, bias, projected, states0, batch_sizes, lengths, num_layers, bidirectional,
+        caller, kind, x, weights, bias, projected, states0, batch_sizes, lengths, num_layers, bidirectional,
         dropout if training else 0.0, options, training, reset,
     )  # fmt: skip
     if transposed:
@@ -544,17 +542,17 @@ def _run(
     return (y, last, every) if options.return_all_states else (y, last)
 
 
-def chosen(who: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> Kind:
-    """The kind with the ops of the implementation that runs a layer, or one step of it; raises where none does."""
+def chosen(caller: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> Kind:
+    """The kind with the ops of the implementation that runs a layer or a cell. Raises if none supports it."""
     if backend is None and x.is_cpu and x.dtype in backends.DTYPES:
-        return kind  # the first of the table, without the time to make a request
+        return kind  # the first implementation, without the overhead of a request
     request = backends.Request(x.device, x.dtype, (kind, num_heads, projected))
-    name = backends.choose(who, backends.RECURRENT, request, backend, shape=x.shape)
+    name = backends.choose(caller, backends.RECURRENT, request, backend, shape=x.shape)
     return TRITON_KINDS[kind.name] if name == "triton" else kind
 
 
 def stack(
-    who: str,
+    caller: str,
     kind: Kind,
     x: Tensor,
     weights: list[Tensor],
@@ -570,17 +568,17 @@ def stack(
     training: bool = False,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """Runs the layers of a time-major or packed input. Of the arguments only lengths are checked here.
+    """Runs the layers for time-major or packed input. Checks only lengths.
 
     Returns:
-        The output, the last states and, with return_all_states, each layer's states at every step.
+        The output, the last states and, with return_all_states, the states of each layer at all steps.
     """
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, *weights = (autocast(t, dtype) for t in (x, *weights))
         hx = None if hx is None else [autocast(s, dtype) for s in hx]
     if lengths is not None:
-        lengths = _check_lengths(who, lengths, x)
+        lengths = _check_lengths(caller, lengths, x)
     each, directions = len(weights) // num_layers, 2 if bidirectional else 1
     plain = options.plain and reset is None and bias and not projected
     none = (None,) * len(kind.states)
@@ -588,7 +586,7 @@ def stack(
         try:
             y, *states = layer(kind, x, none if hx is None else hx, weights, batch_sizes, lengths, bidirectional)
         except RuntimeError as error:
-            raise of_op(who, error) from None
+            raise of_op(caller, error) from None
         return y, tuple(states), ()
     packed = None
     if batch_sizes is not None and training and options.variational_dropout:
@@ -603,11 +601,11 @@ def stack(
         extras = None
         if not plain:
             x, extras = extras_of(kind, options, training, x, of_layer, bias, projected, bidirectional, reset, packed)
-        asked = options.memory_efficient, options.return_all_states
+        extra_args = options.memory_efficient, options.return_all_states
         try:
-            x, *states = layer(kind, x, states0, of_layer, batch_sizes, lengths, bidirectional, extras, *asked)
+            x, *states = layer(kind, x, states0, of_layer, batch_sizes, lengths, bidirectional, extras, *extra_args)
         except RuntimeError as error:
-            raise of_op(who, error) from None
+            raise of_op(caller, error) from None
         last.append(states[: len(kind.states)])
         every.append((x, *states[len(kind.states) :]))
     together = last[0] if num_layers == 1 else (torch.cat(of_state) for of_state in zip(*last))
@@ -617,30 +615,30 @@ def stack(
 # ---- checks
 
 
-def states_of(who: str, kind: Kind, hx: Any) -> States | None:
+def states_of(caller: str, kind: Kind, hx: Any) -> States | None:
     """hx as a tuple of tensors."""
     if hx is None:
         return None
     if len(kind.states) == 1:
         if not isinstance(hx, Tensor):
-            raise TypeRuntimeError(f"{who}: hx must be a tensor h0, got {describe(hx)}")
+            raise TypeRuntimeError(f"{caller}: hx must be a tensor h0, got {describe(hx)}")
         return (hx,)
     given = isinstance(hx, (tuple, list)) and len(hx) == len(kind.states) and all(isinstance(s, Tensor) for s in hx)
     if not given:
         count = {2: "pair", 3: "triple"}.get(len(kind.states), f"tuple of {len(kind.states)}")
         names = ", ".join(kind.initial_states)
-        raise TypeRuntimeError(f"{who}: hx must be a {count} of tensors ({names}), got {describe(hx)}")
+        raise TypeRuntimeError(f"{caller}: hx must be a {count} of tensors ({names}), got {describe(hx)}")
     return tuple(hx)
 
 
 def _kind_of(
     family: Family, options: Options, weights: list[Tensor], hx: Any, num_layers: int, directions: int
 ) -> tuple[Kind, bool, bool]:
-    """The kind that the options and the number of weights choose, whether there are biases, and whether there is a
-    projection. A module has these from its arguments.
+    """The kind selected by the options and the number of weights, whether it has biases, and whether it has a
+    projection. Modules know these from their arguments.
     """
     kinds = [(family.kind_of(options, projected), projected) for projected in family.projections]
-    if isinstance(hx, Tensor):  # a GRU with one state is not projected
+    if isinstance(hx, Tensor):  # a GRU with one state has no projection
         kinds = [k for k in kinds if len(k[0].states) == 1] or kinds
     for kind, projected in kinds:
         for bias in (False, True):
@@ -652,7 +650,7 @@ def _kind_of(
     most = [w.name for w in _weights(most_kind, options, True, most_projected)]
     more = [name for name in most if name not in least]
     raise ValueError(
-        f"{family.name}: weights must hold {', '.join(least)} and, if there are such, {', '.join(more)} for each of "
+        f"{family.name}: weights must hold {', '.join(least)} and, optionally, {', '.join(more)} for each of "
         f"{num_layers} layers and {directions} directions, got {len(weights)} tensors"
     )
 
@@ -662,7 +660,7 @@ def _weights(kind: Kind, options: Options, bias: bool, projected: bool) -> list[
 
 
 def check(
-    who: str,
+    caller: str,
     kind: Kind,
     options: Options,
     table: list[Weight],
@@ -674,49 +672,49 @@ def check(
     states: int,
     directions: int,
 ) -> None:
-    """Raises the errors of the public functions; the ops check again what could access memory out of bounds."""
+    """Checks the arguments of the public functions. The ops also check all that could access memory out of bounds."""
     for w in weights:
         if not isinstance(w, Tensor):
-            raise TypeError(f"{who}: weights must be tensors, got {describe(w)}")
-        check_like(who, "weights", w, x)
+            raise TypeError(f"{caller}: weights must be tensors, got {describe(w)}")
+        check_like(caller, "weights", w, x)
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
         wanted = "[N, D] with batch_sizes" if packed else "[T, B, D] (or [B, T, D] with batch_first)"
-        raise ValueError(f"{who}: input must have shape {wanted}, got {list(x.shape)}")
-    P, H = _check_weights(who, kind, options, table, x.shape[-1], weights, directions)
+        raise ValueError(f"{caller}: input must have shape {wanted}, got {list(x.shape)}")
+    P, H = _check_weights(caller, kind, options, table, x.shape[-1], weights, directions)
     for state, given in zip(kind.states, hx or ()):
         name, letter = f"{state}0", size_of_state(state)
         width = {"P": P, "H": H}[letter]
-        check_like(who, name, given, x)
-        B = x.shape[1] if not packed else given.shape[1] if given.dim() == 3 else 0  # packed: checked by the op
+        check_like(caller, name, given, x)
+        B = x.shape[1] if not packed else given.shape[1] if given.dim() == 3 else 0  # the op checks packed input
         if given.shape != (states, B, width):
             wanted = f"[L * directions, B, {letter}] = {[states, 'B' if packed else B, width]}"
-            raise ValueError(f"{who}: {name} must have shape {wanted}, got {list(given.shape)}")
+            raise ValueError(f"{caller}: {name} must have shape {wanted}, got {list(given.shape)}")
     if batch_sizes is not None:
         if lengths is not None:
-            raise ValueError(f"{who}: lengths must be absent where batch_sizes is given, got {describe(lengths)}")
+            raise ValueError(f"{caller}: lengths must be None with batch_sizes, got {describe(lengths)}")
         if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-            raise TypeError(f"{who}: batch_sizes must be an int64 tensor on the CPU, got {describe(batch_sizes)}")
+            raise TypeError(f"{caller}: batch_sizes must be an int64 tensor on the CPU, got {describe(batch_sizes)}")
 
 
-def check_like(who: str, name: str, t: Tensor, x: Tensor) -> None:
+def check_like(caller: str, name: str, t: Tensor, x: Tensor) -> None:
     if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeRuntimeError(f"{who}: {name} must have the dtype of input, {x.dtype}, got {t.dtype}")
+        raise TypeRuntimeError(f"{caller}: {name} must have the dtype of input, {x.dtype}, got {t.dtype}")
     if t.device != x.device:
-        raise ValueRuntimeError(f"{who}: {name} must be on the device of input, {x.device}, got {t.device}")
+        raise ValueRuntimeError(f"{caller}: {name} must be on the device of input, {x.device}, got {t.device}")
 
 
 def _check_weights(
-    who: str, kind: Kind, options: Options, table: list[Weight], D: int, weights: list[Tensor], directions: int
+    caller: str, kind: Kind, options: Options, table: list[Weight], D: int, weights: list[Tensor], directions: int
 ) -> tuple[int, int]:
-    """P and H, from the shape of weight_hh."""
+    """Checks the weights and returns P and H."""
     w_hh, gates = weights[1], len(kind.gates)
     projected = "weight_hr" in (w.name for w in table)
     if w_hh.dim() != 2 or w_hh.shape[0] % gates or 0 in w_hh.shape:
-        raise ValueRuntimeError(f"{who}: weight_hh must have shape {table[1]}, got {list(w_hh.shape)}")
+        raise ValueRuntimeError(f"{caller}: weight_hh must have shape {table[1]}, got {list(w_hh.shape)}")
     H = w_hh.shape[0] // gates
     P = w_hh.shape[1] if projected else H
-    check_together(who, options, H, proj_size=P if projected else 0)
+    check_together(caller, options, H, proj_size=P if projected else 0)
     sizes = {"D": D, "H": H, "P": P, "H/heads": H // options.num_heads}
     shapes = [wanted.sizes(sizes) for wanted in table]
     for i, w in enumerate(weights):
@@ -725,43 +723,43 @@ def _check_weights(
             shapes[0] = table[0].sizes(sizes | {"D": directions * P})
         if w.shape != shapes[at]:
             wanted = f"{table[at]} = {list(shapes[at])}"
-            raise ValueRuntimeError(f"{who}: {table[at].name} must have shape {wanted}, got {list(w.shape)}")
+            raise ValueRuntimeError(f"{caller}: {table[at].name} must have shape {wanted}, got {list(w.shape)}")
     return P, H
 
 
-def _check_lengths(who: str, lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+def _check_lengths(caller: str, lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     T, B = x.shape[:2]
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{who}: lengths must be integers, got {lengths!r}") from error
+            raise TypeError(f"{caller}: lengths must be integers, got {lengths!r}") from error
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and lengths.numel():
-        raise TypeError(f"{who}: lengths must be integers, got {lengths.dtype}")
+        raise TypeError(f"{caller}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
-        raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+        raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
     if not x.is_cuda:
         lengths = lengths.cpu()
-    elif lengths.is_cuda:  # the values are not read: kernels clamp them to [0, T]
+    elif lengths.is_cuda:  # kernels clamp the values to [0, T]
         return lengths.to(x.device, torch.int64)
     lengths = lengths.to(torch.int64)
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
-    if B and not traced:  # in a graph the op checks the values
+    if B and not traced:  # while tracing, the op checks the values
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
-            raise ValueError(f"{who}: lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")
+            raise ValueError(f"{caller}: lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")
     if not x.is_cuda:
         return lengths
     # A copy from pinned memory does not synchronize.
     return lengths.to(x.device) if traced else lengths.pin_memory().to(x.device, non_blocking=True)
 
 
-def check_reset(who: str, reset: Any, input: Tensor) -> None:
-    """Both in the layout of the caller."""
+def check_reset(caller: str, reset: Any, input: Tensor) -> None:
+    """Checks reset, with reset and input in the layout of the caller."""
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-        raise TypeError(f"{who}: reset must be a bool tensor, got {describe(reset)}")
+        raise TypeError(f"{caller}: reset must be a bool tensor, got {describe(reset)}")
     if reset.shape != input.shape[:-1]:
-        wanted = f"{list(input.shape[:-1])}, that of input but for its last dimension"
-        raise ValueError(f"{who}: reset must have shape {wanted}, got {list(reset.shape)}")
+        wanted = f"{list(input.shape[:-1])}, that of input without its last dimension"
+        raise ValueError(f"{caller}: reset must have shape {wanted}, got {list(reset.shape)}")
     if reset.device != input.device:
-        raise ValueError(f"{who}: reset must be on the device of input, {input.device}, got {reset.device}")
+        raise ValueError(f"{caller}: reset must be on the device of input, {input.device}, got {reset.device}")

@@ -1,9 +1,9 @@
-"""Recurrent cells: one step of a layer, as functions.
+"""Functional forms of recurrent cells: one step of a layer.
 
-A step at B = 1 computes for a microsecond, so the overhead of the call decides its speed. In eager mode a plain cell
-has its own ops, `<kind>_cell`, `<kind>_cell_forward` and `<kind>_cell_backward`, and the arguments are checked only
-after an op has raised. Under tracing, transforms and forward-mode AD, and for a cell with options, a step is a layer
-with T = 1; the bits are the same.
+A step with B = 1 computes for a microsecond, so that its time is dominated by the overhead of the call. In eager mode,
+cells without options have separate ops, `<kind>_cell`, `<kind>_cell_forward` and `<kind>_cell_backward`, and arguments
+are only checked in Python if an op raises. While tracing, under transforms and forward-mode AD, and with options, a
+step is a layer with T = 1, which has the same bits.
 
 Dimensions: B sequences, D input, H hidden.
 """
@@ -34,7 +34,7 @@ Weights = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A plain cell: its kind, its op, and the op with its gradient recorded."""
+    """A cell without options: its kind, its op, and the op recorded by autograd."""
 
     kind: Kind
     infer: Callable[..., Any]
@@ -49,17 +49,17 @@ _DOC = """{title}: one step.
 
     Args:
         input: [B, D] or [D]; float32, float64, bfloat16 or float16 (half types compute in float32); gradient: yes.
-        hx: {hx}, with the leading dimension and dtype of input; None: zeros. Gradient: yes.
+        hx: {hx}, with the leading dimension and dtype of input; zeros if None. Gradient: yes.
         w_ih: [{rows}, D]. w_hh: [{rows}, H]. {gates}Gradient: yes.
         b_ih, b_hh: [{rows}], both or neither. Gradient: yes.
-        backend: name of the implementation that must run, "cpu", "cuda" or "triton"; None chooses.
+        backend: "cpu", "cuda" or "triton"; None selects one.
     Returns:
         {returns}, with the leading dimension and dtype of input.
     Raises:
-        As torch.{name}. ValueError: a shape does not fit. TypeError: a dtype or a type does not fit.
-        NotImplementedError: no implementation takes these inputs; the message lists why.
-    Equivalent to: torch.{name}; a layer with T = 1, with the same bits.
-    Deterministic: yes. The result for a sequence depends neither on its batch nor on the number of threads.
+        As torch.{name}. ValueError: invalid shape. TypeError: invalid dtype or type.
+        NotImplementedError: no implementation supports the inputs; the message lists the reasons.
+    Equivalent to: torch.{name}; also a layer with T = 1, with the same bits.
+    Deterministic: yes. The bits of a sequence are independent of its batch and of the number of threads.
     Source: {source}
     """
 
@@ -121,12 +121,12 @@ def rnn_relu_cell(
     return result
 
 
-def states_of(who: str, kind: Kind, hx: Any) -> tuple[Tensor, ...]:
-    """hx of a kind with several states; its tensors are checked later."""
+def states_of(caller: str, kind: Kind, hx: Any) -> tuple[Tensor, ...]:
+    """hx of a kind with several states as a tuple; `check` checks its tensors."""
     if type(hx) is tuple and len(hx) == len(kind.states):
         return hx
     if not (isinstance(hx, (tuple, list)) and len(hx) == len(kind.states)):
-        raise TypeRuntimeError(f"{who}: hx must be {_wanted(kind)}, got {describe(hx)}")
+        raise TypeRuntimeError(f"{caller}: hx must be {_wanted(kind)}, got {describe(hx)}")
     return tuple(hx)
 
 
@@ -140,18 +140,18 @@ def _wanted(kind: Kind) -> str:
 # ---- one step
 
 
-def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights, backend: str | None = None) -> Any:
-    """The new states of a plain cell; a tuple where there are several."""
+def step(caller: str, cell: Cell, input: Tensor, states0: States, weights: Weights, backend: str | None = None) -> Any:
+    """New state of a cell without options, or a tuple of states."""
     if backend is not None:
         if not isinstance(input, Tensor):
-            raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
-        F.chosen(who, cell.kind, input, 1, False, backend)
+            raise TypeError(f"{caller}: input must be a tensor, got {type(input).__name__}")
+        F.chosen(caller, cell.kind, input, 1, False, backend)
     if backend == "triton" or _compiling() or _transforms() or forward_ad._current_level >= 0:
-        return as_layer(who, cell.kind, input, states0, weights, weights[2] is not None, backend=backend)
+        return as_layer(caller, cell.kind, input, states0, weights, weights[2] is not None, backend=backend)
     try:
         if input.is_cuda:
             if not backends.cuda_runs_on(input.device):
-                return as_layer(who, cell.kind, input, states0, weights, weights[2] is not None)
+                return as_layer(caller, cell.kind, input, states0, weights, weights[2] is not None)
             follow_tf32(input, torch.backends.cudnn.rnn)
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, states0, weights = _autocast(input, states0, weights)
@@ -161,16 +161,19 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights,
                     return cell.record(input, *states0, *weights)
         return cell.infer(input, *states0, *weights)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        check(who, cell.kind, input, states0, weights, weights[2] is not None)
-        raise of_op(who, error) from None
+        check(caller, cell.kind, input, states0, weights, weights[2] is not None)
+        raise of_op(caller, error) from None
 
 
-_compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled  # looking a name up takes time too
+_compiling, _recording = (
+    torch.compiler.is_compiling,
+    torch.is_grad_enabled,
+)  # bound once, because each attribute lookup takes time
 _transforms, _any_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 
 
 def as_layer(
-    who: str,
+    caller: str,
     kind: Kind,
     input: Tensor,
     states0: States,
@@ -180,8 +183,8 @@ def as_layer(
     training: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """`step`, by the layer's ops, and with the options of a layer."""
-    kind = check(who, kind, input, states0, weights, bias, options, backend)
+    """`step` with the ops of a layer, with or without options."""
+    kind = check(caller, kind, input, states0, weights, bias, options, backend)
     if autocast_dtype(input.device) is not None:
         input, states0, weights = _autocast(input, states0, weights)
     x, before = _lift(input, input.dim()), [_lift(s, input.dim()) for s in states0]
@@ -191,7 +194,7 @@ def as_layer(
     try:
         states = layer(kind, x, before, given, None, None, False, extras)[1:]
     except RuntimeError as error:
-        raise of_op(who, error) from None
+        raise of_op(caller, error) from None
     return _lower(states[0], input.dim()) if len(states) == 1 else tuple(_lower(s, input.dim()) for s in states)
 
 
@@ -205,7 +208,7 @@ def _autocast(input: Tensor, states0: States, weights: Weights) -> tuple[Tensor,
 
 
 def _lift(t: Any, dimensions: int) -> Any:
-    """[1, B, ..], as a layer has it, from [B, ..] or [..]."""
+    """Converts [B, ..] or [..] to [1, B, ..], the form of a layer."""
     return None if t is None else t.unsqueeze(0) if dimensions == 2 else t.view(1, 1, -1)
 
 
@@ -214,7 +217,7 @@ def _lower(t: Any, dimensions: int) -> Any:
 
 
 def check(
-    who: str,
+    caller: str,
     kind: Kind,
     input: Tensor,
     states0: States,
@@ -223,30 +226,30 @@ def check(
     options: Options = F.PLAIN,
     backend: str | None = None,
 ) -> Kind:
-    """Raises the errors of the public functions and modules, with torch's text where torch has one.
+    """Checks the arguments of the public functions and modules, with the error texts of torch.
 
     Returns:
         The kind with the ops of the implementation that runs.
     """
     if not isinstance(input, Tensor):
-        raise TypeError(f"{who}: input must be a tensor, got {describe(input)}")
-    kind = F.chosen(who, kind, input, options.num_heads, False, backend)
+        raise TypeError(f"{caller}: input must be a tensor, got {describe(input)}")
+    kind = F.chosen(caller, kind, input, options.num_heads, False, backend)
     if input.dim() not in (1, 2):
-        raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        raise ValueError(f"{caller}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     given = [s for s in states0 if s is not None]
     for i, state in enumerate(given):
         if not isinstance(state, Tensor):
-            raise TypeError(f"{who}: hx must be {_wanted(kind)}, got {describe(state)}")
+            raise TypeError(f"{caller}: hx must be {_wanted(kind)}, got {describe(state)}")
         if state.dim() not in (1, 2):
             which = f"hx[{i}]" if len(states0) > 1 else "hidden"
-            raise ValueError(f"{who}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+            raise ValueError(f"{caller}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
     present = [w for w in weights if w is not None]
     for w in present:
         if not isinstance(w, Tensor):
-            raise TypeError(f"{who}: weights must be tensors, got {describe(w)}")
+            raise TypeError(f"{caller}: weights must be tensors, got {describe(w)}")
     table = kind.weights(bias, False, options.peephole, options.num_heads > 1)
     if len(table) != len(present) or any(w is None for w in weights[:2]):
-        raise ValueError(f"{who}: weights must be w_ih, w_hh[, b_ih, b_hh], got None for some of them")
+        raise ValueError(f"{caller}: weights must be w_ih, w_hh[, b_ih, b_hh], got None for some of them")
     w_ih, w_hh = present[:2]
     if w_ih.dim() == 2 and input.shape[-1] != w_ih.shape[1]:
         raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {w_ih.shape[1]}")
@@ -260,11 +263,11 @@ def check(
         if H and state.shape[-1] != H:
             raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}")
     before = tuple(_lift(s, input.dim()) for s in given)
-    F.check(who, kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
+    F.check(caller, kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
     return kind
 
 
-# ---- the plain cells' ops and their gradients
+# ---- ops of cells without options, and their gradients
 
 
 def _cell(name: str) -> Cell:
@@ -279,7 +282,7 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
     one_bias = kind.one_bias_gradient
 
     class Step(torch.autograd.Function):
-        """A step in eager mode."""
+        """A recorded step in eager mode."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Tensor | None) -> Any:
@@ -291,16 +294,15 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
-            if (
-                torch.is_grad_enabled()
-            ):  # create_graph: the fused backward is first order, the definition is of any order
+            # With create_graph: the fused backward is first order; the definition is differentiable to any order.
+            if torch.is_grad_enabled():
                 return _by_definition(kind, tensors[: weights_from + 4], grads, needs)
             if tensors[0].is_cuda:
                 follow_tf32(tensors[0], torch.backends.cudnn.rnn)
             found = backward_op(*grads, *tensors, needs[0], True in needs[1:weights_from], True in needs[weights_from:])
             return (*found, found[-1]) if one_bias else found
 
-    # Step.apply first looks for wrappers of torch.func, which doubles the time of the call.
+    # Step.apply without its search for torch.func wrappers, which doubles the time of the call.
     apply: Callable[..., Any] = super(torch.autograd.Function, Step).apply
     return apply
 
@@ -308,7 +310,7 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
 def _by_definition(
     kind: Kind, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of inputs, themselves differentiable."""
+    """Differentiable gradients of the inputs."""
     x, states, weights = inputs[0], len(kind.states), inputs[1 + len(kind.states) :]
     assert x is not None
     n = x.dim()
@@ -322,7 +324,7 @@ def _by_definition(
 
 
 def _register_fakes(kind: Kind) -> None:
-    """For fake tensors in eager mode. A compiler traces the layer's ops, which also have autograd and vmap rules."""
+    """Fake implementations for eager mode. torch.compile traces the ops of layers, which have all rules."""
     name, states = f"seqkernels::{kind.name}_cell", len(kind.states)
 
     def infer(x: Tensor, *rest: Tensor | None) -> Any:

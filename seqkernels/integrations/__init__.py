@@ -1,1 +1,1 @@
-"""seqkernels in other libraries; each is a module of its own, and importing it does it."""
+"""Integrations into other libraries. Importing the module of a library enables its integration."""

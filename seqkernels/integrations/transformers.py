@@ -1,11 +1,11 @@
-"""Attention of Hugging Face Transformers' models: after importing this, attn_implementation="seqkernels".
+"""Attention of Hugging Face Transformers models. Importing this module registers attn_implementation="seqkernels".
 
     import seqkernels.integrations.transformers
     model = AutoModel.from_pretrained(name, attn_implementation="seqkernels")
 
-It is "eager" with these differences: a row that may see nothing, such as a padded one, gives zeros; dropout draws other
-numbers; attention is returned only where the call itself says output_attentions=True, not by the config, which
-Transformers keeps for "eager".
+It computes the results of "eager" with these differences: a query that attends to no key, such as padding, gives zeros;
+dropout uses another generator; attention weights are returned only if the call sets output_attentions=True, because
+Transformers reserves the setting in the config for "eager".
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def attention_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """bool [B, 1, q_length, kv_length], or None where is_causal says as much.
+    """bool mask [B, 1, q_length, kv_length], or None if is_causal describes it.
 
-    It carries what it consists of, if that is causality and lengths, so that the kernels skip what it hides.
+    If the mask consists of causality and lengths, it stores them as attributes, so that the kernels skip masked blocks.
     """
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs
@@ -84,12 +84,17 @@ def attention_forward(
     max_length_k: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What Transformers calls: query [B, Hq, Tq, D], key [B, Hk, Tk, D], value [B, Hk, Tk, Dv], a mask [B, 1 | Hq, Tq,
-    Tk], bool (True: seen) or added, a bias [1 | B, Hq, Tq, Tk] that is added, the logits of sinks s_aux [Hq] -> output
-    [B, Tq, Hq, Dv] and weights [B, Hq, Tq, Tk] or None.
+    """Attention function in the interface of Transformers.
 
-    cu_seq_lens_q and cu_seq_lens_k [S + 1], as Transformers' collators give them to flash attention: the one row of the
-    batch is several sequences; causality and sliding_window are then all that a row's sight is limited by.
+    Args:
+        query: [B, Hq, Tq, D]. key: [B, Hk, Tk, D]. value: [B, Hk, Tk, Dv].
+        attention_mask: [B, 1 | Hq, Tq, Tk], bool (True: attend) or added to the scores.
+        position_bias: [1 | B, Hq, Tq, Tk], added to the scores.
+        s_aux: [Hq] logits of attention sinks.
+        cu_seq_lens_q, cu_seq_lens_k: [S + 1], as collators for flash attention provide them: the single row of the
+            batch consists of packed sequences, and only causality and sliding_window mask keys.
+    Returns:
+        output [B, Tq, Hq, Dv]; weights [B, Hq, Tq, Tk] or None.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     T, S = query.shape[2], key.shape[2]
@@ -115,7 +120,7 @@ def attention_forward(
 
     aligned, lengths, mask = "upper_left", None, attention_mask
     if mask is None:
-        # A single query is the last; more are the first of as many keys (of a static cache not yet filled, say).
+        # A single query has the last position. T > 1 queries have the first T positions; a static cache may be longer.
         causal = causal and T > 1
         if causal and S > T:
             key, value, S = key[:, :, :T], value[:, :, :T], T
@@ -127,7 +132,7 @@ def attention_forward(
             causal, lengths, _ = parts
             if lengths is not None and (not causal or T == S):
                 mask = None
-            else:  # the last query is at the position of the last key, whatever their lengths
+            else:  # the last query has the position of the last key
                 aligned, lengths = "lower_right", None
         elif mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
@@ -154,12 +159,12 @@ def attention_forward(
 
 
 def _version(mask: Tensor) -> int:
-    """Whoever writes into the mask changes it; in inference mode nobody counts."""
+    """Version counter of the mask, which detects in-place changes; 0 in inference mode, which has no counter."""
     return 0 if mask.is_inference() else mask._version
 
 
 def _share(lse: Tensor, sink: Tensor) -> Tensor:
-    """What is left for the keys beside a sink."""
+    """Sum of the weights of the keys, given the logit of a sink."""
     return torch.sigmoid(lse - sink.to(lse.dtype))
 
 

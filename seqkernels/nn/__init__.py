@@ -1,4 +1,4 @@
-"""Operators as modules: those that take the place of torch.nn's, and others."""
+"""Modules: drop-in replacements for torch.nn, and others."""
 
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention
 from seqkernels.nn.embedding_bag import (

@@ -1,17 +1,15 @@
-"""MultiheadAttention in place of torch.nn's, with the same constructor, parameters and state_dict; a cache of keys and
-values for decoding.
+"""Replacement of torch.nn.MultiheadAttention, and a cache of keys and values for decoding.
 
-Deliberate differences from torch:
-- There is a single path for all modes: a query that attends to no key gives zeros before the output projection, and
-  weights of zero, never NaN.
-- is_causal does not require attn_mask. With a 2-D mask without a gradient it declares, as in torch, that the mask is
-  causal, and the mask is not read; with any other mask both apply.
-- key_padding_mask and attn_mask may have different dtypes; masks have gradients.
+Intended differences from torch:
+- All modes use one implementation: a query that attends to no key gives zeros before the output projection, and zero
+  weights, never NaN.
+- is_causal works without attn_mask. With a 2-D mask that requires no gradient, is_causal declares, as in torch, that
+  the mask is causal, and the mask is not read. With any other mask, both apply.
+- key_padding_mask and attn_mask may have different dtypes. Float masks have gradients.
 
 Exceptions: docs/errors.md.
 
-Dimensions: B batch, T queries, S keys, E embed_dim, H heads, D = E / H; Nq and Nk rows of all sequences one after
-another.
+Dimensions: B batch, T queries, S keys, E embed_dim, H heads, D = E / H; Nq and Nk: rows of all packed sequences.
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ __all__ = ["KeyValueCache", "MultiheadAttention"]
 
 
 class KeyValueCache:
-    """Keys and values of previous steps, allocated for `capacity` steps. Inference only.
+    """Keys and values of previous steps, preallocated for `capacity` steps. Inference only.
 
     Attributes:
         keys: [B, H, capacity, D]. values: [B, H, capacity, Dv].
         lengths: int64 [B], number of steps of each sequence.
-        longest: at least the largest length.
+        longest: upper bound of `lengths`.
     """
 
     def __init__(
@@ -62,40 +60,40 @@ class KeyValueCache:
         return self.keys.shape[2]
 
     def append(self, key: Tensor, value: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
-        """Adds key [B, H, T, D] and value [B, H, T, Dv] behind what is there.
+        """Appends key [B, H, T, D] and value [B, H, T, Dv].
 
-        lengths: [B] how many of the T steps each sequence has; all if None.
+        lengths: [B] number of valid steps of each sequence; T if None.
         """
-        who, T = "KeyValueCache", key.shape[2] if key.dim() == 4 else -1
+        caller, T = "KeyValueCache", key.shape[2] if key.dim() == 4 else -1
         for name, t, of in (("key", key, self.keys), ("value", value, self.values)):
             if t.dim() != 4 or (t.shape[0], t.shape[1], t.shape[3]) != (of.shape[0], of.shape[1], of.shape[3]):
                 B, H, _, D = of.shape
-                raise ValueError(f"{who}: {name} must have shape [{B}, {H}, T, {D}], got {list(t.shape)}")
+                raise ValueError(f"{caller}: {name} must have shape [{B}, {H}, T, {D}], got {list(t.shape)}")
             if t.shape[2] != T:
-                raise ValueError(f"{who}: value must have as many steps as key, {T}, got {t.shape[2]}")
+                raise ValueError(f"{caller}: value must have as many steps as key, {T}, got {t.shape[2]}")
             if t.dtype != of.dtype:
-                raise TypeError(f"{who}: {name} must be of the cache's dtype {of.dtype}, got {t.dtype}")
+                raise TypeError(f"{caller}: {name} must be of the cache's dtype {of.dtype}, got {t.dtype}")
             if t.device != of.device:
-                raise ValueError(f"{who}: {name} must be on the cache's device {of.device}, got {t.device}")
+                raise ValueError(f"{caller}: {name} must be on the cache's device {of.device}, got {t.device}")
             if torch.is_grad_enabled() and t.requires_grad:
-                raise RuntimeError(f"{who}: {name} must not require a gradient; decode under torch.no_grad()")
+                raise RuntimeError(f"{caller}: {name} must not require a gradient; decode under torch.no_grad()")
         if self.longest + T > self.capacity:
             raise ValueError(
-                f"{who}: steps must fit the capacity of {self.capacity}, got {T} behind {self.longest} that are there"
+                f"{caller}: steps must fit the capacity of {self.capacity}, got {T} after {self.longest} cached steps"
             )
         B = self.keys.shape[0]
         if lengths is not None and not isinstance(lengths, Tensor):
             lengths = torch.tensor(list(lengths), dtype=torch.int64, device=self.keys.device)
         if lengths is not None:
             if lengths.shape != (B,):
-                raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+                raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
             if lengths.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{who}: lengths must be int32 or int64, got {lengths.dtype}")
+                raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
             known = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B > 0
             if known and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
-                raise ValueError(f"{who}: lengths must be between 0 and the {T} steps, got {lengths.tolist()}")
+                raise ValueError(f"{caller}: lengths must be between 0 and the {T} steps, got {lengths.tolist()}")
         if self.ragged or lengths is not None:
-            # Steps that a sequence does not have are written too: behind its end, where the next ones go.
+            # Padding is also written, after the end of its sequence, where the next steps overwrite it.
             at = self.lengths.unsqueeze(1) + torch.arange(T, device=self.keys.device)  # [B, T]
             of = torch.arange(B, device=self.keys.device).unsqueeze(1)
             self.keys[of, :, at] = key.transpose(1, 2)
@@ -110,49 +108,50 @@ class KeyValueCache:
             self.longest = int(self.lengths.max())
 
     def reorder(self, index: Tensor) -> None:
-        """Sequence b continues what was sequence index[b], as a beam search needs it."""
+        """Replaces sequence b by sequence index[b], for beam search."""
         self.keys, self.values = self.keys[index], self.values[index]
         self.lengths = self.lengths[index]
 
     def reset(self) -> None:
-        """Forgets all steps; the memory stays."""
+        """Removes all steps and keeps the allocation."""
         self.lengths = torch.zeros_like(self.lengths)
         self.longest, self.ragged = 0, False
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """Takes the place of torch.nn.MultiheadAttention: same constructor, parameters, initial values and state_dict.
+    """Drop-in replacement for torch.nn.MultiheadAttention: same constructor, parameters, initialization and state_dict.
 
     Args: as torch.nn.MultiheadAttention: embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False,
         add_zero_attn=False, kdim=None, vdim=None, batch_first=False, device=None, dtype=None.
     Inputs:
-        query: [T, B, E], or [B, T, E] with batch_first, or [T, E]. key, value: [S, B, kdim | vdim] and so on. Or all
-            jagged torch.nested tensors [B, j, E].
+        query: [T, B, E], or [B, T, E] with batch_first, or [T, E]. key, value: [S, B, kdim | vdim], or the
+            corresponding form. Or all three jagged nested tensors [B, j, E].
         key_padding_mask: [B, S] or [S], bool (True: masked) or float (added to the scores).
-        need_weights: whether weights are returned; they are then written out.
-        attn_mask: [T, S] or [B * H, T, S], likewise.
-        average_attn_weights: whether weights are the mean over heads.
-        is_causal: a query attends to keys up to its own position.
-    By keyword:
-        lengths: [B] number of keys of each sequence, or a pair (of queries, of keys), as in
+        need_weights: whether to return attention weights, which requires storing them.
+        attn_mask: [T, S] or [B * H, T, S], bool (True: masked) or float (added to the scores).
+        average_attn_weights: whether to average the returned weights over heads.
+        is_causal: whether a query attends to keys up to its own position only.
+    Keyword-only inputs:
+        lengths: [B] number of keys of each sequence, or a pair (queries, keys), as in
             seqkernels.functional.scaled_dot_product_attention. Padding is not computed.
-        cu_seqlens_q: int32 or int64 [S + 1], start of each sequence: query then holds rows [Nq, E], key and value
+        cu_seqlens_q: int32 or int64 [S + 1], start of each packed sequence: query then has rows [Nq, E], key and value
             [Nk, kdim | vdim]. cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in seqkernels.functional.varlen_attention.
-        cache: a KeyValueCache (see `new_cache`) to which keys and values are appended before the queries attend to
-            all of it. The last query has the position of the last key. lengths: number of new steps of each sequence,
-            and of its queries if these are the same tensor or is_causal is set. With key and value None nothing is
+        cache: a KeyValueCache from `new_cache`. The new keys and values are appended, then the queries attend to the
+            whole cache. The last query has the position of the last key. lengths is the number of new steps of each
+            sequence, and of its queries if query is key or is_causal is set. If key and value are None, nothing is
             appended.
     Outputs:
-        as query, [..., E], and, with need_weights, [B, T, S] or [B, H, T, S] after dropout, otherwise None; always None
-        for rows of packed or nested sequences.
+        output: shaped like query, [..., E].
+        weights: with need_weights, [B, T, S] or [B, H, T, S] after dropout, otherwise None; None for packed and nested
+        sequences.
     Raises: ValueError, TypeError; NotImplementedError for add_bias_kv and add_zero_attn of packed or cached sequences.
-    Deterministic: as far as torch's matrix products are; attention itself is.
+    Deterministic: attention is; the projections are if torch's matrix products are.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html; Vaswani et al., "Attention
         is all you need", arXiv 1706.03762.
     """
 
     def new_cache(self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None) -> KeyValueCache:
-        """An empty cache for `capacity` steps, of the parameters' dtype unless another is given."""
+        """Creates an empty cache for `capacity` steps; the default dtype is that of the parameters."""
         of = self.out_proj.weight
         return KeyValueCache(
             batch_size, capacity, self.num_heads, self.head_dim, device=of.device, dtype=dtype or of.dtype
@@ -176,10 +175,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         max_seqlen_k: int | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        who = "MultiheadAttention"
+        caller = "MultiheadAttention"
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor) and not (t is None and cache is not None and name != "query"):
-                raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}")
+                raise TypeError(f"{caller}: {name} must be a tensor, got {type(t).__name__}")
         nested = query.is_nested
         if nested or cu_seqlens_q is not None:
             for name, given in (
@@ -190,7 +189,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 ("cu_seqlens_q", cu_seqlens_q if nested else None),
             ):
                 if given is not None:
-                    raise ValueError(f"{who}: {name} must be None for {'nested' if nested else 'packed'} sequences")
+                    raise ValueError(f"{caller}: {name} must be None for {'nested' if nested else 'packed'} sequences")
             assert key is not None and value is not None
             if nested:
                 return self._nested(query, key, value, is_causal), None
@@ -203,8 +202,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ("max_seqlen_k", max_seqlen_k),
         ):
             if given is not None:
-                raise ValueError(f"{who}: {name} must be None without cu_seqlens_q")
-        self._check(who, query, key, value, 2 if query.dim() == 2 else 3)
+                raise ValueError(f"{caller}: {name} must be None without cu_seqlens_q")
+        self._check(caller, query, key, value, 2 if query.dim() == 2 else 3)
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
             return self._cached(
@@ -216,10 +215,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         B, H, T, _ = q.shape
         S = k.shape[2]
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
-            _check_mask(who, "attn_mask", attn_mask, ([T, S],))
+            _check_mask(caller, "attn_mask", attn_mask, ([T, S],))
             attn_mask = None
         extra = (self.bias_k is not None) + bool(self.add_zero_attn)
-        mask, of_padding = _merged(who, key_padding_mask, attn_mask, B, H, T, S, query.dim(), q.dtype, extra == 0)
+        mask, of_padding = _merged(caller, key_padding_mask, attn_mask, B, H, T, S, query.dim(), q.dtype, extra == 0)
         if of_padding is not None:
             if lengths is None:
                 lengths = of_padding
@@ -227,7 +226,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 mask = _both(mask, _before(of_padding, S), q.dtype)
         if extra:  # appended keys that every query attends to
             if lengths is not None or is_causal:
-                mask, lengths, is_causal = _written(who, mask, lengths, is_causal, B, T, S, q), None, False
+                mask, lengths, is_causal = _written(caller, mask, lengths, is_causal, B, T, S, q), None, False
             k, v = self._with_extra(k, v)
             mask = None if mask is None else F.pad(mask, (0, extra), value=1.0 if mask.dtype == torch.bool else 0.0)
         result = scaled_dot_product_attention(
@@ -238,7 +237,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     # ---- projections
 
     def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
-        """[..., H, D] each, or of query alone where key is None; in one product where they are one tensor."""
+        """Projects query, key and value to [..., H, D], or query alone if key is None.
+
+        Inputs that are the same tensor share one matrix product.
+        """
         E, H = self.embed_dim, self.num_heads
         bias = self.in_proj_bias
         weight: Tensor | None = self.in_proj_weight
@@ -259,13 +261,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return q, k, v
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """[..., H, D] as [B, H, T, D]."""
+        """Permutes [..., H, D] to [B, H, T, D]."""
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _with_extra(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """bias_k and bias_v, then zeros, behind the keys and values of every sequence."""
+        """Appends bias_k and bias_v, then zeros, to the keys and values of each sequence."""
         B, H, _, D = k.shape
         more_k, more_v = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:
@@ -301,10 +303,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         max_seqlen_q: int | None,
         max_seqlen_k: int | None,
     ) -> Tensor:
-        """Rows [Nq, E]."""
-        who = "MultiheadAttention"
-        self._plain_keys(who, "packed")
-        self._check(who, query, key, value, 2)
+        """Attention of packed sequences; returns [Nq, E]."""
+        caller = "MultiheadAttention"
+        self._plain_keys(caller, "packed")
+        self._check(caller, query, key, value, 2)
         q, k, v = self._project(query, key, value)
         out = varlen_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -318,7 +320,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return restore(self._packed(rows, rows, rows, is_causal, cu_q, None, longest, None))
         for name, t in (("key", key), ("value", value)):
             if not t.is_nested:
-                raise ValueError(f"MultiheadAttention: {name} must be nested where query is")
+                raise ValueError(f"MultiheadAttention: {name} must be nested if query is nested")
         k_rows, cu_k, longest_k, _ = of_nested("MultiheadAttention", "key", key)
         v_rows = k_rows if value is key else of_nested("MultiheadAttention", "value", value)[0]
         return restore(self._packed(rows, k_rows, v_rows, is_causal, cu_q, cu_k, longest, longest_k))
@@ -337,27 +339,27 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cache: KeyValueCache,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor | None]:
-        who = "MultiheadAttention"
-        self._plain_keys(who, "cached")
+        caller = "MultiheadAttention"
+        self._plain_keys(caller, "cached")
         if query.dim() != 3:
-            raise ValueError(f"{who}: query must have 3 dimensions with cache, got {list(query.shape)}")
+            raise ValueError(f"{caller}: query must have 3 dimensions with cache, got {list(query.shape)}")
         if key_padding_mask is not None:
-            raise ValueError(f"{who}: key_padding_mask must be None with cache; lengths says which steps exist")
+            raise ValueError(f"{caller}: key_padding_mask must be None with cache; use lengths instead")
         if key is None and is_causal:
-            raise ValueError(f"{who}: is_causal must be False where nothing is added to the cache")
+            raise ValueError(f"{caller}: is_causal must be False without key and value")
         q, *new = (self._by_head(t) for t in self._project(query, key, value))
         if q.shape[0] != cache.keys.shape[0]:
             raise ValueError(
-                f"{who}: query must be of as many sequences as the cache, {cache.keys.shape[0]}, got {q.shape[0]}"
+                f"{caller}: query must have as many sequences as the cache, {cache.keys.shape[0]}, got {q.shape[0]}"
             )
         if new:
             cache.append(new[0], new[1], lengths)
         elif lengths is not None:
-            raise ValueError(f"{who}: lengths must be None where nothing is added to the cache")
+            raise ValueError(f"{caller}: lengths must be None without key and value")
         S = cache.longest
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
             attn_mask = None
-        mask, _ = _merged(who, None, attn_mask, q.shape[0], q.shape[1], q.shape[2], S, 3, q.dtype, False)
+        mask, _ = _merged(caller, None, attn_mask, q.shape[0], q.shape[1], q.shape[2], S, 3, q.dtype, False)
         of: Any = cache.lengths if cache.ragged else None
         if new and lengths is not None and (is_causal or query is key):
             of = torch.as_tensor(lengths, device=q.device), cache.lengths
@@ -369,37 +371,37 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     # ---- checks
 
-    def _plain_keys(self, who: str, what: str) -> None:
+    def _plain_keys(self, caller: str, what: str) -> None:
         if self.bias_k is not None or self.add_zero_attn:
-            raise NotImplementedError(f"{who}: add_bias_kv and add_zero_attn must be False for {what} sequences")
+            raise NotImplementedError(f"{caller}: add_bias_kv and add_zero_attn must be False for {what} sequences")
 
-    def _check(self, who: str, query: Tensor, key: Tensor | None, value: Tensor | None, dims: int) -> None:
+    def _check(self, caller: str, query: Tensor, key: Tensor | None, value: Tensor | None, dims: int) -> None:
         if query.dim() != dims:
             wanted = "2 or 3 dimensions" if dims == 3 else "2 dimensions with cu_seqlens_q"
-            raise ValueAssertionError(f"{who}: query must have {wanted}, got {list(query.shape)}")
+            raise ValueAssertionError(f"{caller}: query must have {wanted}, got {list(query.shape)}")
         if (key is None) != (value is None):
-            raise ValueError(f"{who}: key and value must both be None, or neither")
+            raise ValueError(f"{caller}: key and value must both be None, or neither")
         given = [("query", query, self.embed_dim)]
         if key is not None and value is not None:
             given += [("key", key, self.kdim), ("value", value, self.vdim)]
         for name, t, size in given:
             if t.dim() != dims:
                 raise ValueAssertionError(
-                    f"{who}: {name} must have as many dimensions as query, {dims}, got {list(t.shape)}"
+                    f"{caller}: {name} must have as many dimensions as query, {dims}, got {list(t.shape)}"
                 )
             if t.shape[-1] != size:
-                error = ValueAssertionError if name == "query" else ValueRuntimeError  # as torch
-                raise error(f"{who}: {name} must have {size} columns, got {t.shape[-1]}")
+                error = ValueAssertionError if name == "query" else ValueRuntimeError  # the types of torch
+                raise error(f"{caller}: {name} must have {size} columns, got {t.shape[-1]}")
         if key is None or value is None:
             return
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueAssertionError(
-                f"{who}: value must have as many rows as key, {list(key.shape[:-1])}, got {list(value.shape[:-1])}"
+                f"{caller}: value must have as many rows as key, {list(key.shape[:-1])}, got {list(value.shape[:-1])}"
             )
         of = 0 if self.batch_first else 1
         if dims == 3 and key.shape[of] != query.shape[of]:
             raise ValueRuntimeError(
-                f"{who}: key must be of as many sequences as query, {query.shape[of]}, got {key.shape[of]} "
+                f"{caller}: key must have as many sequences as query, {query.shape[of]}, got {key.shape[of]} "
                 f"(batch_first is {self.batch_first})"
             )
 
@@ -407,20 +409,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 # ---- masks
 
 
-def _check_mask(who: str, name: str, mask: Any, shapes: Sequence[list[Any]]) -> None:
+def _check_mask(caller: str, name: str, mask: Any, shapes: Sequence[list[Any]]) -> None:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor, got {type(mask).__name__}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeAssertionError(f"{who}: {name} must be bool or floating, got {mask.dtype}")
+        raise TypeAssertionError(f"{caller}: {name} must be bool or floating, got {mask.dtype}")
     if list(mask.shape) not in list(shapes):
         wanted = " or ".join(str(shape) for shape in shapes)
         of_rank = len(mask.shape) in [len(shape) for shape in shapes] and name == "attn_mask"
-        error = ValueRuntimeError if of_rank else ValueAssertionError  # as torch
-        raise error(f"{who}: {name} must have shape {wanted}, got {list(mask.shape)}")
+        error = ValueRuntimeError if of_rank else ValueAssertionError  # the types of torch
+        raise error(f"{caller}: {name} must have shape {wanted}, got {list(mask.shape)}")
 
 
 def _merged(
-    who: str,
+    caller: str,
     padding: Tensor | None,
     attn_mask: Tensor | None,
     B: Any,
@@ -431,14 +433,17 @@ def _merged(
     dtype: torch.dtype,
     as_lengths: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both masks as scaled_dot_product_attention takes them, and lengths [B] that stand for the padding, if they do."""
+    """Converts both masks to a mask for scaled_dot_product_attention, and lengths [B] if they can replace the padding.
+
+    as_lengths: whether to try to convert the padding mask to lengths.
+    """
     mask = lengths = None
     if attn_mask is not None:
-        _check_mask(who, "attn_mask", attn_mask, ([T, S], [B * H, T, S]))
+        _check_mask(caller, "attn_mask", attn_mask, ([T, S], [B * H, T, S]))
         mask = attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
         mask = mask.view(1, 1, T, S) if mask.dim() == 2 else mask.view(B, H, T, S)
     if padding is not None:
-        _check_mask(who, "key_padding_mask", padding, ([B, S] if dims == 3 else [S],))
+        _check_mask(caller, "key_padding_mask", padding, ([B, S] if dims == 3 else [S],))
         seen = padding.logical_not() if padding.dtype == torch.bool else padding.to(dtype)
         seen = seen.view(B, S)
         lengths = _lengths_of(seen) if as_lengths else None
@@ -448,7 +453,10 @@ def _merged(
 
 
 def _lengths_of(seen: Tensor) -> Tensor | None:
-    """[B], if a mask [B, S] says no more than how long each sequence is. Where that can be looked up for nothing."""
+    """Lengths [B] that are equivalent to a mask [B, S], or None.
+
+    Only plain CPU tensors in eager mode are inspected, where reading the values requires no synchronization.
+    """
     if (
         seen.device.type != "cpu"
         or seen.requires_grad
@@ -468,12 +476,12 @@ def _lengths_of(seen: Tensor) -> Tensor | None:
 
 
 def _before(lengths: Tensor, S: Any) -> Tensor:
-    """[B, 1, 1, S] which positions a length includes."""
+    """[B, 1, 1, S] whether a position is less than the length."""
     return torch.arange(S, device=lengths.device) < lengths.view(-1, 1, 1, 1)
 
 
 def _both(mask: Tensor | None, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """What both let through, or the sum of what they add."""
+    """Combines two masks: the conjunction of bool masks, otherwise the sum of float masks."""
     if mask is None:
         return other
     if mask.dtype == torch.bool and other.dtype == torch.bool:
@@ -482,18 +490,19 @@ def _both(mask: Tensor | None, other: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts a bool mask to a float mask."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask.logical_not(), -math.inf)
 
 
 def _written(
-    who: str, mask: Tensor | None, lengths: Any, is_causal: bool, B: Any, T: Any, S: Any, q: Tensor
+    caller: str, mask: Tensor | None, lengths: Any, is_causal: bool, B: Any, T: Any, S: Any, q: Tensor
 ) -> Tensor | None:
-    """lengths and causality as part of the mask."""
+    """Merges lengths and causality into the mask."""
     if lengths is not None:
         if isinstance(lengths, tuple) and not isinstance(lengths[0], int):
-            raise NotImplementedError(f"{who}: lengths must be of keys alone with add_bias_kv or add_zero_attn")
+            raise NotImplementedError(f"{caller}: lengths must be those of keys only with add_bias_kv or add_zero_attn")
         mask = _both(mask, _before(torch.as_tensor(lengths, device=q.device), S), q.dtype)
     if is_causal:
         i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
@@ -504,17 +513,17 @@ def _written(
 # ---- nested tensors
 
 
-def of_nested(who: str, name: str, t: Tensor) -> tuple[Tensor, Tensor, Any, Callable[[Tensor], Tensor]]:
-    """Rows [N, E], where each sequence begins [B + 1], the longest, and what makes rows of that kind nested again."""
+def of_nested(caller: str, name: str, t: Tensor) -> tuple[Tensor, Tensor, Any, Callable[[Tensor], Tensor]]:
+    """Rows [N, E], offsets [B + 1], maximum length, and a function that restores the nested form of rows [N, E]."""
     if t.dim() != 3:
-        raise ValueError(f"{who}: {name} must be nested of shape [B, j, E], got {t.dim()} dimensions")
+        raise ValueError(f"{caller}: {name} must be nested of shape [B, j, E], got {t.dim()} dimensions")
     if t.layout == torch.jagged:
         if t._ragged_idx != 1 or t.lengths() is not None:  # type: ignore[attr-defined]
-            raise ValueError(f"{who}: {name} must be jagged without holes of shape [B, j, E], got {list(t.shape)}")
+            raise ValueError(f"{caller}: {name} must be jagged without holes of shape [B, j, E], got {list(t.shape)}")
         offsets = t.offsets()  # type: ignore[attr-defined]
         longest = t._get_max_seqlen()  # type: ignore[attr-defined]
         return t.values(), offsets, longest, lambda rows: torch.nested.nested_tensor_from_jagged(rows, offsets)
-    # As torch.nn.TransformerEncoder makes them of padded batches.
+    # The strided layout, to which torch.nn.TransformerEncoder converts padded batches.
     t = t.contiguous()
     sizes = t._nested_tensor_size()
     lengths, E = sizes[:, 0], int(sizes[0, 1]) if sizes.shape[0] else 0

@@ -1,8 +1,7 @@
-"""EmbeddingBag and Embedding in place of torch.nn's, with the same constructors, parameters and state_dict; several
-tables in one call; tables of bytes.
+"""Replacements of torch.nn.EmbeddingBag and Embedding, collections of tables, and tables quantized to 8 bits.
 
-Intended differences from torch: those of seqkernels.functional.embedding_bag, a mode that does not fit raises at
-construction, and the options weight_norm and fused_optimizer.
+Intended differences from torch: those of seqkernels.functional.embedding_bag; the constructor checks the mode; the
+options weight_norm and fused_optimizer.
 
 Dimensions: E table rows, D columns, N indices, B bags, T tables, F features.
 """
@@ -28,7 +27,7 @@ Device = torch.device | str | int | None
 
 
 class _Table(Module):
-    """A table [E, D], and what a fused optimiser keeps of it."""
+    """A table [E, D] and its state of a fused optimiser."""
 
     num_embeddings: int
     embedding_dim: int
@@ -47,22 +46,22 @@ class _Table(Module):
         device: Any,
         dtype: Any,
     ) -> None:
-        who, E, D = type(self).__name__, self.num_embeddings, self.embedding_dim
+        caller, E, D = type(self).__name__, self.num_embeddings, self.embedding_dim
         for name, size in (("num_embeddings", E), ("embedding_dim", D)):
             if size < 0:
-                raise ValueRuntimeError(f"{who}: {name} must be at least 0, got {size}")
+                raise ValueRuntimeError(f"{caller}: {name} must be at least 0, got {size}")
         if padding_idx is not None:
             if not -E <= padding_idx < E:
                 raise ValueAssertionError(
-                    f"{who}: padding_idx must be within num_embeddings, [-{E}, {E}), got {padding_idx}"
+                    f"{caller}: padding_idx must be within num_embeddings, [-{E}, {E}), got {padding_idx}"
                 )
             padding_idx += E if padding_idx < 0 else 0
         self.padding_idx = padding_idx
-        check_optimizer(who, fused_optimizer, sparse)
+        check_optimizer(caller, fused_optimizer, sparse)
         shape = self._rows_here(), D
         if weight is not None and tuple(weight.shape) != shape:
             wanted = f"[num_embeddings, embedding_dim] = [{E}, {D}]"
-            raise ValueAssertionError(f"{who}: _weight must have shape {wanted}, got {list(weight.shape)}")
+            raise ValueAssertionError(f"{caller}: _weight must have shape {wanted}, got {list(weight.shape)}")
         fresh = weight is None
         weight = torch.empty(shape, device=device, dtype=dtype) if weight is None else weight
         self.weight = Parameter(weight, requires_grad=not freeze)
@@ -73,7 +72,7 @@ class _Table(Module):
             self.reset_parameters()
 
     def _rows_here(self) -> int:
-        """How many rows the parameter has."""
+        """Number of rows of the parameter."""
         return self.num_embeddings
 
     def reset_parameters(self) -> None:
@@ -88,18 +87,18 @@ class _Table(Module):
                 self.weight[self.padding_idx].fill_(0)
 
     def _table(self) -> Tensor:
-        weight = self._parameters.get("weight")  # absent where a parametrization or the like computes it
+        weight = self._parameters.get("weight")  # None if a parametrization computes it
         return self.weight if weight is None else weight
 
     def _step(self, table: Tensor) -> Callable[..., None] | None:
-        """What backward does in place of a gradient."""
+        """The optimiser step that replaces the gradient of the table in backward, or None."""
         optimizer = self.fused_optimizer
         if optimizer is None or not (torch.is_grad_enabled() and table.requires_grad):
             return None
         if not table.is_leaf:
             raise ValueError(
-                f"{type(self).__name__}: weight must be a parameter of its own with fused_optimizer, got one that is "
-                "computed"
+                f"{type(self).__name__}: weight must be a leaf parameter with fused_optimizer, got the result of an "
+                "operation"
             )
         state = self.fused_state
 
@@ -110,19 +109,18 @@ class _Table(Module):
 
 
 class EmbeddingBag(_Table):
-    """Takes the place of torch.nn.EmbeddingBag: same constructor, parameter, initial values and state_dict.
+    """Drop-in replacement for torch.nn.EmbeddingBag: same constructor, parameters, initialization and state_dict.
 
     Args: as torch.nn.EmbeddingBag: num_embeddings, embedding_dim, max_norm=None, norm_type=2.0,
         scale_grad_by_freq=False, mode="mean" (sum, mean, max or min), sparse=False, _weight=None,
         include_last_offset=False, padding_idx=None, device=None, dtype=None.
-    Options, by keyword:
-        weight_norm: what a mean of weighted rows is divided by: their number ("count") or the sum of weights
-            ("weight").
-        fused_optimizer: a seqkernels.nn.FusedSGD, FusedAdagrad, FusedRowwiseAdagrad or FusedAdam: backward then makes
-            its step on the rows that occur, and weight.grad stays None. Its state is in `fused_state` and in the
-            state_dict; its numbers, lr above all, can be set between steps and are not in the state_dict. A call can
-            be sent back once; create_graph, torch.func and torch.compile's graphs exclude it, and a scaled loss makes
-            a scaled step.
+    Keyword-only options:
+        weight_norm: divisor of a weighted mean: "count", the number of rows, or "weight", the sum of the weights.
+        fused_optimizer: a seqkernels.nn.FusedSGD, FusedAdagrad, FusedRowwiseAdagrad or FusedAdam. Backward then updates
+            the rows that occur, and weight.grad remains None. The state of the optimiser is in `fused_state` and in
+            the state_dict. Its hyperparameters, such as lr, can be set between steps and are not in the state_dict.
+            Each forward call allows one backward pass, whose step uses the gradient of the loss as it is scaled.
+            create_graph, torch.func and graphs of torch.compile are not supported.
     Inputs: input, offsets=None, per_sample_weights=None: as seqkernels.functional.embedding_bag.
     Outputs: [B, D], dtype of weight.
     Raises: ValueError, TypeError; in forward as seqkernels.functional.embedding_bag.
@@ -206,7 +204,7 @@ class EmbeddingBag(_Table):
         weight_norm: str = "count",
         fused_optimizer: FusedOptimizer | None = None,
     ) -> EmbeddingBag:
-        """A module over embeddings [E, D], which it does not copy; it does not learn if frozen."""
+        """Creates a module with the table embeddings [E, D], without a copy. `freeze` disables its gradient."""
         _check_pretrained(cls.__name__, embeddings)
         E, D = embeddings.shape
         made = cls(
@@ -218,11 +216,11 @@ class EmbeddingBag(_Table):
 
 
 class Embedding(_Table):
-    """Takes the place of torch.nn.Embedding: same constructor, parameter, initial values and state_dict.
+    """Drop-in replacement for torch.nn.Embedding: same constructor, parameters, initialization and state_dict.
 
     Args: as torch.nn.Embedding: num_embeddings, embedding_dim, padding_idx=None, max_norm=None, norm_type=2.0,
         scale_grad_by_freq=False, sparse=False, _weight=None, _freeze=False, device=None, dtype=None.
-    Options, by keyword: fused_optimizer, as in EmbeddingBag.
+    Keyword-only options: fused_optimizer, as in EmbeddingBag.
     Inputs: input [*], as seqkernels.functional.embedding.
     Outputs: [*, D], dtype of weight.
     Raises: ValueError, TypeError; in forward as seqkernels.functional.embedding.
@@ -290,7 +288,7 @@ class Embedding(_Table):
         *,
         fused_optimizer: FusedOptimizer | None = None,
     ) -> Embedding:
-        """A module over embeddings [E, D], which it does not copy; it does not learn if frozen."""
+        """Creates a module with the table embeddings [E, D], without a copy. `freeze` disables its gradient."""
         _check_pretrained(cls.__name__, embeddings)
         E, D = embeddings.shape
         return cls(
@@ -300,18 +298,18 @@ class Embedding(_Table):
 
 
 def _shown(text: str, **values: tuple[Any, Any]) -> str:
-    """A module's numbers, but for those that are as usual."""
+    """Text of extra_repr; `values` holds (value, default) pairs and skips those with the default."""
     return "".join([text, *(f", {name}={value!r}" for name, (value, usual) in values.items() if value != usual)])
 
 
-def _check_pretrained(who: str, embeddings: Any) -> None:
+def _check_pretrained(caller: str, embeddings: Any) -> None:
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
-        raise ValueAssertionError(f"{who}: embeddings must be a tensor of 2 dimensions, got {describe(embeddings)}")
+        raise ValueAssertionError(f"{caller}: embeddings must be a tensor of 2 dimensions, got {describe(embeddings)}")
 
 
-# ---- several tables
+# ---- collections of tables
 
-Feature = Tensor | tuple[Tensor, ...]  # [B, L] indices; jagged ones; or ([N] indices, [B] offsets[, [N] weights])
+Feature = Tensor | tuple[Tensor, ...]  # indices, [B, L] or jagged; or (indices [N], offsets [B][, weights [N]])
 
 
 @dataclass(frozen=True)
@@ -320,8 +318,8 @@ class EmbeddingBagConfig:
 
     Args:
         num_embeddings, embedding_dim: E and D.
-        features: names of what is looked up in it, each once in a collection.
-        name: of the table, in the state_dict; that of its first feature if absent.
+        features: names of the features of the table; unique in a collection.
+        name: name of the table in the state_dict; by default, the name of the first feature.
     """
 
     num_embeddings: int
@@ -337,24 +335,24 @@ class EmbeddingBagConfig:
 
 
 class EmbeddingBagCollection(Module):
-    """Tables of different sizes, each with its features, all looked up in one call.
+    """Tables of different sizes with one or more features each, looked up in one call.
 
     Args:
-        tables: an EmbeddingBagConfig for each.
+        tables: an EmbeddingBagConfig for each table.
         mode: sum, mean, max or min.
         device, dtype: of all tables.
-    Options, by keyword: weight_norm, scale_grad_by_freq, sparse, fused_optimizer: as in EmbeddingBag. The tables make
-        their steps together.
+    Keyword-only options: weight_norm, scale_grad_by_freq, sparse, fused_optimizer: as in EmbeddingBag. One step of
+        fused_optimizer updates all tables.
     Inputs: one of
-        - input [N] and offsets [F * B + 1]: the bags of the first feature, then those of the second, in the order of
-          `features`; per_sample_weights [N].
-        - a dict of every feature to its bags: [B, L] indices, a jagged nested tensor, (indices [N_f], offsets [B]) or
-          (indices, offsets, weights [N_f]); features without weights, beside others that have some, have ones.
-    Outputs: [B, sum of the features' D], in the order of `features`; `split` gives it by name.
+        - input [N] and offsets [F * B + 1]: the bags of each feature in the order of `features`; per_sample_weights
+          [N].
+        - a dict from each feature to its bags: indices [B, L], a jagged nested tensor, (indices [N_f], offsets [B]) or
+          (indices, offsets, weights [N_f]). If only some features have weights, the weights of the others are 1.
+    Outputs: [B, sum of the features' D], in the order of `features`; `split` returns a dict.
     Raises: ValueError, TypeError, RuntimeError: as seqkernels.functional.embedding_bags.
-    Deterministic: yes; the same bits for any number of threads, and as one EmbeddingBag for each feature.
+    Deterministic: yes; the same bits for any number of threads, and as with one EmbeddingBag per feature.
 
-    Parameters are embedding_bags.<name>.weight, as in torchrec's module of this name.
+    The parameters are embedding_bags.<name>.weight, as in torchrec.EmbeddingBagCollection.
     """
 
     def __init__(
@@ -370,18 +368,18 @@ class EmbeddingBagCollection(Module):
         fused_optimizer: FusedOptimizer | None = None,
     ) -> None:
         super().__init__()
-        who = type(self).__name__
-        check_options(who, mode, weight_norm)
+        caller = type(self).__name__
+        check_options(caller, mode, weight_norm)
         tables = list(tables)
         if not tables:
-            raise ValueError(f"{who}: tables must hold at least one EmbeddingBagConfig, got none")
+            raise ValueError(f"{caller}: tables must hold at least one EmbeddingBagConfig, got none")
         for table in tables:
             if not isinstance(table, EmbeddingBagConfig):
-                raise TypeError(f"{who}: tables must hold EmbeddingBagConfig, got {type(table).__name__}")
+                raise TypeError(f"{caller}: tables must hold EmbeddingBagConfig, got {type(table).__name__}")
         for what, given in (("names", [t.name for t in tables]), ("features", [f for t in tables for f in t.features])):
             if len(set(given)) != len(given):
-                raise ValueError(f"{who}: {what} must differ from table to table, got {', '.join(given)}")
-        check_optimizer(who, fused_optimizer, sparse)
+                raise ValueError(f"{caller}: {what} must differ from table to table, got {', '.join(given)}")
+        check_optimizer(caller, fused_optimizer, sparse)
         self.tables = tuple(tables)
         self.mode = mode
         self.weight_norm = weight_norm
@@ -411,7 +409,8 @@ class EmbeddingBagCollection(Module):
         if isinstance(input, Mapping):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError(
-                    f"{type(self).__name__}: offsets must stand in the dict of features, got them beside it"
+                    f"{type(self).__name__}: offsets and per_sample_weights must be part of the dict of features, "
+                    "got separate ones"
                 )
             input, offsets, per_sample_weights = self._side_by_side(input)
         elif offsets is None:
@@ -428,21 +427,22 @@ class EmbeddingBagCollection(Module):
         )  # fmt: skip
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
-        """[B, D] of each feature, as views of forward's output."""
+        """Splits the output of forward into views [B, D], by feature."""
         return dict(zip(self.features, output.split(self.dims, dim=1)))
 
     def _side_by_side(self, features: Mapping[str, Feature]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One input, offsets with the last one, and weights."""
-        who = type(self).__name__
+        """Concatenates the features to input [N], offsets [F * B + 1] and weights [N] or None."""
+        caller = type(self).__name__
         if set(features) != set(self.features):
             raise ValueError(
-                f"{who}: input must hold the features {', '.join(self.features)}, got {', '.join(map(str, features))}"
+                f"{caller}: input must hold the features {', '.join(self.features)}, got "
+                f"{', '.join(map(str, features))}"
             )
-        each = [_bags_of(f"{who}: feature {name!r}", features[name]) for name in self.features]
+        each = [_bags_of(f"{caller}: feature {name!r}", features[name]) for name in self.features]
         B, before, offsets = each[0][1].shape[0], 0, []
         for name, (indices, starts, _) in zip(self.features, each):
             if starts.shape[0] != B:
-                raise ValueError(f"{who}: feature {name!r} must have {B} bags as the first, got {starts.shape[0]}")
+                raise ValueError(f"{caller}: feature {name!r} must have {B} bags like the first, got {starts.shape[0]}")
             offsets.append(starts + before)
             before = before + indices.shape[0]
         offsets.append(offsets[0].new_full((1,), before))
@@ -474,43 +474,44 @@ class _TableOfCollection(_Table):
         return f"{self.num_embeddings}, {self.embedding_dim}, features={', '.join(self.features)}"
 
 
-def _bags_of(who: str, given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Indices [N], int64 offsets [B] and weights of a feature."""
+def _bags_of(caller: str, given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Indices [N], int64 offsets [B] and weights [N] of a feature."""
     if isinstance(given, Tensor):
         if given.is_nested:
-            indices, offsets, _ = of_nested(who, given, None, None)
+            indices, offsets, _ = of_nested(caller, given, None, None)
             assert offsets is not None
             return indices, offsets[:-1], None
         if given.dim() != 2:
-            raise ValueError(f"{who} must be [B, L], or (indices, offsets), got {describe(given)}")
+            raise ValueError(f"{caller} must be [B, L], or (indices, offsets), got {describe(given)}")
         B, L = given.shape
         return given.reshape(-1), torch.arange(B, device=given.device) * L, None
     if not (isinstance(given, tuple) and 2 <= len(given) <= 3 and all(isinstance(t, Tensor) for t in given[:2])):
-        raise TypeError(f"{who} must be [B, L], or (indices, offsets[, weights]), got {describe(given)}")
+        raise TypeError(f"{caller} must be [B, L], or (indices, offsets[, weights]), got {describe(given)}")
     indices, offsets, weights = (*given, None)[:3]
     for t in (indices, offsets):
         if t.dim() != 1:
-            raise ValueError(f"{who} must have indices and offsets of 1 dimension, got {describe(t)}")
+            raise ValueError(f"{caller} must have indices and offsets of 1 dimension, got {describe(t)}")
     if weights is not None and weights.shape != indices.shape:
-        raise ValueError(f"{who} must have weights like indices, {list(indices.shape)}, got {list(weights.shape)}")
-    # Offsets of all features are one to the op: that each begins with 0 shows only here.
+        raise ValueError(f"{caller} must have weights like indices, {list(indices.shape)}, got {list(weights.shape)}")
+    # The op reads the concatenated offsets, in which this check is impossible.
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and offsets.numel() and int(offsets[0]):
-        raise ValueError(f"{who} must have offsets that begin with 0, got {int(offsets[0])}")
+        raise ValueError(f"{caller} must have offsets that begin with 0, got {int(offsets[0])}")
     return indices, offsets.long(), weights
 
 
-# ---- tables of bytes
+# ---- quantized tables
 
 
 class QuantizedEmbeddingBag(Module):
-    """An EmbeddingBag whose table is bytes, with a scale and a bias for each row: a quarter of float32. Inference only.
+    """EmbeddingBag with a table quantized to 8 bits, with a scale and a bias per row. Inference only.
 
-    `QuantizedEmbeddingBag.from_float(bag)` makes one of an EmbeddingBag, seqkernels' or torch's.
+    The table has a quarter of the size of a float32 table. `QuantizedEmbeddingBag.from_float(bag)` converts an
+    EmbeddingBag of seqkernels or torch.
 
     Args: num_embeddings, embedding_dim, mode="mean", include_last_offset=False, padding_idx=None, device=None: as in
         EmbeddingBag.
-    Options, by keyword: weight_norm, as in EmbeddingBag.
-    Buffers: packed, uint8 [E, D + 8], as seqkernels.functional.quantize_rows gives it.
+    Keyword-only options: weight_norm, as in EmbeddingBag.
+    Buffers: packed, uint8 [E, D + 8], the result of seqkernels.functional.quantize_rows.
     Inputs: as EmbeddingBag; per_sample_weights float32.
     Outputs: float32 [B, D].
     Deterministic: yes; the same bits for any number of threads.
@@ -542,7 +543,7 @@ class QuantizedEmbeddingBag(Module):
 
     @classmethod
     def from_float(cls, bag: Any) -> QuantizedEmbeddingBag:
-        """The same bags over bag's table as bytes."""
+        """Converts an EmbeddingBag: quantizes its table and keeps its options."""
         E, D = bag.num_embeddings, bag.embedding_dim
         made = cls(
             0, D, bag.mode, bag.include_last_offset, bag.padding_idx, weight_norm=getattr(bag, "weight_norm", "count")

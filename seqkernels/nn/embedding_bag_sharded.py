@@ -1,10 +1,11 @@
-"""An EmbeddingBag whose rows are split over the processes of torch.distributed.
+"""EmbeddingBag whose rows are sharded over the processes of torch.distributed.
 
-Each process brings bags of its own and gets their outputs. An index travels to the process that has its row; what that
-process makes of the rows of a bag, a sum or an extreme and its position, travels back, where the parts of a bag are put
-together in the order of processes. Gradients go the same ways back, and are summed at the row.
+Each process looks up its own bags. An all-to-all sends each index to the process that owns its row. That process
+reduces the rows of each bag to a partial result (a sum, or an extreme and its position). A second all-to-all returns
+the partial results, which are combined in the order of processes. Backward sends the gradients through the same
+exchanges in reverse and sums them by row.
 
-Dimensions: W processes, E table rows, D columns, N indices and B bags of this process, M indices that arrive here.
+Dimensions: W processes, E table rows, D columns, N indices and B bags of this process, M indices received.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from seqkernels.functional import _embedding_bag_ops as O
 from seqkernels.functional._checks import IndexRuntimeError, ValueAssertionError, ValueRuntimeError
-from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, How
+from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, BagArgs
 from seqkernels.functional.embedding_bag import check, of_nested, renorm
 from seqkernels.nn.embedding_bag import Device, EmbeddingBag
 from seqkernels.nn.fused_optimizer import FusedOptimizer
@@ -28,24 +29,24 @@ Group = Any  # a torch.distributed.ProcessGroup, or None for all processes
 
 
 class RowShardedEmbeddingBag(EmbeddingBag):
-    """An EmbeddingBag of which each process has a block of rows: ceil(E / W) of them, the last blocks fewer.
+    """EmbeddingBag sharded by rows: each process stores a block of ceil(E / W) rows; the last blocks may be smaller.
 
-    Args: as seqkernels.nn.EmbeddingBag; num_embeddings is that of the whole table. _weight, if it is given, is the
-        whole table, of which the rows of this process are copied.
-    Options, by keyword: weight_norm, fused_optimizer as in EmbeddingBag.
-        process_group: who shares the table; all processes if absent.
-    Attributes: weight, [rows of this process, D]; first_row, the first of them.
-    Inputs: as EmbeddingBag: this process's own bags. All processes call forward, and backward, equally often and in the
-        same order, if with nothing.
+    Args: as seqkernels.nn.EmbeddingBag. num_embeddings is the number of rows of the whole table. _weight is the whole
+        table; its rows of this process are copied.
+    Keyword-only options: weight_norm, fused_optimizer: as in EmbeddingBag.
+        process_group: the processes that share the table; all processes by default.
+    Attributes: weight, [rows of this process, D]; first_row, the first row of this process.
+    Inputs: as EmbeddingBag, the bags of this process. All processes must call forward and backward the same number of
+        times and in the same order, if necessary without indices.
     Outputs: [B, D], the bags of this process.
-    Raises: as EmbeddingBag, before any index travels; RuntimeError in the other processes.
-    Equivalent to: one EmbeddingBag that is given the bags of all processes, whose losses are added up: gradients are
-        summed over processes, not averaged; scale_grad_by_freq counts all their indices. max, min and whatever is
-        found in one block have the same bits; a sum over several blocks is rounded once in each of them.
-    Deterministic: yes, for a number of processes.
+    Raises: as EmbeddingBag, before indices are exchanged; RuntimeError in the other processes.
+    Equivalent to: one EmbeddingBag with the bags of all processes and the sum of their losses. Gradients are summed,
+        not averaged, over processes, and scale_grad_by_freq counts the indices of all processes. max, min and bags
+        within one block have the same bits; a sum over several blocks is rounded once per block.
+    Deterministic: yes, for a given number of processes.
 
-    The state_dict holds the rows of this process, and the state of a fused optimiser for them; `full_table` and
-    `load_full_table` turn them into one table and back. Leave the module out of DistributedDataParallel.
+    The state_dict has the rows of this process and their state of a fused optimiser; `full_table` and `load_full_table`
+    convert to and from a whole table. Exclude the module from DistributedDataParallel.
     """
 
     def __init__(
@@ -67,15 +68,15 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         fused_optimizer: FusedOptimizer | None = None,
         process_group: Group = None,
     ) -> None:
-        who = type(self).__name__
+        caller = type(self).__name__
         if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(f"{who}: torch.distributed must be initialised, call init_process_group first")
-        self._group = process_group  # before the parameter, whose size hangs on it
+            raise RuntimeError(f"{caller}: torch.distributed must be initialised, call init_process_group first")
+        self._group = process_group  # set first, because the number of rows depends on it
         self._processes, self._rank = dist.get_world_size(process_group), dist.get_rank(process_group)
         if _weight is not None:
             if list(_weight.shape) != [num_embeddings, embedding_dim]:
                 wanted = f"[num_embeddings, embedding_dim] = [{num_embeddings}, {embedding_dim}]"
-                raise ValueAssertionError(f"{who}: _weight must have shape {wanted}, got {list(_weight.shape)}")
+                raise ValueAssertionError(f"{caller}: _weight must have shape {wanted}, got {list(_weight.shape)}")
             first, count = self._block_of(self._rank, num_embeddings)
             _weight = _weight.detach()[first : first + count].clone()
         super().__init__(
@@ -86,7 +87,7 @@ class RowShardedEmbeddingBag(EmbeddingBag):
     # ---- blocks of rows
 
     def _block_of(self, rank: int, E: int) -> tuple[int, int]:
-        """The first row of a process's block, and how many there are."""
+        """First row and number of rows of a process."""
         block = -(-E // self._processes)
         first = min(rank * block, E)
         return first, min(block, E - first)
@@ -100,7 +101,10 @@ class RowShardedEmbeddingBag(EmbeddingBag):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal values. Each process draws every block, and keeps its own: those with one seed stay at one seed."""
+        """Initializes with normal values.
+
+        Each process draws all blocks and keeps its own, so that generators with the same seed remain in the same state.
+        """
         for rank in range(self._processes):
             rows = self._block_of(rank, self.num_embeddings)[1]
             drawn = torch.randn(rows, self.embedding_dim, device=self.weight.device, dtype=self.weight.dtype)
@@ -115,23 +119,23 @@ class RowShardedEmbeddingBag(EmbeddingBag):
             with torch.no_grad():
                 self.weight[self.padding_idx - self.first_row].fill_(0)
 
-    # ---- one table
+    # ---- the whole table
 
     def full_table(self) -> Tensor:
-        """The whole table [E, D], in every process. All processes call it."""
+        """Returns the whole table [E, D] in each process. All processes must call it."""
         return self._gathered(self.weight.detach())
 
     @torch.no_grad()
     def load_full_table(self, table: Tensor) -> None:
-        """Takes this process's rows of a whole table [E, D]."""
+        """Copies the rows of this process from a whole table [E, D]."""
         self.weight.copy_(self._own(table))
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict of one EmbeddingBag with the whole table, in every process. All processes call it."""
+        """Returns the state_dict of an EmbeddingBag with the whole table. All processes must call it."""
         return {name: self._gathered(t) if t.dim() else t.clone() for name, t in self.state_dict().items()}
 
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes this process's rows of an EmbeddingBag's state_dict."""
+        """Loads the rows of this process from the state_dict of an EmbeddingBag with the whole table."""
         self.load_state_dict({name: self._own(t) if t.dim() else t for name, t in state.items()})
 
     def _own(self, t: Tensor) -> Tensor:
@@ -169,15 +173,15 @@ class RowShardedEmbeddingBag(EmbeddingBag):
             weights = _exchanged(weights, route.sent, route.received, self._group)
         if self.max_norm is not None and len(route.indices):
             renorm(table, route.indices, self.max_norm, self.norm_type)
-        how = How(
+        args = BagArgs(
             MODES[self.mode] if extreme else MODES["sum"],
             NO_PADDING,
             include_last_offset=True,
             by_frequency=self.scale_grad_by_freq,
             sparse=self.sparse,
-            winners=True,
+            return_arg=True,
         )
-        values, arg = O.lookup_winners((table,), weights, route.indices, route.offsets, how, self._step(table))
+        values, arg = O.lookup_with_arg((table,), weights, route.indices, route.offsets, args, self._step(table))
         B, D, W = bags.B, self.embedding_dim, self._processes
         back = route.bags, [B] * W, self._group
         parts = _exchanged(values, *back).reshape(W, B, D)
@@ -189,31 +193,31 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         return output.to(parts.dtype)
 
     def _checked(self, input: Any, offsets: Any, weights: Any, last: bool) -> Bags:
-        """The bags, once what is wrong with the arguments has been raised, as embedding_bag does."""
-        who, E = type(self).__name__, self.num_embeddings
-        check(who, input, self._table(), offsets, weights, self.mode, None, self.weight_norm, self.max_norm)
+        """Checks the arguments as embedding_bag does, and returns the bags."""
+        caller, E = type(self).__name__, self.num_embeddings
+        check(caller, input, self._table(), offsets, weights, self.mode, None, self.weight_norm, self.max_norm)
         if offsets is not None and offsets.numel():
             ends = torch.cat([offsets.long(), torch.tensor([input.numel()], device=offsets.device)])
             wrong = (ends.diff() < 0) if int(offsets[0]) == 0 else torch.ones(1, dtype=torch.bool)
             if bool(wrong.any()):
                 at = int(wrong.nonzero()[0])
                 raise ValueRuntimeError(
-                    f"{who}: offsets must begin with 0 and neither decrease nor exceed the length of input, "
+                    f"{caller}: offsets must begin with 0 and neither decrease nor exceed the length of input, "
                     f"{input.numel()}, got {ends[at : at + 2].tolist()} at position {at}"
                 )
         elif last:
-            raise ValueError(f"{who}: offsets must have at least 1 element with include_last_offset, got none")
+            raise ValueError(f"{caller}: offsets must have at least 1 element with include_last_offset, got none")
         bags = bags_of(input, offsets, None, last, self.padding_idx)
         wrong = bags.counted & ((bags.rows < 0) | (bags.rows >= E))
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
             raise IndexRuntimeError(
-                f"{who}: input must hold indices in [0, {E}), got {int(bags.rows[at])} at position {at}"
+                f"{caller}: input must hold indices in [0, {E}), got {int(bags.rows[at])} at position {at}"
             )
         return Bags(bags.rows, bags.bag, bags.begin, bags.counted)
 
     def _route(self, bags: Bags, error: Exception | None) -> Route:
-        """Sends indices to the processes that have their rows. An error of one process is raised in all."""
+        """Exchanges the indices. An error in one process raises in all processes."""
         W, B, group = self._processes, bags.B, self._group
         positions = bags.counted.nonzero()[:, 0] if error is None else bags.rows
         block = max(-(-self.num_embeddings // W), 1)
@@ -240,7 +244,7 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         return Route(indices, offsets, positions, sent, received, sizes, starts)
 
     def _divisor(self, bags: Bags, weights: Tensor | None, like: Tensor) -> Tensor:
-        """[B] what a mean is divided by."""
+        """[B] divisor of a mean."""
         total = like.new_zeros(bags.B + 1)
         count = total.index_add(0, bags.bag, bags.counted.to(like.dtype))[: bags.B]
         if weights is None or self.weight_norm == "count":
@@ -251,12 +255,12 @@ class RowShardedEmbeddingBag(EmbeddingBag):
         return torch.where(count > 0, total.index_add(0, bags.bag, counted)[: bags.B], 1)
 
     def _extreme(self, parts: Tensor, arg: Tensor, route: Route) -> Tensor:
-        """Of all processes' extremes; of equal ones that of the smallest position, and a NaN before any number."""
+        """Reduces the extremes of all processes. Selects a NaN if present, and the first position of equal values."""
         if not (route.positions.numel() and parts.numel()):
             return parts.sum(0)
         with torch.no_grad():
             place = (route.starts.unsqueeze(2) + arg).clamp(0, route.positions.numel() - 1)
-            position = route.positions[place]  # in the input, as it came
+            position = route.positions[place]  # position in input
             best, winner = parts[0], torch.zeros_like(arg[0], dtype=torch.int64)
             at, found = position[0], arg[0] >= 0
             for w in range(1, len(parts)):
@@ -275,7 +279,7 @@ class RowShardedEmbeddingBag(EmbeddingBag):
 
 
 class Bags(NamedTuple):
-    """This process's bags, index by index."""
+    """The bags of this process, by index."""
 
     rows: Tensor  # [N]
     bag: Tensor  # [N]
@@ -291,19 +295,19 @@ NO_BAGS = Bags(*[torch.zeros(0, dtype=torch.int64)] * 4)
 
 
 class Route(NamedTuple):
-    """What went where, and what came."""
+    """The indices sent and received by this process."""
 
-    indices: Tensor  # [M] that came, as rows of this block, by process, then bag
-    offsets: Tensor  # [bags of all processes + 1] of them
-    positions: Tensor  # in the input, of what went, by process, then as they stand there
-    sent: Sequence[int]  # [W] how many went
-    received: Sequence[int]  # [W] and came
-    bags: Sequence[int]  # [W] of each process
-    starts: Tensor  # [W, B] where each bag begins among what went
+    indices: Tensor  # [M] received indices, as rows of this block, ordered by process and bag
+    offsets: Tensor  # [bags of all processes + 1] start of each bag in `indices`
+    positions: Tensor  # positions in input of the sent indices, ordered by process and position
+    sent: Sequence[int]  # [W] number of indices sent to each process
+    received: Sequence[int]  # [W] number of indices received from each process
+    bags: Sequence[int]  # [W] number of bags of each process
+    starts: Tensor  # [W, B] start of each bag in the sent indices
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to every process, by their numbers, for rows of every process; gradients go back."""
+    """All-to-all exchange of rows; backward exchanges the gradients in reverse."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:

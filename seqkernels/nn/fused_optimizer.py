@@ -1,7 +1,7 @@
-"""Optimisers whose step is a part of backward: no gradient of the table is made, only rows that occur move.
+"""Optimisers whose step is part of backward. Backward updates the rows that occur and computes no gradient tensor.
 
-What they do to a table is what torch.optim does with the coalesced sparse gradient of the same call. The step is made
-once for each call that is sent back, when it is: two calls of one module are two steps.
+The result is that of torch.optim with the coalesced sparse gradient of the same call. The backward pass of each call
+makes one step, so two calls of a module in one loss make two steps.
 
 Dimensions: E table rows, D columns.
 """
@@ -22,15 +22,17 @@ from seqkernels.functional._embedding_bag_ops import Bags
 
 @dataclass
 class FusedOptimizer:
-    """What the optimisers share. Their numbers can be set at any time, lr by a schedule, and hold from the next
-    backward on; modules that were given the same object share them.
+    """Base class of the fused optimisers.
+
+    The hyperparameters can be set at any time, for example lr by a schedule, and apply from the next backward pass on.
+    Modules with the same object share them.
     """
 
     lr: float
 
-    number: ClassVar[int]  # as ops take it
+    number: ClassVar[int]  # identifies the optimiser in the ops
     states: ClassVar[tuple[str, ...]] = ()
-    counts: ClassVar[bool] = False  # whether a step depends on how many there were
+    counts: ClassVar[bool] = False  # whether a step depends on the step count
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._check(name, value)
@@ -48,13 +50,15 @@ class FusedOptimizer:
                 raise ValueError(f"{type(self).__name__}: {name} must lie in [0, {most:g}), got {v}")
 
     def numbers(self, step: int) -> list[float]:
-        """As ops take them, for the step of that count, from 1 on."""
+        """Hyperparameters for the ops; `step` counts from 1."""
         return [self.lr]
 
     def shape(self, state: str, weight: Tensor) -> tuple[int, ...]:
+        """Shape of the named state."""
         return tuple(weight.shape)
 
     def start(self, state: str) -> float:
+        """Initial value of the named state."""
         return 0.0
 
 
@@ -76,7 +80,7 @@ class FusedAdagrad(FusedOptimizer):
 
     Source: Duchi, Hazan and Singer, "Adaptive Subgradient Methods", 2011.
 
-    Args: lr: learning rate. lr_decay: see above. initial_accumulator_value: what sums begin with. eps: see above.
+    Args: lr: learning rate. lr_decay: see above. initial_accumulator_value: initial value of sum. eps: see above.
     """
 
     lr: float = 1e-2
@@ -97,7 +101,7 @@ class FusedAdagrad(FusedOptimizer):
 class FusedRowwiseAdagrad(FusedOptimizer):
     """Adagrad with one sum per row: sum += mean of g^2 over the row; w -= lr g / (sqrt(sum) + eps).
 
-    Args: lr: learning rate. initial_accumulator_value: what sums begin with. eps: see above.
+    Args: lr: learning rate. initial_accumulator_value: initial value of sum. eps: see above.
     """
 
     lr: float = 1e-2
@@ -118,11 +122,11 @@ class FusedRowwiseAdagrad(FusedOptimizer):
 
 @dataclass
 class FusedAdam(FusedOptimizer):
-    """Adam whose moments decay where a row occurs. Equivalent to: torch.optim.SparseAdam.
+    """Adam in which only the moments of rows that occur decay. Equivalent to: torch.optim.SparseAdam.
 
     Source: Kingma and Ba, "Adam", arXiv 1412.6980.
 
-    Args: lr: learning rate. betas: decay of the moments. eps: added to the root of the second.
+    Args: lr: learning rate. betas: decay rates of the moments. eps: added to the square root of the second moment.
     """
 
     lr: float = 1e-3
@@ -138,20 +142,20 @@ class FusedAdam(FusedOptimizer):
 KINDS = (FusedSGD, FusedAdagrad, FusedRowwiseAdagrad, FusedAdam)
 
 
-def check_optimizer(who: str, optimizer: Any, sparse: bool) -> None:
+def check_optimizer(caller: str, optimizer: Any, sparse: bool) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, KINDS):
         names = ", ".join(kind.__name__ for kind in KINDS)
-        raise TypeError(f"{who}: fused_optimizer must be one of {names}, got {optimizer!r}")
+        raise TypeError(f"{caller}: fused_optimizer must be one of {names}, got {optimizer!r}")
     if sparse:
-        raise ValueError(f"{who}: sparse must be False with fused_optimizer, which makes no gradient, got True")
+        raise ValueError(f"{caller}: sparse must be False with fused_optimizer, which computes no gradient, got True")
 
 
 class FusedState(nn.Module):
-    """What an optimiser keeps of one table, as buffers, in float32 or wider whatever the table's dtype is."""
+    """State of an optimiser for one table, as buffers, in float32 or wider for each dtype of the table."""
 
-    step: Tensor  # int64: how many there were; on the CPU
+    step: Tensor  # int64 number of steps made, on the CPU
 
     def __init__(self, optimizer: FusedOptimizer, weight: Tensor) -> None:
         super().__init__()
@@ -179,14 +183,14 @@ class FusedState(nn.Module):
         return self
 
     def counted(self) -> int:
-        """The number of the step that begins."""
+        """Increments and returns the step count."""
         if "step" not in self._buffers:
             return 1
         return int(self.step.add_(1))
 
     @property
     def pair(self) -> tuple[Tensor | None, Tensor | None]:
-        """As ops take them."""
+        """The two state arguments of the ops."""
         first, second, *_ = *(self._buffers[name] for name in self._starts), None, None
         return first, second
 
@@ -194,6 +198,7 @@ class FusedState(nn.Module):
 def step_one(
     optimizer: FusedOptimizer, state: FusedState, table: Tensor, grad: Tensor, arg: Tensor, bags: Bags, frequent: bool
 ) -> None:
+    """Makes one step of a table."""
     numbers = optimizer.numbers(state.counted())
     O.ops.embedding_bag_update_(table, *state.pair, optimizer.number, numbers, grad, arg, *bags, frequent)
     torch.autograd.graph.increment_version(table)
@@ -209,7 +214,7 @@ def step_several(
     bags: Bags,
     frequent: bool,
 ) -> None:
-    """All tables make the step of one count, that of the first."""
+    """Makes one step of all tables, with the step count of the first."""
     count, *_ = [state.counted() for state in states]
     first, second = ([t for t in of_all if t is not None] for of_all in zip(*(state.pair for state in states)))
     O.ops.embedding_bags_update_(

@@ -1,4 +1,4 @@
-"""Recurrent layers in place of torch.nn's, with the same constructors, parameters and state_dict; and others."""
+"""Drop-in replacements for the recurrent layers of torch.nn, with additional options, and other recurrent layers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Device = torch.device | str | int | None
 
 
 class _Recurrent(RNNBase):
-    """What the layers share. Inside the class states are a tuple, also where the public form is one tensor."""
+    """Base class of the layers. Internally, states are a tuple, even if the public form is a tensor."""
 
-    _name: str  # in messages, as torch's have it
+    _name: str  # name in error messages
     _family: families.Family
     _kind: Kind
     options: Options
@@ -61,7 +61,7 @@ class _Recurrent(RNNBase):
     # ---- parameters
 
     def _table(self) -> list[list[tuple[str, Weight]]]:
-        """For each layer and direction the names of its parameters with their weights."""
+        """For each layer and direction, names and weights of its parameters."""
         weights = self._kind.weights(self.bias, self.proj_size > 0, self.options.peephole, self.options.num_heads > 1)
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
         return [[(f"{w.name}_l{i}{s}", w) for w in weights] for i in range(self.num_layers) for s in suffixes]
@@ -101,11 +101,11 @@ class _Recurrent(RNNBase):
                 init.zeros_(getattr(self, f"initial_{state}"))
 
     def flatten_parameters(self) -> None:
-        """No effect: the kernels read parameters where they are."""
+        """No effect: the kernels read the parameters in place."""
 
     def extra_repr(self) -> str:
         of_plain = vars(self._family.plain)
-        given = ((name, getattr(self.options, name)) for name in self._family.takes)
+        given = ((name, getattr(self.options, name)) for name in self._family.supported)
         return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
 
     # ---- forward
@@ -127,14 +127,12 @@ class _Recurrent(RNNBase):
     ) -> tuple[Any, States, Any]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
-                raise ValueError(
-                    f"{self._name}: lengths must be absent beside a PackedSequence, got {describe(lengths)}"
-                )
+                raise ValueError(f"{self._name}: lengths must be None with a PackedSequence, got {describe(lengths)}")
             return self._run_packed(input, hx, reset)
         if not isinstance(input, Tensor):
             raise TypeError(f"{self._name}: input must be a tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
-            what = "D tensor" if self._name == "RNN" else "D"  # torch's words
+            what = "D tensor" if self._name == "RNN" else "D"  # text of torch
             raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}{what} instead")
         batched, batch_first = input.dim() == 3, self.batch_first
         if reset is not None:
@@ -143,9 +141,7 @@ class _Recurrent(RNNBase):
             raise RuntimeError(_wrong_dimensions(self._kind, "batched 3-D" if batched else "unbatched 2-D", hx, input))
         if not batched:
             if lengths is not None:
-                raise ValueError(
-                    f"{self._name}: lengths must be absent where input is one sequence, got {describe(lengths)}"
-                )
+                raise ValueError(f"{self._name}: lengths must be None for an unbatched input, got {describe(lengths)}")
             of_batch = 0 if batch_first else 1
             input = input.unsqueeze(of_batch)
             hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
@@ -192,7 +188,7 @@ class _Recurrent(RNNBase):
         kind = F.chosen(self._name, kind, x, options.num_heads, self.proj_size > 0)
         weights = []
         for name in self._flat_weights_names:
-            weight = parameters.get(name)  # absent where a parametrization or pruning computes it
+            weight = parameters.get(name)  # None if a parametrization or pruning computes it
             weights.append(getattr(self, name) if weight is None else weight)
         if options.learn_initial_state:
             if reset is not None:
@@ -208,7 +204,7 @@ class _Recurrent(RNNBase):
             dropout, options, training, reset,
         )  # fmt: skip
 
-    # ---- torch's own checks, with their messages
+    # ---- checks of torch, with the same messages
 
     def _check(self, input: Tensor, hx: States | None, batch_sizes: Tensor | None) -> None:
         try:
@@ -254,31 +250,31 @@ for _option in dataclasses.fields(Options):
 
 
 class LSTM(_Recurrent):
-    """Takes the place of torch.nn.LSTM: same constructor, parameters, initial values, state_dict and errors.
+    """Drop-in replacement for torch.nn.LSTM: same constructor, parameters, initialization, state_dict and errors.
 
-    Like torch.nn.LSTM it takes a batch [T, B, D] ([B, T, D] with batch_first), one sequence [T, D], or a
-    torch.nn.utils.rnn.PackedSequence. Beyond it: `lstm(x, lengths=lengths)` for a padded batch, sequences of length
-    zero, T = 0, one fused backward, gradients of any order, and options.
+    As in torch.nn.LSTM, the input is a batch [T, B, D] ([B, T, D] with batch_first), a sequence [T, D], or a
+    torch.nn.utils.rnn.PackedSequence. Extensions: `lstm(x, lengths=lengths)` for a padded batch, sequences of length
+    zero, T = 0, a fused backward, gradients of any order, and options.
 
-    It is a torch.nn.RNNBase but not a torch.nn.LSTM, which torch.compile refuses together with its subclasses.
+    A subclass of torch.nn.RNNBase, not of torch.nn.LSTM, because torch.compile rejects subclasses of torch.nn.LSTM.
 
     Args: as torch.nn.LSTM: input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
         bidirectional=False, proj_size=0, device=None, dtype=None.
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
         layer_norm excludes peephole, coupled_gates, proj_size and num_heads; proj_size excludes zoneout_h and
         num_heads; forget_bias excludes bias=False and coupled_gates.
     Inputs:
         input: as above.
-        hx: (h_0, c_0), [num_layers * directions, B, proj_size or hidden_size] and [..., hidden_size]; zeros if absent.
-        lengths: [B] integers in [0, T], in any order, on any device; only with a padded batch.
-        reset: bool, of input's shape but for the last dimension ([N], as its data, for a PackedSequence): where it is
-            True the states are zero before that step, so that a new sequence starts there; in the reverse direction it
-            ends there. Excludes learn_initial_state.
-    Outputs: output (laid out like input; zero beyond each length), (h_n, c_n) at the last step of each sequence; with
-        return_all_states a third, whose states are PackedSequences where input is one.
+        hx: (h_0, c_0), [num_layers * directions, B, proj_size or hidden_size] and [..., hidden_size]; zeros if None.
+        lengths: [B] integers in [0, T], in any order, on any device; for padded batches only.
+        reset: bool, with the shape of input without its last dimension, or [N] for a PackedSequence. True sets the
+            states to zero before the step, where a new sequence starts; in the reverse direction, the sequence ends
+            there. Excludes learn_initial_state.
+    Outputs: output in the layout of input, zero beyond each length; (h_n, c_n) at the last step of each sequence; with
+        return_all_states, the states at all steps, which are PackedSequences for a PackedSequence.
     Raises: as torch.nn.LSTM; for options ValueError and TypeError; for lengths and reset as seqkernels.functional.lstm.
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.lstm.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.lstm.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
 
@@ -337,19 +333,20 @@ class LSTM(_Recurrent):
 
 
 class GRU(_Recurrent):
-    """Takes the place of torch.nn.GRU: same constructor, parameters, initial values, state_dict and errors.
+    """Drop-in replacement for torch.nn.GRU: same constructor, parameters, initialization, state_dict and errors.
 
-    Inputs, outputs and what goes beyond torch: as seqkernels.nn.LSTM, with one state h [num_layers * directions, B,
-    hidden_size]. It is a torch.nn.RNNBase but not a torch.nn.GRU, which torch.compile refuses.
+    Inputs, outputs and extensions: as seqkernels.nn.LSTM, with one state h [num_layers * directions, B, hidden_size]. A
+    subclass of torch.nn.RNNBase, not of torch.nn.GRU, which torch.compile rejects.
 
-    proj_size, which torch.nn.GRU refuses above 0, projects the state c of the GRU: h = weight_hr c is the output
-    and is fed back. hx is (h_0 [.., proj_size], c_0 [.., hidden_size]), and (h_n, c_n) is returned.
+    proj_size > 0, which torch.nn.GRU does not support, projects the state c of the GRU: h = weight_hr c is the output
+    and the input of the recurrent projection. hx is then (h_0 [.., proj_size], c_0 [.., hidden_size]), and the module
+    returns (h_n, c_n).
 
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
         layer_norm excludes proj_size, num_heads and reset_after=False; proj_size excludes zoneout_h, num_heads and
         reset_after=False.
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.gru.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.gru.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """
 
@@ -469,13 +466,14 @@ class SLSTM(_Recurrent):
         c' = f c + i z, n' = f n + i, h' = o c' / n'
 
     Constructor, parameters, inputs and outputs: as seqkernels.nn.LSTM without proj_size, with gates i, f, z, o. hx is
-    (h_0, c_0, n_0, m_0), zeros if absent, and (h_n, c_n, n_n, m_n) is returned. num_heads makes weight_hh
-    block-diagonal. The cells of the packages xlstm and flashrnn have one bias: bias_ih, with bias_hh zero.
+    (h_0, c_0, n_0, m_0), zeros if None, and the module returns (h_n, c_n, n_n, m_n). num_heads makes weight_hh
+    block-diagonal. The cells of the packages xlstm and flashrnn have one bias, which corresponds to bias_ih with a
+    bias_hh of zero.
 
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
         forget_bias excludes bias=False.
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.slstm.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.slstm.
     Source: Beck et al., "xLSTM", arXiv 2405.04517; Poeppel, Beck and Hochreiter, "FlashRNN", arXiv 2412.07752.
     """
 
@@ -520,14 +518,14 @@ class SLSTM(_Recurrent):
 
 
 class MGU(_Recurrent):
-    """Minimal gated unit: a GRU whose one gate f is both update and reset.
+    """Minimal gated unit: a GRU with a single gate f for update and reset.
 
     Constructor, parameters, inputs and outputs: as seqkernels.nn.GRU without proj_size, with gates f, n: weight_ih is
     [2 * hidden_size, D].
 
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.mgu.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.mgu.
     Source: Zhou, Wu, Zhang and Zhou, "Minimal Gated Unit for Recurrent Neural Networks", arXiv 1603.09420.
     """
 
@@ -574,16 +572,16 @@ class MGU(_Recurrent):
 
 
 class NestedLSTM(_Recurrent):
-    """Nested LSTM: its cell c is the output of an inner LSTM, which carries a cell s of its own.
+    """Nested LSTM: its cell c is the output of an inner LSTM with cell s.
 
     Constructor, inputs and outputs: as seqkernels.nn.LSTM without proj_size, with states (h, c, s), each [num_layers *
-    directions, B, hidden_size]. Parameters: LSTM's, and for each layer and direction weight_inner_ih and
+    directions, B, hidden_size]. Parameters: those of LSTM, and for each layer and direction weight_inner_ih and
     weight_inner_hh [4 * hidden_size, hidden_size], bias_inner_ih and bias_inner_hh [4 * hidden_size].
 
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
-        forget_bias excludes bias=False, and is the outer forget gate's.
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.nested_lstm.
+        forget_bias excludes bias=False, and applies to the outer forget gate.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.nested_lstm.
     Source: Moniz and Krueger, "Nested LSTMs", arXiv 1801.10308.
     """
 
@@ -626,16 +624,16 @@ class NestedLSTM(_Recurrent):
 
 
 class RNN(_Recurrent):
-    """Takes the place of torch.nn.RNN: same constructor, parameters, initial values, state_dict and errors.
+    """Drop-in replacement for torch.nn.RNN: same constructor, parameters, initialization, state_dict and errors.
 
-    nonlinearity: 'tanh' or 'relu'. Inputs, outputs and what goes beyond torch: as seqkernels.nn.LSTM, with one state
-    h [num_layers * directions, B, hidden_size]. It is a torch.nn.RNNBase but not a torch.nn.RNN, which torch.compile
-    refuses.
+    nonlinearity: 'tanh' or 'relu'. Inputs, outputs and extensions: as seqkernels.nn.LSTM, with one state
+    h [num_layers * directions, B, hidden_size]. A subclass of torch.nn.RNNBase, not of torch.nn.RNN, which
+    torch.compile rejects.
 
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
-    proj_size has the place that it has in torch.nn.RNN and must be 0.
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.rnn_tanh.
+    proj_size has the same position as in torch.nn.RNN and must be 0.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.rnn_tanh.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
 
@@ -663,7 +661,7 @@ class RNN(_Recurrent):
         return_all_states: bool = False,
         memory_efficient: bool = False,
     ) -> None:
-        if proj_size != 0:  # in torch's words
+        if proj_size != 0:  # text of torch
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -696,5 +694,5 @@ for _module, _of in (
     (SLSTM, families.SLSTM),
     (RNN, families.RNN_TANH),
 ):
-    if _module.__doc__:  # absent under python -OO
-        _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _of.takes)))
+    if _module.__doc__:  # None with python -OO
+        _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _of.supported)))

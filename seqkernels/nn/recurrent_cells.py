@@ -1,4 +1,4 @@
-"""Recurrent cells in place of torch.nn's, with the same constructors, parameters and state_dict, and options."""
+"""Drop-in replacements for the recurrent cells of torch.nn, with additional options."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Device = torch.device | str | int | None
 
 
 class _Cell(RNNCellBase):
-    """What the cells share. Inside the class states are a tuple, also where the public form is one tensor."""
+    """Base class of the cells. Internally, states are a tuple, even if the public form is a tensor."""
 
-    _name: str  # in messages, as torch's have it
+    _name: str  # name in error messages
     _family: families.Family
     options: Options
 
@@ -47,8 +47,8 @@ class _Cell(RNNCellBase):
         self.options, self._plain = options, options.plain and kind.name in families.PLAIN_CELLS
         sizes = {"D": input_size, "H": hidden_size, "H/heads": hidden_size // options.num_heads}
         for weight in self._table():
-            shape, made = weight.sizes(sizes), getattr(self, weight.name, None)
-            if made is None or made.shape != shape:
+            shape, existing = weight.sizes(sizes), getattr(self, weight.name, None)
+            if existing is None or existing.shape != shape:
                 setattr(self, weight.name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
@@ -73,11 +73,11 @@ class _Cell(RNNCellBase):
 
     def extra_repr(self) -> str:
         of_plain = vars(self._family.plain)
-        given = ((name, getattr(self.options, name)) for name in _takes(self._family))
+        given = ((name, getattr(self.options, name)) for name in _supported(self._family))
         return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
 
     def _run(self, cell: F.Cell | None, input: Tensor, states0: F.States) -> Any:
-        """One step; `cell` has the ops of the cell without options, where there are such."""
+        """Runs one step. `cell`: the ops without options, where there are such."""
         if self._plain and cell is not None:
             parameters = self._parameters
             try:
@@ -87,32 +87,32 @@ class _Cell(RNNCellBase):
                     parameters["bias_ih"],
                     parameters["bias_hh"],
                 )
-            except KeyError:  # a parametrization or pruning computes one of them
+            except KeyError:  # a parametrization or pruning computes one of the weights
                 weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
             return F.step(self._name, cell, input, states0, weights)
         weights = [getattr(self, weight.name) for weight in self._table()]
         return F.as_layer(self._name, self._kind, input, states0, weights, bool(self.bias), self.options, self.training)
 
 
-def _takes(family: families.Family) -> tuple[str, ...]:
-    return tuple(name for name in family.takes if name not in OF_SEQUENCES)
+def _supported(family: families.Family) -> tuple[str, ...]:
+    return tuple(name for name in family.supported if name not in OF_SEQUENCES)
 
 
 class LSTMCell(_Cell):
-    """Takes the place of torch.nn.LSTMCell: same constructor, parameters, initial values, state_dict and errors.
+    """Drop-in replacement for torch.nn.LSTMCell: same constructor, parameters, initialization, state_dict and errors.
 
-    One step of a batch [B, D] or of one sequence [D]. It is a torch.nn.RNNCellBase but not a torch.nn.LSTMCell.
+    Computes one step of a batch [B, D] or a sequence [D]. A subclass of torch.nn.RNNCellBase, not of torch.nn.LSTMCell.
 
     Args: as torch.nn.LSTMCell: input_size, hidden_size, bias=True, device=None, dtype=None.
-    Options, by keyword:
+    Keyword-only options:
         {options}
         layer_norm excludes peephole, coupled_gates and num_heads; forget_bias excludes bias=False and coupled_gates.
     Inputs:
         input: as above.
-        hx: (h, c), each [B, hidden_size] or [hidden_size]; zeros if absent.
+        hx: (h, c), each [B, hidden_size] or [hidden_size]; zeros if None.
     Outputs: the new (h, c).
     Raises: as torch.nn.LSTMCell; for options ValueError and TypeError.
-    Deterministic: yes, but for what dropout and zoneout draw; on a CPU a loop over cells gives the bits of
+    Deterministic: yes, except for the masks of dropout and zoneout; on a CPU, a loop over cells has the bits of
         seqkernels.nn.LSTM.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
     """
@@ -162,15 +162,15 @@ class LSTMCell(_Cell):
 
 
 class GRUCell(_Cell):
-    """Takes the place of torch.nn.GRUCell: same constructor, parameters, initial values, state_dict and errors.
+    """Drop-in replacement for torch.nn.GRUCell: same constructor, parameters, initialization, state_dict and errors.
 
-    Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. It is a torch.nn.RNNCellBase but not a
+    Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. A subclass of torch.nn.RNNCellBase, not of
     torch.nn.GRUCell.
 
-    Options, by keyword:
+    Keyword-only options:
         {options}
         layer_norm excludes num_heads and reset_after=False.
-    Deterministic: yes, but for what dropout and zoneout draw; on a CPU a loop over cells gives the bits of
+    Deterministic: yes, except for the masks of dropout and zoneout; on a CPU, a loop over cells has the bits of
         seqkernels.nn.GRU.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
     """
@@ -253,14 +253,14 @@ class DreamerGRUCell(_Cell):
 
 
 class RNNCell(_Cell):
-    """Takes the place of torch.nn.RNNCell: same constructor, parameters, initial values, state_dict and errors.
+    """Drop-in replacement for torch.nn.RNNCell: same constructor, parameters, initialization, state_dict and errors.
 
-    nonlinearity: 'tanh' or 'relu'. Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. It is a
-    torch.nn.RNNCellBase but not a torch.nn.RNNCell.
+    nonlinearity: 'tanh' or 'relu'. Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. A subclass of
+    torch.nn.RNNCellBase, not of torch.nn.RNNCell.
 
-    Options, by keyword:
+    Keyword-only options:
         {options}
-    Deterministic: yes, but for what zoneout draws; on a CPU a loop over cells gives the bits of seqkernels.nn.RNN.
+    Deterministic: yes, except for the masks of zoneout; on a CPU, a loop over cells has the bits of seqkernels.nn.RNN.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
     """
 
@@ -309,5 +309,5 @@ for _module, _of in (
     (DreamerGRUCell, families.DREAMER_GRU),
     (RNNCell, families.RNN_TANH),
 ):
-    if _module.__doc__:  # absent under python -OO
-        _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _takes(_of))))
+    if _module.__doc__:  # None with python -OO
+        _module.__doc__ = wrapped(_module.__doc__.format(options=about(_of.plain, _supported(_of))))

@@ -1,4 +1,4 @@
-"""The definition of every operator, in plain torch: slow, readable, differentiable to any order."""
+"""Reference definitions of the operators in plain torch: readable and differentiable to any order, but slow."""
 
 from seqkernels.reference.attention import attention, attention_weights
 from seqkernels.reference.embedding_bag import (

@@ -1,10 +1,10 @@
-"""Scaled-dot-product attention, defined in plain torch: every score is written out, and dropout counted out.
+"""Reference definition of scaled dot-product attention in plain torch, with all scores stored.
 
-Everything is a function of tensors and may be differentiated any number of times. Half types are computed in float32
-and rounded once, at the end. A key that a row may not see reaches nothing of that row, not even as a NaN.
+The functions are differentiable to any order. Half types are computed in float32 and rounded once, at the end. Masked
+keys do not affect a query, even if they are NaN.
 
-Dimensions: B batch, Hq heads of queries, Hk of keys (head h reads keys h // (Hq / Hk)), Tq queries, Tk keys, D and Dv
-columns; Nq and Nk rows of all sequences one after another.
+Dimensions: B batch, Hq query heads, Hk key heads (query head h reads key head h // (Hq / Hk)), Tq queries, Tk keys,
+D and Dv columns; Nq and Nk: rows of all packed sequences.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-NONE, UPPER_LEFT, LOWER_RIGHT = range(3)  # causal
+NONE, UPPER_LEFT, LOWER_RIGHT = range(3)  # values of `causal`
 _WORD = 0xFFFFFFFF
 
 
@@ -38,22 +38,24 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v, and the logarithm of the softmax's denominator.
+    """softmax(scores) v, and the logarithm of the softmax denominator.
 
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv].
-        attn_mask: bool (True: seen) or float (added to the scores) [B | 1, Hq | 1, Tq | 1, Tk | 1]; not of packed rows.
-        alibi_slopes: float32 [Hq] or [B, Hq]: -slope * |i + offset - j| is added to the scores.
-        q_lengths, k_lengths: [B] rows that exist.
-        cu_q, cu_k: [S + 1] where each sequence begins among the rows of q [1, Hq, Nq, D] and k [1, Hk, Nk, D]; max_q,
-            max_k: at least the longest one's length.
-        causal: 0 none; 1 j <= i; 2 j <= i + offset, offset = keys - queries of that sequence, otherwise 0.
-        window_left, window_right: i + offset - window_left <= j <= i + offset + window_right, each unless negative.
-        softcap: scores become softcap * tanh(score / softcap) before anything is added, unless 0.
-        dropout_p, seed: weights are dropped as `dropout_keep` says.
+        attn_mask: bool (True: attend) or float (added to the scores) [B | 1, Hq | 1, Tq | 1, Tk | 1]; None for packed
+            sequences.
+        alibi_slopes: float32 [Hq] or [B, Hq]; adds -slope * |i + offset - j| to the scores.
+        q_lengths, k_lengths: [B] number of valid rows.
+        cu_q, cu_k: [S + 1], start of each packed sequence in the rows of q [1, Hq, Nq, D] and k [1, Hk, Nk, D]; max_q,
+            max_k: upper bounds of the lengths.
+        causal: 0: no causality; 1: j <= i; 2: j <= i + offset, with offset = keys - queries of the sequence. The offset
+            is 0 for 0 and 1.
+        window_left, window_right: i + offset - window_left <= j <= i + offset + window_right; negative: unbounded.
+        softcap: replaces scores by softcap * tanh(score / softcap) before masks are added; 0: disabled.
+        dropout_p, seed: weights are dropped as in `dropout_keep`.
     Returns:
-        out: [B, Hq, Tq, Dv], dtype of q: 0 where a row sees no key.
-        lse: [B, Hq, Tq], float32 or wider, before dropout: -inf where a row sees no key.
+        out: [B, Hq, Tq, Dv], dtype of q; 0 for a query that attends to no key.
+        lse: [B, Hq, Tq], float32 or wider, before dropout; -inf for a query that attends to no key.
     """
     if cu_q is not None:
         assert cu_k is not None
@@ -67,7 +69,7 @@ def attention(
     )
     top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), 0.0)
     top = top.masked_fill(top == -math.inf, 0)
-    # Where nothing is seen: a denominator of 1 instead of a division by 0, whose derivative would be NaN.
+    # Queries without keys use a denominator of 1; a division by 0 has a NaN derivative.
     exps = torch.exp(scores - top)
     total = exps.sum(-1, keepdim=True)
     empty = total == 0
@@ -104,13 +106,13 @@ def attention_weights(
     seed: Tensor | None,
     lse: Tensor,
 ) -> Tensor:
-    """[B, Hq, Tq, Tk], dtype of q: what multiplies v, after dropout, from the lse that `attention` gives."""
+    """Weights [B, Hq, Tq, Tk] after dropout, dtype of q, computed from the lse of `attention`."""
     scores, _ = _scores(
         q, k, attn_mask, alibi_slopes, q_lengths, k_lengths, scale, causal, window_left, window_right, softcap
     )
     lse = lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
-    # Scores of one huge size, as under a mask of the lowest number, leave no room in lse for the logarithm of how many
-    # they are: of such a row only the gradient of lse is taken from it.
+    # If all scores of a query are huge, as with a mask of finfo.min, lse = score + log(count) rounds to the score. The
+    # weights of such a query are then computed by a softmax, and lse only contributes its gradient.
     huge = (lse.abs() > (2.0**40 if lse.dtype == torch.float64 else 4096.0)) & torch.isfinite(lse)
     weights = torch.exp((scores - lse).masked_fill(huge, 0))
     if scores.shape[-1]:
@@ -133,7 +135,7 @@ def visible(
     window_right: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """[B | 1, 1, Tq, Tk] which keys a row may see by its position, and how far each is: i + offset - j."""
+    """[B | 1, 1, Tq, Tk] whether lengths, causality and window let query i attend to key j, and i + offset - j."""
     i, j = torch.arange(Tq, device=device).view(1, 1, -1, 1), torch.arange(Tk, device=device).view(1, 1, 1, -1)
     of_q = torch.full((1, 1, 1, 1), Tq, device=device) if q_lengths is None else q_lengths.long().view(-1, 1, 1, 1)
     of_k = torch.full((1, 1, 1, 1), Tk, device=device) if k_lengths is None else k_lengths.long().view(-1, 1, 1, 1)
@@ -149,13 +151,15 @@ def visible(
 
 
 def dropout_keep(B: int, H: int, Tq: int, Tk: int, p: float, seed: Tensor) -> Tensor:
-    """[B, H, Tq, Tk] which weights stay: word j % 4 of Philox 4x32 with 7 rounds at (j // 4, i, b * H + h, 0), by the
-    key (seed mod 2^32, seed / 2^32), is at least p * 2^32.
+    """[B, H, Tq, Tk] whether dropout keeps a weight: whether its random word is at least p * 2^32.
+
+    The word of weight (b, h, i, j) is word j % 4 of Philox 4x32 with 7 rounds, counter (j // 4, i, b * H + h, 0) and
+    key (seed mod 2^32, seed / 2^32).
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
 
-    def product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:  # of two 32-bit numbers: its two words
+    def product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:  # high and low word of a 32-bit product
         low, high = x & 0xFFFF, x >> 16
         return (factor * high + (factor * low >> 16)) >> 16 & _WORD, (factor * x) & _WORD
 
@@ -177,7 +181,7 @@ def dropout_keep(B: int, H: int, Tq: int, Tk: int, p: float, seed: Tensor) -> Te
 
 
 def _keep(weights: Tensor, p: float, seed: Tensor) -> Tensor:
-    """What weights are multiplied by: 0, or 1 / (1 - p)."""
+    """Factors of the weights under dropout: 0 or 1 / (1 - p)."""
     B, H, Tq, Tk = weights.shape
     keep = dropout_keep(B, H, Tq, Tk, p, seed)
     return keep.to(weights.dtype) * (1 / (1 - p) if p < 1 else 0.0)
@@ -196,12 +200,12 @@ def _scores(
     window_right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """[B, Hq, Tq, Tk] scores, -inf where a key is not seen, and which are."""
+    """Scores [B, Hq, Tq, Tk], -inf for masked keys, and whether a query attends to a key."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide_q, wide_k = q.to(dtype), _by_head(k, q.shape[1]).to(dtype)
     finite_q, finite_k = torch.isfinite(wide_q), torch.isfinite(wide_k)
     scores = wide_q.where(finite_q, 0) @ wide_k.where(finite_k, 0).transpose(-1, -2) * scale
-    # Infinities and NaN count in the scores, and nowhere in a gradient of what is finite.
+    # Infinities and NaN affect the scores, but not the gradients of finite rows.
     finite = finite_q.all(-1).unsqueeze(-1) & finite_k.all(-1).unsqueeze(-2)
     scores = scores.where(finite, wide_q.detach() @ wide_k.detach().transpose(-1, -2) * scale)
     if softcap > 0:
@@ -220,26 +224,27 @@ def _scores(
 
 
 def _far(weights: Tensor, seen: Tensor, v: Tensor) -> Tensor:
-    """What infinite and NaN values that a row sees add to it: 0, an infinity or NaN, as in weights @ v."""
+    """Contribution of infinite and NaN values to the output: 0, an infinity or NaN, as in weights @ v."""
     weights, v = weights.detach(), v.detach()
 
-    def meets(rows: Tensor, values: Tensor) -> Tensor:
+    def any_product(rows: Tensor, values: Tensor) -> Tensor:
         return rows.to(v.dtype) @ values.to(v.dtype) > 0
 
     some, zero = seen & (weights != 0), torch.zeros((), dtype=v.dtype, device=v.device)
-    far = torch.where(meets(some, v == math.inf), math.inf, zero) - torch.where(
-        meets(some, v == -math.inf), math.inf, zero
+    far = torch.where(any_product(some, v == math.inf), math.inf, zero) - torch.where(
+        any_product(some, v == -math.inf), math.inf, zero
     )
-    return far.masked_fill(meets(some, v.isnan()) | meets(seen & (weights == 0), ~torch.isfinite(v)), math.nan)
+    is_nan = any_product(some, v.isnan()) | any_product(seen & (weights == 0), ~torch.isfinite(v))
+    return far.masked_fill(is_nan, math.nan)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    """[B, Hk, ..] as [B, Hq, ..]."""
+    """Repeats the heads of [B, Hk, ..] to [B, Hq, ..]."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _padded(x: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """[1, H, N, D] as [S, H, longest, D]; what is behind a sequence's end is some row of another."""
+    """Packed [1, H, N, D] to padded [S, H, longest, D]; padding holds rows of other sequences."""
     S, N = cu.shape[0] - 1, x.shape[2]
     if N == 0:
         return torch.nn.functional.pad(x, (0, 0, 0, longest)).expand(S, -1, -1, -1)
@@ -248,7 +253,7 @@ def _padded(x: Tensor, cu: Tensor, longest: int) -> Tensor:
 
 
 def _packed(x: Tensor, cu: Tensor, N: int) -> Tensor:
-    """The inverse: [1, H, N, D]."""
+    """Padded [S, H, longest, D] to packed [1, H, N, D]."""
     row = torch.arange(N, device=x.device)
     of = torch.searchsorted(cu.long(), row, right=True) - 1
     return x.transpose(0, 1)[:, of, row - cu.long()[of]].unsqueeze(0)

@@ -1,7 +1,6 @@
-"""EmbeddingBag, defined in plain torch: the reduction of bags, and the optimisers' steps on the rows that occur.
+"""Reference definition of EmbeddingBag in plain torch: reductions of bags, and optimiser steps on the rows that occur.
 
-Everything is a function of tensors and may be differentiated any number of times. What is computed is computed in
-float32 or wider, and rounded once, at the end.
+The functions are differentiable to any order. They compute in float32 or wider and round once, at the end.
 
 Dimensions: E table rows, D columns, N indices, B bags, U rows that occur.
 """
@@ -18,20 +17,20 @@ from torch import Tensor
 
 
 class Bags(NamedTuple):
-    """What is looked up, index by index. The bags that indices are in stand in ascending order."""
+    """The bags of a call, by index. `bag` is non-decreasing except for indices that do not count."""
 
-    rows: Tensor  # [N] of the table; 0 where an index does not count
-    bag: Tensor  # [N]; B where an index does not count
-    begin: Tensor  # [B] where each bag begins among the indices
-    counted: Tensor  # [N] whether an index lies in a bag and is no padding
-    weights: Tensor | None  # [N]
+    rows: Tensor  # [N] row of the table; 0 for an index that does not count
+    bag: Tensor  # [N] bag; B for an index that does not count
+    begin: Tensor  # [B] position of the first index of each bag
+    counted: Tensor  # [N] whether an index counts: it belongs to a bag and is not padding
+    weights: Tensor | None  # [N] per-sample weights
 
     @property
     def B(self) -> int:
         return self.begin.shape[0]
 
     def total(self, of_index: Tensor) -> Tensor:
-        """[B, ..] sums over each bag of [N, ..]."""
+        """Sums [N, ..] over each bag to [B, ..]."""
         total = of_index.new_zeros(self.B + 1, *of_index.shape[1:])
         return total.index_add(0, self.bag, of_index)[: self.B]
 
@@ -43,7 +42,7 @@ def bags_of(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Bags:
-    """From indices as users give them. offsets may begin above 0: what lies in front of them is in no bag."""
+    """Bags of input and offsets as in embedding_bag. If offsets begin above 0, the indices before belong to no bag."""
     rows = input.reshape(-1)
     N = rows.shape[0]
     if offsets is None:
@@ -54,7 +53,7 @@ def bags_of(
         B = offsets.shape[0] - int(include_last_offset)
         begin = offsets[:B]
         begins = rows.new_zeros(N + 1).index_add(0, offsets, rows.new_ones(offsets.shape))
-        bag = begins.cumsum(0)[:N] - 1  # the last that begins here or before
+        bag = begins.cumsum(0)[:N] - 1  # the last bag that begins at or before the position
     counted = (bag >= 0) & (bag < B)
     if padding_idx is not None:
         counted = counted & (rows != padding_idx)
@@ -63,9 +62,9 @@ def bags_of(
 
 
 def reduce(table: Tensor, bags: Bags, mode: str, by_weight: bool = False, arg: Tensor | None = None) -> Tensor:
-    """[B, D] of a table [E, D]. arg: who wins each column, if that is known."""
+    """Reduces rows of a table [E, D] to [B, D]. arg: position of the selected row for each column, or None."""
     if mode in ("max", "min") and bags.rows.shape[0]:
-        return picked(table, bags, winners(table, bags, mode) if arg is None else arg)
+        return select(table, bags, extreme_positions(table, bags, mode) if arg is None else arg)
     found, weights = table.index_select(0, bags.rows), bags.weights
     if weights is not None:
         found = found * weights.unsqueeze(1)
@@ -80,15 +79,16 @@ def reduce(table: Tensor, bags: Bags, mode: str, by_weight: bool = False, arg: T
 
 
 @torch.no_grad()
-def winners(table: Tensor, bags: Bags, mode: str) -> Tensor:
-    """[B, D] int32: at which position of its bag the extreme is, the first one if several are, a NaN before any number;
-    -1 if nothing counts.
+def extreme_positions(table: Tensor, bags: Bags, mode: str) -> Tensor:
+    """[B, D] int32 position of the extreme in its bag; -1 for a bag without rows.
+
+    Selects the first NaN if the bag has one, otherwise the first of equal values.
     """
     N = bags.rows.shape[0]
     best = table.new_zeros(bags.B, table.shape[1])
     arg = torch.full_like(best, -1, dtype=torch.int32)
     position = torch.arange(N, device=table.device)[bags.counted]
-    place = position - bags.begin[bags.bag[bags.counted]]  # in its bag
+    place = position - bags.begin[bags.bag[bags.counted]]  # position in the bag
     for k in range(int(place.max()) + 1 if len(place) else 0):
         at = (bags.begin + k).clamp(max=N - 1)
         here = bags.counted[at] & (bags.bag[at] == torch.arange(bags.B, device=at.device))
@@ -101,11 +101,11 @@ def winners(table: Tensor, bags: Bags, mode: str) -> Tensor:
     return arg
 
 
-def picked(table: Tensor, bags: Bags, arg: Tensor) -> Tensor:
-    """[B, D] of what won each column."""
+def select(table: Tensor, bags: Bags, arg: Tensor) -> Tensor:
+    """[B, D] values at the positions `arg` of the bags, weighted; 0 where arg is -1."""
     D = table.shape[1]
     at = bags.begin.unsqueeze(1) + arg.clamp(min=0)
-    at = at.clamp(max=bags.rows.shape[0] - 1)  # of an empty bag behind the last index
+    at = at.clamp(max=bags.rows.shape[0] - 1)  # an empty bag may begin at N
     places = bags.rows[at] * D + torch.arange(D, device=at.device)
     values = table.reshape(-1).index_select(0, places.reshape(-1)).reshape(at.shape)
     if bags.weights is not None:
@@ -113,11 +113,11 @@ def picked(table: Tensor, bags: Bags, arg: Tensor) -> Tensor:
     return torch.where(arg >= 0, values, 0)
 
 
-# ---- gradients that are not derivatives
+# ---- gradients that differ from the derivative
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """A table [E, D] whose rows' gradients are multiplied by factors [E]; where a factor is 0 they are 0."""
+    """Returns a table [E, D] and multiplies the gradients of its rows by factors [E]; a factor of 0 gives 0."""
 
     generate_vmap_rule = True
 
@@ -140,7 +140,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def by_frequency(table: Tensor, bags: Bags) -> Tensor:
-    """The table, whose rows' gradients are divided by how often each occurs."""
+    """Returns the table and divides the gradients of its rows by their numbers of occurrences."""
     counts = table.new_zeros(table.shape[0]).index_add(0, bags.rows, bags.counted.to(table.dtype))
     return _ScaledGradient.apply(table, 1 / counts.clamp(min=1))
 
@@ -149,6 +149,7 @@ def by_frequency(table: Tensor, bags: Bags) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of computation for a table of `dtype`: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -165,19 +166,19 @@ def embedding_bag(
     scale_grad_by_freq: bool = False,
     arg: Tensor | None = None,
 ) -> Tensor:
-    """Rows of a table, reduced bag by bag.
+    """Looks up rows of a table and reduces them bag by bag.
 
     Args:
         input: [N] with offsets [B] ([B + 1] with include_last_offset), or [B, L] without; int32 or int64.
         weight: [E, D] floating point.
-        mode: sum; mean; max; min. With weights w: the sum of w_i e_i; that divided by the number of rows
-            (weight_norm="count") or by the sum of weights ("weight"); the extremes of w_i e_i.
-        per_sample_weights: [N] or [B, L].
-        padding_idx: rows that do not count.
-        scale_grad_by_freq: the gradient of a row is divided by how often it occurs.
-        arg: [B, D] who wins each column, if that is known.
+        mode: sum, mean, max or min of w_i e_i.
+        per_sample_weights: w, [N] or [B, L]; 1 if None.
+        padding_idx: row excluded from each reduction.
+        weight_norm: divisor of a weighted mean: "count", the number of rows, or "weight", the sum of the weights.
+        scale_grad_by_freq: divides the gradient of a row by its number of occurrences.
+        arg: [B, D] position of the selected row for each column, or None to compute it.
     Returns:
-        [B, D], dtype of weight; zeros where a bag is empty.
+        [B, D], dtype of weight; zeros for a bag without rows.
     """
     dtype = compute_dtype(weight.dtype)
     weights = None if per_sample_weights is None else per_sample_weights.to(dtype)
@@ -200,21 +201,22 @@ def embedding_bag_winners(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """[B, D] int32: at which position of its bag the maximum or minimum is, -1 where a bag is empty. Positions of
-    padding are counted.
+    """[B, D] int32 position in its bag of the maximum or minimum; -1 for a bag without rows.
+
+    Positions include padding.
     """
     dtype = compute_dtype(weight.dtype)
     weights = None if per_sample_weights is None else per_sample_weights.to(dtype)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     bags = bags_of(input, offsets, weights, include_last_offset and offsets is not None, padding_idx)
-    return winners(weight.to(dtype), bags, mode)
+    return extreme_positions(weight.to(dtype), bags, mode)
 
 
 def embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, scale_grad_by_freq: bool = False
 ) -> Tensor:
-    """[*, D] rows of a table [E, D] for indices [*]. The row padding_idx is found as any other and has no gradient."""
+    """Looks up rows [*, D] of a table [E, D] by indices [*]. The row padding_idx has no gradient."""
     table = weight.to(compute_dtype(weight.dtype))
     if padding_idx is not None:
         padding_idx += weight.shape[0] if padding_idx < 0 else 0
@@ -238,11 +240,11 @@ def embedding_bags(
     scale_grad_by_freq: bool = False,
     arg: Tensor | None = None,
 ) -> Tensor:
-    """Several tables, each with its features; a feature has one bag per sample.
+    """embedding_bag of several tables with one or more features each. A feature has one bag per sample.
 
     Args:
-        input: [N]. offsets: [F * B + 1], feature after feature, those of one table together.
-        weights: T tables [E_t, D_t]. features: [T] how many features each has; one each if absent.
+        input: [N] indices, by feature. offsets: [F * B + 1], by feature; the features of a table are consecutive.
+        weights: T tables [E_t, D_t]. features: [T] number of features of each table; one each if None.
         arg: [B, sum of features_t * D_t], as in embedding_bag.
     Returns:
         [B, sum of features_t * D_t].
@@ -265,11 +267,11 @@ def embedding_bags(
     return torch.cat(outputs, 1)
 
 
-# ---- steps of optimisers, on the rows that occur; rows [U] are unique and grad [U, D] are their gradients
+# ---- optimiser steps on the rows that occur: rows [U], unique, and their gradients grad [U, D]
 
 
 def renorm(weight: Tensor, rows: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """The table whose rows, where their norm is above max_norm, are scaled to it, as torch scales them."""
+    """Scales the given rows whose norm exceeds max_norm to that norm, as torch does, and returns the table."""
     rows = rows.reshape(-1).unique()
     norms = weight[rows].to(compute_dtype(weight.dtype)).norm(norm_type, 1, keepdim=True)
     scaled = weight[rows] * torch.where(norms > max_norm, max_norm / (norms + 1e-7), 1)
@@ -277,19 +279,19 @@ def renorm(weight: Tensor, rows: Tensor, max_norm: float, norm_type: float = 2.0
 
 
 def _moved(table: Tensor, rows: Tensor, by: Tensor) -> Tensor:
-    """The table, of which some rows are less by that."""
+    """Returns the table with `by` subtracted from the given rows."""
     return table.index_copy(0, rows, (table[rows].to(by.dtype) - by).to(table.dtype))
 
 
 def sgd_step(table: Tensor, rows: Tensor, grad: Tensor, lr: float) -> Tensor:
-    """As torch.optim.SGD without momentum."""
+    """Step of torch.optim.SGD without momentum."""
     return _moved(table, rows, lr * grad)
 
 
 def adagrad_step(
     table: Tensor, sums: Tensor, rows: Tensor, grad: Tensor, lr: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As torch.optim.Adagrad, whose lr is already decayed. Duchi, Hazan and Singer, 2011."""
+    """Step of torch.optim.Adagrad, with the decayed lr. Duchi, Hazan and Singer, 2011."""
     sums = sums.index_add(0, rows, grad.square())
     return _moved(table, rows, lr * grad / (sums[rows].sqrt() + eps)), sums
 
@@ -297,7 +299,7 @@ def adagrad_step(
 def rowwise_adagrad_step(
     table: Tensor, sums: Tensor, rows: Tensor, grad: Tensor, lr: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Adagrad with one sum per row, of the mean square of its gradient."""
+    """Step of Adagrad with one sum per row, of the mean square of its gradient."""
     sums = sums.index_add(0, rows, grad.square().mean(1))
     return _moved(table, rows, lr * grad / (sums[rows].sqrt() + eps).unsqueeze(1)), sums
 
@@ -314,7 +316,7 @@ def adam_step(
     eps: float,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As torch.optim.SparseAdam: moments decay where a row occurs. Kingma and Ba, arXiv 1412.6980."""
+    """Step of torch.optim.SparseAdam: only the moments of rows that occur decay. Kingma and Ba, arXiv 1412.6980."""
     first = exp_avg[rows] + (1 - beta1) * (grad - exp_avg[rows])
     second = exp_avg_sq[rows] + (1 - beta2) * (grad.square() - exp_avg_sq[rows])
     rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)

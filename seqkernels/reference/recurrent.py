@@ -1,9 +1,9 @@
-"""Recurrent layers, defined in plain torch.
+"""Reference definition of recurrent layers in plain torch.
 
-A kind of layer is a cell, one small function that makes the states of one step; all kinds share the time loop in
-`layer`. Masks come from outside: nothing here is random but the dropout between layers.
+A kind has a cell, a function that computes the states of one step. All kinds share the time loop in `layer`. Masks are
+arguments; only the dropout between layers is random.
 
-Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), G gates,
+Dimensions: B batch, T time, N packed rows, D input, H hidden, P size of h (the projection size, or H), G gates,
 L layers.
 """
 
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 States = tuple[Tensor, ...]  # (h,), (h, c) or (h, c, s)
-Weights = dict[str, Tensor]  # of one direction, by the names of `weight_names`; biases may be absent
+Weights = dict[str, Tensor]  # weights of one direction, by the names of `weight_names`; biases are optional
 
 
-# ---- what a cell is made of ----
+# ---- elements of cells
 
 
 def product(h: Tensor, w: Tensor, heads: int = 1) -> Tensor:
-    """h W^T; with heads, units come in equal groups and w [G * H, H / heads] joins each unit to its own group only."""
+    """h W^T. With heads, w [G * H, H / heads] is block-diagonal: a unit depends on the h of its own head."""
     if heads == 1:
         return F.linear(h, w)
     B, group = h.shape[0], h.shape[1] // heads
@@ -41,12 +41,12 @@ def norm(v: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def clip(v: Tensor, limit: float) -> Tensor:
-    """v within [-limit, limit]; the gradient passes strictly inside."""
+    """Clips v to [-limit, limit]; the gradient is zero at and beyond the limits."""
     return v if limit == math.inf else torch.where(v.abs() < limit, v, v.sign() * limit)
 
 
-def zoned_out(new: Tensor, old: Tensor, k: Tensor | float | None) -> Tensor:
-    """Krueger et al., "Zoneout", arXiv 1606.01305: the share k of the old value stays."""
+def zoneout(new: Tensor, old: Tensor, k: Tensor | float | None) -> Tensor:
+    """(1 - k) new + k old. Source: Krueger et al., "Zoneout", arXiv 1606.01305."""
     return new if k is None else new + k * (old - new)
 
 
@@ -54,19 +54,19 @@ def zoned_out(new: Tensor, old: Tensor, k: Tensor | float | None) -> Tensor:
 class Step:
     """Inputs of a cell: B sequences at one step."""
 
-    x: Tensor  # [B, G * H] share of the input: x W_ih^T + b_ih, or its normalised form
-    h: Tensor  # [B, P] the fed-back state as the products see it: under the variational mask, if there is one
-    states: States  # before this step
+    x: Tensor  # [B, G * H] input projection: x W_ih^T + b_ih, or its normalised form
+    h: Tensor  # [B, P] input of the recurrent projection: h, multiplied by the variational mask if there is one
+    states: States  # states before the step
     weights: Weights
     kind: Kind
     heads: int = 1
     gate_clip: float = math.inf
     cell_clip: float = math.inf
-    keep: Tensor | None = None  # [B, H] candidate mask over its probability of keeping
+    keep: Tensor | None = None  # [B, H] mask of the candidate, divided by 1 - p
     norm_eps: float = 1e-5
 
-    def from_h(self, h: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Share of the fed-back state in the gates first to last (all of them unless said)."""
+    def recurrent(self, h: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Recurrent projection of the gates from `first` up to `last`; by default, of all gates."""
         H = self.weights["w_hh"].shape[0] // self.kind.gates
         rows = slice(first * H, None if last is None else last * H)
         v = product(h, self.weights["w_hh"][rows], self.heads)
@@ -79,30 +79,31 @@ class Step:
         return torch.tanh(clip(v, self.gate_clip))
 
     def candidate(self, v: Tensor) -> Tensor:
-        """tanh, under recurrent dropout: Semeniuta, Severyn and Barth, 2016, arXiv 1603.05118."""
+        """tanh with recurrent dropout. Source: Semeniuta, Severyn and Barth, 2016, arXiv 1603.05118."""
         return self.tanh(v) if self.keep is None else self.tanh(v) * self.keep
 
-    def peek(self, v: Tensor, at: int, c: Tensor) -> Tensor:
-        """v with its peephole, the one at that place of w_ph: Gers and Schmidhuber, "Recurrent nets that time and
-        count", 2000."""
+    def peephole(self, v: Tensor, at: int, c: Tensor) -> Tensor:
+        """Adds peephole `at` of w_ph to v. Source: Gers and Schmidhuber, "Recurrent nets that time and count", 2000."""
         w_ph, H = self.weights.get("w_ph"), c.shape[-1]
         return v if w_ph is None else v + w_ph[at * H : (at + 1) * H] * c
 
 
-Cell = Callable[[Step], States]  # the new states; h before the projection, if there is one
+Cell = Callable[[Step], States]  # computes the new states; h before the projection
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
+    """A recurrent cell and the properties of its layers."""
+
     cell: Cell
     gates: int
     states: int = 1
-    norms: tuple[int, ...] = ()  # the gates that each normalisation covers
+    norms: tuple[int, ...] = ()  # number of gates of each normalisation
     own_weights: tuple[str, ...] = ()
     own_biases: tuple[str, ...] = ()
 
     def affine(self, v: Tensor, weights: Weights, of: str, rows: slice = slice(None), norm_eps: float = 1e-5) -> Tensor:
-        """v [..., G * H], a product with w_ih or w_hh (`of` is ih or hh), normalised and with its bias."""
+        """Normalises v [..., G * H], a product with w_ih or w_hh, and adds the bias. `of`: ih or hh."""
         if self.norms:
             H = v.shape[-1] // self.gates
             parts = v.split([gates * H for gates in self.norms], dim=-1)
@@ -111,37 +112,37 @@ class Kind:
         return v if bias is None else v + bias[rows]
 
 
-# ---- cells ----
+# ---- cells
 
 
 def lstm_cell(s: Step) -> States:
     """Source: Hochreiter and Schmidhuber, 1997; forget gate: Gers, Schmidhuber and Cummins, 2000."""
-    i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    i, f, g, o = (s.x + s.recurrent(s.h)).chunk(4, dim=-1)
     c = s.states[1]
-    i, f = s.sigmoid(s.peek(i, 0, c)), s.sigmoid(s.peek(f, 1, c))
+    i, f = s.sigmoid(s.peephole(i, 0, c)), s.sigmoid(s.peephole(f, 1, c))
     c = clip(f * c + i * s.candidate(g), s.cell_clip)
-    return s.sigmoid(s.peek(o, 2, c)) * torch.tanh(c), c
+    return s.sigmoid(s.peephole(o, 2, c)) * torch.tanh(c), c
 
 
 def lstm_coupled_cell(s: Step) -> States:
     """The forget gate is 1 - i. Source: Greff et al., "LSTM: A Search Space Odyssey", arXiv 1503.04069 (CIFG)."""
-    i, g, o = (s.x + s.from_h(s.h)).chunk(3, dim=-1)
+    i, g, o = (s.x + s.recurrent(s.h)).chunk(3, dim=-1)
     c = s.states[1]
-    i = s.sigmoid(s.peek(i, 0, c))
+    i = s.sigmoid(s.peephole(i, 0, c))
     c = clip((1 - i) * c + i * s.candidate(g), s.cell_clip)
-    return s.sigmoid(s.peek(o, 1, c)) * torch.tanh(c), c
+    return s.sigmoid(s.peephole(o, 1, c)) * torch.tanh(c), c
 
 
 def lstm_norm_cell(s: Step) -> States:
-    """Source: Ba, Kiros and Hinton, arXiv 1607.06450, equations 20 to 22. The carried c is not the normalised one."""
-    i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    """The state c is not normalised. Source: Ba, Kiros and Hinton, arXiv 1607.06450, equations 20 to 22."""
+    i, f, g, o = (s.x + s.recurrent(s.h)).chunk(4, dim=-1)
     c = clip(s.sigmoid(f) * s.states[1] + s.sigmoid(i) * s.candidate(g), s.cell_clip)
     return s.sigmoid(o) * torch.tanh(s.weights["gain_c"] * norm(c, s.norm_eps) + s.weights["bias_c"]), c
 
 
 def nested_lstm_cell(s: Step) -> States:
-    """The cell is itself the output of an LSTM, whose cell is s. Source: Moniz and Krueger, 2017, arXiv 1801.10308."""
-    i, f, g, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    """c is the output of an inner LSTM with cell s. Source: Moniz and Krueger, 2017, arXiv 1801.10308."""
+    i, f, g, o = (s.x + s.recurrent(s.h)).chunk(4, dim=-1)
     _, c, inner = s.states
     w = s.weights
     from_new = F.linear(s.sigmoid(i) * s.candidate(g), w["inner_ih"], w.get("inner_b_ih"))
@@ -153,21 +154,21 @@ def nested_lstm_cell(s: Step) -> States:
 
 
 def slstm_cell(s: Step) -> States:
-    """The scalar LSTM of xLSTM, with normaliser n and stabiliser m. Source: Beck et al., arXiv 2405.04517."""
-    i, f, z, o = (s.x + s.from_h(s.h)).chunk(4, dim=-1)
+    """Scalar LSTM of xLSTM, with normaliser n and stabiliser m. Source: Beck et al., arXiv 2405.04517."""
+    i, f, z, o = (s.x + s.recurrent(s.h)).chunk(4, dim=-1)
     return _slstm(s, i, F.logsigmoid(f), z, o)
 
 
 def slstm_exp_cell(s: Step) -> States:
-    """The same with an exponential forget gate."""
-    return _slstm(s, *(s.x + s.from_h(s.h)).chunk(4, dim=-1))
+    """sLSTM with an exponential forget gate."""
+    return _slstm(s, *(s.x + s.recurrent(s.h)).chunk(4, dim=-1))
 
 
 def _slstm(s: Step, i: Tensor, log_f: Tensor, z: Tensor, o: Tensor) -> States:
     _, c, n, m = s.states
     decayed = log_f + m
     m = torch.where((n == 0) | (i >= decayed), i, decayed)
-    f = torch.exp(torch.where(n == 0, (decayed - m).clamp(max=0), decayed - m))  # of an empty state at most 1
+    f = torch.exp(torch.where(n == 0, (decayed - m).clamp(max=0), decayed - m))  # at most 1 for n = 0
     i = torch.exp(i - m)
     z = torch.tanh(z) if s.keep is None else torch.tanh(z) * s.keep
     c, n = f * c + i * z, f * n + i
@@ -175,58 +176,58 @@ def _slstm(s: Step, i: Tensor, log_f: Tensor, z: Tensor, o: Tensor) -> States:
 
 
 def gru_cell(s: Step) -> States:
-    """The reset gate after the product, as torch.nn.GRU has it. Source: Cho et al., 2014."""
+    """Reset gate after the recurrent projection, as in torch.nn.GRU. Source: Cho et al., 2014."""
     x_r, x_z, x_n = s.x.chunk(3, dim=-1)
-    h_r, h_z, h_n = s.from_h(s.h).chunk(3, dim=-1)
+    h_r, h_z, h_n = s.recurrent(s.h).chunk(3, dim=-1)
     r, z = s.sigmoid(x_r + h_r), s.sigmoid(x_z + h_z)
     return ((1 - z) * s.candidate(x_n + r * h_n) + z * s.states[-1],)
 
 
 def gru_before_cell(s: Step) -> States:
-    """The reset gate before the product. Source: Cho et al., 2014, arXiv 1406.1078."""
+    """Reset gate before the recurrent projection. Source: Cho et al., 2014, arXiv 1406.1078."""
     x_r, x_z, x_n = s.x.chunk(3, dim=-1)
-    h_r, h_z = s.from_h(s.h, 0, 2).chunk(2, dim=-1)
+    h_r, h_z = s.recurrent(s.h, 0, 2).chunk(2, dim=-1)
     r, z = s.sigmoid(x_r + h_r), s.sigmoid(x_z + h_z)
-    return ((1 - z) * s.candidate(x_n + s.from_h(r * s.h, 2, 3)) + z * s.states[0],)
+    return ((1 - z) * s.candidate(x_n + s.recurrent(r * s.h, 2, 3)) + z * s.states[0],)
 
 
 def gru_projected_cell(s: Step) -> States:
-    """A GRU whose state c is carried as it is and fed back through w_hr, as in `layer`."""
+    """GRU with state c, whose recurrent projection is that of h = w_hr c; `layer` computes h."""
     (c,) = gru_cell(s)
     return c, c
 
 
 def dreamer_gru_cell(s: Step) -> States:
     """One normalisation of the sum. Source: Hafner et al., arXiv 2010.02193; heads: arXiv 2301.04104."""
-    v = norm(s.x + s.from_h(s.h), s.norm_eps) * s.weights["norm_weight"] + s.weights["norm_bias"]
+    v = norm(s.x + s.recurrent(s.h), s.norm_eps) * s.weights["norm_weight"] + s.weights["norm_bias"]
     r, n, u = v.chunk(3, dim=-1)
     n, u = s.candidate(s.sigmoid(r) * n), s.sigmoid(u - 1)
     return (u * n + (1 - u) * s.states[0],)
 
 
 def mgu_after_cell(s: Step) -> States:
-    """One gate, after the product, as torch's GRU has its reset gate. Source: Zhou et al., 2016, arXiv 1603.09420."""
+    """One gate, after the recurrent projection, as in torch.nn.GRU. Source: Zhou et al., 2016, arXiv 1603.09420."""
     x_f, x_n = s.x.chunk(2, dim=-1)
-    h_f, h_n = s.from_h(s.h).chunk(2, dim=-1)
+    h_f, h_n = s.recurrent(s.h).chunk(2, dim=-1)
     f = s.sigmoid(x_f + h_f)
     return ((1 - f) * s.states[0] + f * s.candidate(x_n + f * h_n),)
 
 
 def mgu_cell(s: Step) -> States:
-    """One gate, before the product. Source: Zhou et al., 2016, arXiv 1603.09420."""
+    """One gate, before the recurrent projection. Source: Zhou et al., 2016, arXiv 1603.09420."""
     x_f, x_n = s.x.chunk(2, dim=-1)
-    f = s.sigmoid(x_f + s.from_h(s.h, 0, 1))
-    return ((1 - f) * s.states[0] + f * s.candidate(x_n + s.from_h(f * s.h, 1, 2)),)
+    f = s.sigmoid(x_f + s.recurrent(s.h, 0, 1))
+    return ((1 - f) * s.states[0] + f * s.candidate(x_n + s.recurrent(f * s.h, 1, 2)),)
 
 
 def rnn_tanh_cell(s: Step) -> States:
     """Source: Elman, "Finding Structure in Time", 1990."""
-    return (s.tanh(s.x + s.from_h(s.h)),)
+    return (s.tanh(s.x + s.recurrent(s.h)),)
 
 
 def rnn_relu_cell(s: Step) -> States:
     """Source: Le, Jaitly and Hinton, 2015."""
-    return (torch.relu(clip(s.x + s.from_h(s.h), s.gate_clip)),)
+    return (torch.relu(clip(s.x + s.recurrent(s.h), s.gate_clip)),)
 
 
 _INNER = ("inner_ih", "inner_hh"), ("inner_b_ih", "inner_b_hh")
@@ -249,7 +250,7 @@ KINDS = {
 }
 
 
-# ---- one layer ----
+# ---- one layer
 
 
 def weight_names(kind: Kind, bias: bool, projected: bool, peephole: bool = False) -> list[str]:
@@ -259,7 +260,7 @@ def weight_names(kind: Kind, bias: bool, projected: bool, peephole: bool = False
 
 
 def weight_names_of(kind: Kind, count: int, peephole: bool = False) -> list[str]:
-    """The names of one direction's weights, of which there are `count`: biases and a projection may be absent."""
+    """Names of the `count` weights of one direction; biases and the projection are optional."""
     for bias in (False, True):
         for projected in (False, True):
             names = weight_names(kind, bias, projected, peephole)
@@ -269,7 +270,7 @@ def weight_names_of(kind: Kind, count: int, peephole: bool = False) -> list[str]
 
 
 def valid_steps(T: int, B: int, batch_sizes: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """[T, B] True where sequence b has a step t. Read row by row, the True entries are the packed rows in order."""
+    """[T, B] whether sequence b has step t. In row-major order, the True entries are the packed rows."""
     if batch_sizes is not None:
         return torch.arange(B, device=device) < batch_sizes.to(device).unsqueeze(1)
     if lengths is not None:
@@ -297,29 +298,27 @@ def layer(
     variational: Tensor | None = None,
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
-    """One layer.
+    """Runs one layer.
 
     Args:
         kind_name: one of KINDS.
         x: [T, B, D], or [N, D] with batch_sizes.
-        states0: [directions, B, P] h0 and, where the kind has them, [directions, B, H] the other states, such as c0;
-            None is zeros.
-        weights: per direction w_ih [G * H, D], w_hh [G * H, P / heads], b_ih and b_hh [G * H] or absent, w_hr [P, H] or
-            absent, with peephole w_ph (weight_ph) [3H] ([2H] of a coupled LSTM), then the kind's own.
+        states0: h0 [directions, B, P] and the other states of the kind, such as c0 [directions, B, H]; None for zeros.
+        weights: for each direction w_ih [G * H, D], w_hh [G * H, P / heads], optionally b_ih and b_hh [G * H],
+            optionally w_hr [P, H], with peephole w_ph (weight_ph) [3H], or [2H] for a coupled LSTM, then the weights
+            of the kind.
         batch_sizes: [T] as in torch.nn.utils.rnn.PackedSequence.
-        lengths: [B] real steps of each row of a padded batch.
-        bias, projected: whether there are biases and a projection; None: as the number of weights says.
-        reset: [T, B] or [N] True where a sequence starts anew: no state passes from the step before, in either
-            direction.
-        zoneout_h, zoneout_c: [T, B, directions * H] or [N, ...], 1 where the old value of the state stays.
-        candidate: the same shape, 0 where recurrent dropout zeroes the candidate.
-        variational: [directions, B, P] factors of the fed-back h, the same at every step.
-        numbers: empty, or cell_clip, gate_clip, the shares of the old h and of the old c that stay where there is no
-            mask for them, the probability with which `candidate` was drawn to be 0, and what a normalisation adds to
-            the variance.
+        lengths: [B] number of valid steps of each sequence of a padded batch.
+        bias, projected: whether there are biases and a projection; None: inferred from the number of weights.
+        reset: [T, B] or [N]; True starts a new sequence: no state passes from the preceding step, in both directions.
+        zoneout_h, zoneout_c: [T, B, directions * H] or [N, ...]; 1 keeps the previous value of the state.
+        candidate: the same shape; 0 zeroes the candidate (recurrent dropout).
+        variational: [directions, B, P] factors of h in the recurrent projection, the same at all steps.
+        numbers: empty, or cell_clip, gate_clip, the weights of the previous h and c without masks, the probability of
+            0 in `candidate`, and the epsilon of normalisations.
     Returns:
-        y [T, B, directions * P] (or [N, ...]), zero beyond each length; the last states, like states0; then c and s at
-        every step, laid out like y, where the kind has them.
+        y [T, B, directions * P] (or [N, ...]), zero beyond each length; the last states, like states0; the other states
+        of the kind, such as c, at all steps, in the layout of y.
     """
     kind = KINDS[kind_name]
     directions = 2 if bidirectional else 1
@@ -336,14 +335,16 @@ def layer(
     valid = valid_steps(T, B, batch_sizes, lengths, x.device)
 
     def padded(v: Tensor) -> Tensor:
-        """[T, B, ...] with zeros beyond each length."""
+        """Converts to [T, B, ...] with zeros beyond each length."""
         if batch_sizes is not None:
             return v.new_zeros(T, B, *v.shape[1:]).index_put((valid,), v)
         return torch.where(valid.view(T, B, *[1] * (v.dim() - 2)), v, v.new_zeros(()))
 
     def each_step(mask: Tensor | None, d: int, default: float | None = None) -> Sequence[Any]:
-        """A mask's steps in one direction; the default instead of a mask. Unbound once: indexing step by step would
-        make backward quadratic in T."""
+        """Steps of a mask in one direction, or the default without a mask.
+
+        Unbinds once, because indexing step by step makes backward quadratic in T.
+        """
         if mask is None:
             return [default or None] * T
         return padded(mask.to(x.dtype)).chunk(directions, dim=-1)[d].unbind(0)
@@ -363,7 +364,7 @@ def layer(
         keep = each_step(None if candidate is None else candidate.to(x.dtype) / (1 - p), d)
         zones = [each_step(zoneout_h, d, constant_h), each_step(zoneout_c, d, constant_c)]
         zones += [[None] * T] * (kind.states - 2)
-        if restarts is not None:  # walking back, a sequence ends before the step at which the next one starts
+        if restarts is not None:  # in the reverse direction, a sequence ends before the first step of the next one
             before = restarts if d == 0 else torch.cat((restarts[1:], no_restart))[:T]
         steps: list[States] = [()] * T
         for t in range(T) if d == 0 else reversed(range(T)):
@@ -374,7 +375,7 @@ def layer(
             h, *others = kind.cell(Step(of_x[t], h, states, w, kind, heads, gate_clip, cell_clip, keep[t], eps))
             if "w_hr" in w:  # Sak, Senior and Beaufays, 2014, arXiv 1402.1128
                 h = h @ w["w_hr"].T
-            new = tuple(zoned_out(v, old, zone[t]) for v, old, zone in zip((h, *others), states, zones))
+            new = tuple(zoneout(v, old, zone[t]) for v, old, zone in zip((h, *others), states, zones))
             steps[t] = tuple(torch.where(alive, v, v.new_zeros(())) for v in new)
             states = tuple(torch.where(alive, v, old) for v, old in zip(new, states))
         outputs.append([torch.stack(s) for s in zip(*steps)] if T else [from_x[..., :width] for width in widths])
@@ -385,7 +386,7 @@ def layer(
     return all_states[0], *(torch.stack(of_state) for of_state in zip(*last)), *all_states[1:]
 
 
-# ---- layers on layers: the public functions ----
+# ---- stacked layers: the public functions
 
 
 def stack(
@@ -405,13 +406,13 @@ def stack(
     masks: Sequence[Mapping[str, Tensor]] | None = None,
     **options: Any,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """Layers on layers: the output, the last states, and for each layer its states at every step.
+    """Runs stacked layers. Returns the output, the last states, and the states of each layer at all steps.
 
     Args:
         input, reset: time-major unless batch_first.
-        masks: for each layer, by name: `layer`'s masks, always time-major, and `input`, factors of the layer's input
-            (Gal and Ghahramani, 2016, arXiv 1512.05287).
-        options: `layer`'s.
+        masks: for each layer, the masks of `layer` by name, always time-major, and `input`, factors of the input of
+            the layer (Gal and Ghahramani, 2016, arXiv 1512.05287).
+        options: options of `layer`.
     """
     directions = 2 if bidirectional else 1
     each = len(weights) // num_layers
@@ -444,7 +445,7 @@ def stack(
 
 
 class Definition(Protocol):
-    """Signature of the definitions of all layers. An option that a layer does not have must keep its default."""
+    """Signature of the definitions of all layers. Options that a layer does not have must keep their defaults."""
 
     def __call__(
         self,
@@ -536,13 +537,13 @@ def _function(name: str, choose: Callable[..., str], norm_eps: float = 1e-5) -> 
         return (y, last, every) if return_all_states else (y, last)
 
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"""Defines `seqkernels.functional.{name}`.
+    function.__doc__ = f"""Definition of `seqkernels.functional.{name}`.
 
-    Args: as there, but masks are given: see `stack`. A rate of zoneout is the share of the old value that stays where
-        there is no mask; a rate of recurrent dropout counts only beside its mask.
+    Args: as there, with given masks: see `stack`. The rates of zoneout are the weights of the previous values without
+        masks; the rate of recurrent dropout only applies with a mask.
     Returns:
-        output, the last states (a tensor where there is one state) and, with return_all_states, for each layer a tuple
-        of its states at every step.
+        output, the last states (a tensor for a single state) and, with return_all_states, a tuple of the states at all
+        steps for each layer.
     """
     return function
 

@@ -1,4 +1,4 @@
-"""Operators as Triton kernels, for GPUs that the CUDA build does not cover. `import seqkernels` leaves this alone."""
+"""Triton kernels, for GPUs without CUDA kernels in the build. `import seqkernels` does not import this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on the CPU: against the reference, torch's own function, itself in other company, and bad input."""
+"""Attention on the CPU against the reference and torch, in other batches and layouts, and invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import seqkernels
 from seqkernels import backend, reference
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional._attention_ops import How, Inputs
+from seqkernels.functional._attention_ops import AttentionArgs, Inputs
 from seqkernels.reference.attention import dropout_keep
 from support.cases import (
     ATTENTION_CASES,
@@ -50,7 +50,7 @@ def qkv(B: int = 2, H: int = 2, Tq: int = 6, Tk: int = 7, D: int = 8, **more: An
 
 
 def gradients(function: Callable[..., Any], *tensors: Tensor, seed: int = 1) -> dict[str, Tensor]:
-    """Results of a function, and gradients of tensors from random upstream ones."""
+    """Results of a function, and gradients of the tensors for random upstream gradients."""
     tensors = tuple(t.detach().clone().requires_grad_() for t in tensors)
     results = function(*tensors)
     results = results if isinstance(results, tuple) else (results,)
@@ -72,12 +72,12 @@ def definition(case: AttentionCase, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_and_gradients_are_those_of_the_reference(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
+def test_results_and_gradients_match_the_reference(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
     assert_attention_near(run_attention(make_attention_inputs(case, dtype)), definition(case, dtype), dtype)
 
 
 def strided(t: Tensor) -> Tensor:
-    """The same numbers, every other column of memory that begins elsewhere."""
+    """The same values as every other column of a larger tensor, with an offset."""
     wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan)
     wide[..., 1::2] = t
     return wide[..., 1::2]
@@ -100,22 +100,22 @@ def test_strides(case: AttentionCase, dtype: torch.dtype, layout: Callable, isa:
 
 def test_expanded_tensors_and_gradients() -> None:
     q, k = R(1, 2, 5, 8).expand(3, -1, -1, -1), R(1, 1, 9, 8).expand(3, 2, -1, -1)
-    how = (None,) * 6 + (0, 0, 0.3, 0, -1, -1, 0.0, 0.0, None)
-    out, lse = ops.attention_forward(q, k, k, *how)
+    args = (None,) * 6 + (0, 0, 0.3, 0, -1, -1, 0.0, 0.0, None)
+    out, lse = ops.attention_forward(q, k, k, *args)
     dout = R(1).expand(out.shape)
-    got = ops.attention_backward(dout, None, q, k, k, *how, out, lse, False)
-    want = ops.attention_backward(dout.contiguous(), None, *(t.contiguous() for t in (q, k, k)), *how, out, lse, False)
+    got = ops.attention_backward(dout, None, q, k, k, *args, out, lse, False)
+    want = ops.attention_backward(dout.contiguous(), None, *(t.contiguous() for t in (q, k, k)), *args, out, lse, False)
     assert_same_bits(dict(enumerate(got)), dict(enumerate(want)))
 
 
-# ---- against torch's function: error, semantics
+# ---- against torch: error, semantics
 
 ERROR_SHAPES = [(2, 2, 100, 100, 64), (1, 2, 300, 300, 32), (1, 2, 30, 600, 128), (2, 2, 17, 19, 8)]
 
 
 @pytest.mark.parametrize("dtype", ATTENTION_ERROR_RATIO, ids=str)
-def test_error_is_at_most_that_of_torch(dtype: torch.dtype) -> None:
-    """On the instruction set that torch takes, the best one; over all inputs and results."""
+def test_error_does_not_exceed_the_error_of_torch(dtype: torch.dtype) -> None:
+    """Over all inputs and results, on the best instruction set, which torch also uses."""
     ours, theirs = [], []
     for (B, H, Tq, Tk, D), causal, seed in itertools.product(ERROR_SHAPES, (False, True), range(2)):
         torch.manual_seed(seed)
@@ -153,7 +153,7 @@ SEMANTICS = {
 
 @pytest.mark.parametrize("kind", ["float", "bool"])
 @pytest.mark.parametrize("name", SEMANTICS)
-def test_takes_the_place_of_torch(name: str, kind: str) -> None:
+def test_drop_in_replacement_for_torch(name: str, kind: str) -> None:
     shapes, mask_shape, keywords = SEMANTICS[name]
     tensors = [R(shape, dtype=torch.float64) for shape in shapes]
     if mask_shape is not None:
@@ -166,7 +166,7 @@ def test_takes_the_place_of_torch(name: str, kind: str) -> None:
         torch.testing.assert_close(g, want[key], rtol=1e-12, atol=1e-13)
 
 
-def test_rows_that_see_nothing_are_zeros_and_have_no_gradient() -> None:
+def test_queries_without_keys_give_zeros_and_no_gradient() -> None:
     tensors = qkv()
     mask = torch.ones(6, 7, dtype=torch.bool)
     mask[2] = False
@@ -176,8 +176,8 @@ def test_rows_that_see_nothing_are_zeros_and_have_no_gradient() -> None:
     assert all((g == 0).all() for g in grads)
 
 
-def test_a_row_of_the_lowest_number_is_uniform(isa: str) -> None:
-    """And has the gradients of that, which lse alone does not tell: the number is all that it holds."""
+def test_a_mask_of_the_lowest_number_gives_uniform_weights(isa: str) -> None:
+    """The gradients are those of uniform weights, although lse rounds to the number."""
     tensors = [t.detach() for t in qkv()]
     mask = torch.zeros(6, 7)
     mask[2] = torch.finfo(torch.float32).min
@@ -197,10 +197,10 @@ HUGE += [(torch.float32, -1e9), (torch.bfloat16, -1e30), (torch.float32, 3e9)]
 
 @pytest.mark.parametrize(("dtype", "number"), HUGE, ids=str)
 @pytest.mark.parametrize("mask_of", ["ij", "bhij"])
-def test_rows_of_one_huge_number_have_the_gradients_of_the_reference(
+def test_gradients_under_a_huge_bias_match_the_reference(
     dtype: torch.dtype, number: float, mask_of: str, isa: str
 ) -> None:
-    """As under masks of Hugging Face's. The reference is in float32, where the number swallows scores as here."""
+    """As with masks of Hugging Face. The reference uses float32, in which the scores also round to the number."""
     case = AttentionCase(Tq=60, Tk=70, causal=1, mask="float", mask_of=mask_of, k_lengths=(70, 33), why="huge")
     inputs = make_attention_inputs(case, dtype)
     mask = inputs.tensors["mask"].fill_(0)
@@ -210,7 +210,7 @@ def test_rows_of_one_huge_number_have_the_gradients_of_the_reference(
     assert_attention_near(run_attention(inputs), want, dtype)
 
 
-def test_lengths_equal_masks() -> None:
+def test_lengths_match_masks() -> None:
     tensors = [t.detach() for t in qkv(B=3, Tq=70, Tk=90, dtype=torch.float64)]
     of_q, of_k = torch.tensor([70, 3, 65]), torch.tensor([1, 90, 64])
     mask = (torch.arange(90) < of_k[:, None])[:, None, None] & (torch.arange(70) < of_q[:, None])[:, None, :, None]
@@ -223,7 +223,7 @@ def test_lengths_equal_masks() -> None:
     torch.testing.assert_close(only_keys[1], want["result 0"][1].where(mask[1, :, :, :1], only_keys[1]))
 
 
-def test_windows_and_alignment_equal_masks() -> None:
+def test_windows_and_alignment_match_masks() -> None:
     tensors = [t.detach() for t in qkv(Tq=70, Tk=90, dtype=torch.float64)]
     at, j = torch.arange(70)[:, None] + 20, torch.arange(90)
     for keywords, mask in (
@@ -238,11 +238,11 @@ def test_windows_and_alignment_equal_masks() -> None:
             torch.testing.assert_close(got[key], w, rtol=1e-12, atol=1e-13)
 
 
-# ---- bit for bit
+# ---- equal bits
 
 
 def rows_of(results: dict[str, Tensor], case: AttentionCase) -> dict[str, list[Tensor]]:
-    """Results and gradients, sequence by sequence, without what lies behind the lengths."""
+    """Results and gradients by sequence, without padding."""
     q_lengths = case.q_lengths or (case.Tq,) * case.B
     k_lengths = case.k_lengths or (case.Tk,) * case.B
     found: dict[str, list[Tensor]] = {}
@@ -257,14 +257,16 @@ def rows_of(results: dict[str, Tensor], case: AttentionCase) -> dict[str, list[T
 
 
 COMPANY = [
-    AttentionCase(B=3, Hq=4, q_lengths=(100, 3, 49), k_lengths=(90, 600, 64), causal=2, why="blocks of every kind"),
+    AttentionCase(B=3, Hq=4, q_lengths=(100, 3, 49), k_lengths=(90, 600, 64), causal=2, why="all kinds of blocks"),
     AttentionCase(B=3, q_lengths=(100, 1, 49), k_lengths=(90, 70, 5), window=(20, 10), softcap=2.0, why="a window"),
 ]
 
 
 @pytest.mark.parametrize("case", COMPANY, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_equals_padded_equals_one_at_a_time(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(
+    case: AttentionCase, dtype: torch.dtype, isa: str
+) -> None:
     packed = dataclasses.replace(case, packed=True)
     inputs = make_attention_inputs(packed, dtype)
     both = run_attention(inputs, weights=False)
@@ -275,16 +277,16 @@ def test_packed_equals_padded_equals_one_at_a_time(case: AttentionCase, dtype: t
         for i, n in enumerate(("out", "lse"))
     ]
     assert case.q_lengths is not None and case.k_lengths is not None
-    scale_to_end = inputs.how[2:]
+    scale_to_end = inputs.scalars[2:]
 
     def parts(t: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
         return list(t.split(lengths, 2))
 
     def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor, *lengths: Tensor | None) -> dict[str, Tensor]:
-        how = (None, None, *lengths, *((None,) * (4 - len(lengths))))
-        how = (*how, *((100, 600) if len(lengths) == 4 else (0, 0)), *scale_to_end, None)
-        out, lse = ops.attention_forward(q, k, v, *how)
-        dq, dk, dv, _ = ops.attention_backward(dout, dlse, q, k, v, *how, out, lse, False)
+        args = (None, None, *lengths, *((None,) * (4 - len(lengths))))
+        args = (*args, *((100, 600) if len(lengths) == 4 else (0, 0)), *scale_to_end, None)
+        out, lse = ops.attention_forward(q, k, v, *args)
+        dq, dk, dv, _ = ops.attention_backward(dout, dlse, q, k, v, *args, out, lse, False)
         return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
     q, k, v = (inputs.tensors[n] for n in "qkv")
@@ -309,7 +311,7 @@ def test_packed_equals_padded_equals_one_at_a_time(case: AttentionCase, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_query_at_a_time_equals_all_at_once(dtype: torch.dtype, isa: str) -> None:
+def test_single_queries_have_the_bits_of_one_call(dtype: torch.dtype, isa: str) -> None:
     q, k, v = R(1, 4, 60, 20).to(dtype), R(1, 2, 1100, 20).to(dtype), R(1, 2, 1100, 7).to(dtype)
     keywords = dict(causal_alignment="lower_right", is_causal=True, enable_gqa=True, return_lse=True)
     with torch.no_grad():
@@ -324,20 +326,20 @@ THREADED = [
     AttentionCase(B=1, Hq=2, Hk=1, Tq=200, Tk=300, causal=1, dropout_p=0.1, why="one group of heads"),
     AttentionCase(B=1, Hq=3, Hk=3, Tq=2, Tk=1300, why="decoding"),
     AttentionCase(B=5, Hq=4, Hk=4, Tq=60, Tk=70, k_lengths=(1, 70, 3, 64, 65), why="many groups"),
-    AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="hij", why="a bias of every sequence"),
-    AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="ij", why="a bias of everything"),
+    AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="hij", why="a bias shared by sequences"),
+    AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="ij", why="a bias shared by sequences and heads"),
     AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="j", why="a bias of keys"),
     AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="i", why="a bias of queries"),
-    AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="b", why="a number of each sequence"),
+    AttentionCase(B=2, Hq=2, Tq=100, Tk=130, mask="float", mask_of="b", why="a mask of one value per sequence"),
     AttentionCase(
-        B=3, q_lengths=(160, 1, 40), k_lengths=(30, 1100, 40), packed=True, why="packed, decoding among others"
+        B=3, q_lengths=(160, 1, 40), k_lengths=(30, 1100, 40), packed=True, why="packed, including decoding"
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", THREADED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_threads(case: AttentionCase, dtype: torch.dtype) -> None:
+def test_bits_are_independent_of_the_number_of_threads(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs, results = make_attention_inputs(case, dtype), []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -346,12 +348,12 @@ def test_bits_do_not_depend_on_threads(case: AttentionCase, dtype: torch.dtype) 
         assert_same_bits(other, results[0])
 
 
-def test_two_threads_really_run() -> None:
+def test_two_threads_run_in_parallel() -> None:
     torch.set_num_threads(2)
     assert seqkernels.explain("scaled_dot_product_attention", B=1, Hq=8, Tq=128, Tk=128, D=64)["threads"] == 2
 
 
-# ---- what a row may not see
+# ---- masked keys
 
 HIDDEN: dict[str, dict[str, Any]] = {
     "causal": dict(is_causal=True),
@@ -366,7 +368,7 @@ HIDDEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", HIDDEN)
-def test_nan_that_a_row_may_not_see_does_not_reach_it(name: str, threads: int, bad: float, isa: str) -> None:
+def test_nan_in_masked_keys_does_not_affect_a_query(name: str, threads: int, bad: float, isa: str) -> None:
     torch.set_num_threads(threads)
     Tq, Tk = 60, 70
     tensors = [t.detach() for t in qkv(B=1, H=1, Tq=Tq, Tk=Tk)]
@@ -376,8 +378,8 @@ def test_nan_that_a_row_may_not_see_does_not_reach_it(name: str, threads: int, b
         keywords["attn_mask"] = (
             mask if keywords["attn_mask"] == "bool" else torch.zeros(Tq, Tk).masked_fill(~mask, -math.inf)
         )
-    how = {k: v for k, v in keywords.items() if k != "dropout_p"}
-    seen = sdpa(*tensors, **how, return_weights=True)[1][0, 0] > 0
+    args = {k: v for k, v in keywords.items() if k != "dropout_p"}
+    seen = sdpa(*tensors, **args, return_weights=True)[1][0, 0] > 0
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
@@ -385,23 +387,23 @@ def test_nan_that_a_row_may_not_see_does_not_reach_it(name: str, threads: int, b
 
     clean = gradients(run, *tensors)
     for which, j in ((1, 40), (2, 40), (1, 3), (2, 3)):
-        spoilt = [t.clone() for t in tensors]
-        spoilt[which][0, 0, j, 2] = bad
-        got = gradients(run, *spoilt)
+        with_nan_and_infinities = [t.clone() for t in tensors]
+        with_nan_and_infinities[which][0, 0, j, 2] = bad
+        got = gradients(run, *with_nan_and_infinities)
         rows = ~seen[:, j]
         for key in ("result 0", "result 1", "gradient 0"):
             assert torch.equal(got[key][0, 0][rows], clean[key][0, 0][rows]), f"{key} with {bad} in {which} at {j}"
     i = 30
-    spoilt = [t.clone() for t in tensors]
-    spoilt[0][0, 0, i, 2] = bad
-    got = gradients(run, *spoilt)
+    with_nan_and_infinities = [t.clone() for t in tensors]
+    with_nan_and_infinities[0][0, 0, i, 2] = bad
+    got = gradients(run, *with_nan_and_infinities)
     for key in ("gradient 1", "gradient 2"):
         assert torch.equal(got[key][0, 0][~seen[i]], clean[key][0, 0][~seen[i]]), f"{key} with {bad} in query {i}"
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_infinities_that_a_row_sees_are_those_of_torch(seed: int, isa: str) -> None:
-    """On its math path. A weight of 0 beside an infinite value is NaN; a score of -inf hides the key."""
+def test_infinities_match_torch(seed: int, isa: str) -> None:
+    """The math path of torch: a weight of 0 times an infinite value is NaN; a score of -inf masks the key."""
     draw = random.Random(seed)
     tensors = [R(1, 2, T, 5) for T in (9, 70, 70)]
     mask = torch.where(torch.rand(9, 70) < 0.2, -300.0, R(9, 70)) if seed % 3 == 0 else None
@@ -414,9 +416,13 @@ def test_infinities_that_a_row_sees_are_those_of_torch(seed: int, isa: str) -> N
     whole = None if mask is None else mask[None, None]
     by_definition, _ = reference.attention(*tensors, whole, scale=5**-0.5)
     torch.testing.assert_close(by_definition, want, equal_nan=True, rtol=1e-5, atol=1e-5)
-    how = (whole, *(None,) * 5, 0, 0, 5**-0.5, 1, -1, -1, 0.0, 0.3, torch.tensor([seed]))
+    args = (whole, *(None,) * 5, 0, 0, 5**-0.5, 1, -1, -1, 0.0, 0.3, torch.tensor([seed]))
     torch.testing.assert_close(
-        ops.attention_forward(*tensors, *how), reference.attention(*tensors, *how), equal_nan=True, rtol=1e-5, atol=1e-5
+        ops.attention_forward(*tensors, *args),
+        reference.attention(*tensors, *args),
+        equal_nan=True,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -424,18 +430,18 @@ def test_infinities_that_a_row_sees_are_those_of_torch(seed: int, isa: str) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_dropout_mask_is_that_of_the_reference(dtype: torch.dtype, isa: str) -> None:
+def test_dropout_mask_matches_the_reference(dtype: torch.dtype, isa: str) -> None:
     B, H, Tq, Tk, p = 2, 3, 50, 131, 0.37
     q, k = torch.zeros(B, H, Tq, 4, dtype=dtype), torch.zeros(B, H, Tk, 4, dtype=dtype)
     for seed in (0, -1, 2**40 + 5, -(2**63)):
         seeds = torch.tensor([seed])
-        how = (None,) * 6 + (0, 0, 1.0, 0, -1, -1, 0.0, p, seeds)
-        _, lse = ops.attention_forward(q, k, k, *how)
-        weights = ops.attention_weights(q, k, *how, lse)
+        args = (None,) * 6 + (0, 0, 1.0, 0, -1, -1, 0.0, p, seeds)
+        _, lse = ops.attention_forward(q, k, k, *args)
+        weights = ops.attention_weights(q, k, *args, lse)
         assert torch.equal(weights > 0, dropout_keep(B, H, Tq, Tk, p, seeds)), seed
 
 
-def test_dropout_follows_the_generator_and_its_probability() -> None:
+def test_dropout_depends_on_the_generator_and_the_probability() -> None:
     q = torch.ones(4, 8, 100, 4)
     torch.manual_seed(3)
     _, first = sdpa(q, q, q, dropout_p=0.25, return_weights=True)
@@ -514,7 +520,7 @@ def test_only_the_mask_has_a_gradient() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_lse_alone_is_sent_back() -> None:
+def test_gradient_of_lse_only() -> None:
     q, k, v = qkv()
     _, lse = sdpa(q, k, v, return_lse=True)
     got = torch.autograd.grad(lse.square().sum(), (q, k, v), allow_unused=True)
@@ -638,7 +644,7 @@ def test_nested_tensors(heads: bool) -> None:
         assert torch.equal(g, torch.autograd.grad(want.square().sum(), part)[0])
 
 
-def test_varlen_takes_what_dense_takes() -> None:
+def test_varlen_supports_the_options_of_dense() -> None:
     q, k, v = leaves((10, 4, 8), (12, 2, 8), (12, 2, 3))
     of_q, of_k = torch.tensor([0, 4, 4, 10]), torch.tensor([0, 5, 6, 12], dtype=torch.int32)
     slopes = torch.rand(3, 4)
@@ -654,8 +660,8 @@ def test_varlen_takes_what_dense_takes() -> None:
         assert torch.equal(out[i].transpose(0, 1), want[0]) and torch.equal(lse[:, i], want_lse[0])
 
 
-def test_memory_does_not_grow_with_the_square() -> None:
-    """Two tensors of scores would be 4 GB."""
+def test_memory_is_not_quadratic() -> None:
+    """Two tensors of scores would require 4 GB."""
     resource = pytest.importorskip("resource")
     q = R(1, 1, 20000, 8, requires_grad=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -675,10 +681,10 @@ def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"\w*a
 GOOD: dict[str, Any] = dict(query=Q, key=K, value=K, enable_gqa=True)
 ERRORS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "query a list": (dict(query=[1.0]), TypeError, form("query", "be a tensor", "a list")),
-    "query of integers": (dict(query=Q.long()), NotImplementedError, "no backend takes a query .*int64"),
+    "query of integers": (dict(query=Q.long()), NotImplementedError, "no backend supports a query .*int64"),
     "query 1-D": (dict(query=R(8)), ValueError, form("query", "have at least 2 dimensions")),
     "key of another dtype": (dict(key=K.double()), TypeError, form("key", "be of query's dtype")),
-    "key elsewhere": (dict(key=K.to("meta")), ValueError, form("key", "be on query's device")),
+    "key on another device": (dict(key=K.to("meta")), ValueError, form("key", "be on query's device")),
     "key of other columns": (dict(key=R(2, 2, 7, 9)), ValueError, form("key", "have as many columns")),
     "value of other rows": (dict(value=R(2, 2, 6, 8)), ValueError, form("value", "have as many rows")),
     "other batches": (dict(key=R(3, 2, 7, 8), value=R(3, 2, 7, 8)), ValueError, form("batch dimensions.*", "be equal")),
@@ -758,12 +764,12 @@ NOTHING = (None,) * 6 + (0, 0, 1.0, 0, -1, -1, 0.0, 0.0, None)
 
 
 def changed(**at: Any) -> tuple:
-    names = Inputs._fields + How._fields + ("seed",)
+    names = Inputs._fields + AttentionArgs._fields + ("seed",)
     return tuple({**dict(zip(names, NOTHING)), **at}.values())
 
 
-def forward(*tensors: Tensor, **how: Any) -> Callable[[], Any]:
-    return lambda: ops.attention_forward(*tensors, *changed(**how))
+def forward(*tensors: Tensor, **more: Any) -> Callable[[], Any]:
+    return lambda: ops.attention_forward(*tensors, *changed(**more))
 
 
 def backward(dout: Tensor, lse: Tensor, need_dmask: bool = False) -> Callable[[], Any]:
@@ -799,8 +805,8 @@ def test_op_errors(name: str) -> None:
         call()
 
 
-def test_packed_rows_have_no_mask_anywhere() -> None:
-    """Not in the op, above, nor its fake, nor the definition; in Triton: tests/attention/test_triton.py."""
+def test_packed_sequences_reject_masks() -> None:
+    """The fake implementation and the definition; test_op_errors has the op, tests/attention/test_triton.py Triton."""
     mask, message = torch.ones(1, 1, 6, 7) > 0, "attn_mask must be absent where rows are packed"
     more = changed(cu_q=OF_Q, cu_k=OF_K, max_q=9, max_k=9, attn_mask=mask)
     with pytest.raises(ValueError, match=message):
@@ -819,7 +825,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
     assert torch.equal(sdpa(q, k, v, backend="cpu"), sdpa(q, k, v))
     assert torch.equal(sdpa(q, k, v, backend="torch"), F.scaled_dot_product_attention(q, k, v))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # as where Triton is installed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # as if Triton is installed
 
     def choose(dtype: torch.dtype, extras: list[str], masked: bool) -> str:
         request = backend.Request(torch.device("cuda"), dtype, None, extras, masked)

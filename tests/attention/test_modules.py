@@ -1,4 +1,4 @@
-"""MultiheadAttention, transformer layers, positions and the cache, against torch.nn's and against themselves."""
+"""MultiheadAttention, transformer layers, positional encodings and the cache, against torch.nn and each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ B, T, S, E, H = 3, 5, 7, 12, 3
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Shapes here are too small for two."""
+    """The sizes are too small for two threads."""
     torch.set_num_threads(1)
 
 
@@ -25,14 +25,14 @@ NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 
 def pair_of(ours: type, theirs: type, *args, **kwargs):
-    """Two modules of equal parameters, none of them 0, in float64."""
+    """Two float64 modules with equal parameters without zeros."""
     torch.manual_seed(1)
     a = ours(*args, dtype=torch.float64, **kwargs)
     torch.manual_seed(1)
     b = theirs(*args, dtype=torch.float64, **kwargs)
     for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         assert name == other
-        torch.testing.assert_close(p, q, rtol=0, atol=0)  # initial values are torch's
+        torch.testing.assert_close(p, q, rtol=0, atol=0)  # same initialization
     with torch.no_grad():
         for p in b.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -49,14 +49,14 @@ def rand(*shape: int, grad: bool = True) -> torch.Tensor:
 
 
 def grads_of(outputs, inputs, seed=3):
-    """Gradients by random upstream ones, of every output that has one."""
+    """Gradients for random upstream gradients of all differentiable outputs."""
     torch.manual_seed(seed)
     loss = sum((o * torch.randn(o.shape, dtype=o.dtype)).sum() for o in outputs if o is not None)
     return torch.autograd.grad(loss, inputs)
 
 
 def check_same(ours, theirs, inputs, call, tol=1e-10):
-    """call(module) gives outputs: they, and gradients of inputs and parameters, are equal."""
+    """Asserts equal outputs of call(module), and equal gradients of inputs and parameters."""
     got, want = call(ours), call(theirs)
     got, want = (o if isinstance(o, tuple) else (o,) for o in (got, want))
     assert len(got) == len(want)
@@ -73,7 +73,7 @@ def check_same(ours, theirs, inputs, call, tol=1e-10):
         torch.testing.assert_close(g, w, rtol=tol, atol=tol)
 
 
-# ---- MultiheadAttention against torch's
+# ---- MultiheadAttention against torch
 
 KINDS = {
     "plain": dict(),
@@ -120,7 +120,7 @@ def masks_of(kind: str, batched: bool = True):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_torch(kind, mask):
+def test_matches_torch(kind, mask):
     options = KINDS[kind]
     ours, theirs = attention_pair(E, H, **options)
     first = options.get("batch_first", False)
@@ -130,12 +130,12 @@ def test_as_torch(kind, mask):
     moving = inputs + [m for m in masks.values() if isinstance(m, torch.Tensor) and m.requires_grad]
     for more in (dict(), dict(average_attn_weights=False), dict(need_weights=False)):
         if mask == "is_causal" and "need_weights" in more and options.get("add_bias_kv", options.get("add_zero_attn")):
-            continue  # torch's hides the added keys there
+            continue  # torch masks the added keys in this case
         check_same(ours, theirs, moving, lambda m, more=more: m(*inputs, **masks, **more))
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_unbatched_as_torch(mask):
+def test_unbatched_matches_torch(mask):
     ours, theirs = attention_pair(E, H, batch_first=True)
     inputs = [rand(T, E), rand(S, E), rand(S, E)]
     masks = masks_of(mask, batched=False)
@@ -145,7 +145,7 @@ def test_unbatched_as_torch(mask):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_attention_to_itself_and_to_one_memory(first):
+def test_self_attention_and_shared_key_value(first):
     ours, theirs = attention_pair(E, H, batch_first=first)
     x, memory = rand(B, B, E), rand(S, B, E)
     if first:
@@ -154,7 +154,7 @@ def test_attention_to_itself_and_to_one_memory(first):
     check_same(ours, theirs, [x, memory], lambda m: m(x, memory, memory, need_weights=False))
 
 
-def test_nothing_to_attend_to_as_torch():
+def test_empty_inputs_match_torch():
     ours, theirs = attention_pair(E, H)
     for b, t, s in ((0, T, S), (B, 0, S), (B, T, 0), (0, 0, 0)):
         q, k = rand(t, b, E), rand(s, b, E)
@@ -166,7 +166,7 @@ def test_nothing_to_attend_to_as_torch():
             assert all(g.isfinite().all() for g in torch.autograd.grad(got[0].sum(), [q, k, *ours.parameters()]))
 
 
-def test_state_dict_both_ways_and_old_checkpoints():
+def test_state_dict_exchange_with_torch_and_old_checkpoints():
     for options in KINDS.values():
         ours, theirs = attention_pair(E, H, **options)
         theirs.load_state_dict(ours.state_dict())
@@ -176,7 +176,7 @@ def test_state_dict_both_ways_and_old_checkpoints():
         assert torch.equal(p, q) and p is not q
 
 
-def test_constructor_errors_as_torch():
+def test_constructor_errors_match_torch():
     for kwargs in (dict(embed_dim=0, num_heads=1), dict(embed_dim=4, num_heads=0), dict(embed_dim=5, num_heads=2)):
         with pytest.raises((ValueError, AssertionError)) as theirs:
             torch.nn.MultiheadAttention(**kwargs)
@@ -185,8 +185,8 @@ def test_constructor_errors_as_torch():
         assert str(ours.value) == str(theirs.value)
 
 
-def test_evaluation_is_as_torch():
-    """Torch goes another way there."""
+def test_evaluation_matches_torch():
+    """torch uses a fast path in evaluation."""
     ours, theirs = attention_pair(E, 2, batch_first=True)
     ours.eval(), theirs.eval()
     x = rand(B, S, E, grad=False)
@@ -197,12 +197,12 @@ def test_evaluation_is_as_torch():
                 torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-# ---- where it is not torch's
+# ---- differences from torch
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_sample_of_padding_alone_gives_zeros(training, need_weights):
+def test_a_sample_of_only_padding_gives_zeros(training, need_weights):
     ours, _ = attention_pair(E, H, batch_first=True)
     ours.train(training)
     torch.nn.init.zeros_(ours.out_proj.bias)
@@ -216,12 +216,12 @@ def test_sample_of_padding_alone_gives_zeros(training, need_weights):
         for grad in torch.autograd.grad(out.sum(), [x, *ours.parameters()]):
             assert grad.isfinite().all()
     x2 = x.detach().clone()
-    x2[1] = math.nan  # nor does what is padding reach another sample
+    x2[1] = math.nan  # padding does not affect other samples
     out, _ = ours(x.detach(), x2, x2, key_padding_mask=padding, need_weights=need_weights)
     assert out.isfinite().all()
 
 
-def test_is_causal_alone_and_with_another_mask():
+def test_is_causal_without_and_with_a_mask():
     ours, theirs = attention_pair(E, H)
     q, k = rand(T, B, E), rand(S, B, E)
     causal = torch.ones(T, S, dtype=torch.bool).triu(1)
@@ -248,7 +248,7 @@ def test_masks_of_different_types():
 
 
 @pytest.mark.parametrize("options", [dict(), dict(add_bias_kv=True, add_zero_attn=True)])
-def test_lengths_are_a_padding_mask(options):
+def test_lengths_match_a_padding_mask(options):
     ours, _ = attention_pair(E, H, batch_first=True, **options)
     q, k = rand(B, T, E), rand(B, S, E)
     lengths = torch.tensor([S, 0, 2])
@@ -264,7 +264,7 @@ def test_lengths_are_a_padding_mask(options):
     torch.testing.assert_close(got, want)
 
 
-def test_dropout_is_of_weights():
+def test_dropout_applies_to_weights():
     ours, _ = attention_pair(E, H, batch_first=True, dropout=0.4)
     x = rand(2, 20, E)
     out, weights = ours(x, x, x, average_attn_weights=False)
@@ -289,7 +289,7 @@ def cu_of(lengths=LENGTHS) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_packed_is_padded(is_causal):
+def test_packed_matches_padded(is_causal):
     ours, _ = attention_pair(E, H, batch_first=True)
     x, memory = rand(4, 7, E), rand(4, S, E)
     of_memory = (2, 3, 7, 0)
@@ -326,7 +326,7 @@ def test_nested(layout):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_one_step_at_a_time_is_all_at_once(first):
+def test_single_steps_match_one_call(first):
     ours, _ = attention_pair(E, H, batch_first=first)
     steps = [1, 1, 3, 1]
     x = rand(B, sum(steps), E, grad=False)
@@ -342,13 +342,13 @@ def test_one_step_at_a_time_is_all_at_once(first):
             at += n
             torch.testing.assert_close(w, weights[:, at - n : at, :at])
             assert cache.longest == at and cache.lengths.tolist() == [at] * B
-        with pytest.raises(ValueError, match=r"KeyValueCache: steps must fit the capacity of 6, got 1 behind 6"):
+        with pytest.raises(ValueError, match=r"KeyValueCache: steps must fit the capacity of 6, got 1 after 6"):
             ours(now[:1] if not first else now[:, :1], *[now[:1] if not first else now[:, :1]] * 2, cache=cache)
     cache.reset()
     assert cache.longest == 0 and cache.lengths.tolist() == [0] * B
 
 
-def test_prompts_of_different_lengths_then_steps():
+def test_prompts_of_different_lengths_and_single_steps():
     ours, _ = attention_pair(E, H, batch_first=True)
     lengths = [4, 2, 5]
     x = rand(B, 8, E, grad=False)
@@ -370,7 +370,7 @@ def test_prompts_of_different_lengths_then_steps():
         assert cache.lengths.tolist() == [7, 5, 8]
 
 
-def test_cache_is_reordered():
+def test_reorder_of_the_cache():
     ours, _ = attention_pair(E, H, batch_first=True)
     x, index = rand(B, 4, E, grad=False), torch.tensor([2, 0, 0])
     cache = ours.new_cache(B, 4)
@@ -382,7 +382,7 @@ def test_cache_is_reordered():
         torch.testing.assert_close(out, ours(both, both, both)[0][:, 3:])
 
 
-# ---- layers against torch's
+# ---- layers against torch
 
 LAYERS = {
     "post-norm": dict(),
@@ -405,7 +405,7 @@ def decoder_pair(**options):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_encoder_layer_as_torch(kind):
+def test_encoder_layer_matches_torch(kind):
     options = LAYERS[kind]
     ours, theirs = encoder_pair(**options)
     x = rand(B, T, E) if options.get("batch_first") else rand(T, B, E)
@@ -424,7 +424,7 @@ def test_encoder_layer_as_torch(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_decoder_layer_as_torch(kind):
+def test_decoder_layer_matches_torch(kind):
     options = LAYERS[kind]
     ours, theirs = decoder_pair(**options)
     first = options.get("batch_first", False)
@@ -443,8 +443,8 @@ def test_decoder_layer_as_torch(kind):
 
 @NESTED
 @pytest.mark.parametrize("training", [True, False])
-def test_in_a_torch_stack(training):
-    """In evaluation torch makes a nested tensor of a padded batch."""
+def test_layers_in_torch_transformer_encoder_and_decoder(training):
+    """In evaluation, torch converts a padded batch to a nested tensor."""
     options = dict(d_model=E, nhead=2, dim_feedforward=16, dropout=0.0, batch_first=True, dtype=torch.float64)
     stacks = []
     for layers in (nn, torch.nn):
@@ -521,7 +521,7 @@ def test_layers_with_a_cache():
 
 
 def test_dropout_in_layers():
-    """All of it falls out in training: what stays is the norm of what came in."""
+    """With dropout=1 in training, only the norms of the input remain."""
     layer = nn.TransformerEncoderLayer(E, H, 16, dropout=1.0, dtype=torch.float64)
     x = rand(T, B, E)
     torch.testing.assert_close(layer(x), layer.norm2(layer.norm1(x)))
@@ -573,7 +573,7 @@ def test_dropout_of_positions():
     assert (encode.eval()(x) == 0).float().mean() < 0.1
 
 
-# ---- torch's machinery
+# ---- autocast, dtypes, compilation, export
 
 
 def test_autocast():
@@ -718,7 +718,7 @@ def test_errors():
         (ValueError, r"key must have as many dimensions as query, 3, got \[5, 12\]", lambda: ours(x, rows, rows)),
         (ValueError, "value must have 12 columns, got 6", lambda: ours(x, x, x[..., :6])),
         (ValueError, r"value must have as many rows as key, \[5, 3\], got \[4, 3\]", lambda: ours(x, x, x[1:])),
-        (ValueError, r"key must be of as many sequences as query, 3, got 2 \(batch_first is False\)",
+        (ValueError, r"key must have as many sequences as query, 3, got 2 \(batch_first is False\)",
          lambda: ours(x, x[:, 1:], x[:, 1:])),
         (TypeError, "attn_mask must be bool or floating, got torch.int64",
          lambda: ours(x, x, x, attn_mask=torch.zeros(T, T).long())),
@@ -738,16 +738,16 @@ def test_errors():
          lambda: extra(rows, rows, rows, cu_seqlens_q=cu)),
         (NotImplementedError, "add_bias_kv and add_zero_attn must be False for cached sequences",
          lambda: extra(x, x, x, cache=cache)),
-        (NotImplementedError, "lengths must be of keys alone with add_bias_kv or add_zero_attn",
+        (NotImplementedError, "lengths must be those of keys only with add_bias_kv or add_zero_attn",
          lambda: extra(x, x, x, lengths=(cu, cu))),
         (ValueError, "query must have 3 dimensions with cache", lambda: first(rows, rows, rows, cache=cache)),
         (ValueError, "key_padding_mask must be None with cache", lambda: first(y, y, y, padding, cache=cache)),
         (ValueError, "key and value must both be None, or neither", lambda: first(y, y, None, cache=cache)),
-        (ValueError, "is_causal must be False where nothing is added",
+        (ValueError, "is_causal must be False without key and value",
          lambda: first(y, None, None, is_causal=True, cache=cache)),
-        (ValueError, "lengths must be None where nothing is added",
+        (ValueError, "lengths must be None without key and value",
          lambda: first(y, None, None, lengths=[1, 1, 1], cache=cache)),
-        (ValueError, "query must be of as many sequences as the cache, 3, got 2",
+        (ValueError, "query must have as many sequences as the cache, 3, got 2",
          lambda: first(y[1:], None, None, cache=cache)),
     ):  # fmt: skip
         with pytest.raises(error, match=f"MultiheadAttention: {text}"):
@@ -761,7 +761,7 @@ def test_errors():
         (ValueError, "value must have as many steps as key, 2, got 1", lambda: cache.append(k, k[:, :, 1:])),
         (TypeError, "key must be of the cache's dtype torch.float32, got torch.float64",
          lambda: cache.append(k.double(), k)),
-        (ValueError, "steps must fit the capacity of 4, got 6 behind 0",
+        (ValueError, "steps must fit the capacity of 4, got 6 after 0",
          lambda: cache.append(*[k.repeat(1, 1, 3, 1)] * 2)),
         (ValueError, r"lengths must have shape \[B\] = \[3\], got \[2\]", lambda: cache.append(k, k, [1, 2])),
         (TypeError, "lengths must be int32 or int64, got torch.float32",
@@ -780,13 +780,13 @@ def test_errors_of_layers_and_positions():
     jagged = torch.nested.nested_tensor_from_jagged(rows, cu)
     for text, call in (
         ("memory must be given without cache", lambda: decoder(x, None)),
-        ("memory must be given where the cache holds none", lambda: decoder(x, None, cache=decoder.new_cache(B, 5, 5))),
+        ("memory must be given in the first call", lambda: decoder(x, None, cache=decoder.new_cache(B, 5, 5))),
         ("cu_seqlens and memory_cu_seqlens must both be given", lambda: decoder(rows, rows, cu_seqlens=cu)),
         ("memory must be nested and cu_seqlens None", lambda: decoder(jagged, rows)),
     ):
         with pytest.raises(ValueError, match=f"TransformerDecoderLayer: {text}"):
             call()
-    with pytest.raises(ValueError, match="TransformerEncoderLayer: cu_seqlens must be None where src is nested"):
+    with pytest.raises(ValueError, match="TransformerEncoderLayer: cu_seqlens must be None if src is nested"):
         nn.TransformerEncoderLayer(E, H, 16)(jagged, cu_seqlens=cu)
     with pytest.raises(RuntimeError, match="activation should be relu/gelu, not swish"):
         nn.TransformerEncoderLayer(E, H, 16, activation="swish")

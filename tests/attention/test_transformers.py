@@ -1,4 +1,4 @@
-"""attn_implementation="seqkernels" in Hugging Face Transformers against "eager", on small models of random weights."""
+"""attn_implementation="seqkernels" in Hugging Face Transformers against "eager", on small random models."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_h
 MODELS = {
     "Bert": ("BertModel", SIZES),
     "GPT2": ("GPT2LMHeadModel", dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4)),
-    "Llama": ("LlamaForCausalLM", dict(SIZES, num_key_value_heads=2)),  # groups of heads
-    "Gemma2": (  # a soft cap, and a window in every second layer
+    "Llama": ("LlamaForCausalLM", dict(SIZES, num_key_value_heads=2)),  # grouped heads
+    "Gemma2": (  # softcap, and a window in every second layer
         "Gemma2ForCausalLM",
         dict(SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4, attn_logit_softcapping=0.5),
     ),
-    "GptOss": (  # sinks
+    "GptOss": (  # attention sinks
         "GptOssForCausalLM",
         dict(SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4, num_local_experts=2, num_experts_per_tok=1),
     ),
@@ -30,7 +30,7 @@ LENGTHS = torch.tensor([T, 4, 1])
 
 @pytest.fixture(autouse=True)
 def quiet(threads):
-    torch.set_num_threads(1)  # shapes here are too small for two
+    torch.set_num_threads(1)  # the sizes are too small for two threads
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
@@ -38,7 +38,7 @@ def quiet(threads):
 
 
 def models(kind: str, **more):
-    """eager, seqkernels."""
+    """The same model with "eager" and with "seqkernels"."""
     name, sizes = MODELS[kind]
     found = []
     for implementation in ("eager", integration.NAME):
@@ -65,13 +65,13 @@ def paddings() -> dict[str, torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_outputs_and_gradients_as_eager(kind):
+def test_outputs_and_gradients_match_eager(kind):
     found = models(kind)
     ids = ids_of(B, T)
     more = {"decoder_input_ids": ids_of(B, 6)} if kind == "T5" else {}
     for name, mask in paddings().items():
         outs = [m(input_ids=ids, attention_mask=None if mask is None else mask.long(), **more)[0] for m in found]
-        # What is padding is of no use, and not the same.
+        # The outputs of padding are meaningless and differ.
         keep = torch.ones(outs[0].shape[:2], dtype=torch.bool) if mask is None or more else mask
         torch.testing.assert_close(
             outs[1][keep], outs[0][keep], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -90,8 +90,8 @@ def test_outputs_and_gradients_as_eager(kind):
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama", "Gemma2"])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generate_as_eager(kind, cache):
-    """With prompts of several lengths, by sampling nothing; both caches of Transformers."""
+def test_generate_matches_eager(kind, cache):
+    """Greedy decoding of prompts of several lengths, with both caches of Transformers."""
     found = models(kind)
     mask = paddings()["left"].long()
     ids = ids_of(B, T)
@@ -108,7 +108,7 @@ def test_generate_as_eager(kind, cache):
 
 
 def test_chunks_of_a_prompt():
-    """More than one query behind a cache: aligned with the last key."""
+    """Several queries with a cache are aligned with the last key."""
     found = models("Llama")
     ids = ids_of(B, T)
     for mask in (None, paddings()["left"].long()):
@@ -123,7 +123,7 @@ def test_chunks_of_a_prompt():
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GptOss"])
 def test_packed_sequences(kind):
-    """One row of several sequences, as the collator for flash attention lays them."""
+    """One row of packed sequences, as the collator for flash attention provides them."""
     found = models(kind)
     lengths = [4, 1, 7]
     parts = [ids_of(1, n) for n in lengths]
@@ -133,7 +133,7 @@ def test_packed_sequences(kind):
     with torch.no_grad():
         want = torch.cat([found[0](input_ids=p).logits[0] for p in parts])
         rows = torch.cat(parts, 1)
-        for more in (packed,) if kind == "GptOss" else (packed, dict()):  # whose eager way does not see sequences
+        for more in (packed,) if kind == "GptOss" else (packed, dict()):  # its "eager" ignores bounds
             got = found[1](input_ids=rows, position_ids=positions, use_cache=False, **more).logits[0]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -148,8 +148,8 @@ def test_attentions():
     assert layer(hidden)[1] is None
 
 
-def test_what_the_mask_consists_of():
-    """Padding behind and causality reach the kernels as lengths; what someone has written into the mask is obeyed."""
+def test_masks_are_passed_as_lengths_and_causality():
+    """Trailing padding becomes lengths. Later writes into the mask are respected."""
     right = paddings()["right"]
     for causal in (True, False):
         function = integration.causal_mask_function if causal else integration.bidirectional_mask_function
@@ -166,7 +166,7 @@ def test_what_the_mask_consists_of():
     after, _ = integration.attention_forward(module, q, q, q, mask)
     plain, _ = integration.attention_forward(module, q, q, q, mask.clone())
     torch.testing.assert_close(after, plain)
-    assert after[:, 0].abs().max() == 0  # the first sees nothing now
+    assert after[:, 0].abs().max() == 0  # the first query attends to no key
 
 
 def test_dropout_and_compile():

@@ -1,4 +1,4 @@
-"""Attention's Triton kernels against the reference in float64: interpreted, or on a GPU where there is one."""
+"""Triton kernels of attention against the float64 reference: interpreted, or on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch import Tensor
 from support.triton_on_cpu import DEVICE, load, on_hardware
 
 attention = load("attention")
-reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name
-# The interpreter computes in numpy, which speaks up where a number overflows or is none.
+reference = importlib.import_module("seqkernels.reference.attention")  # the package exports a function of the same name
+# The interpreter uses numpy, which warns about overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Sums of some hundred terms, under an exponential of scores up to 10, relative to the largest element.
+# Tolerance relative to the largest element, for sums of some hundred terms and exponentials of scores up to 10.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -38,10 +38,10 @@ class Case:
     Tk: int = 40
     D: int = 16
     Dv: int = 16
-    q_lengths: tuple[int, ...] | None = None  # packed: of each sequence, B of them
+    q_lengths: tuple[int, ...] | None = None  # [B] lengths of sequences, also if packed
     k_lengths: tuple[int, ...] | None = None
     packed: bool = False
-    mask: str = ""  # bool or float, then which of its dimensions are full: "float bhqk"
+    mask: str = ""  # bool or float, followed by its full dimensions: "float bhqk"
     slopes: str = ""  # h or bh
     scale: float = 0.3
     causal: int = 0
@@ -57,19 +57,19 @@ class Case:
 CASES = [
     Case("plain"),
     Case("one row", Tq=1, Tk=5, D=8, Dv=8),
-    Case("a tail in every direction", Tq=67, Tk=35, D=20, Dv=9),
+    Case("a tail in each dimension", Tq=67, Tk=35, D=20, Dv=9),
     Case("several blocks of each", B=1, Tq=130, Tk=130),
     Case("grouped heads", B=1, H=6, G=3),
     Case("causal", B=1, Tq=100, Tk=100, causal=1),
     Case("causal, fewer rows than keys", causal=1),
     Case("causal, more rows than keys", Tq=72, Tk=33, causal=1),
     Case("lower right, fewer rows", causal=2),
-    Case("lower right, more rows: some see nothing", B=1, Tq=90, Tk=40, causal=2),
+    Case("lower right, more rows, some without keys", B=1, Tq=90, Tk=40, causal=2),
     Case("window", B=1, Tq=130, Tk=130, window_left=40, window_right=3),
-    Case("window on the left alone", B=1, Tq=90, Tk=110, window_left=10),
+    Case("window on the left only", B=1, Tq=90, Tk=110, window_left=10),
     Case("causal window, lower right", B=1, Tq=80, Tk=120, causal=2, window_left=33),
     Case("causal and a window on the right", B=1, Tq=70, Tk=70, causal=1, window_right=7, window_left=0),
-    Case("window that rows leave behind", B=1, Tq=90, Tk=20, window_left=3),
+    Case("window before the last rows", B=1, Tq=90, Tk=20, window_left=3),
     Case("lengths", B=4, q_lengths=(20, 0, 17, 3), k_lengths=(40, 5, 0, 33)),
     Case("lengths, lower right, grouped", B=3, H=2, G=2, q_lengths=(20, 13, 8), k_lengths=(40, 5, 20), causal=2),
     Case("lengths of keys", B=3, k_lengths=(40, 1, 32), D=32),
@@ -101,12 +101,12 @@ CASES = [
     Case("wide values", B=1, Dv=70),
     Case("wide keys", B=1, D=70),
 ]
-SOME = [case for case in CASES if case.why in ("a tail in every direction", "packed, causal, grouped", "all at once")]
-# Heads that are read in chunks of columns: as if those were wide that have more than 16.
+SOME = [case for case in CASES if case.why in ("a tail in each dimension", "packed, causal, grouped", "all at once")]
+# Heads that are read in chunks of columns, with a limit of 16 columns for whole heads.
 CHUNKED = [
     Case("wide", Tq=70, D=40, Dv=50),
-    Case("wide keys alone, causal", B=1, Tq=35, Tk=35, D=50, Dv=9, causal=1),
-    Case("wide values alone, window", B=1, H=2, G=2, D=8, Dv=33, causal=2, window_left=5),
+    Case("wide keys only, causal", B=1, Tq=35, Tk=35, D=50, Dv=9, causal=1),
+    Case("wide values only, window", B=1, H=2, G=2, D=8, Dv=33, causal=2, window_left=5),
     Case("wide, lengths", q_lengths=(20, 3), k_lengths=(33, 40), D=48, Dv=17),
     Case("wide, packed", H=2, G=2, q_lengths=(9, 35), k_lengths=(9, 35), packed=True, causal=1, D=33, Dv=33),
     Case("wide, a bias", B=1, H=2, mask="float bhqk", D=35, Dv=39, slopes="h", softcap=3.0),
@@ -114,13 +114,13 @@ CHUNKED = [
     Case("wide, a bool mask", mask="bool bqk", D=16, Dv=35, dropout_p=0.3),
     Case("wide, a negative scale", B=1, D=64, Dv=64, scale=-0.1),
 ]
-# They are, in float32 and half types; less is, in float64.
+# Wide heads in float32 and half types; the limit is lower in float64.
 WIDE = [
     Case("520 columns", B=1, Tq=9, Tk=17, D=520, Dv=520, scale=0.04),
     Case("600 columns of keys", B=1, Tq=9, Tk=17, D=600, Dv=8, scale=0.04, causal=2, mask="float qk"),
     Case("530 columns of values", B=1, H=2, G=2, Tq=9, Tk=17, D=8, Dv=530, q_lengths=(7,), k_lengths=(12,)),
 ]
-# For a GPU alone: tiles of every size, and heads as wide as they come.
+# For a GPU only: all tile sizes, and wide heads.
 LARGE = [
     Case("blocks of D 64", H=4, Tq=300, Tk=500, D=64, Dv=64),
     Case("causal, D 128", H=2, Tq=512, Tk=512, D=128, Dv=128, causal=1),
@@ -143,7 +143,7 @@ LARGE = [
 
 
 @dataclasses.dataclass
-class Given:
+class CaseInputs:
     q: Tensor
     k: Tensor
     v: Tensor
@@ -157,15 +157,15 @@ class Given:
     case: Case
 
     def rest(self) -> tuple[Any, ...]:
-        """What the ops take after q, k and v."""
+        """Arguments of the ops after q, k and v."""
         c = self.case
         longest = (max(c.q_lengths or (0,)), max(c.k_lengths or (0,))) if c.packed else (c.Tq, c.Tk)
         tensors = (self.mask, self.slopes, self.q_lengths, self.k_lengths, self.cu_q, self.cu_k)
         numbers = (c.scale, c.causal, c.window_left, c.window_right, c.softcap, c.dropout_p)
         return *tensors, *longest, *numbers, self.seed
 
-    def wide(self) -> Given:
-        """On the CPU, in float64; q, k, v and a float mask are leaves."""
+    def wide(self) -> CaseInputs:
+        """Copies on the CPU in float64; q, k, v and a float mask are leaves."""
         changed = {}
         for field in dataclasses.fields(self):
             t = getattr(self, field.name)
@@ -180,7 +180,7 @@ class Given:
         return {"q": self.q, "k": self.k, "v": self.v} | mask
 
 
-def make(c: Case, dtype: torch.dtype) -> Given:
+def make(c: Case, dtype: torch.dtype) -> CaseInputs:
     B, Tq, Tk = (1, sum(c.q_lengths), sum(c.k_lengths)) if c.packed else (c.B, c.Tq, c.Tk)
     lengths = [None if n is None else torch.tensor(n) for n in (c.q_lengths, c.k_lengths)]
     starts = [None, None]
@@ -193,7 +193,7 @@ def make(c: Case, dtype: torch.dtype) -> Given:
         mask = torch.randn([n if name in full else 1 for name, n in zip("bhqk", (c.B, c.H, Tq, Tk))])
         mask = mask > -0.3 if kind == "bool" else mask.where((mask > -1) | (mask.numel() == 1), -math.inf).to(dtype)
     slopes = torch.rand((c.B, c.H) if "b" in c.slopes else (c.H,)) / 8 if c.slopes else None
-    given = Given(
+    given = CaseInputs(
         *(torch.randn(B, *s).to(dtype) for s in ((c.H, Tq, c.D), (c.H // c.G, Tk, c.D), (c.H // c.G, Tk, c.Dv))),
         mask,
         slopes,
@@ -315,7 +315,7 @@ def test_wide_heads_of_other_dtypes():
 
 @st.composite
 def drawn(draw: st.DrawFn) -> Case:
-    """All features crossed, but for masks and packed rows."""
+    """All combinations of options, except masks with packed sequences."""
     form = draw(st.sampled_from(["dense", "lengths", "packed"]))
     B, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     Tq, Tk = draw(st.integers(0, 35)), draw(st.integers(0, 35))
@@ -360,7 +360,7 @@ def test_drawn_cases(c: Case):
 
 
 @pytest.mark.parametrize("programs", [1, 5])
-def test_gradient_of_a_mask_in_other_parts(monkeypatch: pytest.MonkeyPatch, programs: int):
+def test_gradient_of_a_mask_for_other_partitions(monkeypatch: pytest.MonkeyPatch, programs: int):
     monkeypatch.setattr(attention, "PROGRAMS", programs)
     check(Case("parts", B=3, mask="float hk", Tq=40, q_lengths=(40, 0, 33)), torch.float16)
 
@@ -389,8 +389,8 @@ def test_large_weights(c: Case):
     check_weights(c, torch.bfloat16)
 
 
-def with_nan_beyond(c: Case, forward: bool = True) -> tuple[Given, Given]:
-    """Inputs, and the same where keys and values that the last row alone sees, if any row does, hold NaN and Inf."""
+def with_nan_beyond(c: Case, forward: bool = True) -> tuple[CaseInputs, CaseInputs]:
+    """Inputs, and the same with NaN and Inf in keys and values that at most the last row attends to."""
     given = make(c, torch.float32)
     k, v = given.k.clone(), given.v.clone()
     last = c.Tk - 1 if c.k_lengths is None else c.k_lengths[0] - 1
@@ -410,7 +410,7 @@ def with_nan_beyond(c: Case, forward: bool = True) -> tuple[Given, Given]:
     ],
     ids=str,
 )
-def test_what_is_no_number_stays_with_those_who_see_it(c: Case):
+def test_nan_and_infinities_only_affect_queries_that_attend_to_them(c: Case):
     given, bad = with_nan_beyond(c)
     blind = slice(0, 30 if c.Tq == 40 else 29)
     results = []
@@ -429,7 +429,7 @@ def test_what_is_no_number_stays_with_those_who_see_it(c: Case):
 
 
 @on_hardware
-def test_masked_keys_may_be_anything():
+def test_masked_keys_have_no_effect():
     for kind in ("bool bhqk", "float bk"):
         given = make(Case("masked", B=1, mask=kind), torch.float32)
         given.mask[..., 5] = False if kind.startswith("bool") else -math.inf
@@ -450,8 +450,8 @@ def test_masked_keys_may_be_anything():
             torch.testing.assert_close(x, y)
 
 
-def test_values_that_are_no_numbers():
-    """A row that sees them has what a sum would: infinities of one sign, or NaN."""
+def test_nan_and_infinite_values():
+    """The output is that of a sum: infinities of one sign, or NaN."""
     given = make(Case("values", B=1, Tq=8, Tk=8, causal=1), torch.float32)
     v = given.v.clone()
     v[0, 0, 1, 0], v[0, 0, 2, 1], v[0, 0, 3, 2] = math.inf, -math.inf, math.nan
@@ -464,8 +464,8 @@ def test_values_that_are_no_numbers():
     assert out[:, 3:].isfinite().all()
 
 
-def spoilt(t: Tensor, generator: torch.Generator) -> Tensor:
-    """With a few numbers that are none."""
+def with_nan_and_infinities(t: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy with a few NaN and infinities."""
     t = t.clone()
     at = torch.randint(t.numel(), (3,), generator=generator).to(t.device)
     t.view(-1)[at] = torch.tensor([math.inf, -math.inf, math.nan], device=t.device).to(t.dtype)
@@ -486,14 +486,14 @@ def spoilt(t: Tensor, generator: torch.Generator) -> Tensor:
     ids=str,
 )
 @pytest.mark.parametrize("columns", [16, 40])
-def test_infinities_are_those_of_the_reference(c: Case, which: str, columns: int, request: pytest.FixtureRequest):
+def test_infinities_match_the_reference(c: Case, which: str, columns: int, request: pytest.FixtureRequest):
     if columns > 16:
         request.getfixturevalue("chunked")
         c = dataclasses.replace(c, D=columns, Dv=columns)
     given, generator = make(c, torch.float32), torch.Generator().manual_seed(5)
     if c.why == "far":
-        given.mask[..., 4] = -300  # a weight of 0, though it is seen
-    given = dataclasses.replace(given, **{which: spoilt(getattr(given, which), generator)})
+        given.mask[..., 4] = -300  # a weight of 0 for a key that is not masked
+    given = dataclasses.replace(given, **{which: with_nan_and_infinities(getattr(given, which), generator)})
     got = attention.attention_forward(given.q, given.k, given.v, *given.rest())
     wide = given.wide()
     narrow = [t.detach().float() for t in (wide.q, wide.k, wide.v)]
@@ -510,8 +510,8 @@ HUGE += [(torch.float32, -1e9), (torch.bfloat16, -1e30), (torch.float32, 3e9)]
 
 @pytest.mark.parametrize(("dtype", "number"), HUGE, ids=str)
 @pytest.mark.parametrize("full", ["qk", "bhqk"])
-def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, full: str):
-    """As torch's are with a mask of torch.finfo(dtype).min; and their gradients too, though lse is that number."""
+def test_a_huge_mask_gives_uniform_weights(dtype: torch.dtype, number: float, full: str):
+    """As in torch with a mask of torch.finfo(dtype).min, including gradients, although lse rounds to that number."""
     c = Case("lowest", B=2, H=2, mask=f"float {full}", causal=1, k_lengths=(40, 33), Tq=40)
     given = make(c, dtype)
     given.mask.fill_(0)
@@ -520,7 +520,7 @@ def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, 
     given.mask[..., 20:, :] = number
     arguments = (given.q, given.k, given.v)
     out, lse = attention.attention_forward(*arguments, *given.rest())
-    if dtype != torch.float16:  # whose lowest number leaves room for some of the scores
+    if dtype != torch.float16:  # scores still affect sums with finfo.min of float16
         torch.testing.assert_close(out[:, :, 3].double(), given.v[:, :, :4].double().mean(2), rtol=2e-2, atol=2e-3)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     found = attention.attention_backward(dout, dlse, *arguments, *given.rest(), out, lse, True)
@@ -529,7 +529,7 @@ def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, 
         torch.ones_like(weights).cumsum(-1), given.q, given.k, *given.rest(), lse, True
     )
 
-    # In float32 at most, where the number swallows the scores as it does here.
+    # The reference uses at most float32, in which the scores also round to the number.
     wide = dataclasses.replace(
         given.wide(), **{n: t.detach().to(lse.dtype).cpu().requires_grad_() for n, t in given.leaves().items()}
     )
@@ -551,7 +551,7 @@ def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, 
 
 @on_hardware
 @pytest.mark.parametrize("causal", [0, 2])
-def test_packed_is_padded_is_one_at_a_time(causal: int):
+def test_packed_padded_and_single_sequences_match(causal: int):
     rows, keys, H = (20, 0, 33), (9, 4, 40), 2
     packed = make(
         Case("p", B=3, H=H, q_lengths=rows, k_lengths=keys, packed=True, causal=causal, dropout_p=0.2), torch.float32
@@ -569,7 +569,7 @@ def test_packed_is_padded_is_one_at_a_time(causal: int):
     got = run(packed.q, packed.k, packed.v, dout, *packed.rest())
 
     def pad(x: Tensor, which: int) -> Tensor:
-        padded = torch.full((3, H, 45, 16), math.nan, device=DEVICE)  # never read
+        padded = torch.full((3, H, 45, 16), math.nan, device=DEVICE)  # padding is not read
         for s, place in enumerate(places):
             part = x[0, :, place[which]]
             padded[s, :, : part.shape[1]] = part
@@ -585,14 +585,14 @@ def test_packed_is_padded_is_one_at_a_time(causal: int):
             beyond = y[s, :, n:]
             assert beyond.eq(-math.inf if x is got[1] else 0).all()
 
-    # The counter of dropout starts with the number of the sequence: alone, that of the first.
+    # The dropout counter includes the index of the sequence, which is 0 for a single sequence.
     one = [t[:, :, p] for t, p in zip((packed.q, packed.k, packed.v, dout), (*places[0], places[0][1], places[0][0]))]
     alone = run(*one, None, None, None, None, None, None, rows[0], keys[0], *numbers)
     for x, y, which in zip(got, alone, (0, 0, 0, 1, 1)):
         assert torch.equal(x[:, :, places[0][which]], y)
 
 
-def test_rows_of_no_sequence_are_zero():
+def test_rows_outside_of_sequences_are_zero():
     given = make(Case("p", q_lengths=(20, 3), k_lengths=(9, 4), packed=True), torch.float32)
     q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 70), value=math.nan) for t in (given.q, given.k, given.v))
     out, lse = attention.attention_forward(q, k, v, *given.rest())
@@ -603,14 +603,14 @@ def test_rows_of_no_sequence_are_zero():
 
 
 @pytest.mark.parametrize("p", [0.3, 0.75])
-def test_dropout_is_that_of_the_reference(p: float):
+def test_dropout_matches_the_reference(p: float):
     c = Case("dropout", H=2, Tq=9, Tk=39, dropout_p=p)
     given = make(c, torch.float32)
     _, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
     weights = attention.attention_weights(given.q, given.k, *given.rest(), lse)
     keep = reference.dropout_keep(c.B, c.H, c.Tq, c.Tk, p, given.seed.cpu())
     assert torch.equal((weights != 0).cpu(), keep)
-    # Forward, by rows and by keys: with values of 1 and one key at a time, what is kept is seen in every result.
+    # With values of 1 and one key at a time, all results of forward and of both backward kernels expose the mask.
     out, lse = attention.attention_forward(given.q, given.k, torch.ones_like(given.v), *given.rest())
     torch.testing.assert_close(out[..., 0], weights.sum(-1))
     dv = attention.attention_backward(
@@ -620,7 +620,7 @@ def test_dropout_is_that_of_the_reference(p: float):
 
 
 @on_hardware
-def test_the_same_every_time_and_in_any_batch():
+def test_bits_are_independent_of_the_run_and_the_batch():
     c = Case("again", B=2, H=1, Tq=20, Tk=40, mask="float hq", causal=2)
     given = make(c, torch.float32)
     dout = torch.randn_like(given.q)
@@ -639,7 +639,7 @@ def test_any_strides():
     given = make(c, torch.float32)
 
     def scattered(t: Tensor) -> Tensor:
-        """The same numbers, dimensions in another order and every second element of memory."""
+        """The same values with permuted dimensions and every second element of memory."""
         memory = torch.full((t.shape[3], t.shape[2], t.shape[0], 2 * t.shape[1]), math.nan, device=t.device)
         view = memory[..., ::2].permute(2, 3, 1, 0)
         return view.copy_(t)

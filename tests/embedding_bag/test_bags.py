@@ -1,4 +1,4 @@
-"""EmbeddingBag and Embedding against their definition, by differentiation, bit for bit, and in any memory.
+"""EmbeddingBag and Embedding: parity with the definition, derivatives, reproducible bits, and memory layouts.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag.
 """
@@ -58,7 +58,7 @@ run = functools.partial(run_bag, functional.embedding_bag)
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: None) -> None:
-    """But where a test says otherwise: beside another busy process each parallel loop may stall for milliseconds."""
+    """The default, because parallel loops may stall for milliseconds beside another busy process."""
     torch.set_num_threads(1)
 
 
@@ -66,7 +66,7 @@ exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_na
 
 
 def bits(t: Tensor) -> Tensor:
-    """As integers: -0 is not 0, and a NaN is itself."""
+    """The bits as integers, which distinguishes -0 from 0 and compares NaN."""
     return t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.dtype.itemsize])
 
 
@@ -109,8 +109,8 @@ WEIGHTS = {
 @dtypes
 @pytest.mark.parametrize("padding_idx", [None, 0, 12], ids=["no padding", "pad 0", "pad 12"])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_option_with_every_other(weights: str, padding_idx: int | None, dtype: torch.dtype, isa: str) -> None:
-    """In each form of input against the definition, in each pair of integer types the same bits, sparse as well."""
+def test_combinations_of_options(weights: str, padding_idx: int | None, dtype: torch.dtype, isa: str) -> None:
+    """All forms of input match the definition; all pairs of integer types, dense and sparse, give the same bits."""
     for form, mode in itertools.product(FORMS.values(), BAG_MODES):
         case = BagCase(E=13, D=21, **form, **WEIGHTS[weights], padding_idx=padding_idx, why="options")
         first = run(make_bag_inputs(case, dtype, mode))
@@ -128,8 +128,8 @@ def densely(results: dict[str, Tensor]) -> dict[str, Tensor]:
 @dtypes
 @modes
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_counts_divide_a_rows_gradient(mode: str, dtype: torch.dtype, sparse: bool, isa: str) -> None:
-    """Rows that occur 1, 2 and many times, and one only as padding or behind the last offset."""
+def test_scale_grad_by_freq_divides_by_counts(mode: str, dtype: torch.dtype, sparse: bool, isa: str) -> None:
+    """Rows that occur once, twice and often, and one that occurs only as padding or beyond the last offset."""
     case = BagCase(
         E=8, D=5, lengths=(4, 0, 9, 3, 2), form="last", trailing=3, padding_idx=5, weights="same",
         scale_grad_by_freq=True, why="unequal counts",
@@ -146,45 +146,44 @@ def test_counts_divide_a_rows_gradient(mode: str, dtype: torch.dtype, sparse: bo
 
 
 @cases
-def test_a_sparse_gradient_is_the_dense_one_coalesced(case: BagCase) -> None:
+def test_sparse_gradient_matches_dense_gradient(case: BagCase) -> None:
     for mode, dtype in itertools.product(BAG_MODES, DTYPES):
         inputs = make_bag_inputs(case, dtype, mode)
         got = run(inputs, sparse=True)
         gradient = got["dweight"]
         assert gradient.is_sparse and gradient.is_coalesced() and gradient.sparse_dim() == 1
         rows = gradient.indices()[0]
-        assert rows.dtype == torch.int64 and torch.equal(rows, rows.unique())  # ascending, each once
+        assert rows.dtype == torch.int64 and torch.equal(rows, rows.unique())  # ascending and unique
         assert set(rows.tolist()) <= set(inputs.indices.flatten().tolist())
         same_bits(densely(got), run(inputs))
         torch.sparse_coo_tensor(gradient.indices(), gradient.values(), gradient.shape, check_invariants=True)
 
 
-def torchs_bag(*args, weight_norm: str = "count", **keywords) -> Tensor:
+def torch_bag(*args, weight_norm: str = "count", **keywords) -> Tensor:
     return torch.nn.functional.embedding_bag(*args, **keywords)
 
 
-def torch_takes(case: BagCase, mode: str) -> bool:
-    """And gives what it documents: what it gets wrong has a file of its own."""
+def torch_supports(case: BagCase, mode: str) -> bool:
+    """Whether torch supports the case without a known bug; test_torch_bugs.py has the bugs."""
     refused = mode == "min" or (case.weights and mode != "sum")
     return not (refused or case.trailing or case.scale_grad_by_freq or (case.form == "2-D" and not case.N))
 
 
 @pytest.mark.parametrize(
-    "case, mode", [(c, m) for c, m in itertools.product(BAG_CASES, BAG_MODES) if torch_takes(c, m)], ids=str
+    "case, mode", [(c, m) for c, m in itertools.product(BAG_CASES, BAG_MODES) if torch_supports(c, m)], ids=str
 )
-def test_the_definition_is_torchs(case: BagCase, mode: str) -> None:
+def test_definition_matches_torch(case: BagCase, mode: str) -> None:
     inputs = make_bag_inputs(case, torch.float64, mode)
     if case.N == 0 and case.form != "last":
         inputs.indices = inputs.indices.long()
-    assert_bag_near(run_bag(torchs_bag, inputs), bag_definition(inputs), inputs, slack=20)
+    assert_bag_near(run_bag(torch_bag, inputs), bag_definition(inputs), inputs, slack=20)
 
 
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=named)
-def test_error_is_at_most_torchs(dtype: torch.dtype) -> None:
-    """RMS error against float64 of output and gradients, taken together over sizes and draws.
+def test_error_does_not_exceed_the_error_of_torch(dtype: torch.dtype) -> None:
+    """RMS error of outputs and gradients against float64, over several sizes and seeds.
 
-    A gradient in float32 adds the same numbers as torch's in another order; which of them is the luckier one is a
-    matter of one or two percent.
+    The slack of 3 percent covers the different summation order of float32 gradients.
     """
     ours: dict[str, float] = collections.defaultdict(float)
     theirs: dict[str, float] = collections.defaultdict(float)
@@ -192,18 +191,18 @@ def test_error_is_at_most_torchs(dtype: torch.dtype) -> None:
     for case, seed, (mode, weights) in itertools.product(BAG_REALISTIC, range(2), options):
         inputs = make_bag_inputs(dataclasses.replace(case, weights=weights), dtype, mode, seed=seed)
         want = bag_definition(inputs)
-        for total, got in ((ours, run(inputs)), (theirs, run_bag(torchs_bag, inputs))):
+        for total, got in ((ours, run(inputs)), (theirs, run_bag(torch_bag, inputs))):
             for name, w in want.items():
                 error = (got[name].double() - w).square().sum() / w.square().mean()
                 total[f"{mode}{'-weighted' * bool(weights)} {name}"] += error.item()
     ratios = {name: round((ours[name] / theirs[name]) ** 0.5, 3) for name in ours if theirs[name]}
     assert all(not ours[name] for name in ours if not theirs[name])
-    assert max(ratios.values()) <= ERROR_RATIO[dtype] + 0.03, f"our RMS error over torch's: {ratios}"
+    assert max(ratios.values()) <= ERROR_RATIO[dtype] + 0.03, f"ratio of the RMS error to that of torch: {ratios}"
 
 
 @pytest.mark.parametrize("wanted", ["weight", "weights"])
 @modes
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(mode: str, wanted: str) -> None:
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(mode: str, wanted: str) -> None:
     case = BagCase(E=9, D=12, lengths=(4, 0, 5), weights="same", padding_idx=2, why="one gradient")
     inputs = make_bag_inputs(case, torch.float32, mode)
     both = run(inputs)
@@ -216,16 +215,18 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(mode: str, wanted
     assert (inputs.weights if wanted == "weight" else inputs.weight).grad is None
 
 
-# ---- what the definition says
+# ---- semantics
 
 
 def bag(rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float32, **more) -> Tensor:
-    """One bag of all rows."""
+    """The result for one bag of all rows."""
     table = torch.tensor(rows, dtype=dtype)
     return functional.embedding_bag(torch.arange(len(rows))[None], table, mode=mode, **more)[0]
 
 
-def winners(rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float32, weights=None) -> list[int]:
+def selected_positions(
+    rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float32, weights=None
+) -> list[int]:
     table, inputs = torch.tensor(rows, dtype=dtype), torch.arange(len(rows))
     weights = None if weights is None else torch.tensor(weights, dtype=dtype)
     _, arg = ops.embedding_bag_forward(table, inputs, torch.tensor([0]), weights, BAG_MODES.index(mode))
@@ -234,18 +235,22 @@ def winners(rows: list[list[float]], mode: str, dtype: torch.dtype = torch.float
 
 @dtypes
 @extremes
-def test_a_tie_goes_to_the_first(mode: str, dtype: torch.dtype, isa: str) -> None:
+def test_first_of_equal_values_is_selected(mode: str, dtype: torch.dtype, isa: str) -> None:
     for D in (1, 5, 16, 40):
         rows = [[0.0] * D, [3.0] * D, [-3.0] * D, [3.0] * D, [-3.0] * D]
-        assert winners(rows, mode, dtype) == [1 if mode == "max" else 2] * D
-        assert winners([[0.0] * D, [-0.0] * D], mode, dtype) == winners([[-0.0] * D, [0.0] * D], mode, dtype) == [0] * D
-        weighted = winners([[1.0] * D, [2.0] * D, [-2.0] * D], mode, dtype, [2.0, 1.0, -1.0])
+        assert selected_positions(rows, mode, dtype) == [1 if mode == "max" else 2] * D
+        assert (
+            selected_positions([[0.0] * D, [-0.0] * D], mode, dtype)
+            == selected_positions([[-0.0] * D, [0.0] * D], mode, dtype)
+            == [0] * D
+        )
+        weighted = selected_positions([[1.0] * D, [2.0] * D, [-2.0] * D], mode, dtype, [2.0, 1.0, -1.0])
         assert weighted == [0] * D
 
 
 @dtypes
 @extremes
-def test_a_nan_wins_wherever_it_stands_and_the_first_of_them(mode: str, dtype: torch.dtype, isa: str) -> None:
+def test_first_nan_is_selected(mode: str, dtype: torch.dtype, isa: str) -> None:
     for D, at in itertools.product((1, 7, 33), range(4)):
         table = torch.randn(9, D).to(dtype)
         table[at, ::2] = math.nan
@@ -267,13 +272,13 @@ def test_infinities(mode: str, dtype: torch.dtype, isa: str) -> None:
         want = {"sum": table.sum(0), "mean": table.mean(0), "max": table.amax(0), "min": table.amin(0)}[mode]
         exactly(bag(rows, mode, dtype), want)
     lowest = -inf if mode == "max" else inf
-    assert mode in ("sum", "mean") or winners([[lowest] * 20] * 3, mode, dtype) == [0] * 20
+    assert mode in ("sum", "mean") or selected_positions([[lowest] * 20] * 3, mode, dtype) == [0] * 20
 
 
 @dtypes
 @modes
-def test_a_negative_zero_stays(mode: str, dtype: torch.dtype, isa: str) -> None:
-    """A sum starts from its first row, not from zero; an empty bag is +0."""
+def test_negative_zero_is_preserved(mode: str, dtype: torch.dtype, isa: str) -> None:
+    """A sum starts with its first row, not with zero; an empty bag gives +0."""
     for rows in ([[-0.0] * 19], [[-0.0] * 19] * 3):
         assert bag(rows, mode, dtype).signbit().all()
     empty = functional.embedding_bag(
@@ -284,8 +289,8 @@ def test_a_negative_zero_stays(mode: str, dtype: torch.dtype, isa: str) -> None:
 
 @dtypes
 @modes
-def test_a_row_of_padding_is_not_read(mode: str, dtype: torch.dtype, isa: str) -> None:
-    """Not even multiplied by zero: its values and its weights are NaN; what it gets is a gradient of zero."""
+def test_padding_is_not_read(mode: str, dtype: torch.dtype, isa: str) -> None:
+    """Values and weights of padding are NaN; its gradient is zero."""
     case = BagCase(E=6, D=19, lengths=(5, 2, 0, 4), padding_idx=3, weights="same", why="NaN in the padding")
     inputs = make_bag_inputs(case, dtype, mode)
     inputs.indices[[0, 2, 5, 6, 10]] = 3
@@ -295,14 +300,14 @@ def test_a_row_of_padding_is_not_read(mode: str, dtype: torch.dtype, isa: str) -
     got = run(inputs)
     same_bits(got, want)
     assert not got["dweight"][3].any() and not got["dweights"][inputs.indices == 3].any()
-    assert not got["output"][1].any()  # nothing but padding
+    assert not got["output"][1].any()  # only padding
     sparse = run(inputs, sparse=True)["dweight"]
     assert 3 not in sparse.indices()
 
 
 @modes
-def test_weights_of_rows_that_are_not_finite_follow_ieee(mode: str) -> None:
-    """0 times infinity is NaN, a NaN elsewhere in the table is no one's business."""
+def test_weights_of_infinite_and_nan_rows_follow_ieee(mode: str) -> None:
+    """0 times infinity is NaN; a NaN in rows that do not occur has no effect."""
     table = torch.tensor([[math.inf, 1.0], [2.0, 2.0], [math.nan, math.nan]])
     weights = torch.tensor([[0.0, 1.0]])
     out = functional.embedding_bag(torch.tensor([[0, 1]]), table, mode=mode, per_sample_weights=weights)
@@ -310,7 +315,7 @@ def test_weights_of_rows_that_are_not_finite_follow_ieee(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", BAG_MODES)
-def test_a_negative_padding_idx_counts_from_the_end(mode: str) -> None:
+def test_negative_padding_idx(mode: str) -> None:
     case = BagCase(E=6, D=4, lengths=(5, 2, 0, 4), padding_idx=5, weights="same", why="padding at the end")
     inputs = make_bag_inputs(case, torch.float32, mode)
     inputs.indices[::3] = 5
@@ -318,7 +323,7 @@ def test_a_negative_padding_idx_counts_from_the_end(mode: str) -> None:
 
 
 @sums
-def test_an_unweighted_mean_by_weight_is_a_mean(mode: str) -> None:
+def test_weight_norm_without_weights(mode: str) -> None:
     case = BagCase(E=6, D=4, lengths=(5, 2, 0, 4), why="no weights")
     inputs = make_bag_inputs(case, torch.float64, mode)
     same_bits(run(inputs, weight_norm="weight"), run(inputs))
@@ -326,22 +331,22 @@ def test_an_unweighted_mean_by_weight_is_a_mean(mode: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=named)
 @sums
-def test_half_types_add_up_in_float32(mode: str, dtype: torch.dtype, isa: str) -> None:
-    """Where a sum in the type itself would overflow, or stop growing."""
+def test_half_types_accumulate_in_float32(mode: str, dtype: torch.dtype, isa: str) -> None:
+    """For sums that would overflow or saturate in the half type."""
     if dtype == torch.float16:
         n = 3 if mode == "mean" else 1
         rows = [[60000.0] * 9, [60000.0] * 9, [-60000.0 if mode == "sum" else 60000.0] * 9]
         assert (bag(rows, mode, dtype) == torch.tensor(60000.0 * n / n).to(dtype)).all()
     ones = torch.ones(1, 9, dtype=dtype)
     got = functional.embedding_bag(torch.zeros(1, 20480, dtype=torch.int64), ones, mode=mode)
-    assert (got == (20480 if mode == "sum" else 1)).all()  # 20480 = 5 * 2^12, which both types hold
+    assert (got == (20480 if mode == "sum" else 1)).all()  # 20480 = 5 * 2^12 is exact in both types
 
 
 @dtypes
 @pytest.mark.parametrize("hits", [20480, 20001])
 @pytest.mark.parametrize("mode", ["sum", "max"])
-def test_a_hot_row_counts_every_hit(mode: str, hits: int, dtype: torch.dtype, isa: str) -> None:
-    """Torch stops at 256 in bfloat16. Bags of one, so that the row wins each of them."""
+def test_gradient_of_a_frequent_row_does_not_saturate(mode: str, hits: int, dtype: torch.dtype, isa: str) -> None:
+    """torch saturates at 256 in bfloat16. Bags of one index select the row in each mode."""
     E, D = 50, 9
     indices = torch.randint(0, E, (hits + 500,))
     indices[indices == 7] = 8
@@ -355,8 +360,8 @@ def test_a_hot_row_counts_every_hit(mode: str, hits: int, dtype: torch.dtype, is
 
 @dtypes
 @sums
-def test_a_hot_rows_gradient_is_rounded_once(mode: str, dtype: torch.dtype) -> None:
-    """20,000 hits of random gradients, some rows with a few, one with none."""
+def test_gradient_of_a_frequent_row_is_rounded_once(mode: str, dtype: torch.dtype) -> None:
+    """A row with 20,000 occurrences and random gradients, rows with few occurrences, and one without."""
     lengths = (40,) * 525
     case = BagCase(E=6, D=9, lengths=lengths, weights="same", why="a hot row")
     inputs = make_bag_inputs(case, dtype, mode)
@@ -376,7 +381,7 @@ def test_one_bag_of_a_hundred_thousand(mode: str, dtype: torch.dtype, isa: str) 
 
 @functools.cache
 def of_a_long_bag(mode: str, dtype: torch.dtype, weights: str) -> tuple[BagInputs, dict[str, Tensor]]:
-    """Its inputs, and the definition in float64, written out for one bag."""
+    """Inputs of a long bag, and the definition in float64 for one bag."""
     case = BagCase(E=1000, D=9, lengths=(100_000,), weights=weights, padding_idx=3, why="a very long bag")
     inputs = make_bag_inputs(case, dtype, mode)
     wide = inputs.map(lambda t: t.double().detach().requires_grad_())
@@ -388,19 +393,19 @@ def of_a_long_bag(mode: str, dtype: torch.dtype, weights: str) -> tuple[BagInput
     else:
         output = found.gather(0, (found.argmax(0) if mode == "max" else found.argmin(0))[None])
         best = output.detach().clone()
-        first = (found == best).int().argmax(0)  # argmax of equals is any of them, of ones the first
+        first = (found == best).int().argmax(0)  # argmax of equal integers returns the first
         output = found.gather(0, first[None])
     wanted = {"dweight": wide.weight} | ({"dweights": wide.weights} if weights else {})
     grads = torch.autograd.grad(output, list(wanted.values()), wide.dout.detach())
     return inputs, {"output": output.detach()} | dict(zip(wanted, grads, strict=True))
 
 
-# ---- the plain lookup
+# ---- Embedding
 
 
 @dtypes
 @pytest.mark.parametrize("padding_idx", [None, 2, -1])
-def test_embedding_is_torchs(padding_idx: int | None, dtype: torch.dtype, isa: str) -> None:
+def test_embedding_matches_torch(padding_idx: int | None, dtype: torch.dtype, isa: str) -> None:
     for shape in ((), (5,), (2, 3), (2, 3, 4), (0,), (3, 0), (0, 4)):
         table, indices = torch.randn(7, 21).to(dtype), torch.randint(0, 7, shape)
         got, want = (table.clone().requires_grad_() for _ in "ab")
@@ -416,7 +421,7 @@ def test_embedding_is_torchs(padding_idx: int | None, dtype: torch.dtype, isa: s
 
 @dtypes
 @pytest.mark.parametrize("scale_grad_by_freq", [False, True])
-def test_embeddings_gradient_is_the_definitions(scale_grad_by_freq: bool, dtype: torch.dtype, isa: str) -> None:
+def test_gradient_of_embedding_matches_the_definition(scale_grad_by_freq: bool, dtype: torch.dtype, isa: str) -> None:
     table = torch.randn(9, 21).to(dtype).requires_grad_()
     indices = torch.randint(0, 9, (6, 50)).clamp(max=7)
     upstream = torch.randn(6, 50, 21).to(dtype)
@@ -441,7 +446,7 @@ def test_embeddings_gradient_is_the_definitions(scale_grad_by_freq: bool, dtype:
 
 @dtypes
 @pytest.mark.parametrize("name", ["embedding_bag", "embedding"])
-def test_max_norm_shortens_rows_that_are_looked_up(name: str, dtype: torch.dtype, isa: str) -> None:
+def test_max_norm_scales_rows_that_are_looked_up(name: str, dtype: torch.dtype, isa: str) -> None:
     table = (torch.randn(12, 19) * torch.logspace(-2, 1, 12)[:, None]).to(dtype)
     indices = torch.tensor([[1, 5, 5, 0], [11, 5, 10, 1]])
     unused = [i for i in range(12) if i not in indices]
@@ -461,7 +466,7 @@ def test_max_norm_shortens_rows_that_are_looked_up(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", ["embedding_bag", "embedding"])
-def test_max_norm_is_torchs(name: str) -> None:
+def test_max_norm_matches_torch(name: str) -> None:
     for norm_type in (2.0, 1.0, math.inf):
         tables = [torch.randn(9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for _ in "ab"]
         indices = torch.randint(0, 9, (4, 3))
@@ -473,7 +478,7 @@ def test_max_norm_is_torchs(name: str) -> None:
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-13, atol=1e-13)
 
 
-def test_max_norm_writes_into_a_view_and_nowhere_else() -> None:
+def test_max_norm_of_a_view() -> None:
     whole = torch.full((9, 20), 5.0)
     view, before = whole[:, 3:10], whole.clone()
     functional.embedding_bag(torch.tensor([[1, 4]]), view, max_norm=1.0)
@@ -482,11 +487,11 @@ def test_max_norm_writes_into_a_view_and_nowhere_else() -> None:
     assert torch.equal(whole, before)
 
 
-# ---- differentiation
+# ---- derivatives
 
 
 def of_tensors(inputs: BagInputs) -> tuple[Callable, list[Tensor]]:
-    """embedding_bag as a function of what is differentiable, and that."""
+    """embedding_bag as a function of its differentiable inputs, and these inputs."""
     tensors = [inputs.weight] if inputs.weights is None else [inputs.weight, inputs.weights]
 
     def function(weight: Tensor, *weights: Tensor) -> Tensor:
@@ -519,8 +524,8 @@ def test_gradcheck_forward_mode(case: BagCase, mode: str) -> None:
 
 @modes
 @pytest.mark.parametrize("case", [c for c in BAG_CASES if c.weights and c.N and c.D], ids=str)
-def test_a_gradient_penalty_is_the_definitions(case: BagCase, mode: str) -> None:
-    """The gradient of the norm of the first gradient, for the table, the weights and what comes from above."""
+def test_gradient_penalty_matches_the_definition(case: BagCase, mode: str) -> None:
+    """The gradient of the norm of the first gradient, for the table, the weights and the upstream gradient."""
 
     def penalty(embedding_bag: Callable) -> dict[str, Tensor]:
         inputs = make_bag_inputs(case, torch.float64, mode).map(lambda t: t.detach().requires_grad_())
@@ -537,7 +542,7 @@ def test_a_gradient_penalty_is_the_definitions(case: BagCase, mode: str) -> None
         torch.testing.assert_close(got[name], w, rtol=1e-11, atol=1e-12)
 
 
-def test_backward_twice_through_a_kept_graph() -> None:
+def test_backward_twice_with_retain_graph() -> None:
     inputs = make_bag_inputs(BAG_CASES[0], torch.float32, "max")
     table = inputs.weight.requires_grad_()
     output = functional.embedding_bag(inputs.indices, table, **inputs.keywords())
@@ -547,7 +552,7 @@ def test_backward_twice_through_a_kept_graph() -> None:
 
 
 @modes
-def test_a_table_changed_in_place_before_backward_is_refused_where_it_is_read(mode: str) -> None:
+def test_in_place_change_of_a_saved_table_raises(mode: str) -> None:
     inputs = make_bag_inputs(BAG_TINY[1], torch.float32, mode).map(lambda t: t.detach().requires_grad_())
     output = functional.embedding_bag(
         inputs.indices, inputs.weight, per_sample_weights=inputs.weights, **inputs.keywords()
@@ -558,8 +563,8 @@ def test_a_table_changed_in_place_before_backward_is_refused_where_it_is_read(mo
         output.sum().backward()
 
 
-def test_what_comes_in_half_way_up_the_graph() -> None:
-    """A table that is itself computed, and weights that come from it."""
+def test_table_and_weights_that_are_not_leaves() -> None:
+    """A computed table, and weights computed from it."""
     base = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     indices = torch.tensor([[0, 1, 4], [2, 2, 3]])
 
@@ -631,7 +636,7 @@ OPS = [
 def test_opcheck(name: str, case: BagCase, mode: str) -> None:
     arguments = op_inputs(case, mode).get(name)
     if arguments is None:
-        return  # no weights, no gradient of them
+        return  # no weights
     op = getattr(ops, name.split()[0]).default
     if name == "embedding_bag_forward":
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
@@ -641,7 +646,7 @@ def test_opcheck(name: str, case: BagCase, mode: str) -> None:
 
 
 @cases
-def test_inference_equals_training(case: BagCase, isa: str) -> None:
+def test_inference_matches_training(case: BagCase, isa: str) -> None:
     for mode, dtype in itertools.product(BAG_MODES, DTYPES):
         inputs = make_bag_inputs(case, dtype, mode)
         arguments = inputs.weight, *inputs.op_arguments()
@@ -651,22 +656,22 @@ def test_inference_equals_training(case: BagCase, isa: str) -> None:
         assert arg.shape == ((case.B, case.D) if mode in ("max", "min") else (0,))
 
 
-# ---- bit for bit
+# ---- equal bits
 
 THREADED = [
     BagCase(E=300, D=16, lengths=bag_lengths(300, 30), weights="same", why="many bags"),
-    BagCase(E=2000, D=65, lengths=(25,) * 80, form="2-D", padding_idx=7, why="rows mostly once or twice"),
-    BagCase(E=50, D=8, lengths=(1, 9000, 0, 3, 2100), weights="same", why="long bags, and every row is hot"),
+    BagCase(E=2000, D=65, lengths=(25,) * 80, form="2-D", padding_idx=7, why="most rows occur once or twice"),
+    BagCase(E=50, D=8, lengths=(1, 9000, 0, 3, 2100), weights="same", why="long bags, and each row is frequent"),
     BagCase(E=3, D=300, lengths=bag_lengths(40, 40), weights="same", rows="few", why="three rows"),
     BagCase(E=1000, D=1, lengths=bag_lengths(12000, 6), weights="same", why="one column"),
-    BagCase(E=1, D=33, lengths=(9,) * 900, form="2-D", why="one row, over and over"),
+    BagCase(E=1, D=33, lengths=(9,) * 900, form="2-D", why="one row in all positions"),
 ]
 threaded_cases = pytest.mark.parametrize("case", THREADED, ids=str)
 THREADS = (1, 2, 3, 5)
 
 
 def with_threads(call: Callable[[], dict[str, Tensor]]) -> None:
-    """The results have the same bits for every number of threads."""
+    """Asserts the same bits for different numbers of threads."""
     results = []
     for n in THREADS:
         torch.set_num_threads(n)
@@ -681,14 +686,14 @@ def both_gradients(inputs: BagInputs) -> dict[str, Tensor]:
 
 
 @threaded_cases
-def test_the_number_of_threads_changes_nothing(case: BagCase, isa: str) -> None:
+def test_bits_are_independent_of_the_number_of_threads(case: BagCase, isa: str) -> None:
     for mode in ("mean", "max"):
         inputs = make_bag_inputs(case, torch.float32, mode)
         with_threads(lambda inputs=inputs: both_gradients(inputs))
 
 
 @threaded_cases
-def test_the_number_of_threads_changes_nothing_in_any_mode_and_dtype(case: BagCase) -> None:
+def test_bits_are_independent_of_the_number_of_threads_in_each_mode_and_dtype(case: BagCase) -> None:
     for mode, dtype in itertools.product(("sum", "min"), (torch.float64, torch.bfloat16, torch.float16)):
         inputs = make_bag_inputs(case, dtype, mode)
         with_threads(lambda inputs=inputs: both_gradients(inputs))
@@ -696,7 +701,7 @@ def test_the_number_of_threads_changes_nothing_in_any_mode_and_dtype(case: BagCa
 
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize("case", THREADED[:4], ids=str)
-def test_the_number_of_threads_changes_no_update(case: BagCase, mode: str) -> None:
+def test_updates_are_independent_of_the_number_of_threads(case: BagCase, mode: str) -> None:
     def steps() -> dict[str, Tensor]:
         found = {}
         for name, arguments in op_inputs(dataclasses.replace(case, scale_grad_by_freq=True), mode).items():
@@ -710,12 +715,14 @@ def test_the_number_of_threads_changes_no_update(case: BagCase, mode: str) -> No
 
 @dtypes
 @modes
-def test_a_bag_does_not_feel_its_batch(mode: str, dtype: torch.dtype, isa: str) -> None:
+def test_bits_of_a_bag_are_independent_of_the_batch(mode: str, dtype: torch.dtype, isa: str) -> None:
     for case in BAG_CASES[:1] + [c for c in BAG_CASES if c.B > 5 and c.form != "2-D"]:
-        alone_and_among_others(make_bag_inputs(dataclasses.replace(case, scale_grad_by_freq=False), dtype, mode))
+        compare_single_bags_with_batch(
+            make_bag_inputs(dataclasses.replace(case, scale_grad_by_freq=False), dtype, mode)
+        )
 
 
-def alone_and_among_others(inputs: BagInputs) -> None:
+def compare_single_bags_with_batch(inputs: BagInputs) -> None:
     whole = run(inputs)
     for b, (begin, end) in list(enumerate(inputs.bounds()))[:12]:
         weights = None if inputs.weights is None else inputs.weights[begin:end]
@@ -731,8 +738,8 @@ def alone_and_among_others(inputs: BagInputs) -> None:
 
 
 @modes
-def test_a_long_bag_does_not_feel_its_batch(mode: str, isa: str) -> None:
-    """Nor where in it the bag stands, nor which thread it meets."""
+def test_bits_of_a_long_bag_are_independent_of_the_batch(mode: str, isa: str) -> None:
+    """The position of the bag in the batch, and the assignment to threads, have no effect."""
     table, rows = torch.randn(500, 24), torch.randint(0, 500, (30000,))
     alone = functional.embedding_bag(rows, table, torch.tensor([0]), mode=mode)[0]
     for before, after in [([3, 0, 7], [2]), ([5000], [9000, 1]), ([1] * 40, [])]:
@@ -745,8 +752,8 @@ def test_a_long_bag_does_not_feel_its_batch(mode: str, isa: str) -> None:
 
 @dtypes
 @modes
-def test_padding_leaves_no_trace(mode: str, dtype: torch.dtype, isa: str) -> None:
-    """A bag between padding has the bits of the bag without, and so have all gradients."""
+def test_bits_are_independent_of_padding(mode: str, dtype: torch.dtype, isa: str) -> None:
+    """Bags with and without padding have the same outputs and gradients."""
     for D in (5, 16, 100):
         case = BagCase(E=9, D=D, lengths=(4, 0, 7, 1), weights="same", padding_idx=8, why="without")
         inputs = make_bag_inputs(case, dtype, mode)
@@ -775,7 +782,7 @@ def test_padding_leaves_no_trace(mode: str, dtype: torch.dtype, isa: str) -> Non
 
 @dtypes
 @modes
-def test_two_dimensions_equal_offsets_equal_the_last_offset(mode: str, dtype: torch.dtype, isa: str) -> None:
+def test_all_forms_of_input_have_the_same_bits(mode: str, dtype: torch.dtype, isa: str) -> None:
     for weights in ("", "same"):
         case = BagCase(E=13, D=21, lengths=(6,) * 7, form="2-D", weights=weights, padding_idx=4, why="2-D")
         inputs = make_bag_inputs(case, dtype, mode)
@@ -786,14 +793,14 @@ def test_two_dimensions_equal_offsets_equal_the_last_offset(mode: str, dtype: to
                 weights=None if inputs.weights is None else inputs.weights.flatten(),
             )  # fmt: skip
             same_bits({n: t.flatten() for n, t in run(flat).items()}, want)
-        behind = torch.tensor([0, 5, 99])  # out of range: what lies behind the last offset is not looked up
+        behind = torch.tensor([0, 5, 99])  # indices beyond the last offset are ignored, even if they are out of range
         if not weights:
             longer = dataclasses.replace(flat, indices=torch.cat([flat.indices, behind]))
             same_bits({n: t.flatten() for n, t in run(longer).items()}, want)
 
 
 @dtypes
-def test_a_bag_of_one_is_a_lookup(dtype: torch.dtype, isa: str) -> None:
+def test_a_bag_of_one_index_matches_embedding(dtype: torch.dtype, isa: str) -> None:
     table, rows = torch.randn(9, 37).to(dtype), torch.randint(0, 9, (50,))
     for mode in BAG_MODES:
         assert torch.equal(functional.embedding_bag(rows[:, None], table, mode=mode), table[rows])
@@ -801,7 +808,7 @@ def test_a_bag_of_one_is_a_lookup(dtype: torch.dtype, isa: str) -> None:
 
 
 @threaded_cases
-def test_a_run_repeats_itself(case: BagCase) -> None:
+def test_repeated_runs_have_the_same_bits(case: BagCase) -> None:
     for dtype in DTYPES:
         inputs = make_bag_inputs(case, dtype, "mean")
         first = run(inputs)
@@ -812,8 +819,8 @@ def test_a_run_repeats_itself(case: BagCase) -> None:
 @dtypes
 @modes
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_a_fused_step_is_the_step_on_the_gradient(sparse: bool, mode: str, dtype: torch.dtype, isa: str) -> None:
-    """SGD: the table less lr times its gradient, rounded once."""
+def test_fused_sgd_matches_a_step_with_the_gradient(sparse: bool, mode: str, dtype: torch.dtype, isa: str) -> None:
+    """SGD: table - lr * gradient, rounded once."""
     inputs = make_bag_inputs(BagCase(E=40, D=19, lengths=bag_lengths(30, 9), weights="same", why="step"), dtype, mode)
     want = bag_definition(inputs)["dweight"] * -0.3 + inputs.weight.double()
     stepped = inputs.weight.clone()
@@ -821,7 +828,7 @@ def test_a_fused_step_is_the_step_on_the_gradient(sparse: bool, mode: str, dtype
     _, arg = ops.embedding_bag_forward(inputs.weight, *bags)
     ops.embedding_bag_update_(stepped, None, None, 0, [0.3], inputs.dout, arg, *bags)
     assert_bag_near({"dweight": stepped}, {"dweight": want}, inputs)
-    if dtype in (torch.float32, torch.float64):  # nothing is rounded in between
+    if dtype in (torch.float32, torch.float64):  # no intermediate rounding
         gradient = run(inputs, sparse=sparse)["dweight"].to_dense()
         ulp = torch.finfo(dtype).eps * inputs.weight.abs()
         assert (
@@ -831,7 +838,7 @@ def test_a_fused_step_is_the_step_on_the_gradient(sparse: bool, mode: str, dtype
     assert torch.equal(stepped[untouched], inputs.weight[untouched])
 
 
-def test_callers_in_several_threads_do_not_meet() -> None:
+def test_concurrent_calls() -> None:
     every = [make_bag_inputs(c, torch.float32, m, seed=s) for c in THREADED[:3] for m in BAG_MODES for s in range(2)]
     want = [run(inputs) for inputs in every]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -843,7 +850,7 @@ def test_callers_in_several_threads_do_not_meet() -> None:
 
 
 def spread(t: Tensor) -> Tensor:
-    """The same values, every second element of every dimension of something larger, that holds NaN."""
+    """The same values as a view with stride 2 in each dimension of a tensor filled with NaN."""
     whole = t.new_full([2 * n + 1 for n in t.shape], math.nan if t.is_floating_point() else 2**30)
     view = whole[tuple(slice(1, None, 2) for _ in t.shape)]
     view.copy_(t)
@@ -851,24 +858,24 @@ def spread(t: Tensor) -> Tensor:
 
 
 def turned(t: Tensor) -> Tensor:
-    """The same values with the dimensions laid out in reverse order."""
+    """The same values with the dimensions in reverse order in memory."""
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
 def wider(t: Tensor) -> Tensor:
-    """The first columns of a wider tensor: rows further apart than they are long."""
+    """The same values as the first columns of a wider tensor."""
     whole = t.new_full((*t.shape[:-1], t.shape[-1] + 7), math.nan if t.is_floating_point() else 2**30)
     whole[..., : t.shape[-1]] = t
     return whole[..., : t.shape[-1]]
 
 
 def expanded(t: Tensor) -> Tensor:
-    """The first entry of the first dimension for all of them, with stride 0."""
+    """The first entry of the first dimension, expanded with stride 0."""
     return t[:1].expand_as(t)
 
 
 def negated(t: Tensor) -> Tensor:
-    """The same values behind torch's lazy negation."""
+    """The same values with the negative bit (lazy negation) set."""
     return torch._neg_view(-t) if t.is_floating_point() else t
 
 
@@ -883,8 +890,8 @@ LAID_OUT = [
 @dtypes
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", LAID_OUT, ids=str)
-def test_strides_do_not_matter(case: BagCase, layout: Callable, dtype: torch.dtype, isa: str) -> None:
-    """Of the table, the weights, what comes from above, the indices and the offsets."""
+def test_strides(case: BagCase, layout: Callable, dtype: torch.dtype, isa: str) -> None:
+    """Strides of the table, the weights, the upstream gradient, the indices and the offsets."""
     for mode in BAG_MODES:
         inputs = make_bag_inputs(case, dtype, mode)
         if layout is expanded:
@@ -898,8 +905,8 @@ def test_strides_do_not_matter(case: BagCase, layout: Callable, dtype: torch.dty
         same_bits(densely(run(strided, sparse=True)), want)
 
 
-def test_a_gradient_of_one_number_for_all() -> None:
-    """What .sum().backward() sends: strides of 0 in both dimensions."""
+def test_expanded_upstream_gradient() -> None:
+    """.sum().backward() passes a gradient with strides of 0 in both dimensions."""
     for mode in BAG_MODES:
         inputs = make_bag_inputs(LAID_OUT[0], torch.float32, mode)
         inputs.dout = torch.ones(()).expand_as(inputs.dout)
@@ -911,10 +918,8 @@ def test_a_gradient_of_one_number_for_all() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
 @modes
 @pytest.mark.parametrize("offset", [1, 3])
-def test_an_offset_does_not_matter_and_what_lies_around_stays(
-    offset: int, mode: str, dtype: torch.dtype, isa: str
-) -> None:
-    """Inputs that start off alignment, between sentinels."""
+def test_unaligned_inputs_between_sentinels(offset: int, mode: str, dtype: torch.dtype, isa: str) -> None:
+    """Inputs with an unaligned start, surrounded by sentinels, which remain unchanged."""
     inputs = make_bag_inputs(LAID_OUT[0], dtype, mode)
     want = run(inputs)
     kept: list[tuple[Tensor, Tensor]] = []
@@ -934,8 +939,8 @@ def test_an_offset_does_not_matter_and_what_lies_around_stays(
 
 @dtypes
 @pytest.mark.parametrize("layout", ["rows", "columns", "offset"])
-def test_an_update_in_place_stays_in_its_view(layout: str, dtype: torch.dtype, isa: str) -> None:
-    """A table between sentinels, in strides of its own: the same step as in a tidy one, nothing else written."""
+def test_update_of_a_view(layout: str, dtype: torch.dtype, isa: str) -> None:
+    """A strided table surrounded by sentinels: the same step as for a contiguous table, and no other writes."""
     case = BagCase(E=9, D=21, lengths=(4, 0, 7), weights="same", why="update")
     tidy, odd = (op_inputs(case, "sum", dtype) for _ in "ab")
     for name in (n for n in tidy if n.startswith("embedding_bag_update_")):
@@ -954,7 +959,7 @@ def test_an_update_in_place_stays_in_its_view(layout: str, dtype: torch.dtype, i
 
 
 @cases
-def test_inputs_are_never_written(case: BagCase) -> None:
+def test_inputs_are_not_modified(case: BagCase) -> None:
     for mode in BAG_MODES:
         inputs = make_bag_inputs(case, torch.float32, mode)
         every = [inputs.weight, inputs.indices, inputs.offsets, inputs.weights, inputs.dout]
@@ -964,7 +969,7 @@ def test_inputs_are_never_written(case: BagCase) -> None:
         assert all(torch.equal(t, copy) and t._version == version for t, copy, version in before)
 
 
-def test_outputs_share_no_memory_with_inputs() -> None:
+def test_outputs_do_not_alias_inputs() -> None:
     for mode, case in itertools.product(BAG_MODES, (BAG_CASES[0], BAG_CASES[14])):
         inputs = make_bag_inputs(case, torch.float32, mode)
         results = run(inputs, sparse=True)
@@ -974,7 +979,7 @@ def test_outputs_share_no_memory_with_inputs() -> None:
         assert len(set(addresses)) == len(addresses)
 
 
-def test_no_memory_stays_behind() -> None:
+def test_no_memory_leaks() -> None:
     inputs = make_bag_inputs(THREADED[0], torch.float32, "max")
 
     def alive() -> int:
@@ -989,14 +994,16 @@ def test_no_memory_stays_behind() -> None:
     assert alive() <= before
 
 
-# ---- sizes beyond 32 bits, of which little is touched
+# ---- sizes beyond 32 bits, of which few pages are touched
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-needs_proc = pytest.mark.skipif(not CLEAR.exists(), reason="no /proc/self/clear_refs, which tells the peak of memory")
+needs_proc = pytest.mark.skipif(
+    not CLEAR.exists(), reason="no /proc/self/clear_refs, which is required to measure peak memory"
+)
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """By how many bytes the resident memory of this process rose at most."""
+    """Maximum increase of the resident memory of this process, in bytes."""
 
     def field(name: str) -> int:
         (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(name))
@@ -1009,12 +1016,12 @@ def peak_of(call: Callable[[], object]) -> int:
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that the system hands out page by page, at the first write to each."""
+    """Zeros whose pages the system allocates at the first write."""
     integer = {8: np.int64, 4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
     try:
         return torch.from_numpy(np.zeros(shape, integer)).view(dtype)
     except MemoryError:
-        pytest.skip(f"the system does not hand out {math.prod(shape) * dtype.itemsize / 2**30:.1f} GiB untouched")
+        pytest.skip(f"the system cannot reserve {math.prod(shape) * dtype.itemsize / 2**30:.1f} GiB")
 
 
 LIMIT = 200 * 2**20
@@ -1024,7 +1031,7 @@ LIMIT = 200 * 2**20
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "wide rows", "columns"])
 def test_a_table_beyond_32_bits(layout: str, mode: str, raw_memory: None) -> None:
-    """Forward, sparse gradient and a step: rows on both sides of 2^31 elements, and no copy of the table."""
+    """Forward, sparse gradient and a step, with rows on both sides of 2^31 elements and without a copy of the table."""
     if layout == "columns":
         E, D = 2**27 + 9, 17
         table = untouched(D, E, dtype=torch.float16).t()
@@ -1058,8 +1065,8 @@ def test_a_table_beyond_32_bits(layout: str, mode: str, raw_memory: None) -> Non
 
 
 @modes
-def test_more_rows_than_32_bits_count(mode: str) -> None:
-    """One row for all, with stride 0; rows that differ in the upper bits alone do not meet in the gradient."""
+def test_more_rows_than_32_bit_numbers(mode: str) -> None:
+    """An expanded row with stride 0; rows that differ only in the upper bits have separate gradients."""
     E, row = 2**33 + 7, torch.randn(1, 5)
     rows = torch.tensor([1, 2**32 + 1, 2**33 + 6, 1, 2**31, 2**32 + 1, 2**33 + 6])
     bags = rows, torch.tensor([0, 2, 5]), None, BAG_MODES.index(mode)
@@ -1092,8 +1099,8 @@ def test_quantised_rows_beyond_32_bits(raw_memory: None) -> None:
 
 @needs_proc
 @dtypes
-def test_a_strided_table_is_not_copied(dtype: torch.dtype, raw_memory: None) -> None:
-    """Nor is one with padding, with weights, or in float64: a call needs memory for its output alone."""
+def test_strided_table_is_not_copied(dtype: torch.dtype, raw_memory: None) -> None:
+    """A call only allocates its output, also with padding, with weights and in float64."""
     E, D = 2**21, 64
     table = untouched(E, 2 * D, dtype=dtype)[:, :D]
     rows, weights = torch.randint(0, E, (40, 5)), torch.randn(40, 5).to(dtype)

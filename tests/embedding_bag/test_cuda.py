@@ -1,8 +1,7 @@
-"""CUDA kernels of embedding bags, run on the CPU: each thread of a block a fibre, memory and barriers checked; and on a
-GPU where there is one.
+"""CUDA kernels of embedding bags, in the emulation, which checks memory and barriers, and on a GPU if present.
 
-The ops of torch.ops.seqkernels_emulated are those of torch.ops.seqkernels, made by the CUDA launchers. They take the
-place of the CPU's here, so that the public functions run on them.
+torch.ops.seqkernels_emulated has the ops of torch.ops.seqkernels, implemented by the CUDA launchers. The tests replace
+the CPU ops by them, so that the public functions call them.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag.
 """
@@ -41,23 +40,23 @@ from support.on_cuda import ONLY_EMULATED, PLACES, OnCuda, sanitized
 cpu = torch.ops.seqkernels
 HALVES = (torch.bfloat16, torch.float16)
 
-# Pieces of long bags are 128 indices, of rows that occur often 32; chains of more than 16 pieces are merged by blocks.
+# Chunks of long bags have 128 indices, chunks of frequent rows 32; a block merges chains of more than 16 chunks.
 CUDA_CASES = [
     BagCase(E=30, D=8, lengths=(128, 129, 0, 256, 257, 1), weights="same", why="edges of pieces"),
-    BagCase(E=30, D=12, lengths=(3, 2500, 2, 700), weights="same", padding_idx=3, why="more than 16 pieces"),
+    BagCase(E=30, D=12, lengths=(3, 2500, 2, 700), weights="same", padding_idx=3, why="more than 16 chunks"),
     BagCase(E=9, D=130, lengths=(5, 2200), weights="wide", why="two tiles of columns, a long bag"),
     BagCase(E=40, D=4, lengths=(2300,), form="2-D", why="one long bag, one lane"),
     BagCase(E=30, D=64, lengths=(700, 3), weights="same", weight_norm="weight", padding_idx=1, why="long, by weight"),
-    BagCase(E=30, D=16, lengths=bag_lengths(80, 40), rows="one", why="one row in all places"),
-    BagCase(E=300, D=6, lengths=bag_lengths(80, 40), rows="few", scale_grad_by_freq=True, why="hot rows, counts"),
-    BagCase(E=31, D=5, lengths=(1,) * 32, rows="one", why="a row that ends with its group"),
-    BagCase(E=31, D=5, lengths=(1,) * 33, rows="one", form="last", trailing=40, why="and one behind it"),
+    BagCase(E=30, D=16, lengths=bag_lengths(80, 40), rows="one", why="one row in all positions"),
+    BagCase(E=300, D=6, lengths=bag_lengths(80, 40), rows="few", scale_grad_by_freq=True, why="frequent rows, counts"),
+    BagCase(E=31, D=5, lengths=(1,) * 32, rows="one", why="a row that ends with a group"),
+    BagCase(E=31, D=5, lengths=(1,) * 33, rows="one", form="last", trailing=40, why="and trailing indices"),
     BagCase(E=5000, D=260, lengths=bag_lengths(20, 9), why="three tiles of float32, two of half types"),
     BagCase(E=70000, D=4, lengths=(600,) * 9, form="2-D", index=torch.int32, why="three digits of keys, two tiles"),
 ]
 
 cases = pytest.mark.parametrize(
-    "case", sanitized(BAG_CASES + CUDA_CASES, lambda case: case.why == "more than 16 pieces"), ids=str
+    "case", sanitized(BAG_CASES + CUDA_CASES, lambda case: case.why == "more than 16 chunks"), ids=str
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 modes = pytest.mark.parametrize("mode", BAG_MODES)
@@ -68,20 +67,20 @@ def emulated_ops() -> _embedding_bag_ops.Ops:
     if not hasattr(torch.ops.seqkernels_emulated, "embedding_bag"):
         built = sorted(cuda_on_cpu.FOLDER.glob("_emulated*.so"))
         if not built:
-            pytest.skip("tests/cuda_on_cpu/_emulated is not built: `make test` builds it")
+            pytest.skip("tests/cuda_on_cpu/_emulated is not built; `make test` builds it")
         torch.ops.load_library(str(built[0]))
     return _embedding_bag_ops.Ops("seqkernels_emulated", _embedding_bag_ops.NAMES)
 
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest) -> str:
-    """Where the ops of a test run."""
+    """Where the ops run: in the emulation or on a GPU."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def ops(place: str, monkeypatch: pytest.MonkeyPatch) -> _embedding_bag_ops.Ops | OnCuda:
-    """The emulated ops, or those of a device; the public functions use them as well."""
+    """The emulated ops or those of a GPU, which the public functions also use."""
     found = OnCuda() if place == "cuda" else emulated_ops()
     monkeypatch.setattr(_embedding_bag_ops, "ops", found)
     return found
@@ -89,7 +88,7 @@ def ops(place: str, monkeypatch: pytest.MonkeyPatch) -> _embedding_bag_ops.Ops |
 
 @contextlib.contextmanager
 def machine(**values: int) -> Iterator[None]:
-    """Settings of the emulation: races=1, multiprocessors=1, .."""
+    """Changes settings of the emulation: races=1, multiprocessors=1, ..."""
     with cuda_on_cpu.settings(cuda_on_cpu.load("_emulated"), **values):
         yield
 
@@ -124,19 +123,19 @@ def test_sparse_gradient(case: BagCase, mode: str, dtype: torch.dtype) -> None:
 
 @cases
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_winners_are_those_of_the_cpu(case: BagCase, mode: str, ops: _embedding_bag_ops.Ops) -> None:
+def test_selected_positions_match_the_cpu(case: BagCase, mode: str, ops: _embedding_bag_ops.Ops) -> None:
     inputs = make_bag_inputs(case, torch.float32, mode)
-    # Few values, so that columns tie; a NaN here and there, and signed zeros.
+    # Few distinct values, to get equal values in columns; some NaN and signed zeros.
     weight = inputs.weight.mul(2).round().div(2)
     if weight.numel() > 20:
         weight.view(-1)[::17] = math.nan
-    arguments = weight, *as_ops_take(inputs)
+    arguments = weight, *op_arguments_of(inputs)
     got, want = ops.embedding_bag_forward(*arguments), cpu.embedding_bag_forward(*arguments)
     assert torch.equal(got[1], want[1])
     assert torch.equal(got[0].nan_to_num(7e7).view(torch.int32), want[0].nan_to_num(7e7).view(torch.int32))
 
 
-def as_ops_take(inputs: BagInputs) -> tuple[object, ...]:
+def op_arguments_of(inputs: BagInputs) -> tuple[object, ...]:
     c = inputs.case
     padding = -1 if c.padding_idx is None else c.padding_idx
     mode, mean_by = _embedding_bag_ops.MODES[inputs.mode], _embedding_bag_ops.NORMS[c.weight_norm]
@@ -157,11 +156,11 @@ def test_gradcheck(case: BagCase, mode: str) -> None:
     assert torch.autograd.gradcheck(f, (inputs.weight, inputs.weights))
 
 
-# ---- memory: strides, alignment, what is not written
+# ---- memory: strides, alignment
 
 
 def strided(t: Tensor, how: str) -> Tensor:
-    """The same values, lying otherwise in memory; what is around them is NaN."""
+    """The same values in another memory layout, surrounded by NaN."""
     rows, columns = t.shape
     if how == "part of wider rows":
         around = t.new_full((rows, columns + 8), math.nan)
@@ -202,13 +201,13 @@ def test_expanded_gradient() -> None:
 
 @pytest.mark.parametrize("mode", ["sum", "max"])
 @ONLY_EMULATED
-def test_the_same_bits_however_bags_are_dealt_out(mode: str, ops: _embedding_bag_ops.Ops) -> None:
-    """Few multiprocessors: several short bags a group. Many: one."""
+def test_bits_are_independent_of_the_number_of_multiprocessors(mode: str, ops: _embedding_bag_ops.Ops) -> None:
+    """With few multiprocessors, a group has several short bags; with many, one."""
     case = BagCase(
-        E=50, D=20, lengths=(*bag_lengths(900, 3), 300, 0, 0, 200), weights="same", why="short, and two long"
+        E=50, D=20, lengths=(*bag_lengths(900, 3), 300, 0, 0, 200), weights="same", why="short bags and two long ones"
     )
     inputs = make_bag_inputs(case, torch.float32, mode)
-    arguments = inputs.weight, *as_ops_take(inputs)
+    arguments = inputs.weight, *op_arguments_of(inputs)
     with machine(multiprocessors=1):
         few = ops.embedding_bag_forward(*arguments)
     with machine(multiprocessors=1000):
@@ -220,7 +219,7 @@ def test_the_same_bits_however_bags_are_dealt_out(mode: str, ops: _embedding_bag
 @pytest.mark.parametrize("order", [{}, {"backward": 1}, {"seed": 5}], ids=["forward", "backward", "random"])
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @ONLY_EMULATED
-def test_nothing_races_and_order_does_not_matter(order: dict[str, int], mode: str) -> None:
+def test_no_races_and_bits_are_independent_of_the_order(order: dict[str, int], mode: str) -> None:
     case = BagCase(
         E=40, D=20, lengths=(300, 2, 0, *bag_lengths(30, 20), 2200), rows="few", weights="same", why="all kinds"
     )
@@ -241,13 +240,13 @@ def test_gradients_of_half_types_do_not_saturate() -> None:
         assert table.grad[0].tolist() == [4096.0] * 3 and table.grad[1].tolist() == [0.0] * 3
 
 
-def test_negative_zero_stays() -> None:
+def test_negative_zero_is_preserved() -> None:
     table = torch.tensor([[-0.0], [0.0]])
     output = functional.embedding_bag(torch.tensor([[0, 0], [0, 1]]), table, mode="sum")
     assert torch.signbit(output).flatten().tolist() == [True, False]
 
 
-# ---- steps of optimisers
+# ---- optimiser steps
 
 STEPS: dict[str, tuple[int, list[float], int]] = {
     "sgd": (0, [0.1], 0),
@@ -258,7 +257,7 @@ STEPS: dict[str, tuple[int, list[float], int]] = {
 
 
 def reference_step(name: str, table: Tensor, states: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-    """What the definition makes of the table and the states, in float64; `gradient` is sparse."""
+    """Table and states after a step of the definition, in float64; `gradient` is sparse."""
     gradient = gradient.coalesce()
     _, numbers, _ = STEPS[name]
     step = getattr(reference, f"{name}_step")
@@ -285,10 +284,10 @@ def assert_near(got: Tensor, want: Tensor, names: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_steps(name: str, mode: str, D: int, dtype: torch.dtype, ops: _embedding_bag_ops.Ops) -> None:
     case = BagCase(
-        E=25, D=D, lengths=(*bag_lengths(12, 30), 90), padding_idx=2, weights="same", why="hot and cold rows"
+        E=25, D=D, lengths=(*bag_lengths(12, 30), 90), padding_idx=2, weights="same", why="frequent and rare rows"
     )
     inputs = make_bag_inputs(case, dtype, mode)
-    bags = as_ops_take(inputs)
+    bags = op_arguments_of(inputs)
     _, arg = ops.embedding_bag_forward(inputs.weight, *bags)
     gradient = run(inputs.map(Tensor.double), sparse=True)["dweight"]
     states = states_of(name, inputs.weight)
@@ -300,16 +299,15 @@ def test_steps(name: str, mode: str, D: int, dtype: torch.dtype, ops: _embedding
         assert_near(g, w, what)
 
 
-# A group has 32 places of the sorted rows, and goes on into the next 32 for a row that ends there.
+# A group has 32 positions of the sorted rows, and continues to the end of its last row.
 RUNS = (1, 30, 1, 31, 32, 33, 1, 1, 62, 63, 64, 65, 3, 66, 20, 96, 97, 2, 5, 130, 700, 1)
 
 
 @pytest.mark.parametrize("before", sanitized([0, 1, 17, 31, 32, 33], lambda before: before == 31))
 @pytest.mark.parametrize("D", [7, 8])
 @pytest.mark.parametrize("weights", [False, True], ids=["", "weighted"])
-def test_rows_over_edges(before: int, D: int, weights: bool, ops: _embedding_bag_ops.Ops) -> None:
-    """Rows that end just where groups do, or just not: gradients and a step, whole and where some rows are of the next
-    table."""
+def test_rows_at_the_bounds_of_groups(before: int, D: int, weights: bool, ops: _embedding_bag_ops.Ops) -> None:
+    """Gradients and a step for rows that end at or beside the bound of a group, for one table and for two."""
     runs = torch.tensor((before, *RUNS))
     rows = torch.repeat_interleave(torch.arange(len(runs)), runs)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(before))]
@@ -338,7 +336,7 @@ def test_rows_over_edges(before: int, D: int, weights: bool, ops: _embedding_bag
     first = rows < tables[0]
     order = torch.cat([first.nonzero()[:, 0], (~first).nonzero()[:, 0]])
     indices = torch.cat([rows[first], rows[~first] - tables[0]])
-    # As many bags of either table: the shorter one has empty ones behind its own.
+    # Both tables have the same number of bags: the shorter one is padded with empty bags.
     B = max(int(first.sum()), int((~first).sum()))
     lengths = torch.zeros(2, B, dtype=torch.long)
     lengths[0, : int(first.sum())] = 1
@@ -353,8 +351,8 @@ def test_rows_over_edges(before: int, D: int, weights: bool, ops: _embedding_bag
 
 
 @ONLY_EMULATED
-def test_steps_where_shared_memory_is_small(ops: _embedding_bag_ops.Ops) -> None:
-    """What does not fit on its way through shared memory is read when it is wanted."""
+def test_steps_with_little_shared_memory(ops: _embedding_bag_ops.Ops) -> None:
+    """Data that does not fit in shared memory is read from global memory."""
     with machine(shared_bytes=99 * 1024):
         test_steps("adam", "mean", 132, torch.bfloat16, ops)
 
@@ -363,7 +361,7 @@ def test_steps_where_shared_memory_is_small(ops: _embedding_bag_ops.Ops) -> None
 @pytest.mark.parametrize("how", ["part of wider rows", "one element off", "transposed"])
 def test_steps_of_strided_tables(name: str, how: str, ops: _embedding_bag_ops.Ops) -> None:
     inputs = make_bag_inputs(BagCase(E=25, D=12, lengths=bag_lengths(12, 30), why="strides"), torch.float32)
-    bags = as_ops_take(inputs)
+    bags = op_arguments_of(inputs)
     states = states_of(name, inputs.weight)
     number, numbers, _ = STEPS[name]
     none = torch.empty(0, dtype=torch.int32)
@@ -373,7 +371,7 @@ def test_steps_of_strided_tables(name: str, how: str, ops: _embedding_bag_ops.Op
         ops.embedding_bag_update_(table, *[*copies, None, None][:2], number, numbers, inputs.dout, none, *bags)
         made.append([table, *copies])
     for a, b in zip(*made, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # squares of a row are added in another order
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # another summation order of squares
 
 
 # ---- several tables
@@ -423,7 +421,7 @@ def test_collection(mode: str, wide: bool, weighted: bool, dtype: torch.dtype) -
         assert torch.equal(sparse[name].to_dense() if sparse[name].is_sparse else sparse[name], got[name]), name
 
 
-def test_a_table_of_which_no_row_occurs() -> None:
+def test_a_table_without_occurrences() -> None:
     tables = [torch.randn(5, 4, requires_grad=True), torch.randn(6, 3, requires_grad=True)]
     indices, offsets = torch.tensor([3, 3, 1]), torch.tensor([0, 0, 0, 2, 3])
     for sparse in (False, True):
@@ -452,12 +450,12 @@ def test_steps_of_a_collection(name: str, ops: _embedding_bag_ops.Ops) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-# ---- rows of bytes, max_norm
+# ---- quantized tables, max_norm
 
 
 @pytest.mark.parametrize("D", sanitized([1, 4, 7, 64, 140], lambda D: D == 7))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bytes_are_packed_as_on_the_cpu(D: int, dtype: torch.dtype, ops: _embedding_bag_ops.Ops) -> None:
+def test_packed_bytes_match_the_cpu(D: int, dtype: torch.dtype, ops: _embedding_bag_ops.Ops) -> None:
     table = torch.randn(9, D, dtype=torch.float64).to(dtype)
     table[3] = 2.5
     assert torch.equal(ops.embedding_bag_pack_bytes(table), cpu.embedding_bag_pack_bytes(table))
@@ -467,11 +465,11 @@ def test_bytes_are_packed_as_on_the_cpu(D: int, dtype: torch.dtype, ops: _embedd
 @pytest.mark.parametrize("D", [1, 4, 7, 64, 140])
 @modes
 @pytest.mark.parametrize("weights", [None, torch.float32])
-def test_rows_of_bytes(D: int, mode: str, weights: torch.dtype | None, ops: _embedding_bag_ops.Ops) -> None:
+def test_quantized_tables(D: int, mode: str, weights: torch.dtype | None, ops: _embedding_bag_ops.Ops) -> None:
     case = BagCase(E=30, D=D, lengths=(3, 0, 400, 1), padding_idx=4, weights="same" if weights else "", why="bytes")
     inputs = make_bag_inputs(case, torch.float32, mode)
     packed = cpu.embedding_bag_pack_bytes(inputs.weight)
-    bags = as_ops_take(inputs)
+    bags = op_arguments_of(inputs)
     torch.testing.assert_close(
         ops.embedding_bag_bytes(packed, *bags),
         cpu.embedding_bag_bytes(packed, *bags),
@@ -491,7 +489,7 @@ def test_renorm(p: float, D: int, dtype: torch.dtype, ops: _embedding_bag_ops.Op
     assert_near(table, want, "table")
 
 
-# ---- what is wrong is found, and not read
+# ---- invalid indices and offsets
 
 
 def bad(**changes: object) -> BagInputs:
@@ -505,7 +503,7 @@ def test_indices_out_of_range(index: int, kind: torch.dtype, ops: _embedding_bag
     if kind == torch.int32 and abs(index) > 2**31:
         index //= 2**20
     inputs = bad(indices=torch.tensor([0, 1, 5, index, 2], dtype=kind))
-    bags = as_ops_take(inputs)
+    bags = op_arguments_of(inputs)
     message = rf"indices in \[0, 6\), got {index} at position 3"
     none = torch.empty(0, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=message):
@@ -528,7 +526,7 @@ def test_indices_out_of_range(index: int, kind: torch.dtype, ops: _embedding_bag
 )
 def test_offsets_out_of_order(offsets: list[int], where: int, ops: _embedding_bag_ops.Ops) -> None:
     inputs = bad(offsets=torch.tensor(offsets))
-    bags = as_ops_take(inputs)
+    bags = op_arguments_of(inputs)
     message = f"offsets must not decrease nor exceed .*, 5, got {offsets[where]} at position {where}"
     with pytest.raises(RuntimeError, match=message):
         run(inputs)

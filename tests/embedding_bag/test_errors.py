@@ -1,5 +1,7 @@
-"""Bad input to EmbeddingBag and Embedding: an error that names the argument, or the defined result; never a read
-outside memory, and nothing written before the error."""
+"""Invalid input of EmbeddingBag and Embedding: an error that names the argument, or the defined result.
+
+Errors occur before memory is read out of bounds or written.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ ops = torch.ops.seqkernels
 
 E, D = 6, 5
 modes = pytest.mark.parametrize("mode", BAG_MODES)
-VALUES = (ValueError, RuntimeError, IndexError)  # what only the numbers of indices and offsets can tell: by the op
+VALUES = (
+    ValueError,
+    RuntimeError,
+    IndexError,
+)  # errors that depend on the values of indices and offsets, raised by the op
 ROWS = "(input|indices)"
 
 
 def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"(Embedding\w*|embedding\w*)") -> str:
-    """The house's one form of an error."""
+    """Pattern of the form of all error messages."""
     return rf"{op}: {argument} must {condition}, got {got}"
 
 
@@ -141,13 +147,13 @@ def test_embedding_errors(change: dict, error, text: str) -> None:
 # ---- indices out of range
 
 BEYOND = [E, E + 1, 2**20, 2**31 - 1, -1, -E, -(2**31)]
-FAR = [2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**32), -(2**63)]  # some are in range in their lower 32 bits
+FAR = [2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**32), -(2**63)]  # the lower 32 bits of some are in range
 
 
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32], ids=["int64", "int32"])
 @modes
-def test_an_index_out_of_range_is_refused(mode: str, integer: torch.dtype, isa: str) -> None:
-    """At every position, with and without weights and padding, in both forms of input, while training and not."""
+def test_index_out_of_range_raises(mode: str, integer: torch.dtype, isa: str) -> None:
+    """At each position, with and without weights and padding, in both forms of input, with and without gradients."""
     table, lengths = torch.ones(E, 19), (3, 0, 4)
     for bad in BEYOND + FAR * (integer == torch.int64):
         for at in range(7):
@@ -163,8 +169,8 @@ def test_an_index_out_of_range_is_refused(mode: str, integer: torch.dtype, isa: 
 
 @modes
 @pytest.mark.parametrize("at", [0, 77, 49_999])
-def test_an_index_out_of_range_among_many(at: int, mode: str, isa: str) -> None:
-    """Found by one of several threads, in one long bag and in many short ones: an error, no end of the process."""
+def test_index_out_of_range_in_a_large_input_raises(at: int, mode: str, isa: str) -> None:
+    """Detected by one of several threads, in one long bag and in many short ones."""
     table, rows = torch.ones(100, 24), torch.randint(0, 100, (50_000,))
     rows[at] = 100
     for threads in (1, 3):
@@ -179,14 +185,14 @@ def test_an_index_out_of_range_among_many(at: int, mode: str, isa: str) -> None:
 
 
 @modes
-def test_a_table_without_rows_has_no_index(mode: str) -> None:
+def test_index_of_a_table_without_rows_raises(mode: str) -> None:
     with pytest.raises(VALUES, match=form(ROWS)):
         functional.embedding_bag(integers(0), torch.ones(0, 4), integers(0), mode=mode)
     with pytest.raises(VALUES, match=form(ROWS)):
         functional.embedding(integers(0), torch.ones(0, 4))
 
 
-# ---- offsets that make no bags
+# ---- invalid offsets
 
 OFFSETS = {
     "first not 0": [1, 2],
@@ -210,7 +216,7 @@ FAR_OFFSETS = {
 @pytest.mark.parametrize("last", [False, True], ids=["open", "last"])
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32], ids=["int64", "int32"])
 @modes
-def test_offsets_that_make_no_bags_are_refused(mode: str, integer: torch.dtype, last: bool, isa: str) -> None:
+def test_invalid_offsets_raise(mode: str, integer: torch.dtype, last: bool, isa: str) -> None:
     for offsets in [*OFFSETS.values(), *(FAR_OFFSETS.values() if integer == torch.int64 else [])]:
         for index in (torch.int64, torch.int32):
             keywords = dict(offsets=integers(*offsets, dtype=integer), mode=mode, include_last_offset=last)
@@ -232,18 +238,18 @@ def test_offsets_without_indices(mode: str) -> None:
 
 
 @modes
-def test_indices_without_a_bag(mode: str) -> None:
-    """No offsets, so no bags: nothing is looked up, whatever the indices."""
+def test_indices_without_bags(mode: str) -> None:
+    """Empty offsets have no bags, so that all indices are ignored."""
     for rows in (integers(1, 2), integers(99)):
         out = functional.embedding_bag(rows, torch.ones(E, D), integers(), mode=mode)
         assert out.shape == (0, D)
         out = functional.embedding_bag(rows, torch.ones(E, D), integers(0), mode=mode, include_last_offset=True)
-        assert out.shape == (0, D)  # torch ends the process here
+        assert out.shape == (0, D)  # torch crashes
 
 
 @modes
-def test_what_lies_behind_the_last_offset_is_not_looked_up(mode: str, isa: str) -> None:
-    """Not even if it is out of range, and its weight is NaN; its weight's gradient is zero."""
+def test_indices_beyond_the_last_offset_are_ignored(mode: str, isa: str) -> None:
+    """Also if they are out of range and their weights are NaN. The gradient of these weights is zero."""
     table = torch.randn(E, D, requires_grad=True)
     weights = torch.tensor([1.0, 2.0, float("nan"), float("nan")], requires_grad=True)
     out = functional.embedding_bag(
@@ -254,12 +260,12 @@ def test_what_lies_behind_the_last_offset_is_not_looked_up(mode: str, isa: str) 
     assert not table.grad[[0, 3, 4, 5]].any() and weights.grad[2:].tolist() == [0.0, 0.0]
 
 
-# ---- nothing is written before an error
+# ---- errors occur before writes
 
 
 @modes
 @pytest.mark.parametrize("optimizer", range(4), ids=["SGD", "Adagrad", "row-wise Adagrad", "Adam"])
-def test_a_refused_step_leaves_the_table_as_it_was(optimizer: int, mode: str) -> None:
+def test_a_step_that_raises_does_not_modify_the_table(optimizer: int, mode: str) -> None:
     numbers = [[0.1], [0.1, 1e-10], [0.1, 1e-10], [0.1, 0.9, 0.99, 1e-8, 1.0]][optimizer]
     state = [None, torch.ones(E, D), torch.ones(E), torch.ones(E, D)][optimizer]
     moment = torch.ones(E, D) if optimizer == 3 else None
@@ -277,7 +283,7 @@ def test_a_refused_step_leaves_the_table_as_it_was(optimizer: int, mode: str) ->
         assert all(torch.equal(t, b) for t, b in zip(written, before, strict=True))
 
 
-def test_a_refused_renorm_leaves_the_table_as_it_was() -> None:
+def test_a_renorm_that_raises_does_not_modify_the_table() -> None:
     table = torch.full((E, D), 5.0)
     for rows in (integers(0, 1, E), integers(0, -1), integers(2**32)):
         with pytest.raises(VALUES, match="must"):
@@ -319,7 +325,7 @@ OPS = {
     "embedding_bag_backward_sparse": 3,
     "embedding_bag_backward_weights": 3,
     "embedding_bag_update_": 7,
-}  # and where their bags begin: indices, offsets, weights, mode, padding_idx, include_last_offset, mean_by
+}  # op -> position of its bags: indices, offsets, weights, mode, padding_idx, include_last_offset, mean_by
 
 BAD_BAGS = {
     "index E": (0, integers(0, 1, 2, 3, E)),
@@ -351,21 +357,21 @@ BAD_BAGS = {
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("bad", BAD_BAGS)
-def test_ops_refuse_bags_that_are_none(op: str, bad: str) -> None:
+def test_ops_raise_for_invalid_bags(op: str, bad: str) -> None:
     for mode in BAG_MODES:
         arguments = op_arguments(op, mode)
         getattr(ops, op)(*arguments)
         at, value = BAD_BAGS[bad]
         arguments[OPS[op] + at] = value
         if bad == "padding_idx E":
-            continue_or_refuse(op, arguments)
+            succeeds_or_raises(op, arguments)
             continue
         with pytest.raises((*VALUES, *TYPES), match=r"embedding_bag\w*: .* must"):
             getattr(ops, op)(*arguments)
 
 
-def continue_or_refuse(op: str, arguments: list) -> None:
-    """A row that does not exist is no one's padding: either is right."""
+def succeeds_or_raises(op: str, arguments: list) -> None:
+    """A padding_idx outside of the table may be accepted or raise."""
     try:
         getattr(ops, op)(*arguments)
     except VALUES as error:
@@ -392,13 +398,13 @@ BACKWARD = [op for op in OPS if OPS[op] > 1]
 
 
 @pytest.mark.parametrize("op", BACKWARD)
-def test_ops_refuse_gradients_and_winners_that_do_not_fit(op: str) -> None:
+def test_ops_raise_for_invalid_gradients_and_positions(op: str) -> None:
     for mode in BAG_MODES:
         first = OPS[op] - 2 if op == "embedding_bag_update_" else 0
         for kind, grad in GRADS.items():
             arguments = op_arguments(op, mode)
             if kind == "columns" and op in ("embedding_bag_backward", "embedding_bag_backward_sparse"):
-                grad = torch.ones(4, D)  # D is the gradient's own there
+                grad = torch.ones(4, D)  # the op takes D from the gradient
             arguments[first] = grad
             with pytest.raises((*VALUES, *TYPES), match=r"embedding_bag\w*: .* must"):
                 getattr(ops, op)(*arguments)
@@ -412,8 +418,8 @@ def test_ops_refuse_gradients_and_winners_that_do_not_fit(op: str) -> None:
 
 @pytest.mark.parametrize("op", BACKWARD)
 @pytest.mark.parametrize("position", [3, 2**20, 2**31 - 1, -2, -(2**31)])
-def test_winners_outside_their_bag_are_never_followed(op: str, position: int) -> None:
-    """An error, or no gradient: a bag has no such position."""
+def test_positions_outside_of_the_bag_are_not_read(op: str, position: int) -> None:
+    """They raise, or give a zero gradient."""
     for mode in ("max", "min"):
         arguments = op_arguments(op, mode)
         arguments[OPS[op] - 2 if op == "embedding_bag_update_" else 1] = torch.full((3, D), position, dtype=torch.int32)
@@ -427,7 +433,7 @@ def test_winners_outside_their_bag_are_never_followed(op: str, position: int) ->
 
 
 @pytest.mark.parametrize("number", [-1, 0, 1, E - 1])
-def test_a_gradient_of_too_few_rows_is_refused(number: int) -> None:
+def test_gradient_of_too_few_rows_raises(number: int) -> None:
     for op in ("embedding_bag_backward", "embedding_bag_backward_sparse"):
         for mode in BAG_MODES:
             arguments = op_arguments(op, mode)
@@ -456,7 +462,7 @@ UPDATES = {
 
 
 @pytest.mark.parametrize("bad", UPDATES)
-def test_update_refuses_what_does_not_fit(bad: str) -> None:
+def test_update_raises_for_invalid_arguments(bad: str) -> None:
     arguments = op_arguments("embedding_bag_update_", "sum")
     at, value = UPDATES[bad]
     arguments[at] = value
@@ -464,7 +470,7 @@ def test_update_refuses_what_does_not_fit(bad: str) -> None:
         ops.embedding_bag_update_(*arguments)
 
 
-def test_quantised_rows_that_are_none() -> None:
+def test_invalid_quantized_tables_raise() -> None:
     rows = integers(0, 1)[None]
     for packed in (torch.zeros(4, 8, dtype=torch.uint8)[:, :7], torch.zeros(4, 20), torch.zeros(20, dtype=torch.uint8)):
         with pytest.raises((*VALUES, *TYPES), match=r"embedding_bag_bytes: .* must"):
@@ -475,7 +481,7 @@ def test_quantised_rows_that_are_none() -> None:
 
 
 def bags_arguments(op: str) -> list:
-    """Two tables, of 6 x 5 and 4 x 3; the first has two features; two samples. Six bags."""
+    """Two tables, 6 x 5 with two features and 4 x 3 with one, and two samples: six bags."""
     weights, features = [torch.ones(6, 5), torch.ones(4, 3)], [2, 1]
     bags = [integers(0, 5, 1, 2, 3, 3), integers(0, 1, 2, 3, 4, 5, 6), None, 0, -1, True]
     grad, arg = torch.ones(2, 13), torch.zeros(0, dtype=torch.int32)
@@ -496,7 +502,7 @@ COLLECTIONS = {op: bags_arguments(op) for op in (
 
 
 @pytest.mark.parametrize("op", COLLECTIONS)
-def test_collections_refuse_what_does_not_fit(op: str) -> None:
+def test_collections_raise_for_invalid_arguments(op: str) -> None:
     good = bags_arguments(op)
     getattr(ops, op)(*good)
     features = {
@@ -553,12 +559,12 @@ CONSTRUCTORS = {
 
 @pytest.mark.parametrize("cls", [nn.EmbeddingBag, nn.Embedding], ids=["EmbeddingBag", "Embedding"])
 @pytest.mark.parametrize(("arguments", "text"), CONSTRUCTORS.values(), ids=CONSTRUCTORS)
-def test_constructors_refuse(arguments: dict, text: str, cls: type) -> None:
+def test_constructor_errors(arguments: dict, text: str, cls: type) -> None:
     with pytest.raises((ValueError, RuntimeError), match=text):
         cls(**arguments)
 
 
-def test_modules_refuse() -> None:
+def test_module_errors() -> None:
     for make, error, text in (
         (lambda: nn.EmbeddingBag(4, 3, mode="prod")(torch.zeros(1, 1).long()), ValueError, form("mode")),
         (lambda: nn.EmbeddingBag(4, 3, weight_norm="none")(torch.zeros(1, 1).long()), ValueError, form("weight_norm")),
@@ -570,11 +576,11 @@ def test_modules_refuse() -> None:
             make()
 
 
-# ---- torch's errors are errors of ours
+# ---- exceptions of torch
 
 
-def test_what_torch_refuses_by_its_type_we_refuse_by_the_same() -> None:
-    """But what torch cannot do and ours can: other integers as offsets, weights in every mode, sparse maxima."""
+def test_exception_types_match_torch() -> None:
+    """Except for cases that torch does not support: mixed integer dtypes, weights in each mode, sparse max."""
     differs = {"weights double", "weights half", "weights integer", "weights of another half"}  # RuntimeError there
     for name, (good, change, error, _) in FUNCTIONAL.items():
         arguments = good | change
@@ -585,11 +591,11 @@ def test_what_torch_refuses_by_its_type_we_refuse_by_the_same() -> None:
         except (ValueError, NotImplementedError) as theirs:
             kinds = error if isinstance(error, tuple) else (error,)
             assert issubclass(type(theirs), kinds) or (isinstance(theirs, ValueError) and ValueError in kinds), name
-        except Exception:  # an assertion or a RuntimeError there, an error with a name here
+        except Exception:  # AssertionError or RuntimeError in torch, and a subclass of it in seqkernels
             continue
 
 
-def test_an_error_leaves_the_next_call_unharmed() -> None:
+def test_calls_after_an_error() -> None:
     inputs = make_bag_inputs(CASE, torch.float32, "max")
     want = run_bag(functional.embedding_bag, inputs)
     for _ in range(3):
@@ -606,7 +612,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", CALLS)
-def test_a_table_without_strides_is_refused(layout: str) -> None:
+def test_tables_that_are_not_strided_raise(layout: str) -> None:
     if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
     with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError)):

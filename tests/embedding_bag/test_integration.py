@@ -1,5 +1,7 @@
-"""EmbeddingBag, Embedding and their relatives under the rest of torch: modules and their files, compile, export,
-torch.func, autograd.functional, nested tensors, optimisers, collections, shards in two processes, quantised rows.
+"""EmbeddingBag, Embedding and related modules with other parts of torch.
+
+Modules and their files, compile, export, torch.func, autograd.functional, nested tensors, optimisers, collections,
+sharding over two processes, quantized tables.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, F features.
 """
@@ -28,7 +30,7 @@ from torch.nn.utils import parametrizations, parametrize
 from seqkernels import functional, nn, reference
 from support.cases import BAG_MODES, DTYPES, assert_same_bits
 
-# Said once a process, by torch.optim's steps on sparse gradients.
+# torch.optim warns once per process for sparse gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 
 E, D = 12, 6
@@ -40,7 +42,7 @@ float32 = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 def lookups(lengths: Iterable[int], rows: int = E, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices, and the offset of each bag."""
+    """Indices and offsets of bags of the given lengths."""
     lengths = list(lengths)
     g = torch.Generator().manual_seed(seed)
     starts = [0, *itertools.accumulate(lengths)][:-1]
@@ -58,7 +60,7 @@ def upstream_like(t: Tensor, seed: int = 9) -> Tensor:
 
 
 def trained(module: torch.nn.Module, *arguments) -> list[Tensor]:
-    """Output, and the gradients of the parameters and of the floating-point arguments."""
+    """Output and gradients of parameters and floating-point arguments."""
     arguments, wanted = list(arguments), list(module.parameters())
     for i, a in enumerate(arguments):
         if isinstance(a, Tensor) and a.is_floating_point():
@@ -71,11 +73,11 @@ def trained(module: torch.nn.Module, *arguments) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: None) -> None:
-    """But where a test says otherwise: beside another busy process each parallel loop may stall for milliseconds."""
+    """The default, because parallel loops may stall for milliseconds beside another busy process."""
     torch.set_num_threads(1)
 
 
-# ---- the same module
+# ---- modules
 
 BAGS = [
     dict(),
@@ -100,7 +102,7 @@ modules = pytest.mark.parametrize(
 
 
 def pair(name: str, seed: int = 0, **arguments) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours and torch's from the same seed."""
+    """Modules of seqkernels and torch with the same seed."""
     made = []
     for package in (nn, torch.nn):
         torch.manual_seed(seed)
@@ -109,7 +111,7 @@ def pair(name: str, seed: int = 0, **arguments) -> tuple[torch.nn.Module, torch.
 
 
 @modules
-def test_same_parameters_repr_and_state_dict_from_the_same_seed(name: str, arguments: dict) -> None:
+def test_parameters_repr_and_state_dict_match_torch(name: str, arguments: dict) -> None:
     ours, theirs = pair(name, **arguments)
     assert torch.equal(ours.weight, theirs.weight) and repr(ours) == repr(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict()) == ["weight"]
@@ -127,7 +129,7 @@ def test_same_parameters_repr_and_state_dict_from_the_same_seed(name: str, argum
 
 
 @pytest.mark.parametrize("name", ["EmbeddingBag", "Embedding"])
-def test_signatures_begin_as_torchs(name: str) -> None:
+def test_signatures_begin_with_the_arguments_of_torch(name: str) -> None:
     for ours, theirs in (
         (getattr(nn, name), getattr(torch.nn, name)),
         (getattr(nn, name).from_pretrained, getattr(torch.nn, name).from_pretrained),
@@ -142,8 +144,8 @@ def test_signatures_begin_as_torchs(name: str) -> None:
 
 
 @modules
-def test_same_results(name: str, arguments: dict) -> None:
-    """scale_grad_by_freq in a bag is wrong in torch: its own file has that."""
+def test_results_match_torch(name: str, arguments: dict) -> None:
+    """Excludes scale_grad_by_freq of bags, which is wrong in torch; see test_torch_bugs.py."""
     ours, theirs = pair(name, **arguments, dtype=torch.float64)
     rows, offsets = lookups([3, 0, 4, 1])
     calls = [(rows.view(4, 2),), (rows.view(4, 2).int(),)]
@@ -158,11 +160,11 @@ def test_same_results(name: str, arguments: dict) -> None:
         if arguments == dict(scale_grad_by_freq=True) and name == "EmbeddingBag":
             got, want = got[:1], want[:1]
         close(got, want)
-        close(ours.weight, theirs.weight)  # which max_norm writes
+        close(ours.weight, theirs.weight)  # max_norm modifies the table
 
 
 @modules
-def test_from_pretrained_is_torchs(name: str, arguments: dict) -> None:
+def test_from_pretrained_matches_torch(name: str, arguments: dict) -> None:
     table = torch.randn(E, D)
     for freeze in (True, False):
         ours, theirs = (getattr(p, name).from_pretrained(table, freeze, **arguments) for p in (nn, torch.nn))
@@ -174,7 +176,7 @@ def test_from_pretrained_is_torchs(name: str, arguments: dict) -> None:
 
 
 @modules
-def test_copies_are_the_same_module(name: str, arguments: dict, tmp_path: Path) -> None:
+def test_copies_of_a_module(name: str, arguments: dict, tmp_path: Path) -> None:
     module, _ = pair(name, **arguments)
     rows = torch.randint(0, E, (3, 2))
     torch.save(module, tmp_path / "module.pt")
@@ -187,7 +189,7 @@ def test_copies_are_the_same_module(name: str, arguments: dict, tmp_path: Path) 
         same(trained(other, rows), trained(copy.deepcopy(module), rows))
 
 
-def test_a_module_moves_and_casts() -> None:
+def test_conversion_of_device_and_dtype() -> None:
     module, rows = nn.EmbeddingBag(E, D, mode="max", padding_idx=1), torch.randint(0, E, (3, 2))
     want = module(rows)
     assert module.bfloat16()(rows).dtype == torch.bfloat16 and module.double()(rows).dtype == torch.float64
@@ -200,8 +202,8 @@ def test_a_module_moves_and_casts() -> None:
 
 
 @torchs_modes
-def test_ours_in_the_place_of_torchs_function(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nn.EmbeddingBag calls may be ours."""
+def test_functional_form_in_torch_module(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn.EmbeddingBag with the functional form of seqkernels."""
     module, (rows, offsets) = torch.nn.EmbeddingBag(E, D, mode=mode), lookups([3, 0, 2])
     want = trained(module, rows, offsets)
     called = []
@@ -216,7 +218,7 @@ def test_ours_in_the_place_of_torchs_function(mode: str, monkeypatch: pytest.Mon
 
 
 @modes
-def test_module_equals_functional(mode: str) -> None:
+def test_module_matches_functional(mode: str) -> None:
     rows, offsets = lookups([3, 0, 4, 1])
     weights = torch.rand(8) + 0.1
     for norm, last in itertools.product(("count", "weight"), (False, True)):
@@ -237,7 +239,7 @@ def jagged(lengths: Iterable[int], make: Callable[[int], Tensor]) -> Tensor:
 
 @modes
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weights"])
-def test_a_nested_tensor_is_bags(weighted: bool, mode: str) -> None:
+def test_nested_tensor_as_bags(weighted: bool, mode: str) -> None:
     rows = jagged([3, 1, 0, 4], lambda n: torch.randint(0, E, (n,)))
     weights = torch.nested.nested_tensor_from_jagged(torch.randn(8), rows.offsets()) if weighted else None
     module = nn.EmbeddingBag(E, D, mode=mode, padding_idx=2)
@@ -254,7 +256,7 @@ def test_a_nested_tensor_is_bags(weighted: bool, mode: str) -> None:
     assert module.weight.grad.isfinite().all()
 
 
-def test_a_nested_lookup_is_nested() -> None:
+def test_nested_embedding() -> None:
     rows = jagged([3, 1, 4], lambda n: torch.randint(0, E, (n,)))
     module = nn.Embedding(E, D)
     got = module(rows)
@@ -268,7 +270,7 @@ def test_a_nested_lookup_is_nested() -> None:
 
 
 class Call(torch.nn.Module):
-    """A bag as a function of tensors in each of its forms: rows and offsets, the last offset, 2-D; with weights."""
+    """A bag as a module, in each form of input: offsets, include_last_offset, 2-D; with and without weights."""
 
     def __init__(self, form: str, **options) -> None:
         super().__init__()
@@ -299,7 +301,7 @@ def whole(function: Callable, backend: str = "aot_eager") -> Callable:
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weights"])
 @pytest.mark.parametrize("form", FORMS)
-def test_compile_serves_every_size_with_one_more_compilation(form: str, weighted: bool, mode: str) -> None:
+def test_compile_with_dynamic_sizes(form: str, weighted: bool, mode: str) -> None:
     module = Call(form, mode=mode, padding_idx=2)
     compiled = whole(module)
     for B, L in [(3, 4), (5, 2), (9, 7), (2, 3)]:
@@ -328,7 +330,7 @@ def test_compile_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("options", [dict(scale_grad_by_freq=True), dict(mode="sum", max_norm=1.0)], ids=str)
-def test_compile_with_the_other_options(options: dict) -> None:
+def test_compile_with_options(options: dict) -> None:
     module = Call("offsets", **options)
     arguments = call_arguments("offsets", False, 4, 3)
     other = copy.deepcopy(module)
@@ -336,7 +338,7 @@ def test_compile_with_the_other_options(options: dict) -> None:
     assert torch.equal(module.bag.weight, other.bag.weight)
 
 
-def test_compile_a_plain_lookup() -> None:
+def test_compile_embedding() -> None:
     module, rows = nn.Embedding(E, D, padding_idx=1), torch.randint(0, E, (4, 3))
     same(trained(whole(module), rows), trained(module, rows))
 
@@ -347,11 +349,13 @@ def test_compile_a_plain_lookup() -> None:
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weights"])
 @pytest.mark.parametrize("form", FORMS)
-def test_export_serves_every_size_and_survives_a_file(form: str, weighted: bool, mode: str) -> None:
+def test_export_with_dynamic_sizes_and_a_file(form: str, weighted: bool, mode: str) -> None:
     module, file = Call(form, mode=mode, padding_idx=2), io.BytesIO()
     N, B, L = (torch.export.Dim(n) for n in "NBL")
     rows = {0: B, 1: L} if form == "2-D" else {0: N}
-    starts = {0: torch.export.Dim("starts", min=2 + (form == "last"))}  # two bags or more, as torch takes any size
+    starts = {
+        0: torch.export.Dim("starts", min=2 + (form == "last"))
+    }  # two bags or more, because torch specializes on sizes 0 and 1
     shapes = rows, None if form == "2-D" else starts, dict(rows) if weighted else None
     program = torch.export.export(module, call_arguments(form, weighted, 4, 3), dynamic_shapes=shapes)
     torch.export.save(program, file)
@@ -362,7 +366,7 @@ def test_export_serves_every_size_and_survives_a_file(form: str, weighted: bool,
         same(trained(exported, *arguments), trained(module, *arguments))
 
 
-def test_export_of_a_plain_lookup() -> None:
+def test_export_of_embedding() -> None:
     module = nn.Embedding(E, D)
     shapes = ({0: torch.export.Dim("B"), 1: torch.export.Dim("L")},)
     exported = torch.export.export(module, (torch.randint(0, E, (4, 3)),), dynamic_shapes=shapes).module()
@@ -375,7 +379,7 @@ def test_export_of_a_plain_lookup() -> None:
 
 
 def of_tensors(mode: str, rows: Tensor, offsets: Tensor | None = None, **keywords) -> Callable:
-    """As a function of the table, and of weights if there are any."""
+    """embedding_bag as a function of the table and, if given, the weights."""
 
     def call(table: Tensor, weights: Tensor | None = None) -> Tensor:
         return functional.embedding_bag(rows, table, offsets, mode=mode, per_sample_weights=weights, **keywords)
@@ -384,8 +388,8 @@ def of_tensors(mode: str, rows: Tensor, offsets: Tensor | None = None, **keyword
 
 
 @modes
-def test_vmap_is_a_loop(mode: str) -> None:
-    """Over tables, over weights, over indices, over all of them."""
+def test_vmap_matches_a_loop(mode: str) -> None:
+    """vmap over tables, weights, indices, and all of them."""
     tables, weights = torch.randn(3, E, D), torch.randn(3, 4, 2)
     rows = torch.randint(0, E, (3, 4, 2))
 
@@ -402,7 +406,7 @@ def test_vmap_is_a_loop(mode: str) -> None:
 
 
 @modes
-def test_vmap_with_offsets_of_each(mode: str) -> None:
+def test_vmap_over_offsets(mode: str) -> None:
     rows, table = torch.randint(0, E, (3, 7)), torch.randn(E, D)
     offsets = torch.tensor([[0, 2, 2], [0, 0, 6], [0, 7, 7]])
     got = torch.vmap(lambda r, o: functional.embedding_bag(r, table, o, mode=mode))(rows, offsets)
@@ -411,7 +415,7 @@ def test_vmap_with_offsets_of_each(mode: str) -> None:
 
 
 @modes
-def test_per_sample_gradients_are_those_of_a_loop(mode: str) -> None:
+def test_per_sample_gradients_match_a_loop(mode: str) -> None:
     table, weights = torch.randn(E, D, dtype=torch.float64), torch.randn(5, 1, 3, dtype=torch.float64)
     rows = torch.randint(0, E, (5, 1, 3))
 
@@ -440,8 +444,8 @@ def test_jvp_is_the_transpose_of_vjp(norm: str, mode: str) -> None:
 
 
 @modes
-def test_autograd_functional_and_func_agree_with_the_definition(mode: str) -> None:
-    """Jacobian and Hessian, in reverse, forward over reverse, and by autograd.functional."""
+def test_jacobian_and_hessian_match_the_definition(mode: str) -> None:
+    """In reverse mode, forward over reverse, and with autograd.functional."""
     rows, offsets = lookups([2, 0, 3], rows=4)
     tensors = torch.randn(4, 2, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.3
 
@@ -466,7 +470,7 @@ def test_autograd_functional_and_func_agree_with_the_definition(mode: str) -> No
     close(torch.autograd.functional.vhp(loss, tensors, v)[1], expected)
 
 
-def test_an_ensemble_of_modules() -> None:
+def test_ensemble_of_modules() -> None:
     ensemble, rows = [nn.EmbeddingBag(E, D, mode="max") for _ in range(3)], torch.randint(0, E, (4, 2))
     weights = torch.func.stack_module_state(ensemble)[0]
     got = torch.vmap(lambda w: torch.func.functional_call(ensemble[0], w, (rows,)))(weights)
@@ -474,7 +478,7 @@ def test_an_ensemble_of_modules() -> None:
 
 
 @modes
-def test_checkpointing_changes_nothing(mode: str) -> None:
+def test_checkpointing_gives_the_same_bits(mode: str) -> None:
     module, (rows, offsets) = nn.EmbeddingBag(E, D, mode=mode), lookups([3, 0, 2])
     want = trained(module, rows, offsets)
     output = torch.utils.checkpoint.checkpoint(module, rows, offsets, use_reentrant=False)
@@ -483,8 +487,8 @@ def test_checkpointing_changes_nothing(mode: str) -> None:
 
 
 @modes
-def test_a_parametrized_and_a_tied_table(mode: str) -> None:
-    """The table comes out of weight_norm; it is a linear layer's weight as well."""
+def test_parametrized_and_tied_tables(mode: str) -> None:
+    """A table parametrized by weight_norm, and a table tied to the weight of a linear layer."""
     rows = torch.randint(0, E, (4, 3))
     bag, linear = nn.EmbeddingBag(E, D, mode=mode, dtype=torch.float64), torch.nn.Linear(D, E, dtype=torch.float64)
     linear.weight = bag.weight
@@ -499,13 +503,13 @@ def test_a_parametrized_and_a_tied_table(mode: str) -> None:
     parametrize.remove_parametrizations(bag, "weight")
 
 
-# ---- optimisers of torch on our gradients, and ours inside backward
+# ---- optimisers of torch, and fused optimisers
 
 STEPS = 6
 
 
 def steps_of(weighted: bool = False) -> list[tuple]:
-    """What is looked up in each step: repeated rows, other rows each time, a step of empty bags."""
+    """Inputs of each step: repeated rows, different rows, empty bags."""
     found = []
     for i in range(STEPS):
         rows, offsets = lookups([0, 0] if i == 3 else [4, 0, 3, 5, 2], seed=i)
@@ -550,8 +554,8 @@ def made(mode: str, dtype: torch.dtype = torch.float64, cls: type = nn.Embedding
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @torchs_modes
 @optimizers
-def test_a_fused_optimizer_is_torchs(name: str, mode: str, dtype: torch.dtype) -> None:
-    """Against torch.nn.EmbeddingBag under torch.optim; a maximum, of which torch has no sparse gradient, under ours."""
+def test_fused_optimizer_matches_torch(name: str, mode: str, dtype: torch.dtype) -> None:
+    """Against torch.nn.EmbeddingBag with torch.optim; for max, torch.optim uses the sparse gradient of seqkernels."""
     fused, plain = OPTIMIZERS[name]
     theirs = made(mode, dtype, cls=nn.EmbeddingBag if mode == "max" else torch.nn.EmbeddingBag, sparse=True)
     want = train(theirs, plain(theirs.parameters()))
@@ -561,7 +565,7 @@ def test_a_fused_optimizer_is_torchs(name: str, mode: str, dtype: torch.dtype) -
 
 @modes
 @optimizers
-def test_a_fused_optimizer_with_weights_padding_and_counts(name: str, mode: str) -> None:
+def test_fused_optimizer_with_weights_padding_and_counts(name: str, mode: str) -> None:
     options = dict(padding_idx=2, scale_grad_by_freq=True, weight_norm="weight")
     fused, plain = OPTIMIZERS[name]
     theirs = made(mode, **options, sparse=True)
@@ -572,8 +576,8 @@ def test_a_fused_optimizer_with_weights_padding_and_counts(name: str, mode: str)
 
 
 @modes
-def test_row_wise_adagrad_is_its_definition(mode: str) -> None:
-    """No torch optimiser is: one sum per row, of the mean square of its gradient."""
+def test_rowwise_adagrad_matches_its_definition(mode: str) -> None:
+    """torch has no such optimiser: one sum per row, of the mean square of its gradient."""
     module = made(mode, fused_optimizer=nn.FusedRowwiseAdagrad(lr=0.1, initial_accumulator_value=0.2, eps=1e-3))
     table, sums = module.weight.detach().clone(), torch.full((E,), 0.2, dtype=torch.float64)
     for rows, offsets, _ in steps_of():
@@ -589,8 +593,8 @@ def test_row_wise_adagrad_is_its_definition(mode: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("optimizer", ["FusedSGD", "FusedAdagrad", "FusedRowwiseAdagrad", "FusedAdam"])
-def test_a_half_table_keeps_its_state_in_float32(optimizer: str, dtype: torch.dtype) -> None:
-    """One step is that of the float64 table, rounded once."""
+def test_state_of_a_half_table_is_float32(optimizer: str, dtype: torch.dtype) -> None:
+    """One step equals that of a float64 table, rounded once."""
     rows, offsets = lookups([4, 0, 3, 5, 2])
     results = []
     for wide in (False, True):
@@ -612,7 +616,7 @@ def test_a_half_table_keeps_its_state_in_float32(optimizer: str, dtype: torch.dt
 
 
 @optimizers
-def test_a_fused_optimizers_state_goes_through_a_file(name: str, tmp_path: Path) -> None:
+def test_state_of_a_fused_optimizer_in_a_file(name: str, tmp_path: Path) -> None:
     fused, _ = OPTIMIZERS[name]
     straight = made("sum", fused_optimizer=fused())
     train(straight, None)
@@ -626,7 +630,7 @@ def test_a_fused_optimizers_state_goes_through_a_file(name: str, tmp_path: Path)
         assert torch.equal(train(module, None), want)
 
 
-def test_a_learning_rate_may_change() -> None:
+def test_learning_rate_changes() -> None:
     module, theirs = made("sum", fused_optimizer=nn.FusedSGD(lr=0.1)), made("sum", sparse=True)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for lr in (0.1, 0.5, 0.0):
@@ -638,7 +642,7 @@ def test_a_learning_rate_may_change() -> None:
             module.fused_optimizer.lr = bad
 
 
-def test_what_a_fused_optimizer_does_not_do() -> None:
+def test_errors_of_fused_optimizers() -> None:
     module, rows = made("sum", fused_optimizer=nn.FusedSGD(lr=0.1)), torch.tensor([[0, 1]])
     output = module(rows)
     output.sum().backward(retain_graph=True)
@@ -665,8 +669,8 @@ def test_what_a_fused_optimizer_does_not_do() -> None:
     assert torch.equal(module.weight, before)
 
 
-def test_weights_have_their_gradient_beside_a_fused_step() -> None:
-    """Of the table as it was before the step."""
+def test_gradient_of_weights_with_fused_optimizer() -> None:
+    """The gradient uses the table before the step."""
     rows, weights = torch.tensor([[0, 1, 1]]), torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
     for mode in BAG_MODES:
         fused, plain = made(mode, fused_optimizer=nn.FusedSGD(lr=0.1)), made(mode)
@@ -677,7 +681,7 @@ def test_weights_have_their_gradient_beside_a_fused_step() -> None:
 
 
 @pytest.mark.parametrize("mode", BAG_MODES)
-def test_torchs_optimizers_take_our_sparse_gradients(mode: str) -> None:
+def test_sparse_gradients_in_torch_optimizers(mode: str) -> None:
     for make in (
         lambda p: torch.optim.SGD(p, lr=0.1),
         lambda p: torch.optim.Adagrad(p, lr=0.1),
@@ -688,7 +692,7 @@ def test_torchs_optimizers_take_our_sparse_gradients(mode: str) -> None:
         assert not torch.equal(train(module, make(module.parameters())), before)
 
 
-def test_gradients_of_two_calls_add_up() -> None:
+def test_gradients_of_two_calls_accumulate() -> None:
     module, other = made("sum", sparse=True), made("sum")
     for m in (module, other):
         for rows, offsets, _ in steps_of()[:3]:
@@ -710,7 +714,7 @@ def collection(**options) -> nn.EmbeddingBagCollection:
 
 
 def features_of(B: int, seed: int = 0) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Indices and offsets of the collection, and of each feature alone."""
+    """Indices and offsets of the collection, and of each feature."""
     alone = []
     for e, _, features in TABLES:
         for f in range(len(features)):
@@ -727,16 +731,16 @@ def tables_of(module: torch.nn.Module) -> list[Tensor]:
 
 
 @dtypes
-def test_a_collection_is_its_tables_one_by_one(dtype: torch.dtype, isa: str) -> None:
-    """Bit for bit, gradients included."""
+def test_collection_matches_separate_tables(dtype: torch.dtype, isa: str) -> None:
+    """The same bits, including gradients."""
     batches = itertools.cycle([(5, 1), (1, 2), (40, 2), (0, 1), (3, 3)])
     for mode, weighted, sparse in itertools.product(BAG_MODES, (False, True), (False, True)):
         B, threads = next(batches)
         torch.set_num_threads(threads)
-        together_and_one_by_one(B, dict(mode=mode, sparse=sparse, scale_grad_by_freq=B == 5), weighted, dtype)
+        compare_collection_with_tables(B, dict(mode=mode, sparse=sparse, scale_grad_by_freq=B == 5), weighted, dtype)
 
 
-def together_and_one_by_one(B: int, options: dict, weighted: bool, dtype: torch.dtype) -> None:
+def compare_collection_with_tables(B: int, options: dict, weighted: bool, dtype: torch.dtype) -> None:
     module, sparse = collection(**options, dtype=dtype), options["sparse"]
     rows, offsets, alone = features_of(B)
     weights = torch.randn(len(rows)).to(dtype).requires_grad_() if weighted else None
@@ -767,7 +771,7 @@ def together_and_one_by_one(B: int, options: dict, weighted: bool, dtype: torch.
 
 
 @modes
-def test_a_collection_is_its_definition(mode: str) -> None:
+def test_collection_matches_its_definition(mode: str) -> None:
     rows, offsets, _ = features_of(6)
     tables = [torch.randn(e, d, dtype=torch.float64, requires_grad=True) for e, d, _ in TABLES]
     weights = torch.rand(len(rows), dtype=torch.float64, requires_grad=True)
@@ -780,7 +784,7 @@ def test_a_collection_is_its_definition(mode: str) -> None:
 
 
 @modes
-def test_a_collection_differentiates(mode: str) -> None:
+def test_gradcheck_of_a_collection(mode: str) -> None:
     rows, offsets = torch.tensor([0, 1, 1, 2, 0]), torch.tensor([0, 2, 3, 3, 5])
     tensors = [torch.randn(n, d, dtype=torch.float64, requires_grad=True) for n, d in ((3, 2), (3, 1))]
     weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
@@ -793,7 +797,7 @@ def test_a_collection_differentiates(mode: str) -> None:
 
 
 @modes
-def test_a_collection_takes_a_dictionary(mode: str) -> None:
+def test_collection_with_a_dict(mode: str) -> None:
     module = collection(mode=mode)
     rows, offsets, alone = features_of(4)
     names = [f for *_, features in TABLES for f in features]
@@ -812,7 +816,7 @@ def test_a_collection_takes_a_dictionary(mode: str) -> None:
 
 
 @optimizers
-def test_a_collections_fused_step_is_that_of_its_tables(name: str) -> None:
+def test_fused_step_of_a_collection_matches_separate_tables(name: str) -> None:
     fused, plain = OPTIMIZERS[name]
     module, theirs = (
         collection(fused_optimizer=fused(), dtype=torch.float64),
@@ -830,7 +834,7 @@ def test_a_collections_fused_step_is_that_of_its_tables(name: str) -> None:
     close(tables_of(module), tables_of(theirs))
 
 
-def test_a_collection_compiles_exports_and_survives_a_file(tmp_path: Path) -> None:
+def test_collection_with_compile_export_and_file(tmp_path: Path) -> None:
     module = collection(mode="max")
     compiled = whole(module)
     for B in (4, 7, 3):
@@ -847,12 +851,12 @@ def test_a_collection_compiles_exports_and_survives_a_file(tmp_path: Path) -> No
     same([copy.deepcopy(module)(rows, offsets)], [pickle.loads(pickle.dumps(module))(rows, offsets)])
 
 
-# ---- quantised rows
+# ---- quantized tables
 
 
 @modes
 @pytest.mark.parametrize("norm", ["count", "weight"])
-def test_a_quantised_bag_is_that_of_its_own_values(norm: str, mode: str) -> None:
+def test_quantized_bag_matches_its_dequantized_table(norm: str, mode: str) -> None:
     bag = nn.EmbeddingBag(E, 19, mode=mode, padding_idx=2, weight_norm=norm)
     packed, (rows, offsets) = nn.QuantizedEmbeddingBag.from_float(bag), lookups([3, 0, 4, 9])
     table = packed.dequantized()
@@ -873,12 +877,12 @@ def test_a_quantised_bag_is_that_of_its_own_values(norm: str, mode: str) -> None
     assert list(packed.state_dict()) == ["packed"]
 
 
-def test_a_quantised_bag_compiles() -> None:
+def test_quantized_bag_compiles() -> None:
     packed, (rows, offsets) = nn.QuantizedEmbeddingBag.from_float(nn.EmbeddingBag(E, D)), lookups([3, 0, 4])
     assert torch.equal(whole(packed)(rows, offsets), packed(rows, offsets))
 
 
-# ---- rows in two processes
+# ---- sharding over two processes
 
 WORKERS, DEADLINE_S = 2, 120
 SHARDED = [(mode, options) for mode in BAG_MODES for options in ("plain", "weights", "padding", "last", "2-D")]
@@ -896,7 +900,7 @@ def sharded_options(option: str) -> dict:
 
 
 def sharded_input(option: str, rank: int) -> tuple[Tensor | None, ...]:
-    """What a rank looks up; the ranks have unequal batches."""
+    """Input of a rank; the ranks have different batch sizes."""
     rows, offsets = lookups([] if option == "empty" and rank == 0 else [3, 0, 4, 2][: 4 - rank], seed=rank, rows=11)
     weights = torch.rand(len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) + 0.2
     if option == "2-D":
@@ -924,7 +928,7 @@ def sharded_worker(rank: int, folder: str) -> None:
                 output.detach(), module.first_row, None if grad is None else grad.to_dense(),
                 None if weights is None else weights.grad, module.full_table(),
             ]  # fmt: skip
-        except Exception:  # one case's error is not the others'
+        except Exception:  # continue with the other cases
             found[f"{mode} {option}"] = traceback.format_exc()
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -932,7 +936,7 @@ def sharded_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, list[dict[str, list]]]:
-    """The table, and by worker what each case gave."""
+    """The table, and for each worker the results of all cases."""
     folder = tmp_path_factory.mktemp("sharded")
     table = torch.randn(11, D, dtype=torch.float64)
     torch.save(table, folder / "table.pt")
@@ -949,8 +953,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, list[dict
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("mode, option", SHARDED, ids=lambda v: str(v))
-def test_two_processes_find_what_one_does(mode: str, option: str, sharded: tuple) -> None:
-    """One process that sees both batches, and holds the whole table."""
+def test_two_processes_match_one(mode: str, option: str, sharded: tuple) -> None:
+    """Against one process with both batches and the whole table."""
     table, by_worker = sharded
     found = [worker[f"{mode} {option}"] for worker in by_worker]
     for result in found:

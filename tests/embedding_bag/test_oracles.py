@@ -1,7 +1,7 @@
-"""EmbeddingBag and Embedding against others: numpy written out, torch's own samples, torch's quantised rows.
+"""EmbeddingBag and Embedding against independent results: numpy, samples of torch, quantized tables of torch.
 
-Torch's samples are those of its test suite: OpInfo of nn.functional.embedding_bag and nn.functional.embedding, plain
-and nested, ModuleInfo of nn.Embedding, and the list of module tests in common_nn.
+The samples are from torch's test suite: OpInfo of nn.functional.embedding_bag and nn.functional.embedding, dense and
+nested, ModuleInfo of nn.Embedding, and the module tests in common_nn.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag.
 """
@@ -43,7 +43,7 @@ float64 = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: None) -> None:
-    """Beside another busy process each parallel loop may stall for milliseconds."""
+    """Parallel loops may stall for milliseconds beside another busy process."""
     torch.set_num_threads(1)
 
 
@@ -51,7 +51,7 @@ def one_thread(threads: None) -> None:
 
 
 def by_numpy(inputs: BagInputs) -> dict[str, Tensor]:
-    """Output, gradients and who won each column, in float64, one index at a time."""
+    """Output, gradients and selected positions in float64, computed index by index."""
     case, mode = inputs.case, inputs.mode
     table, dout = inputs.weight.double().numpy(), inputs.dout.double().numpy()
     rows = inputs.indices.flatten().tolist()
@@ -75,7 +75,9 @@ def by_numpy(inputs: BagInputs) -> dict[str, Tensor]:
                 dweights[k] = dout[b] @ (row - output[b] if by_weight else row) / divisor
             continue
         weighted = w[:, None] * found
-        best = weighted.argmax(0) if mode == "max" else weighted.argmin(0)  # the first; the first NaN if there is one
+        best = (
+            weighted.argmax(0) if mode == "max" else weighted.argmin(0)
+        )  # the first NaN, otherwise the first of equal values
         for d, i in enumerate(best):
             k = bag[i]
             output[b, d], arg[b, d] = weighted[i, d], k - begin
@@ -96,7 +98,7 @@ def without_arg(want: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @cases
-def test_the_definition_and_ours_are_what_numpy_counts(case: BagCase) -> None:
+def test_definition_and_kernels_match_numpy(case: BagCase) -> None:
     for mode in BAG_MODES:
         inputs, want = make_bag_inputs(case, torch.float64, mode), without_arg(counted(case, mode))
         assert_bag_near(bag_definition(inputs), want, inputs, slack=20)
@@ -104,15 +106,15 @@ def test_the_definition_and_ours_are_what_numpy_counts(case: BagCase) -> None:
 
 
 @cases
-def test_positions_of_the_winners_are_those_numpy_finds(case: BagCase, isa: str) -> None:
-    for mode, dtype in itertools.product(("max", "min"), (torch.float64, torch.bfloat16)):  # of which one has ties
+def test_selected_positions_match_numpy(case: BagCase, isa: str) -> None:
+    for mode, dtype in itertools.product(("max", "min"), (torch.float64, torch.bfloat16)):  # bfloat16 has equal values
         inputs = make_bag_inputs(case, dtype, mode)
         _, arg = ops.embedding_bag_forward(inputs.weight, *inputs.op_arguments())
         assert arg.dtype == torch.int32 and torch.equal(arg, counted(case, mode, dtype)["arg"]), (mode, dtype)
 
 
-def test_numpys_own_reductions() -> None:
-    """Larger sizes, by reduceat over what was looked up."""
+def test_reductions_of_numpy() -> None:
+    """Larger sizes, with reduceat."""
     E, D, N = 500, 24, 6000
     g = np.random.default_rng(0)
     table, rows = g.standard_normal((E, D)), g.integers(0, E, N)
@@ -129,12 +131,12 @@ def test_numpys_own_reductions() -> None:
         float64(functional.embedding_bag(*arguments, mode=mode), torch.from_numpy(want))
 
 
-# ---- torch's samples
+# ---- samples of torch
 
 
 def torchs(module: str):
-    """A module of torch.testing._internal; it needs expecttest."""
-    pytest.importorskip("expecttest", reason="expecttest, which torch.testing._internal needs, is not installed")
+    """A module of torch.testing._internal, which requires expecttest."""
+    pytest.importorskip("expecttest", reason="expecttest is not installed; torch.testing._internal requires it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"torch.testing._internal.{module}")
@@ -149,11 +151,11 @@ def op_samples(name: str, dtype: torch.dtype, requires_grad: bool = False):
 
 
 def both(name: str, sample) -> tuple[list[Tensor], list[Tensor]]:
-    """By ours and by torch's: the output, the gradients, and the table, which max_norm changes."""
+    """Results of seqkernels and torch: output, gradients, and the table, which max_norm modifies."""
     results = []
     for function in (getattr(functional, name), getattr(torch.nn.functional, name)):
         table = sample.input.detach().clone().requires_grad_()
-        looked_up = table * 1 if sample.kwargs.get("max_norm") is None else table  # not a leaf, unless it is written
+        looked_up = table * 1 if sample.kwargs.get("max_norm") is None else table  # not a leaf, except for max_norm
         keywords = dict(sample.kwargs)
         weights = keywords.get("per_sample_weights")
         if weights is not None:
@@ -162,7 +164,7 @@ def both(name: str, sample) -> tuple[list[Tensor], list[Tensor]]:
         upstream = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape).to(output.dtype)
         wanted = [table] if weights is None else [table, weights]
         if keywords.get("sparse"):
-            wanted = wanted[1:]  # compared in their own test
+            wanted = wanted[1:]  # test_sparse_samples_of_torch compares them
         grads = torch.autograd.grad(output, wanted, upstream) if wanted else ()
         results.append([output, *grads, looked_up.detach()])
     return results[0], results[1]
@@ -170,10 +172,10 @@ def both(name: str, sample) -> tuple[list[Tensor], list[Tensor]]:
 
 @dtypes
 @pytest.mark.parametrize("name", ["embedding_bag", "embedding"])
-def test_torchs_samples(name: str, dtype: torch.dtype) -> None:
-    """Torch divides by wrong counts under scale_grad_by_freq (pytorch#190063): its own file has that."""
+def test_samples_of_torch(name: str, dtype: torch.dtype) -> None:
+    """Excludes scale_grad_by_freq, where torch divides by wrong counts (pytorch#190063); see test_torch_bugs.py."""
     if dtype.itemsize == 2 and not torch.__version__.startswith("2.13."):
-        pytest.skip("how far torch's own sums of half types are off is known of 2.13 alone")
+        pytest.skip("the error of sums of half types in torch is only known for 2.13")
     for sample in op_samples(name, dtype):
         if sample.kwargs.get("scale_grad_by_freq") and name == "embedding_bag":
             continue
@@ -185,8 +187,8 @@ def test_torchs_samples(name: str, dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize("name", ["embedding_bag", "embedding"])
-def test_torchs_samples_in_every_shape_of_call(name: str, dtype: torch.dtype) -> None:
-    """By keyword, on a module's parameter, without gradients, in inference mode: the same bits."""
+def test_samples_of_torch_in_all_forms_of_call(name: str, dtype: torch.dtype) -> None:
+    """Keyword arguments, a parameter of a module, no_grad and inference mode give the same bits."""
     function = getattr(functional, name)
     for sample in op_samples(name, dtype):
         table = sample.input.detach()
@@ -198,15 +200,15 @@ def test_torchs_samples_in_every_shape_of_call(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("name", ["embedding_bag", "embedding"])
-def test_torchs_samples_differentiate(name: str) -> None:
-    """Twice, where torch's embedding_bag does so once."""
+def test_gradients_of_samples_of_torch(name: str) -> None:
+    """First and second derivatives; torch's embedding_bag has no second derivative."""
     for sample in op_samples(name, torch.float64, requires_grad=True):
         keywords = dict(sample.kwargs)
         weights = keywords.pop("per_sample_weights", None)
         tensors = [sample.input.detach().requires_grad_()]
         tensors += [] if weights is None else [weights.detach().requires_grad_()]
         if keywords.get("padding_idx") is not None and name == "embedding":
-            continue  # not its derivative, but what torch documents
+            continue  # the documented gradient is not the derivative
 
         def call(table: Tensor, *w: Tensor, indices=sample.args[0], keywords=keywords) -> Tensor:
             more = {"per_sample_weights": w[0]} if w else {}
@@ -216,7 +218,7 @@ def test_torchs_samples_differentiate(name: str) -> None:
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
-def test_torchs_sparse_samples() -> None:
+def test_sparse_samples_of_torch() -> None:
     for name in ("embedding_bag", "embedding"):
         for sample in op_samples(name, torch.float64):
             if not sample.kwargs.get("sparse") or sample.kwargs.get("scale_grad_by_freq"):
@@ -230,7 +232,7 @@ def test_torchs_sparse_samples() -> None:
             float64(*grads)
 
 
-def test_torchs_bad_samples_of_embedding() -> None:
+def test_error_samples_of_torch_for_embedding() -> None:
     (info,) = (op for op in torchs("common_methods_invocations").op_db if op.name == "nn.functional.embedding")
     found = 0
     for bad in info.error_inputs("cpu"):
@@ -240,7 +242,7 @@ def test_torchs_bad_samples_of_embedding() -> None:
     assert found
 
 
-def test_torchs_nested_samples() -> None:
+def test_nested_samples_of_torch() -> None:
     nested = torchs("opinfo.definitions.nested")
     for name in ("embedding_bag", "embedding"):
         samples = getattr(nested, f"sample_inputs_nn_functional_{name}")
@@ -255,7 +257,7 @@ def test_torchs_nested_samples() -> None:
 
 
 def swapped(constructor, *arguments):
-    """What torch's constructor call makes, with our classes in the place of torch's."""
+    """Calls a constructor of torch's tests with the classes of seqkernels."""
     theirs = torch.nn.EmbeddingBag, torch.nn.Embedding
     torch.nn.EmbeddingBag, torch.nn.Embedding = nn.EmbeddingBag, nn.Embedding
     try:
@@ -265,10 +267,10 @@ def swapped(constructor, *arguments):
 
 
 def module_samples() -> dict:
-    """Torch's list of module tests: name, how the module is made, and what goes in."""
+    """Module tests of torch: name, constructor and input."""
     found = {}
     common = torchs("common_nn")
-    listed = getattr(common, "get_new_module_tests", lambda: common.new_module_tests)  # by release
+    listed = getattr(common, "get_new_module_tests", lambda: common.new_module_tests)  # depends on the release
     for test in listed():
         name = test.get("fullname") or f"{test.get('module_name')}_{test.get('desc', '')}"
         if "Embedding" not in name or "Loss" in name:
@@ -280,7 +282,7 @@ def module_samples() -> dict:
     return found
 
 
-def test_torchs_list_of_module_tests() -> None:
+def test_module_tests_of_torch() -> None:
     samples = module_samples()
     assert len(samples) >= 10
     for name, (make, input_of) in samples.items():
@@ -313,7 +315,7 @@ def module_info():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_torchs_samples_of_the_embedding_module(dtype: torch.dtype) -> None:
+def test_samples_of_torch_for_the_embedding_module(dtype: torch.dtype) -> None:
     """test_forward, test_pickle, test_repr and test_grad of torch's test_modules.py."""
     info, _ = module_info()
     torch.manual_seed(0)
@@ -333,8 +335,8 @@ def test_torchs_samples_of_the_embedding_module(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-5)  # of 3584 lookups
 
 
-def test_torchs_bad_samples_of_the_embedding_module() -> None:
-    """test_errors of torch's test_modules.py; the words of an error in forward are ours."""
+def test_error_samples_of_torch_for_the_embedding_module() -> None:
+    """test_errors of torch's test_modules.py; errors in forward have other texts."""
     info, common = module_info()
     if info.module_error_inputs_func is None:
         pytest.skip(f"torch {torch.__version__} has no such samples")
@@ -354,7 +356,7 @@ def test_torchs_bad_samples_of_the_embedding_module() -> None:
     assert len(kinds) == 2
 
 
-# ---- torch's quantised rows
+# ---- quantized tables of torch
 
 
 QUANTISED = [
@@ -365,23 +367,23 @@ QUANTISED = [
 ]
 
 
-def torchs_rows(table: Tensor) -> Tensor:
+def torch_rows(table: Tensor) -> Tensor:
     return torch.ops.quantized.embedding_bag_byte_prepack(table)
 
 
 @pytest.mark.parametrize("D", [1, 7, 8, 16, 33, 300])
-def test_packed_rows_are_torchs(D: int) -> None:
-    """Bit for bit, scale and bias included; also rows of one value."""
+def test_packed_rows_match_torch(D: int) -> None:
+    """Equal bits, including scale and bias, also for constant rows."""
     table = torch.randn(20, D) * torch.logspace(-3, 3, 20)[:, None]
     table[3] = 0
     table[4] = -2.5
-    assert torch.equal(ops.embedding_bag_pack_bytes(table), torchs_rows(table))
+    assert torch.equal(ops.embedding_bag_pack_bytes(table), torch_rows(table))
 
 
 @pytest.mark.parametrize("case", QUANTISED, ids=str)
-def test_a_quantised_sum_is_torchs(case: BagCase, isa: str) -> None:
+def test_quantized_sum_matches_torch(case: BagCase, isa: str) -> None:
     inputs = make_bag_inputs(case, torch.float32, "sum")
-    packed = torchs_rows(inputs.weight)
+    packed = torch_rows(inputs.weight)
     want = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
         packed, inputs.indices, inputs.offsets, False, 0, False, inputs.weights, None, case.form == "last"
     )
@@ -391,10 +393,10 @@ def test_a_quantised_sum_is_torchs(case: BagCase, isa: str) -> None:
 
 
 @pytest.mark.parametrize("case", [*QUANTISED, *[c for c in BAG_CASES if c.E and c.D]], ids=str)
-def test_a_quantised_table_is_the_table_that_torch_unpacks(case: BagCase, isa: str) -> None:
+def test_quantized_table_matches_unpacked_table_of_torch(case: BagCase, isa: str) -> None:
     for mode in BAG_MODES:
         inputs = make_bag_inputs(case, torch.float32, mode)
-        packed = torchs_rows(inputs.weight)
+        packed = torch_rows(inputs.weight)
         inputs.weight = torch.ops.quantized.embedding_bag_byte_unpack(packed)
         got = ops.embedding_bag_bytes(packed, *inputs.op_arguments())
         want = reference.embedding_bag(

@@ -1,4 +1,4 @@
-"""EmbeddingBag's Triton kernel against a definition bag by bag, in float64."""
+"""Triton kernels of EmbeddingBag against a float64 definition."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CASES = [
 
 
 def inputs(case: Case, dtype: torch.dtype, weights: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Values of few bits, so that ties occur; sums of them are rounded all the same."""
+    """Values of few bits, so that equal values occur; their sums still require rounding."""
     N = sum(case.lengths)
     table = (torch.randn(case.E, case.D) * 8).round().div(8).mul(1.1).to(dtype)
     indices = torch.randint(case.E, (N,))
@@ -74,7 +74,7 @@ def defined(
     include_last_offset: bool = False,
     mean_by: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """In float64, and products of max and min as the kernel rounds them."""
+    """Results in float64; the products of max and min are rounded as in the kernel."""
     table, indices = table.cpu(), indices.cpu()
     weights = None if weights is None else weights.cpu().flatten()
     if offsets is None:
@@ -114,7 +114,7 @@ def check(*args, **options) -> None:
     if mode in (MAX, MIN):
         assert out.cpu().tolist() == expected.to(table.dtype).tolist()
         return
-    # Rounding of the result, and of a sum over 300 terms in the type that it is accumulated in.
+    # Rounding of the result, and of a sum of 300 terms in the type of accumulation.
     acc = torch.float64 if table.dtype == torch.float64 else torch.float32
     scale = table.abs().max().double().item() + 1
     slack = 300 * scale * torch.finfo(acc).eps
@@ -123,7 +123,7 @@ def check(*args, **options) -> None:
 
 @pytest.mark.parametrize("mode", BAG_MODES)
 @pytest.mark.parametrize("case", BAG_CASES, ids=str)
-def test_the_projects_cases(case: BagCase, mode: str):
+def test_shared_cases(case: BagCase, mode: str):
     dtype = (torch.float32, torch.float64, torch.bfloat16, torch.float16)[BAG_CASES.index(case) % 4]
     if case.weights == "wide" and dtype == torch.float64:
         dtype = torch.bfloat16
@@ -159,7 +159,7 @@ def test_dtypes(mode: str, dtype: torch.dtype):
 @pytest.mark.parametrize("mode", MODES)
 def test_padding(mode: str):
     table, indices, offsets, w = inputs(CASES[0], torch.float32, weights=True)
-    indices[:3] = 4  # a bag of padding alone
+    indices[:3] = 4  # a bag of padding
     indices[5] = 4
     check(table, indices, offsets, mode=MODES[mode], padding_idx=4)
     check(table, indices, offsets, w, mode=MODES[mode], padding_idx=4)
@@ -191,7 +191,7 @@ def test_mean_by_weight():
     table, indices, offsets, w = inputs(CASES[0], torch.float32, weights=True)
     indices[:3] = 4
     check(table, indices, offsets, w.abs(), mode=MEAN, mean_by=1, padding_idx=4)
-    check(table, indices, offsets, mode=MEAN, mean_by=1)  # without weights each counts as one
+    check(table, indices, offsets, mode=MEAN, mean_by=1)  # without weights, each row has weight 1
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -207,7 +207,7 @@ def test_strided_tables(mode: str):
 
 
 @on_hardware
-def test_nan_wins_and_the_first_of_equals():
+def test_selection_of_nan_and_of_the_first_of_equal_values():
     nan, inf = math.nan, math.inf
     table = torch.tensor([[1.0, nan, -inf, 0.0], [1.0, 2.0, -inf, -0.0], [0.0, nan, -inf, -1.0]], device=DEVICE)
     indices, offsets = torch.tensor([2, 0, 1, 1, 1, 0, 0], device=DEVICE), torch.tensor([0, 3, 4], device=DEVICE)
@@ -216,10 +216,10 @@ def test_nan_wins_and_the_first_of_equals():
         expected, expected_arg = defined(table, indices, offsets, mode=mode)
         assert torch.equal(arg.cpu(), expected_arg)
         torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(out[:, 2:].cpu().signbit(), expected[:, 2:].signbit())  # of zeros as well
+        assert torch.equal(out[:, 2:].cpu().signbit(), expected[:, 2:].signbit())  # includes zeros
 
 
-def test_a_sum_of_negative_zeros_is_negative_zero():
+def test_sum_of_negative_zeros():
     table = torch.full((2, 4), -0.0, device=DEVICE)
     for indices in ([[0]], [[0, 1, 0, 1, 0]]):
         out, _ = bags.embedding_bag(table, torch.tensor(indices, device=DEVICE))
@@ -227,13 +227,13 @@ def test_a_sum_of_negative_zeros_is_negative_zero():
     out, _ = bags.embedding_bag(
         table, torch.tensor([], dtype=torch.int64, device=DEVICE), torch.tensor([0], device=DEVICE)
     )
-    assert not out.signbit().any()  # an empty bag is zero
+    assert not out.signbit().any()  # an empty bag gives +0
 
 
 @on_hardware
 @pytest.mark.parametrize("mode", MODES)
-def test_faults_are_left_out_and_reported(mode: str):
-    """A bad index is skipped, a bag of bad offsets is empty, and neither reads outside."""
+def test_faults_are_skipped_and_reported(mode: str):
+    """An invalid index is skipped, and a bag with invalid offsets is empty, without reads out of bounds."""
     table, indices, offsets, w = inputs(CASES[0], torch.float32, weights=True)
     indices[indices == 12] = 0
     bad = indices.clone()
@@ -241,7 +241,7 @@ def test_faults_are_left_out_and_reported(mode: str):
     fault = torch.empty(2, dtype=torch.int64, device=DEVICE)
     out, arg = bags.embedding_bag(table, bad, offsets, w, MODES[mode], fault=fault)
     assert fault.tolist() == [4, bags.NO_FAULT]
-    indices[[4, 8]] = 12  # padding is left out as well
+    indices[[4, 8]] = 12  # padding is skipped as well
     expected = bags.embedding_bag(table, indices, offsets, w, MODES[mode], padding_idx=12)
     assert torch.equal(out, expected[0]) and torch.equal(arg, expected[1])
     for wrong, at in (
@@ -270,7 +270,7 @@ def test_faults_are_left_out_and_reported(mode: str):
         (dict(mode=4), ValueError, "mode must be 0 (sum), 1 (mean), 2 (max) or 3 (min), got 4"),
         (dict(mean_by=2), ValueError, "mean_by must be 0 (count) or 1 (weight), got 2"),
         (dict(per_sample_weights=torch.ones(2)), ValueError, "must have the shape of indices, [3], got [2]"),
-        (dict(per_sample_weights=torch.ones(3).double()), TypeError, "must be torch.float32 as weight is"),
+        (dict(per_sample_weights=torch.ones(3).double()), TypeError, "must have weight's dtype, torch.float32, or"),
         (dict(weight=torch.ones(13, 2, dtype=torch.int32)), NotImplementedError, "dtype torch.int32 is none of"),
         (dict(weight=torch.ones(13)), ValueError, "weight must have shape [E, D], got [13]"),
         (dict(fault=torch.zeros(1)), ValueError, "fault must be int64 [2]"),
@@ -284,7 +284,7 @@ def test_errors(change: dict, error: type, message: str):
         bags.embedding_bag(**args)
 
 
-def test_nothing_to_do():
+def test_empty_inputs():
     table = torch.ones(13, 2, device=DEVICE)
     none = torch.tensor([], dtype=torch.int64, device=DEVICE)
     for mode in (SUM, MAX):
@@ -297,8 +297,8 @@ def test_nothing_to_do():
 
 
 @on_hardware
-def test_a_bag_is_the_same_alone_and_among_others():
-    """What a program takes on follows the mean length; where that leads to the same, so are the bits."""
+def test_bits_of_a_bag_with_the_same_config():
+    """The configuration depends on the mean length; with the same configuration, the bits are equal."""
     table, indices, offsets, _ = inputs(Case("two long bags", (300, 290), D=16), torch.float32)
     out, _ = bags.embedding_bag(table, indices, offsets)
     alone, _ = bags.embedding_bag(table, indices[:300], offsets[:1])
@@ -307,7 +307,7 @@ def test_a_bag_is_the_same_alone_and_among_others():
     assert torch.equal(out, again)
 
 
-def test_every_choice_of_config_is_listed():
+def test_configs_lists_each_config():
     """bench/check_triton.py compiles the listed ones."""
     for float64, extreme in itertools.product((False, True), repeat=2):
         listed = bags.configs(float64, extreme)
@@ -319,7 +319,7 @@ def test_every_choice_of_config_is_listed():
 
 
 def placed(given: BagInputs) -> BagInputs:
-    """On the device; the upstream gradient too."""
+    """Copies the inputs and the upstream gradient to the device."""
     moved = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     return dataclasses.replace(given, **{k: v.to(DEVICE) for k, v in moved.items() if isinstance(v, Tensor)})
 
@@ -329,15 +329,15 @@ def check_bag(case: BagCase, mode: str, dtype: torch.dtype, **options) -> None:
     given = make_bag_inputs(case, dtype, mode)
     got = run_bag(functools.partial(functional.embedding_bag, backend="triton", **options), placed(given))
     want = bag_definition(given)
-    if mode in ("max", "min"):  # of ties in dtype, which float64 does not have, the first one wins
+    if mode in ("max", "min"):  # rounding to dtype gives equal values that differ in float64
         arg = reference.embedding_bag_winners(
-            given.indices, given.weight, per_sample_weights=given.weights, **winners_of(given)
+            given.indices, given.weight, per_sample_weights=given.weights, **options_of_winners(given)
         )
         want = bag_definition(given, arg=arg)
     assert_bag_near({name: t.cpu() for name, t in got.items()}, want, given)
 
 
-def winners_of(given: BagInputs) -> dict:
+def options_of_winners(given: BagInputs) -> dict:
     return {k: v for k, v in given.keywords().items() if k not in ("scale_grad_by_freq", "weight_norm")}
 
 
@@ -353,7 +353,7 @@ def test_functional_gradients(case: BagCase, mode: str):
 @pytest.mark.parametrize("scale_grad_by_freq", [False, True])
 @pytest.mark.parametrize("mode", BAG_MODES)
 def test_functional_sparse_gradients(mode: str, scale_grad_by_freq: bool):
-    """As coalesced rows, equal to the dense gradient."""
+    """The coalesced rows equal the dense gradient."""
     case = BagCase(
         E=50, D=20, lengths=(3, 0, 7, 12), why="rows that repeat",
         rows="few", padding_idx=1, scale_grad_by_freq=scale_grad_by_freq,
@@ -366,7 +366,7 @@ def test_functional_sparse_gradients(mode: str, scale_grad_by_freq: bool):
 
 
 def test_functional_embedding():
-    """The padding row is found and has no gradient."""
+    """The padding row is returned and has no gradient."""
     table = torch.randn(9, 5, device=DEVICE, dtype=torch.float64)
     indices = torch.tensor([[1, 3, 3], [8, 0, 1]], device=DEVICE)
     results = []
@@ -381,7 +381,7 @@ def test_functional_embedding():
 
 
 def test_functional_compiled():
-    """One graph, of the ops of Triton; frequencies go another way."""
+    """One graph with the Triton ops; scale_grad_by_freq uses a separate op."""
     table = torch.randn(9, 5, device=DEVICE, requires_grad=True)
     indices, offsets = torch.tensor([1, 3, 3, 8], device=DEVICE), torch.tensor([0, 3], device=DEVICE)
     for by_frequency in (False, True):
@@ -428,7 +428,7 @@ def test_functional_second_derivatives():
     ],
     ids=["max_norm", "max_norm of embedding", "several tables", "quantize_rows", "bytes"],
 )  # fmt: skip
-def test_what_has_no_triton_kernel_is_named(call, missing: str):
+def test_unsupported_options(call, missing: str):
     table, indices = torch.ones(5, 3, device=DEVICE), torch.tensor([[0, 1], [2, 3]], device=DEVICE)
     with pytest.raises(NotImplementedError, match=f"backend triton cannot run this call: .*{missing} has no Triton"):
         call(table, indices)
@@ -440,8 +440,8 @@ def test_bad_indices_raise():
         functional.embedding_bag(torch.tensor([[0, 5]], device=DEVICE), table, backend="triton")
 
 
-def test_torch_alone_is_enough():
-    """`import seqkernels` does not import Triton; `import seqkernels.triton` without it says what is missing."""
+def test_import_without_triton():
+    """`import seqkernels` does not import Triton; `import seqkernels.triton` without it names the missing package."""
     code = """
 import sys
 import seqkernels

@@ -1,4 +1,4 @@
-"""Cells: in the place of torch's, against them in float64, against the layers of which they are one step, with options.
+"""Cells: as replacements of torch's, against torch in float64, against the corresponding layers, and with options.
 
 Dimensions: B batch, T time, D input, H hidden.
 """
@@ -33,13 +33,13 @@ ops = torch.ops.seqkernels
 
 @pytest.fixture(autouse=True)
 def few_threads(threads: None) -> None:
-    """These calls are too small for two threads; that their number changes no bit has a test of its own."""
+    """The calls are too small for two threads; a separate test compares numbers of threads."""
     torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cell:
-    """A module of ours, beside torch's and beside the layer whose step it is."""
+    """A cell of seqkernels, the cell of torch and the corresponding layer."""
 
     name: str
     gates: int
@@ -59,7 +59,7 @@ class Cell:
         return getattr(layers, self.name.removesuffix("Cell"))(*arguments, **self.options, **keywords)
 
     def pair(self, *arguments, seed: int = 0, **keywords) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Ours and torch's, each made from the same seed."""
+        """The cells of seqkernels and torch with the same seed."""
         torch.manual_seed(seed)
         ours = self.ours(*arguments, **keywords)
         torch.manual_seed(seed)
@@ -124,12 +124,12 @@ def upstream_of(states: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def rebuilt(hx, of: Callable[[Tensor], Tensor]):
-    """hx with every tensor replaced."""
+    """Applies `of` to each tensor of hx."""
     return None if hx is None else tuple(map(of, hx)) if isinstance(hx, tuple) else of(hx)
 
 
 def everything(module: torch.nn.Module, x: Tensor, hx=None) -> dict[str, Tensor]:
-    """New states, and the gradients of parameters and arguments under fixed upstream gradients."""
+    """New states, and gradients of parameters and arguments for fixed upstream gradients."""
     leaves: list[Tensor] = []
 
     def leaf(t: Tensor) -> Tensor:
@@ -145,8 +145,8 @@ def everything(module: torch.nn.Module, x: Tensor, hx=None) -> dict[str, Tensor]
     return outputs | dict(zip(["dx", "dh0", "dc0"][: len(leaves)] + list(named), grads, strict=True))
 
 
-def assert_like_torch(ours: torch.nn.Module, theirs: torch.nn.Module, x: Tensor, hx=None) -> None:
-    """Outputs and gradients are near those of torch in float64, of the inputs and weights as their dtype has them."""
+def assert_matches_torch(ours: torch.nn.Module, theirs: torch.nn.Module, x: Tensor, hx=None) -> None:
+    """Asserts outputs and gradients close to those of torch in float64, for rounded inputs and weights."""
     dtype = x.dtype
     theirs = copy.deepcopy(theirs).double()
     theirs.load_state_dict(ours.state_dict())
@@ -154,31 +154,31 @@ def assert_like_torch(ours: torch.nn.Module, theirs: torch.nn.Module, x: Tensor,
     assert_near(everything(ours, x, hx), {n: t.to(dtype) for n, t in want.items()}, dtype)
 
 
-# ---- the same results as torch's
+# ---- parity with torch
 
 
 @dtypes
 @pytest.mark.parametrize("form", ["batched", "unbatched", "no state", "no bias", "unbatched, no state, no bias"])
 @each
-def test_like_torch_in_float64(cell: Cell, form: str, dtype: torch.dtype) -> None:
+def test_matches_torch_in_float64(cell: Cell, form: str, dtype: torch.dtype) -> None:
     batch = () if "unbatched" in form else (3,)
     ours, theirs = cell.pair(5, 17, bias="no bias" not in form, dtype=dtype)
     x = torch.randn(*batch, 5, dtype=dtype)
     hx = None if "no state" in form else cell.hx(*batch, 17, dtype=dtype)
-    assert_like_torch(ours, theirs, x, hx)
+    assert_matches_torch(ours, theirs, x, hx)
 
 
 @pytest.mark.parametrize("B, D, H", [(1, 1, 1), (1, 32, 32), (65, 3, 7), (7, 129, 65), (70, 16, 128), (2, 300, 40)])
 @each
-def test_like_torch_in_every_size(cell: Cell, B: int, D: int, H: int) -> None:
+def test_matches_torch_for_all_sizes(cell: Cell, B: int, D: int, H: int) -> None:
     ours, theirs = cell.pair(D, H)
-    assert_like_torch(ours, theirs, torch.randn(B, D), cell.hx(B, H))
+    assert_matches_torch(ours, theirs, torch.randn(B, D), cell.hx(B, H))
 
 
 @each
-def test_like_torch_on_every_instruction_set(cell: Cell, isa: str) -> None:
+def test_matches_torch_on_each_instruction_set(cell: Cell, isa: str) -> None:
     ours, theirs = cell.pair(19, 33)
-    assert_like_torch(ours, theirs, torch.randn(6, 19), cell.hx(6, 33))
+    assert_matches_torch(ours, theirs, torch.randn(6, 19), cell.hx(6, 33))
 
 
 @each
@@ -194,11 +194,11 @@ def test_no_features(cell: Cell) -> None:
     ours, theirs = cell.pair(1, 7)
     for module in (ours, theirs):
         module.weight_ih = torch.nn.Parameter(torch.empty(cell.gates * 7, 0))
-    assert_like_torch(ours, theirs, torch.empty(3, 0), cell.hx(3, 7))
+    assert_matches_torch(ours, theirs, torch.empty(3, 0), cell.hx(3, 7))
 
 
 @each
-def test_strides_do_not_matter(cell: Cell) -> None:
+def test_strides(cell: Cell) -> None:
     ours, _ = cell.pair(5, 7)
     x, hx = torch.randn(4, 5), cell.hx(4, 7)
     want = everything(ours, x, hx)
@@ -214,7 +214,7 @@ def test_strides_do_not_matter(cell: Cell) -> None:
 
 @each
 def test_upstream_gradients_in_other_strides(cell: Cell) -> None:
-    """The gradient of a sum is one value expanded."""
+    """The gradient of a sum is an expanded value."""
     ours, theirs = cell.pair(5, 7)
     x, hx = torch.randn(4, 5), cell.hx(4, 7)
     for module in (ours, theirs):
@@ -223,7 +223,7 @@ def test_upstream_gradients_in_other_strides(cell: Cell) -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_the_gradient_of_one_state_alone() -> None:
+def test_gradient_of_a_single_state() -> None:
     ours, theirs = LSTM.pair(5, 7)
     x = torch.randn(4, 5)
     hx = LSTM.hx(4, 7)
@@ -234,7 +234,7 @@ def test_the_gradient_of_one_state_alone() -> None:
 
 @each
 def test_new_memory_is_written_before_it_is_read(cell: Cell) -> None:
-    """What the allocator gives holds NaN: the cells' ops take memory past the fixture that fills it."""
+    """Fills the memory of the allocator with NaN, because the ops of cells bypass the fixture that fills tensors."""
     ours, _ = cell.pair(5, 7)
     x, hx = torch.randn(4, 5), cell.hx(4, 7)
     want = everything(ours, x, hx)
@@ -246,7 +246,7 @@ def test_new_memory_is_written_before_it_is_read(cell: Cell) -> None:
 
 
 @each
-def test_threads_change_no_bit(cell: Cell) -> None:
+def test_bits_are_independent_of_threads(cell: Cell) -> None:
     ours, _ = cell.pair(128, 128)
     x, hx = torch.randn(64, 128), cell.hx(64, 128)
     want = everything(ours, x, hx)
@@ -259,7 +259,7 @@ def test_threads_change_no_bit(cell: Cell) -> None:
 
 
 def layer_of(cell: Cell, module: torch.nn.Module, **keywords) -> torch.nn.Module:
-    """The layer with the cell's weights."""
+    """The layer with the weights of the cell."""
     layer = cell.layer(module.input_size, module.hidden_size, bias=module.bias, **keywords)
     layer.load_state_dict({f"{name}_l0": p for name, p in module.state_dict().items()})
     return layer.train(module.training)
@@ -267,7 +267,7 @@ def layer_of(cell: Cell, module: torch.nn.Module, **keywords) -> torch.nn.Module
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", [*PLAIN, *(v for v in VARIANTS if "recurrent_dropout" not in v.options)], ids=str)
-def test_a_loop_is_the_layer_bit_for_bit(cell: Cell, dtype: torch.dtype) -> None:
+def test_loop_over_cells_has_the_bits_of_the_layer(cell: Cell, dtype: torch.dtype) -> None:
     module = cell.ours(5, 18, dtype=dtype).eval()
     layer = layer_of(cell, module, dtype=dtype)
     x, hx = torch.randn(6, 3, 5, dtype=dtype), cell.hx(3, 18, dtype=dtype)
@@ -282,8 +282,8 @@ def test_a_loop_is_the_layer_bit_for_bit(cell: Cell, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("cell", [*PLAIN, *VARIANTS], ids=str)
-def test_a_training_step_is_the_layers(cell: Cell) -> None:
-    """Masks too: they are drawn alike from one seed. Also all gradients."""
+def test_training_step_matches_the_layer(cell: Cell) -> None:
+    """Includes masks, which are equal for equal seeds, and all gradients."""
     module = cell.ours(5, 18)
     layer = layer_of(cell, module)
     x, hx = torch.randn(4, 5), cell.hx(4, 18)
@@ -307,7 +307,7 @@ def test_a_training_step_is_the_layers(cell: Cell) -> None:
 
 @variants
 def test_options_against_the_definition(cell: Cell) -> None:
-    """In eval mode, where nothing is random: outputs and gradients against plain torch in float64."""
+    """In eval mode, without random masks: outputs and gradients against plain torch in float64."""
     module = cell.ours(5, 18).eval()
     with torch.no_grad():
         for p in module.parameters():
@@ -336,7 +336,7 @@ def test_options_against_the_definition(cell: Cell) -> None:
     assert torch.equal(alone["h"], everything(module, x, hx)["h"][1])
 
 
-def test_dropout_and_zoneout_draw_anew_and_only_in_training() -> None:
+def test_dropout_and_zoneout_draw_masks_in_training_only() -> None:
     x, hx = torch.randn(4, 5), LSTM.hx(4, 50)
     for options in (dict(recurrent_dropout=0.5), dict(zoneout_h=0.5), dict(zoneout_c=0.5)):
         module = cells.LSTMCell(5, 50, **options)
@@ -348,7 +348,7 @@ def test_dropout_and_zoneout_draw_anew_and_only_in_training() -> None:
     assert abs(torch.stack(stays).mean() - 0.3) < 4 * (0.3 * 0.7 / (50 * 200)) ** 0.5
 
 
-def test_options_have_their_parameters_and_first_values() -> None:
+def test_parameters_of_options_and_their_initialization() -> None:
     names = lambda module: {n: tuple(p.shape) for n, p in module.named_parameters()}  # noqa: E731
     plain = {"weight_ih": (32, 5), "weight_hh": (32, 8), "bias_ih": (32,), "bias_hh": (32,)}
     assert names(cells.LSTMCell(5, 8)) == plain
@@ -371,7 +371,7 @@ def test_options_have_their_parameters_and_first_values() -> None:
         assert all(p.abs().max() <= bound and p.abs().max() > 0 for p in module.parameters())
 
 
-def test_options_are_shown() -> None:
+def test_repr_of_options() -> None:
     assert repr(cells.LSTMCell(5, 8, peephole=True, cell_clip=3.0)) == "LSTMCell(5, 8, peephole=True, cell_clip=3.0)"
     assert repr(cells.GRUCell(5, 8, bias=False, reset_after=False)) == "GRUCell(5, 8, bias=False, reset_after=False)"
     assert (
@@ -407,8 +407,8 @@ def test_gradcheck(cell: Cell, tiny: dict) -> None:
 
 
 @each
-def test_a_gradient_penalty_through_a_loop(cell: Cell) -> None:
-    """Second derivatives of a training loop, as a critic uses them."""
+def test_gradient_penalty_through_a_loop(cell: Cell) -> None:
+    """Second derivatives in a training loop, as for the critic of a GAN."""
     ours, theirs = cell.pair(5, 7, dtype=torch.float64)
     xs = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     for module in (ours, theirs):
@@ -422,7 +422,7 @@ def test_a_gradient_penalty_through_a_loop(cell: Cell) -> None:
 
 
 @each
-def test_a_third_derivative(cell: Cell) -> None:
+def test_third_derivative(cell: Cell) -> None:
     grads = []
     ours, theirs = cell.pair(1, 3, dtype=torch.float64)
     for module in (ours, theirs):
@@ -435,8 +435,8 @@ def test_a_third_derivative(cell: Cell) -> None:
 
 
 @each
-def test_only_what_is_asked_for(cell: Cell) -> None:
-    """Frozen parameters and inputs get no gradient, the others the same."""
+def test_gradients_of_frozen_parameters_and_inputs(cell: Cell) -> None:
+    """Frozen parameters and inputs get no gradient; the other gradients are unchanged."""
     ours, _ = cell.pair(5, 7)
     x, hx = torch.randn(4, 5), cell.hx(4, 7)
     want = everything(ours, x, hx)
@@ -453,14 +453,14 @@ def test_only_what_is_asked_for(cell: Cell) -> None:
     assert not states_of(ours(x.detach(), hx))[0].requires_grad
 
 
-# ---- the same modules as torch's
+# ---- modules
 
 CONSTRUCTORS = [dict(), dict(bias=False), dict(dtype=torch.float64)]
 
 
 @pytest.mark.parametrize("arguments", CONSTRUCTORS, ids=lambda a: "-".join(map(str, a.values())) or "plain")
 @each
-def test_same_parameters_attributes_and_repr(cell: Cell, arguments: dict) -> None:
+def test_parameters_attributes_and_repr_match_torch(cell: Cell, arguments: dict) -> None:
     ours, theirs = cell.pair(5, 7, **arguments)
     for (n, p), (m, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert n == m and torch.equal(p, q) and p.dtype == q.dtype and p.requires_grad
@@ -476,8 +476,8 @@ def test_same_parameters_attributes_and_repr(cell: Cell, arguments: dict) -> Non
 
 
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
-def test_the_same_signature(name: str) -> None:
-    """Ours takes torch's arguments in torch's order, and the options by keyword."""
+def test_signature_matches_torch(name: str) -> None:
+    """The arguments of torch in the same order, followed by keyword-only options."""
     ours, theirs = (inspect.signature(getattr(of, name).__init__) for of in (cells, torch.nn))
     positional = [p for p in ours.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     assert [p.name for p in positional] == list(theirs.parameters)
@@ -487,7 +487,7 @@ def test_the_same_signature(name: str) -> None:
 
 
 @each
-def test_state_dict_goes_both_ways(cell: Cell) -> None:
+def test_state_dict_exchange_with_torch(cell: Cell) -> None:
     ours, theirs = cell.pair(5, 7)[0], cell.pair(5, 7, seed=1)[1]
     x = torch.randn(4, 5)
     ours.load_state_dict(theirs.state_dict())
@@ -502,7 +502,7 @@ def test_state_dict_goes_both_ways(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("cell", [*PLAIN, *VARIANTS[:3]], ids=str)
-def test_copies_are_the_same_cell(cell: Cell) -> None:
+def test_copies_of_a_cell(cell: Cell) -> None:
     module = cell.ours(5, 18)
     x = torch.randn(4, 5)
     buffer = io.BytesIO()
@@ -515,8 +515,8 @@ def test_copies_are_the_same_cell(cell: Cell) -> None:
 
 
 @each
-def test_daily_use(cell: Cell) -> None:
-    """Moved between dtypes, made on meta, in inference mode, in eval mode, with hooks and ordered twice."""
+def test_dtypes_meta_inference_mode_and_hooks(cell: Cell) -> None:
+    """Conversion of dtypes, the meta device, inference and eval mode, hooks and accumulation of gradients."""
     ours, theirs = cell.pair(5, 7)
     x, hx = torch.randn(4, 5), cell.hx(4, 7)
     want = everything(ours, x, hx)
@@ -534,7 +534,7 @@ def test_daily_use(cell: Cell) -> None:
     assert_same_bits(everything(empty, x, hx), want)
     seen = []
     handle = ours.register_forward_hook(lambda module, inputs, output: seen.append(states_of(output)[0].shape))
-    for _ in range(2):  # gradients add up
+    for _ in range(2):  # gradients accumulate
         sum(s.square().sum() for s in states_of(ours(x, hx))).backward()
         sum(s.square().sum() for s in states_of(theirs(x, hx))).backward()
     handle.remove()
@@ -546,7 +546,7 @@ def test_daily_use(cell: Cell) -> None:
 
 
 @each
-def test_training_finds_the_same_weights(cell: Cell) -> None:
+def test_training_matches_torch(cell: Cell) -> None:
     ours, theirs = cell.pair(5, 16)
     xs, target = torch.randn(6, 4, 5), torch.randn(4, 16)
     for module in (ours, theirs):
@@ -563,7 +563,7 @@ def test_training_finds_the_same_weights(cell: Cell) -> None:
 
 
 @each
-def test_a_weight_changed_before_backward_is_noticed(cell: Cell) -> None:
+def test_weight_modified_before_backward_raises(cell: Cell) -> None:
     ours, _ = cell.pair(5, 7)
     h = states_of(ours(torch.randn(4, 5)))[0]
     with torch.no_grad():
@@ -573,8 +573,8 @@ def test_a_weight_changed_before_backward_is_noticed(cell: Cell) -> None:
 
 
 @each
-def test_weights_that_are_computed(cell: Cell) -> None:
-    """weight_norm, pruning, a weight shared with another place, a weight replaced."""
+def test_computed_weights(cell: Cell) -> None:
+    """weight_norm, pruning, a shared weight, a replaced weight."""
     ours, theirs = cell.pair(7, 7)
     x, hx = torch.randn(4, 7), cell.hx(4, 7)
     shared = torch.nn.Parameter(torch.randn(cell.gates * 7, 7))
@@ -589,9 +589,9 @@ def test_weights_that_are_computed(cell: Cell) -> None:
 
 
 def module_info(cell: Cell):
-    """torch's inputs and bad inputs of a cell, as its own suite tests it."""
-    pytest.importorskip("expecttest", reason="expecttest, which torch.testing._internal needs, is not installed")
-    pytest.importorskip("numpy", reason="numpy, which torch.testing._internal needs, is not installed")
+    """Inputs and invalid inputs of a cell in torch's test suite."""
+    pytest.importorskip("expecttest", reason="expecttest is not installed; torch.testing._internal requires it")
+    pytest.importorskip("numpy", reason="numpy is not installed; torch.testing._internal requires it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_modules
@@ -615,7 +615,7 @@ def samples(cell: Cell, dtype: torch.dtype, training: bool, requires_grad: bool 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("cell", PLAIN[:3], ids=str)
-def test_torchs_samples(cell: Cell, training: bool) -> None:
+def test_samples_of_torch(cell: Cell, training: bool) -> None:
     """test_forward, test_grad and test_gradgrad of torch's test_modules.py."""
     for dtype in (torch.float32, torch.float64):
         for ours, theirs, forward, definition in samples(cell, dtype, training):
@@ -636,7 +636,7 @@ def test_torchs_samples(cell: Cell, training: bool) -> None:
 
 
 @pytest.mark.parametrize("cell", PLAIN[:3], ids=str)
-def test_torchs_bad_samples(cell: Cell) -> None:
+def test_error_samples_of_torch(cell: Cell) -> None:
     """test_errors of torch's test_modules.py."""
     info, common = module_info(cell)
     count = 0
@@ -652,7 +652,7 @@ def test_torchs_bad_samples(cell: Cell) -> None:
     assert count >= 4
 
 
-# ---- bad input
+# ---- invalid input
 
 z = torch.zeros
 WRONG = {
@@ -703,8 +703,8 @@ WRONG = {
         *(TypeError, "h0 must have the dtype of input, torch.float32, got torch.float64"),
         lambda m: m(z(3, 5), (z(3, 7, dtype=torch.float64), z(3, 7))),
     ),
-    "integers": (NotImplementedError, "LSTMCell: no backend takes", lambda m: m(z(3, 5, dtype=torch.int64))),
-    "another device": (NotImplementedError, "LSTMCell: no backend takes", lambda m: m(z(3, 5, device="meta"))),
+    "integers": (NotImplementedError, "LSTMCell: no backend supports", lambda m: m(z(3, 5, dtype=torch.int64))),
+    "another device": (NotImplementedError, "LSTMCell: no backend supports", lambda m: m(z(3, 5, device="meta"))),
     "h on another device": (
         *(ValueError, "h0 must be on the device of input, cpu, got meta"),
         lambda m: m(z(3, 5), (z(3, 7, device="meta"), z(3, 7))),
@@ -714,7 +714,7 @@ WRONG = {
 
 @pytest.mark.parametrize("options", [dict(), dict(peephole=True)], ids=["plain", "peephole"])
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input(name: str, options: dict) -> None:
+def test_invalid_input(name: str, options: dict) -> None:
     error, message, call = WRONG[name]
     module = cells.LSTMCell(5, 7, **options)
     for recorded in (True, False):
@@ -723,7 +723,7 @@ def test_bad_input(name: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["GRUCell", "RNNCell"])
-def test_bad_input_of_one_state(name: str) -> None:
+def test_invalid_input_of_cells_with_one_state(name: str) -> None:
     module = getattr(cells, name)(5, 7)
     for error, message, call in (
         (ValueError, f"{name}: Expected input to be 1D or 2D, got 3D instead", lambda: module(z(2, 3, 5))),
@@ -735,15 +735,15 @@ def test_bad_input_of_one_state(name: str) -> None:
             call()
 
 
-def test_bad_nonlinearity() -> None:
-    """As torch, when it is used."""
+def test_invalid_nonlinearity() -> None:
+    """Raises in forward, as in torch."""
     for of in (cells, torch.nn):
         module = of.RNNCell(5, 7, nonlinearity="sine")
         with pytest.raises(RuntimeError, match="Unknown nonlinearity: sine"):
             module(z(3, 5))
 
 
-def test_nonlinearity_may_change() -> None:
+def test_change_of_nonlinearity() -> None:
     ours, theirs = TANH.pair(5, 7)
     ours.nonlinearity = theirs.nonlinearity = "relu"
     x = torch.randn(3, 5)
@@ -774,16 +774,16 @@ def test_nonlinearity_may_change() -> None:
     ],
     ids=str,
 )
-def test_bad_options(cell: Cell, error: type[Exception], message: str) -> None:
+def test_invalid_options(cell: Cell, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         cell.ours(5, 7)
 
 
-# ---- the functions and their ops
+# ---- functions and ops
 
 
 @each
-def test_functions_take_what_torchs_take(cell: Cell) -> None:
+def test_functions_match_torch(cell: Cell) -> None:
     ours, theirs = getattr(functional, FUNCTIONS[cell]), getattr(torch, FUNCTIONS[cell])
     module, _ = cell.pair(5, 7)
     x, hx, weights = torch.randn(4, 5), cell.hx(4, 7), list(module.parameters())
@@ -796,7 +796,7 @@ def test_functions_take_what_torchs_take(cell: Cell) -> None:
 
 
 @each
-def test_bad_weights(cell: Cell) -> None:
+def test_invalid_weights(cell: Cell) -> None:
     function, G = getattr(functional, FUNCTIONS[cell]), cell.gates * 7
     x, w, b = z(4, 5), (z(G, 5), z(G, 7)), (z(G), z(G))
     rows = f"{cell.gates}H" if cell.gates > 1 else "H"
@@ -843,7 +843,7 @@ def test_ops(cell: Cell) -> None:
 
 
 @each
-def test_ops_take_every_argument_in_other_strides(cell: Cell) -> None:
+def test_ops_with_strided_arguments(cell: Cell) -> None:
     name = FUNCTIONS[cell]
     forward, backward = (getattr(ops, name + end) for end in ("_forward", "_backward"))
     inputs = torch.randn(3, 5), *states_of(cell.hx(3, 7)), *(p.detach() for p in cell.pair(5, 7)[0].parameters())
@@ -854,7 +854,7 @@ def test_ops_take_every_argument_in_other_strides(cell: Cell) -> None:
 
 
 @each
-def test_ops_check_what_could_read_outside_memory(cell: Cell) -> None:
+def test_ops_check_shapes(cell: Cell) -> None:
     name, G = FUNCTIONS[cell], cell.gates * 7
     infer, forward, backward = (
         getattr(torch.ops.seqkernels, name + end).default for end in ("", "_forward", "_backward")
@@ -897,7 +897,7 @@ def test_ops_check_what_could_read_outside_memory(cell: Cell) -> None:
             backward(*[z(4, 7)] * cell.states, *good, *wrong, True, True, True)
 
 
-# ---- torch's machinery
+# ---- compilation, torch.func, autocast
 
 
 @pytest.mark.parametrize("cell", [*PLAIN[:3], lstm(peephole=True, num_heads=2), gru(layer_norm=True)], ids=str)
@@ -922,7 +922,7 @@ def test_compile_without_a_graph_break(cell: Cell) -> None:
 
 
 @each
-def test_compile_serves_every_batch(cell: Cell) -> None:
+def test_compile_with_dynamic_batch(cell: Cell) -> None:
     module = cell.ours(5, 7)
     call = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
@@ -999,8 +999,8 @@ def test_autocast_computes_in_bfloat16(cell: Cell) -> None:
 
 
 @each
-def test_a_deep_copy_of_the_layers_kind_is_shared(cell: Cell) -> None:
-    """Options and kinds stay one object each, so that `is` still tells them apart."""
+def test_deepcopy_shares_kinds_and_options(cell: Cell) -> None:
+    """Kinds and options remain the same objects, so that comparisons by `is` work."""
     copied = copy.deepcopy(cell.ours(5, 8))
     assert copied._kind is layer_ops.KINDS[FUNCTIONS[cell].removesuffix("_cell")]
 

@@ -1,7 +1,6 @@
-"""CUDA kernels of recurrent layers, run on the CPU: each thread of a block a fibre, memory and barriers checked; and on
-a GPU where there is one.
+"""CUDA kernels of recurrent layers, in the emulation, which checks memory and barriers, and on a GPU if present.
 
-The ops of torch.ops.seqkernels_emulated are those of torch.ops.seqkernels, made by the CUDA launchers.
+torch.ops.seqkernels_emulated has the ops of torch.ops.seqkernels, implemented by the CUDA launchers.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from support.variants import without_stabiliser
 
 @functools.cache
 def module() -> Any:
-    """The module of the emulated ops: loading it registers them."""
+    """Loads the emulation, which registers the emulated ops."""
     built = sorted(cuda_on_cpu.FOLDER.glob("_emulated*.so"))
     if not built:
-        pytest.skip("tests/cuda_on_cpu/_emulated*.so is not built: make test builds it")
+        pytest.skip("tests/cuda_on_cpu/_emulated*.so is not built; `make test` builds it")
     loader = importlib.machinery.ExtensionFileLoader("_emulated", str(built[0]))
     spec = importlib.util.spec_from_file_location("_emulated", str(built[0]), loader=loader)
     assert spec is not None
@@ -46,7 +45,7 @@ def module() -> Any:
 
 @pytest.fixture(autouse=True, params=PLACES)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the ops of a test run."""
+    """Where the ops run: in the emulation or on a GPU."""
     monkeypatch.setattr(sys.modules[__name__], "PLACE", request.param)
     return request.param
 
@@ -62,19 +61,19 @@ def ops() -> Any:
 
 
 def machine(**settings: int) -> Any:
-    """The emulation under other settings."""
+    """Changes settings of the emulation."""
     module()
     return cuda_on_cpu.settings(cuda_on_cpu.load("_emulated"), **settings)
 
 
 def built() -> Any:
-    """The module whose ops a test runs."""
+    """The compiled module whose ops the test runs."""
     return seqkernels._C if PLACE == "cuda" else module()
 
 
 @contextlib.contextmanager
 def tiers(*names: str) -> Iterator[None]:
-    """These alone may walk a layer."""
+    """Enables only these tiers."""
     before = built().set_cuda_tiers(names)
     try:
         yield
@@ -84,7 +83,7 @@ def tiers(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32(allow: bool) -> Iterator[None]:
-    """Whether products of float32 may be made of TF32."""
+    """Allows or disallows TF32 in float32 matrix products."""
     before = built().set_tf32(allow)
     try:
         yield
@@ -169,10 +168,10 @@ def inputs_of(layer: Layer) -> Inputs:
         weights += [draw(G * H, scale=0.3), draw(G * H, scale=0.3)] * layer.bias
         weights += [draw((G - 1) * H, scale=0.5)] * ("peephole" in layer.options)
     x = draw(*leading, D)
-    if "strided" in layer.options:  # as batch_first leaves it
+    if "strided" in layer.options:  # the strides of batch_first
         x = x.transpose(0, 1).contiguous().transpose(0, 1) if layer.form != "packed" else draw(leading[0], 2 * D)[:, :D]
     states = [draw(directions, B, H) if layer.state else None for _ in states_of]
-    if layer.state:  # a normaliser is positive
+    if layer.state:  # the normaliser must be positive
         states = [s.abs() + 0.5 if name == "n" else s for name, s in zip(states_of, states)]
 
     def mask(p: float) -> Tensor:
@@ -213,7 +212,7 @@ def forward(layer: Layer, of: Inputs, **more: Any) -> tuple[Tensor, ...]:
 def backward(
     layer: Layer, of: Inputs, kept: Sequence[Tensor], upstream: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, states and weights; kept: all that forward returned."""
+    """Gradients of x, states and weights. kept: all results of forward."""
     states = len(of.states)
     memories = kept[2 + states :]
     names = [f"d{name}_steps" for name in KINDS[layer.kind].states[1:]]
@@ -232,7 +231,7 @@ def backward(
 
 
 def expected(layer: Layer, of: Inputs) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
-    """By the definition, in float64: outputs, upstream gradients (drawn here), gradients."""
+    """Results of the definition in float64: outputs, random upstream gradients, gradients."""
 
     def leaf(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.double().requires_grad_()
@@ -246,7 +245,7 @@ def expected(layer: Layer, of: Inputs) -> tuple[tuple[Tensor, ...], list[Tensor]
     )
     upstream = [torch.randn_like(y).to(layer.dtype) for y in outputs]
     if layer.kind in SLSTMS and layer.dtype != torch.float64:
-        # The gradients of c, n and m jump where the stabiliser changes from one gate to the other; those of h do not.
+        # The gradients of c, n and m are discontinuous where the maximum of the stabiliser changes; that of h is not.
         upstream = [g if i < 2 else torch.zeros_like(g) for i, g in enumerate(upstream)]
     wanted = [t for t in (x, *states, *weights) if t is not None]
     gradients = torch.autograd.grad(outputs, wanted, [g.double() for g in upstream], allow_unused=True)
@@ -257,7 +256,7 @@ def check(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, toleranc
     assert found.dtype == dtype and found.shape == wanted.shape, what
     if not wanted.numel():
         return
-    assert found.isfinite().all(), f"{what} has values that no kernel wrote"
+    assert found.isfinite().all(), f"{what} has unwritten values"
     error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)
     assert error <= tolerance, f"{what}: off by {error:.2e}"
 
@@ -283,7 +282,7 @@ def check_layer(layer: Layer, tolerance: float | None = None, recompute: bool = 
     gradients = [g for g in gradients if g.shape != (0,)]
     assert len(found_gradients) == len(gradients)
     for name, found, wanted in zip(names, found_gradients, gradients, strict=True):
-        # Half types keep the gradients of the gates in half precision as well.
+        # Half types also store the gradients of the gates in half precision.
         check(found, wanted, layer.dtype, name, tolerance * (2 if layer.dtype.itemsize == 2 else 1))
 
 
@@ -331,11 +330,11 @@ def test_kinds(kind: str, form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize(  # but rnn_relu, whose slope jumps
+@pytest.mark.parametrize(  # except rnn_relu, whose derivative is discontinuous
     "kind", sanitized([kind for kind in GATES if kind != "rnn_relu"], lambda kind: kind in ("lstm", "gru_before"))
 )
-def test_kinds_by_launches_of_a_step(kind: str, dtype: torch.dtype) -> None:
-    """Half types, which other kernels would take."""
+def test_kinds_with_one_launch_per_step(kind: str, dtype: torch.dtype) -> None:
+    """Half types, for which other tiers are disabled."""
     with tiers("steps"):
         for form, options in zip(FORMS, (("reset",), ("zoneout_masks", "dropout"), ("variational",)), strict=True):
             check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=dtype, B=4))
@@ -348,11 +347,11 @@ def test_options(kind: str, options: tuple[str, ...]) -> None:
     check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=torch.float64, B=4))
 
 
-# Layers that half types give to clusters of blocks: units in whole strips, no option but resets.
+# Layers that the cluster tier supports in half types.
 CLUSTERS = [
     *(Layer(kind=kind, form=form, H=24, T=5, bidirectional=True) for kind, form in itertools.product(PLAIN, FORMS)),
     Layer(B=1, T=2, D=1, H=8, why="one strip"),
-    Layer(B=2, T=3, H=72, why="two groups of a block, one without units; half a group; part of a block of K"),
+    Layer(B=2, T=3, H=72, why="two groups per block, one without units; half a group; a partial block of K"),
     Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="from nothing"),
     Layer(B=17, T=4, H=16, form="lengths", kind="gru", why="tiles of several sequences"),
     Layer(B=18, T=4, H=16, form="packed", kind="rnn_tanh", why="tiles of several sequences"),
@@ -373,7 +372,7 @@ def test_clusters(layer: Layer, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @ONLY_EMULATED
 def test_large_clusters(kind: str) -> None:
-    """On a device of more multiprocessors a layer is cut in more blocks."""
+    """With more multiprocessors, a layer is split into more blocks."""
     layer = Layer(kind=kind, B=2, T=3, D=4, H=136, form="lengths", bidirectional=True, dtype=torch.bfloat16)
     with machine(multiprocessors=132):
         check_layer(layer)
@@ -388,7 +387,7 @@ def test_clusters_of_three_groups(kind: str, H: int, mode: dict[str, int]) -> No
     layer = Layer(kind=kind, B=2, T=3, D=4, H=H, form="lengths", dtype=torch.bfloat16)
     if PLACE == "cuda":
         if mode:
-            pytest.skip("races are found by the emulation")
+            pytest.skip("only the emulation detects races")
         check_tier("cluster", layer)
         return
     with machine(multiprocessors=132, **mode), tiers("cluster"):
@@ -399,7 +398,7 @@ def test_clusters_of_three_groups(kind: str, H: int, mode: dict[str, int]) -> No
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @ONLY_EMULATED
 def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
-    """Two slots of what blocks push to each other suffice, whoever comes first."""
+    """Double buffering of the exchange between blocks is sufficient for any order of blocks."""
     layer = Layer(kind=kind, B=2, T=7, D=4, H=40, form="lengths", bidirectional=True, dtype=torch.float16)
     with machine(**mode):
         check_layer(layer)
@@ -410,7 +409,7 @@ AMPERE = {"major": 8}  # no clusters
 
 
 def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
-    """How a device of these settings walks a layer."""
+    """The plan of a layer for a device with these settings."""
     device = HOPPER | {"multiprocessors": 8} | settings
     return module().explain_recurrent_cuda(
         kind=layer.kind,
@@ -427,7 +426,7 @@ def plan_of(layer: Layer, settings: dict[str, int]) -> Any:
 
 
 def check_grid(layer: Layer, teams: tuple[int, int] | None = None, recompute: bool = False, **settings: int) -> None:
-    """The grid tier takes both passes, as so many teams (and blocks of a team), and is right."""
+    """Asserts that the grid tier runs both passes, with (teams, blocks per team), and matches the definition."""
     settings = AMPERE | settings
     with tf32(layer.dtype == torch.float32), machine(**settings):
         device = {key: value for key, value in settings.items() if key not in ("races", "unwritten", "seed")}
@@ -441,19 +440,19 @@ def check_grid(layer: Layer, teams: tuple[int, int] | None = None, recompute: bo
 HALF_TYPES_AND_TF32 = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d).removeprefix("torch.")
 )
-# Layers by a grid: multiprocessors, teams and blocks of a team.
+# Layers in the grid tier: multiprocessors, (teams, blocks per team).
 GRIDS = [
     *(
         (Layer(kind=kind, form=form, H=24, T=5, bidirectional=True), 8, (2, 2))
         for kind, form in itertools.product(PLAIN, FORMS)
     ),
     (Layer(B=1, T=2, D=1, H=1, why="the smallest"), 8, (1, 1)),
-    (Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="from nothing, part of a pair"), 8, (1, 5)),
-    (Layer(B=5, T=4, H=40, why="two pairs of a block, one of them without units"), 2, (1, 2)),
+    (Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="no initial state, a partial pair"), 8, (1, 5)),
+    (Layer(B=5, T=4, H=40, why="two pairs per block, one of them without units"), 2, (1, 2)),
     (Layer(B=5, T=3, H=40, kind="gru", form="lengths", bidirectional=True, why="the same"), 4, (1, 2)),
     (Layer(B=18, T=5, H=17, form="lengths", why="a team with three tiles"), 1, (1, 1)),
     (Layer(B=9, T=5, H=16, kind="rnn_tanh", form="packed", why="a team with two tiles"), 1, (1, 1)),
-    (Layer(B=21, T=4, H=24, kind="gru", form="packed", why="two pairs of a block, for fewer tiles"), 4, (3, 1)),
+    (Layer(B=21, T=4, H=24, kind="gru", form="packed", why="two pairs per block, for fewer tiles"), 4, (3, 1)),
     (Layer(B=37, T=3, H=33, kind="rnn_relu", form="lengths", why="teams with several tiles"), 6, (2, 3)),
     *(
         (Layer(kind=kind, form=form, H=16, T=6, bidirectional=True, options=("reset",)), 2, (1, 1))
@@ -469,7 +468,7 @@ def test_grids(layer: Layer, multiprocessors: int, teams: tuple[int, int], dtype
     check_grid(dataclasses.replace(layer, dtype=dtype), teams, multiprocessors=multiprocessors)
 
 
-# Each cell with every option that it has.
+# Each cell with all its options.
 PERSISTENT_OPTIONS = [("peephole",), *OPTIONS[1:-1], ("peephole", *OPTIONS[-1])]
 
 
@@ -485,9 +484,11 @@ def everything(layer: Layer, of: Inputs) -> list[Tensor]:
 
 
 def check_tier(tier: str, layer: Layer) -> None:
-    """Against the definition, and against launches of a step, whose products are of the same numbers. Where a slope
-    jumps, at a clip or of relu, rounding decides on which side a value is, and the definition in float64 may decide
-    otherwise: only the second is asked then."""
+    """Compares a tier with the definition, and with the steps tier, which multiplies the same numbers.
+
+    Cells with a discontinuous derivative (clips, relu) are only compared with the steps tier, because rounding decides
+    on which side of the discontinuity a value is.
+    """
     wide = layer.dtype == torch.float32
     with tf32(wide):
         of = inputs_of(layer)
@@ -495,11 +496,11 @@ def check_tier(tier: str, layer: Layer) -> None:
             found = everything(layer, of)
             if "clip" not in layer.options and layer.kind != "rnn_relu":
                 check_layer(layer, tolerance=4e-3 if wide else None)
-        # A sum in another order may round a factor of TF32 the other way: by 2^-11.
+        # Another summation order may change the rounding of a TF32 operand, by 2^-11.
         tolerance = 1e-3 if wide else TOLERANCE[layer.dtype]
         with tiers("steps"):
             for one, other in zip(found, everything(layer, of), strict=True):
-                check(one, other.double(), layer.dtype, "of launches of a step", tolerance)
+                check(one, other.double(), layer.dtype, "of the steps tier", tolerance)
 
 
 @pytest.mark.parametrize(
@@ -519,7 +520,7 @@ def test_clusters_with_options(kind: str, options: tuple[str, ...]) -> None:
 )
 @pytest.mark.parametrize("kind", GATES)
 def test_grids_with_options(kind: str, options: tuple[str, ...]) -> None:
-    """Likewise; a team with one tile, and a team with several."""
+    """In the grid tier, with one tile per team and with several."""
     form = FORMS[([*GATES].index(kind) + PERSISTENT_OPTIONS.index(options) + 1) % 3]
     layer = Layer(kind=kind, form=form, T=4, H=17, bidirectional=True, options=options_of(kind, options))
     for dtype in (torch.float32, torch.float16)[: 1 if "clip" in options else 2]:
@@ -530,7 +531,7 @@ def test_grids_with_options(kind: str, options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("tier", ["cluster", "grid"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", GATES)
-def test_persistent_kernels_without_what_was_saved(kind: str, form: str, tier: str) -> None:
+def test_persistent_kernels_with_recompute(kind: str, form: str, tier: str) -> None:
     options = ("reset", "variational")
     with tiers(tier):
         for more in ((), options):
@@ -549,7 +550,7 @@ def test_options_in_any_order(tier: str, mode: dict[str, int]) -> None:
             check_layer(layer)
 
 
-def test_tiers_that_are_switched_off() -> None:
+def test_disabled_tiers() -> None:
     of = inputs_of(Layer(H=8))
     with (
         tiers("cluster", "grid"),
@@ -563,15 +564,18 @@ def test_tiers_that_are_switched_off() -> None:
 @pytest.mark.parametrize(
     ("layer", "settings"),
     [
-        (Layer(B=2, T=3, H=264), {"multiprocessors": 9}),  # blocks of K in shared memory
-        (Layer(B=2, T=3, H=264), {"multiprocessors": 9, "shared_bytes": 150_000}),  # one there, another streamed
+        (Layer(B=2, T=3, H=264), {"multiprocessors": 9}),  # weights in shared memory
+        (
+            Layer(B=2, T=3, H=264),
+            {"multiprocessors": 9, "shared_bytes": 150_000},
+        ),  # one block of K in shared memory, another streamed
         (Layer(B=3, T=3, H=264, kind="gru", form="lengths"), {"multiprocessors": 9, "shared_bytes": 102_000}),
         (Layer(B=2, T=2, H=392), {"multiprocessors": 13, "shared_bytes": 102_000}),  # streamed in both passes
     ],
     ids=str,
 )
 @ONLY_EMULATED
-def test_weights_that_registers_do_not_hold(layer: Layer, settings: dict[str, int]) -> None:
+def test_weights_that_exceed_registers(layer: Layer, settings: dict[str, int]) -> None:
     check_grid(dataclasses.replace(layer, dtype=torch.float32), **settings)
 
 
@@ -580,7 +584,7 @@ def test_weights_that_registers_do_not_hold(layer: Layer, settings: dict[str, in
 @pytest.mark.parametrize("multiprocessors", [2, 6])
 @ONLY_EMULATED
 def test_grids_in_any_order(kind: str, multiprocessors: int, mode: dict[str, int]) -> None:
-    """Two slots of what blocks tell each other suffice, whoever comes first: one tile of a team, and several."""
+    """Double buffering of the exchange is sufficient for any order of blocks, with one tile per team and several."""
     layer = Layer(kind=kind, B=18, T=6, D=4, H=40, form="lengths", dtype=torch.float16)
     check_grid(layer, multiprocessors=multiprocessors, **mode)
 
@@ -588,9 +592,8 @@ def test_grids_in_any_order(kind: str, multiprocessors: int, mode: dict[str, int
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("kind", PLAIN)
 @ONLY_EMULATED
-def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
-    """In any order of threads, on devices cut in other ways, and in any batch; as launches of a step do but for
-    rounding."""
+def test_bits_of_grids(kind: str, dtype: torch.dtype) -> None:
+    """Bits are independent of the thread order, the partition and the batch; the steps tier differs by rounding."""
     layer = Layer(kind=kind, B=11, T=4, H=40, form="lengths", dtype=dtype)
     of = inputs_of(layer)
     few = dataclasses.replace(
@@ -612,7 +615,7 @@ def test_grids_give_the_same_bits(kind: str, dtype: torch.dtype) -> None:
         tolerance = TOLERANCE[dtype] if dtype.itemsize == 2 else 4e-3
         with tiers("steps"):
             for one, other in zip(first, run(of)):
-                check(one, other.double(), dtype, "of launches of a step", tolerance)
+                check(one, other.double(), dtype, "of the steps tier", tolerance)
         clipped = dataclasses.replace(of, extras={"numbers": [float("inf"), 1e30, 0.0, 0.0, 0.0, 1e-5]})
         for one, other in zip(first, run(clipped)):
             check(one, other.double(), dtype, "of the kernels with options", tolerance)
@@ -629,8 +632,8 @@ def test_steps_without_races(layer: Layer) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        Layer(form="lengths", bidirectional=True, why="a step at a time"),
-        Layer(kind="gru", form="packed", H=20, bidirectional=True, why="a step at a time"),
+        Layer(form="lengths", bidirectional=True, why="one launch per step"),
+        Layer(kind="gru", form="packed", H=20, bidirectional=True, why="one launch per step"),
         Layer(H=24, form="lengths", bidirectional=True, why="clusters"),
         Layer(kind="gru", H=24, form="packed", bidirectional=True, why="clusters"),
         Layer(kind="rnn_relu", H=40, why="clusters"),
@@ -638,7 +641,7 @@ def test_steps_without_races(layer: Layer) -> None:
     ids=str,
 )
 def test_tf32(layer: Layer) -> None:
-    """float32 on the matrix units: products of 11 significant bits, everything else as before."""
+    """float32 on tensor cores: operands of products have 11 significant bits, all else is float32."""
     with tf32(True):
         check_layer(layer, tolerance=4e-3)
         with pytest.raises(AssertionError, match="off by"):
@@ -699,7 +702,7 @@ def test_tf32(layer: Layer) -> None:
 )
 @ONLY_EMULATED
 def test_plan(asked: dict[str, Any], forward: Any, backward: Any, reason: str | None) -> None:
-    """Which kernels run, and why the others do not."""
+    """The tier that runs, and the reasons against the others."""
     plan = module().explain_recurrent_cuda(**{"kind": "lstm", **HOPPER, **asked})
     for found, wanted in ((plan["forward"], forward), (plan["backward"], backward)):
         assert (found["tier"], found.get("cluster", 0)) == wanted, found["reasons"]
@@ -708,8 +711,8 @@ def test_plan(asked: dict[str, Any], forward: Any, backward: Any, reason: str | 
 
 
 @ONLY_EMULATED
-def test_plan_for_the_device_that_is_there() -> None:
-    """Asked what it holds at once; what it refuses goes to the next tier."""
+def test_plan_for_the_current_device() -> None:
+    """The planner queries the occupancy; a layer that exceeds it is dispatched to the next tier."""
     asked = dict(kind="lstm", dtype="bfloat16", B=16, T=8, D=64, H=512)
     with machine(multiprocessors=131):
         assert module().explain_recurrent_cuda(**asked)["forward"]["tier"] == "cluster"
@@ -724,7 +727,7 @@ DESCRIBED = dict(device="cuda", capability=(9, 0), multiprocessors=132, shared_m
 
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """seqkernels.explain of a build with CUDA kernels, on a machine without a GPU."""
+    """Makes seqkernels.explain report a build with CUDA kernels on a machine without a GPU."""
     monkeypatch.setattr(importlib.import_module("seqkernels.explain"), "_C", module())
     monkeypatch.setattr(backend, "_CUDA_BUILT", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -769,11 +772,11 @@ def test_explain_follows_the_precision_of_cudnn(with_cuda: None, precision: None
     ids=str,
 )
 @ONLY_EMULATED
-def test_explain_knows_the_layer_and_the_device(
+def test_explain_for_layers_and_devices(
     with_cuda: None, changed: dict[str, Any], tier: str, reason: str | None
 ) -> None:
     asked = dict(B=2, T=8, D=64, H=640, dtype=torch.bfloat16, **DESCRIBED) | changed
-    with machine(multiprocessors=1, cluster_blocks=1, shared_bytes=1 << 10):  # nobody asks the one that is there
+    with machine(multiprocessors=1, cluster_blocks=1, shared_bytes=1 << 10):  # the current device is not queried
         answer = seqkernels.explain("lstm", **asked)
     for found in (answer["forward"], answer["backward"]):
         assert found["tier"] == tier, found["reasons"]
@@ -782,7 +785,7 @@ def test_explain_knows_the_layer_and_the_device(
 
 
 @ONLY_EMULATED
-def test_explain_says_how_kernels_are_launched(with_cuda: None) -> None:
+def test_explain_launch_configuration(with_cuda: None) -> None:
     asked = dict(B=40, T=8, D=64, dtype=torch.bfloat16, bidirectional=True, **DESCRIBED)
     for H, tier in ((64, "cluster"), (100, "grid"), (1024, "grid")):
         answer = seqkernels.explain("lstm", H=H, **asked)
@@ -797,7 +800,7 @@ def test_explain_says_how_kernels_are_launched(with_cuda: None) -> None:
 
 
 @ONLY_EMULATED
-def test_explain_knows_what_is_made_again(with_cuda: None) -> None:
+def test_explain_with_recompute(with_cuda: None) -> None:
     asked = dict(B=16, T=8, D=64, H=64, dtype=torch.bfloat16, **DESCRIBED)
     kept = seqkernels.explain("lstm", **asked)
     again = seqkernels.explain("lstm", options=["memory_efficient"], **asked)
@@ -825,7 +828,7 @@ def test_explain_knows_what_is_made_again(with_cuda: None) -> None:
             ValueError,
             "must be given where there is no CUDA device",
         ),
-        ("lstm", dict(dtype=torch.int32), NotImplementedError, "no backend takes a layer, torch.int32, on cuda"),
+        ("lstm", dict(dtype=torch.int32), NotImplementedError, "no backend supports a layer, torch.int32, on cuda"),
     ],
     ids=str,
 )
@@ -836,7 +839,7 @@ def test_explain_errors(with_cuda: None, op: str, changed: dict[str, Any], error
 
 
 @ONLY_EMULATED
-def test_what_python_and_the_planner_know_of_layers() -> None:
+def test_python_and_planner_support_the_same_layers() -> None:
     for kind in KINDS:
         for heads, P in ((1, 0), (2, 0), (1, 8)):
             asked = dict(kind=kind, dtype="float32", B=2, T=8, D=8, H=16, heads=heads, P=P)
@@ -848,12 +851,16 @@ def test_what_python_and_the_planner_know_of_layers() -> None:
 
 @ONLY_EMULATED
 def test_explain_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And without Triton."""
+    """Also without Triton."""
     monkeypatch.setattr(backend, "_CUDA_BUILT", False)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotImplementedError, match=r"no backend takes a layer.* cuda: this build has none"):
+    with pytest.raises(
+        NotImplementedError, match=r"no backend supports a layer.* cuda: this build has no CUDA kernels"
+    ):
         seqkernels.explain("lstm", B=2, T=8, D=64, H=64, **DESCRIBED)
-    with pytest.raises(NotImplementedError, match=r"no backend takes a table.* cuda: this build has none"):
+    with pytest.raises(
+        NotImplementedError, match=r"no backend supports a table.* cuda: this build has no CUDA kernels"
+    ):
         seqkernels.explain("embedding_bag", E=10, D=8, N=4, B=2, device="cuda")
 
 
@@ -862,7 +869,7 @@ def test_errors() -> None:
     weights = [of.weights[0], of.weights[1][:, :4].contiguous(), *of.weights[2:]]
     with pytest.raises(RuntimeError, match="heads must be 1, got 2"):
         ops().lstm(of.x, *of.states, weights, None, None, False, heads=2)
-    weights = [*of.weights, torch.eye(8)]  # as wide as H, and a projection all the same
+    weights = [*of.weights, torch.eye(8)]  # a projection to H columns is also a projection
     with pytest.raises(RuntimeError, match="a projection must be absent, got one to 8"):
         ops().lstm(of.x, *of.states, weights, None, None, False)
 
@@ -877,20 +884,20 @@ def test_peephole(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", GATES)
 def test_recompute(kind: str, form: str) -> None:
-    """What forward did not save is made again."""
+    """Backward recomputes the gates that forward did not save."""
     options = ("reset", "variational")
     check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=torch.float64), recompute=True)
     check_layer(Layer(kind=kind, form=form, dtype=torch.float64), recompute=True)
 
 
 def test_many_packed_steps() -> None:
-    """More steps than one argument of a kernel holds."""
+    """More steps than the capacity of a kernel argument."""
     check_layer(Layer(kind="rnn_tanh", B=2, T=460, D=1, H=2, form="packed", bidirectional=True, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru_before"])
-def test_rows_do_not_see_each_other(kind: str) -> None:
-    """A sequence gets the same bits alone, padded and packed."""
+def test_bits_of_a_sequence_are_independent_of_the_batch(kind: str) -> None:
+    """A sequence has the same bits alone, padded and packed."""
     layer = Layer(kind=kind, B=5, T=6, D=4, H=9, form="packed", bidirectional=True)
     of = inputs_of(layer)
     packed = forward(layer, of)[0]
@@ -915,7 +922,7 @@ def test_rows_do_not_see_each_other(kind: str) -> None:
 
 
 @pytest.mark.sanitize
-def test_same_bits_every_time() -> None:
+def test_repeated_runs_have_the_same_bits() -> None:
     layer = Layer(kind="gru", B=18, T=3, H=20, form="lengths", bidirectional=True, dtype=torch.bfloat16)
     of = inputs_of(layer)
     runs = []
@@ -927,8 +934,8 @@ def test_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @ONLY_EMULATED
-def test_tiles_leave_no_trace(dtype: torch.dtype) -> None:
-    """Products by large tiles, which fill a small device, and by small ones; sums over so many rows are cut."""
+def test_bits_are_independent_of_the_tile_size(dtype: torch.dtype) -> None:
+    """Matrix products with large tiles, on a small device, and with small tiles; long sums are split."""
     layer = Layer(kind="lstm_coupled", B=330, T=4, D=24, H=8, form="lengths", dtype=dtype)
     of = inputs_of(layer)
     runs = []
@@ -941,9 +948,9 @@ def test_tiles_leave_no_trace(dtype: torch.dtype) -> None:
         check_layer(layer)
 
 
-# One step alone.
+# Single steps.
 STEPS = [
-    Layer(B=2, T=1, D=9, H=3, why="fewer units than a strip has"),
+    Layer(B=2, T=1, D=9, H=3, why="fewer units than a strip"),
     Layer(B=1, T=1, D=1, H=33, why="one column"),
     Layer(B=1, T=1, D=35, H=33, why="one sequence"),
     Layer(B=5, T=1, D=67, H=71, why="several tiles of the products"),
@@ -954,8 +961,8 @@ STEPS = [
 ]
 
 
-def beside(t: Tensor) -> Tensor:
-    """The same values, in rows further apart."""
+def with_row_stride(t: Tensor) -> Tensor:
+    """The same values with a larger row stride."""
     return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
 
 
@@ -963,7 +970,7 @@ def beside(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("layer", sanitized(STEPS, lambda layer: layer.B == 70), ids=str)
 @pytest.mark.parametrize("kind", PLAIN)
 def test_cells(kind: str, layer: Layer, dtype: torch.dtype) -> None:
-    """The ops of cells, against the definition and a layer of one step."""
+    """Ops of cells against the definition and a layer of one step."""
     layer = dataclasses.replace(layer, kind=kind, dtype=dtype)
     of = inputs_of(layer)
     outputs, upstream, gradients = expected(layer, of)
@@ -971,10 +978,10 @@ def test_cells(kind: str, layer: Layer, dtype: torch.dtype) -> None:
     cell = [getattr(ops(), f"{kind}_cell{end}") for end in ("", "_forward", "_backward")]
     inputs = [of.x[0], *(None if s is None else s[0] for s in of.states), *of.weights]
     inputs += [None] * (3 + states + 2 - len(inputs))
-    # In a layer of one step y is h as well, and cells is c.
+    # In a layer of one step, y equals h, and cells equals c.
     into = [upstream[i][0] + upstream[i + 1][0] for i in range(0, 2 * states, 2)]
     runs = []
-    for form in (lambda t: t, spread, beside):
+    for form in (lambda t: t, spread, with_row_stride):
         given = [None if t is None else form(t) for t in inputs]
         *found, saved = cell[1](*given)
         inferred = cell[0](*given)
@@ -991,7 +998,9 @@ def test_cells(kind: str, layer: Layer, dtype: torch.dtype) -> None:
     assert all(g is None for g in rest[given_states:states]) and len(rest) == states + 3 + (kind == "gru")
     rest = [*rest[:given_states], *(g for g in rest[states:] if g is not None)]
     wanted = [g[0] if i <= given_states else g for i, g in enumerate(gradients)]
-    assert len(rest) + 1 == len(wanted) - (layer.bias and kind != "gru")  # whose two biases have one gradient
+    assert len(rest) + 1 == len(wanted) - (
+        layer.bias and kind != "gru"
+    )  # both biases have the same gradient, except for gru
     for i, (one, other) in enumerate(zip([dx, *rest], wanted)):
         check(one, other, dtype, f"gradient {i}", tolerance)
 
@@ -1000,12 +1009,12 @@ def test_cells(kind: str, layer: Layer, dtype: torch.dtype) -> None:
     of_layer = backward(layer, of, kept, [None, *(g.unsqueeze(0) for g in into)])
     of_layer = [g for g in of_layer if g is not None and g.shape != (0,)]
     for i, (one, other) in enumerate(zip([*found, dx, *rest], [h_n, *c_n, *of_layer])):
-        assert torch.equal(one, other.view(one.shape)), f"{i}: a layer of one step gives something else"
+        assert torch.equal(one, other.view(one.shape)), f"{i}: differs from a layer of one step"
 
 
 @pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 @pytest.mark.parametrize("kind", PLAIN)
-def test_cells_give_what_is_asked_for(kind: str, need: tuple[bool, ...]) -> None:
+def test_requested_gradients_of_cells(kind: str, need: tuple[bool, ...]) -> None:
     of = inputs_of(Layer(kind=kind, T=1))
     inputs = [of.x[0], *(s[0] for s in of.states if s is not None), *of.weights]
     kept = getattr(ops(), kind + "_cell_forward")(*inputs)
@@ -1022,7 +1031,7 @@ def test_cells_give_what_is_asked_for(kind: str, need: tuple[bool, ...]) -> None
 @pytest.mark.parametrize("layer", STEPS, ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in GATES if kind not in PLAIN])
 def test_one_step(kind: str, layer: Layer, dtype: torch.dtype) -> None:
-    """A layer of one step does what a cell does: here those whose cells have no ops."""
+    """A layer of one step runs in the cell tier, also for kinds whose cells have no ops."""
     with tiers("cell"):
         check_layer(dataclasses.replace(layer, kind=kind, dtype=dtype))
 
@@ -1042,7 +1051,7 @@ def test_options_of_one_step(kind: str, options: tuple[str, ...], dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "rnn_relu"])  # whose slope jumps
+@pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "rnn_relu"])  # its derivative is discontinuous
 def test_options_of_one_step_in_half_types(kind: str, dtype: torch.dtype) -> None:
     options = options_of(kind, ("peephole", "zoneout_masks", "dropout", "variational"))
     with tiers("cell"):
@@ -1075,7 +1084,7 @@ def test_one_step_in_any_order(kind: str, mode: dict[str, int]) -> None:
 )  # fmt: skip
 @ONLY_EMULATED
 def test_launches_of_one_step(kind: str, launches: tuple[int, int]) -> None:
-    """Two products and the cell; back, the cell and four products, and sums of the biases."""
+    """Forward: two products and the cell. Backward: the cell, four products and the bias gradients."""
     layer = Layer(kind=kind, B=70, T=1, D=9)
     of = inputs_of(layer)
     library = cuda_on_cpu.load("_emulated")
@@ -1087,7 +1096,7 @@ def test_launches_of_one_step(kind: str, launches: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("form", "options"), [("lengths", ()), ("dense", ("reset",))])
-def test_steps_that_other_kernels_take(form: str, options: tuple[str, ...]) -> None:
+def test_single_steps_that_the_cell_tier_does_not_support(form: str, options: tuple[str, ...]) -> None:
     layer = Layer(T=1, form=form, options=options)
     with tiers("cell"), pytest.raises(RuntimeError, match=f"cell: {(*options, form)[0]} must be absent"):
         forward(layer, inputs_of(layer))
@@ -1095,7 +1104,7 @@ def test_steps_that_other_kernels_take(form: str, options: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru_before"])
-def test_one_step_made_again(kind: str) -> None:
+def test_one_step_with_recompute(kind: str) -> None:
     layer = Layer(kind=kind, T=1, dtype=torch.float64)
     check_layer(layer, recompute=True)
     of = inputs_of(layer)

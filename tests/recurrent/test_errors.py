@@ -1,4 +1,4 @@
-"""Bad input to recurrent layers: an error that names the argument, or a defined result; never a crash."""
+"""Invalid input of recurrent layers: an error that names the argument, or a defined result; never a crash."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ DENSE = Case(B=B, T=T, D=D, H=H, why="dense")
 PROJECTED = Case(B=B, T=T, D=D, H=H, P=2, bidirectional=True, why="projection")
 
 
-# ---- the module, where torch has the same argument: the same exception
+# ---- modules: the same exceptions as torch for common arguments
 
 
 @pytest.mark.parametrize("arguments", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
-def test_constructor_refuses_what_torch_refuses_in_its_words(arguments: dict) -> None:
+def test_constructor_errors_match_torch(arguments: dict) -> None:
     theirs, ours = (raised(lambda cls=cls: cls(**arguments)) for cls in (torch.nn.LSTM, LSTM))
     assert ours[0] is theirs[0]
     assert re.sub(r"\b\w*\.?__init__", "__init__", ours[1]) == re.sub(r"\b\w*\.?__init__", "__init__", theirs[1])
 
 
-def test_constructor_warns_where_torch_warns() -> None:
+def test_constructor_warnings_match_torch() -> None:
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
         LSTM(2, 3, dropout=0.5)
 
 
 @pytest.mark.parametrize(("constructor", "call"), CALLS.values(), ids=CALLS)
-def test_module_refuses_what_torch_refuses_in_its_words(constructor: dict, call: Callable) -> None:
+def test_module_errors_match_torch(constructor: dict, call: Callable) -> None:
     theirs, ours = (raised(lambda cls=cls: cls(D, H, **constructor)(*call())) for cls in (torch.nn.LSTM, LSTM))
     assert ours == theirs
 
 
-# ---- the module, where torch has no word for it
+# ---- modules: other errors
 
 
-DTYPE = (TypeError, RuntimeError)  # the module leaves the state's dtype to the op
+DTYPE = (TypeError, RuntimeError)  # the op checks the dtype of the state
 
 MODULE = {
     "hx a tensor": (lambda m: m(zeros(T, B, D), zeros(1, B, H)), (TypeError, ValueError), form("hx")),
@@ -130,7 +130,7 @@ def test_module_errors(call: Callable, error, text: str) -> None:
         call(LSTM(D, H))
 
 
-def test_lengths_go_by_the_batch_first_sizes() -> None:
+def test_lengths_with_batch_first() -> None:
     m = LSTM(D, H, batch_first=True)
     m(zeros(B, T, D), lengths=[4, 4, 4])
     with pytest.raises(ValueError, match=form("lengths")):
@@ -151,13 +151,13 @@ PACKINGS = {
 
 
 @pytest.mark.parametrize("batch_sizes", PACKINGS.values(), ids=PACKINGS)
-def test_a_packed_sequence_that_does_not_add_up_is_refused(batch_sizes: list[int]) -> None:
+def test_inconsistent_packed_sequence_raises(batch_sizes: list[int]) -> None:
     packed = PackedSequence(torch.zeros(7, D), torch.tensor(batch_sizes))
     with pytest.raises((ValueError, RuntimeError), match=form("batch_sizes")):
         LSTM(D, H)(packed)
 
 
-# ---- the functional form
+# ---- functional form
 
 
 def arguments(case: Case) -> dict:
@@ -169,7 +169,7 @@ def weight(i: int, w: torch.Tensor) -> Callable[[dict], dict]:
     return lambda a: {"weights": [w if j == i else old for j, old in enumerate(a["weights"])]}
 
 
-SIZES = (ValueError, RuntimeError)  # what only the values of batch_sizes can tell is left to the op
+SIZES = (ValueError, RuntimeError)  # the op checks the values of batch_sizes
 
 FUNCTIONAL = {
     "input a list": (DENSE, lambda a: {"input": [1.0]}, TypeError, form("input")),
@@ -233,14 +233,14 @@ def test_functional_errors(case: Case, change: Callable[[dict], dict], error, te
 
 
 @pytest.mark.parametrize("dropout", [2.0, -0.5])
-def test_functional_dropout_is_a_probability(dropout: float) -> None:
+def test_functional_dropout_out_of_range_raises(dropout: float) -> None:
     inputs = make_inputs(Case(B=B, T=T, D=D, H=H, L=2, why="stacked"), torch.float32)
     with pytest.raises(ValueError, match="dropout"):
         functional.lstm(inputs.x, None, inputs.weights, num_layers=2, dropout=dropout, training=True)
 
 
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
-def test_an_input_without_strides_is_refused(layout: str) -> None:
+def test_input_that_is_not_strided_raises(layout: str) -> None:
     good = arguments(DENSE)
     if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
@@ -249,7 +249,7 @@ def test_an_input_without_strides_is_refused(layout: str) -> None:
         functional.lstm(**good | {"input": x})
 
 
-def test_a_nan_stays_in_its_sequence() -> None:
+def test_nan_does_not_affect_other_sequences() -> None:
     inputs = make_inputs(DENSE, torch.float32)
     clean = run(functional.lstm, inputs)
     inputs.x[1, 0] = float("nan")
@@ -270,7 +270,7 @@ def test_extreme_gates_saturate_as_in_torch(size: float, isa: str) -> None:
     with torch.no_grad():
         for p, w in zip(module.parameters(), inputs.weights, strict=True):
             p.copy_(w)
-        if size == torch.inf:  # inf times the zero weights would be NaN in any matrix product
+        if size == torch.inf:  # inf * 0 is NaN in a matrix product
             inputs.x = inputs.x[:, :, :1]
             inputs.weights[0] = inputs.weights[0][:, :1]
             y, _ = functional.lstm(inputs.x, None, inputs.weights)
@@ -280,7 +280,7 @@ def test_extreme_gates_saturate_as_in_torch(size: float, isa: str) -> None:
         torch.testing.assert_close(y, module(inputs.x)[0])
 
 
-# ---- torch.ops, without the public function's checks
+# ---- torch.ops, without the checks of the public functions
 
 
 def forward_arguments(case: Case) -> list:
@@ -410,8 +410,8 @@ def test_backward_op_errors(case: Case, argument: int, change: Callable, text: s
         ops.lstm_backward(*bad)
 
 
-def test_saved_activations_of_another_length_are_refused() -> None:
-    """`lengths` that agree with every shape, but not with what the forward pass saved, cannot reach outside it."""
+def test_inconsistent_lengths_of_saved_activations_raise() -> None:
+    """`lengths` that match all shapes, but not the saved activations, do not cause reads out of bounds."""
     inputs = make_inputs(DENSE, torch.float32)
     forward = forward_arguments(DENSE)
     forward[LENGTHS] = torch.tensor([2, 1, 3])
@@ -427,7 +427,7 @@ def test_saved_activations_of_another_length_are_refused() -> None:
 
 @pytest.mark.parametrize("argument", [X, H0, C0, WEIGHTS], ids=["x", "h0", "c0", "weights"])
 @pytest.mark.parametrize("op", ["lstm", "lstm_forward"])
-def test_ops_refuse_tensors_on_two_devices(op: str, argument: int) -> None:
+def test_ops_raise_for_tensors_on_two_devices(op: str, argument: int) -> None:
     bad = forward_arguments(DENSE)
     if argument == WEIGHTS:
         bad[WEIGHTS] = [*bad[WEIGHTS][:1], bad[WEIGHTS][1].to("meta"), *bad[WEIGHTS][2:]]
@@ -437,7 +437,7 @@ def test_ops_refuse_tensors_on_two_devices(op: str, argument: int) -> None:
         getattr(ops, op)(*bad)
 
 
-# ---- on CUDA: fakes, which have a device and no data
+# ---- CUDA, with fake tensors
 
 
 def on_cuda(module: torch.nn.Module) -> torch.nn.Module:
@@ -468,9 +468,11 @@ def test_layers_without_cuda_kernels(make: Callable, text: str, monkeypatch: pyt
         x = torch.empty(T, B, D, device="cuda")
         with pytest.raises(NotImplementedError, match=text) as info:
             on_cuda(make())(x)
-        said = str(info.value)
-        assert said.split(":", 1)[1].startswith(f" no backend takes an input of shape [{T}, {B}, {D}], torch.float32")
-        assert "cpu: the tensors are on cuda" in said
+        message = str(info.value)
+        assert message.split(":", 1)[1].startswith(
+            f" no backend supports an input of shape [{T}, {B}, {D}], torch.float32"
+        )
+        assert "cpu: the tensors are on cuda" in message
 
 
 def test_cells_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,11 +482,11 @@ def test_cells_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             (dict(layer_norm=True), "lstm_norm has no CUDA kernel"),
             (dict(num_heads=2), "heads must be 1"),
         ):
-            with pytest.raises(NotImplementedError, match=f"LSTMCell: no backend takes an input.*{text}"):
+            with pytest.raises(NotImplementedError, match=f"LSTMCell: no backend supports an input.*{text}"):
                 on_cuda(LSTMCell(D, H, **options))(torch.empty(B, D, device="cuda"))
 
 
-def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(), torch.no_grad():
         x, layer = torch.empty(T, B, D, device="cuda:7"), on_cuda(LSTM(D, H))
         monkeypatch.setattr(backend, "_CUDA_BUILT", True)
@@ -497,8 +499,8 @@ def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     backend._too_old.cache_clear()
 
 
-def test_what_cuda_has_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as shapes go, which is as far as fakes go."""
+def test_supported_layers_on_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors check shapes only."""
     monkeypatch.setattr(backend, "_CUDA_BUILT", True)
     with FakeTensorMode(), torch.no_grad():
         for module in (LSTM(D, H, 2, bidirectional=True, peephole=True), LSTM(D, H, bias=False), GRU(D, H, 2)):
@@ -510,8 +512,8 @@ def test_what_cuda_has_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[T + 1, 1, 1], torch.tensor([1, -1, 1]), torch.tensor([1, 1, 99]).int()], ids=str)
-def test_lengths_on_the_host_are_checked_there(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the message of the CPU, before anything goes to a device."""
+def test_lengths_on_the_host_are_checked(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the message of the CPU, before data is copied to a device."""
     monkeypatch.setattr(backend, "_CUDA_BUILT", True)
     with pytest.raises(ValueError, match="lengths") as of_cpu:
         LSTM(D, H)(zeros(T, B, D), lengths=lengths)

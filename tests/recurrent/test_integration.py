@@ -1,6 +1,6 @@
-"""Every recurrent layer under the rest of torch: export, compile, autocast, torch.func, copies, parametrizations, DDP.
+"""Recurrent layers with export, compile, autocast, torch.func, copies, parametrizations and DDP.
 
-What other files already hold of LSTM, GRU and RNN is not asked of them here again, but of the variants.
+Covers the variants; other files have tests of LSTM, GRU and RNN.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RATE = 0.3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """A module of seqkernels.nn with options. `reset`: it is called with a reset mask."""
+    """A module of seqkernels.nn with options. `reset`: whether it is called with a reset mask."""
 
     name: str
     options: dict = dataclasses.field(default_factory=dict)
@@ -47,17 +47,17 @@ class Layer:
         arguments = {"input_size": D, "hidden_size": H} | arguments
         return getattr(seqkernels.nn, self.name)(**arguments, **self.options)
 
-    def torchs(self, **arguments) -> torch.nn.Module:
+    def torch_module(self, **arguments) -> torch.nn.Module:
         arguments = {"input_size": D, "hidden_size": H} | arguments
         return getattr(torch.nn, self.name)(**arguments, **self.options)
 
     @property
     def random(self) -> bool:
-        """Draws masks while training."""
+        """Whether the module draws random masks in training."""
         return any(re.search("zoneout|dropout", option) for option in self.options)
 
     @property
-    def fed_back(self) -> int:
+    def h_size(self) -> int:
         return self.options.get("proj_size", H)
 
 
@@ -95,7 +95,7 @@ variants = pytest.mark.parametrize("layer", VARIANTS, ids=str)
 layers = pytest.mark.parametrize("layer", PLAIN + VARIANTS, ids=str)
 FORMS = ("dense", "lengths", "packed")
 forms = pytest.mark.parametrize("form", FORMS)
-# Tracing takes its time: each option packed, where B is not known before the call, and in one other form.
+# Tracing is slow: each option is tested packed, where B is dynamic, and in one other form.
 IN_FORMS = [(layer, form) for layer in PLAIN + CELLS for form in FORMS]
 IN_FORMS += [(layer, form) for i, layer in enumerate(OPTIONS) for form in ("packed", FORMS[i % 2])]
 in_forms = pytest.mark.parametrize(("layer", "form"), IN_FORMS, ids=str)
@@ -103,7 +103,7 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 
 
 def leaves(results: object) -> tuple[Tensor, ...]:
-    """Every tensor of what a layer returns, of a PackedSequence its data."""
+    """All tensors of the results of a layer; the data of a PackedSequence."""
     if isinstance(results, Tensor):
         return (results,)
     if isinstance(results, PackedSequence):
@@ -115,7 +115,7 @@ def leaves(results: object) -> tuple[Tensor, ...]:
 
 
 class Flat(torch.nn.Module):
-    """A layer as a function from tensors to tensors: `which` holds the lengths or the batch sizes."""
+    """A layer as a function from tensors to tensors. `which`: the lengths or the batch sizes."""
 
     def __init__(self, layer: torch.nn.Module, form: str = "dense") -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Flat(torch.nn.Module):
 
 
 def arguments_of(layer: Layer, form: str, T: int, B: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """What Flat takes. Lengths fall from T, by two a sequence; in a padded batch they may reach 0."""
+    """Arguments of Flat. Lengths decrease from T by two per sequence; in a padded batch, to a minimum of 0."""
     lengths = [max(T - 2 * b, 0 if form == "lengths" else 1) for b in range(B)]
     x = torch.randn(T, B, D, dtype=dtype)
     reset = (torch.arange(T)[:, None] + 2 * torch.arange(B)) % 4 == 3
@@ -143,7 +143,7 @@ def arguments_of(layer: Layer, form: str, T: int, B: int, dtype: torch.dtype = t
 
 
 def gradients(module: torch.nn.Module, *arguments, seed: int = 3) -> tuple[Tensor, ...]:
-    """Outputs, and the gradients of input and parameters; masks are drawn from `seed`."""
+    """Outputs and gradients of input and parameters. `seed` determines the masks."""
     x = arguments[0].detach().requires_grad_()
     torch.manual_seed(seed)
     outputs = module(x, *arguments[1:])
@@ -159,11 +159,11 @@ def same(got: Iterable[Tensor], want: Iterable[Tensor]) -> None:
 
 # ---- torch.export
 
-SIZES = [(7, 3), (4, 2), (30, 5), (1, 1)]  # T, B; the first is traced
+SIZES = [(7, 3), (4, 2), (30, 5), (1, 1)]  # T, B; the first pair is traced
 
 
 def dynamic(layer: Layer, form: str) -> tuple:
-    """The sizes that may change, argument by argument of Flat."""
+    """Dynamic sizes of each argument of Flat."""
     T, B = torch.export.Dim("T"), torch.export.Dim("B")
     if form == "packed":
         N = torch.export.Dim("N")
@@ -175,7 +175,7 @@ def dynamic(layer: Layer, form: str) -> tuple:
 
 
 @in_forms
-def test_export_serves_every_length_and_batch(layer: Layer, form: str) -> None:
+def test_export_with_dynamic_sizes(layer: Layer, form: str) -> None:
     module = Flat(layer.make(), form).eval()
     with torch.no_grad():
         program = torch.export.export(module, arguments_of(layer, form, *SIZES[0]), dynamic_shapes=dynamic(layer, form))
@@ -187,7 +187,7 @@ def test_export_serves_every_length_and_batch(layer: Layer, form: str) -> None:
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 @pytest.mark.parametrize("layer", [LSTM, GRU, RNN], ids=str)
-def test_an_exported_layer_trains_and_survives_a_file(layer: Layer, strict: bool) -> None:
+def test_exported_layer_in_training_and_in_a_file(layer: Layer, strict: bool) -> None:
     module, file = Flat(layer.make(num_layers=2, bidirectional=True), "packed"), io.BytesIO()
     arguments = arguments_of(layer, "packed", 7, 3)
     shapes = dynamic(layer, "packed")
@@ -200,11 +200,11 @@ def test_an_exported_layer_trains_and_survives_a_file(layer: Layer, strict: bool
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_refuses_to_export_what_we_export() -> None:
-    """A packed batch, or a length that may change: the tests above are ours of the same."""
+def test_torch_cannot_export_these_cases() -> None:
+    """Packed batches and dynamic lengths; the tests above export them with seqkernels."""
     for layer in (LSTM, GRU, RNN):
         for form, error in (("packed", "data-dependent"), ("dense", "specialized it to be a constant")):
-            module, arguments = Flat(layer.torchs(), form).eval(), arguments_of(layer, form, 7, 3)
+            module, arguments = Flat(layer.torch_module(), form).eval(), arguments_of(layer, form, 7, 3)
             with pytest.raises(Exception, match=error):
                 torch.export.export(module, arguments, dynamic_shapes=dynamic(layer, form))
 
@@ -213,8 +213,8 @@ def test_torch_refuses_to_export_what_we_export() -> None:
 
 
 @in_forms
-def test_compile_serves_every_length_and_batch(layer: Layer, form: str) -> None:
-    """One graph for the first sizes, one for all others; outputs and gradients are those without the compiler."""
+def test_compile_with_dynamic_sizes(layer: Layer, form: str) -> None:
+    """One graph for the first sizes and one for all others; outputs and gradients equal those of eager mode."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     module = Flat(layer.make(), form)
@@ -225,11 +225,11 @@ def test_compile_serves_every_length_and_batch(layer: Layer, form: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_torch_refuses_to_compile_what_we_compile() -> None:
+def test_torch_cannot_compile_these_cases() -> None:
     for layer in (LSTM, GRU, RNN):
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="does not support RNN, GRU, or LSTM"):
-            torch.compile(layer.torchs(), fullgraph=True, backend="eager")(torch.randn(4, 3, D))
+            torch.compile(layer.torch_module(), fullgraph=True, backend="eager")(torch.randn(4, 3, D))
 
 
 # ---- autocast
@@ -253,18 +253,18 @@ def test_autocast_computes_in_bfloat16(layer: Layer, form: str) -> None:
         assert (g - w).abs().max() <= 0.1 * w.abs().max()
 
 
-def test_torchs_autocast_leaves_float32_where_ours_does_not() -> None:
+def test_autocast_of_torch_stays_in_float32() -> None:
     for layer, form in ((LSTM, "packed"), (GRU, "packed"), (GRU, "dense")):
         arguments = arguments_of(layer, form, 7, 3)
         with torch.autocast("cpu", torch.bfloat16):
-            assert all(o.dtype == torch.float32 for o in Flat(layer.torchs(), form)(*arguments))
+            assert all(o.dtype == torch.float32 for o in Flat(layer.torch_module(), form)(*arguments))
             assert all(o.dtype == torch.bfloat16 for o in Flat(layer.make(), form)(*arguments))
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86-64 processor")
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_autocast_where_torchs_lstm_raises() -> None:
-    """oneDNN has no bfloat16 LSTM for a processor without such instructions; the environment makes this one such."""
+def test_autocast_of_lstm_of_torch_raises() -> None:
+    """oneDNN has no bfloat16 LSTM for processors without bfloat16, which an environment variable simulates."""
     code = """
         import torch, seqkernels
         x = torch.randn(4, 3, 5)
@@ -286,7 +286,7 @@ def test_autocast_where_torchs_lstm_raises() -> None:
 
 
 def function_of(module: torch.nn.Module, *more) -> Callable:
-    """The module's outputs as a function of (weights, x)."""
+    """The outputs of the module as a function of (weights, x)."""
     return lambda weights, x: torch.func.functional_call(module, weights, (x, *more))
 
 
@@ -295,8 +295,8 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @variants
-def test_vmap_is_a_loop(layer: Layer) -> None:
-    """Over the input, and over an ensemble's weights."""
+def test_vmap_matches_a_loop(layer: Layer) -> None:
+    """vmap over the input, and over the weights of an ensemble."""
     ensemble = [Flat(layer.make()).eval() for _ in range(3)]
     x, *more = arguments_of(layer, "dense", 5, 2)
     xs = torch.stack([x, x.flip(0), -x])
@@ -312,7 +312,7 @@ def test_vmap_is_a_loop(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize("layer", [layer for layer in VARIANTS if layer.random], ids=str)
-def test_vmap_draws_masks_as_it_is_told(layer: Layer) -> None:
+def test_vmap_randomness_of_masks(layer: Layer) -> None:
     module = Flat(layer.make())
     x, *more = arguments_of(layer, "dense", 9, 4)
     xs = x.expand(2, *x.shape)
@@ -329,7 +329,7 @@ def test_vmap_draws_masks_as_it_is_told(layer: Layer) -> None:
 
 
 @variants
-def test_per_sample_gradients_are_those_of_a_loop(layer: Layer) -> None:
+def test_per_sample_gradients_match_a_loop(layer: Layer) -> None:
     module = Flat(layer.make(num_layers=2, dtype=torch.float64)).eval()
     x, *more = arguments_of(layer, "dense", 5, 2, torch.float64)
     xs, call = torch.stack([x, -x, 2 * x]), function_of(module, *more)
@@ -340,8 +340,8 @@ def test_per_sample_gradients_are_those_of_a_loop(layer: Layer) -> None:
 
 
 @layers
-def test_each_sample_has_a_length_of_its_own(layer: Layer) -> None:
-    """vmap over sequences and lengths together: outputs, and gradients per sequence of a ragged batch."""
+def test_vmap_over_lengths(layer: Layer) -> None:
+    """vmap over sequences and lengths: outputs, and per-sample gradients of a batch with lengths."""
     module = Flat(layer.make(dtype=torch.float64), "lengths").eval()
     x, lengths, *reset = arguments_of(layer, "lengths", 5, 4, torch.float64)
     samples = [x.transpose(0, 1)[:, :, None], lengths[:, None], *(r.transpose(0, 1)[:, :, None] for r in reset)]
@@ -360,7 +360,7 @@ def test_each_sample_has_a_length_of_its_own(layer: Layer) -> None:
 @forms
 @variants
 def test_jvp_is_the_transpose_of_vjp(layer: Layer, form: str) -> None:
-    """<u, J v> = <J^T u, v> for any u and v: forward mode goes through the definition, reverse through the kernels."""
+    """<u, J v> = <J^T u, v> for random u and v: forward mode uses the definition, reverse mode the kernels."""
     module = Flat(layer.make(dtype=torch.float64), form).eval()
     x, *more = arguments_of(layer, form, 5, 3, torch.float64)
     names, tensors = list(weights_of(module)), (x, *weights_of(module).values())
@@ -378,8 +378,8 @@ def test_jvp_is_the_transpose_of_vjp(layer: Layer, form: str) -> None:
 
 
 @pytest.mark.parametrize("layer", [LSTM, GRU, RNN], ids=str)
-def test_torch_refuses_transforms_that_ours_takes(layer: Layer) -> None:
-    ours, theirs = Flat(layer.make()), Flat(layer.torchs())
+def test_torch_does_not_support_these_transforms(layer: Layer) -> None:
+    ours, theirs = Flat(layer.make()), Flat(layer.torch_module())
     theirs.load_state_dict(ours.state_dict())
     xs = torch.randn(2, 5, 3, D)
     with pytest.raises(RuntimeError, match="Batching rule not implemented"):
@@ -389,7 +389,7 @@ def test_torch_refuses_transforms_that_ours_takes(layer: Layer) -> None:
     if layer is LSTM:
         with pytest.raises(NotImplementedError, match="forward AD with mkldnn_rnn_layer"):
             torch.func.jvp(theirs, (xs[0],), (xs[1],))
-        want = torch.autograd.functional.jvp(theirs, xs[0], xs[1])  # by two backward passes
+        want = torch.autograd.functional.jvp(theirs, xs[0], xs[1])  # double backward
         torch.testing.assert_close(torch.func.jvp(ours, (xs[0],), (xs[1],)), want)
 
 
@@ -397,7 +397,7 @@ def test_torch_refuses_transforms_that_ours_takes(layer: Layer) -> None:
 
 
 def along(f: Callable[[], Tensor], tensors: list[Tensor], directions: Iterable[Tensor], step: float = 1e-6) -> Tensor:
-    """The difference quotient of f, which reads the tensors, along the directions."""
+    """Finite difference of f, which reads the tensors, along the directions."""
     at, moved = [t.detach().clone() for t in tensors], []
     for sign in (1, -1):
         with torch.no_grad():
@@ -413,7 +413,7 @@ def along(f: Callable[[], Tensor], tensors: list[Tensor], directions: Iterable[T
 @forms
 @layers
 def test_backward_in_eval_mode(layer: Layer, form: str) -> None:
-    """Against the difference quotient; where nothing is drawn, the gradients are those of training, bit for bit."""
+    """Against finite differences. Without random masks, the gradients have the bits of training mode."""
     module = Flat(layer.make(num_layers=2, dropout=RATE, bidirectional=True, dtype=torch.float64), form).eval()
     arguments = arguments_of(layer, form, 6, 3, torch.float64)
     x = arguments[0].requires_grad_()
@@ -429,7 +429,7 @@ def test_backward_in_eval_mode(layer: Layer, form: str) -> None:
 
 @variants
 def test_double_backward(layer: Layer) -> None:
-    """A Hessian times a vector, through the definition, against the difference quotient of the kernels' gradient."""
+    """Hessian-vector product of the definition against finite differences of the gradient of the kernels."""
     module = Flat(layer.make(dtype=torch.float64), "lengths").eval()
     arguments = arguments_of(layer, "lengths", 5, 3, torch.float64)
     tensors = [arguments[0].requires_grad_(), *module.parameters()]
@@ -448,7 +448,7 @@ def test_double_backward(layer: Layer) -> None:
 
 
 @variants
-def test_copies_are_the_same_layer(layer: Layer, tmp_path: Path) -> None:
+def test_copies_of_a_layer(layer: Layer, tmp_path: Path) -> None:
     module = layer.make(num_layers=2, bidirectional=True)
     arguments = arguments_of(layer, "dense", 6, 4)
     torch.save(module, tmp_path / "module.pt")
@@ -471,9 +471,9 @@ parametrized = pytest.mark.parametrize("parametrize", PARAMETRIZATIONS, ids=lamb
 
 @parametrized
 @plain
-def test_a_parametrized_weight_is_torchs(layer: Layer, parametrize: Callable) -> None:
-    """In eval mode: while training, torch reads a weight four times a call, and spectral_norm iterates at each."""
-    ours, theirs = (make(num_layers=2, dtype=torch.float64).eval() for make in (layer.make, layer.torchs))
+def test_parametrized_weight_matches_torch(layer: Layer, parametrize: Callable) -> None:
+    """In eval mode; in training, torch reads a weight four times per call, and spectral_norm iterates each time."""
+    ours, theirs = (make(num_layers=2, dtype=torch.float64).eval() for make in (layer.make, layer.torch_module))
     for module in (ours, theirs):
         parametrize(module, "weight_hh_l0")
         parametrize(module, "weight_ih_l1")
@@ -484,8 +484,8 @@ def test_a_parametrized_weight_is_torchs(layer: Layer, parametrize: Callable) ->
 
 @parametrized
 @variants
-def test_a_parametrized_weight_has_the_chain_rules_gradient(layer: Layer, parametrize: Callable) -> None:
-    """The gradient of what makes the weight is that of the weight, taken back through the parametrization alone."""
+def test_gradient_through_a_parametrization(layer: Layer, parametrize: Callable) -> None:
+    """The gradient equals that of the weight, propagated through the parametrization."""
     module = Flat(layer.make(dtype=torch.float64)).eval()
     arguments = arguments_of(layer, "dense", 6, 3, torch.float64)
     parametrize(module.layer, "weight_hh_l0")
@@ -501,12 +501,12 @@ def test_a_parametrized_weight_has_the_chain_rules_gradient(layer: Layer, parame
 
 
 @layers
-def test_tied_weights_add_their_gradients(layer: Layer) -> None:
-    """Between two layers, and between two modules: against the same values in weights of their own."""
+def test_gradients_of_tied_weights(layer: Layer) -> None:
+    """Weights tied between two layers and between two modules, against separate weights with the same values."""
 
     def two() -> list[Flat]:
         torch.manual_seed(0)
-        return [Flat(layer.make(input_size=layer.fed_back, num_layers=2, dtype=torch.float64)).eval() for _ in "ab"]
+        return [Flat(layer.make(input_size=layer.h_size, num_layers=2, dtype=torch.float64)).eval() for _ in "ab"]
 
     tied, untied = two(), two()
     own = [getattr(m.layer, f"weight_hh_l{i}") for m in untied for i in range(2)]
@@ -517,7 +517,7 @@ def test_tied_weights_add_their_gradients(layer: Layer) -> None:
         for w in own:
             w.copy_(tied[0].layer.weight_hh_l0)
     x, *more = arguments_of(layer, "dense", 5, 3, torch.float64)
-    x = x[..., : layer.fed_back] if layer.fed_back <= D else torch.cat([x, x], -1)[..., : layer.fed_back]
+    x = x[..., : layer.h_size] if layer.h_size <= D else torch.cat([x, x], -1)[..., : layer.h_size]
     losses = [sum(weighted(module(x, *more)) for module in modules) for modules in (tied, untied)]
     (got,) = torch.autograd.grad(losses[0], tied[0].layer.weight_hh_l0)
     close(losses[0], losses[1])
@@ -530,7 +530,7 @@ WORKERS, DEADLINE_S = 2, 120
 
 
 def of_a_batch(layer: Layer, rows: slice, wrap: Callable = lambda module: module) -> tuple[Tensor, ...]:
-    """Gradients of a two-layer network over some rows of one batch; in eval mode where masks would be drawn."""
+    """Gradients of a two-layer network for some rows of a batch; in eval mode for layers with random masks."""
     torch.manual_seed(0)
     module = layer.make(num_layers=2, bidirectional=True, dtype=torch.float64)
     module = wrap(Flat(module, "lengths").train(not layer.random))
@@ -551,7 +551,7 @@ def distributed_worker(rank: int, folder: str) -> None:
     for layer in PLAIN + VARIANTS:
         try:
             found[str(layer)] = of_a_batch(layer, rows, wrap)
-        except Exception:  # one layer's error is not the others'
+        except Exception:  # continue with the other layers
             found[str(layer)] = traceback.format_exc()
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -559,7 +559,7 @@ def distributed_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def distributed_gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """By worker, what DistributedDataParallel left in .grad; two processes train all layers in turn."""
+    """For each worker, .grad after DistributedDataParallel; two processes train all layers in turn."""
     folder = tmp_path_factory.mktemp("distributed")
     workers = torch.multiprocessing.spawn(distributed_worker, (str(folder),), nprocs=WORKERS, join=False)
     deadline = time.monotonic() + DEADLINE_S
@@ -574,8 +574,8 @@ def distributed_gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 @layers
-def test_two_workers_find_the_gradients_of_one(layer: Layer, distributed_gradients: list) -> None:
-    """Each worker sees every other sequence; their gradients are averaged, so that twice them is the whole batch's."""
+def test_gradients_of_two_workers_match_one(layer: Layer, distributed_gradients: list) -> None:
+    """Each worker has every second sequence. Twice the averaged gradients equal those of the whole batch."""
     want = of_a_batch(layer, slice(None))
     for found in distributed_gradients:
         assert not isinstance(found[str(layer)], str), found[str(layer)]
@@ -589,16 +589,16 @@ def test_two_workers_find_the_gradients_of_one(layer: Layer, distributed_gradien
 def test_no_steps_where_torch_raises(layer: Layer) -> None:
     module = Flat(layer.make())
     outputs = module(*arguments_of(layer, "dense", 0, 3))
-    assert outputs[0].shape == (0, 3, layer.fed_back)
+    assert outputs[0].shape == (0, 3, layer.h_size)
     sum(o.sum() for o in outputs).backward()
     if layer in PLAIN:
         with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
-            layer.torchs()(torch.zeros(0, 3, D))
+            layer.torch_module()(torch.zeros(0, 3, D))
 
 
 @layers
 def test_zero_lengths_where_torch_raises(layer: Layer) -> None:
-    """The others in the batch are as they would be without."""
+    """The results of the other sequences are unchanged."""
     module = Flat(layer.make(dtype=torch.float64), "lengths").eval()
     x, lengths, *reset = arguments_of(layer, "lengths", 5, 4, torch.float64)
     assert lengths.tolist() == [5, 3, 1, 0]

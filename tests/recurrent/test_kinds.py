@@ -1,6 +1,7 @@
-"""GRU and RNN (tanh, relu), held as the files before hold LSTM; torch.func and autocast for all kinds.
+"""Tests of LSTM for GRU and RNN (tanh, relu); torch.func and autocast for all kinds.
 
-The kinds share the time loop, the packed walk, the products and the threads with LSTM: a part of its cases is enough.
+The kinds share the time loop, packed sequences, matrix products and threads with LSTM, so a subset of its cases is
+sufficient.
 """
 
 from __future__ import annotations
@@ -74,18 +75,18 @@ class Kind:
         return self.name
 
     def case(self, case: Case) -> Case:
-        """The same case for this kind: without the projection that only LSTM has."""
+        """The case for this kind, without projection."""
         return case if self.gates == 4 else dataclasses.replace(case, gates=self.gates, P=0)
 
     def inputs(self, case: Case, dtype: torch.dtype, **options) -> Inputs:
         return make_inputs(self.case(case), dtype, **options)
 
     def modules(self, inputs: Inputs) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Ours and torch's, with the inputs' weights."""
+        """The modules of seqkernels and torch with the weights of the inputs."""
         return module_of(self.ours, inputs, **self.options), module_of(self.theirs, inputs, **self.options)
 
     def pair(self, seed: int = 0, **arguments) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Ours and torch's, each made from the same seed."""
+        """The modules of seqkernels and torch with the same seed."""
         torch.manual_seed(seed)
         ours = self.ours(**arguments, **self.options)
         torch.manual_seed(seed)
@@ -111,12 +112,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 HALF = (torch.bfloat16, torch.float16)
 
 CHOSEN = [
-    Case(B=3, T=7, D=5, H=17, why="a tail in every direction"),
+    Case(B=3, T=7, D=5, H=17, why="a tail in each dimension"),
     Case(B=1, T=1, D=1, H=1, why="the smallest"),
     Case(B=0, T=4, D=3, H=5, why="an empty batch"),
     Case(B=3, T=0, D=3, H=5, why="no steps"),
     Case(B=2, T=0, D=3, H=5, L=2, bidirectional=True, lengths=(0, 0), why="no steps with lengths, stacked"),
-    Case(B=16, T=4, D=16, H=64, why="whole vectors: a panel of a kind with one gate is four of them"),
+    Case(B=16, T=4, D=16, H=64, why="full vectors; the panel of a kind with one gate has four"),
     Case(B=7, T=3, D=63, H=65, why="around 64; one row above a register tile"),
     Case(B=2, T=3, D=257, H=255, why="around 256: a K block and a tail"),
     Case(B=9, T=20, D=24, H=96, why="enough work for two threads, uneven rows"),
@@ -133,8 +134,8 @@ cases = pytest.mark.parametrize("case", CHOSEN, ids=str)
 # ---- parity
 
 
-def away_from_the_kink(inputs: Inputs) -> Inputs:
-    """Every unit of a relu layer far on one side: where a half type rounds across 0, a slope is 0 instead of 1."""
+def away_from_zero(inputs: Inputs) -> Inputs:
+    """Moves the units of a relu layer away from 0, where rounding of half types changes the derivative."""
     case, weights = inputs.case, list(inputs.weights)
     for i, w in enumerate(weights):
         if w.dim() == 2:
@@ -146,7 +147,7 @@ def away_from_the_kink(inputs: Inputs) -> Inputs:
 
 def prepared(kind: Kind, case: Case, dtype: torch.dtype) -> Inputs:
     inputs = kind.inputs(case, dtype)
-    return away_from_the_kink(inputs) if kind is RELU and dtype in HALF and case.bias else inputs
+    return away_from_zero(inputs) if kind is RELU and dtype in HALF and case.bias else inputs
 
 
 @functools.cache
@@ -159,7 +160,7 @@ def definition(kind: Kind, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 @kinds
 def test_parity(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
     got, want = run(kind.function, prepared(kind, case, dtype)), definition(kind, case, dtype)
-    if kind is RELU and dtype in HALF and not case.bias:  # nothing holds it away from the kink: outputs alone
+    if kind is RELU and dtype in HALF and not case.bias:  # away_from_zero requires a bias: compare outputs only
         got, want = ({n: r[n] for n in ("y", "h_n")} for r in (got, want))
     assert_near(got, want, dtype)
 
@@ -168,7 +169,7 @@ def test_parity(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("case", [c for c in CHOSEN if c.B and c.T and c.form != "lengths"], ids=str)
 @kinds
 def test_parity_with_torch(kind: Kind, case: Case, dtype: torch.dtype) -> None:
-    """Our module against torch's. In half types torch's rounds more often than ours: there it computes in float64."""
+    """Against the module of torch, which computes in float64 for half types, because it rounds more often."""
     inputs = prepared(kind, case, dtype)
     ours, theirs = kind.modules(inputs)
     wide = inputs.map(Tensor.double) if dtype in HALF else inputs
@@ -179,7 +180,7 @@ def test_parity_with_torch(kind: Kind, case: Case, dtype: torch.dtype) -> None:
 
 
 @kinds
-def test_lengths_are_what_a_packed_round_trip_gives(kind: Kind) -> None:
+def test_lengths_match_packing_and_unpacking(kind: Kind) -> None:
     ours, theirs = kind.pair(input_size=5, hidden_size=7, num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(4, 6, 5), torch.tensor([2, 6, 1, 4])
     grads = []
@@ -198,15 +199,15 @@ def test_lengths_are_what_a_packed_round_trip_gives(kind: Kind) -> None:
 
 @pytest.mark.parametrize("upstream", ["dy", "dh_n"])
 @kinds
-def test_every_output_alone_has_its_gradient(kind: Kind, upstream: str) -> None:
+def test_gradient_of_each_output(kind: Kind, upstream: str) -> None:
     inputs = kind.inputs(CHOSEN[-1], torch.float64)
     want = defined(inputs, (upstream,), kind.definition)
     assert_near(run(kind.function, inputs, (upstream,)), want, torch.float64)
 
 
 @kinds
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(kind: Kind) -> None:
-    """Input's, state's and each weight's; GRU's two products have gradients of their own."""
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(kind: Kind) -> None:
+    """For the input, the state and each weight; the two matrix products of GRU have separate gradients."""
     inputs = kind.inputs(Case(B=6, T=9, D=8, H=24, lengths=(9, 4, 0, 7, 7, 2), why="lengths"), torch.float32)
     everything = run(kind.function, inputs)
     for name, wanted in zip(["dx", "dh0", *list(everything)[4:]], inputs.differentiable(), strict=True):
@@ -219,8 +220,8 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(kind: Kind) -> No
 
 @kinds
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=lambda d: str(d).removeprefix("torch."))
-def test_error_is_at_most_torchs(kind: Kind, dtype: torch.dtype) -> None:
-    """RMS error against float64, relative to each tensor's size, over all sizes and draws together."""
+def test_error_does_not_exceed_the_error_of_torch(kind: Kind, dtype: torch.dtype) -> None:
+    """RMS error against float64 relative to the norm of each tensor, over all sizes and seeds."""
     ours: dict[str, float] = collections.defaultdict(float)
     theirs: dict[str, float] = collections.defaultdict(float)
     sizes = [c for c in REALISTIC if not c.P]
@@ -233,14 +234,14 @@ def test_error_is_at_most_torchs(kind: Kind, dtype: torch.dtype) -> None:
             for name, w in want.items():
                 total[kind_of_tensor(name)] += ((got[name].double() - w).square().sum() / w.square().mean()).item()
     ratios = {name: round((ours[name] / theirs[name]) ** 0.5, 3) for name in ours}
-    assert max(ratios.values()) <= ERROR_RATIO[dtype], f"our RMS error over torch's: {ratios}"
+    assert max(ratios.values()) <= ERROR_RATIO[dtype], f"ratio of the RMS error to that of torch: {ratios}"
 
 
-# ---- differentiation
+# ---- derivatives
 
 
 def of_tensors(kind: Kind, inputs: Inputs):
-    """The kind's function of its differentiable tensors alone, giving (y, *states); and those tensors."""
+    """The function (y, *states) of the differentiable tensors, and these tensors."""
     n = len(inputs.hx or ())
 
     def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -252,7 +253,7 @@ def of_tensors(kind: Kind, inputs: Inputs):
 
 
 SMALL = [c for c in TINY if not c.P] + [
-    Case(B=2, T=2, D=2, H=3, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="everything on, packed")
+    Case(B=2, T=2, D=2, H=3, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="all options, packed")
 ]
 tiny_cases = pytest.mark.parametrize("case", SMALL, ids=str)
 
@@ -274,7 +275,7 @@ def test_gradgradcheck(kind: Kind, case: Case) -> None:
 
 
 @kinds
-def test_a_weight_changed_in_place_before_backward_is_refused(kind: Kind) -> None:
+def test_weight_modified_in_place_before_backward_raises(kind: Kind) -> None:
     inputs = kind.inputs(CHOSEN[0], torch.float32).map(lambda t: t.detach().requires_grad_())
     y, _ = kind.function(inputs.x, inputs.state_argument(), inputs.weights)
     with torch.no_grad():
@@ -313,7 +314,7 @@ def test_opcheck(kind: Kind, case: Case) -> None:
 
 
 @kinds
-def test_an_absent_state_is_zero(kind: Kind) -> None:
+def test_default_state_is_zero(kind: Kind) -> None:
     x, h0, *rest = op_arguments(kind, OP_CASES[2])
     for op in (kind.op(), kind.op("_forward")):
         for got, want in zip(op(x, None, *rest), op(x, torch.zeros_like(h0), *rest), strict=True):
@@ -322,7 +323,7 @@ def test_an_absent_state_is_zero(kind: Kind) -> None:
 
 @pytest.mark.parametrize("want_x, want_w", [(True, False), (False, True), (False, False)])
 @kinds
-def test_backward_gives_what_is_wanted(kind: Kind, want_x: bool, want_w: bool) -> None:
+def test_backward_computes_requested_gradients(kind: Kind, want_x: bool, want_w: bool) -> None:
     arguments = backward_arguments(kind, OP_CASES[2])
     dx, dh0, dw = kind.op("_backward")(*arguments)
     some = kind.op("_backward")(*arguments[:-3], want_x, want_w, *arguments[-1:])
@@ -353,16 +354,18 @@ def test_compile_without_a_graph_break(kind: Kind, case: Case) -> None:
     assert torch.equal(*(t.data if isinstance(t, PackedSequence) else t for t in (y, z)))
 
 
-# ---- bit for bit
+# ---- equal bits
 
-SEQUENCE = ("y", "h_n", "dx", "dh0")  # what belongs to one sequence, unlike a weight's gradient
+SEQUENCE = ("y", "h_n", "dx", "dh0")  # results by sequence
 RAGGED_CHOSEN = [RAGGED[i] for i in (0, 2, 5, 6)]
 
 
 @dtypes
 @pytest.mark.parametrize("case", RAGGED_CHOSEN, ids=str)
 @kinds
-def test_packed_equals_padded_equals_one_at_a_time(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(
+    kind: Kind, case: Case, dtype: torch.dtype, isa: str
+) -> None:
     inputs = kind.inputs(case, dtype)
     padded = run(kind.function, inputs)
     assert_same_bits(as_packed(inputs, kind.function), padded, SEQUENCE)
@@ -377,8 +380,8 @@ def test_packed_equals_padded_equals_one_at_a_time(kind: Kind, case: Case, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [c for c in CHOSEN if "thread" in c.why or "many" in c.why], ids=str)
 @kinds
-def test_the_number_of_threads_changes_nothing(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
-    """Weight gradients included."""
+def test_bits_are_independent_of_the_number_of_threads(kind: Kind, case: Case, dtype: torch.dtype, isa: str) -> None:
+    """Includes weight gradients."""
     inputs, results = kind.inputs(case, dtype), []
     for n in (1, 2):
         torch.set_num_threads(n)
@@ -388,7 +391,7 @@ def test_the_number_of_threads_changes_nothing(kind: Kind, case: Case, dtype: to
 
 @dtypes
 @kinds
-def test_a_stream_equals_one_long_call(kind: Kind, dtype: torch.dtype, isa: str) -> None:
+def test_several_calls_have_the_bits_of_one(kind: Kind, dtype: torch.dtype, isa: str) -> None:
     for case in (
         Case(B=1, T=11, D=7, H=19, why="one stream"),
         Case(B=3, T=11, D=20, H=200, L=2, bias=False, why="stacked, over two threads"),
@@ -407,7 +410,7 @@ def test_a_stream_equals_one_long_call(kind: Kind, dtype: torch.dtype, isa: str)
 @dtypes
 @cases
 @kinds
-def test_inference_equals_training(kind: Kind, case: Case, dtype: torch.dtype) -> None:
+def test_inference_matches_training(kind: Kind, case: Case, dtype: torch.dtype) -> None:
     inputs = kind.inputs(case, dtype)
     training = run(kind.function, inputs)
     with torch.no_grad():
@@ -417,7 +420,7 @@ def test_inference_equals_training(kind: Kind, case: Case, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("layout", [spread, negated], ids=lambda f: f.__name__)
 @kinds
-def test_strides_do_not_matter(kind: Kind, layout: Callable, isa: str) -> None:
+def test_strides(kind: Kind, layout: Callable, isa: str) -> None:
     for case in (CHOSEN[0], CHOSEN[-1], CHOSEN[-4]):
         inputs = kind.inputs(case, torch.float32)
         tidy = inputs.map(lambda t: layout(t).clone(memory_format=torch.contiguous_format))
@@ -429,7 +432,7 @@ def test_strides_do_not_matter(kind: Kind, layout: Callable, isa: str) -> None:
 
 @dtypes
 @kinds
-def test_padding_is_never_read(kind: Kind, dtype: torch.dtype, isa: str) -> None:
+def test_padding_is_not_read(kind: Kind, dtype: torch.dtype, isa: str) -> None:
     case = Case(B=5, T=8, D=5, H=17, L=2, bidirectional=True, lengths=(3, 0, 1, 8, 5), why="NaN in the padding")
     nan, zero = (kind.inputs(case, dtype, padding=p) for p in (float("nan"), 0.0))
     nan.dy[torch.arange(case.T).unsqueeze(1) >= nan.lengths] = float("nan")
@@ -437,7 +440,7 @@ def test_padding_is_never_read(kind: Kind, dtype: torch.dtype, isa: str) -> None
 
 
 @kinds
-def test_a_zero_length_hands_its_state_through(kind: Kind) -> None:
+def test_zero_length_returns_the_initial_state(kind: Kind) -> None:
     inputs = kind.inputs(Case(B=3, T=4, D=5, H=6, bidirectional=True, lengths=(0, 4, 0), why=""), torch.float32)
     got, empty = run(kind.function, inputs), [0, 2]
     assert torch.equal(got["h_n"][:, empty], inputs.hx[0][:, empty])
@@ -461,7 +464,7 @@ def test_no_steps_and_no_batch(kind: Kind) -> None:
 
 
 @kinds
-def test_a_nan_stays_in_its_sequence_and_shows(kind: Kind, isa: str) -> None:
+def test_nan_propagates_in_its_sequence_only(kind: Kind, isa: str) -> None:
     inputs = kind.inputs(CHOSEN[0], torch.float32)
     clean = run(kind.function, inputs)
     inputs.x[1, 0] = float("nan")
@@ -470,7 +473,7 @@ def test_a_nan_stays_in_its_sequence_and_shows(kind: Kind, isa: str) -> None:
     assert got["y"][1:, 0].isnan().all() and torch.equal(got["y"][0], clean["y"][0])
 
 
-# ---- the same module
+# ---- modules
 
 constructors = pytest.mark.parametrize(
     "arguments",
@@ -485,7 +488,7 @@ constructors = pytest.mark.parametrize(
 
 @constructors
 @kinds
-def test_same_parameters_repr_and_attributes(kind: Kind, arguments: dict) -> None:
+def test_parameters_repr_and_attributes_match_torch(kind: Kind, arguments: dict) -> None:
     ours, theirs = kind.pair(**arguments)
     for (n, p), (m, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert n == m and torch.equal(p, q) and p.dtype == q.dtype
@@ -501,7 +504,7 @@ def test_same_parameters_repr_and_attributes(kind: Kind, arguments: dict) -> Non
 
 @constructors
 @kinds
-def test_state_dict_goes_both_ways(kind: Kind, arguments: dict) -> None:
+def test_state_dict_exchange_with_torch(kind: Kind, arguments: dict) -> None:
     ours, theirs = kind.pair(**arguments)[0].eval(), kind.pair(seed=1, **arguments)[1].eval()
     x = torch.randn(4, 3, 5)
     before = theirs(x)[0]
@@ -516,7 +519,7 @@ def test_state_dict_goes_both_ways(kind: Kind, arguments: dict) -> None:
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
 
 
-def test_arguments_by_position() -> None:
+def test_positional_arguments() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for arguments in (
@@ -545,7 +548,7 @@ def test_deepcopy_and_pickle(kind: Kind, tmp_path) -> None:
 @pytest.mark.parametrize("input_form", ["batched", "batch first", "unbatched", "packed", "unsorted"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 @kinds
-def test_same_results_in_every_form(kind: Kind, input_form: str, state: bool) -> None:
+def test_results_match_torch_in_each_form(kind: Kind, input_form: str, state: bool) -> None:
     ours, theirs = kind.pair(
         input_size=5, hidden_size=7, num_layers=2, bidirectional=True, batch_first=input_form == "batch first"
     )
@@ -561,7 +564,7 @@ def test_same_results_in_every_form(kind: Kind, input_form: str, state: bool) ->
 
 @pytest.mark.parametrize("input_form", ["dense", "packed"])
 @kinds
-def test_dropout_draws_what_torch_draws(kind: Kind, input_form: str) -> None:
+def test_dropout_masks_match_torch(kind: Kind, input_form: str) -> None:
     ours, theirs = kind.pair(input_size=5, hidden_size=16, num_layers=3, dropout=0.4, bidirectional=True)
     x = torch.randn(6, 4, 5)
     x = pack_padded_sequence(x, torch.tensor([6, 5, 2, 1])) if input_form == "packed" else x
@@ -574,7 +577,7 @@ def test_dropout_draws_what_torch_draws(kind: Kind, input_form: str) -> None:
 
 
 @kinds
-def test_training_finds_the_same_weights(kind: Kind) -> None:
+def test_training_matches_torch(kind: Kind) -> None:
     ours, theirs = kind.pair(input_size=5, hidden_size=16, num_layers=2, bidirectional=True)
     x, target = torch.randn(7, 4, 5), torch.randn(7, 4, 32)
     for module in (ours, theirs):
@@ -608,11 +611,11 @@ def plain(error: tuple[type[BaseException], str]) -> tuple[type[BaseException], 
 
 @pytest.mark.parametrize("arguments", KIND_CONSTRUCTORS.values(), ids=KIND_CONSTRUCTORS)
 @kinds
-def test_constructor_refuses_what_torch_refuses_in_its_words(kind: Kind, arguments: dict) -> None:
-    if kind is GRU and "proj_size" in arguments:  # a difference from torch: our GRU may be projected
+def test_constructor_errors_match_torch(kind: Kind, arguments: dict) -> None:
+    if kind is GRU and "proj_size" in arguments:  # GRU of seqkernels supports a projection
         kind.ours(**arguments)
         return
-    if arguments.get("proj_size") == 0:  # torch refuses the keyword, but takes 0 by position
+    if arguments.get("proj_size") == 0:  # torch rejects the keyword, but accepts 0 by position
         kind.ours(**arguments, **kind.options)
         return
     classes = kind.theirs, kind.ours
@@ -621,9 +624,9 @@ def test_constructor_refuses_what_torch_refuses_in_its_words(kind: Kind, argumen
 
 
 @pytest.mark.parametrize(("positional", "keywords"), NONLINEARITIES.values(), ids=NONLINEARITIES)
-def test_nonlinearity_is_tanh_or_relu_in_torchs_words(positional: tuple, keywords: dict) -> None:
+def test_nonlinearity_errors_match_torch(positional: tuple, keywords: dict) -> None:
     theirs, ours = (plain(raised(lambda m=m: m.RNN(*positional, **keywords))) for m in (torch.nn, seqkernels.nn))
-    if len(positional) > 3 and keywords:  # Python's words: our constructor has an explicit signature
+    if len(positional) > 3 and keywords:  # Python's error text, because the constructor has an explicit signature
         theirs = TypeError, "__init__() got multiple values for argument 'nonlinearity'"
     assert ours == theirs
 
@@ -633,8 +636,8 @@ KIND_CALLS = {n: c for n, c in CALLS.items() if not re.search("c0|cell|projected
 
 @pytest.mark.parametrize(("constructor", "call"), KIND_CALLS.values(), ids=KIND_CALLS)
 @kinds
-def test_module_refuses_what_torch_refuses_in_its_words(kind: Kind, constructor: dict, call: Callable) -> None:
-    """LSTM's table, with h0 alone."""
+def test_module_errors_match_torch(kind: Kind, constructor: dict, call: Callable) -> None:
+    """The table of LSTM, with h0 as the state."""
 
     def refused(cls: type[torch.nn.Module]) -> tuple[type[BaseException], str]:
         x, *states = call()
@@ -727,7 +730,7 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 @func_cases
 @all_kinds
-def test_func_grad_is_autograds(kind: Kind, case: Case) -> None:
+def test_func_grad_matches_autograd(kind: Kind, case: Case) -> None:
     inputs = kind.inputs(case, torch.float64, padding=0.0)
     function, tensors = of_tensors(kind, inputs)
     got = torch.func.grad(lambda *a: weighted(function(*a)), argnums=tuple(range(len(tensors))))(*tensors)
@@ -738,7 +741,7 @@ def test_func_grad_is_autograds(kind: Kind, case: Case) -> None:
 
 
 @all_kinds
-def test_func_grad_of_a_module_is_that_of_torchs(kind: Kind) -> None:
+def test_func_grad_of_a_module_matches_torch(kind: Kind) -> None:
     ours, theirs = kind.pair(input_size=5, hidden_size=7, num_layers=2, bidirectional=True, dtype=torch.float64)
     x = torch.randn(6, 4, 5, dtype=torch.float64)
     grads = [torch.func.grad(functools.partial(loss_of, m))(weights_of(m), x) for m in (ours, theirs)]
@@ -746,7 +749,7 @@ def test_func_grad_of_a_module_is_that_of_torchs(kind: Kind) -> None:
 
 
 @all_kinds
-def test_per_sample_gradients_are_those_of_a_loop(kind: Kind) -> None:
+def test_per_sample_gradients_match_a_loop(kind: Kind) -> None:
     module, theirs = kind.pair(input_size=3, hidden_size=4, num_layers=2, bidirectional=True, dtype=torch.float64)
     xs, weights = torch.randn(5, 6, 3, dtype=torch.float64), weights_of(module)
     got = torch.func.vmap(torch.func.grad(functools.partial(loss_of, module)), in_dims=(None, 0))(weights, xs)
@@ -757,8 +760,8 @@ def test_per_sample_gradients_are_those_of_a_loop(kind: Kind) -> None:
 
 
 @all_kinds
-def test_vmap_is_a_loop(kind: Kind) -> None:
-    """Over x alone, along another dimension, with states, over an ensemble of weights, and nested."""
+def test_vmap_matches_a_loop(kind: Kind) -> None:
+    """vmap over x, another dimension, x and states, the weights of an ensemble, and nested."""
     module, _ = kind.pair(input_size=3, hidden_size=4)
     xs, outer = torch.randn(5, 6, 2, 3), torch.randn(2, 5, 6, 2, 3)
 
@@ -790,7 +793,7 @@ def test_vmap_is_a_loop(kind: Kind) -> None:
 
 @func_cases
 @all_kinds
-def test_jvp_is_the_difference_quotient_and_jacrev_times_the_tangent(kind: Kind, case: Case) -> None:
+def test_jvp_matches_finite_differences_and_jacrev(kind: Kind, case: Case) -> None:
     function, tensors = of_tensors(kind, kind.inputs(case, torch.float64, padding=0.0))
     tangents, step = directions_like(tensors), 1e-6
     outputs, got = torch.func.jvp(function, tensors, tangents)
@@ -805,13 +808,13 @@ def test_jvp_is_the_difference_quotient_and_jacrev_times_the_tangent(kind: Kind,
 
 @func_cases
 @all_kinds
-def test_dual_numbers_carry_the_jvp(kind: Kind, case: Case) -> None:
-    """torch.autograd.forward_ad, with a tangent on every tensor and on each alone."""
+def test_forward_ad_matches_jvp(kind: Kind, case: Case) -> None:
+    """torch.autograd.forward_ad, with tangents of all tensors and of each tensor."""
     function, tensors = of_tensors(kind, kind.inputs(case, torch.float64, padding=0.0))
     tangents, total = directions_like(tensors), None
 
     def duals(moving: set[int]) -> list[Tensor]:
-        """The outputs' tangents; an output that does not move has none."""
+        """Tangents of the outputs, None for outputs without tangent."""
         with forward_ad.dual_level():
             both = zip(tensors, tangents, strict=True)
             arguments = [forward_ad.make_dual(t, d) if i in moving else t for i, (t, d) in enumerate(both)]
@@ -835,7 +838,7 @@ def of_x(module: torch.nn.Module) -> Callable:
 
 
 @all_kinds
-def test_jacrev_jacfwd_and_hessian_are_those_of_torchs(kind: Kind) -> None:
+def test_jacrev_jacfwd_and_hessian_match_torch(kind: Kind) -> None:
     ours, theirs = kind.pair(input_size=2, hidden_size=2, bidirectional=True, dtype=torch.float64)
     x = torch.randn(3, 2, 2, dtype=torch.float64)
     want = torch.autograd.functional.jacobian(of_x(theirs), x)
@@ -856,8 +859,8 @@ def test_jacrev_jacfwd_and_hessian_are_those_of_torchs(kind: Kind) -> None:
 
 @func_cases
 @all_kinds
-def test_a_pullback_outlives_its_context(kind: Kind, case: Case) -> None:
-    """vjp's function called after vjp has returned, twice, and under vmap: then it gives the whole Jacobian."""
+def test_vjp_function_outlives_its_context(kind: Kind, case: Case) -> None:
+    """Calls the function returned by vjp twice, and under vmap, which gives the Jacobian."""
     function, tensors = of_tensors(kind, kind.inputs(case, torch.float64, padding=0.0))
     outputs, pull = torch.func.vjp(function, *tensors)
     upstream = directions_like(outputs, seed=2)
@@ -877,7 +880,7 @@ def test_a_pullback_outlives_its_context(kind: Kind, case: Case) -> None:
 
 @all_kinds
 def test_grad_of_grad_and_jvp_of_grad(kind: Kind) -> None:
-    """Hessian-vector products: reverse over reverse, forward over reverse, and torch's."""
+    """Hessian-vector products: reverse over reverse, forward over reverse, and torch."""
     ours, theirs = kind.pair(input_size=3, hidden_size=4, dtype=torch.float64)
     x, v = torch.randn(2, 5, 2, 3, dtype=torch.float64).unbind()
 
@@ -914,10 +917,12 @@ def test_autocast_computes_in_bfloat16(kind: Kind, input_form: str) -> None:
     grads, wants = (torch.autograd.grad(o.float().square().mean(), parameters) for o in (got, want))
     for g, w in zip(grads, wants, strict=True):
         assert g.dtype == torch.float32
-        assert kind is RELU or (g - w).abs().max() <= 0.1 * w.abs().max()  # a relu near 0 has another slope
+        assert (
+            kind is RELU or (g - w).abs().max() <= 0.1 * w.abs().max()
+        )  # the derivative of relu is discontinuous at 0
 
 
-# ---- what is asked of the introspection
+# ---- explain
 
 
 @kinds
@@ -930,7 +935,7 @@ def test_explain(kind: Kind, isa: str) -> None:
         seqkernels.explain(kind.name, T=20, B=9, D=24, H=96, dtype=torch.int64)
 
 
-def test_explain_names_the_ops_it_knows() -> None:
+def test_explain_error_lists_the_ops() -> None:
     names = "lstm, .*, rnn_relu, .*rnn, embedding_bag, scaled_dot_product_attention"
     with pytest.raises(ValueError, match=f"op must be one of {names}, got 'attention'"):
         seqkernels.explain("attention", T=1, B=1, D=1, H=1)
@@ -947,7 +952,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", [*MODULES, "rnn", "rnn_tanh", "rnn_relu"])
-def test_a_name_explains_what_the_default_module_runs(name: str) -> None:
+def test_explain_of_a_name_matches_the_default_module(name: str) -> None:
     options = {"nonlinearity": "relu"} if name == "rnn_relu" else {}
     module = getattr(seqkernels.nn, MODULES.get(name, "RNN"))(3, 4, **options)
     assert seqkernels.explain(name, T=2, B=2, D=3, H=4)["op"] == module._kind.name

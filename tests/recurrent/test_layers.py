@@ -1,4 +1,4 @@
-"""Recurrent layers against their definition, by differentiation, bit for bit, and in every form of input."""
+"""Recurrent layers: parity with the definition, derivatives, reproducible bits, and all forms of input."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cases_like(text: str) -> list[Case]:
 
 @functools.cache
 def definition(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the reference gives in float64 for the case's inputs as rounded to dtype."""
+    """Results of the reference in float64, for inputs rounded to dtype."""
     return defined(make_inputs(case, dtype))
 
 
@@ -74,8 +74,8 @@ def test_parity_in_raw_memory(case: Case, raw_memory: None, isa: str) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.B and c.T and 0 not in (c.lengths or (1,))], ids=str)
-def test_the_definition_is_torchs(case: Case) -> None:
-    """The reference itself, in float64, against torch.nn.LSTM; lengths through a packed copy of the batch."""
+def test_definition_matches_torch(case: Case) -> None:
+    """The reference in float64 against torch.nn.LSTM; batches with lengths are packed for torch."""
     torch.set_num_threads(1)
     inputs = make_inputs(case, torch.float64, padding=0.0)
     want = defined(inputs)
@@ -100,14 +100,14 @@ def test_the_definition_is_torchs(case: Case) -> None:
 
 @pytest.mark.parametrize("upstream", [("dy",), ("dh_n",), ("dc_n",), ("dy", "dc_n")], ids="+".join)
 @pytest.mark.parametrize("case", [CASES[0], *cases_like("P5")], ids=str)
-def test_every_output_alone_has_its_gradient(case: Case, upstream: tuple[str, ...]) -> None:
+def test_gradient_of_each_output(case: Case, upstream: tuple[str, ...]) -> None:
     inputs = make_inputs(case, torch.float64)
     assert_near(run(functional.lstm, inputs, upstream), defined(inputs, upstream), torch.float64)
 
 
 @pytest.mark.parametrize("wanted", ["dx", "dh0", "dc0", "dw_ih_l0", "dw_hh_l0", "db_hh_l0", "dw_hr_l0_reverse"])
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted: str) -> None:
-    case = Case(B=6, T=9, D=8, H=24, P=5, bidirectional=True, lengths=(9, 4, 0, 7, 7, 2), why="everything on")
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(wanted: str) -> None:
+    case = Case(B=6, T=9, D=8, H=24, P=5, bidirectional=True, lengths=(9, 4, 0, 7, 7, 2), why="all options")
     inputs = make_inputs(case, torch.float32)
     everything = run(functional.lstm, inputs)
     names = ["dx", "dh0", "dc0", *weight_names(case)]
@@ -123,10 +123,10 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted: str) -> N
 
 
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=lambda d: str(d).removeprefix("torch."))
-def test_error_is_at_most_torchs(dtype: torch.dtype) -> None:
-    """RMS error against float64, relative to each tensor's size, for each output and each gradient.
+def test_error_does_not_exceed_the_error_of_torch(dtype: torch.dtype) -> None:
+    """RMS error against float64 relative to the norm of each tensor, for each output and gradient.
 
-    Taken together over all sizes and draws: of one tensor alone it scatters by several percent either way.
+    Combined over all sizes and seeds, because the error of a single tensor varies by several percent.
     """
     ours: dict[str, float] = collections.defaultdict(float)
     theirs: dict[str, float] = collections.defaultdict(float)
@@ -139,14 +139,14 @@ def test_error_is_at_most_torchs(dtype: torch.dtype) -> None:
             for name, w in want.items():
                 total[kind(name)] += ((got[name].double() - w).square().sum() / w.square().mean()).item()
     ratios = {name: round((ours[name] / theirs[name]) ** 0.5, 3) for name in ours}
-    assert max(ratios.values()) <= ERROR_RATIO[dtype], f"our RMS error over torch's: {ratios}"
+    assert max(ratios.values()) <= ERROR_RATIO[dtype], f"ratio of the RMS error to that of torch: {ratios}"
 
 
-# ---- differentiation
+# ---- derivatives
 
 
 def of_tensors(inputs: Inputs):
-    """lstm as a function of its differentiable tensors alone, and those tensors."""
+    """lstm as a function of its differentiable tensors, and these tensors."""
     hx = inputs.hx is not None
 
     def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -170,8 +170,8 @@ def test_gradgradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[0], *cases_like("P5")], ids=str)
-def test_a_gradient_penalty_is_the_definitions(case: Case) -> None:
-    """The second derivative through every saved activation: the gradient of the norm of the first."""
+def test_gradient_penalty_matches_the_definition(case: Case) -> None:
+    """The gradient of the norm of the first gradient, which depends on all saved activations."""
 
     def penalty(lstm) -> list[Tensor]:
         inputs = make_inputs(case, torch.float64, padding=0.0).map(lambda t: t.detach().requires_grad_())
@@ -185,7 +185,7 @@ def test_a_gradient_penalty_is_the_definitions(case: Case) -> None:
     assert_near(dict(enumerate(got)), dict(enumerate(want)), torch.float64)
 
 
-def test_backward_twice_through_a_kept_graph() -> None:
+def test_backward_twice_with_retain_graph() -> None:
     inputs = make_inputs(CASES[0], torch.float32)
     x = inputs.x.requires_grad_()
     y, _ = functional.lstm(x, inputs.hx, inputs.weights, **inputs.keywords())
@@ -194,7 +194,7 @@ def test_backward_twice_through_a_kept_graph() -> None:
     assert torch.equal(first, second)
 
 
-def test_a_weight_changed_in_place_before_backward_is_refused() -> None:
+def test_weight_modified_in_place_before_backward_raises() -> None:
     inputs = make_inputs(CASES[0], torch.float32).map(lambda t: t.detach().requires_grad_())
     y, _ = functional.lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_a_weight_changed_in_place_before_backward_is_refused() -> None:
 
 
 def test_no_input_features() -> None:
-    """D = 0: only the recurrence."""
+    """D = 0: only the recurrent projection."""
     inputs = make_inputs(Case(B=3, T=4, D=0, H=5, why="no features"), torch.float64)
     assert_near(run(functional.lstm, inputs), defined(inputs), torch.float64)
 
@@ -224,7 +224,7 @@ def op_arguments(case: Case, dtype: torch.dtype = torch.float32, grad: bool = Fa
 
 
 def backward_arguments(case: Case, dtype: torch.dtype = torch.float32) -> list:
-    """All that `lstm_backward` takes, as the forward pass leaves it."""
+    """Arguments of `lstm_backward`, from a forward pass."""
     inputs = make_inputs(case, dtype)
     forward = op_arguments(case, dtype)
     y, _, _, gates, cells = ops.lstm_forward(*forward)
@@ -253,8 +253,8 @@ def test_opcheck_backward(case: Case) -> None:
 
 
 @pytest.mark.parametrize("absent", [(1,), (2,), (1, 2)], ids=["h0", "c0", "both"])
-def test_an_absent_state_is_zero(absent: tuple[int, ...]) -> None:
-    """In the ops h0 and c0 may be absent one by one."""
+def test_default_state_is_zero(absent: tuple[int, ...]) -> None:
+    """The ops accept None for h0, c0 or both."""
     case = OP_CASES[2]
     inputs, full = make_inputs(case, torch.float32), list(op_arguments(case))
     some = [None if i in absent else a for i, a in enumerate(full)]
@@ -271,7 +271,7 @@ def test_an_absent_state_is_zero(absent: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("want_x, want_w", [(True, True), (True, False), (False, True), (False, False)])
-def test_backward_gives_what_is_wanted(want_x: bool, want_w: bool) -> None:
+def test_backward_computes_requested_gradients(want_x: bool, want_w: bool) -> None:
     arguments = backward_arguments(OP_CASES[2])
     dx, dh0, dc0, dw = ops.lstm_backward(*arguments)
     some = ops.lstm_backward(*arguments[:-4], want_x, want_w, *arguments[-2:])
@@ -329,7 +329,7 @@ def test_compile_without_a_graph_break(case: Case, train: bool) -> None:
 
 
 def test_compile_with_inductor() -> None:
-    """The default backend; needs a C++ compiler at run time for what surrounds the op."""
+    """The default backend requires a C++ compiler at run time."""
     import shutil
 
     if not shutil.which("c++") and not shutil.which("g++"):
@@ -340,7 +340,7 @@ def test_compile_with_inductor() -> None:
     assert_near(got, run_module(module, inputs), torch.float32)
 
 
-def test_compile_serves_every_length_with_at_most_one_more_compilation() -> None:
+def test_compile_with_dynamic_lengths() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     module = LSTM(5, 6)
     f = compiled(lambda x, lengths: module(x, lengths=lengths)[0], counter)
@@ -350,18 +350,18 @@ def test_compile_serves_every_length_with_at_most_one_more_compilation() -> None
     assert counter.frame_count <= 2
 
 
-# ---- bit for bit
+# ---- equal bits
 
 
 def canonical(case: Case, dtype: torch.dtype) -> Inputs:
-    """A ragged batch, time first, with states: what the forms below rearrange."""
+    """A batch with lengths and states, time first, which the tests convert to other forms."""
     assert case.lengths is not None and not case.packed and not case.batch_first
     return make_inputs(case, dtype)
 
 
 @dtypes
 @ragged_cases
-def test_packed_equals_padded_equals_one_at_a_time(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(case: Case, dtype: torch.dtype, isa: str) -> None:
     inputs = canonical(case, dtype)
     padded = run(functional.lstm, inputs)
     assert_same_bits(as_packed(inputs), padded, SEQUENCE)
@@ -376,8 +376,8 @@ def test_packed_equals_padded_equals_one_at_a_time(case: Case, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @ragged_cases
-def test_a_sequence_does_not_feel_its_batch(case: Case, dtype: torch.dtype, isa: str) -> None:
-    """Another order, part of the batch, and more padding: the same bits for the sequences that are there."""
+def test_bits_of_a_sequence_are_independent_of_its_batch(case: Case, dtype: torch.dtype, isa: str) -> None:
+    """Another order, a part of the batch, and more padding give the same bits."""
     inputs = canonical(case, dtype)
     whole = run(functional.lstm, inputs)
     T = case.T
@@ -392,7 +392,7 @@ def test_a_sequence_does_not_feel_its_batch(case: Case, dtype: torch.dtype, isa:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("B", [2, 3, 7, 33])
-def test_a_dense_batch_equals_its_rows(B: int, dtype: torch.dtype, isa: str) -> None:
+def test_dense_batch_has_the_bits_of_its_rows(B: int, dtype: torch.dtype, isa: str) -> None:
     case = Case(B=B, T=4, D=19, H=70, bidirectional=True, why="dense")
     inputs = make_inputs(case, dtype)
     inputs.lengths = torch.full((B,), case.T)
@@ -402,13 +402,13 @@ def test_a_dense_batch_equals_its_rows(B: int, dtype: torch.dtype, isa: str) -> 
         assert_same_bits(alone, {s: whole[s][:, b : b + 1] for s in SEQUENCE}, SEQUENCE)
 
 
-THREADED = [c for c in CASES if c.B * c.T and (c.B * c.T * c.H * (c.D + c.H) > 100_000 or "everything" in c.why)]
+THREADED = [c for c in CASES if c.B * c.T and (c.B * c.T * c.H * (c.D + c.H) > 100_000 or "all options" in c.why)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", THREADED, ids=str)
-def test_the_number_of_threads_changes_nothing(case: Case, dtype: torch.dtype, isa: str) -> None:
-    """Weight gradients included."""
+def test_bits_are_independent_of_the_number_of_threads(case: Case, dtype: torch.dtype, isa: str) -> None:
+    """Includes weight gradients."""
     inputs = make_inputs(case, dtype)
     results = []
     for n in (1, 2, 3, 5):
@@ -420,8 +420,8 @@ def test_the_number_of_threads_changes_nothing(case: Case, dtype: torch.dtype, i
 
 @dtypes
 @pytest.mark.parametrize("case", THREADED, ids=str)
-def test_a_run_repeats_itself(case: Case, dtype: torch.dtype) -> None:
-    """Weight gradients included, whatever the memory in between was."""
+def test_repeated_runs_have_the_same_bits(case: Case, dtype: torch.dtype) -> None:
+    """Includes weight gradients, for different contents of new memory."""
     inputs = make_inputs(case, dtype)
     first = run(functional.lstm, inputs)
     for i in range(3):
@@ -439,7 +439,7 @@ def test_a_run_repeats_itself(case: Case, dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
-def test_a_stream_equals_one_long_call(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_several_calls_have_the_bits_of_one(case: Case, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     module = module_of(LSTM, inputs)
     with torch.no_grad():
@@ -453,7 +453,7 @@ def test_a_stream_equals_one_long_call(case: Case, dtype: torch.dtype, isa: str)
 
 @dtypes
 @cases
-def test_inference_equals_training(case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_inference_matches_training(case: Case, dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs(case, dtype)
     training = run(functional.lstm, inputs)
     with torch.no_grad():
@@ -461,7 +461,7 @@ def test_inference_equals_training(case: Case, dtype: torch.dtype, isa: str) -> 
     assert_same_bits({"y": y, "h_n": h_n, "c_n": c_n}, training, ("y", "h_n", "c_n"))
 
 
-def test_callers_in_several_threads_do_not_meet() -> None:
+def test_concurrent_calls() -> None:
     every = [make_inputs(c, torch.float32, seed=s) for c in THREADED[:4] for s in range(3)]
     want = [run(functional.lstm, inputs) for inputs in every]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -473,7 +473,7 @@ def test_callers_in_several_threads_do_not_meet() -> None:
 
 
 @dtypes
-def test_padding_is_never_read(dtype: torch.dtype, isa: str) -> None:
+def test_padding_is_not_read(dtype: torch.dtype, isa: str) -> None:
     case = Case(B=5, T=8, D=5, H=17, L=2, bidirectional=True, lengths=(3, 0, 1, 8, 5), why="NaN in the padding")
     nan, zero = (run(functional.lstm, make_inputs(case, dtype, padding=p)) for p in (float("nan"), 0.0))
     assert_same_bits(nan, zero)
@@ -481,15 +481,15 @@ def test_padding_is_never_read(dtype: torch.dtype, isa: str) -> None:
         assert not nan["y"][n:, b].any() and not nan["dx"][n:, b].any()
 
 
-def test_the_gradient_of_a_padded_output_is_never_read() -> None:
-    case = Case(B=4, T=6, D=5, H=7, bidirectional=True, lengths=(3, 0, 6, 1), why="NaN above the padding")
+def test_upstream_gradient_of_padding_is_not_read() -> None:
+    case = Case(B=4, T=6, D=5, H=7, bidirectional=True, lengths=(3, 0, 6, 1), why="NaN upstream of the padding")
     inputs = make_inputs(case, torch.float32)
     want = run(functional.lstm, inputs)
     inputs.dy[torch.arange(case.T).unsqueeze(1) >= inputs.lengths] = float("nan")
     assert_same_bits(run(functional.lstm, inputs), want)
 
 
-def test_a_zero_length_hands_its_state_through() -> None:
+def test_zero_length_returns_the_initial_state() -> None:
     case = Case(B=3, T=4, D=5, H=6, P=2, bidirectional=True, lengths=(0, 4, 0), why="zero lengths")
     inputs = make_inputs(case, torch.float32)
     got, empty = run(functional.lstm, inputs), [0, 2]
@@ -502,7 +502,7 @@ def test_a_zero_length_hands_its_state_through() -> None:
 
 @pytest.mark.parametrize("form", ["dense", "lengths"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_no_steps_gives_no_output_and_the_state_back(form: str, bidirectional: bool) -> None:
+def test_no_steps_return_the_initial_state(form: str, bidirectional: bool) -> None:
     module = LSTM(3, 5, num_layers=2, bidirectional=bidirectional)
     h0, c0 = torch.randn(2, module.num_layers * (1 + bidirectional), 4, 5).requires_grad_().unbind()
     keywords = {"lengths": torch.zeros(4, dtype=torch.int64)} if form == "lengths" else {}
@@ -514,7 +514,7 @@ def test_no_steps_gives_no_output_and_the_state_back(form: str, bidirectional: b
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_an_empty_batch_gives_empty_results_and_zero_gradients(batch_first: bool) -> None:
+def test_empty_batch_gives_zero_weight_gradients(batch_first: bool) -> None:
     module = LSTM(3, 5, batch_first=batch_first)
     x = torch.randn((0, 4, 3) if batch_first else (4, 0, 3), requires_grad=True)
     y, (h_n, c_n) = module(x)
@@ -525,7 +525,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(batch_first: bool
 
 
 @pytest.mark.parametrize("kind", ["list", "tuple", "int32", "int16", "uint8", "strided"])
-def test_lengths_come_in_any_integer_type(kind: str) -> None:
+def test_integer_types_of_lengths(kind: str) -> None:
     case = Case(B=4, T=6, D=5, H=7, lengths=(3, 0, 6, 1), why="lengths")
     inputs = make_inputs(case, torch.float32)
     module, want = module_of(LSTM, inputs), run(functional.lstm, inputs)
@@ -539,7 +539,7 @@ def test_lengths_come_in_any_integer_type(kind: str) -> None:
     assert_same_bits({"y": y, "h_n": h_n, "c_n": c_n}, want, ("y", "h_n", "c_n"))
 
 
-def test_module_equals_functional() -> None:
+def test_module_matches_functional() -> None:
     for case in CASES:
         inputs = make_inputs(case, torch.float32)
         keywords = {} if inputs.lengths is None else {"lengths": inputs.lengths}
@@ -551,34 +551,34 @@ def test_module_equals_functional() -> None:
 
 
 def turned(t: Tensor) -> Tensor:
-    """The same values with the dimensions laid out in reverse order."""
+    """The same values with the dimensions in reverse order in memory."""
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
 def expanded(t: Tensor) -> Tensor:
-    """The first entry of the first dimension for all of them, with stride 0."""
+    """The first entry of the first dimension, expanded with stride 0."""
     return t[:1].expand_as(t)
 
 
 @pytest.mark.parametrize("layout", [spread, turned, expanded, negated], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", [*CASES[:1], *cases_like("P5"), *cases_like("bf-lengths")], ids=str)
-def test_strides_do_not_matter(case: Case, layout, isa: str) -> None:
+def test_strides(case: Case, layout, isa: str) -> None:
     def lay_out(t: Tensor) -> Tensor:
         return layout(t)
 
-    def tidy(t: Tensor) -> Tensor:
+    def contiguous(t: Tensor) -> Tensor:
         return layout(t).clone(memory_format=torch.contiguous_format)
 
     inputs = make_inputs(case, torch.float32)
     if inputs.lengths is not None and layout is expanded:
         inputs.x = inputs.x.nan_to_num()
-    assert_same_bits(run(functional.lstm, inputs.map(lay_out)), run(functional.lstm, inputs.map(tidy)))
+    assert_same_bits(run(functional.lstm, inputs.map(lay_out)), run(functional.lstm, inputs.map(contiguous)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("offset", [1, 3])
-def test_an_offset_does_not_matter_and_what_lies_around_stays(dtype: torch.dtype, offset: int, isa: str) -> None:
-    """Inputs that start off alignment, between sentinels."""
+def test_unaligned_inputs_between_sentinels(dtype: torch.dtype, offset: int, isa: str) -> None:
+    """Inputs with an unaligned start, surrounded by sentinels, which remain unchanged."""
     case = Case(B=5, T=8, D=5, H=17, P=6, bidirectional=True, lengths=(3, 8, 0, 8, 5), why="guarded")
     inputs = make_inputs(case, dtype)
     want = run(functional.lstm, inputs)
@@ -598,7 +598,7 @@ def test_an_offset_does_not_matter_and_what_lies_around_stays(dtype: torch.dtype
 
 
 @cases
-def test_inputs_are_never_written(case: Case) -> None:
+def test_inputs_are_not_modified(case: Case) -> None:
     inputs = make_inputs(case, torch.float32)
     every = [t for t in (*inputs.differentiable(), inputs.batch_sizes, inputs.lengths) if t is not None]
     upstream = [inputs.dy, inputs.dh_n, inputs.dc_n]
@@ -611,7 +611,7 @@ def test_inputs_are_never_written(case: Case) -> None:
         )
 
 
-def test_outputs_share_no_memory_with_inputs_or_each_other() -> None:
+def test_outputs_do_not_alias_inputs_or_each_other() -> None:
     for case in (CASES[0], Case(B=3, T=0, D=3, H=5, why="h_n is h0"), Case(B=2, T=3, D=2, H=3, lengths=(0, 0), why="")):
         inputs = make_inputs(case, torch.float32)
         y, (h_n, c_n) = functional.lstm(inputs.x, inputs.hx, inputs.weights, **inputs.keywords())
@@ -619,8 +619,8 @@ def test_outputs_share_no_memory_with_inputs_or_each_other() -> None:
         assert len(set(every)) == len(every)
 
 
-def test_no_memory_stays_behind() -> None:
-    """Tensors alive before and after a training step are the same."""
+def test_no_memory_leaks() -> None:
+    """The same tensors are alive before and after a training step."""
     inputs = make_inputs(Case(B=9, T=20, D=24, H=96, L=2, bidirectional=True, why="leaks"), torch.float32)
 
     def alive() -> int:
@@ -634,7 +634,7 @@ def test_no_memory_stays_behind() -> None:
     assert alive() <= before
 
 
-# ---- what is asked of the introspection
+# ---- explain
 
 
 def test_explain_names_kernel_and_instruction_set(isa: str) -> None:

@@ -1,7 +1,7 @@
-"""Our layers and their definition against ONNX Runtime's LSTM, GRU and RNN, which know nothing of torch.
+"""Layers and their definition against LSTM, GRU and RNN of ONNX Runtime, which is independent of torch.
 
-What ONNX calls clip limits the argument of every activation but that of the cell's own tanh: our gate_clip. With
-input_forget the forget gate is 1 - i and the weights of f are not read: our coupled_gates.
+The clip of ONNX limits the arguments of all activations except tanh(c), like gate_clip. With input_forget, the forget
+gate is 1 - i and the weights of f are not read, like coupled_gates.
 
 Dimensions: B batch, T time, D input, H hidden, G gates.
 """
@@ -20,8 +20,8 @@ import seqkernels
 from seqkernels import reference
 from support.cases import assert_near, tuple_of
 
-onnx = pytest.importorskip("onnx", reason="onnx, which builds the models, is not installed")
-runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, the other side of every comparison, is not installed")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed; it builds the models")
+runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it computes the expected results")
 
 B, T, D, H = 4, 7, 5, 17
 LENGTHS = (3, 7, 1, 5)
@@ -34,7 +34,7 @@ sides = pytest.mark.parametrize("side", ["definition", "module"])
 
 @dataclasses.dataclass
 class Layer:
-    """Random inputs and one layer's weights by the names of our parameters, in our gate order."""
+    """Random inputs and weights of one layer, with the names and the gate order of seqkernels."""
 
     gates: int
     x: Tensor
@@ -47,7 +47,7 @@ class Layer:
         return ["_l0", "_l0_reverse"][: 1 + self.bidirectional]
 
     def onnx(self, name: str, order: Sequence[int | None], gates: int | None = None) -> Tensor:
-        """[directions, ...] the parameter's gates in ONNX's order; None: a gate that we do not have, filled with 9."""
+        """[directions, ...] a parameter in the gate order of ONNX. None: a gate that ONNX ignores, filled with 9."""
         rows = []
         for suffix in self.suffixes:
             parts = self.parameters[name + suffix].chunk(gates or self.gates)
@@ -56,7 +56,7 @@ class Layer:
 
 
 def layer(gates: int, states: int, bidirectional: bool, peepholes: int = 0) -> Layer:
-    """Weights so large that a clip at 0.7 cuts most of what it meets."""
+    """A layer whose weights are large enough for a clip at 0.7 to limit most pre-activations."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -73,7 +73,7 @@ def layer(gates: int, states: int, bidirectional: bool, peepholes: int = 0) -> L
 
 
 def of_runtime(op: str, layer: Layer, inputs: dict[str, Tensor | None], **attributes) -> dict[str, Tensor]:
-    """One node, run by ONNX Runtime on the CPU."""
+    """Runs one node with ONNX Runtime on the CPU."""
     inputs = {"X": layer.x} | inputs
     arrays = {name: t.numpy() for name, t in inputs.items() if t is not None}
     outputs = ["y", "h_n", "c_n"][: 1 + len(layer.hx)]
@@ -92,12 +92,12 @@ def of_runtime(op: str, layer: Layer, inputs: dict[str, Tensor | None], **attrib
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     y, *states = (torch.from_numpy(a) for a in session.run(None, arrays))
-    y = y.transpose(1, 2).flatten(2)  # [T, directions, B, H] there
+    y = y.transpose(1, 2).flatten(2)  # ONNX: [T, directions, B, H]
     return dict(zip(outputs, (y, *states), strict=True))
 
 
 def of_ours(side: str, name: str, layer: Layer, lengths: Sequence[int] | None, **options) -> dict[str, Tensor]:
-    """By the definition in float64, or by the module of that name."""
+    """Results of the definition in float64, or of the module."""
     lengths = None if lengths is None else torch.tensor(lengths)
     hx = layer.hx if len(layer.hx) > 1 else layer.hx[0]
     if side == "definition":
@@ -118,7 +118,7 @@ def of_ours(side: str, name: str, layer: Layer, lengths: Sequence[int] | None, *
 
 
 def weights_for_runtime(layer: Layer, order: Sequence[int | None], lengths: Sequence[int] | None) -> dict:
-    """The inputs that all three ops share."""
+    """Inputs shared by the three ops."""
     biases = [layer.onnx(name, order) for name in ("bias_ih", "bias_hh")]
     return {
         "W": layer.onnx("weight_ih", order),
@@ -140,7 +140,7 @@ def limit(clip: float | None) -> dict[str, float]:
 @pytest.mark.parametrize("coupled", [False, True], ids=["four", "coupled"])
 @pytest.mark.parametrize("peephole", [False, True], ids=["plain", "peephole"])
 def test_lstm(peephole: bool, coupled: bool, clip: float | None, lengths, bidirectional: bool, side: str) -> None:
-    """ONNX's gates are i, o, f, c and its peepholes i, o, f."""
+    """The gates of ONNX are i, o, f, c, and its peepholes i, o, f."""
     gates, peepholes = (3, 2) if coupled else (4, 3)
     drawn = layer(gates, 2, bidirectional, peepholes if peephole else 0)
     inputs = weights_for_runtime(drawn, (0, 2, None, 1) if coupled else (0, 3, 1, 2), lengths)
@@ -158,7 +158,7 @@ def test_lstm(peephole: bool, coupled: bool, clip: float | None, lengths, bidire
 @clips
 @pytest.mark.parametrize("reset_after", [True, False], ids=["after", "before"])
 def test_gru(reset_after: bool, clip: float | None, lengths, bidirectional: bool, side: str) -> None:
-    """ONNX's gates are z, r, h."""
+    """The gates of ONNX are z, r, h."""
     drawn = layer(3, 1, bidirectional)
     inputs = weights_for_runtime(drawn, (1, 0, 2), lengths)
     want = of_runtime("GRU", drawn, inputs, linear_before_reset=int(reset_after), **limit(clip))
@@ -180,9 +180,9 @@ def test_rnn(nonlinearity: str, clip: float | None, lengths, bidirectional: bool
 
 
 @sides
-def test_a_sequence_of_length_zero_is_zero_in_the_output(side: str) -> None:
-    """Its last states are not compared: ONNX Runtime makes them zero, we give the initial states back, as if the
-    sequence went on later. ONNX itself does not say."""
+def test_output_of_a_sequence_of_length_zero(side: str) -> None:
+    """The output is zero. The last states are not compared: ONNX Runtime returns zeros, seqkernels the initial states,
+    and ONNX does not specify them."""
     drawn, lengths = layer(4, 2, True), (0, 7, 2, 0)
     want = of_runtime("LSTM", drawn, weights_for_runtime(drawn, (0, 3, 1, 2), lengths) | {"initial_c": drawn.hx[1]})
     got = of_ours(side, "LSTM", drawn, lengths)

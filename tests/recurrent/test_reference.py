@@ -1,6 +1,6 @@
-"""The definition of the recurrent layers against each kind written once more in numpy, one token at a time.
+"""The definition of the recurrent layers against an independent numpy implementation, step by step.
 
-Dimensions: B batch, T time, D input, H hidden, P what is fed back (the projection size, or H), G gates.
+Dimensions: B batch, T time, D input, H hidden, P size of h (the projection size, or H), G gates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def few_threads(threads: None) -> None:
     torch.set_num_threads(1)
 
 
-# ---- every kind once more
+# ---- numpy implementation of all kinds
 
 
 def sigmoid(v: Array) -> Array:
@@ -42,14 +42,14 @@ def normalised(v: Array, eps: float) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """One step's: masks of this token, numbers of the layer."""
+    """Options of one step of one sequence."""
 
     heads: int = 1
     cell_clip: float = math.inf
     gate_clip: float = math.inf
     keep_h: Array | float = 0.0
     keep_c: Array | float = 0.0
-    candidate: Array | float = 1.0  # over its probability of keeping
+    candidate: Array | float = 1.0  # mask / (1 - p)
     fed: Array | float = 1.0
     norm_eps: float = 1e-5
 
@@ -58,7 +58,7 @@ class Options:
 
 
 def recurrent(w: dict[str, Array], h: Array, gate: int, heads: int) -> Array:
-    """[H] one gate's share of h, unit by unit; with heads a unit sees its own group of h alone."""
+    """[H] recurrent projection of one gate; with heads, a unit depends on the h of its own head."""
     result = np.zeros(H)
     group = H // heads
     for unit in range(H):
@@ -68,7 +68,7 @@ def recurrent(w: dict[str, Array], h: Array, gate: int, heads: int) -> Array:
 
 
 def gates_of(kind: str, w: dict[str, Array], x: Array, h: Array, o: Options) -> tuple[list[Array], list[Array]]:
-    """The shares of x and h in each gate; a gate that waits for another is not to be used."""
+    """Input and recurrent projections of each gate; that of a gate that depends on another gate is a placeholder."""
     count = len(w["w_ih"]) // H
     if not kind.endswith("_norm"):
         of_x = w["w_ih"] @ x + w.get("b_ih", 0)
@@ -82,7 +82,7 @@ def gates_of(kind: str, w: dict[str, Array], x: Array, h: Array, o: Options) -> 
 
 
 def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Options) -> list[Array]:
-    """The states after one token of one sequence."""
+    """States after one step of one sequence."""
     h, fed = states[0], states[0] * o.fed
     of_x, of_h = gates_of(kind, w, x, fed, o)
     pre = [a + b for a, b in zip(of_x, of_h, strict=True)]
@@ -119,13 +119,13 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
     elif kind.startswith("rnn"):
         new = [np.tanh(o.gate(pre[0])) if kind == "rnn_tanh" else np.maximum(o.gate(pre[0]), 0)]
     else:
-        carried = states[-1]  # c of a projected GRU
+        previous = states[-1]  # c of a projected GRU
         gate = sigmoid(o.gate(pre[0]))  # r, or f
         last = len(pre) - 1
         product = recurrent(w, gate * fed, last, o.heads) if kind in RESET_BEFORE else gate * of_h[last]
         n = np.tanh(o.gate(of_x[last] + product)) * o.candidate
         update = gate if kind.startswith("mgu") else 1 - sigmoid(o.gate(pre[1]))
-        value = update * n + (1 - update) * carried
+        value = update * n + (1 - update) * previous
         new = [value, value] if kind == "gru_projected" else [value]
     if "w_hr" in w:
         new[0] = w["w_hr"] @ new[0]
@@ -133,12 +133,12 @@ def step(kind: str, w: dict[str, Array], x: Array, states: list[Array], o: Optio
     return [k * before + (1 - k) * after for k, before, after in zip(keeps, (h, *states[1:]), new, strict=False)]
 
 
-# ---- a layer of either
+# ---- layers
 
 
 @dataclasses.dataclass
 class Drawn:
-    """A kind with options drawn at random, as far as they go together, and inputs."""
+    """A kind with a random combination of options, and inputs."""
 
     kind: str
     names: list[str]
@@ -153,7 +153,7 @@ class Drawn:
     numbers: list[float]
 
     def numpy(self) -> list[Array]:
-        """y and every c and s at every step, then the last states."""
+        """y, c and s of all steps, then the last states."""
         widths = [s.shape[-1] for s in self.states0]
         every = [np.zeros((T, B, self.directions * width)) for width in widths]
         last = [s.copy() for s in self.states0]
@@ -266,7 +266,9 @@ def drawn(kind: str, seed: int) -> Drawn:
     widths = (fed, H, H, H)[: has.states]
     states0 = [rng.normal(size=(directions, B, width)) for width in widths]
     if slstm:
-        states0[2] = np.abs(states0[2]) + 0.5  # a normaliser is positive; zero, after a reset, is a discontinuity
+        states0[2] = (
+            np.abs(states0[2]) + 0.5
+        )  # the normaliser must be positive; 0, as after a reset, is a discontinuity
     return Drawn(
         kind=kind,
         names=list(shapes),
@@ -287,8 +289,8 @@ kinds = pytest.mark.parametrize("kind", definition.KINDS)
 
 @pytest.mark.parametrize("seed", range(25))
 @kinds
-def test_a_layer_is_its_steps(kind: str, seed: int) -> None:
-    """In any combination of options and lengths; packed as well where the lengths allow it."""
+def test_layer_matches_its_steps(kind: str, seed: int) -> None:
+    """Random combinations of options and lengths; also packed if the lengths allow it."""
     case = drawn(kind, seed)
     want = case.numpy()
     for packed in (False, True)[: 1 + (case.lengths == [5, 5, 3])]:
@@ -299,7 +301,7 @@ def test_a_layer_is_its_steps(kind: str, seed: int) -> None:
             np.testing.assert_allclose(g, w, rtol=0, atol=1e-12)
 
 
-# ---- one kind by another: the definition, with the weights of both
+# ---- kinds expressed by other kinds
 
 
 def uniform(*shape: int) -> Tensor:
@@ -311,7 +313,7 @@ def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(g, w, rtol=0, atol=1e-13)
 
 
-def test_heads_are_a_block_diagonal_matrix() -> None:
+def test_heads_match_a_block_diagonal_matrix() -> None:
     x, w_ih, w_hh = uniform(T, B, D), uniform(3 * H, D), uniform(3 * H, H // 2)
     whole = torch.cat([torch.block_diag(*gate.chunk(2)) for gate in w_hh.chunk(3)])
     for kind in ("gru", "gru_before"):
@@ -319,7 +321,7 @@ def test_heads_are_a_block_diagonal_matrix() -> None:
         assert_same(got, definition.layer(kind, x, (None,), [w_ih, whole]))
 
 
-def test_coupled_gates_are_an_lstm_whose_forget_gate_is_turned_round() -> None:
+def test_coupled_gates_match_an_lstm_with_negated_forget_gate() -> None:
     """1 - sigmoid(v) = sigmoid(-v)."""
     x, weights = (
         uniform(T, B, D),
@@ -331,7 +333,7 @@ def test_coupled_gates_are_an_lstm_whose_forget_gate_is_turned_round() -> None:
 
 
 @pytest.mark.parametrize(("mgu", "gru"), [("mgu_after", "gru"), ("mgu", "gru_before")])
-def test_a_minimal_gated_unit_is_a_gru_of_one_gate(mgu: str, gru: str) -> None:
+def test_mgu_matches_a_gru_with_tied_gates(mgu: str, gru: str) -> None:
     """r = f, z = 1 - f."""
     x, weights = uniform(T, B, D), [uniform(2 * H, D), uniform(2 * H, H), uniform(2 * H), uniform(2 * H)]
     three = [torch.cat([w[:H], -w[:H], w[H:]]) for w in weights]
@@ -339,18 +341,18 @@ def test_a_minimal_gated_unit_is_a_gru_of_one_gate(mgu: str, gru: str) -> None:
     assert_same(got, definition.layer(gru, x, (None,), three))
 
 
-def test_a_projection_onto_everything_is_none() -> None:
+def test_identity_projection() -> None:
     x, h0, weights = uniform(T, B, D), uniform(1, B, H), [uniform(3 * H, D), uniform(3 * H, H)]
     got = definition.layer("gru_projected", x, (h0, h0), [*weights, torch.eye(H, dtype=torch.float64)])
     y, h_n = definition.layer("gru", x, (h0,), weights)
     assert_same(got, (y, h_n, h_n, y))
 
 
-# ---- differentiation
+# ---- derivatives
 
 
 def of_tensors(case: Drawn) -> tuple[Callable, list[Tensor]]:
-    """The layer as a function of its differentiable tensors, and those."""
+    """The layer as a function of its differentiable tensors, and these tensors."""
     n, m = len(case.states0), case.masks
     masks = {name: torch.from_numpy(mask) for name, mask in m.items()}
     reset = None if case.reset is None else torch.from_numpy(case.reset)
@@ -378,7 +380,7 @@ def test_gradients_of_first_and_second_order(kind: str) -> None:
 
 @kinds
 def test_transforms(kind: str) -> None:
-    """jvp is the transpose of vjp, forward over reverse runs, and vmap is a loop."""
+    """jvp is the transpose of vjp, forward over reverse works, and vmap matches a loop."""
     function, tensors = of_tensors(drawn(kind, 7))
     outputs, pull = torch.func.vjp(function, *tensors)
     tangents, upstream = tuple(uniform(*t.shape) for t in tensors), tuple(uniform(*o.shape) for o in outputs)
@@ -394,9 +396,8 @@ def test_transforms(kind: str) -> None:
         assert_same(tuple(g[i] for g in got), function(x, *tensors[1:]))
 
 
-def test_the_cost_is_linear_in_time() -> None:
-    """Forward and backward, with every mask: 8 times as many steps may take 20 times as long, where 64 would be
-    quadratic."""
+def test_cost_is_linear_in_the_number_of_steps() -> None:
+    """Forward and backward with all masks: 8 times the steps take at most 20 times as long, not 64 times."""
 
     def seconds(T: int) -> float:
         x, units = uniform(T, 2, 3).requires_grad_(), (T, 2, 4)
@@ -413,8 +414,8 @@ def test_the_cost_is_linear_in_time() -> None:
 # ---- the public functions
 
 
-def test_public_functions_choose_their_kind() -> None:
-    """By options and, for projections, by the number of weights."""
+def test_kinds_of_public_functions() -> None:
+    """The options and, for projections, the number of weights determine the kind."""
     x = uniform(T, B, D)
 
     def same(name: str, kind: str, states: int, weights: list[Tensor], **options) -> None:
@@ -449,8 +450,8 @@ def test_public_functions_choose_their_kind() -> None:
     same("rnn_relu", "rnn_relu", 1, gates(1))
 
 
-def test_layers_on_layers_with_masks() -> None:
-    """Masks go in layer by layer, and `input` multiplies a layer's input; batch first is a transpose."""
+def test_stacked_layers_with_masks() -> None:
+    """Masks are passed by layer, `input` multiplies the input of a layer, and batch_first is a transpose."""
     weights = [uniform(3 * H, D), uniform(3 * H, H), uniform(3 * H, H), uniform(3 * H, H)]
     x, reset = uniform(T, B, D), torch.rand(T, B) < 0.3
     masks = [
@@ -475,6 +476,6 @@ def test_layers_on_layers_with_masks() -> None:
     assert_same((y, h_n), (of_input.transpose(0, 1), torch.cat(last)))
 
 
-def test_a_number_of_weights_that_fits_nothing() -> None:
+def test_invalid_number_of_weights() -> None:
     with pytest.raises(ValueError, match="reference: weights must be those of the kind, got 7 in a direction"):
         definition.layer("lstm", uniform(T, B, D), (None, None), [uniform(4 * H, D), *[uniform(4 * H, H)] * 6])

@@ -1,4 +1,4 @@
-"""`seqkernels.nn.LSTM` in the place of `torch.nn.LSTM`: torch's own module tests with ours put in, and daily use."""
+"""`seqkernels.nn.LSTM` as a replacement of `torch.nn.LSTM`: torch's module tests, and typical usage."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ constructors = pytest.mark.parametrize("arguments", CONSTRUCTORS, ids=lambda a: 
 
 
 def pair(seed: int = 0, **arguments) -> tuple[LSTM, torch.nn.LSTM]:
-    """Ours and torch's, each made from the same seed."""
+    """The modules of seqkernels and torch with the same seed."""
     torch.manual_seed(seed)
     ours = LSTM(**arguments)
     torch.manual_seed(seed)
     return ours, torch.nn.LSTM(**arguments)
 
 
-# ---- torch's own tests
+# ---- tests of torch
 
 
 def module_info():
-    """torch's inputs and bad inputs of nn.LSTM, as its own suite tests it."""
-    pytest.importorskip("expecttest", reason="expecttest, which torch.testing._internal needs, is not installed")
-    pytest.importorskip("numpy", reason="numpy, which torch.testing._internal needs, is not installed")
+    """Inputs and invalid inputs of nn.LSTM in torch's test suite."""
+    pytest.importorskip("expecttest", reason="expecttest is not installed; torch.testing._internal requires it")
+    pytest.importorskip("numpy", reason="numpy is not installed; torch.testing._internal requires it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_modules
@@ -64,8 +64,8 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 @modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_torchs_samples(dtype: torch.dtype, training: bool) -> None:
-    """test_forward of torch's test_modules.py: against torch's reference function and against torch's class."""
+def test_samples_of_torch(dtype: torch.dtype, training: bool) -> None:
+    """test_forward of torch's test_modules.py, against the reference function and the class of torch."""
     for module, forward, reference, constructor in samples(dtype, training):
         got = module(*forward.args, **forward.kwargs)
         if reference is not None:
@@ -76,7 +76,7 @@ def test_torchs_samples(dtype: torch.dtype, training: bool) -> None:
 
 
 @modes
-def test_torchs_samples_differentiate(training: bool) -> None:
+def test_gradients_of_samples_of_torch(training: bool) -> None:
     """test_grad and test_gradgrad of torch's test_modules.py."""
     torch.set_num_threads(1)
     for module, forward, _, _ in samples(torch.float64, training, requires_grad=True):
@@ -94,7 +94,7 @@ def test_torchs_samples_differentiate(training: bool) -> None:
             assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
-def test_torchs_samples_in_other_strides() -> None:
+def test_samples_of_torch_with_strides() -> None:
     """test_non_contiguous_tensors of torch's test_modules.py."""
     for module, forward, _, _ in samples(torch.float32, True):
         spread = torch.utils._pytree.tree_map(lambda t: torch.stack([t, t], -1)[..., 0], forward.args)
@@ -103,7 +103,7 @@ def test_torchs_samples_in_other_strides() -> None:
 
 
 @modes
-def test_torchs_samples_survive_pickle_deepcopy_and_repr(training: bool) -> None:
+def test_pickle_deepcopy_and_repr_of_samples_of_torch(training: bool) -> None:
     """test_pickle and test_repr of torch's test_modules.py."""
     for module, forward, _, _ in samples(torch.float32, training):
         want = module(*forward.args)
@@ -113,7 +113,7 @@ def test_torchs_samples_survive_pickle_deepcopy_and_repr(training: bool) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_torchs_bad_samples(dtype: torch.dtype) -> None:
+def test_error_samples_of_torch(dtype: torch.dtype) -> None:
     """test_errors of torch's test_modules.py."""
     info, common = module_info()
     kinds = set()
@@ -130,11 +130,11 @@ def test_torchs_bad_samples(dtype: torch.dtype) -> None:
     assert len(kinds) == 2
 
 
-# ---- the same module
+# ---- modules
 
 
 @constructors
-def test_same_parameters_from_the_same_seed(arguments: dict) -> None:
+def test_parameters_match_torch(arguments: dict) -> None:
     ours, theirs = pair(**arguments)
     for (n, p), (m, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert n == m and torch.equal(p, q) and p.dtype == q.dtype and p.requires_grad
@@ -147,7 +147,7 @@ def test_same_parameters_from_the_same_seed(arguments: dict) -> None:
 
 
 @constructors
-def test_same_repr_and_attributes(arguments: dict) -> None:
+def test_repr_and_attributes_match_torch(arguments: dict) -> None:
     ours, theirs = pair(**arguments)
     assert repr(ours) == repr(theirs)
     for name in torch.nn.LSTM.__constants__:
@@ -155,7 +155,7 @@ def test_same_repr_and_attributes(arguments: dict) -> None:
     assert isinstance(ours, torch.nn.RNNBase) and not isinstance(ours, torch.nn.LSTM)
 
 
-def test_arguments_by_position() -> None:
+def test_positional_arguments() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours, theirs = pair(input_size=2, hidden_size=5)
@@ -166,7 +166,7 @@ def test_arguments_by_position() -> None:
 
 
 @constructors
-def test_state_dict_goes_both_ways(arguments: dict) -> None:
+def test_state_dict_exchange_with_torch(arguments: dict) -> None:
     ours, theirs = pair(**arguments)[0], pair(seed=1, **arguments)[1]
     x = torch.randn(4, 3, 5)
     before = theirs.eval()(x)[0]
@@ -182,7 +182,7 @@ def test_state_dict_goes_both_ways(arguments: dict) -> None:
     assert ours.weight_ih_l0.data_ptr() == theirs.weight_ih_l0.data_ptr()
 
 
-def test_a_whole_saved_module_loads(tmp_path) -> None:
+def test_saved_module_loads(tmp_path) -> None:
     ours, _ = pair(input_size=5, hidden_size=7)
     torch.save(ours, tmp_path / "module.pt")
     loaded = torch.load(tmp_path / "module.pt", weights_only=False)
@@ -190,7 +190,7 @@ def test_a_whole_saved_module_loads(tmp_path) -> None:
     assert torch.equal(loaded(x)[0], ours(x)[0])
 
 
-# ---- the same results
+# ---- results
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -199,7 +199,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("form", ["batched", "batch first", "unbatched", "packed", "unsorted"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 @pytest.mark.parametrize("P", [0, 3])
-def test_same_results_in_every_form(form: str, state: bool, P: int, dtype: torch.dtype) -> None:
+def test_results_match_torch_in_each_form(form: str, state: bool, P: int, dtype: torch.dtype) -> None:
     arguments = dict(input_size=5, hidden_size=7, num_layers=2, bidirectional=True, proj_size=P)
     ours, theirs = pair(**arguments, batch_first=form == "batch first", dtype=dtype)
     lengths = [2, 6, 1, 4]
@@ -216,7 +216,7 @@ def test_same_results_in_every_form(form: str, state: bool, P: int, dtype: torch
     hx = (torch.randn(4, *batch, P or 7, dtype=dtype), torch.randn(4, *batch, 7, dtype=dtype))
     call = (x, hx) if state else (x,)
     got, want = everything(ours, *call), everything(theirs, *call)
-    if dtype in (torch.bfloat16, torch.float16):  # torch rounds more often than we do: hold both to float64
+    if dtype in (torch.bfloat16, torch.float16):  # torch rounds more often: compare both with float64
         want = {n: t.to(dtype) for n, t in everything(theirs.double(), *to(call, torch.float64)).items()}
     assert_near(got, want, dtype)
 
@@ -227,7 +227,7 @@ def to(a, dtype: torch.dtype):
     return tuple(to(b, dtype) for b in a) if isinstance(a, tuple) else a.to(dtype)
 
 
-def test_a_packed_output_is_a_packed_sequence_like_torchs() -> None:
+def test_packed_output_matches_torch() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7)
     x = pack_sequence([torch.randn(n, 5) for n in (2, 6, 1)], enforce_sorted=False)
     (y, (h_n, _)), (z, (h, _)) = ours(x), theirs(x)
@@ -240,7 +240,7 @@ def test_a_packed_output_is_a_packed_sequence_like_torchs() -> None:
         assert torch.equal(h_n[0, b], pad_packed_sequence(y)[0][n - 1, b])
 
 
-def test_lengths_are_what_a_packed_round_trip_gives() -> None:
+def test_lengths_match_packing_and_unpacking() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7, num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(4, 6, 5), torch.tensor([2, 6, 1, 4])
     y, (h_n, c_n) = ours(x, lengths=lengths)
@@ -249,8 +249,8 @@ def test_lengths_are_what_a_packed_round_trip_gives() -> None:
     torch.testing.assert_close((h_n, c_n), (h, c))
 
 
-def test_the_outputs_strides_fit_views() -> None:
-    """`output.view(T, B, directions, H)` and `h_n.view(L, directions, B, H)`, as torch's documentation uses them."""
+def test_views_of_outputs() -> None:
+    """`output.view(T, B, directions, H)` and `h_n.view(L, directions, B, H)`, as in torch's documentation."""
     module = LSTM(5, 7, num_layers=2, bidirectional=True)
     y, (h_n, c_n) = module(torch.randn(6, 4, 5))
     forward, reverse = y.view(6, 4, 2, 7).unbind(2)
@@ -261,7 +261,7 @@ def test_the_outputs_strides_fit_views() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("form", ["dense", "packed"])
-def test_dropout_draws_what_torch_draws(dropout: float, form: str) -> None:
+def test_dropout_masks_match_torch(dropout: float, form: str) -> None:
     ours, theirs = pair(input_size=5, hidden_size=16, num_layers=3, dropout=dropout, bidirectional=True)
     x = torch.randn(6, 4, 5)
     x = pack_padded_sequence(x, torch.tensor([6, 5, 2, 1])) if form == "packed" else x
@@ -276,15 +276,15 @@ def test_dropout_draws_what_torch_draws(dropout: float, form: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.2, 0.5])
-def test_dropout_keeps_its_share_and_scales_it(dropout: float) -> None:
-    """A first layer that gives 1 everywhere, and a second that shows its input: what arrives is 0 or 1 / (1 - p)."""
+def test_dropout_rate_and_scale(dropout: float) -> None:
+    """The first layer returns ones and the second exposes its input, which is 0 or 1 / (1 - p)."""
     H, n = 8, 4000
     module = LSTM(1, H, num_layers=2, dropout=dropout)
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()
-        module.bias_ih_l0.fill_(50.0)  # every gate open, so c grows by one a step and h = tanh(c)
-        module.weight_ih_l1[2 * H : 3 * H] = torch.eye(H) * 0.1  # c of layer 1 takes half of tanh(0.1 x)
+        module.bias_ih_l0.fill_(50.0)  # all gates are 1, so that c grows by 1 per step and h = tanh(c)
+        module.weight_ih_l1[2 * H : 3 * H] = torch.eye(H) * 0.1  # c of layer 1 adds half of tanh(0.1 x)
         module.bias_ih_l1[:H] = 50.0
         module.bias_ih_l1[H : 2 * H] = -50.0
     _, (h_n, c_n) = module(torch.zeros(1, n, 1))
@@ -297,18 +297,18 @@ def test_dropout_keeps_its_share_and_scales_it(dropout: float) -> None:
     assert torch.equal(h_n[0], torch.full_like(h_n[0], h0)) or (h_n[0] - h0).abs().max() < 1e-6
 
 
-def test_dropout_differs_from_call_to_call_and_over_time() -> None:
+def test_dropout_masks_differ_between_calls_and_steps() -> None:
     module = LSTM(5, 7, num_layers=2, dropout=0.5)
     x = torch.randn(6, 4, 5)
     assert not torch.equal(module(x)[0], module(x)[0])
     assert torch.equal(module.eval()(x)[0], module(x)[0])
 
 
-# ---- what users do with a module
+# ---- usage
 
 
-def test_training_finds_the_same_weights() -> None:
-    """Twenty steps of Adam from the same seed stay together."""
+def test_training_matches_torch() -> None:
+    """Twenty steps of Adam with the same seed give close weights."""
     ours, theirs = pair(input_size=5, hidden_size=16, num_layers=2, bidirectional=True)
     g = torch.Generator().manual_seed(0)
     x, target = torch.randn(7, 4, 5, generator=g), torch.randn(7, 4, 32, generator=g)
@@ -328,7 +328,7 @@ def test_backward_in_eval_mode() -> None:
     assert_near(everything(ours.eval(), x), everything(theirs.eval(), x), torch.float32)
 
 
-def test_frozen_parameters_get_no_gradient_and_the_others_the_same() -> None:
+def test_frozen_parameters() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7)
     for module in (ours, theirs):
         module.weight_hh_l0.requires_grad_(False)
@@ -337,8 +337,8 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same() -> None:
     assert_near(everything(ours, x), everything(theirs, x), torch.float32)
 
 
-def test_a_state_shared_by_every_layer_gets_every_gradient() -> None:
-    """One learnable vector expanded over layers and batch, and a tensor that is both h0 and c0."""
+def test_gradient_of_a_shared_state() -> None:
+    """A parameter expanded over layers and batch, and a tensor used as h0 and c0."""
     ours, theirs = pair(input_size=5, hidden_size=7, num_layers=2, bidirectional=True)
     x, grads = torch.randn(6, 4, 5), []
     for module in (ours, theirs):
@@ -350,7 +350,7 @@ def test_a_state_shared_by_every_layer_gets_every_gradient() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_two_calls_add_their_gradients() -> None:
+def test_gradients_of_two_calls_accumulate() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7)
     a, b = torch.randn(6, 4, 5), torch.randn(2, 3, 5)
     for module in (ours, theirs):
@@ -359,7 +359,7 @@ def test_two_calls_add_their_gradients() -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_a_carried_state_differentiates_through_time() -> None:
+def test_gradient_through_states_of_several_calls() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7, num_layers=2)
     x = torch.randn(9, 4, 5)
     for module in (ours, theirs):
@@ -382,7 +382,7 @@ def test_tied_weights() -> None:
     assert_near(everything(ours, x), everything(theirs, x), torch.float32)
 
 
-def test_a_replaced_parameter_is_used() -> None:
+def test_replaced_parameter() -> None:
     ours, theirs = pair(input_size=5, hidden_size=7)
     w = torch.nn.Parameter(torch.randn(28, 7))
     for module in (ours, theirs):
@@ -429,7 +429,7 @@ def test_grad_through_torch_func() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_module_moves_between_dtypes() -> None:
+def test_module_conversion_of_dtype() -> None:
     ours, _ = pair(input_size=5, hidden_size=7)
     copied = copy.deepcopy(ours)
     x = torch.randn(6, 4, 5)
@@ -440,7 +440,7 @@ def test_module_moves_between_dtypes() -> None:
     assert ours.share_memory() is ours and torch.equal(ours(x)[0], ours(x)[0])
 
 
-def test_module_is_made_on_meta_and_filled() -> None:
+def test_module_on_meta_device() -> None:
     with torch.device("meta"):
         module = LSTM(5, 7)
     assert module.weight_ih_l0.is_meta
@@ -452,7 +452,7 @@ def test_module_is_made_on_meta_and_filled() -> None:
 
 
 def test_hooks_and_double_backward_through_a_training_loop() -> None:
-    """A gradient penalty, as a critic uses it."""
+    """A gradient penalty, as for the critic of a GAN."""
     ours, theirs = pair(input_size=5, hidden_size=7, dtype=torch.float64)
     seen, x = [], torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
     ours.register_forward_hook(lambda m, args, out: seen.append(out[0].shape))
@@ -475,7 +475,7 @@ def test_inference_mode() -> None:
         torch.testing.assert_close(ours(x, hx), theirs(x, hx))
 
 
-def test_a_subclass_with_its_own_forward() -> None:
+def test_subclass_with_another_forward() -> None:
     class Last(LSTM):
         def forward(self, x):
             return super().forward(x)[1][0][-1]
@@ -490,7 +490,7 @@ def test_a_subclass_with_its_own_forward() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("P", [0, 20])
 def test_long_ragged_training_step(bias: bool, P: int) -> None:
-    """A size like a user's, in float32, all gradients."""
+    """A realistic size in float32, with all gradients."""
     case = Case(
         B=12, T=60, D=40, H=64, L=2, P=P, bias=bias, bidirectional=True, packed=True,
         lengths=ragged(12, 60, ordered=True), why="a text classifier",
@@ -500,8 +500,8 @@ def test_long_ragged_training_step(bias: bool, P: int) -> None:
     assert_near(got, want, torch.float32)
 
 
-def test_every_option_at_once() -> None:
-    """All combinations of the constructor's options with both ways of giving a state."""
+def test_combinations_of_options() -> None:
+    """All combinations of constructor options, with and without a state."""
     x = torch.randn(3, 4, 5)
     choices = itertools.product([1, 2], [True, False], [True, False], [True, False], [0, 2], [True, False])
     for L, bias, batch_first, bidirectional, P, state in choices:

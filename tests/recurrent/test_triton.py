@@ -1,4 +1,4 @@
-"""The Triton kernels of recurrent layers against their definition, in float64."""
+"""Triton kernels of recurrent layers against their definition in float64."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PACKED = Case(lengths=(3, 2, 2), packed=True)
 
 
 def layer_of(kind: str, case: Case, dtype: torch.dtype, peephole: bool = False) -> tuple[list[Tensor], dict]:
-    """The differentiable arguments in order (x, states, weights), and the others. Beyond its length x is NaN."""
+    """The differentiable arguments (x, states, weights), and the others. Padding of x is NaN."""
     G, states = definition.KINDS[kind].gates, definition.KINDS[kind].states
 
     def normal(*shape: int) -> Tensor:
@@ -82,7 +82,7 @@ def layer_of(kind: str, case: Case, dtype: torch.dtype, peephole: bool = False) 
 
 
 def options_of(kind: str, case: Case, *names: str) -> dict:
-    """Masks that are given, and numbers."""
+    """Random masks, and numbers."""
 
     def mask(p: float) -> Tensor:
         return (torch.rand(*case.rows, case.directions * case.H) < p).to(torch.uint8)
@@ -102,7 +102,7 @@ def options_of(kind: str, case: Case, *names: str) -> dict:
 
 
 def results(run, kind: str, given: list[Tensor], arguments: dict, dtype: torch.dtype, every: bool) -> dict[str, Tensor]:
-    """Outputs and gradients by name; every output has an upstream gradient."""
+    """Outputs and gradients by name; all outputs have upstream gradients."""
     states = definition.KINDS[kind].states
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in given]
     outputs = run(kind, leaves[0], leaves[1 : 1 + states], leaves[1 + states :], **arguments)
@@ -117,7 +117,7 @@ def results(run, kind: str, given: list[Tensor], arguments: dict, dtype: torch.d
 
 
 def defined(kind: str, given: list[Tensor], arguments: dict, options: dict, every: bool) -> dict[str, Tensor]:
-    """NaN beyond a length would spread through the definition's products: there x is anything, here 0."""
+    """Replaces padding by 0, because the matrix products of the definition would propagate NaN."""
     given = [given[0].nan_to_num(0.0), *given[1:]]
     return results(definition.layer, kind, given, arguments | options, torch.float64, every)
 
@@ -148,7 +148,7 @@ def check(kind: str, case: Case, dtype: torch.dtype = torch.float64, *names: str
 
 @pytest.fixture
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where W_hh does not fit into shared memory."""
+    """Selects the steps tier, as if W_hh exceeds shared memory."""
     monkeypatch.setattr(launch, "shared_memory", lambda device, dtype: 0)
 
 
@@ -178,23 +178,23 @@ def test_step_by_step(kind: str):
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_sizes(kind: str):
-    """More sequences than a program takes and more units than the smallest tile; one direction, no biases, no state."""
+    """More sequences than a program and more units than the smallest tile; one direction, no biases, no state."""
     check(kind, Case(B=18, T=2, H=20, bidirectional=False, bias=False, state=False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_option(kind: str):
+def test_all_options(kind: str):
     check(kind, PADDED, torch.float64, *options_of(kind, PADDED), every=kind.startswith("lstm"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_option_packed(kind: str):
+def test_all_options_packed(kind: str):
     check(kind, dataclasses.replace(PACKED, bidirectional=False), torch.float64, *options_of(kind, PACKED))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zoneout_as_a_share(kind: str):
-    """Numbers alone, and no limits, as in evaluation."""
+def test_zoneout_constants(kind: str):
+    """Zoneout constants without clips, as in evaluation."""
     numbers = [math.inf, math.inf, 0.2, 0.3 if kind.startswith("lstm") else 0.0, 0.0, 1e-5]
     case = Case(T=2, bidirectional=False)
     given, arguments = layer_of(kind, case, torch.float64)
@@ -211,14 +211,14 @@ def test_dtypes(kind: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_every_c_and_recomputed_gates(kind: str):
+def test_all_states_and_recomputed_gates(kind: str):
     check(kind, PADDED, torch.float64, every=kind == "lstm")
     check(kind, PADDED, torch.float64, recompute=True)
 
 
 @on_hardware
-def test_functions_near_zero_and_far_from_it():
-    """tanh and sigmoid by way of a relu-free RNN and an LSTM: relative accuracy where the quotient would cancel."""
+def test_accuracy_of_activations():
+    """Relative accuracy of tanh and sigmoid near 0, where the quotient cancels, and far from 0."""
     x = torch.tensor([[[1e-4, 1e-2, 0.3, 0.62, 0.63, 3.0, 30.0, 1e4]]], device=DEVICE)
     for dtype in (torch.float32, torch.float64):
         H = x.shape[-1]
@@ -231,16 +231,16 @@ def test_functions_near_zero_and_far_from_it():
 
 @on_hardware
 @pytest.mark.parametrize("kind", ["lstm", "gru_before"])
-def test_again_is_the_same(kind: str):
+def test_repeated_runs_have_the_same_bits(kind: str):
     given, arguments = layer_of(kind, PADDED, torch.float32)
     first = ours(kind, given, arguments, {}, torch.float32)
     assert_same_bits(ours(kind, given, arguments, {}, torch.float32), first)
 
 
-# ---- the rest
+# ---- other properties
 
 
-def test_second_derivatives_are_the_definitions():
+def test_second_derivatives_match_the_definition():
     given, _ = layer_of("gru", DENSE, torch.float64)
 
     def second(layer) -> list[Tensor]:
@@ -254,7 +254,7 @@ def test_second_derivatives_are_the_definitions():
 
 
 @on_hardware
-def test_lengths_that_do_not_fit_read_nothing_outside():
+def test_invalid_lengths_do_not_read_out_of_bounds():
     given, _ = layer_of("lstm", Case(bidirectional=True), torch.float32)
     x, h0, c0, *weights = (t.to(DEVICE) for t in given)
     held = torch.full((9, *x.shape[1:]), math.nan, device=DEVICE)
@@ -269,7 +269,7 @@ def test_lengths_that_do_not_fit_read_nothing_outside():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_nothing_to_do(kind: str):
+def test_empty_inputs(kind: str):
     for case in (Case(T=0), Case(B=0), Case(lengths=(0, 0, 0))):
         given, arguments = layer_of(kind, case, torch.float64)
         want = defined(kind, given, arguments, {}, every=False)
@@ -285,7 +285,7 @@ def test_nothing_to_do(kind: str):
         ("lstm", dict(dtype=torch.int32), "dtype torch.int32 is none of"),
     ],
 )
-def test_what_is_not_supported(kind: str, change: dict, message: str):
+def test_unsupported(kind: str, change: dict, message: str):
     given, _ = layer_of("lstm", Case(bidirectional=False), torch.float64)
     x, h0, c0, *weights = (t.to(DEVICE) for t in given)
     if change.get("extras", Extras()).projected:
@@ -295,8 +295,8 @@ def test_what_is_not_supported(kind: str, change: dict, message: str):
         recurrent.layer(kind, x.to(dtype), [h0, c0], [w.to(dtype) for w in weights], **change)
 
 
-def test_what_fits_into_shared_memory():
-    """On an A100, H100 and a small consumer GPU."""
+def test_shared_memory_limits():
+    """For the shared memory of an A100, an H100 and a small consumer GPU."""
     for dtype, kind in itertools.product((torch.float32, *HALF), WHOLE):
         fits = {
             H: [recurrent.config(kind, dtype, H, kib << 10) is not None for kib in (163, 227, 99)]
@@ -307,7 +307,7 @@ def test_what_fits_into_shared_memory():
         assert fits[128][:2] == [dtype in HALF or kind.startswith("rnn")] * 2
 
 
-# ---- the public functions, and the choice of an implementation
+# ---- public functions and dispatch
 
 FUNCTIONS = {
     "lstm": {},
@@ -321,17 +321,17 @@ FUNCTIONS = {
 }
 
 
-def test_every_kind_is_chosen():
-    """The chooser does not import Triton: it has a list of its own."""
+def test_backend_lists_all_kinds():
+    """seqkernels.backend has a separate list of kinds, because it does not import Triton."""
     assert set(backend.TRITON_KINDS) == set(KINDS) == set(FUNCTIONS)
 
 
 def functional_results(
     kind: str, which: str | None, case: Case, dtype: torch.dtype, device: str, num_layers: int = 2, **more
 ) -> dict:
-    """Outputs and all gradients of one or two layers by the public function, of values with the precision of dtype.
+    """Outputs and all gradients of the public function for one or two layers, for values rounded to dtype.
 
-    The CPU computes in float64.
+    On the CPU, the computation is in float64.
     """
     torch.manual_seed(2)
     given, arguments = layer_of(kind, case, torch.float64)
@@ -371,7 +371,7 @@ def functional_results(
 @pytest.mark.parametrize("case", [DENSE, PADDED, PACKED], ids=["dense", "padded", "packed"])
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_functional(kind: str, case: Case):
-    """Against the CPU kernels in float64, which other tests hold to the definition."""
+    """Against the CPU kernels in float64, which other tests compare with the definition."""
     got = functional_results(kind, "triton", case, torch.float64, DEVICE)
     assert_near(got, functional_results(kind, "cpu", case, torch.float64, "cpu"), torch.float64)
 
@@ -414,7 +414,7 @@ def test_functional_cells(kind: str):
 
 
 def test_functional_compiled():
-    """One graph, of the ops of Triton."""
+    """One graph with the Triton ops."""
     given, _ = layer_of("gru", Case(bidirectional=False), torch.float32)
     x, h0, *weights = (t.to(DEVICE).requires_grad_() for t in given)
 
@@ -428,8 +428,8 @@ def test_functional_compiled():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ops_have_fakes(kind: str):
-    """What forward saves has the shape that tracing expects, with options and without."""
+def test_fakes_match_ops(kind: str):
+    """The saved tensor has the shape of the fake implementation, with and without options."""
     for options in ({}, dict(numbers=[math.inf, 0.6, 0.0, 0.0, 0.0, 1e-5])):
         given, _ = layer_of(kind, Case(bidirectional=False), torch.float64)
         states = definition.KINDS[kind].states
@@ -452,7 +452,7 @@ def no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu_kernels")
 @pytest.mark.parametrize("kind", KINDS)
-def test_triton_runs_where_the_build_has_no_cuda_kernels(kind: str):
+def test_triton_is_selected_without_cuda_kernels(kind: str):
     chosen = backend.choose("it", backend.RECURRENT, request("cuda", kind))
     assert chosen == "triton" and not backend.cuda_runs_on(torch.device("cuda"))
     assert backend.choose("it", backend.RECURRENT, request("cpu", kind)) == "cpu"
@@ -470,7 +470,7 @@ def test_triton_runs_where_the_build_has_no_cuda_kernels(kind: str):
         ([90], (9, 0), "cuda"),
     ],
 )
-def test_triton_runs_on_devices_that_the_build_does_not_cover(
+def test_triton_is_selected_for_unsupported_devices(
     built: list[int], capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
 ):
     info = {"cuda": True, "cuda_architectures": built}
@@ -503,7 +503,7 @@ def test_triton_runs_on_devices_that_the_build_does_not_cover(
         (dict(projected=True), "a projection must be absent"),
     ],
 )
-def test_what_triton_lacks_is_named(case: dict, reason: str):
+def test_reasons_against_triton(case: dict, reason: str):
     with pytest.raises(NotImplementedError, match=f"triton: {reason}"):
         backend.choose("it", backend.RECURRENT, request("cuda", **case))
     with pytest.raises(NotImplementedError, match=f"backend triton cannot run this call: {reason}"):
@@ -517,7 +517,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("no_gpu_kernels")
-def test_explain_tells_the_tier():
+def test_explain_tier():
     h100 = dict(capability=(9, 0), multiprocessors=132, shared_memory=232448)
     sizes = dict(T=10, B=40, D=64, H=64, device="cuda", **h100)
     found = seqkernels.explain("lstm", bidirectional=True, **sizes)
@@ -526,8 +526,8 @@ def test_explain_tells_the_tier():
     for change, kind, why in (
         (dict(H=129), "lstm", "H must be at most 128, got 129"),
         (dict(H=128), "lstm", "W_hh needs 569344 bytes of shared memory, a program has 232448"),
-        (dict(options=["zoneout_h"]), "lstm", "the kernels for all steps do not have zoneout_h"),
-        (dict(dtype=torch.float64), "lstm", "Triton does not compile chains of float64 products"),
+        (dict(options=["zoneout_h"]), "lstm", "the kernels for all steps do not support zoneout_h"),
+        (dict(dtype=torch.float64), "lstm", "Triton cannot compile chains of float64 products"),
         ({}, "mgu", "mgu has no kernel for all steps"),
     ):
         plan = seqkernels.explain(kind, **(sizes | change))["backward"]

@@ -1,6 +1,6 @@
-"""Every kind and option of the recurrent layers: the ops with masks that are given, then the modules that draw them.
+"""All kinds and options of the recurrent layers: the ops with given masks, and the modules, which draw masks.
 
-Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), G gates.
+Dimensions: B batch, T time, N packed rows, D input, H hidden, P size of h (the projection size, or H), G gates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ops = torch.ops.seqkernels
 
 @pytest.fixture(autouse=True)
 def few_threads(threads: None) -> None:
-    """These calls are too small for two threads; that their number changes no bit has a test of its own."""
+    """The calls are too small for two threads; a separate test compares numbers of threads."""
     torch.set_num_threads(1)
 
 
@@ -63,7 +63,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 float_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
-# ---- the ops: one layer, every mask given
+# ---- ops: one layer with given masks
 
 
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -87,8 +87,8 @@ def test_parity(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> N
 
 @pytest.mark.parametrize("case", EMPTY, ids=lambda case: case.why)
 @fullest
-def test_nothing_to_do(variant: Variant, case: Case) -> None:
-    """No outputs; the initial states are the last, and so are their gradients; all other gradients are zero."""
+def test_empty_inputs(variant: Variant, case: Case) -> None:
+    """Outputs are empty, the last states and their gradients equal the initial ones, all other gradients are zero."""
     call = make_call(variant, case, torch.float32)
     got, want = run(call), expected(variant, case, torch.float32)
     assert_near(got, want, torch.float32)
@@ -97,7 +97,7 @@ def test_nothing_to_do(variant: Variant, case: Case) -> None:
 
 
 @fullest
-def test_every_output_alone_has_its_gradient(variant: Variant) -> None:
+def test_gradient_of_each_output(variant: Variant) -> None:
     call = make_call(variant, CASES[0], torch.float64)
     for name in call.upstream:
         with one_thread():
@@ -107,9 +107,11 @@ def test_every_output_alone_has_its_gradient(variant: Variant) -> None:
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1.25), (torch.bfloat16, 1.0)], ids=["float32", "bfloat16"])
 @fullest
-def test_error_is_that_of_torchs_ops(variant: Variant, dtype: torch.dtype, most: float) -> None:
-    """RMS error against float64 over that of the definition in the same dtype, of outputs and of gradients. In float32
-    no layer of ours is far from 1, the plain ones included; in half types we round less often."""
+def test_error_does_not_exceed_the_error_of_the_definition(variant: Variant, dtype: torch.dtype, most: float) -> None:
+    """RMS error of outputs and gradients against float64, relative to that of the definition in the same dtype.
+
+    The ratio is about 1 in float32, and less than 1 in half types, where the kernels round less often.
+    """
     variant = Variant(variant.module, {k: o for k, o in variant.options.items() if "clip" not in k})
     case = Case(B=6, T=40, D=40, H=96, P=40, lengths=(40, 31, 31, 20, 7, 2), packed=True, why="a small model")
     ours, theirs = [0.0, 0.0], [0.0, 0.0]
@@ -122,11 +124,11 @@ def test_error_is_that_of_torchs_ops(variant: Variant, dtype: torch.dtype, most:
                 error = (got[name].double() - w).square().sum() / w.square().mean().clamp(min=1e-300)
                 total[name not in call.upstream] += error.item()
     ratios = [math.sqrt(a / b) for a, b in zip(ours, theirs, strict=True)]
-    assert max(ratios) <= most, f"our RMS error over that of torch's ops: {ratios}"
+    assert max(ratios) <= most, f"ratio of the RMS error to that of the definition: {ratios}"
 
 
 @fullest
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(variant: Variant) -> None:
+def test_gradients_are_independent_of_requires_grad_of_other_inputs(variant: Variant) -> None:
     call = make_call(variant, CASES[0], torch.float32)
     every = run(call)
     tensors, names = [call.x, *call.states0, *call.weights], [n for n in every if n.startswith("d")]
@@ -141,8 +143,8 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(variant: Variant)
 @dtypes
 @cases
 @fullest
-def test_inference_is_training(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
-    """The op that saves nothing gives the bits of the one that saves for backward."""
+def test_inference_matches_training(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
+    """The op without saved tensors has the bits of the op with saved tensors."""
     call = make_call(variant, case, dtype)
     outputs = by_op(call)
     for want, got in zip(outputs.values(), op(call)(*arguments(call)), strict=False):
@@ -152,7 +154,7 @@ def test_inference_is_training(variant: Variant, case: Case, dtype: torch.dtype,
 @dtypes
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 @fullest
-def test_recomputed_gates_change_no_bit(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
+def test_recomputed_gates_give_the_same_bits(variant: Variant, case: Case, dtype: torch.dtype, isa: str) -> None:
     call = make_call(variant, case, dtype)
     assert_same_bits(run(call, functools.partial(by_op, recompute=True)), run(call))
 
@@ -167,7 +169,7 @@ def test_recomputed_gates_of_every_variant(variant: Variant, case: Case) -> None
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], RAGGED], ids=str)
 @float_and_half
 @fullest
-def test_the_number_of_threads_changes_nothing(variant: Variant, dtype: torch.dtype, case: Case) -> None:
+def test_bits_are_independent_of_the_number_of_threads(variant: Variant, dtype: torch.dtype, case: Case) -> None:
     results = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -177,13 +179,13 @@ def test_the_number_of_threads_changes_nothing(variant: Variant, dtype: torch.dt
 
 
 def sequence(call: Call, b: int, n: int) -> Call:
-    """Sequence b alone, n steps of it."""
+    """A call with the first n steps of sequence b."""
     return call.by_row(lambda t: t[:n, b : b + 1], lambda t: t[:, b : b + 1], lengths=None)
 
 
 @float_and_half
 @fullest
-def test_packed_equals_padded_equals_one_at_a_time(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+def test_packed_padded_and_single_sequences_have_the_same_bits(variant: Variant, dtype: torch.dtype, isa: str) -> None:
     case, call = RAGGED, make_call(variant, RAGGED, dtype)
     padded, rows = run(call), run(packed(call, case))
     order = torch.argsort(call.lengths, descending=True, stable=True)
@@ -203,8 +205,8 @@ def test_packed_equals_padded_equals_one_at_a_time(variant: Variant, dtype: torc
 
 @float_and_half
 @variants
-def test_a_stream_equals_one_long_call(variant: Variant, dtype: torch.dtype, isa: str) -> None:
-    """The last states of one chunk begin the next; masks are cut with the input."""
+def test_several_calls_have_the_bits_of_one(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+    """The last states of a chunk are the initial states of the next; masks are split like the input."""
     case = Case(B=3, T=9, D=9, H=66, P=35, bidirectional=False, why="a stream")
     call = make_call(variant, case, dtype)
     whole, chunks, states0 = by_op(call), [], call.states0
@@ -219,21 +221,21 @@ def test_a_stream_equals_one_long_call(variant: Variant, dtype: torch.dtype, isa
 
 @float_and_half
 @variants
-def test_a_reset_begins_another_sequence(variant: Variant, dtype: torch.dtype, isa: str) -> None:
-    """Each sequence falls into segments; each of them alone gives the same bits, in either direction."""
+def test_reset_starts_a_new_sequence(variant: Variant, dtype: torch.dtype, isa: str) -> None:
+    """Resets split a sequence into segments. Each segment alone has the same bits, in both directions."""
     case = Case(B=4, T=8, D=9, H=66, P=35, lengths=(8, 3, 8, 6), why="with resets")
     call = make_call(variant, case, dtype)
     reset = torch.zeros(8, 4, dtype=torch.bool)
     reset[[3, 6], 0], reset[1, 1], reset[0, 2] = True, True, True
-    reset[7, 3] = True  # in the padding: nothing
+    reset[7, 3] = True  # no effect in padding
     call = dataclasses.replace(call, masks=call.masks | {"reset": reset})
     whole = run(call)
     for b, starts in enumerate([(0, 3, 6, 8), (0, 1, 3), (0, 8), (0, 6)]):
         for start, end in itertools.pairwise(starts):
             part = call.by_row(lambda t, b=b, s=start, e=end: t[s:e, b : b + 1], lambda t, b=b: t[:, b : b + 1])
             first, last = start == 0 and b != 2, end == case.lengths[b]
-            begin = torch.tensor([[first], [last]]).unsqueeze(-1)  # which directions begin with the given states
-            final = torch.tensor([[last], [start == 0]]).unsqueeze(-1)  # and which of them end with the last states
+            begin = torch.tensor([[first], [last]]).unsqueeze(-1)  # directions that begin with the given states
+            final = torch.tensor([[last], [start == 0]]).unsqueeze(-1)  # directions that end with the last states
             part = dataclasses.replace(
                 part,
                 lengths=None,
@@ -254,7 +256,7 @@ def test_a_reset_begins_another_sequence(variant: Variant, dtype: torch.dtype, i
 
 
 def scattered(call: Call) -> Call:
-    """Every tensor with strides of its own, and masks too."""
+    """The call with strided tensors and masks."""
 
     def strided(t: Tensor) -> Tensor:
         return spread(t) if t.is_floating_point() else torch.stack([t, 1 - t.to(torch.uint8)], -1).to(t.dtype)[..., 0]
@@ -267,13 +269,13 @@ def scattered(call: Call) -> Call:
 
 @cases
 @fullest
-def test_strides_do_not_matter(variant: Variant, case: Case) -> None:
+def test_strides(variant: Variant, case: Case) -> None:
     call = make_call(variant, case, torch.float32)
     assert_same_bits(run(scattered(call)), run(call))
 
 
 @fullest
-def test_inputs_are_never_written(variant: Variant) -> None:
+def test_inputs_are_not_modified(variant: Variant) -> None:
     call = make_call(variant, RAGGED, torch.float32)
     tensors = [call.x, *call.states0, *call.weights, *call.masks.values(), *call.upstream.values()]
     before = [t.clone() for t in tensors]
@@ -281,11 +283,11 @@ def test_inputs_are_never_written(variant: Variant) -> None:
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(tensors, before, strict=True))
 
 
-# ---- the ops: differentiation and torch's own checks
+# ---- ops: derivatives and opcheck
 
 
 def of_tensors(call: Call) -> tuple[Callable, list[Tensor]]:
-    """The op as a function of its differentiable tensors, and those."""
+    """The op as a function of its differentiable tensors, and these tensors."""
     call = call.map(lambda t: t.nan_to_num())
     n = len(call.states0)
 
@@ -309,7 +311,7 @@ def test_gradcheck_of_every_entry(variant: Variant) -> None:
 
 
 def alternating(of: list[Case]):
-    """Each kind with one of the cases: what it has to do with the form of the input, all kinds do by the same code."""
+    """Pairs each kind with one of the cases, because all kinds share the code for the forms of input."""
     pairs = [(variant, of[i % len(of)]) for i, variant in enumerate(FULLEST.values())]
     return pytest.mark.parametrize("variant, case", pairs, ids=list(FULLEST))
 
@@ -347,7 +349,7 @@ def test_opcheck(variant: Variant, case: Case) -> None:
 
 
 @fullest
-def test_the_saved_width_is_as_said(variant: Variant) -> None:
+def test_saved_width_matches_the_kind(variant: Variant) -> None:
     call = make_call(variant, CASES[0], torch.float32)
     saved = op(call, "_forward")(*arguments(call))[1 + len(variant.states)]
     assert saved.shape == (2, 21, seqkernels._C.recurrent_saved(variant.kind, 18, True))
@@ -356,7 +358,7 @@ def test_the_saved_width_is_as_said(variant: Variant) -> None:
 
 
 def inf(*others: float) -> list[float]:
-    """An op's numbers without clips."""
+    """The numbers argument of an op without clips."""
     return [math.inf, math.inf, *others, 1e-5]
 
 
@@ -404,8 +406,8 @@ WRONG_CALLS = [
 
 
 @pytest.mark.parametrize("kind, options, message", WRONG_CALLS, ids=lambda a: a if isinstance(a, str) else "")
-def test_ops_check_their_options(kind: str, options: dict, message: str) -> None:
-    """Called directly, without the checks of modules and functions."""
+def test_option_errors_of_ops(kind: str, options: dict, message: str) -> None:
+    """Direct calls, without the checks of modules and functions."""
     plain = {variant.kind: variant for variant in reversed(VARIANTS)}[kind]
     case = Case(B=2, T=3, D=2, H=6, P=2, bidirectional=False, reset=False, why="plain")
     call = make_call(plain, case, torch.float32)
@@ -419,7 +421,7 @@ def test_ops_check_their_options(kind: str, options: dict, message: str) -> None
         op(call, "_backward")(*inputs, y, *rest[n - 1 :], True, True, **options)
 
 
-# ---- the modules, without masks: in evaluation
+# ---- modules in evaluation, without masks
 
 D, H, P = 5, 18, 7
 SHARED = {
@@ -434,7 +436,7 @@ forms = pytest.mark.parametrize("form", ["dense", "batch_first", "unbatched", "l
 
 
 def make(variant: Variant, *, L: int = 1, random_weights: bool = False, **arguments) -> torch.nn.Module:
-    """The module; with random weights also where it would begin with ones and zeros."""
+    """The module; random_weights also replaces parameters that are initialized with ones or zeros."""
     options = variant.options | ({"proj_size": P} if variant.projected else {})
     torch.manual_seed(0)
     module = getattr(seqkernels.nn, variant.module)(D, H, num_layers=L, **options, **arguments)
@@ -446,14 +448,14 @@ def make(variant: Variant, *, L: int = 1, random_weights: bool = False, **argume
 
 
 def weights_of(module: torch.nn.Module, variant: Variant) -> list[Tensor]:
-    """In the ops' order."""
+    """Weights in the order of the ops."""
     suffixes = ["", "_reverse"][: 1 + module.bidirectional]
     names = [f"{n}_l{i}{s}" for i in range(module.num_layers) for s in suffixes for n in variant.weights(D, H, P)]
     return [getattr(module, name) for name in names]
 
 
 def defined(module: torch.nn.Module, variant: Variant, x: Tensor, hx, **keywords):
-    """What the definition says of the module in evaluation, all states included."""
+    """Results of the definition for the module in evaluation, including all states."""
     left_out = ("proj_size", "bias", "nonlinearity", "variational_dropout")
     options = {k: o for k, o in variant.options.items() if k not in left_out}
     if variant.module in ("GRU", "MGU"):
@@ -468,7 +470,7 @@ def states_for(variant: Variant, B: int, L: int, directions: int, dtype: torch.d
     g = torch.Generator().manual_seed(3)
     widths = [P if variant.projected and s == "h" else H for s in variant.states]
     states = [torch.randn(L * directions, B, width, generator=g, dtype=dtype) for width in widths]
-    return [t.abs() + 0.5 if s == "n" else t for s, t in zip(variant.states, states)]  # a normaliser is positive
+    return [t.abs() + 0.5 if s == "n" else t for s, t in zip(variant.states, states)]  # the normaliser must be positive
 
 
 def as_argument(states: Sequence[Tensor]):
@@ -476,20 +478,20 @@ def as_argument(states: Sequence[Tensor]):
 
 
 def flat(result) -> list[Tensor]:
-    """Output, last states and all states, padded again where they are packed."""
+    """Output, last states and all states; packed results are padded."""
     leaves = torch.utils._pytree.tree_leaves(result, is_leaf=lambda r: isinstance(r, PackedSequence))
     return [pad_packed_sequence(r)[0] if isinstance(r, PackedSequence) else r for r in leaves]
 
 
 def weighted(outputs: Sequence[Tensor]) -> Tensor:
-    """A scalar that depends on every output, each in its own way."""
+    """A scalar that is a nonlinear function of all outputs."""
     return sum(((i + 1 + o) * o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for i, o in enumerate(outputs))
 
 
 @forms
 @variants
-def test_a_module_is_its_definition(variant: Variant, form: str) -> None:
-    """Two layers in both directions, with states, resets and all states; gradients too."""
+def test_module_matches_its_definition(variant: Variant, form: str) -> None:
+    """Two bidirectional layers with states, resets and all states, including gradients."""
     T, B, L = 5, 1 if form == "unbatched" else 4, 2
     batch_first = form == "batch_first"
     module = make(
@@ -529,7 +531,7 @@ def test_a_module_is_its_definition(variant: Variant, form: str) -> None:
 
 
 @fullest
-def test_a_function_is_its_module(variant: Variant) -> None:
+def test_functional_matches_module(variant: Variant) -> None:
     common = dict(bidirectional=True, batch_first=True, return_all_states=True)
     module = make(variant, L=2, random_weights=True, **common).eval()
     names = {"LSTM": "lstm", "NestedLSTM": "nested_lstm", "SLSTM": "slstm", "GRU": "gru", "MGU": "mgu"}
@@ -543,7 +545,7 @@ def test_a_function_is_its_module(variant: Variant) -> None:
 
 
 @fullest
-def test_all_states_hold_the_output_and_the_last_states(variant: Variant) -> None:
+def test_all_states_contain_the_output_and_the_last_states(variant: Variant) -> None:
     module = make(variant, L=2, return_all_states=True)
     x = torch.randn(4, 3, D)
     y, last, every = module(x)
@@ -558,7 +560,7 @@ def test_all_states_hold_the_output_and_the_last_states(variant: Variant) -> Non
 
 
 @fullest
-def test_memory_efficient_changes_no_bit(variant: Variant) -> None:
+def test_memory_efficient_gives_the_same_bits(variant: Variant) -> None:
     """In training, with the same masks."""
     x, results = torch.randn(6, 4, D), []
     for memory_efficient in (False, True):
@@ -572,8 +574,8 @@ def test_memory_efficient_changes_no_bit(variant: Variant) -> None:
 
 
 @fullest
-def test_memory_efficient_keeps_less(variant: Variant) -> None:
-    """What autograd holds between forward and backward."""
+def test_memory_efficient_saves_memory(variant: Variant) -> None:
+    """Memory saved by autograd between forward and backward."""
     held = []
     for memory_efficient in (False, True):
         module, sizes = make(variant, memory_efficient=memory_efficient), []
@@ -618,20 +620,20 @@ def test_compile_without_a_graph_break(kind: str, form: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-# ---- the modules, with masks: in training
+# ---- modules in training, with masks
 
 
 def assert_drawn(mask: Tensor, rate: float) -> None:
-    """Independent draws: along every dimension, the share of ones in each slice is that of so many draws."""
+    """Asserts independent draws: along each dimension, the rate of ones is within 5 standard deviations."""
     for dim, size in enumerate(mask.shape):
         others = [d for d in range(mask.dim()) if d != dim]
         n = mask.numel() / size
         error = (mask.double().mean(others) - rate).abs().max() / math.sqrt(rate * (1 - rate) / n)
-        assert error < 5, f"along dimension {dim} a share of ones is {error:.1f} standard deviations off {rate}"
+        assert error < 5, f"along dimension {dim}, the rate of ones is {error:.1f} standard deviations off {rate}"
 
 
 def probe(module: str, units: int = 40, inputs: int = 1, **options) -> torch.nn.Module:
-    """A module of zeros, to be filled in by what a test wants to see."""
+    """A module with zero parameters, some of which the test then fills."""
     module = getattr(seqkernels.nn, module)(inputs, units, **options)
     with torch.no_grad():
         for p in module.parameters():
@@ -640,7 +642,7 @@ def probe(module: str, units: int = 40, inputs: int = 1, **options) -> torch.nn.
 
 
 def fill(module: torch.nn.Module, name: str, *values: float | Tensor) -> None:
-    """Each gate's part of the parameters of that name, in all layers and directions."""
+    """Fills the part of each gate in the parameters of that name, in all layers and directions."""
     with torch.no_grad():
         for key, p in module.named_parameters():
             if key.startswith(name):
@@ -648,18 +650,18 @@ def fill(module: torch.nn.Module, name: str, *values: float | Tensor) -> None:
                     part.copy_(torch.as_tensor(value).expand_as(part))
 
 
-LOW, HIGH = -200.0, 50.0  # a sigmoid of exactly 0 and 1
+LOW, HIGH = -200.0, 50.0  # their sigmoids are exactly 0 and 1
 
 
 def by_direction(t: Tensor) -> Tensor:
-    """[T, B, directions, H], each direction in the order of its own steps."""
+    """[T, B, directions, H] with the steps of each direction in the order of computation."""
     forward, backward = t.unflatten(-1, (2, -1)).unbind(2)
     return torch.stack([forward, backward.flip(0)], 2)
 
 
 @pytest.mark.parametrize("module", ["RNN", "GRU", "MGU"])
-def test_zoneout_keeps_units_of_h_at_its_rate(module: str) -> None:
-    """h without zoneout is another value at every step: where it stays, the unit was kept."""
+def test_zoneout_rate_of_h(module: str) -> None:
+    """h differs at each step without zoneout, so equal values show units that zoneout keeps."""
     T, B, rate = 25, 30, 0.3
     layer = probe(module, bidirectional=True, zoneout_h=rate)
     fill(layer, "weight_ih", *{"RNN": [1.0], "GRU": [0.0, 0.0, 1.0], "MGU": [0.0, 1.0]}[module])
@@ -673,21 +675,21 @@ def test_zoneout_keeps_units_of_h_at_its_rate(module: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"coupled_gates": True}, {"layer_norm": True}], ids=str)
-def test_zoneout_keeps_units_of_c_at_its_rate(options: dict) -> None:
-    """c is tanh of another value at every step. h is made of c before zoneout: it goes on where c stays."""
+def test_zoneout_rate_of_c(options: dict) -> None:
+    """c differs at each step without zoneout. h is computed from c before zoneout and changes at each step."""
     T, B, rate = 25, 30, 0.2
     layer = probe("LSTM", bidirectional=True, zoneout_c=rate, return_all_states=True, **options)
     three = bool(options.get("coupled_gates"))
     fill(layer, "weight_ih", *([0.0, 1.0, 0.0] if three else [0.0, 0.0, 1.0, 0.0]))
     fill(layer, "bias_ih", *([HIGH, 0.0, HIGH] if three else [HIGH, LOW, 0.0, HIGH]))
     x = torch.linspace(0.1, 1.5, T).view(T, 1, 1).expand(T, B, 1)
-    if options.get("layer_norm"):  # the normalised product says nothing; its shift does
+    if options.get("layer_norm"):  # the normalised projection is constant; the bias varies
         fill(layer, "bias_ih", HIGH, LOW, torch.linspace(0.1, 1.5, 40), HIGH)
         fill(layer, "bias_c", 0.5)
         want = torch.tanh(torch.linspace(0.1, 1.5, 40)).repeat(2).expand(T, B, 80)
         y, _, ((_, c),) = layer(x)
         kept = (by_direction(c) - by_direction(want)).abs() > 1e-3
-        first = kept[0]  # later steps keep what is the same already
+        first = kept[0]  # at later steps, units may be equal without being kept
         assert not by_direction(c)[0][first].any()
         assert_drawn(first, rate)
         torch.testing.assert_close(y, torch.full_like(y, math.tanh(0.5)))
@@ -701,8 +703,8 @@ def test_zoneout_keeps_units_of_c_at_its_rate(options: dict) -> None:
 
 
 @pytest.mark.parametrize("module", ["LSTM", "GRU", "MGU"])
-def test_recurrent_dropout_zeroes_candidates_at_its_rate(module: str) -> None:
-    """A cell that is its candidate at every step. Each layer and direction draws for itself."""
+def test_recurrent_dropout_rate(module: str) -> None:
+    """The state equals the candidate at each step. Each layer and direction has separate masks."""
     T, B, rate = 25, 20, 0.4
     layer = probe(module, num_layers=2, bidirectional=True, recurrent_dropout=rate, return_all_states=True)
     gates = {"LSTM": [HIGH, LOW, 1.0, 0.0], "GRU": [0.0, LOW, 1.0], "MGU": [HIGH, 1.0]}[module]
@@ -716,7 +718,7 @@ def test_recurrent_dropout_zeroes_candidates_at_its_rate(module: str) -> None:
 
 
 def test_recurrent_dropout_of_a_nested_lstm() -> None:
-    """Its candidate shows in the inner cell."""
+    """The inner cell exposes the candidate."""
     layer = probe("NestedLSTM", recurrent_dropout=0.4, return_all_states=True)
     fill(layer, "bias_ih", HIGH, LOW, 1.0, 0.0)
     fill(layer, "weight_inner_ih", 0.0, 0.0, torch.eye(40), 0.0)
@@ -728,7 +730,7 @@ def test_recurrent_dropout_of_a_nested_lstm() -> None:
 
 
 def of_form(x: Tensor, form: str) -> tuple[Tensor | PackedSequence, Tensor]:
-    """[T, B, ..] dense or packed with the longest sequences in the middle; and where it has tokens."""
+    """x [T, B, ..], dense or packed with unsorted lengths, and the mask of valid steps."""
     T, B = x.shape[:2]
     if form == "dense":
         return x, torch.ones(T, B, dtype=torch.bool)
@@ -737,8 +739,8 @@ def of_form(x: Tensor, form: str) -> tuple[Tensor | PackedSequence, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
-def test_variational_dropout_draws_once_for_a_sequence(form: str) -> None:
-    """Of h: h_t = 1 + m h_(t-1) shows m at every step but the first."""
+def test_variational_dropout_draws_one_mask_per_sequence(form: str) -> None:
+    """Masks of h: h_t = 1 + m h_(t-1) exposes m at each step except the first."""
     T, B, rate = 6, 40, 0.5
     layer = probe("RNN", nonlinearity="relu", bidirectional=True, variational_dropout=rate)
     fill(layer, "weight_hh", torch.eye(40))
@@ -749,7 +751,7 @@ def test_variational_dropout_draws_once_for_a_sequence(form: str) -> None:
     forward, backward = y.unflatten(-1, (2, -1)).unbind(2)
     for h, steps in ((forward, range(1, T)), (backward, range(T - 2, -1, -1))):
         step = 1 if h is forward else -1
-        mask = h[1 if step == 1 else 0] - 1  # the second step, where h before was 1
+        mask = h[1 if step == 1 else 0] - 1  # the second step, whose previous h is 1
         if step == -1:
             last = valid.sum(0) - 1
             mask = h[last - 1, torch.arange(B)] - 1
@@ -762,7 +764,7 @@ def test_variational_dropout_draws_once_for_a_sequence(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
 def test_variational_dropout_of_the_input(form: str) -> None:
-    """One draw for a sequence, for both directions; another for the next layer."""
+    """One mask per sequence for both directions, and another for the next layer."""
     T, B, rate = 6, 40, 0.25
     layer = probe(
         "RNN", inputs=40, nonlinearity="relu", bidirectional=True, variational_dropout=rate, return_all_states=True
@@ -780,17 +782,17 @@ def test_variational_dropout_of_the_input(form: str) -> None:
 
 
 @pytest.mark.parametrize("batch_sizes", [[3, 3, 2, 1], [1] * 300, [400, 7], []], ids=len)
-def test_places_in_steps_are_those_that_the_cpu_finds(batch_sizes: list[int]) -> None:
-    """As a CUDA device is told of them, without a copy."""
+def test_row_positions_match_the_cpu(batch_sizes: list[int]) -> None:
+    """The positions computed for CUDA devices, without a copy to the device."""
     sizes, x = torch.tensor(batch_sizes, dtype=torch.int64), torch.zeros(sum(batch_sizes), 1)
     _, wanted = _recurrent_extras.sequences_of(x, None, sizes)
-    found = _recurrent_extras.places_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
+    found = _recurrent_extras.positions_in_steps(sizes.cumsum(0) - sizes, sizes, len(x), x.device)
     assert torch.equal(found, wanted)
     assert found.tolist() == [j for size in batch_sizes for j in range(size)]
 
 
 @pytest.mark.parametrize("variant", [variant for variant in FULLEST.values() if variant.random], ids=str)
-def test_masks_follow_the_seed_and_are_drawn_in_training_alone(variant: Variant) -> None:
+def test_masks_depend_on_the_seed_and_on_training(variant: Variant) -> None:
     module, x = make(variant, L=2), torch.randn(5, 3, D)
 
     def output(seed: int) -> Tensor:
@@ -806,13 +808,13 @@ def test_masks_follow_the_seed_and_are_drawn_in_training_alone(variant: Variant)
     assert torch.equal(before, torch.get_rng_state())
 
 
-# ---- the modules: parameters and errors
+# ---- modules: parameters and errors
 
 
 @pytest.mark.parametrize("value", [1.0, -0.5, 0])
 @pytest.mark.parametrize("module, options", [("LSTM", {}), ("LSTM", {"layer_norm": True}), ("NestedLSTM", {})], ids=str)
 def test_forget_bias(module: str, options: dict, value: float) -> None:
-    """In every layer and direction; all else is drawn as without it. reset_parameters does it again."""
+    """Sets the bias in each layer and direction, also in reset_parameters, and leaves other parameters unchanged."""
 
     def made(**more) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -829,8 +831,8 @@ def test_forget_bias(module: str, options: dict, value: float) -> None:
 
 
 @variants
-def test_parameters_begin_as_told(variant: Variant) -> None:
-    """Names and shapes; gains are one, shifts of normalisations zero, all else uniform as in torch."""
+def test_initialization_of_parameters(variant: Variant) -> None:
+    """Names and shapes; gains are 1, shifts of normalisations 0, all others are uniform as in torch."""
     module, bound = make(variant, L=2, bidirectional=True), 1 / math.sqrt(H)
     shapes = {}
     for i, suffix in itertools.product((0, 1), ("", "_reverse")):
@@ -849,8 +851,8 @@ def test_parameters_begin_as_told(variant: Variant) -> None:
 
 @pytest.mark.parametrize("form", ["dense", "lengths", "packed", "unbatched"])
 @pytest.mark.parametrize("kind", ["lstm", "nested_lstm", "gru", "gru_projected", "mgu", "rnn_tanh"])
-def test_a_learned_initial_state(kind: str, form: str) -> None:
-    """Zero at first; where hx is absent it is every sequence's, and its gradient is the sum of theirs."""
+def test_learned_initial_state(kind: str, form: str) -> None:
+    """Initially zero; used for all sequences if hx is None, with the sum of their gradients."""
     variant, L = FULLEST[kind], 2
     module = make(variant, L=L, bidirectional=True, learn_initial_state=True).eval()
     names = [f"initial_{s}" for s in variant.states]
@@ -934,12 +936,12 @@ WRONG = [
 @pytest.mark.parametrize(
     "module, options, error, named", WRONG, ids=lambda a: str(a) if isinstance(a, (str, dict)) else ""
 )
-def test_wrong_options(module: str, options: dict, error: type, named: str) -> None:
+def test_invalid_options(module: str, options: dict, error: type, named: str) -> None:
     with pytest.raises(error, match=named):
         getattr(seqkernels.nn, module)(D, H, **options)
 
 
-def test_wrong_resets() -> None:
+def test_invalid_resets() -> None:
     module, x = seqkernels.nn.LSTM(D, H), torch.randn(4, 3, D)
     good = torch.zeros(4, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"reset.*\[4, 3\].*got.*\[3, 4\]"):

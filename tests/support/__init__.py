@@ -1,1 +1,1 @@
-"""Cases, inputs, comparisons and devices that several test files use."""
+"""Cases, inputs, comparisons and devices shared by the test files."""

@@ -1,6 +1,6 @@
-"""The cases that tests, fuzz runs and benches draw from, how inputs are made of them, and the tolerances.
+"""Cases for tests, fuzzing and benchmarks, their inputs, and the tolerances.
 
-Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), L layers.
+Dimensions: B batch, T time, N packed rows, D input, H hidden, P size of h (the projection size, or H), L layers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from seqkernels import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Largest error as a share of the largest value of the same tensor. Half types store h and round once per step.
+# Maximum error relative to the maximum of the tensor. Half types round h once per step.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
-# Our RMS error against float64 over that of torch.nn.LSTM in the same dtype on the same packed input.
+# Maximum ratio of the RMS errors of seqkernels and torch.nn.LSTM against float64, for the same dtype and packed input.
 ERROR_RATIO = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One input: dense, padded with `lengths`, or `packed` (then `lengths` are those of the packed sequences)."""
+    """An input: dense, padded with `lengths`, or `packed` with sequences of `lengths`."""
 
     B: int
     T: int
@@ -44,7 +44,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     packed: bool = False
     state: bool = True
-    gates: int = 4  # of the LSTM, whose state is a pair; other kinds have one state and no projection
+    gates: int = 4  # 4: LSTM, with two states; other kinds have one state and no projection
 
     def __post_init__(self) -> None:
         if self.lengths is not None:
@@ -59,7 +59,7 @@ class Case:
         return 2 if self.bidirectional else 1
 
     @property
-    def fed_back(self) -> int:
+    def h_size(self) -> int:
         return self.P or self.H
 
     @property
@@ -72,12 +72,12 @@ class Case:
         return "-".join([f"B{self.B}", f"T{self.T}", f"D{self.D}", f"H{self.H}", *flags, self.form])
 
     def weight_shapes(self) -> list[tuple[int, ...]]:
-        """In torch's order: per layer and direction w_ih, w_hh[, b_ih, b_hh][, w_hr]."""
+        """Shapes in torch's order: for each layer and direction w_ih, w_hh[, b_ih, b_hh][, w_hr]."""
         shapes: list[tuple[int, ...]] = []
         for layer in range(self.L):
             for _ in range(self.directions):
-                D = self.fed_back * self.directions if layer else self.D
-                shapes += [(self.gates * self.H, D), (self.gates * self.H, self.fed_back)]
+                D = self.h_size * self.directions if layer else self.D
+                shapes += [(self.gates * self.H, D), (self.gates * self.H, self.h_size)]
                 shapes += [(self.gates * self.H,)] * (2 * self.bias) + [(self.P, self.H)] * bool(self.P)
         return shapes
 
@@ -94,7 +94,7 @@ class Case:
 
 
 def ragged(B: int, T: int, *, zeros: bool = False, ordered: bool = False) -> tuple[int, ...]:
-    """B lengths up to T, at least one of them T; unsorted unless ordered; with zeros, some are 0."""
+    """B random lengths up to T, at least one of them T; `zeros`: some are 0; `ordered`: longest first."""
     draw = random.Random(1000 * B + T)
     lengths = [draw.randint(0 if zeros else 1, T) for _ in range(B)]
     lengths[draw.randrange(B)] = T
@@ -104,28 +104,28 @@ def ragged(B: int, T: int, *, zeros: bool = False, ordered: bool = False) -> tup
 
 
 CASES = [
-    Case(B=3, T=7, D=5, H=17, why="a tail in every direction"),
-    Case(B=1, T=1, D=1, H=1, why="the smallest"),
+    Case(B=3, T=7, D=5, H=17, why="a tail in each dimension"),
+    Case(B=1, T=1, D=1, H=1, why="minimal sizes"),
     Case(B=4, T=5, D=3, H=1, why="one hidden unit"),
     Case(B=4, T=5, D=1, H=6, why="one input feature"),
     Case(B=5, T=1, D=8, H=16, why="one step"),
-    Case(B=1, T=9, D=16, H=32, why="one sequence, whole vectors"),
-    Case(B=1, T=1, D=32, H=32, state=False, why="one step of a stream, from nothing"),
+    Case(B=1, T=9, D=16, H=32, why="one sequence, full vectors"),
+    Case(B=1, T=1, D=32, H=32, state=False, why="one step of a stream, without initial state"),
     Case(B=0, T=4, D=3, H=5, why="an empty batch"),
     Case(B=3, T=0, D=3, H=5, why="no steps"),
-    Case(B=0, T=0, D=3, H=5, why="nothing at all"),
+    Case(B=0, T=0, D=3, H=5, why="an empty batch without steps"),
     Case(B=0, T=3, D=3, H=5, P=2, L=2, bidirectional=True, lengths=(), why="an empty batch with lengths, stacked"),
     Case(B=2, T=0, D=3, H=5, P=2, L=2, bidirectional=True, lengths=(0, 0), why="no steps with lengths, stacked"),
-    Case(B=16, T=4, D=16, H=16, why="all of them one AVX-512 vector"),
+    Case(B=16, T=4, D=16, H=16, why="each dimension one AVX-512 vector"),
     Case(B=2, T=5, D=15, H=15, why="one below 16"),
     Case(B=6, T=3, D=33, H=33, why="one above two vectors; six rows fill a register tile"),
     Case(B=7, T=3, D=63, H=65, why="around 64; one row above a register tile"),
     Case(B=5, T=3, D=129, H=127, why="around 128"),
     Case(B=2, T=3, D=257, H=255, why="around 256: a K block and a tail"),
-    Case(B=3, T=2, D=300, H=256, why="a usual embedding on exactly one K block"),
+    Case(B=3, T=2, D=300, H=256, why="a typical embedding, exactly one K block"),
     Case(B=9, T=20, D=24, H=96, why="enough work for two threads, uneven rows"),
     Case(B=1, T=12, D=40, H=200, why="two threads on one sequence"),
-    Case(B=40, T=6, D=40, H=40, why="many rows, uneven shares"),
+    Case(B=40, T=6, D=40, H=40, why="many rows, uneven partition"),
     Case(B=130, T=3, D=10, H=8, why="more rows than a block of 128"),
     Case(B=2, T=150, D=4, H=8, why="a long loop"),
     Case(B=3, T=6, D=5, H=9, bias=False, why="no bias"),
@@ -133,14 +133,14 @@ CASES = [
     Case(B=3, T=6, D=5, H=9, L=3, why="stacked"),
     Case(B=3, T=6, D=5, H=17, P=4, why="projection"),
     Case(B=2, T=4, D=5, H=70, P=33, bias=False, why="projection without bias"),
-    Case(B=3, T=5, D=6, H=10, P=1, L=2, bidirectional=True, why="projection onto one, everything on"),
+    Case(B=3, T=5, D=6, H=10, P=1, L=2, bidirectional=True, why="projection to one column, all options"),
     Case(B=4, T=5, D=7, H=20, L=2, bidirectional=True, bias=False, batch_first=True, why="batch first, no bias"),
     Case(B=4, T=6, D=5, H=12, batch_first=True, lengths=(2, 6, 0, 3), why="batch first with lengths"),
     Case(B=5, T=8, D=5, H=17, lengths=(3, 8, 1, 8, 5), why="unsorted lengths"),
     Case(B=5, T=8, D=5, H=17, lengths=(0, 4, 0, 7, 0), state=False, why="zero lengths, the longest below T"),
-    Case(B=3, T=4, D=5, H=6, lengths=(0, 0, 0), why="nothing but zero lengths"),
-    Case(B=3, T=4, D=5, H=6, lengths=(4, 4, 4), why="lengths that shorten nothing"),
-    Case(B=6, T=9, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 9, zeros=True), why="all of it, lengths"),
+    Case(B=3, T=4, D=5, H=6, lengths=(0, 0, 0), why="only zero lengths"),
+    Case(B=3, T=4, D=5, H=6, lengths=(4, 4, 4), why="lengths equal to T"),
+    Case(B=6, T=9, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 9, zeros=True), why="full, lengths"),
     Case(B=33, T=10, D=20, H=48, bidirectional=True, lengths=ragged(33, 10, zeros=True), why="many rows with lengths"),
     Case(B=5, T=8, D=5, H=17, lengths=(8, 8, 5, 3, 1), packed=True, why="packed"),
     Case(B=4, T=4, D=3, H=8, lengths=(4, 3, 2, 1), packed=True, why="the batch shrinks at every step"),
@@ -149,7 +149,7 @@ CASES = [
     Case(B=8, T=30, D=6, H=16, lengths=(30, 2, 2, 1, 1, 1, 1, 1), packed=True, why="one long, the others short"),
     Case(
         B=6, T=9, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 9, ordered=True), packed=True,
-        why="everything on, packed",
+        why="all options, packed",
     ),
     Case(
         B=33, T=10, D=20, H=48, bidirectional=True, lengths=ragged(33, 10, ordered=True), packed=True,
@@ -158,10 +158,10 @@ CASES = [
     Case(B=9, T=20, D=24, H=96, L=2, bias=False, lengths=ragged(9, 20, ordered=True), packed=True, why="two threads"),
 ]  # fmt: skip
 
-# Small enough for numerical differentiation in every entry.
+# Small sizes for numerical differentiation.
 TINY = [
     Case(B=2, T=3, D=2, H=3, why="dense"),
-    Case(B=1, T=2, D=1, H=1, why="the smallest with a recurrence"),
+    Case(B=1, T=2, D=1, H=1, why="minimal sizes with a recurrence"),
     Case(B=2, T=2, D=2, H=2, bias=False, why="no bias"),
     Case(B=2, T=2, D=2, H=2, state=False, why="no initial state"),
     Case(B=2, T=3, D=2, H=2, bidirectional=True, why="both directions"),
@@ -169,11 +169,11 @@ TINY = [
     Case(B=3, T=3, D=2, H=2, lengths=(2, 0, 3), why="lengths"),
     Case(B=3, T=3, D=2, H=2, lengths=(3, 2, 1), packed=True, why="packed"),
     Case(B=2, T=2, D=2, H=2, L=2, why="stacked"),
-    Case(B=2, T=2, D=2, H=3, P=2, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="everything on, packed"),
+    Case(B=2, T=2, D=2, H=3, P=2, L=2, bidirectional=True, lengths=(2, 1), packed=True, why="all options, packed"),
     Case(B=2, T=2, D=2, H=2, bidirectional=True, batch_first=True, lengths=(1, 2), why="batch first, lengths"),
 ]
 
-# Sizes people train with: where our rounding error is held against torch's.
+# Typical sizes for training, to compare rounding errors with torch.
 REALISTIC = [
     Case(B=8, T=100, D=64, H=128, lengths=ragged(8, 100, ordered=True), packed=True, why="a small text model"),
     Case(B=4, T=60, D=128, H=256, lengths=ragged(4, 60, ordered=True), packed=True, why="wide"),
@@ -186,15 +186,15 @@ REALISTIC = [
     Case(B=6, T=50, D=64, H=96, P=48, lengths=ragged(6, 50, ordered=True), packed=True, why="projection"),
 ]  # fmt: skip
 
-# Ragged batches for "a sequence never feels its batch": the same data goes in packed, padded and one by one.
+# Batches of different lengths, to compare packed, padded and single sequences bit for bit.
 RAGGED = [
     Case(B=5, T=8, D=5, H=17, lengths=(3, 8, 1, 8, 5), why="tails"),
-    Case(B=1, T=6, D=3, H=33, lengths=(6,), why="already alone"),
+    Case(B=1, T=6, D=3, H=33, lengths=(6,), why="a single sequence"),
     Case(B=9, T=12, D=20, H=96, lengths=ragged(9, 12), why="enough work for two threads"),
     Case(B=40, T=5, D=16, H=40, lengths=ragged(40, 5), why="many rows"),
-    Case(B=4, T=6, D=65, H=129, lengths=(6, 2, 5, 6), why="over the block of 64 and 128"),
-    Case(B=3, T=3, D=300, H=257, lengths=(2, 3, 1), why="over the K block of 256"),
-    Case(B=6, T=7, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 7), why="everything on"),
+    Case(B=4, T=6, D=65, H=129, lengths=(6, 2, 5, 6), why="more than a block of 64 and 128"),
+    Case(B=3, T=3, D=300, H=257, lengths=(2, 3, 1), why="more than the K block of 256"),
+    Case(B=6, T=7, D=8, H=24, P=5, L=2, bidirectional=True, lengths=ragged(6, 7), why="all options"),
     Case(B=6, T=7, D=8, H=16, bias=False, bidirectional=True, lengths=ragged(6, 7), why="no bias"),
     Case(B=70, T=4, D=4, H=8, lengths=ragged(70, 4), why="more rows than a block of 64"),
     Case(B=1, T=4, D=24, H=260, lengths=(4,), why="one row of weights larger than a private cache"),
@@ -203,11 +203,11 @@ RAGGED = [
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of `lstm`, or of a kind with one state, in the case's form; an upstream gradient per output."""
+    """Arguments of `lstm`, or of a kind with one state, and upstream gradients of all outputs."""
 
     case: Case
     x: Tensor  # [T, B, D], [B, T, D] if batch_first, or packed rows [N, D]
-    hx: tuple[Tensor, ...] | None  # [L * directions, B, P] and, in an LSTM, [L * directions, B, H]
+    hx: tuple[Tensor, ...] | None  # h [L * directions, B, P] and, for an LSTM, c [L * directions, B, H]
     weights: list[Tensor]
     batch_sizes: Tensor | None
     lengths: Tensor | None
@@ -226,7 +226,7 @@ class Inputs:
         )
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same inputs with f applied to every floating-point tensor."""
+        """Applies f to all floating-point tensors."""
         return dataclasses.replace(
             self,
             x=f(self.x),
@@ -238,7 +238,7 @@ class Inputs:
         )
 
     def state_argument(self) -> tuple[Tensor, ...] | Tensor | None:
-        """hx as a user gives it."""
+        """hx as an argument of the public functions."""
         return self.hx[0] if self.hx is not None and len(self.hx) == 1 else self.hx
 
     def differentiable(self) -> list[Tensor]:
@@ -251,7 +251,7 @@ def batch_sizes_of(lengths: Sequence[int]) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, *, seed: int = 0, padding: float = math.nan) -> Inputs:
-    """Random inputs; weights as torch initialises them; `padding` stands wherever a length says nothing is."""
+    """Random inputs, with the weight initialization of torch. `padding`: value of the padding."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -261,8 +261,8 @@ def make_inputs(case: Case, dtype: torch.dtype, *, seed: int = 0, padding: float
     weights = [
         ((torch.rand(s, generator=g, dtype=torch.float64) * 2 - 1) * bound).to(dtype) for s in case.weight_shapes()
     ]
-    rows, states = case.directions * case.fed_back, case.L * case.directions
-    hx = (normal(states, case.B, case.fed_back) * 0.5, normal(states, case.B, case.H) * 0.5)
+    rows, states = case.directions * case.h_size, case.L * case.directions
+    hx = (normal(states, case.B, case.h_size) * 0.5, normal(states, case.B, case.H) * 0.5)
     batch_sizes = lengths = None
     if case.packed:
         N = sum(case.lengths)
@@ -281,12 +281,12 @@ def make_inputs(case: Case, dtype: torch.dtype, *, seed: int = 0, padding: float
 
 
 def run(lstm: Callable, inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n")) -> dict[str, Tensor]:
-    """Outputs and all gradients by name. `upstream` names the gradients that come from above."""
+    """Outputs and all gradients by name. `upstream`: names of the upstream gradients."""
     inputs = inputs.map(lambda t: t.detach().requires_grad_())
     y, states = lstm(inputs.x, inputs.state_argument(), inputs.weights, **inputs.keywords())
     outputs = dict(zip(("dy", "dh_n", "dc_n"), (y, *tuple_of(states)), strict=False))
     pairs = [(outputs[u], getattr(inputs, u).detach()) for u in upstream if u in outputs]
-    pairs = [(output, g) for output, g in pairs if output.requires_grad]  # T = 0: not all
+    pairs = [(output, g) for output, g in pairs if output.requires_grad]  # false for some outputs if T = 0
     wanted = inputs.differentiable()
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if pairs:
@@ -303,7 +303,7 @@ def tuple_of(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def one_thread():
-    """For what calls hundreds of small parallel loops: beside another busy process each may stall for milliseconds."""
+    """Runs on one thread. Small parallel loops may stall for milliseconds beside another busy process."""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -315,7 +315,7 @@ def one_thread():
 def defined(
     inputs: Inputs, upstream: Sequence[str] = ("dy", "dh_n", "dc_n"), definition: Callable = reference.lstm
 ) -> dict[str, Tensor]:
-    """What the definition says, in float64, of the inputs as their dtype has rounded them."""
+    """Results of the definition in float64, for the rounded inputs."""
     with one_thread():
         return run(definition, inputs.map(Tensor.double), upstream)
 
@@ -326,7 +326,7 @@ def weight_names(case: Case) -> list[str]:
 
 
 def module_of(cls: type[torch.nn.Module], inputs: Inputs, **arguments) -> torch.nn.Module:
-    """cls(...) for the case, with the inputs' weights."""
+    """A module of class cls for the case, with the weights of the inputs."""
     module = cls(**inputs.case.module_arguments() | arguments, dtype=inputs.x.dtype)
     with torch.no_grad():
         for p, w in zip(module.parameters(), inputs.weights, strict=True):
@@ -335,7 +335,7 @@ def module_of(cls: type[torch.nn.Module], inputs: Inputs, **arguments) -> torch.
 
 
 def run_module(module: torch.nn.Module, inputs: Inputs, **keywords) -> dict[str, Tensor]:
-    """What `run` gives, through a module that takes a PackedSequence or a dense tensor."""
+    """`run` for a module, with a PackedSequence or a dense tensor."""
     x, *hx = (t.detach().requires_grad_() for t in (inputs.x, *(inputs.hx or ())))
     argument = x if inputs.batch_sizes is None else PackedSequence(x, inputs.batch_sizes)
     state = tuple(hx) if len(hx) == 2 else hx[0] if hx else None
@@ -351,7 +351,7 @@ def run_module(module: torch.nn.Module, inputs: Inputs, **keywords) -> dict[str,
 
 
 def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Every tensor of `got` is within TOLERANCE[dtype] of `want`, as a share of the largest value; zeros are exact."""
+    """Asserts an error of at most TOLERANCE[dtype] relative to the maximum; zero tensors are exact."""
     assert got.keys() == want.keys()
     for name, w in want.items():
         g = got[name]
@@ -378,25 +378,25 @@ def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor], names: Seq
 
 BAG_MODES = ("sum", "mean", "max", "min")
 
-# One rounding, to the table's type, of a result computed in float32 or wider: half a unit in the last place of each
-# value, and what the wider type loses, as a share of the largest.
+# Maximum error of a result computed in float32 or wider and rounded once to the type of the table: half a unit in the
+# last place of each value (BAG_ROUNDING), and the error of the wider type relative to the maximum (BAG_SLACK).
 BAG_ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 BAG_SLACK = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BagCase:
-    """What is looked up: bags of the given lengths, one behind the other, or [B, L] without offsets.
+    """Bags of the given lengths, with offsets, or [B, L] without.
 
-    weights: "" for none; "same": of the table's dtype; "wide": float32. `trailing` indices lie behind the last offset.
-    rows: "any" of the table; "few": three of it, so that most repeat; "one" for all; "distinct": no row twice.
+    weights: "": none; "same": of the table's dtype; "wide": float32. trailing: indices beyond the last offset.
+    rows: "any": all rows; "few": three rows, which repeat; "one": a single row; "distinct": each row at most once.
     """
 
     E: int
     D: int
     lengths: tuple[int, ...]
     why: str
-    form: str = "offsets"  # "last": with the last offset; "2-D": without offsets
+    form: str = "offsets"  # "last": with include_last_offset; "2-D": without offsets
     trailing: int = 0
     padding_idx: int | None = None
     weights: str = ""
@@ -430,14 +430,14 @@ class BagCase:
 
 
 def bag_lengths(B: int, longest: int) -> tuple[int, ...]:
-    """B lengths from 0 to `longest`, both of them among the first few."""
+    """B random lengths from 0 to `longest`, beginning with 0 and `longest`."""
     draw = random.Random(1000 * B + longest)
     return tuple(([0, longest] + [draw.randint(0, longest) for _ in range(B)])[:B])
 
 
 BAG_CASES = [
-    BagCase(E=7, D=5, lengths=(2, 0, 3, 1), why="a tail in every direction, one bag empty"),
-    BagCase(E=1, D=1, lengths=(1,), why="the smallest"),
+    BagCase(E=7, D=5, lengths=(2, 0, 3, 1), why="a tail in each dimension, one bag empty"),
+    BagCase(E=1, D=1, lengths=(1,), why="minimal sizes"),
     BagCase(E=1, D=8, lengths=(3, 5), why="one row"),
     BagCase(E=9, D=1, lengths=(4, 0, 3), weights="same", why="one column"),
     BagCase(E=9, D=1, lengths=bag_lengths(40, 9), padding_idx=3, why="one column, many bags"),
@@ -445,15 +445,15 @@ BAG_CASES = [
     BagCase(E=5, D=4, lengths=(), why="no bags"),
     BagCase(E=5, D=4, lengths=(), form="last", why="no bags, but a last offset"),
     BagCase(E=5, D=4, lengths=(), form="2-D", why="no bags, 2-D"),
-    BagCase(E=5, D=4, lengths=(0, 0, 0), weights="same", why="nothing but empty bags"),
-    BagCase(E=5, D=4, lengths=(0, 0), form="2-D", why="nothing but empty bags, 2-D"),
+    BagCase(E=5, D=4, lengths=(0, 0, 0), weights="same", why="only empty bags"),
+    BagCase(E=5, D=4, lengths=(0, 0), form="2-D", why="only empty bags, 2-D"),
     BagCase(E=0, D=4, lengths=(0, 0), why="a table without rows"),
-    BagCase(E=6, D=3, lengths=(0, 0, 4, 0), why="empty bags around the only full one"),
-    BagCase(E=11, D=8, lengths=(3,) * 5, form="2-D", why="2-D, a whole vector"),
+    BagCase(E=6, D=3, lengths=(0, 0, 4, 0), why="empty bags around one with indices"),
+    BagCase(E=11, D=8, lengths=(3,) * 5, form="2-D", why="2-D, a full vector"),
     BagCase(E=11, D=6, lengths=(1,) * 9, form="2-D", why="one row per bag"),
     BagCase(E=11, D=6, lengths=(4, 1, 0, 2), form="last", why="the last offset"),
-    BagCase(E=11, D=6, lengths=(4, 1, 0, 2), form="last", trailing=3, weights="same", why="indices behind it"),
-    BagCase(E=11, D=6, lengths=(), form="last", trailing=3, why="nothing but indices behind it"),
+    BagCase(E=11, D=6, lengths=(4, 1, 0, 2), form="last", trailing=3, weights="same", why="trailing indices"),
+    BagCase(E=11, D=6, lengths=(), form="last", trailing=3, why="only indices beyond the last offset"),
     BagCase(E=11, D=7, lengths=(4, 1, 0, 2), index=torch.int32, offset=torch.int32, why="int32"),
     BagCase(E=11, D=7, lengths=(4, 1, 0, 2), index=torch.int32, why="int32 indices, int64 offsets"),
     BagCase(E=11, D=7, lengths=(4, 1, 0, 2), offset=torch.int32, form="last", why="int64 indices, int32 offsets"),
@@ -461,44 +461,44 @@ BAG_CASES = [
     BagCase(E=12, D=16, lengths=bag_lengths(6, 7), weights="wide", why="one AVX-512 vector, float32 weights"),
     BagCase(E=12, D=17, lengths=bag_lengths(6, 7), padding_idx=0, why="one above 16"),
     BagCase(E=12, D=33, lengths=bag_lengths(6, 7), why="one above two vectors"),
-    BagCase(E=30, D=64, lengths=bag_lengths(9, 20), weights="same", padding_idx=29, why="a usual row"),
+    BagCase(E=30, D=64, lengths=bag_lengths(9, 20), weights="same", padding_idx=29, why="a typical row"),
     BagCase(E=30, D=127, lengths=bag_lengths(5, 20), why="one below 128"),
-    BagCase(E=30, D=130, lengths=bag_lengths(5, 20), weights="same", why="over 128"),
-    BagCase(E=30, D=300, lengths=bag_lengths(5, 20), weights="wide", padding_idx=4, why="a usual embedding"),
-    BagCase(E=20, D=513, lengths=bag_lengths(4, 9), why="more columns than accumulators hold"),
-    BagCase(E=4, D=5, lengths=(3, 3), rows="one", padding_idx=0, why="perhaps nothing but padding"),
-    BagCase(E=4, D=5, lengths=(6, 2, 5), padding_idx=2, rows="few", weights="same", why="much of it is padding"),
+    BagCase(E=30, D=130, lengths=bag_lengths(5, 20), weights="same", why="more than 128"),
+    BagCase(E=30, D=300, lengths=bag_lengths(5, 20), weights="wide", padding_idx=4, why="a typical embedding"),
+    BagCase(E=20, D=513, lengths=bag_lengths(4, 9), why="more columns than accumulators"),
+    BagCase(E=4, D=5, lengths=(3, 3), rows="one", padding_idx=0, why="possibly only padding"),
+    BagCase(E=4, D=5, lengths=(6, 2, 5), padding_idx=2, rows="few", weights="same", why="frequent padding"),
     BagCase(E=40, D=9, lengths=(5, 0, 7, 3), rows="distinct", why="no row twice"),
     BagCase(E=40, D=9, lengths=bag_lengths(30, 9), rows="few", why="unequal counts"),
-    BagCase(E=40, D=9, lengths=bag_lengths(30, 9), rows="few", scale_grad_by_freq=True, why="counts divided out"),
+    BagCase(E=40, D=9, lengths=bag_lengths(30, 9), rows="few", scale_grad_by_freq=True, why="divided by counts"),
     BagCase(
         E=9, D=9, lengths=bag_lengths(9, 6), scale_grad_by_freq=True, padding_idx=2, weights="same", form="last",
-        trailing=4, why="counts without padding and without what lies behind the last offset",
+        trailing=4, why="counts exclude padding and indices beyond the last offset",
     ),
-    BagCase(E=9, D=6, lengths=bag_lengths(9, 6), weights="same", weight_norm="weight", why="a mean by weight"),
+    BagCase(E=9, D=6, lengths=bag_lengths(9, 6), weights="same", weight_norm="weight", why="a mean divided by weights"),
     BagCase(
         E=9, D=20, lengths=bag_lengths(9, 6), weights="wide", weight_norm="weight", padding_idx=1,
-        why="a mean by float32 weight, padding",
+        why="a mean divided by float32 weights, padding",
     ),
     BagCase(E=50, D=12, lengths=(300, 1, 0, 2), weights="same", why="a long bag among short ones"),
     BagCase(E=3, D=20, lengths=(700,), padding_idx=1, why="one long bag of few rows"),
     BagCase(E=300, D=16, lengths=bag_lengths(150, 12), weights="same", why="enough work for two threads"),
-    BagCase(E=1500, D=20, lengths=(10,) * 80, form="2-D", index=torch.int32, why="most rows at most once"),
-    BagCase(E=70000, D=2, lengths=bag_lengths(50, 9), why="more rows than 16 bits count"),
+    BagCase(E=1500, D=20, lengths=(10,) * 80, form="2-D", index=torch.int32, why="most rows occur at most once"),
+    BagCase(E=70000, D=2, lengths=bag_lengths(50, 9), why="more rows than 16-bit numbers"),
 ]  # fmt: skip
 
-# Small enough for numerical differentiation in every entry.
+# Small sizes for numerical differentiation.
 BAG_TINY = [
     BagCase(E=4, D=3, lengths=(2, 0, 3), why="offsets"),
     BagCase(E=4, D=2, lengths=(2, 2), form="2-D", weights="same", why="2-D with weights"),
-    BagCase(E=4, D=2, lengths=(3, 1), form="last", trailing=2, weights="same", padding_idx=1, why="everything on"),
-    BagCase(E=4, D=2, lengths=(3, 2), weights="same", weight_norm="weight", why="by weight"),
+    BagCase(E=4, D=2, lengths=(3, 1), form="last", trailing=2, weights="same", padding_idx=1, why="all options"),
+    BagCase(E=4, D=2, lengths=(3, 2), weights="same", weight_norm="weight", why="divided by weights"),
     BagCase(E=3, D=2, lengths=(4, 3), rows="few", padding_idx=0, why="padding, repeats"),
 ]
 
-# Sizes people train with: where our rounding error is held against torch's, and threads are many.
+# Typical sizes for training, to compare rounding errors with torch, and results for many threads.
 BAG_REALISTIC = [
-    BagCase(E=2000, D=64, lengths=(20,) * 300, why="a recommender's feature"),
+    BagCase(E=2000, D=64, lengths=(20,) * 300, why="a feature of a recommender"),
     BagCase(E=500, D=128, lengths=bag_lengths(100, 60), why="a text classifier"),
     BagCase(E=100, D=32, lengths=bag_lengths(400, 20), why="few rows, each many times"),
 ]
@@ -511,7 +511,7 @@ class BagInputs:
     weight: Tensor  # [E, D]
     indices: Tensor  # [N] or [B, L]
     offsets: Tensor | None
-    weights: Tensor | None  # as indices
+    weights: Tensor | None  # shaped like indices
     dout: Tensor  # [B, D]
 
     def keywords(self) -> dict:
@@ -526,19 +526,19 @@ class BagInputs:
         )
 
     def op_arguments(self) -> tuple:
-        """What the ops call BAGS."""
+        """The arguments of the ops that describe the bags."""
         c = self.case
         padding = -1 if c.padding_idx is None else c.padding_idx
         mode, by = BAG_MODES.index(self.mode), int(c.weight_norm == "weight")
         return self.indices, self.offsets, self.weights, mode, padding, c.form == "last", by
 
     def map(self, f: Callable[[Tensor], Tensor]) -> BagInputs:
-        """The same inputs with f applied to every floating-point tensor."""
+        """Applies f to all floating-point tensors."""
         weights = None if self.weights is None else f(self.weights)
         return dataclasses.replace(self, weight=f(self.weight), weights=weights, dout=f(self.dout))
 
     def bounds(self) -> list[tuple[int, int]]:
-        """[begin, end) of each bag among the flat indices."""
+        """[begin, end) of each bag in the flattened indices."""
         ends = list(itertools.accumulate(self.case.lengths))
         return list(zip([0, *ends], ends))
 
@@ -558,7 +558,7 @@ def make_bag_inputs(case: BagCase, dtype: torch.dtype, mode: str = "sum", *, see
     weights = None
     if case.weights:
         drawn = torch.randn(case.N, generator=g, dtype=torch.float64)
-        drawn = drawn.abs() + 0.2 if case.weight_norm == "weight" else drawn  # a mean by weights that add up to zero
+        drawn = drawn.abs() + 0.2 if case.weight_norm == "weight" else drawn  # avoids weights whose sum is zero
         weights = drawn.to(torch.promote_types(dtype, torch.float32) if case.weights == "wide" else dtype)
     offsets = None
     if case.form == "2-D":
@@ -571,7 +571,7 @@ def make_bag_inputs(case: BagCase, dtype: torch.dtype, mode: str = "sum", *, see
 
 
 def run_bag(embedding_bag: Callable, inputs: BagInputs, **more) -> dict[str, Tensor]:
-    """Output and gradients by name. A sparse gradient of the table is given as it came."""
+    """Output and gradients by name. A sparse gradient of the table remains sparse."""
     inputs = dataclasses.replace(inputs.map(lambda t: t.detach().requires_grad_()), dout=inputs.dout)
     wanted = {"dweight": inputs.weight} | ({} if inputs.weights is None else {"dweights": inputs.weights})
     arguments = inputs.keywords() | more
@@ -581,12 +581,12 @@ def run_bag(embedding_bag: Callable, inputs: BagInputs, **more) -> dict[str, Ten
 
 
 def bag_definition(inputs: BagInputs, **more) -> dict[str, Tensor]:
-    """What the reference gives in float64 for the inputs' values."""
+    """Results of the reference in float64, for the rounded inputs."""
     return run_bag(reference.embedding_bag, inputs.map(Tensor.double), **more)
 
 
 def assert_bag_near(got: dict[str, Tensor], want: dict[str, Tensor], inputs: BagInputs, slack: float = 1.0) -> None:
-    """One rounding from `want`, value by value; see BAG_ROUNDING. What hundreds add up to loses more before it."""
+    """Asserts that each value differs from `want` by at most one rounding; long sums have more slack."""
     assert got.keys() == want.keys()
     where = f"{inputs.case}, {inputs.mode}, {inputs.weight.dtype}"
     if inputs.case.N:
@@ -596,37 +596,39 @@ def assert_bag_near(got: dict[str, Tensor], want: dict[str, Tensor], inputs: Bag
         (t.abs().max().item() if t is not None and t.numel() else 1.0)
         for t in (inputs.weight, inputs.dout, inputs.weights)
     )
-    terms = {"output": table * weights, "dweight": dout * weights, "dweights": dout * table}  # which may cancel
+    terms = {"output": table * weights, "dweight": dout * weights, "dweights": dout * table}  # they may cancel
     for name, w in want.items():
         dtype = inputs.weights.dtype if name == "dweights" else inputs.weight.dtype
         g = got[name].to_dense() if got[name].is_sparse else got[name]
         assert g.dtype == dtype, f"{where}: {name} is {g.dtype}"
         assert g.shape == w.shape, f"{where}: {name} has shape {tuple(g.shape)}, not {tuple(w.shape)}"
         if w.numel():
-            # A product of two halves is exact in float32: what is computed in it loses no more than float32 does.
+            # Products of two values of a half type are exact in float32.
             largest = max(w.abs().max().item(), terms[name])
             allowed = (w.abs() * BAG_ROUNDING[dtype]).add_(slack * BAG_SLACK[dtype] * largest)
             right = (g.double() - w).abs() <= allowed
-            if not right.all():  # NaN as well
+            if not right.all():  # also detects NaN
                 worst = int((g.double() - w).abs().sub(allowed).argmax())
                 raise AssertionError(
-                    f"{where}: {name} is {g.flatten()[worst]:.6g} at {worst}, where {w.flatten()[worst]:.6g} is right, "
-                    f"{largest:.3g} the largest; {int((~right).sum())} of {w.numel()} are wrong"
+                    f"{where}: {name} is {g.flatten()[worst]:.6g} at {worst}, expected {w.flatten()[worst]:.6g}, "
+                    f"maximum {largest:.3g}; {int((~right).sum())} of {w.numel()} values differ"
                 )
 
 
 # ---- attention
-# Dimensions: B sequences, Hq heads of queries, Hk of keys, Tq queries, Tk keys, D and Dv columns.
+# Dimensions: B sequences, Hq query heads, Hk key heads, Tq queries, Tk keys, D and Dv columns.
 
-# Our RMS error against float64 over that of torch's function in the same dtype, results of several inputs together.
+# Maximum ratio of the RMS errors of seqkernels and torch against float64, for the same dtype, over several inputs.
 ATTENTION_ERROR_RATIO = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 ATTENTION_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """One call: dense, or `packed`, of sequences of `q_lengths` and `k_lengths`. mask: bool or float; mask_of: which of
-    the dimensions b, h, i, j it has in full."""
+    """A call, dense or `packed`, with sequences of `q_lengths` and `k_lengths`.
+
+    mask: bool or float. mask_of: the dimensions b, h, i, j in which the mask is not broadcast.
+    """
 
     why: str
     B: int = 2
@@ -644,7 +646,7 @@ class AttentionCase:
     causal: int = 0
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
-    slopes: str = ""  # of which dimensions: h or bh
+    slopes: str = ""  # dimensions: h or bh
     dropout_p: float = 0.0
     scale: float | None = None
 
@@ -659,13 +661,13 @@ class AttentionCase:
 
 
 ATTENTION_CASES = [
-    AttentionCase(why="smaller than any block"),
-    AttentionCase(Hq=4, Hk=2, Tq=70, Tk=100, D=17, Dv=33, why="a tail in every direction; grouped heads"),
-    AttentionCase(Hq=6, Hk=2, Tq=5, Tk=70, D=20, Dv=5, causal=2, why="heads side by side in a block, Tq < Tk"),
+    AttentionCase(why="smaller than a block"),
+    AttentionCase(Hq=4, Hk=2, Tq=70, Tk=100, D=17, Dv=33, why="a tail in each dimension; grouped heads"),
+    AttentionCase(Hq=6, Hk=2, Tq=5, Tk=70, D=20, Dv=5, causal=2, why="several heads in a block, Tq < Tk"),
     AttentionCase(B=1, Tq=130, Tk=130, D=64, Dv=64, causal=1, why="blocks above, on and below the diagonal"),
-    AttentionCase(Hk=1, Tq=100, Tk=130, D=16, Dv=16, causal=2, window=(20, -1), why="a band, aligned with the end"),
-    AttentionCase(Tq=100, Tk=30, causal=2, why="rows that see nothing stand first"),
-    AttentionCase(Tq=30, Tk=100, causal=1, why="keys that nobody sees"),
+    AttentionCase(Hk=1, Tq=100, Tk=130, D=16, Dv=16, causal=2, window=(20, -1), why="a window from the last key"),
+    AttentionCase(Tq=100, Tk=30, causal=2, why="the first queries attend to no key"),
+    AttentionCase(Tq=30, Tk=100, causal=1, why="keys that no query attends to"),
     AttentionCase(B=1, Tq=60, Tk=700, window=(20, 600), why="a window over more than one chunk"),
     AttentionCase(B=1, Tq=1, Tk=1200, D=16, Dv=16, Hq=4, Hk=2, why="decoding: three chunks of keys"),
     AttentionCase(Tq=60, Tk=70, D=1, Dv=1, softcap=2.0, why="softcap; one column"),
@@ -673,22 +675,22 @@ ATTENTION_CASES = [
     AttentionCase(Tq=20, Tk=70, slopes="bh", causal=2, softcap=3.0, why="ALiBi of sequences, after softcap"),
     AttentionCase(Tq=60, Tk=70, dropout_p=0.3, why="dropout"),
     AttentionCase(B=1, Hq=4, Hk=2, Tq=3, Tk=600, dropout_p=0.5, causal=2, why="dropout over chunks and grouped heads"),
-    AttentionCase(Tq=60, Tk=70, mask="bool", mask_of="bij", why="a bool mask that heads share"),
+    AttentionCase(Tq=60, Tk=70, mask="bool", mask_of="bij", why="a bool mask shared by heads"),
     AttentionCase(Tq=60, Tk=140, mask="bool", mask_of="bj", causal=1, why="key padding, causal"),
-    AttentionCase(Tq=60, Tk=70, mask="float", why="a float mask of every score, -inf among them"),
-    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="hij", softcap=3.0, why="a bias of every sequence"),
-    AttentionCase(Tq=60, Tk=70, Hq=4, mask="float", mask_of="ij", dropout_p=0.2, why="a bias of everything"),
+    AttentionCase(Tq=60, Tk=70, mask="float", why="a full float mask, including -inf"),
+    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="hij", softcap=3.0, why="a bias shared by sequences"),
+    AttentionCase(Tq=60, Tk=70, Hq=4, mask="float", mask_of="ij", dropout_p=0.2, why="a bias shared by heads"),
     AttentionCase(Tq=60, Tk=130, mask="float", mask_of="j", why="a bias of keys"),
-    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="hi", why="a bias of queries, which changes lse alone"),
-    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="", why="one number for all"),
-    AttentionCase(B=3, Tq=60, Tk=70, q_lengths=(60, 10, 0), k_lengths=(0, 65, 70), why="lengths, none among them"),
-    AttentionCase(B=3, Tq=60, Tk=70, k_lengths=(64, 1, 70), causal=2, mask="float", mask_of="bi", why="lengths too"),
+    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="hi", why="a bias of queries, which only changes lse"),
+    AttentionCase(Tq=60, Tk=70, mask="float", mask_of="", why="a mask of one value"),
+    AttentionCase(B=3, Tq=60, Tk=70, q_lengths=(60, 10, 0), k_lengths=(0, 65, 70), why="lengths, including 0"),
+    AttentionCase(B=3, Tq=60, Tk=70, k_lengths=(64, 1, 70), causal=2, mask="float", mask_of="bi", why="lengths, bias"),
     AttentionCase(B=1, Tq=3, Tk=0, why="no keys"),
     AttentionCase(B=1, Tq=0, Tk=5, why="no queries"),
     AttentionCase(B=0, why="no sequences"),
-    AttentionCase(D=0, scale=1.0, why="no columns: every key alike"),
-    AttentionCase(Tq=60, Tk=70, D=200, Dv=3, scale=-0.1, why="two chains of terms; a negative scale"),
-    AttentionCase(B=4, q_lengths=(60, 0, 1, 49), k_lengths=(70, 3, 0, 64), packed=True, why="packed, lengths apart"),
+    AttentionCase(D=0, scale=1.0, why="no columns: equal scores"),
+    AttentionCase(Tq=60, Tk=70, D=200, Dv=3, scale=-0.1, why="two accumulation chains; a negative scale"),
+    AttentionCase(B=4, q_lengths=(60, 0, 1, 49), k_lengths=(70, 3, 0, 64), packed=True, why="packed, lengths differ"),
     AttentionCase(
         B=3, Hq=4, q_lengths=(50, 3, 17), k_lengths=(50, 3, 17), packed=True, causal=1, dropout_p=0.1, slopes="bh",
         why="packed, causal, dropped, ALiBi",
@@ -699,10 +701,10 @@ ATTENTION_CASES = [
 @dataclasses.dataclass
 class AttentionInputs:
     case: AttentionCase
-    tensors: dict[str, Tensor]  # q, k, v and, where it is a float one, mask: what has a gradient
-    more: tuple[Tensor | None, ...]  # slopes, lengths and bounds, as ops take them behind the mask
+    tensors: dict[str, Tensor]  # differentiable inputs: q, k, v and a float mask
+    more: tuple[Tensor | None, ...]  # slopes, lengths and cu_seqlens, in the order of the ops
     bool_mask: Tensor | None
-    how: tuple  # as ops take it, without the seed
+    scalars: tuple  # scalar arguments of the ops, without the seed
     dropout_seed: Tensor
 
     @property
@@ -710,15 +712,15 @@ class AttentionInputs:
         return self.tensors.get("mask", self.bool_mask)
 
     def arguments(self) -> tuple:
-        """What ops take behind q, k and v."""
-        return self.mask, *self.more, *self.how, self.dropout_seed
+        """Arguments of the ops after q, k and v."""
+        return self.mask, *self.more, *self.scalars, self.dropout_seed
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         return dataclasses.replace(self, tensors={n: t.detach().to(dtype) for n, t in self.tensors.items()})
 
 
 def make_attention_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int = 0) -> AttentionInputs:
-    """Rows behind the lengths hold NaN."""
+    """Random inputs; padding is NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -758,12 +760,13 @@ def make_attention_inputs(case: AttentionCase, dtype: torch.dtype, *, seed: int 
             if set("ij") <= set(case.mask_of):
                 tensors["mask"] = tensors["mask"].masked_fill(hidden, -math.inf)
     scale = case.D**-0.5 if case.scale is None else case.scale
-    how = (*longest, scale, case.causal, *case.window, case.softcap, case.dropout_p)
-    return AttentionInputs(case, tensors, (slopes, *lengths), bool_mask, how, torch.tensor([-(2**61) - 12345 - seed]))
+    scalars = (*longest, scale, case.causal, *case.window, case.softcap, case.dropout_p)
+    dropout_seed = torch.tensor([-(2**61) - 12345 - seed])
+    return AttentionInputs(case, tensors, (slopes, *lengths), bool_mask, scalars, dropout_seed)
 
 
 def attention_upstream(results: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """Random gradients, the same for every dtype but for rounding."""
+    """Random upstream gradients, the same for all dtypes except for rounding."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
 
@@ -771,7 +774,7 @@ def attention_upstream(results: Sequence[Tensor], seed: int = 1) -> list[Tensor]
 def attention_definition(
     inputs: AttentionInputs, weights: bool = True, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Results and gradients by the reference, in float64 or what is asked for."""
+    """Results and gradients of the reference, computed in dtype."""
     case = inputs.case
     wide = inputs.to(dtype)
     for t in wide.tensors.values():
@@ -789,14 +792,14 @@ def attention_definition(
 
 
 def _as_given(results: Sequence[Tensor], inputs: AttentionInputs) -> list[Tensor]:
-    """Tensors of the dtypes that results have where inputs are as given: upstream gradients are rounded to those."""
+    """Converts results to the dtypes that the ops return, to round upstream gradients equally."""
     dtype = inputs.tensors["q"].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return [r.detach().to(wide if place == 1 else dtype) for place, r in enumerate(results)]
 
 
 def run_attention(inputs: AttentionInputs, weights: bool = True) -> dict[str, Tensor]:
-    """Results and gradients by the ops, of every result together."""
+    """Results of the ops, and gradients of all results together."""
     ops = torch.ops.seqkernels
     tensors = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
     here = dataclasses.replace(inputs, tensors=tensors)
@@ -813,8 +816,10 @@ def run_attention(inputs: AttentionInputs, weights: bool = True) -> dict[str, Te
 def assert_attention_near(
     got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype, least: float = 1e-2
 ) -> None:
-    """Within ATTENTION_TOLERANCE of the largest value, or of `least`, where terms may cancel; infinities and zeros of
-    rows that see nothing are exact."""
+    """Asserts an error of at most ATTENTION_TOLERANCE relative to the maximum, or to `least`, because terms may cancel.
+
+    Infinities and results of queries without keys must be exact.
+    """
     assert got.keys() == want.keys()
     for name, w in want.items():
         g = got[name]
@@ -823,7 +828,7 @@ def assert_attention_near(
         assert g.shape == w.shape, f"{name} has shape {tuple(g.shape)}, not {tuple(w.shape)}"
         assert not g.isnan().any(), f"{name} has NaN"
         finite = w.isfinite()
-        assert torch.equal(finite, g.isfinite()), f"{name} is finite elsewhere"
+        assert torch.equal(finite, g.isfinite()), f"{name} has infinities at other positions"
         assert torch.equal(g[~finite].double(), w[~finite]), name
         if finite.any():
             error = (g.double() - w)[finite].abs().max().item()

@@ -1,4 +1,4 @@
-"""The CUDA ops, for tests whose tensors are on the CPU: arguments are carried to a device, results back."""
+"""The CUDA ops for tests with CPU tensors: copies arguments to a device, and results back."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-# The kernels of the emulation run in every test run; those on a GPU where there is one.
+# The emulation runs in each test run, the GPU only if there is one.
 PLACES = ("emulated", pytest.param("cuda", marks=pytest.mark.cuda))
 ONLY_EMULATED = pytest.mark.parametrize("place", ["emulated"], indirect=True)
 
 
 def sanitized(values: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
-    """For parametrize: those chosen are marked for compute-sanitizer."""
+    """Values for parametrize; those for which chosen(value) is true get the mark `sanitize`, for compute-sanitizer."""
     return [pytest.param(value, marks=pytest.mark.sanitize) if chosen(value) else value for value in values]
 
 
-def carried(t: Tensor) -> Tensor:
-    """On the device as it lies in memory: with its strides, its offset and what is around it."""
+def copied(t: Tensor) -> Tensor:
+    """Copies a tensor to the device with its storage, strides and offset."""
     if t.is_cuda or t.numel() == 0:
         return t.detach().cuda()
     there = t.detach().new_empty(0, device="cuda")
@@ -29,7 +29,7 @@ def carried(t: Tensor) -> Tensor:
 
 
 class OnCuda:
-    """torch.ops.seqkernels on a device. What an op changes in place is changed on the CPU too."""
+    """torch.ops.seqkernels on a device. In-place changes are copied back to the CPU tensors."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = getattr(torch.ops.seqkernels, name).default
@@ -40,7 +40,7 @@ class OnCuda:
             def there(t: Any) -> Any:
                 if not isinstance(t, Tensor):
                     return t
-                pairs.append((t, carried(t)))
+                pairs.append((t, copied(t)))
                 return pairs[-1][1]
 
             args, options = tree_map(there, (args, options))

@@ -17,13 +17,13 @@ from support.cases import (
 
 
 def kind(name: str) -> str:
-    """What a tensor is, whatever its layer and direction; torch's two bias gradients differ by its own rounding."""
+    """Name without layer and direction. Both bias gradients have one name, because torch's differ by rounding."""
     return "db" if name.startswith("db_") else name.partition("_l0")[0]
 
 
 OP_CASES = [
     Case(B=3, T=4, D=5, H=6, why="dense"),
-    Case(B=3, T=4, D=5, H=6, state=False, bias=False, why="neither bias nor state"),
+    Case(B=3, T=4, D=5, H=6, state=False, bias=False, why="no bias, no initial state"),
     Case(B=3, T=4, D=5, H=6, P=2, bidirectional=True, why="projection, both directions"),
     Case(B=3, T=4, D=5, H=6, lengths=(2, 4, 0), why="lengths"),
     Case(B=3, T=4, D=5, H=6, lengths=(4, 2, 1), packed=True, why="packed"),
@@ -37,7 +37,7 @@ def compiled(function, backend: str = "aot_eager"):
 
 
 def as_packed(inputs: Inputs, function=functional.lstm) -> dict[str, Tensor]:
-    """Runs the batch packed, longest first, and puts the results back in the batch's order and padding."""
+    """Runs the batch as packed sequences, and restores the order and padding of the batch in the results."""
     case, lengths = inputs.case, inputs.lengths
     order = torch.argsort(lengths, descending=True, stable=True)
     batch_sizes = batch_sizes_of(lengths.tolist())
@@ -72,7 +72,7 @@ def as_packed(inputs: Inputs, function=functional.lstm) -> dict[str, Tensor]:
 def as_batch(
     inputs: Inputs, chosen: list[int], T: int, *, lengths: bool, function=functional.lstm
 ) -> dict[str, Tensor]:
-    """Runs the chosen sequences as one batch padded or cut to T; without lengths all must be T long."""
+    """Runs the chosen sequences as a batch, padded or truncated to T. Without lengths, all must have length T."""
     pad = max(0, T - inputs.case.T)
 
     def select(t: Tensor) -> Tensor:
@@ -92,11 +92,11 @@ def as_batch(
     return run(function, sub)
 
 
-SEQUENCE = ("y", "h_n", "c_n", "dx", "dh0", "dc0")  # what belongs to one sequence, unlike a weight's gradient
+SEQUENCE = ("y", "h_n", "c_n", "dx", "dh0", "dc0")  # results by sequence
 
 
 def spread(t: Tensor) -> Tensor:
-    """The same values, every second element of every dimension of something larger, that holds NaN."""
+    """The same values as a view with stride 2 in each dimension of a tensor filled with NaN."""
     whole = t.new_full([2 * n + 1 for n in t.shape], float("nan"))
     view = whole[tuple(slice(1, None, 2) for _ in t.shape)]
     view.copy_(t)
@@ -104,7 +104,7 @@ def spread(t: Tensor) -> Tensor:
 
 
 def negated(t: Tensor) -> Tensor:
-    """The same values behind torch's lazy negation."""
+    """The same values with the negative bit (lazy negation) set."""
     return torch._neg_view(-t)
 
 
@@ -139,5 +139,5 @@ def directions_like(tensors: tuple[Tensor, ...], seed: int = 1) -> tuple[Tensor,
 
 
 def weighted(outputs: tuple[Tensor, ...]) -> Tensor:
-    """A scalar to which every output counts, not linearly."""
+    """A scalar that is a nonlinear function of all outputs."""
     return sum((o * (i + 1 + o) * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for i, o in enumerate(outputs))

@@ -1,4 +1,4 @@
-"""Bad arguments of recurrent layers that torch.nn refuses too, and the form of an error message."""
+"""Invalid arguments of recurrent layers for which torch.nn also raises, and the form of error messages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-T, B, D, H = 4, 3, 5, 6  # of every call below
+T, B, D, H = 4, 3, 5, 6  # sizes of the calls below
 
 
 def form(argument: str, condition: str = ".+", got: str = ".+", op: str = r"(LSTM|lstm\w*)") -> str:
-    """A pattern for the one form that all error messages have."""
+    """Pattern of the form of all error messages."""
     return rf"{op}: {argument} must {condition}, got {got}"
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels for the tests: on a GPU where there is one, else interpreted, in numpy on CPU tensors."""
+"""Triton kernels for the tests: on a GPU if there is one, otherwise in Triton's interpreter on CPU tensors."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on_hardware(test: Callable) -> Callable:
-    """A test that says something of a GPU too, and is `cuda` where it runs on one."""
+    """Marks a test `cuda` if it runs on a GPU."""
     return pytest.mark.cuda(test) if DEVICE == "cuda" else test
 
 
 def load(name: str) -> ModuleType:
-    """seqkernels.triton.<name>.
+    """Imports seqkernels.triton.<name>.
 
-    The environment says whether kernels are interpreted, once, when they are defined; it is left as it was. Nothing may
-    have imported Triton before: its own functions would be compiled ones.
+    Triton reads TRITON_INTERPRET when kernels are defined. Triton must not be imported before without it, because
+    the functions of Triton's library would then be compiled.
     """
     if DEVICE == "cuda":
         return importlib.import_module(f"seqkernels.triton.{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         module = importlib.import_module(f"seqkernels.triton.{name}")
-        importlib.import_module("triton.experimental.gluon")  # which Triton would import at the first call
+        importlib.import_module("triton.experimental.gluon")  # Triton imports it at the first call
     triton = importlib.import_module("triton")
     if isinstance(triton.language.sum, triton.JITFunction):
         raise RuntimeError("tests: triton was imported before the kernels, with TRITON_INTERPRET unset")
-    _mend(importlib.import_module("triton.runtime.interpreter"), triton.language)
+    _patch_interpreter(importlib.import_module("triton.runtime.interpreter"), triton.language)
     return module
 
 
-def _mend(interpreter: ModuleType, tl: ModuleType) -> None:
-    """What the interpreter of Triton 3.6 does differently from a GPU, put right."""
-    if getattr(interpreter, "_mended", False):
+def _patch_interpreter(interpreter: ModuleType, tl: ModuleType) -> None:
+    """Fixes differences between the interpreter of Triton 3.6 and a GPU."""
+    if getattr(interpreter, "_patched", False):
         return
     patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
     dot = interpreter.InterpreterBuilder.create_dot
 
     def with_index(tensor, scope) -> None:
-        """Loop bounds are arrays [1], which numpy 2.4 no longer takes for numbers."""
+        """Loop bounds are arrays [1], which numpy 2.4 does not convert to int."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def rounding(data, source, target, mode):
-        """A cast to bfloat16 cuts bits off."""
+        """Rounds casts to bfloat16, which the interpreter truncates."""
         if source == tl.float32 and target == tl.bfloat16:
             return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
         return convert(data, source, target, mode)
 
     def sum_of(self, input):
-        """numpy's sum of -0 alone is 0."""
+        """Preserves -0 in sums of -0, for which numpy returns 0."""
         data = input.handle.data
         start = {"initial": data.dtype.type(-0.0)} if data.dtype.kind == "f" else {}
         return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims, **start), input.dtype)
 
     def dot_of(self, a, b, d, precision, imprecise):
-        """A product of bfloat16 is one of its bits as integers."""
+        """Converts bfloat16 operands to float32, because the interpreter multiplies their bits as integers."""
         a, b = (self.create_fp_ext(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return dot(self, a, b, d, precision, imprecise)
 
@@ -74,4 +74,4 @@ def _mend(interpreter: ModuleType, tl: ModuleType) -> None:
     interpreter.InterpreterBuilder.create_dot = dot_of
     interpreter._convert_float = rounding
     interpreter.ReduceOps.sum = sum_of
-    interpreter._mended = True
+    interpreter._patched = True

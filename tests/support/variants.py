@@ -1,6 +1,6 @@
-"""The kinds and options of the recurrent layers, the inputs of their ops, and the calls of ops and definitions.
+"""Kinds and options of the recurrent layers, inputs of their ops, and calls of ops and definitions.
 
-Dimensions: B batch, T time, N packed rows, D input, H hidden, P what is fed back (the projection size, or H), G gates.
+Dimensions: B batch, T time, N packed rows, D input, H hidden, P size of h (the projection size, or H), G gates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MASKS = ("reset", "zoneout_h", "zoneout_c", "candidate", "variational")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """A module with constructor arguments. proj_size=True is a projection whose size the case says."""
+    """A module with constructor arguments. proj_size=True: a projection whose size is that of the case."""
 
     module: str
     options: dict
@@ -45,7 +45,7 @@ class Variant:
 
     @property
     def kind(self) -> str:
-        """The name of its op."""
+        """Name of the op."""
         after = "" if self.option("reset_after", self.module == "GRU") else "_before"
         if self.module == "LSTM":
             return (
@@ -71,7 +71,7 @@ class Variant:
 
     @property
     def kinked(self) -> bool:
-        """Its slope jumps: beside a jump, the rounding of a half type gives another gradient."""
+        """Whether the derivative is discontinuous, so that rounding of half types may change the gradient."""
         return (
             self.kind in ("rnn_relu", "slstm", "slstm_exp")
             or "cell_clip" in self.options
@@ -90,15 +90,15 @@ class Variant:
         return any(re.search("zoneout|dropout", name) for name in self.options)
 
     def without_masks(self) -> Variant:
-        """What is left of it where nothing is random: zoneout by its constant."""
+        """The variant without dropout; zoneout uses its constant."""
         options = {k: v for k, v in self.options.items() if "dropout" not in k}
         return Variant(self.module, options)
 
     def weights(self, D: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
-        """Names (as a module has them) and shapes of one direction's weights, in the op's order."""
-        G, fed_back = self.gates, P if self.projected else H
+        """Names in the module and shapes of the weights of one direction, in the order of the op."""
+        G, h_size = self.gates, P if self.projected else H
         rows, bias = (G * H,), self.option("bias", True)
-        shapes = {"weight_ih": (G * H, D), "weight_hh": (G * H, fed_back // self.option("num_heads", 1))}
+        shapes = {"weight_ih": (G * H, D), "weight_hh": (G * H, h_size // self.option("num_heads", 1))}
         shapes |= {"bias_ih": rows, "bias_hh": rows} if bias else {}
         shapes |= {"weight_hr": (P, H)} if self.projected else {}
         shapes |= {"weight_ph": ((G - 1) * H,)} if self.option("peephole", False) else {}
@@ -191,13 +191,13 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-# One of each kind, with as much of the rest as goes with it.
+# For each kind, the variant with the most options.
 FULLEST = {variant.kind: variant for variant in sorted(VARIANTS, key=lambda variant: len(variant.options))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """H is a multiple of 2 and 3, for the heads. `drawn`: masks as in training; else the constants of zoneout."""
+    """Sizes of a layer. H is a multiple of 2 and 3, for the heads. drawn: random masks, otherwise zoneout constants."""
 
     B: int
     T: int
@@ -222,27 +222,27 @@ class Case:
         return 2 if self.bidirectional else 1
 
     def valid(self) -> Tensor:
-        """[T, B] True where there is a token."""
+        """[T, B] True for valid steps."""
         lengths = torch.tensor(self.lengths if self.lengths is not None else [self.T] * self.B, dtype=torch.int64)
         return torch.arange(self.T).unsqueeze(1) < lengths
 
 
 CASES = [
-    Case(B=3, T=7, D=5, H=18, P=5, why="a tail in every direction"),
+    Case(B=3, T=7, D=5, H=18, P=5, why="a tail in each dimension"),
     Case(
         B=7, T=4, D=9, H=66, P=35, lengths=(0, 4, 2, 4, 1, 3, 4), bidirectional=False, drawn=False,
-        why="two panels, the second all tail; more rows than a register tile",
+        why="two panels, the second a partial vector; more rows than a register tile",
     ),
-    Case(B=5, T=5, D=16, H=96, P=32, lengths=(5, 5, 4, 2, 1), packed=True, reset=False, why="whole vectors"),
-    Case(B=1, T=4, D=24, H=198, P=70, state=False, why="the units of one sequence among two threads"),
+    Case(B=5, T=5, D=16, H=96, P=32, lengths=(5, 5, 4, 2, 1), packed=True, reset=False, why="full vectors"),
+    Case(B=1, T=4, D=24, H=198, P=70, state=False, why="units of one sequence split over two threads"),
 ]  # fmt: skip
 
 
 EMPTY = [
-    Case(B=0, T=3, D=5, H=18, P=5, why="no sequence"),
-    Case(B=2, T=0, D=5, H=18, P=5, why="no step"),
-    Case(B=0, T=0, D=5, H=18, P=5, lengths=(), packed=True, why="nothing, packed"),
-    Case(B=3, T=3, D=5, H=18, P=5, lengths=(0, 0, 0), why="nothing but zero lengths"),
+    Case(B=0, T=3, D=5, H=18, P=5, why="an empty batch"),
+    Case(B=2, T=0, D=5, H=18, P=5, why="no steps"),
+    Case(B=0, T=0, D=5, H=18, P=5, lengths=(), packed=True, why="empty, packed"),
+    Case(B=3, T=3, D=5, H=18, P=5, lengths=(0, 0, 0), why="only zero lengths"),
 ]
 
 
@@ -252,12 +252,12 @@ TINY = [
 ]
 
 
-RAGGED = Case(B=6, T=7, D=9, H=66, P=35, lengths=(3, 7, 1, 7, 5, 2), why="in no order")
+RAGGED = Case(B=6, T=7, D=9, H=66, P=35, lengths=(3, 7, 1, 7, 5, 2), why="unsorted lengths")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one layer is called with, and a gradient for each output."""
+    """Arguments of one layer, and upstream gradients of all outputs."""
 
     variant: Variant
     x: Tensor  # [T, B, D] or [N, D]
@@ -268,7 +268,7 @@ class Call:
     bidirectional: bool
     masks: dict[str, Tensor]
     numbers: list[float]
-    upstream: dict[str, Tensor]  # of y, h_n, ..., then of the cells at every step
+    upstream: dict[str, Tensor]  # for y, h_n, ..., then for the cell states of all steps
 
     def options(self) -> dict:
         heads, peephole = self.variant.option("num_heads", 1), self.variant.option("peephole", False)
@@ -278,7 +278,7 @@ class Call:
         return dict(bias=self.variant.option("bias", True), projected=bool(self.variant.projected))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with f applied to every floating-point tensor, but not to the gradients from above."""
+        """Applies f to all floating-point tensors except upstream gradients."""
         masks = {name: f(m) if m.is_floating_point() else m for name, m in self.masks.items()}
         return dataclasses.replace(
             self,
@@ -289,20 +289,20 @@ class Call:
         )
 
     def by_row(self, f: Callable[[Tensor], Tensor], by_sequence: Callable[[Tensor], Tensor], **others) -> Call:
-        """f on what has a row for each token, by_sequence on what has one for each sequence, [directions, B, ..]."""
+        """Applies f to tensors with a row per step, and by_sequence to tensors [directions, B, ..]."""
         rows = {name: (by_sequence if name == "variational" else f)(m) for name, m in self.masks.items()}
         upstream = {n: (by_sequence if n.endswith("_n") else f)(g) for n, g in self.upstream.items()}
         states0 = tuple(None if s is None else by_sequence(s) for s in self.states0)
         return dataclasses.replace(self, x=f(self.x), states0=states0, masks=rows, upstream=upstream, **others)
 
 
-# Outputs and gradients of one sequence, unlike a weight's gradient.
+# Outputs and gradients by sequence.
 OF_SEQUENCE = ("y", "dx", *(f"{s}_n" for s in "hcsnm"), *(f"{s}_steps" for s in "csnm"), *(f"d{s}0" for s in "hcsnm"))
 
 
 @functools.cache
 def make_call(variant: Variant, case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
-    """Random; NaN wherever a length says that nothing is."""
+    """Random arguments; padding is NaN."""
     g = torch.Generator().manual_seed(seed)
     directions, T, B, H = case.directions, case.T, case.B, case.H
     P = case.P if variant.projected else H
@@ -354,7 +354,7 @@ def make_call(variant: Variant, case: Case, dtype: torch.dtype, seed: int = 0) -
 
 
 def packed(call: Call, case: Case) -> Call:
-    """The padded call as packed rows, the longest sequence first."""
+    """Converts a padded call to packed rows."""
     lengths = torch.tensor(case.lengths)
     order = torch.argsort(lengths, descending=True, stable=True)
     valid = case.valid()[:, order]
@@ -371,7 +371,7 @@ def by_definition(call: Call) -> dict[str, Tensor]:
 
 
 def arguments(call: Call) -> tuple:
-    """Of the ops K and K_forward."""
+    """Arguments of the ops <kind> and <kind>_forward."""
     options = call.options()
     masks = [options.get(name) for name in MASKS]
     return (
@@ -386,7 +386,7 @@ def op(call: Call, suffix: str = "") -> Callable:
 
 
 def by_op(call: Call, recompute: bool = False) -> dict[str, Tensor]:
-    """By K_forward, whose autograd formula calls K_backward."""
+    """Results of <kind>_forward, whose autograd formula calls <kind>_backward."""
     outputs = list(op(call, "_forward")(*arguments(call), recompute))
     saved = outputs.pop(1 + len(call.states0))
     assert saved.shape[-1] == 0 or not recompute
@@ -396,17 +396,17 @@ def by_op(call: Call, recompute: bool = False) -> dict[str, Tensor]:
 def run(
     call: Call, function: Callable[[Call], dict[str, Tensor]] = by_op, upstream: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs and all gradients by name; upstream names the outputs that have a gradient."""
+    """Outputs and all gradients by name. upstream: names of the outputs with upstream gradients."""
     call = call.map(lambda t: t.detach().requires_grad_(t is not call.masks.get("variational")))
     outputs = function(call)
     used = [n for n in (upstream or outputs) if outputs[n].requires_grad]
     names = [f"d{s}0" for s, state in zip(call.variant.states, call.states0) if state is not None]
     names = ["dx", *names, *(f"d{w}" for w in named_weights(call))]
     wanted = [call.x, *(s for s in call.states0 if s is not None), *call.weights]
-    from_above = [call.upstream[n].to(outputs[n].dtype) for n in used]
+    upstream_grads = [call.upstream[n].to(outputs[n].dtype) for n in used]
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if used:
-        grads = torch.autograd.grad([outputs[n] for n in used], wanted, from_above, allow_unused=True)
+        grads = torch.autograd.grad([outputs[n] for n in used], wanted, upstream_grads, allow_unused=True)
     grads = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
     return {n: o.detach() for n, o in outputs.items()} | dict(zip(names, grads, strict=True))
 
@@ -418,7 +418,7 @@ def named_weights(call: Call) -> list[str]:
 
 @functools.cache
 def expected(variant: Variant, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the definition says, in float64, of the inputs as dtype has rounded them."""
+    """Results of the definition in float64, for inputs rounded to dtype."""
     with one_thread():
         return run(make_call(variant, case, dtype).map(Tensor.double), by_definition)
 
@@ -428,7 +428,7 @@ def outputs_alone(call: Call, result: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_stabiliser(states: str, result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The states of an sLSTM as what they represent, c / n and log n + m: a half type rounds m, and c and n with it."""
+    """Replaces the states of an sLSTM by c / n and log n + m, which rounding of m in half types does not affect."""
     if "m" not in states:
         return result
     result = dict(result)

@@ -1,7 +1,7 @@
 """EmbeddingBag in Triton, forward and backward.
 
-bags.py: arguments of the kernels. forward.py, backward.py: the kernels. launch.py: the launchers, with the sort of the
-occurrences of each row. ops.py: the same in the form of the ops.
+bags.py: arguments of the kernels. forward.py, backward.py: kernels. launch.py: launchers, and the sort of positions by
+row for backward. ops.py: implementations of the ops.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""EmbeddingBag backward: gradients of the table and of the per-sample weights. Sums run in the order of positions.
+"""EmbeddingBag backward: gradients of the table and of the per-sample weights, summed in the order of positions.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag.
 """
@@ -16,26 +16,26 @@ _MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
 
 
 class Positions(NamedTuple):
-    """What positions_kernel finds."""
+    """Outputs of positions_kernel."""
 
-    p_row: Any  # int64 [N] the table row of each position; E where it does not count
-    p_bag: Any  # int64 [N]
-    p_place: Any  # int32 [N] position in its bag
-    p_divisor: Any  # [B] what a mean divides by, or None
+    p_row: Any  # int64 [N] table row of each position; E for padding and positions outside of all bags
+    p_bag: Any  # int64 [N] bag
+    p_place: Any  # int32 [N] position in the bag
+    p_divisor: Any  # [B] divisors of a mean, or None
 
 
 class Occurrences(NamedTuple):
-    """Positions sorted by their row, in the order of positions where rows are equal."""
+    """Positions sorted by row; the sort is stable."""
 
     p_row: Any  # int64 [N]
     p_position: Any  # int64 [N]
-    p_end: Any  # int64 [N] end of each row's occurrences
-    p_output: Any  # int64 [N] row of the output, or None: that of the table
+    p_end: Any  # int64 [N] end of the occurrences of the same row
+    p_output: Any  # int64 [N] row of the output, or None if it equals the row of the table
 
 
 @triton.jit
 def _counted(bags, begin, length, i_r, E, padding, HAS_PADDING: tl.constexpr, BR: tl.constexpr):
-    """Positions i_r and following of a bag: in all indices, whether they count, their rows and weights' mask."""
+    """BR positions of a bag from i_r on: positions in the indices, bounds mask, mask of those that count, rows."""
     i_k = i_r + tl.arange(0, BR)
     o_k = begin + i_k
     m_k = i_k < length
@@ -81,16 +81,16 @@ def positions_kernel(
         tl.store(positions.p_divisor + i_b, tl.where(count == 0, 1.0, divisor))
 
 
-# Grid: (N, columns / BD). The program of the first occurrence of a row adds up all of them, BK at a time; the other
-# programs return at once.
+# Grid: (N, columns / BD). The program of the first occurrence of a row sums all its occurrences, BK at a time; the
+# other programs exit.
 @triton.jit(do_not_specialize=["E", "N"])
 def table_gradient_kernel(
     p_grad,  # [B, D]
-    p_arg,  # int32 [B, D] of max and min, else None
-    p_weights,  # [N] per sample, or None
+    p_arg,  # int32 [B, D] for max and min, otherwise None
+    p_weights,  # [N] per-sample weights, or None
     positions,
     occurrences,
-    p_out,  # [E, D], or the rows that occur
+    p_out,  # [E, D], or [U, D] for the rows that occur
     E,
     N,
     D,
@@ -137,7 +137,7 @@ def table_gradient_kernel(
 def _products(
     p_grad, p_arg, table, i_b, begin, o_k, m_counted, b_row, D, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """[BR] products of each position's row with the bag's gradient, of max and min in the columns that it won."""
+    """[BR] dot products of rows and the gradient of the bag; for max and min, over the columns that select the row."""
     b_dot = tl.zeros([BR], ACC)
     for first in range(0, D, BD):
         i_d = first + tl.arange(0, BD)
@@ -157,10 +157,10 @@ def _products(
 @triton.jit(do_not_specialize=SIZES)
 def weights_gradient_kernel(
     p_grad,  # [B, D]
-    p_arg,  # int32 [B, D] of max and min, else None
+    p_arg,  # int32 [B, D] for max and min, otherwise None
     table,
     bags,
-    p_out,  # [N], zeros where a position is in no bag
+    p_out,  # [N], zeros outside of all bags
     E,
     N,
     B,
@@ -178,7 +178,7 @@ def weights_gradient_kernel(
     ACC: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     i_b = tl.program_id(0).to(tl.int64)
     begin, length, _misfit = bounds(bags, i_b, i_b < B, N, B, L, HAS_LAST_OFFSET)
-    # A mean by weights, s = sum of w: d out / d w_k = (row_k - out) / s.
+    # Mean divided by s = sum of w: d out / d w_k = (row_k - out) / s.
     divisor = tl.full([], 1, ACC)
     of_output = tl.zeros([], ACC)
     if MODE == _MEAN:

@@ -1,7 +1,7 @@
-"""What the kernels of bags share: their arguments, and where a bag begins and ends.
+"""Arguments shared by the kernels of bags, and the bounds of a bag.
 
-The kernels take pointers and strides in the groups below. The sizes that may differ from call to call stay ordinary
-arguments: Triton 3.6 ignores do_not_specialize for what is inside a tuple.
+Pointers and strides are grouped in the named tuples below. Sizes that vary from call to call are separate arguments,
+because Triton 3.6 ignores do_not_specialize inside of tuples.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-SUM, MEAN, MAX, MIN = range(4)  # modes, as the ops take them
-BY_COUNT, BY_WEIGHT = range(2)  # what a mean divides by
+SUM, MEAN, MAX, MIN = range(4)  # modes of the ops
+BY_COUNT, BY_WEIGHT = range(2)  # divisor of a mean: the number of rows, or the sum of their weights
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NO_FAULT = 2**63 - 1
 SIZES = ["E", "N", "B", "L", "padding"]  # not specialized
@@ -27,13 +27,13 @@ class Table(NamedTuple):
 
 class Bags(NamedTuple):
     p_indices: Any  # [N]
-    p_offsets: Any  # [B] or [B + 1], or None: every bag has L indices
-    p_weights: Any  # [N] per sample, or None
+    p_offsets: Any  # [B] or [B + 1], or None if each bag has L indices
+    p_weights: Any  # [N] per-sample weights, or None
 
 
 @triton.jit
 def bounds(bags, i_b, m_b, N, B, L, HAS_LAST_OFFSET: tl.constexpr):
-    """First position and number of indices of each bag, and whether its offsets do not fit: such a bag is empty."""
+    """First position and number of indices of each bag, and whether its offsets are invalid, which gives 0 indices."""
     if bags.p_offsets is None:
         begin = i_b * L
         m_misfit = i_b < 0

@@ -15,15 +15,15 @@ _NO_POSITION = tl.constexpr(2**31 - 1)
 _MEAN, _MAX, _MIN = tl.constexpr(MEAN), tl.constexpr(MAX), tl.constexpr(MIN)
 
 
-# Grid: (bags / BB, columns / BD). A program reads BB x BR rows at a time, BD columns of each, into as many partial
-# results, and reduces these after the last row.
+# Grid: (bags / BB, columns / BD). A program loads tiles of BB x BR rows and BD columns, accumulates BB x BR partial
+# results, and reduces them over BR at the end.
 @triton.jit(do_not_specialize=SIZES)
 def embedding_bag_forward_kernel(
     table,
     bags,
     p_out,  # [B, D]
-    p_arg,  # int32 [B, D] of max and min, else None
-    p_fault,  # int64 [2]: the first position of a bad index, and the first bag with bad offsets
+    p_arg,  # int32 [B, D] for max and min, otherwise None
+    p_fault,  # int64 [2]: first position of an invalid index, and first bag with invalid offsets
     E,
     D,
     N,
@@ -52,11 +52,11 @@ def embedding_bag_forward_kernel(
         if i_fault != _NO_FAULT:
             tl.atomic_min(p_fault + 1, i_fault)
 
-    # -0, so that a sum of -0 alone stays -0. Triton turns a literal -0.0 into 0, and -x into 0 - x.
+    # The identity of a sum is -0, which preserves a sum of -0. Triton converts a literal -0.0 to 0, and -x to 0 - x.
     b_zero = tl.full([], -1, ACC) * 0.0
     if EXTREME:
         b_acc = tl.zeros([BB, BR, BD], ACC)
-        b_at = tl.full([BB, BR, BD], -1, tl.int32)  # position in its bag of each partial result
+        b_at = tl.full([BB, BR, BD], -1, tl.int32)  # position in the bag of each partial result
     else:
         b_acc = tl.full([BB, BR, BD], 1, ACC) * b_zero
         b_count = tl.zeros([BB, BR], tl.int32)
@@ -64,7 +64,7 @@ def embedding_bag_forward_kernel(
     b_fault = tl.full([BB, BR], _NO_FAULT, tl.int64)
 
     for i_r in range(0, tl.max(b_length, axis=0), BR):
-        i_k = (i_r + tl.arange(0, BR)).to(tl.int64)  # position in its bag
+        i_k = (i_r + tl.arange(0, BR)).to(tl.int64)  # position in the bag
         o_k = b_begin[:, None] + i_k[None, :]
         m_k = i_k[None, :] < b_length[:, None]
         b_row = tl.load(bags.p_indices + o_k, mask=m_k, other=0).to(tl.int64)
@@ -107,7 +107,7 @@ def embedding_bag_forward_kernel(
         i_best = tl.min(tl.where(m_best, b_at, _NO_POSITION), axis=1)
         i_nan = tl.min(tl.where(m_nan, b_at, _NO_POSITION), axis=1)
         i_best = tl.where(i_nan != _NO_POSITION, i_nan, i_best)  # [BB, BD]
-        # The value at that position, with its sign and, of a NaN, its bits.
+        # Selects the value at that position, which preserves its sign and the bits of a NaN.
         b_out = tl.sum(tl.where(b_at == i_best[:, None, :], b_acc, b_zero), axis=1)
         if MODE == _MIN:
             b_out = b_out * -1.0

@@ -1,4 +1,4 @@
-"""The launchers of bags.
+"""Launchers of the kernels of bags.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, U rows that occur.
 """
@@ -35,23 +35,24 @@ from seqkernels.triton.embedding_bag.forward import embedding_bag_forward_kernel
 
 
 class Config(NamedTuple):
-    """How much a program computes, and with how many warps."""
+    """Launch configuration of the forward kernel."""
 
-    BB: int  # bags
-    BR: int  # rows of each at a time
-    BD: int  # columns
+    BB: int  # bags per program
+    BR: int  # rows of a bag per tile
+    BD: int  # columns per program
     num_warps: int
-    # Without a limit ptxas spills some registers so that more programs fit.
-    maxnreg: int = 128
+    maxnreg: int = 128  # without the limit, ptxas spills registers to raise the occupancy
 
 
-SHORT = 8  # bags of up to so many indices, on average, share a program
+SHORT = 8  # maximum mean length of bags that share a program
 COLUMNS = (16, 32, 64, 128, 256)
 
 
 def config(D: int, mean_length: float, float64: bool, extreme: bool) -> Config:
-    """4 KiB of float32 rows in flight per warp: 32 elements per lane, that is 8 loads of 16 bytes. Half of that where a
-    lane keeps 64-bit values or their positions as well."""
+    """Configuration with tiles of 4 KiB of float32 rows per warp: 32 elements per lane, in 8 loads of 16 bytes.
+
+    float64 halves the number of elements, and so do modes that also store positions.
+    """
     BD = min(max(triton.next_power_of_2(D), COLUMNS[0]), COLUMNS[-1])
     tile = 1024 >> float64 >> extreme
     rows = max(tile // BD, 1)
@@ -64,12 +65,12 @@ def config(D: int, mean_length: float, float64: bool, extreme: bool) -> Config:
 
 
 def configs(float64: bool, extreme: bool) -> list[Config]:
-    """Every one that `config` may choose."""
+    """All results of `config`."""
     return sorted({config(D, L, float64, extreme) for D in COLUMNS for L in (SHORT, SHORT + 1, 1 << 20)})
 
 
 def unsupported(weight: Tensor, indices: Tensor) -> list[str]:
-    """Reasons why these kernels cannot take such inputs; an empty list: they can."""
+    """Reasons why these kernels do not support the inputs; empty if they do."""
     reasons = []
     if weight.device.type != "cuda" and not interpreted():
         reasons.append(f"the table is on {weight.device}")
@@ -92,26 +93,27 @@ def forward(
     *,
     fault: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the op seqkernels::embedding_bag_forward returns, by a Triton kernel. First order: no gradient is recorded.
+    """The op seqkernels_triton::embedding_bag_forward. Autograd does not record this function.
 
     Args:
         weight: [E, D] float64, float32, float16 or bfloat16, with any strides.
         indices: int32 or int64, [N] with offsets, or [B, L] without.
-        offsets: int32 or int64, [B] where each bag begins, or [B + 1] with include_last_offset.
-        per_sample_weights: like indices, of the table's dtype, or float32 with a 16-bit table.
+        offsets: int32 or int64, [B] start of each bag, or [B + 1] with include_last_offset.
+        per_sample_weights: shaped like indices, of the table's dtype, or float32 with a 16-bit table.
         mode: 0 sum, 1 mean, 2 max, 3 min.
-        padding_idx: this row does not count; -1: none.
-        mean_by: a mean divides by 0 the number of rows, 1 the sum of their weights.
-        fault: int64 [2], written: the first position of an index outside the table, and the first bag whose offsets do
-            not fit, or NO_FAULT. Such rows and bags are left out, and nothing outside is read. None: the call waits
-            for the kernel and raises instead.
+        padding_idx: row excluded from the reduction; -1: none.
+        mean_by: divisor of a mean: 0, the number of rows, or 1, the sum of their weights.
+        fault: int64 [2], output: the first position of an index outside the table, and the first bag with invalid
+            offsets, or NO_FAULT. The kernel skips these rows and bags and reads nothing out of bounds. If None, the
+            call synchronizes and raises instead.
     Returns:
-        output [B, D], dtype of weight, accumulated in float32 (float64 of float64).
-        arg: int32 [B, D] of max and min, which position of its bag won, -1 where none did; else [0].
+        output: [B, D], dtype of weight, accumulated in float32, or float64 for float64.
+        arg: for max and min int32 [B, D], the position of the selected row in the bag, -1 for a bag without rows;
+            otherwise [0].
     Raises:
-        ValueError: a shape, an option, an index or an offset does not fit. TypeError: a dtype does not.
-        NotImplementedError: these kernels do not take such inputs; the message says why.
-    Deterministic: yes. The last bits of a bag's sum also follow from the mean length of the bags of its call.
+        ValueError: invalid shape, option or offset. IndexError: index out of range. TypeError: invalid dtype.
+        NotImplementedError: these kernels do not support the inputs; the message lists the reasons.
+    Deterministic: yes. The last bits of the sum of a bag depend on the mean length of the bags in the call.
     """
     L = _check(weight, indices, offsets, per_sample_weights, mode, include_last_offset, mean_by, fault)
     E, D = weight.shape
@@ -159,7 +161,7 @@ def _check(
     mean_by: int,
     fault: Tensor | None,
 ) -> int:
-    """Raises where an argument does not fit; L where every bag has as many indices, else 0."""
+    """Checks the arguments. Returns the length L of the bags without offsets, 0 with offsets."""
     if reasons := unsupported(weight, indices):
         raise NotImplementedError(f"embedding_bag: the Triton kernel does not run: {'; '.join(reasons)}")
     if weight.dim() != 2:
@@ -183,7 +185,7 @@ def _check(
         raise ValueError("embedding_bag: include_last_offset must be False without offsets, got True")
     for name, t in (("offsets", offsets), ("per_sample_weights", weights), ("fault", fault)):
         if t is not None and t.device != weight.device:
-            raise ValueError(f"embedding_bag: {name} must be on {weight.device} as weight is, got {t.device}")
+            raise ValueError(f"embedding_bag: {name} must be on the device of weight, {weight.device}, got {t.device}")
     if weights is not None:
         if weights.shape != indices.shape:
             raise ValueError(
@@ -192,7 +194,7 @@ def _check(
             )
         if weights.dtype != weight.dtype and not (weights.dtype == torch.float32 and weight.dtype.itemsize == 2):
             raise TypeError(
-                f"embedding_bag: per_sample_weights must be {weight.dtype} as weight is, or float32 with a 16-bit "
+                f"embedding_bag: per_sample_weights must have weight's dtype, {weight.dtype}, or float32 with a 16-bit "
                 f"table, got {weights.dtype}"
             )
     if fault is not None and (fault.dtype != torch.int64 or fault.shape != (2,) or not fault.is_contiguous()):
@@ -215,7 +217,7 @@ def _raise(fault: Tensor, E: int, N: int, indices: Tensor, offsets: Tensor | Non
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when the kernels were imported: they then run on the CPU, in numpy."""
+    """Whether TRITON_INTERPRET was set when the kernels were imported, so that they run on the CPU in numpy."""
     return not isinstance(embedding_bag_forward_kernel, triton.JITFunction)
 
 
@@ -232,14 +234,14 @@ def bags_of(indices: Tensor, offsets: Tensor | None, weights: Tensor | None) -> 
 
 # ---- backward
 
-ROWS = 8  # positions that a program of backward reads at a time
-WIDEST = 128  # columns of such a program
-BLOCK = 64  # positions that a program reads at a time where no table is read
-MOST_REGISTERS = 255  # of a thread; without a limit ptxas spills some so that more programs fit
+ROWS = 8  # positions per tile of a backward program
+WIDEST = 128  # maximum columns per tile
+BLOCK = 64  # positions per tile of positions_kernel, which reads no rows
+MOST_REGISTERS = 255  # per thread; without the limit, ptxas spills registers to raise the occupancy
 
 
 class Call(NamedTuple):
-    """The bags of one call, as the ops of backward take them."""
+    """The bags of one call, in the argument order of the backward ops."""
 
     indices: Tensor
     offsets: Tensor | None
@@ -264,7 +266,7 @@ class Call(NamedTuple):
 def table_gradient(
     grad: Tensor, arg: Tensor, E: int, call: Call, by_frequency: bool, sparse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the table, [E, D]; or with `sparse` those of the rows that occur [U, D], and these rows [U]."""
+    """Gradient [E, D] of the table, and None. With `sparse`, gradients [U, D] of the rows that occur, and rows [U]."""
     grad = grad.contiguous()
     D, device = grad.shape[1], grad.device
     B, N = number_of(call.indices, call.offsets, call.include_last_offset)
@@ -312,7 +314,7 @@ def table_gradient(
 
 
 def weights_gradient(grad: Tensor, arg: Tensor, weight: Tensor, call: Call) -> Tensor:
-    """The gradient of the per-sample weights, shaped like them."""
+    """Gradient of the per-sample weights, shaped like them."""
     assert call.weights is not None
     grad, (E, D) = grad.contiguous(), weight.shape
     B, N = number_of(call.indices, call.offsets, call.include_last_offset)

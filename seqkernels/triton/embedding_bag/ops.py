@@ -1,4 +1,4 @@
-"""Bags in the form of the ops seqkernels::embedding_bag, embedding_bag_forward and embedding_bag_backward*."""
+"""Implementations of the ops seqkernels_triton::embedding_bag, embedding_bag_forward and embedding_bag_backward*."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ def infer_op(weight: Tensor, *bags: Any) -> Tensor:
 
 
 def forward_op(weight: Tensor, *bags: Any) -> tuple[Tensor, Tensor]:
-    """Indices and offsets that do not fit are skipped. With SEQKERNELS_CHECKED in the environment, for which a call
-    waits, they raise; on the CPU always."""
+    """Skips invalid indices and offsets.
+
+    They raise on the CPU, and on a GPU if the environment variable SEQKERNELS_CHECKED is set, which synchronizes.
+    """
     checked = interpreted() or "SEQKERNELS_CHECKED" in os.environ
     fault = None if checked else torch.empty(2, dtype=torch.int64, device=weight.device)
     return forward(weight, *bags, fault=fault)
 
 
 def _call(indices: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: int, *rest: Any) -> tuple[Call, bool]:
-    """The bags, and scale_grad_by_freq, which is the last argument."""
+    """The bags, and the last argument, scale_grad_by_freq."""
     fields = len(Call._fields) - 4
     return Call(indices, offsets, weights, mode, *rest[:fields]), bool(rest[fields]) if len(rest) > fields else False
 

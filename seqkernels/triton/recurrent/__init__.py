@@ -1,10 +1,10 @@
 """Recurrent layers in Triton.
 
 arithmetic.py, cells.py: activations and cells.
-layer.py, layer_forward.py, layer_backward.py: kernels that run all steps of a layer in one launch, where W_hh fits into
-shared memory and the cell has no options.
-step.py, step_forward.py, step_backward.py: kernels that run one step, used otherwise.
-launch.py: which kernels run, the products and the weight gradients. ops.py: the same in the form of the ops.
+layer.py, layer_forward.py, layer_backward.py: kernels that run all steps of a layer in one launch, for cells without
+options whose W_hh fits in shared memory.
+step.py, step_forward.py, step_backward.py: kernels that run one step, for all other layers.
+launch.py: selection of the kernels, matrix products and weight gradients. ops.py: implementations of the ops.
 """
 
 from __future__ import annotations

@@ -8,16 +8,16 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    e = tl.exp(-tl.abs(x))  # at most 1, so that nothing overflows
+    e = tl.exp(-tl.abs(x))  # at most 1: no overflow
     return tl.where(x < 0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
 def tanh(x):
-    """Near 0, where the quotient cancels, the polynomials of the Cephes library, http://www.netlib.org/cephes"""
+    """tanh. Uses the polynomials of the Cephes library, http://www.netlib.org/cephes, near 0, where 1 - e cancels."""
     e = tl.exp(-2.0 * tl.abs(x))
     y = (1.0 - e) / (1.0 + e)
-    x_near = tl.minimum(tl.maximum(x, -1.0), 1.0)  # the polynomials hold near 0 only and must not overflow elsewhere
+    x_near = tl.minimum(tl.maximum(x, -1.0), 1.0)  # limits the polynomials, which are valid near 0, to avoid overflow
     z = x_near * x_near
     if x.dtype == tl.float64:
         above = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
@@ -32,19 +32,19 @@ def tanh(x):
 
 @triton.jit
 def relu(x):
-    return tl.where(x < 0, 0.0, x)  # NaN stays NaN
+    return tl.where(x < 0, 0.0, x)  # propagates NaN
 
 
 @triton.jit
 def clip(x, limit):
-    """x within [-limit, limit]; NaN stays NaN."""
+    """Clamps x to [-limit, limit]; propagates NaN."""
     x = tl.where(x > limit, limit, x)
     return tl.where(x < -limit, -limit, x)
 
 
 @triton.jit
 def activate(x, gate_clip, TANH: tl.constexpr):
-    """The activation, and its saved form: 2 or -2 where gate_clip limits x, as no gradient passes there.
+    """The activation and its saved form: 2 or -2 where gate_clip limits x, which makes the gradient 0.
 
     gate_clip: None without the option.
     """
@@ -60,7 +60,7 @@ def activate(x, gate_clip, TANH: tl.constexpr):
 
 @triton.jit
 def restore(saved, gate_clip, TANH: tl.constexpr):
-    """The activation and its slope, from the saved form."""
+    """The activation and its derivative, from the saved form."""
     value = saved
     if gate_clip is not None:
         at_limit = tl.abs(saved) > 1.5

@@ -1,9 +1,9 @@
-"""The cells: forward and backward of one step, without the products.
+"""Cells: forward and backward of one step, without the matrix products.
 
-Each cell is one pair of functions. The kernels that run all steps in one launch and those that run one step both call
-them. A plain cell has no OPTIONS, and their code is not compiled; `options` is then None.
+Both the kernels for all steps and the kernels for one step call these functions. Without OPTIONS, the code of the
+options is not compiled, and `options` is None.
 
-Sources: seqkernels.reference.recurrent, cell by cell.
+Source: the definitions of the cells in seqkernels.reference.recurrent.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from seqkernels.triton.recurrent.arithmetic import activate, clip, restore, tanh
 
 
 class Options(NamedTuple):
-    """Values of a cell's options for the units at hand; each is neutral where its option is off."""
+    """Options of a cell for the units of a tile; a disabled option has its neutral value."""
 
     peephole_i: tl.tensor
     peephole_f: tl.tensor
     peephole_o: tl.tensor
-    keep: tl.tensor  # factor of the candidate: recurrent dropout
-    zoneout_h: tl.tensor  # share of the old h that stays
-    zoneout_c: tl.tensor  # share of the old c that stays
+    keep: tl.tensor  # factor of the candidate for recurrent dropout
+    zoneout_h: tl.tensor  # factor of the previous h
+    zoneout_c: tl.tensor  # factor of the previous c
     gate_clip: tl.tensor
     cell_clip: tl.tensor
 
 
 class LSTMGates(NamedTuple):
-    """i, f, g, o: pre-activations, saved activations or gradients. The f of a coupled LSTM is unused."""
+    """i, f, g, o: pre-activations, saved activations or gradients. A coupled LSTM does not use f."""
 
     i: tl.tensor
     f: tl.tensor
@@ -39,7 +39,7 @@ class LSTMGates(NamedTuple):
 
 
 class GRUGates(NamedTuple):
-    """r, z, n: pre-activations (n without the share of h), saved activations or gradients; h_n: share of h in n."""
+    """r, z, n: pre-activations, saved activations or gradients. h_n: recurrent projection of n, not included in n."""
 
     r: tl.tensor
     z: tl.tensor
@@ -57,7 +57,7 @@ class MGUGates(NamedTuple):
 
 @triton.jit
 def lstm_forward(x, c, options, S: tl.constexpr, COUPLED: tl.constexpr, OPTIONS: tl.constexpr):
-    """x: pre-activations without peepholes. Returns h, c and the saved gates. S: the type in which c is stored."""
+    """x: pre-activations without peepholes. S: storage type of c. Returns h, c and the saved gates."""
     x_i = x.i
     x_f = x.f
     x_o = x.o
@@ -85,7 +85,7 @@ def lstm_forward(x, c, options, S: tl.constexpr, COUPLED: tl.constexpr, OPTIONS:
 
 @triton.jit
 def lstm_backward(saved, c, c_prev, dh, dc, options, S: tl.constexpr, COUPLED: tl.constexpr, OPTIONS: tl.constexpr):
-    """Gradients of the pre-activations and of c_prev, and the c from which h was computed, before zoneout."""
+    """Returns the gradients of the pre-activations and of c_prev, and c before zoneout, from which h is computed."""
     gate_clip = None
     if OPTIONS:
         gate_clip = options.gate_clip
@@ -127,7 +127,7 @@ def lstm_backward(saved, c, c_prev, dh, dc, options, S: tl.constexpr, COUPLED: t
 
 @triton.jit
 def gru_forward(x, h, options, OPTIONS: tl.constexpr):
-    """x: r and z with their shares of h. Returns h and the saved gates."""
+    """x: r and z include the recurrent projection. Returns h and the saved gates."""
     gate_clip = None
     if OPTIONS:
         gate_clip = options.gate_clip
@@ -141,7 +141,10 @@ def gru_forward(x, h, options, OPTIONS: tl.constexpr):
 
 @triton.jit
 def gru_backward(saved, h_prev, dh, options, OPTIONS: tl.constexpr):
-    """Gradients of the pre-activations (n: of the share of x, h_n: of that of h), and of h_prev by way of z."""
+    """Returns the gradients of the pre-activations and the term dh * z of the gradient of h_prev.
+
+    n is the gradient of the input projection of n, h_n that of its recurrent projection.
+    """
     gate_clip = None
     if OPTIONS:
         gate_clip = options.gate_clip
@@ -157,7 +160,7 @@ def gru_backward(saved, h_prev, dh, options, OPTIONS: tl.constexpr):
 
 @triton.jit
 def mgu_forward(x, h, options, OPTIONS: tl.constexpr):
-    """x: f with its share of h. Returns h and the saved gates."""
+    """x: f includes the recurrent projection. Returns h and the saved gates."""
     gate_clip = None
     if OPTIONS:
         gate_clip = options.gate_clip
@@ -170,7 +173,7 @@ def mgu_forward(x, h, options, OPTIONS: tl.constexpr):
 
 @triton.jit
 def mgu_backward(saved, h_prev, dh, options, OPTIONS: tl.constexpr):
-    """As gru_backward; the last result is the gradient of h_prev by way of 1 - f."""
+    """As gru_backward; the last result is the term dh * (1 - f) of the gradient of h_prev."""
     gate_clip = None
     if OPTIONS:
         gate_clip = options.gate_clip

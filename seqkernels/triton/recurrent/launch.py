@@ -1,7 +1,6 @@
-"""The launchers: how a layer's kernels are chosen, and one call of a layer, forward and backward.
+"""Launchers: selection of the kernels of a layer, and its forward and backward.
 
-Dimensions: B sequences, T steps, N rows of x and y (T * B, or of packed input the real steps), D input, H hidden,
-G gates.
+Dimensions: B sequences, T steps, N rows of x and y (T * B, or the number of packed rows), D input, H hidden, G gates.
 """
 
 from __future__ import annotations
@@ -49,19 +48,19 @@ from seqkernels.triton.recurrent.step_forward import (
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUPPORTED = ("lstm", "lstm_coupled", "gru", "gru_before", "mgu_after", "mgu", "rnn_tanh", "rnn_relu")
-RESET_AFTER = ("gru", "mgu_after")  # the reset gate multiplies the share of h in n, with its bias
-RESET_BEFORE = ("gru_before", "mgu")  # the reset gate multiplies h before the product of n
+RESET_AFTER = ("gru", "mgu_after")  # the reset gate multiplies the recurrent projection of n, including its bias
+RESET_BEFORE = ("gru_before", "mgu")  # the reset gate multiplies h before the recurrent projection of n
 
 # ---- configurations
 
-MOST_REGISTERS = 255  # of a thread; without a limit ptxas spills some so that more programs fit
+MOST_REGISTERS = 255  # per thread; without the limit, ptxas spills registers to raise the occupancy
 
 
 class Config(NamedTuple):
-    """How a kernel that runs all steps is launched."""
+    """Launch configuration of a kernel that runs all steps."""
 
-    BB: int  # sequences of a program
-    BH: int  # units, a power of two
+    BB: int  # sequences per program
+    BH: int  # units per program, a power of two
     num_warps: int
     maxnreg: int = MOST_REGISTERS
 
@@ -72,16 +71,18 @@ GATES = {
     "mgu_after": 2,
     "rnn_tanh": 1,
     "rnn_relu": 1,
-}  # of the kinds with kernels that run all steps
-LARGEST = 128  # units of such a kernel
-SMALLEST = 16  # what a matrix product takes
-BU = 128  # units of a program that runs one step: 4 for each lane of its one warp
-PRECISION = "tf32x3"  # of products of float32: three products of tf32, which together keep its bits
+}  # kinds with kernels that run all steps
+LARGEST = 128  # maximum BH
+SMALLEST = 16  # minimum BH, the smallest dimension of tl.dot
+BU = 128  # units per program of a kernel that runs one step: 4 per lane of one warp
+PRECISION = "tf32x3"  # float32 products as three tf32 products, with the precision of float32
 
 
 def config(kind: str, dtype: torch.dtype, H: int, shared: int) -> Config | None:
-    """None where the kind has no such kernel, or W_hh does not fit into `shared` bytes of shared memory: these layers
-    run with one launch a step."""
+    """Configuration of the kernel that runs all steps, or None if one launch per step is required.
+
+    That is the case if the kind has no such kernel, or W_hh does not fit in `shared` bytes of shared memory.
+    """
     BH = max(triton.next_power_of_2(H), SMALLEST)
     if kind not in GATES or BH > LARGEST or needed(kind, dtype, BH) > shared:
         return None
@@ -91,12 +92,14 @@ def config(kind: str, dtype: torch.dtype, H: int, shared: int) -> Config | None:
 def tier(
     kind: str, dtype: torch.dtype, H: int, options: Sequence[str], shared: int
 ) -> tuple[str, list[str], Config | None]:
-    """How a layer runs: "layer", all steps in one launch, or "steps", one launch a step; why not the former; and its
-    configuration."""
+    """The tier of a layer: "layer", all steps in one launch, or "steps", one launch per step.
+
+    Also returns the reasons against "layer" and, for "layer", its configuration.
+    """
     of_cell = [name for name in options if name not in ("reset", "memory_efficient", "return_all_states")]
     reasons = []
     if of_cell:
-        reasons.append(f"the kernels for all steps do not have {', '.join(of_cell)}")
+        reasons.append(f"the kernels for all steps do not support {', '.join(of_cell)}")
     if kind not in GATES:
         reasons.append(f"{kind} has no kernel for all steps")
     elif not reasons:
@@ -105,7 +108,7 @@ def tier(
             return "layer", [], chosen
         BH = max(triton.next_power_of_2(H), SMALLEST)
         if dtype == torch.float64 and not shared:
-            reasons.append("Triton does not compile chains of float64 products")
+            reasons.append("Triton cannot compile chains of float64 products")
         elif BH > LARGEST:
             reasons.append(f"H must be at most {LARGEST}, got {H}")
         else:
@@ -114,25 +117,24 @@ def tier(
 
 
 def needed(kind: str, dtype: torch.dtype, BH: int) -> int:
-    """An upper bound of the bytes of shared memory: W_hh, of float32 in the two parts of tf32x3, and tiles of h and of
-    gates that are operands of products."""
+    """Upper bound of the shared memory in bytes: W_hh, in two parts for tf32x3, and the tiles of h and of the gates."""
     parts, gates = 2 if dtype == torch.float32 else 1, GATES[kind]
     return (gates * BH * parts + SMALLEST * (gates + 1)) * BH * dtype.itemsize + (4 << 10)
 
 
 @functools.cache
 def shared_memory(device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that a program can have for products of dtype."""
+    """Bytes of shared memory that a program may use for products of dtype."""
     if interpreted():
         return 1 << 20
     if dtype == torch.float64:
-        return 0  # Triton 3.6 fails to compile chains of float64 products
+        return 0  # Triton 3.6 cannot compile chains of float64 products
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when the kernels were imported: they then run on the CPU, in numpy."""
+    """Whether TRITON_INTERPRET was set when the kernels were imported, so that they run on the CPU in numpy."""
     return not isinstance(lstm_forward_kernel, triton.JITFunction)
 
 
@@ -140,7 +142,7 @@ def interpreted() -> bool:
 
 
 class LayerArgs(NamedTuple):
-    """One layer, both directions, as the ops take it."""
+    """Arguments of the ops for one layer, both directions."""
 
     x: Tensor  # [T, B, D], or [N, D] with batch_sizes
     states0: Sequence[Tensor | None]  # [directions, B, H] each
@@ -160,7 +162,7 @@ class LayerArgs(NamedTuple):
 
 
 class Layer:
-    """One layer in the form that the launchers need."""
+    """Arguments of a layer, prepared for the launchers."""
 
     def __init__(self, kind: str, args: LayerArgs) -> None:
         x = args.x
@@ -204,7 +206,7 @@ class Layer:
 
     @property
     def config(self) -> Config | None:
-        """Of the kernels that run all steps in one launch, or None: they have no options."""
+        """Configuration of the kernel that runs all steps, or None. Those kernels support no options."""
         if self.options or self.variational is not None:
             return None
         return config(self.kind, self.x.dtype, self.H, shared_memory(self.x.device, self.x.dtype))
@@ -213,8 +215,11 @@ class Layer:
 
     @property
     def saved_width(self) -> int:
-        """Of a row: i, f, g, o; r, z, n and n's share of h; f, n and n's share of h; with the reset gate before the
-        product r, z, n or f, n. Of an RNN nothing, as y is enough, unless options hide the slope."""
+        """Width of a row of `saved`.
+
+        LSTM: i, f, g, o. GRU: r, z, n, h_n, where h_n is the recurrent projection of n. MGU: f, n, h_n. Kinds in
+        RESET_BEFORE save no h_n. RNN: nothing, because y determines the derivative, except with options.
+        """
         if self.kind.startswith("rnn"):
             return self.H * self.options
         return self.H * (self.G + (self.kind in RESET_AFTER))
@@ -228,13 +233,13 @@ class Layer:
         return self.kind.startswith("mgu")
 
     def new_rows(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[.., N, width]: zeros where a sequence may lack a row that no kernel then writes."""
+        """New tensor [.., N, width]; zeros with lengths, because the kernels do not write the rows of padding."""
         *front, width = sizes
         new = self.x.new_zeros if self.lengths is not None else self.x.new_empty
         return new(*front, self.N, width, dtype=dtype or self.x.dtype)
 
     def initial_state(self, i: int, dtype: torch.dtype) -> Tensor:
-        """[directions, B, H] a copy."""
+        """Copy of an initial state, [directions, B, H]."""
         given = self.states0[i]
         if given is None:
             return self.x.new_zeros(self.directions, self.B, self.H, dtype=dtype)
@@ -242,8 +247,8 @@ class Layer:
 
     # -- products
 
-    def shares_of_x(self) -> Tensor:
-        """[directions, N, G * H] with every bias that may be added before the products with h."""
+    def input_projection(self) -> Tensor:
+        """[directions, N, G * H] input projection, including all biases except `late_bias`."""
         out = self.x.new_empty(self.directions, self.N, self.G * self.H, dtype=self.acc)
         for d, w in enumerate(self.weights):
             out[d] = self.product(self.rows_of_x, w["w_ih"].T)
@@ -254,13 +259,13 @@ class Layer:
         return out
 
     def late_bias(self) -> Tensor | None:
-        """[directions, H] b_hn of a GRU or an MGU, which the reset gate multiplies."""
+        """[directions, H] b_hn of a GRU or MGU, which the reset gate multiplies, or None."""
         if self.kind not in RESET_AFTER or "b_hh" not in self.weights[0]:
             return None
         return torch.stack([w["b_hh"][(self.G - 1) * self.H :] for w in self.weights])
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """In the type of the computation; of half types with sums in float32."""
+        """Matrix product in the type of the computation; half types are accumulated in float32."""
         if a.dtype == self.acc:
             return a @ b
         if a.device.type == "cuda":
@@ -293,23 +298,26 @@ class Layer:
     def layer_kernel(self, chosen: Config, kernels: dict[str, Any]) -> Any:
         return kernels[self.kind.partition("_")[0]][triton.cdiv(self.B, chosen.BB), self.directions]
 
-    # -- one launch a step
+    # -- one launch per step
 
     def order(self, d: int) -> Sequence[int]:
         return range(self.T) if d == 0 else range(self.T - 1, -1, -1)
 
     def at(self, t: int) -> tuple[int, int, int]:
-        """t, its first row, and how many sequences may have it: 0 where it does not exist."""
+        """t, its first row and its number of sequences; 0 sequences for a step outside of [0, T)."""
         return (t, self.starts[t], self.sizes[t]) if 0 <= t < self.T else (t, 0, 0)
 
     def step_numbers(self, t: int, d: int) -> dict[str, int]:
-        """This step and the one whose reset makes it start from zero states."""
+        """Kernel arguments of step t and of the step whose reset zeroes its input states."""
         t_, row, _ = self.at(t)
         t_reset, row_reset, n_reset = self.at(t + d)
         return dict(t=t_, row=row, t_reset=t_reset, row_reset=row_reset, n_reset=n_reset)
 
     def neighbours(self, t: int, d: int) -> dict[str, int]:
-        """The step before t in the order of forward, and the one whose reset keeps t's states from the next."""
+        """Kernel arguments of the steps before and after t in the order of forward.
+
+        The first computes the input states of t; the reset of the second zeroes the states of t for the next step.
+        """
         t_before, row_before, n_before = self.at(t + 2 * d - 1)
         t_after, row_after, n_after = self.at(t + 1 - d)
         before = dict(t_before=t_before, row_before=row_before, n_before=n_before)
@@ -348,12 +356,12 @@ _STEP_FORWARD = {"gru": gru_step_forward_kernel, "mgu_after": mgu_step_forward_k
 
 
 def forward(l: Layer, save: bool) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """y, the last states, what backward needs, and c at every step."""
+    """Returns y, the last states, `saved` for backward, and c at every step."""
     y = l.new_rows(l.directions * l.H)
     cells = [l.new_rows(l.directions * l.H)] if l.has_c else []
     width = l.saved_width if save else 0
     saved = l.x.new_empty(l.directions, l.N, width)
-    chosen, p_x = l.config, l.shares_of_x()
+    chosen, p_x = l.config, l.input_projection()
     states = [l.initial_state(i, l.x.dtype) for i in range(1 + l.has_c)]
     if l.N and chosen is not None:
         h_n, c_n, p_cells = states[0], states[1] if l.has_c else None, cells[0] if cells else None
@@ -371,7 +379,7 @@ def forward(l: Layer, save: bool) -> tuple[Tensor, list[Tensor], Tensor, list[Te
 def _forward_steps(
     l: Layer, d: int, p_x: Tensor, y: Tensor, cells: list[Tensor], h: Tensor, c: Tensor | None, saved: Tensor | None
 ) -> None:
-    """One direction, with a product and a launch for each step. h, c: initial states, replaced by the last ones."""
+    """Runs one direction with a matrix product and a launch per step. Updates h and c in place."""
     w_hh, H, masks = l.weights[d]["w_hh"], l.H, l.masks_of(d)
     rows = step.Rows(y, cells[0] if cells else None, l.directions * H, d * H)
     bias = l.late_bias()
@@ -425,12 +433,12 @@ _STEP_BACKWARD = {"gru": gru_step_backward_kernel, "mgu_after": mgu_step_backwar
 
 @dataclasses.dataclass
 class Gradients:
-    """What the kernels of backward write for the weight gradients, for both directions."""
+    """Outputs of the backward kernels for the weight gradients, for both directions."""
 
-    d_x: Tensor  # [directions, N, G * H] of the pre-activations, as x sees them
-    h: Tensor  # [directions, N, H] the h that the products read
-    d_h_of_n: Tensor | None  # [directions, N, H] of the share of h in n: of a GRU or an MGU
-    reset_h: Tensor | None  # [directions, N, H] r times h: where the reset gate is applied before the product
+    d_x: Tensor  # [directions, N, G * H] gradients of the input projection
+    h: Tensor  # [directions, N, H] input of the recurrent projection at each step
+    d_h_of_n: Tensor | None  # [directions, N, H] gradients of the recurrent projection of n; RESET_AFTER
+    reset_h: Tensor | None  # [directions, N, H] r * h; RESET_BEFORE
     d_peephole: Tensor | None  # [directions, N, (G - 1) * H]
 
     @staticmethod
@@ -456,7 +464,7 @@ def backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dx, the gradients of the initial states, and of the weights."""
+    """Returns dx and the gradients of the initial states and the weights."""
     d_last = [None if g is None else g.contiguous() for g in d_last]
     dy, dcells = (None if g is None else g.contiguous() for g in (dy, dcells))
     found = Gradients.of(l)
@@ -495,7 +503,7 @@ def backward(
         dx = total.to(l.x.dtype).view(l.x.shape)
     dw = []
     if need_dw:
-        if l.lengths is not None:  # rows beyond a length may hold NaN, which times zero would be NaN
+        if l.lengths is not None:  # padding may hold NaN, and NaN * 0 is NaN
             valid = torch.arange(l.T, device=l.x.device).unsqueeze(1) < l.lengths
             l.rows_of_x = torch.where(valid.view(-1, 1), l.rows_of_x, 0)
         for d in range(l.directions):
@@ -515,7 +523,7 @@ def _backward_steps(
     dc: Tensor | None,
     found: Gradients,
 ) -> None:
-    """One direction. direct, dc: gradients of the last states, replaced by those of the initial ones."""
+    """Runs one direction. Replaces the gradients of the last states, direct and dc, by those of the initial states."""
     H, w_hh = l.H, l.weights[d]["w_hh"]
     product = torch.zeros_like(direct)
     variational = None if l.variational is None else l.variational[d]
@@ -569,7 +577,7 @@ def _backward_steps(
             product[:n] += l.product(d_h_of_n[here], w_hh[gates:])
     if variational is not None:
         product *= variational
-    if l.reset is not None and d == 0:  # a reset at the first step keeps the initial states from it
+    if l.reset is not None and d == 0:  # a reset at the first step excludes the initial states
         first = l.reset.view(-1)[: l.sizes[0]].bool()
         if l.lengths is not None:
             first &= l.lengths > 0
@@ -578,7 +586,7 @@ def _backward_steps(
 
 
 def _weight_gradients(l: Layer, d: int, found: Gradients) -> list[Tensor]:
-    """Of one direction: products over all rows."""
+    """Weight gradients of one direction, as matrix products over all rows."""
     gates = (l.G - 1) * l.H
     d_x, h = found.d_x[d], found.h[d]
     d_h = d_x if found.d_h_of_n is None else torch.cat((d_x[:, :gates], found.d_h_of_n[d]), 1)

@@ -1,14 +1,14 @@
-"""What the kernels share that run all steps of a layer in one launch.
+"""Arguments and functions shared by the kernels that run all steps of a layer in one launch.
 
-Grid: (sequences / BB, directions). A program runs all steps of its BB sequences with W_hh in shared memory or
-registers; programs do not communicate. Tiles are [BB, BH]. Beyond H, weights and pre-activations are zeros and nothing
-is stored, so the padding units do not reach real ones.
+Grid: (sequences / BB, directions). A program runs all steps of BB sequences with W_hh in shared memory or registers;
+programs do not communicate. Tiles are [BB, BH]. Units beyond H have zero weights and pre-activations and are not
+stored, so that they do not affect the others.
 
-Kernels take pointers in the groups below. The sizes that may differ from call to call stay ordinary arguments: Triton
-3.6 ignores do_not_specialize for what is inside a tuple.
+Pointers are grouped in the named tuples below. Sizes that vary from call to call are separate arguments, because Triton
+3.6 ignores do_not_specialize inside of tuples.
 
-Dimensions: B sequences, T steps, N rows of x and y (T * B, or of packed input the real steps), H hidden, G gates. A row
-is one step of one sequence: t * B + b, or starts[t] + b of packed input.
+Dimensions: B sequences, T steps, N rows of x and y (T * B, or the number of packed rows), H hidden, G gates. A row is
+one step of one sequence: t * B + b, or starts[t] + b with packed input.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ SIZES = ["T", "B", "N"]  # not specialized
 
 
 class Inputs(NamedTuple):
-    """What forward and backward read."""
+    """Inputs of forward and backward."""
 
     p_w_hh: Any  # [directions, G * H, H]
-    p_bias: Any  # [directions, H] b_hn, or None: of a GRU or an MGU, whose reset gate multiplies it
-    p_h0: Any  # [directions, B, H] or None, as p_c0
-    p_c0: Any  # of an LSTM
+    p_bias: Any  # [directions, H] b_hn of GRU and MGU, which the reset gate multiplies, or None
+    p_h0: Any  # [directions, B, H] or None
+    p_c0: Any  # [directions, B, H] or None; LSTM
     p_lengths: Any  # [B] or None
     p_starts: Any  # [T] first row of each step of packed input, or None
     p_reset: Any  # uint8 [N] or None
 
 
 class Outputs(NamedTuple):
-    p_y: Any  # [N, directions * H], as p_cells
-    p_cells: Any  # of an LSTM
-    p_h_n: Any  # [directions, B, H], as p_c_n
-    p_c_n: Any  # of an LSTM
+    """Outputs of forward. Backward reads y, cells and saved."""
+
+    p_y: Any  # [N, directions * H]
+    p_cells: Any  # [N, directions * H]; LSTM
+    p_h_n: Any  # [directions, B, H]
+    p_c_n: Any  # [directions, B, H]; LSTM
     p_saved: Any  # [directions, N, saved width], or None
 
 
 class Gradients(NamedTuple):
-    """Gradients that come in, and those that backward writes."""
+    """Upstream gradients (dy, dh_n, dc_n) and outputs of backward."""
 
     p_dy: Any  # like y, or None
-    p_dh_n: Any  # [directions, B, H] or None, as p_dc_n
-    p_dc_n: Any  # of an LSTM
-    p_dx: Any  # [directions, N, G * H] of the pre-activations, as x sees them
-    p_dh_of_n: Any  # [directions, N, H] of the share of h in n: of a GRU or an MGU
-    p_h: Any  # [directions, N, H] written: the h that each step's products read
-    p_dh0: Any  # [directions, B, H], as p_dc0
-    p_dc0: Any  # of an LSTM
+    p_dh_n: Any  # [directions, B, H] or None
+    p_dc_n: Any  # [directions, B, H] or None; LSTM
+    p_dx: Any  # [directions, N, G * H] gradients of the input projection
+    p_dh_of_n: Any  # [directions, N, H] gradients of the recurrent projection of n; GRU and MGU
+    p_h: Any  # [directions, N, H] input of the recurrent projection at each step
+    p_dh0: Any  # [directions, B, H]
+    p_dc0: Any  # [directions, B, H]; LSTM
 
 
 class Block(NamedTuple):
@@ -62,7 +64,7 @@ class Block(NamedTuple):
     direction: tl.tensor
     i_b: tl.tensor  # [BB]
     i_h: tl.tensor  # [1, BH]
-    m_h: tl.tensor  # [1, BH] units that exist
+    m_h: tl.tensor  # [1, BH] units below H
     m_state: tl.tensor  # [BB, BH]
     o_state: tl.tensor  # [BB, BH] offsets in [directions, B, H]
     lengths: tl.tensor  # [BB]
@@ -86,7 +88,7 @@ def block_of(inputs, T, B, H, BB: tl.constexpr, BH: tl.constexpr):
 
 @triton.jit
 def _lengths(p_lengths, i_b, m_b, T):
-    """[BB] steps of each sequence, and of the longest of them. Lengths outside [0, T] count as the nearest within."""
+    """[BB] lengths, clamped to [0, T], and their maximum."""
     if p_lengths is None:
         lengths = tl.where(m_b, T, 0)
         longest = T
@@ -99,7 +101,7 @@ def _lengths(p_lengths, i_b, m_b, T):
 
 @triton.jit
 def rows_of(inputs, block, t, T, B):
-    """[BB] rows of step t; any number where there is no such step."""
+    """[BB] rows of step t; undefined if a sequence has no step t."""
     if inputs.p_starts is None:
         start = tl.cast(t, tl.int64) * B
     else:
@@ -109,13 +111,13 @@ def rows_of(inputs, block, t, T, B):
 
 @triton.jit
 def has_step(block, t):
-    """[BB, BH] whether the sequence has step t, which may lie outside [0, T)."""
+    """[BB, BH] whether the sequence has step t, which may be outside of [0, T)."""
     return ((t >= 0) & (t < block.lengths))[:, None] & block.m_h
 
 
 @triton.jit
 def reset_at(inputs, block, t, T, B):
-    """[BB, 1] whether step t starts from zero states. In the reverse direction the reset is that of step t + 1."""
+    """[BB, 1] whether step t starts from zero states. The reverse direction uses the reset of step t + 1."""
     t += block.direction
     o_row = rows_of(inputs, block, t, T, B)
     return (tl.load(inputs.p_reset + o_row, mask=t < block.lengths, other=0) != 0)[:, None]
@@ -123,7 +125,7 @@ def reset_at(inputs, block, t, T, B):
 
 @triton.jit
 def weight(p_w_hh, GATE: tl.constexpr, H, TRANSPOSED: tl.constexpr, BH: tl.constexpr):
-    """[BH, BH] one gate's rows of W_hh, or their transpose; zeros beyond H."""
+    """[BH, BH] rows of W_hh of one gate, or their transpose; zeros beyond H."""
     i_u = tl.arange(0, BH)
     i_v = tl.arange(0, BH)
     if TRANSPOSED:
@@ -135,7 +137,7 @@ def weight(p_w_hh, GATE: tl.constexpr, H, TRANSPOSED: tl.constexpr, BH: tl.const
 
 @triton.jit
 def state(p_state, o, m, ACC: tl.constexpr):
-    """A state or its gradient; zeros where it is None."""
+    """Loads a state or its gradient; zeros if None."""
     if p_state is None:
         return tl.zeros(o.shape, ACC)
     else:

@@ -1,6 +1,6 @@
-"""Backward of a layer, all steps in one launch: from the last step of the forward order to the first.
+"""Backward of a layer, all steps in one launch, in the reverse order of forward.
 
-The weight gradients are products over all rows, computed after the kernel.
+The launcher computes the weight gradients afterwards, as matrix products over all rows.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def lstm_backward_kernel(
 
 @triton.jit
 def _h_before(outputs, block, b_h0, i_before, o_row_before, H, ACC: tl.constexpr):
-    """[BB, BH] the h of the step before, or the initial one."""
+    """[BB, BH] h of the preceding step, or the initial h."""
     m_before = has_step(block, i_before)
     o_y = o_row_before[:, None] * block.s_y + block.direction * H + block.i_h
     return tl.where(m_before, load(outputs.p_y, o_y, m_before, ACC), b_h0)

@@ -1,4 +1,4 @@
-"""Forward of a layer, all steps in one launch. Pre-activations are read one step ahead."""
+"""Forward of a layer, all steps in one launch. The input projection is prefetched one step ahead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _load_lstm(p_x, o_row, block, m, H, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def lstm_forward_kernel(
-    p_x,  # [directions, N, 4H] shares of x with all biases, in the type of the computation
+    p_x,  # [directions, N, 4H] input projection with all biases, in the type of the computation
     inputs,
     outputs,
     T,
@@ -83,7 +83,7 @@ def lstm_forward_kernel(
 
 @triton.jit
 def _load_gru(p_x, o_row, block, m, H, ACC: tl.constexpr):
-    """The share of h in n is not known yet: its field is not used."""
+    """Loads the input projection; h_n is a placeholder."""
     o_x = o_row[:, None] * (3 * H) + block.i_h
     r = load(p_x, o_x, m, ACC)
     z = load(p_x, o_x + H, m, ACC)
@@ -93,9 +93,9 @@ def _load_gru(p_x, o_row, block, m, H, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def gru_forward_kernel(
-    p_x,  # [directions, N, 3H] shares of x with all biases but b_hn
+    p_x,  # [directions, N, 3H] input projection with all biases except b_hn
     inputs,
-    outputs,  # saved: [directions, N, 4H] r, z, n and the share of h in n
+    outputs,  # saved: [directions, N, 4H] r, z, n and the recurrent projection of n
     T,
     B,
     N,
@@ -148,7 +148,7 @@ def gru_forward_kernel(
 
 @triton.jit
 def _load_mgu(p_x, o_row, block, m, H, ACC: tl.constexpr):
-    """The share of h in n is not known yet: its field is not used."""
+    """Loads the input projection; h_n is a placeholder."""
     o_x = o_row[:, None] * (2 * H) + block.i_h
     f = load(p_x, o_x, m, ACC)
     n = load(p_x, o_x + H, m, ACC)
@@ -157,9 +157,9 @@ def _load_mgu(p_x, o_row, block, m, H, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def mgu_forward_kernel(
-    p_x,  # [directions, N, 2H] shares of x with all biases but b_hn
+    p_x,  # [directions, N, 2H] input projection with all biases except b_hn
     inputs,
-    outputs,  # saved: [directions, N, 3H] f, n and the share of h in n
+    outputs,  # saved: [directions, N, 3H] f, n and the recurrent projection of n
     T,
     B,
     N,
@@ -209,9 +209,9 @@ def mgu_forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def rnn_forward_kernel(
-    p_x,  # [directions, N, H] shares of x with all biases
+    p_x,  # [directions, N, H] input projection with all biases
     inputs,
-    outputs,  # nothing is saved: backward needs y alone
+    outputs,  # saved: None, because backward only reads y
     T,
     B,
     N,

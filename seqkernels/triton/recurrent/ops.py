@@ -1,4 +1,4 @@
-"""The layers in the form of the ops seqkernels::<kind>, <kind>_forward and <kind>_backward."""
+"""Implementations of the ops seqkernels_triton::<kind>, <kind>_forward and <kind>_backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from seqkernels.triton.recurrent.launch import (
 
 
 def unsupported(kind: str, x: Tensor, extras: Extras = NO_EXTRAS) -> list[str]:
-    """Reasons why these kernels do not support such inputs; an empty list: they do."""
+    """Reasons why these kernels do not support the inputs; empty if they do."""
     reasons = []
     if x.device.type != "cuda" and not interpreted():
         reasons.append(f"the tensors are on {x.device}")
@@ -56,7 +56,7 @@ def infer_op(kind: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def forward_op(kind: str, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs = definition.KINDS[kind].states + 4 + len(NO_EXTRAS)  # arguments before `recompute`
+    inputs = definition.KINDS[kind].states + 4 + len(NO_EXTRAS)  # number of arguments before `recompute`
     recompute = bool(args[inputs]) if len(args) > inputs else False
     y, last, saved, cells = forward(_layer(kind, x, *args[:inputs]), save=not recompute)
     return y, *last, saved, *cells
@@ -69,7 +69,7 @@ def backward_op(kind: str, dy: Tensor | None, *args: Any) -> tuple[Any, ...]:
     cells, (need_dx, need_dw, *rest) = rest[: states - 1], rest[states - 1 :]
     extras, upstream = rest[: len(NO_EXTRAS)], rest[len(NO_EXTRAS) :]
     layer = _layer(kind, *inputs, *extras)
-    if layer.saved_width and not saved.shape[-1]:  # recomputed
+    if layer.saved_width and not saved.shape[-1]:  # recompute
         saved = forward(layer, save=True)[2]
     dcells = upstream[0] if upstream else None
     dx, dstates, dw = backward(layer, dy, d_last, y, saved, cells, dcells, need_dx, need_dw)
@@ -81,8 +81,8 @@ def _kind(name: str) -> Kind:
     return dataclasses.replace(kind_named(name), infer=infer, forward=forward_, backward=backward_)
 
 
-# Each has infer, forward and backward with the arguments of the ops seqkernels::<kind>, <kind>_forward and
-# <kind>_backward. The layout of `saved` is that of these kernels.
+# infer, forward and backward have the arguments of the ops seqkernels::<kind>, <kind>_forward and <kind>_backward.
+# `saved` has the layout of the Triton kernels.
 KINDS = {name: _kind(name) for name in SUPPORTED}
 
 
@@ -98,23 +98,23 @@ def layer(
     recompute: bool = False,
     every: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One layer, both directions, as `seqkernels.functional` runs it on the ops; the arguments are not checked again.
+    """Runs one layer, both directions, as `seqkernels.functional` does with the ops, without argument checks.
 
     Args:
         kind: lstm, lstm_coupled, gru, gru_before, mgu, mgu_after, rnn_tanh or rnn_relu.
         x: [T, B, D], or [N, D] with batch_sizes; float64, float32, float16 or bfloat16; gradient: yes.
-        states0: [directions, B, H] h0 and of an LSTM c0, None for zeros. Gradient: yes.
-        weights: per direction w_ih [G * H, D], w_hh [G * H, H], b_ih and b_hh [G * H] or absent, with a peephole
-            w_ph [3H] ([2H] of a coupled LSTM). Gradient: yes.
-        batch_sizes: [T] int64 on the CPU, of packed rows. lengths: [B] integers, of a padded batch.
-        extras: masks and options, as the ops take them; heads are not supported.
-        recompute: backward recomputes the gates.
+        states0: h0 and, for an LSTM, c0 [directions, B, H]; None for zeros. Gradient: yes.
+        weights: for each direction w_ih [G * H, D], w_hh [G * H, H], optionally b_ih and b_hh [G * H], and with a
+            peephole w_ph [3H], or [2H] for a coupled LSTM. Gradient: yes.
+        batch_sizes: [T] int64 on the CPU, for packed rows. lengths: [B] integers, for a padded batch.
+        extras: masks and options of the ops; num_heads > 1 is not supported.
+        recompute: recompute the gates in backward.
         every: also return c at every step.
     Returns:
-        y like x, zero beyond each length; the last states; with `every` c at every step, laid out like y.
+        y like x, zero beyond each length; the last states; with `every`, c at every step in the layout of y.
     Raises:
-        NotImplementedError: these kernels do not support such inputs; the message lists why.
-    Deterministic: yes. Second derivatives are those of the definition in seqkernels.reference. torch.func's transforms
+        NotImplementedError: these kernels do not support the inputs; the message lists the reasons.
+    Deterministic: yes. Second derivatives are those of the definition in seqkernels.reference. torch.func transforms
     are not supported.
     """
     if kind not in KINDS:

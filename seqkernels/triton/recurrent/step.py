@@ -1,11 +1,11 @@
-"""What the kernels share that run one step of one direction: all of it but the matrix products.
+"""Arguments and functions shared by the kernels that run one step of one direction, without the matrix products.
 
-Grid: (sequences that may have the step, units / BU). Tensors of rows are whole; `row` is the first row of the step. A
-neighbouring step (t_..., row_... and n_..., its number of sequences) may not exist: then n_... is 0. With lengths, rows
-that are not written are zero already.
+Grid: (sequences with the step, units / BU). Tensors of rows contain all steps; `row` is the first row of the step. A
+neighbouring step has the arguments t_..., row_... and n_..., its number of sequences; n_... is 0 if there is no such
+step. With lengths, the launcher fills the rows of padding with zeros.
 
-Kernels take pointers in the groups below. The numbers of a step stay ordinary arguments: Triton 3.6 ignores
-do_not_specialize for what is inside a tuple.
+Pointers are grouped in the named tuples below. The numbers of a step are separate arguments, because Triton 3.6 ignores
+do_not_specialize inside of tuples.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import triton.language as tl
 from seqkernels.triton.recurrent.arithmetic import load, store
 from seqkernels.triton.recurrent.cells import Options
 
-# Not specialized. t, row: this step. t_reset, ..: the step whose reset makes this step start from zero states.
+# Not specialized. t, row: this step. t_reset, ..: the step whose reset zeroes the input states of this step.
 FORWARD = ["t", "row", "t_reset", "row_reset", "n_reset", "row_saved"]
-# t_before, ..: the step whose states this one read. t_after, ..: the step whose reset keeps the states of this step
-# from the step that would read them.
+# t_before, ..: the step whose states this step reads. t_after, ..: the step whose reset zeroes the states of this step
+# for the next step.
 BACKWARD = [*FORWARD[:-1], "t_before", "row_before", "n_before", "t_after", "row_after", "n_after"]
 
 
 class Step(NamedTuple):
-    """A step, which may not exist."""
+    """A step or, with n = 0, a placeholder for a step outside of the sequence."""
 
     t: tl.tensor
-    row: tl.tensor  # its first row
-    n: tl.tensor  # sequences that may have it; 0 where it does not exist
+    row: tl.tensor  # first row of the step
+    n: tl.tensor  # number of sequences with the step
 
 
 class Sequences(NamedTuple):
@@ -39,47 +39,47 @@ class Sequences(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Options of the cell as the kernels read them; without options p_numbers is None."""
+    """Options of the cell; p_numbers is None without options."""
 
-    p_peephole: Any  # [(G - 1) * H] or None: of an LSTM
-    p_zoneout_h: Any  # uint8 [N, directions * H] or None, as p_zoneout_c and p_candidate
+    p_peephole: Any  # [(G - 1) * H] or None; LSTM
+    p_zoneout_h: Any  # uint8 [N, directions * H] or None; also p_zoneout_c and p_candidate
     p_zoneout_c: Any
     p_candidate: Any
-    p_numbers: Any  # [5] gate_clip, cell_clip, the shares of the old h and c, the factor of a kept candidate
+    p_numbers: Any  # [5] gate_clip, cell_clip, factors of the previous h and c (zoneout), factor of a kept candidate
 
 
 class Rows(NamedTuple):
-    """Rows of y and of what is laid out like it."""
+    """Rows of y and of tensors with its layout."""
 
-    p_y: Any  # [N, directions * H], as p_cells
-    p_cells: Any  # of an LSTM
-    stride: Any  # of a row
-    first: Any  # this direction's first unit
+    p_y: Any  # [N, directions * H]
+    p_cells: Any  # [N, directions * H]; LSTM
+    stride: Any  # row stride
+    first: Any  # first unit of this direction
 
 
 class Initial(NamedTuple):
-    p_h0: Any  # [B, H] or None, as p_c0
-    p_c0: Any  # of an LSTM
+    p_h0: Any  # [B, H] or None
+    p_c0: Any  # [B, H] or None; LSTM
 
 
 class Upstream(NamedTuple):
-    """Gradients that reach a step."""
+    """Upstream gradients of a step."""
 
     p_dy: Any  # like y, or None
-    p_dcells: Any  # like y, or None: of an LSTM
-    p_product: Any  # [B, H] of h, through the products of the step after
-    p_direct: Any  # [B, H] of h, by other ways; each step replaces it, as p_dc
-    p_dc: Any  # [B, H] of c: of an LSTM
-    p_variational: Any  # [B, H] factors of h in the products, or None
+    p_dcells: Any  # like y, or None; LSTM
+    p_product: Any  # [B, H] gradient of h through the recurrent projection of the next step
+    p_direct: Any  # [B, H] gradient of h through all other terms; updated in place by each step
+    p_dc: Any  # [B, H] gradient of c, updated in place by each step; LSTM
+    p_variational: Any  # [B, H] factors of h in the recurrent projection, or None
 
 
 class Written(NamedTuple):
-    """What a step of backward writes besides the gradients of the states."""
+    """Outputs of a backward step besides the gradients of the states."""
 
-    p_dx: Any  # [N, G * H] gradients of the pre-activations, as x sees them
-    p_dh_of_n: Any  # [N, H] of the share of h in n: of a GRU or an MGU
-    p_h: Any  # [N, H] the h that the products read
-    p_dpeephole: Any  # [N, (G - 1) * H] each row's part of that gradient, or None: of an LSTM
+    p_dx: Any  # [N, G * H] gradients of the input projection
+    p_dh_of_n: Any  # [N, H] gradients of the recurrent projection of n; GRU and MGU
+    p_h: Any  # [N, H] input of the recurrent projection
+    p_dpeephole: Any  # [N, (G - 1) * H] peephole gradient of each row, or None; LSTM
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def reset_at(sequences, i_b, step):
 
 @triton.jit
 def options_of(masks, o_mask, i_h, m, H, COUPLED: tl.constexpr, ACC: tl.constexpr):
-    """The options' values, neutral where an option is off."""
+    """Loads the options; a disabled option has its neutral value."""
     gate_clip = tl.load(masks.p_numbers)
     cell_clip = tl.load(masks.p_numbers + 1)
     peephole_i = 0.0
@@ -127,7 +127,7 @@ def options_of(masks, o_mask, i_h, m, H, COUPLED: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def dh_of(upstream, sequences, after, i_b, o_y, o_state, m, m_h, ACC: tl.constexpr):
-    """Gradient of this step's h. A sequence without this step keeps in p_direct what later steps left there."""
+    """Gradient of h of this step. p_direct of a sequence without this step remains unchanged."""
     b_product = load(upstream.p_product, o_state, m_h, ACC)
     if sequences.p_reset is not None:
         b_product = tl.where(reset_at(sequences, i_b, after), 0.0, b_product)
@@ -142,7 +142,7 @@ def dh_of(upstream, sequences, after, i_b, o_y, o_state, m, m_h, ACC: tl.constex
 
 @triton.jit
 def state_before(p_rows, p_initial, sequences, reset, before, i_b, o_before, o_state, m, ACC: tl.constexpr):
-    """The state that this step read. reset: the step whose reset makes it zero; before: the step that computed it."""
+    """Input state of this step. reset: the step whose reset zeroes it; before: the step that computed it."""
     m_before = m & has_step(sequences, i_b, before)
     b_state = load(p_rows, o_before, m_before, ACC)
     if p_initial is not None:

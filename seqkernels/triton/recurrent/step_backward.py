@@ -1,4 +1,4 @@
-"""Backward of one step and direction, given the gradients that later steps' products pass to h."""
+"""Backward of one step and direction, given the gradient of h through the recurrent projection of the next step."""
 
 from __future__ import annotations
 
@@ -220,13 +220,13 @@ def mgu_step_backward_kernel(
 @triton.jit(do_not_specialize=BACKWARD)
 def reset_before_backward_kernel(
     p_saved,
-    p_dgate,  # [B, H] gradient of f by way of the new h, in the type of the computation: of an MGU
+    p_dgate,  # [B, H] term of the gradient of f through h, in the type of the computation; MGU
     initial,
     rows,
     sequences,
     masks,
     upstream,
-    written,  # dx: of z and n
+    written,  # dx: z and n
     t,
     row,
     t_reset,
@@ -239,10 +239,10 @@ def reset_before_backward_kernel(
     row_after,
     n_after,
     H,
-    MINIMAL: tl.constexpr,  # an MGU
+    MINIMAL: tl.constexpr,  # MGU
     BU: tl.constexpr,
 ):
-    """A GRU or MGU whose reset gate is applied before the product, first half: n, and z of a GRU."""
+    """First kernel of a backward step of a GRU or MGU in RESET_BEFORE: n, and z of a GRU."""
     ACC: tl.constexpr = upstream.p_product.dtype.element_ty
     G: tl.constexpr = 2 if MINIMAL else 3
     i_b = tl.program_id(0).to(tl.int64)
@@ -259,7 +259,7 @@ def reset_before_backward_kernel(
     b_dh = dh_of(upstream, sequences, after, i_b, o_y, o_state, m, m_h, ACC)
     b_h_prev = state_before(rows.p_y, initial.p_h0, sequences, reset, before, i_b, o_before, o_state, m, ACC)
     o_x = (row + i_b) * (G * H) + i_h
-    b_gate = load(p_saved, o_x + (G - 2) * H, m, ACC)  # z; of an MGU f
+    b_gate = load(p_saved, o_x + (G - 2) * H, m, ACC)  # z; MGU: f
     b_n = load(p_saved, o_x + (G - 1) * H, m, ACC)
     b_direct = tl.zeros([BU], ACC)
     if masks.p_numbers is not None:
@@ -292,14 +292,14 @@ def reset_before_backward_kernel(
 @triton.jit(do_not_specialize=BACKWARD)
 def reset_before_gates_backward_kernel(
     p_saved,
-    p_dreset_h,  # [B, H] gradient of r times h (of an MGU f times h)
-    p_dgate,  # of an MGU, as the first half wrote it
+    p_dreset_h,  # [B, H] gradient of r * h (MGU: f * h)
+    p_dgate,  # [B, H] output of reset_before_backward_kernel; MGU
     p_direct,
     p_variational,
     p_gate_clip,  # [1], or None without options
-    p_h,  # [N, H] the h that the products read
-    p_dx,  # [N, G * H]: r; of an MGU f
-    p_reset_h,  # [N, H] written: r times h, which the product of n read
+    p_h,  # [N, H] input of the recurrent projection
+    p_dx,  # [N, G * H] output: r; MGU: f
+    p_reset_h,  # [N, H] output: r * h, the input of the recurrent projection of n
     sequences,
     t,
     row,
@@ -310,7 +310,7 @@ def reset_before_gates_backward_kernel(
     MINIMAL: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """The second half: r, or the f of an MGU."""
+    """Second kernel of a backward step of a GRU or MGU in RESET_BEFORE: r, or f of an MGU."""
     ACC: tl.constexpr = p_dreset_h.dtype.element_ty
     G: tl.constexpr = 2 if MINIMAL else 3
     i_b = tl.program_id(0).to(tl.int64)

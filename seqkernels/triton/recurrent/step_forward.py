@@ -1,4 +1,4 @@
-"""Forward of one step and direction, given the products."""
+"""Forward of one step and direction, given the recurrent projection."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from seqkernels.triton.recurrent.step import FORWARD, Step, has_step, options_of
 
 @triton.jit(do_not_specialize=FORWARD)
 def lstm_step_forward_kernel(
-    p_x,  # [N, G * H] shares of x with all biases, in the type of the computation
-    p_product,  # [B, G * H] shares of h
-    p_h,  # [B, H] the states, replaced by the new ones, as p_c
+    p_x,  # [N, G * H] input projection with all biases, in the type of the computation
+    p_product,  # [B, G * H] recurrent projection
+    p_h,  # [B, H] state, updated in place; also p_c
     p_c,
     p_saved,  # [N, G * H] gates, or None
     rows,
@@ -84,11 +84,11 @@ def lstm_step_forward_kernel(
 
 @triton.jit(do_not_specialize=FORWARD)
 def gru_step_forward_kernel(
-    p_x,  # [N, 3H] shares of x with all biases but b_hn
+    p_x,  # [N, 3H] input projection with all biases except b_hn
     p_product,  # [B, 3H]
     p_bias,  # [H] b_hn, or None
     p_h,
-    p_saved,  # [N, 4H] r, z, n and the share of h in n, or None
+    p_saved,  # [N, 4H] r, z, n and the recurrent projection of n, or None
     rows,
     sequences,
     masks,
@@ -144,11 +144,11 @@ def gru_step_forward_kernel(
 
 @triton.jit(do_not_specialize=FORWARD)
 def mgu_step_forward_kernel(
-    p_x,  # [N, 2H] shares of x with all biases but b_hn
+    p_x,  # [N, 2H] input projection with all biases except b_hn
     p_product,  # [B, 2H]
     p_bias,  # [H] b_hn, or None
     p_h,
-    p_saved,  # [N, 3H] f, n and the share of h in n, or None
+    p_saved,  # [N, 3H] f, n and the recurrent projection of n, or None
     rows,
     sequences,
     masks,
@@ -200,12 +200,12 @@ def mgu_step_forward_kernel(
 
 @triton.jit(do_not_specialize=FORWARD)
 def reset_before_gates_kernel(
-    p_x,  # [N, G * H] shares of x with all biases
-    p_product,  # [B, (G - 1) * H] shares of h in the gates before n
+    p_x,  # [N, G * H] input projection with all biases
+    p_product,  # [B, (G - 1) * H] recurrent projection of the gates before n
     p_h,
-    p_reset_h,  # [B, H] written: r times h (of an MGU f times h), for the product of n
-    p_saved,  # [.., G * H] r and z (of an MGU f), which the second kernel reads again
-    p_variational,  # [B, H] factors of h in the products, or None
+    p_reset_h,  # [B, H] output: r * h (MGU: f * h), the input of the recurrent projection of n
+    p_saved,  # [.., G * H] output: r and z (MGU: f), which reset_before_forward_kernel reads
+    p_variational,  # [B, H] factors of h in the recurrent projection, or None
     p_gate_clip,  # [1], or None without options
     sequences,
     t,
@@ -215,10 +215,10 @@ def reset_before_gates_kernel(
     n_reset,
     row_saved,
     H,
-    MINIMAL: tl.constexpr,  # an MGU
+    MINIMAL: tl.constexpr,  # MGU
     BU: tl.constexpr,
 ):
-    """A GRU or MGU whose reset gate is applied before the product, first half: the gates."""
+    """First kernel of a step of a GRU or MGU in RESET_BEFORE: the gates before n."""
     ACC: tl.constexpr = p_x.dtype.element_ty
     G: tl.constexpr = 2 if MINIMAL else 3
     i_b = tl.program_id(0).to(tl.int64)
@@ -254,9 +254,9 @@ def reset_before_gates_kernel(
 @triton.jit(do_not_specialize=FORWARD)
 def reset_before_forward_kernel(
     p_x,
-    p_product,  # [B, H] share of h in n
+    p_product,  # [B, H] recurrent projection of n
     p_h,
-    p_saved,  # [.., G * H] n joins the other gates
+    p_saved,  # [.., G * H] reads the other gates and writes n
     rows,
     sequences,
     masks,
@@ -270,7 +270,7 @@ def reset_before_forward_kernel(
     MINIMAL: tl.constexpr,
     BU: tl.constexpr,
 ):
-    """The second half: n and h."""
+    """Second kernel of a step of a GRU or MGU in RESET_BEFORE: n and h."""
     ACC: tl.constexpr = p_x.dtype.element_ty
     G: tl.constexpr = 2 if MINIMAL else 3
     i_b = tl.program_id(0).to(tl.int64)
@@ -280,7 +280,7 @@ def reset_before_forward_kernel(
     o_state = i_b * H + i_h
     o_saved = (row_saved + i_b) * (G * H) + i_h
     b_n = load(p_product, o_state, m, ACC) + load(p_x, (row + i_b) * (G * H) + (G - 1) * H + i_h, m, ACC)
-    b_gate = load(p_saved, o_saved + (G - 2) * H, m, ACC)  # z; of an MGU f
+    b_gate = load(p_saved, o_saved + (G - 2) * H, m, ACC)  # z; MGU: f
     b_h = load(p_h, o_state, m, ACC)
     if sequences.p_reset is not None:
         b_h = tl.where(reset_at(sequences, i_b, Step(t_reset, row_reset, n_reset)), 0.0, b_h)
@@ -301,10 +301,10 @@ def reset_before_forward_kernel(
 
 @triton.jit(do_not_specialize=FORWARD)
 def rnn_step_forward_kernel(
-    p_x,  # [N, H] shares of x with all biases
+    p_x,  # [N, H] input projection with all biases
     p_product,
     p_h,
-    p_saved,  # [N, H] what gives the slope, or None: without options y does
+    p_saved,  # [N, H] activation, or a value with its derivative; None without options, where backward uses y
     rows,
     sequences,
     masks,
@@ -337,7 +337,7 @@ def rnn_step_forward_kernel(
         at_limit = tl.abs(b_new_h) >= options.gate_clip
         b_new_h = clip(b_new_h, options.gate_clip)
         b_new_h = relu(b_new_h) if RELU else tanh(b_new_h)
-        if p_saved is not None:  # a value whose slope is 0: 0 of relu, 1 of tanh
+        if p_saved is not None:  # a value with derivative 0: 0 for relu, 1 for tanh
             b_saved = tl.where(at_limit, 0.0 if RELU else 1.0, b_new_h)
             store(p_saved, (row_saved + i_b) * H + i_h, b_saved, m)
         b_new_h = b_new_h + options.zoneout_h * (b_h - b_new_h)
