@@ -19,6 +19,7 @@ from torch import Tensor
 from support.triton_on_cpu import DEVICE, load, on_hardware
 
 attention = load("attention")
+configurations = load("attention.configurations")
 reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name
 # The interpreter computes in numpy, which speaks up where a number overflows or is none.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -275,10 +276,10 @@ def test_dtypes(c: Case, dtype: torch.dtype):
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch):
     for name in ("LARGEST", "CHUNK"):
-        monkeypatch.setattr(attention, name, dict.fromkeys((2, 4, 8), 16))
-    attention.config.cache_clear()
+        monkeypatch.setattr(configurations, name, dict.fromkeys((2, 4, 8), 16))
+    configurations.config.cache_clear()
     yield
-    attention.config.cache_clear()
+    configurations.config.cache_clear()
 
 
 @on_hardware
@@ -361,7 +362,7 @@ def test_drawn_cases(c: Case):
 
 @pytest.mark.parametrize("programs", [1, 5])
 def test_gradient_of_a_mask_in_other_parts(monkeypatch: pytest.MonkeyPatch, programs: int):
-    monkeypatch.setattr(attention, "PROGRAMS", programs)
+    monkeypatch.setattr(load("attention.launch"), "PROGRAMS", programs)
     check(Case("parts", B=3, mask="float hk", Tq=40, q_lengths=(40, 0, 33)), torch.float16)
 
 
