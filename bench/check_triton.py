@@ -29,14 +29,14 @@ SHARED = {
     80: 163 << 10,
     90: 227 << 10,
     100: 227 << 10,
-}  # bytes that a program can have, from NVIDIA's programming guide
+}  # bytes of shared memory of a program, from NVIDIA's programming guide
 POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 SHORT = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
 class Job:
-    """One kernel as a launcher would compile it: its constexprs, with None for a pointer that is not given."""
+    """One kernel as a launcher compiles it. constexprs contains None for a pointer that is not given."""
 
     module: str
     kernel: str
@@ -46,7 +46,7 @@ class Job:
     num_warps: int
     maxnreg: int | None = None
     types: dict[str, str] = field(default_factory=dict)  # of parameters that are not pointers to dtype
-    shared: int | None = None  # bytes that the launcher expects it to need
+    shared: int | None = None  # bytes that the launcher expects
     num_stages: int = 1
     even: tuple[str, ...] = ()  # further sizes that are multiples of 16
     may_spill: bool = False
@@ -109,7 +109,7 @@ def parameters(kernel: Any) -> list[str]:
     return found
 
 
-# ---- what there is
+# ---- configurations
 
 
 BAG_TYPES = dict(p_indices="*i64", p_offsets="*i64", p_arg="*i32", p_fault="*i64", p_row="*i64", p_bag="*i64")
@@ -248,7 +248,7 @@ def step_jobs(arch: int) -> Iterator[Job]:
         yield Job(module, name, dtype, constexprs, arch, 1, launch.MOST_REGISTERS, types)
 
 
-# What a call of attention may have besides q, k and v: pointers that are given, and constexprs.
+# Options of a call of attention: pointers that are not None besides q, k and v, and constexprs.
 ATTENTION = {
     "dense": ((), {}),
     "causal": ((), dict(RIGHT=True)),
@@ -304,7 +304,8 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         program = kernel if kernel in ("forward", "rows", "keys") else "tiles"
         chosen = configurations.config(program, dtype, D, D, extra, SHARED[arch])
         columns = configurations.columns(program, dtype, D, D)
-        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D  # else it has to fit, no more
+        # Wide heads, and all heads on sm_100, are checked against the limit of shared memory alone.
+        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
         constexprs |= dict(PRECISION="ieee", BM=chosen.BM, BN=chosen.BN, **columns)
         constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_q.d", "s_k.d", "s_v.d", "s_o.d"), 1))
@@ -331,8 +332,8 @@ def attention_jobs(arch: int) -> Iterator[Job]:
             configurations.needed(program, dtype, BD, BD, chosen, extra) if fixed else None,
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
-            # On sm_100 Triton's products of float64 keep both operands in registers, and dense wide heads spill 16
-            # bytes; with other tiles, packed ones do.
+            # On sm_100 Triton keeps both operands of float64 products in registers, and dense wide heads spill 16
+            # bytes; with other block sizes, packed ones spill.
             (arch, kernel, dtype.itemsize) in ((100, "forward", 8), (100, "rows", 8))
             or (arch, kernel, D, name) == (100, "forward", 640, "dense"),
         )
@@ -357,7 +358,7 @@ def compile_one(job: Job) -> Usage:
             if key in job.constexprs:
                 constexprs[path] = job.constexprs[key]
                 return "constexpr"
-        # As for tensors that torch has allocated and sizes that are multiples of 16.
+        # As for tensors allocated by torch and sizes that are multiples of 16.
         even = ("H", "D", "s_row", "stride", "first", *job.even)
         if name.startswith("p_") or name in even or full in even:
             attributes[path] = [["tt.divisibility", 16]]
@@ -387,7 +388,7 @@ def compile_one(job: Job) -> Usage:
 
 
 def verdict(job: Job, used: Usage) -> str:
-    """What is wrong, or nothing."""
+    """What is wrong with a compiled configuration; empty if nothing is."""
     if used.error:
         return used.error
     if used.stack and not job.may_spill:

@@ -1,4 +1,4 @@
-"""Attention's Triton kernels against the reference in float64: interpreted, or on a GPU where there is one."""
+"""The Triton attention kernels against the reference in float64, interpreted or on a GPU."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from support.triton_on_cpu import DEVICE, load, on_hardware
 attention = load("attention")
 configurations = load("attention.configurations")
 reference = importlib.import_module("seqkernels.reference.attention")  # its package has the function of that name
-# The interpreter computes in numpy, which speaks up where a number overflows or is none.
+# The interpreter computes in numpy, which warns about overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Sums of some hundred terms, under an exponential of scores up to 10, relative to the largest element.
+# Tolerance relative to the largest element, for sums of some hundred terms and exponentials of scores up to 10.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -39,7 +39,7 @@ class Case:
     Tk: int = 40
     D: int = 16
     Dv: int = 16
-    q_lengths: tuple[int, ...] | None = None  # packed: of each sequence, B of them
+    q_lengths: tuple[int, ...] | None = None  # [B]; packed, the lengths of the sequences
     k_lengths: tuple[int, ...] | None = None
     packed: bool = False
     mask: str = ""  # bool or float, then which of its dimensions are full: "float bhqk"
@@ -103,7 +103,7 @@ CASES = [
     Case("wide keys", B=1, D=70),
 ]
 SOME = [case for case in CASES if case.why in ("a tail in every direction", "packed, causal, grouped", "all at once")]
-# Heads that are read in chunks of columns: as if those were wide that have more than 16.
+# Heads that are read in chunks of columns: the fixture chunked makes heads of more than 16 columns wide.
 CHUNKED = [
     Case("wide", Tq=70, D=40, Dv=50),
     Case("wide keys alone, causal", B=1, Tq=35, Tk=35, D=50, Dv=9, causal=1),
@@ -115,13 +115,13 @@ CHUNKED = [
     Case("wide, a bool mask", mask="bool bqk", D=16, Dv=35, dropout_p=0.3),
     Case("wide, a negative scale", B=1, D=64, Dv=64, scale=-0.1),
 ]
-# They are, in float32 and half types; less is, in float64.
+# Heads that are wide in float32 and half types; in float64 smaller heads are.
 WIDE = [
     Case("520 columns", B=1, Tq=9, Tk=17, D=520, Dv=520, scale=0.04),
     Case("600 columns of keys", B=1, Tq=9, Tk=17, D=600, Dv=8, scale=0.04, causal=2, mask="float qk"),
     Case("530 columns of values", B=1, H=2, G=2, Tq=9, Tk=17, D=8, Dv=530, q_lengths=(7,), k_lengths=(12,)),
 ]
-# For a GPU alone: tiles of every size, and heads as wide as they come.
+# On a GPU alone: tiles and heads of every size.
 LARGE = [
     Case("blocks of D 64", H=4, Tq=300, Tk=500, D=64, Dv=64),
     Case("causal, D 128", H=2, Tq=512, Tk=512, D=128, Dv=128, causal=1),
@@ -158,7 +158,7 @@ class Given:
     case: Case
 
     def rest(self) -> tuple[Any, ...]:
-        """What the ops take after q, k and v."""
+        """The arguments of the ops after q, k and v."""
         c = self.case
         longest = (max(c.q_lengths or (0,)), max(c.k_lengths or (0,))) if c.packed else (c.Tq, c.Tk)
         tensors = (self.mask, self.slopes, self.q_lengths, self.k_lengths, self.cu_q, self.cu_k)
@@ -166,7 +166,7 @@ class Given:
         return *tensors, *longest, *numbers, self.seed
 
     def wide(self) -> Given:
-        """On the CPU, in float64; q, k, v and a float mask are leaves."""
+        """The inputs on the CPU in float64, with q, k, v and a float mask as leaves."""
         changed = {}
         for field in dataclasses.fields(self):
             t = getattr(self, field.name)
@@ -316,7 +316,7 @@ def test_wide_heads_of_other_dtypes():
 
 @st.composite
 def drawn(draw: st.DrawFn) -> Case:
-    """All features crossed, but for masks and packed rows."""
+    """Any combination of options, except a mask of packed rows."""
     form = draw(st.sampled_from(["dense", "lengths", "packed"]))
     B, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     Tq, Tk = draw(st.integers(0, 35)), draw(st.integers(0, 35))
@@ -391,7 +391,7 @@ def test_large_weights(c: Case):
 
 
 def with_nan_beyond(c: Case, forward: bool = True) -> tuple[Given, Given]:
-    """Inputs, and the same where keys and values that the last row alone sees, if any row does, hold NaN and Inf."""
+    """Inputs, and a copy with NaN keys and infinite values where at most the last query attends to them."""
     given = make(c, torch.float32)
     k, v = given.k.clone(), given.v.clone()
     last = c.Tk - 1 if c.k_lengths is None else c.k_lengths[0] - 1
@@ -411,7 +411,7 @@ def with_nan_beyond(c: Case, forward: bool = True) -> tuple[Given, Given]:
     ],
     ids=str,
 )
-def test_what_is_no_number_stays_with_those_who_see_it(c: Case):
+def test_nan_keys_affect_the_queries_that_attend_to_them_alone(c: Case):
     given, bad = with_nan_beyond(c)
     blind = slice(0, 30 if c.Tq == 40 else 29)
     results = []
@@ -451,8 +451,8 @@ def test_masked_keys_may_be_anything():
             torch.testing.assert_close(x, y)
 
 
-def test_values_that_are_no_numbers():
-    """A row that sees them has what a sum would: infinities of one sign, or NaN."""
+def test_infinite_and_nan_values():
+    """The output of a query that attends to them is their sum: infinities of one sign, or NaN."""
     given = make(Case("values", B=1, Tq=8, Tk=8, causal=1), torch.float32)
     v = given.v.clone()
     v[0, 0, 1, 0], v[0, 0, 2, 1], v[0, 0, 3, 2] = math.inf, -math.inf, math.nan
@@ -466,7 +466,7 @@ def test_values_that_are_no_numbers():
 
 
 def spoilt(t: Tensor, generator: torch.Generator) -> Tensor:
-    """With a few numbers that are none."""
+    """A copy with an infinity of each sign and a NaN."""
     t = t.clone()
     at = torch.randint(t.numel(), (3,), generator=generator).to(t.device)
     t.view(-1)[at] = torch.tensor([math.inf, -math.inf, math.nan], device=t.device).to(t.dtype)
@@ -493,7 +493,7 @@ def test_infinities_are_those_of_the_reference(c: Case, which: str, columns: int
         c = dataclasses.replace(c, D=columns, Dv=columns)
     given, generator = make(c, torch.float32), torch.Generator().manual_seed(5)
     if c.why == "far":
-        given.mask[..., 4] = -300  # a weight of 0, though it is seen
+        given.mask[..., 4] = -300  # a weight of 0 at a visible key
     given = dataclasses.replace(given, **{which: spoilt(getattr(given, which), generator)})
     got = attention.attention_forward(given.q, given.k, given.v, *given.rest())
     wide = given.wide()
@@ -512,7 +512,7 @@ HUGE += [(torch.float32, -1e9), (torch.bfloat16, -1e30), (torch.float32, 3e9)]
 @pytest.mark.parametrize(("dtype", "number"), HUGE, ids=str)
 @pytest.mark.parametrize("full", ["qk", "bhqk"])
 def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, full: str):
-    """As torch's are with a mask of torch.finfo(dtype).min; and their gradients too, though lse is that number."""
+    """Equal scores of a huge magnitude give uniform weights, as in torch, and correct gradients."""
     c = Case("lowest", B=2, H=2, mask=f"float {full}", causal=1, k_lengths=(40, 33), Tq=40)
     given = make(c, dtype)
     given.mask.fill_(0)
@@ -521,7 +521,7 @@ def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, 
     given.mask[..., 20:, :] = number
     arguments = (given.q, given.k, given.v)
     out, lse = attention.attention_forward(*arguments, *given.rest())
-    if dtype != torch.float16:  # whose lowest number leaves room for some of the scores
+    if dtype != torch.float16:  # in float16 adding the lowest number does not round the scores away
         torch.testing.assert_close(out[:, :, 3].double(), given.v[:, :, :4].double().mean(2), rtol=2e-2, atol=2e-3)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     found = attention.attention_backward(dout, dlse, *arguments, *given.rest(), out, lse, True)
@@ -530,7 +530,7 @@ def test_rows_of_one_huge_number_are_uniform(dtype: torch.dtype, number: float, 
         torch.ones_like(weights).cumsum(-1), given.q, given.k, *given.rest(), lse, True
     )
 
-    # In float32 at most, where the number swallows the scores as it does here.
+    # The reference in float32 at most, in which adding the number rounds the scores away, as in the kernels.
     wide = dataclasses.replace(
         given.wide(), **{n: t.detach().to(lse.dtype).cpu().requires_grad_() for n, t in given.leaves().items()}
     )
@@ -586,7 +586,7 @@ def test_packed_is_padded_is_one_at_a_time(causal: int):
             beyond = y[s, :, n:]
             assert beyond.eq(-math.inf if x is got[1] else 0).all()
 
-    # The counter of dropout starts with the number of the sequence: alone, that of the first.
+    # The counter of dropout contains the index of the sequence: computed alone, a sequence has index 0.
     one = [t[:, :, p] for t, p in zip((packed.q, packed.k, packed.v, dout), (*places[0], places[0][1], places[0][0]))]
     alone = run(*one, None, None, None, None, None, None, rows[0], keys[0], *numbers)
     for x, y, which in zip(got, alone, (0, 0, 0, 1, 1)):
@@ -611,7 +611,7 @@ def test_dropout_is_that_of_the_reference(p: float):
     weights = attention.attention_weights(given.q, given.k, *given.rest(), lse)
     keep = reference.dropout_keep(c.B, c.H, c.Tq, c.Tk, p, given.seed.cpu())
     assert torch.equal((weights != 0).cpu(), keep)
-    # Forward, by rows and by keys: with values of 1 and one key at a time, what is kept is seen in every result.
+    # With values of 1, the output and the gradient of v are sums of the kept weights, by query and by key.
     out, lse = attention.attention_forward(given.q, given.k, torch.ones_like(given.v), *given.rest())
     torch.testing.assert_close(out[..., 0], weights.sum(-1))
     dv = attention.attention_backward(
@@ -640,7 +640,7 @@ def test_any_strides():
     given = make(c, torch.float32)
 
     def scattered(t: Tensor) -> Tensor:
-        """The same numbers, dimensions in another order and every second element of memory."""
+        """A view with the same values, with permuted dimensions and every second element of memory."""
         memory = torch.full((t.shape[3], t.shape[2], t.shape[0], 2 * t.shape[1]), math.nan, device=t.device)
         view = memory[..., ::2].permute(2, 3, 1, 0)
         return view.copy_(t)
@@ -720,11 +720,11 @@ def test_errors_of_backward_and_of_weights():
 
 def test_configurations_fit():
     for shared, kernel, dtype in itertools.product((99, 163, 227), ("forward", "rows", "keys", "tiles"), DTYPES):
-        for D, Dv, roomy in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
+        for D, Dv, extra in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
             if attention.is_wide(dtype, D, Dv):
                 continue
-            chosen = attention.config(kernel, dtype, D, Dv, roomy, shared << 10)
+            chosen = attention.config(kernel, dtype, D, Dv, extra, shared << 10)
             found = attention.columns(kernel, dtype, D, Dv)
             sizes = (dtype, found["BD"], found["BDV"])
-            assert attention.needed(kernel, *sizes, chosen, roomy) <= shared << 10
+            assert attention.needed(kernel, *sizes, chosen, extra) <= shared << 10
             assert min(chosen.BM, chosen.BN) >= 16
