@@ -72,10 +72,18 @@ class Usage:
 @functools.cache
 def groups() -> dict[str, Any]:
     """Named tuples of kernel arguments, by parameter name."""
+    from seqkernels.triton.attention import tiles
     from seqkernels.triton.embedding_bag import backward, bags
-    from seqkernels.triton.recurrent import layer, step
+    from seqkernels.triton.recurrent import step
+
+    layer = importlib.import_module("seqkernels.triton.recurrent.layer")  # the package has a function of that name
 
     return dict(
+        s_q=tiles.Strides,
+        s_k=tiles.Strides,
+        s_v=tiles.Strides,
+        s_o=tiles.Strides,
+        s_m=tiles.MaskStrides,
         table=bags.Table,
         bags=bags.Bags,
         positions=backward.Positions,
@@ -93,8 +101,12 @@ def groups() -> dict[str, Any]:
 
 
 def parameters(kernel: Any) -> list[str]:
-    """Names of parameters, of groups and of the fields of groups."""
-    return [n for name in kernel.arg_names for n in (name, *getattr(groups().get(name), "_fields", ()))]
+    """Names of parameters and of the fields of groups; these also with the name of the group, as in s_q.d."""
+    found = []
+    for name in kernel.arg_names:
+        fields = getattr(groups().get(name), "_fields", ())
+        found += [name, *fields, *(f"{name}.{field}" for field in fields)]
+    return found
 
 
 # ---- configurations
@@ -251,13 +263,13 @@ ATTENTION = {
 }
 ATTENTION_TYPES = dict(p_q_lengths="*i64", p_k_lengths="*i64", p_cu_q="*i32", p_cu_k="*i32", p_seed="*i64")
 ATTENTION_TYPES |= dict(p_slopes="*fp32", scale="i64", cap="i64", rescale="i64")
-KERNELS = dict(
-    forward="attention_forward_kernel",
-    rows="attention_backward_rows_kernel",
-    keys="attention_backward_keys_kernel",
-    tiles="attention_mask_gradient_kernel",
-    normaliser="attention_normaliser_kernel",
-    weights="attention_weights_kernel",
+KERNELS = dict(  # file and name
+    forward=("forward", "attention_forward_kernel"),
+    rows=("backward", "attention_backward_rows_kernel"),
+    keys=("backward", "attention_backward_keys_kernel"),
+    tiles=("weights", "attention_mask_gradient_kernel"),
+    normaliser=("backward", "attention_normaliser_kernel"),
+    weights=("weights", "attention_weights_kernel"),
 )
 OF_KERNEL = dict(
     forward=ATTENTION.keys() - {"mask gradient", "weights"},
@@ -270,7 +282,7 @@ OF_KERNEL = dict(
 
 
 def attention_jobs(arch: int) -> Iterator[Job]:
-    from seqkernels.triton import attention as module
+    from seqkernels.triton.attention import configurations
 
     plain = ("dense", "causal")
     every = [
@@ -287,16 +299,18 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         given, flags = ATTENTION[name]
         if name not in OF_KERNEL[kernel]:
             continue
-        roomy = name not in ("dense", "causal", "lengths", "packed")
-        roomy |= (kernel, name) == ("keys", "packed")
+        extra = name not in ("dense", "causal", "lengths", "packed")
+        extra |= (kernel, name) == ("keys", "packed")
         program = kernel if kernel in ("forward", "rows", "keys") else "tiles"
-        chosen = module.config(program, dtype, D, D, roomy, SHARED[arch])
-        columns = module.columns(program, dtype, D, D)
-        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D  # otherwise only check that it fits
+        chosen = configurations.config(program, dtype, D, D, extra, SHARED[arch])
+        columns = configurations.columns(program, dtype, D, D)
+        # Wide heads, and all heads on sm_100, are checked against the limit of shared memory alone.
+        BD, fixed = columns["BD"], arch < 100 and columns["BD"] >= D
         constexprs: dict[str, Any] = dict(LEFT=False, RIGHT=False, CAP=False, GROUPED=False) | flags
         constexprs |= dict(PRECISION="ieee", BM=chosen.BM, BN=chosen.BN, **columns)
-        constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_qd", "s_kd", "s_vd", "s_od"), 1))
-        names = getattr(module, KERNELS[kernel]).arg_names
+        constexprs |= dict(SHARED_Q=False, SHARED_K=False, **dict.fromkeys(("s_q.d", "s_k.d", "s_v.d", "s_o.d"), 1))
+        file, function = KERNELS[kernel]
+        names = parameters(getattr(importlib.import_module(f"seqkernels.triton.attention.{file}"), function))
         optional = ("p_mask", "p_slopes", "p_q_lengths", "p_k_lengths", "p_cu_q", "p_cu_k", "p_seed", "p_dlse")
         absent = {*optional, "p_rest", "p_dw", "p_ds"} - {*given}
         if name == "weights":
@@ -307,15 +321,15 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         compute = "*fp64" if dtype == torch.float64 else "*fp32"
         types = ATTENTION_TYPES | dict.fromkeys(("p_lse", "p_base", "p_rest", "p_dlse", "p_delta", "p_dmask"), compute)
         yield Job(
-            "attention",
-            KERNELS[kernel],
+            f"attention.{file}",
+            function,
             dtype,
             constexprs,
             arch,
             chosen.num_warps,
             None,
             types,
-            module.needed(program, dtype, BD, BD, chosen, roomy) if fixed else None,
+            configurations.needed(program, dtype, BD, BD, chosen, extra) if fixed else None,
             chosen.num_stages,
             tuple(n for n in names if n.startswith("s_")),
             # On sm_100, float64 products of Triton keep both operands in registers, and dense wide heads spill 16
@@ -338,21 +352,24 @@ def compile_one(job: Job) -> Usage:
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def type_of(name: str, path: tuple[int, ...]) -> str:
-        if name in job.constexprs:
-            constexprs[path] = job.constexprs[name]
-            return "constexpr"
-        # Alignment of tensors allocated by torch, and sizes that are multiples of 16.
-        if name.startswith("p_") or name in ("H", "D", "s_row", "stride", "first", *job.even):
+    def type_of(path: tuple[int, ...], name: str, group: str = "") -> str:
+        full = f"{group}.{name}"
+        for key in (name, full):
+            if key in job.constexprs:
+                constexprs[path] = job.constexprs[key]
+                return "constexpr"
+        # As for tensors allocated by torch and sizes that are multiples of 16.
+        even = ("H", "D", "s_row", "stride", "first", *job.even)
+        if name.startswith("p_") or name in even or full in even:
             attributes[path] = [["tt.divisibility", 16]]
         return job.types.get(name, POINTER[job.dtype] if name.startswith("p_") else "i32")
 
     for i, name in enumerate(kernel.arg_names):
         group = groups().get(name)
         if group is None or name in job.constexprs:
-            signature[name] = type_of(name, (i,))
+            signature[name] = type_of((i,), name)
         else:
-            signature[name] = group(*(type_of(field, (i, j)) for j, field in enumerate(group._fields)))
+            signature[name] = group(*(type_of((i, j), field, name) for j, field in enumerate(group._fields)))
     try:
         built = triton.compile(
             ASTSource(kernel, signature, constexprs, attributes),

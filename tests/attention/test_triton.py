@@ -19,6 +19,7 @@ from torch import Tensor
 from support.triton_on_cpu import DEVICE, load, on_hardware
 
 attention = load("attention")
+configurations = load("attention.configurations")
 reference = importlib.import_module("seqkernels.reference.attention")  # the package exports a function of the same name
 # The interpreter uses numpy, which warns about overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -275,10 +276,10 @@ def test_dtypes(c: Case, dtype: torch.dtype):
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch):
     for name in ("LARGEST", "CHUNK"):
-        monkeypatch.setattr(attention, name, dict.fromkeys((2, 4, 8), 16))
-    attention.config.cache_clear()
+        monkeypatch.setattr(configurations, name, dict.fromkeys((2, 4, 8), 16))
+    configurations.config.cache_clear()
     yield
-    attention.config.cache_clear()
+    configurations.config.cache_clear()
 
 
 @on_hardware
@@ -361,7 +362,7 @@ def test_drawn_cases(c: Case):
 
 @pytest.mark.parametrize("programs", [1, 5])
 def test_gradient_of_a_mask_for_other_partitions(monkeypatch: pytest.MonkeyPatch, programs: int):
-    monkeypatch.setattr(attention, "PROGRAMS", programs)
+    monkeypatch.setattr(load("attention.launch"), "PROGRAMS", programs)
     check(Case("parts", B=3, mask="float hk", Tq=40, q_lengths=(40, 0, 33)), torch.float16)
 
 
@@ -719,11 +720,11 @@ def test_errors_of_backward_and_of_weights():
 
 def test_configurations_fit():
     for shared, kernel, dtype in itertools.product((99, 163, 227), ("forward", "rows", "keys", "tiles"), DTYPES):
-        for D, Dv, roomy in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
+        for D, Dv, extra in itertools.product((16, 64, 128, 256), (64, 128, 256), (False, True)):
             if attention.is_wide(dtype, D, Dv):
                 continue
-            chosen = attention.config(kernel, dtype, D, Dv, roomy, shared << 10)
+            chosen = attention.config(kernel, dtype, D, Dv, extra, shared << 10)
             found = attention.columns(kernel, dtype, D, Dv)
             sizes = (dtype, found["BD"], found["BDV"])
-            assert attention.needed(kernel, *sizes, chosen, roomy) <= shared << 10
+            assert attention.needed(kernel, *sizes, chosen, extra) <= shared << 10
             assert min(chosen.BM, chosen.BN) >= 16
