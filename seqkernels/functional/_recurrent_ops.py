@@ -68,7 +68,7 @@ def layer(
     call = Call(x, states0, weights, batch_sizes, lengths, bidirectional, extras, recompute)
     if transformed:
         outputs = _Transformed.apply(kind, *call.flat())
-    elif recorded and not compiling:
+    elif recorded and not compiling and not torch.jit.is_tracing():  # a trace cannot save an autograd.Function
         outputs = _Recorded.apply(kind, *call.flat())
     else:
         outputs = call.forward(kind)

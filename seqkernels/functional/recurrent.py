@@ -24,6 +24,7 @@ from seqkernels.functional._recurrent_options import (
     options_of,
     wrapped,
 )
+from seqkernels.functional._values import may_read_values
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
@@ -490,7 +491,7 @@ def _run(
 
 def chosen(who: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> Kind:
     """The kind with the ops of the implementation that runs a layer, or one step of it; raises where none does."""
-    if backend is None and x.is_cpu and x.dtype in backends.DTYPES:
+    if backend is None and (x.is_cpu or x.is_meta) and x.dtype in backends.DTYPES:
         return kind  # the first of the table, without the time to make a request
     request = backends.Request(x.device, x.dtype, (kind, num_heads, projected))
     name = backends.choose(who, backends.RECURRENT, request, backend, shape=x.shape)
@@ -675,19 +676,21 @@ def _check_lengths(who: str, lengths: Tensor | Sequence[int], x: Tensor) -> Tens
     T, B = x.shape[:2]
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{who}: lengths must be integers, got {lengths!r}") from error
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and lengths.numel():
         raise TypeError(f"{who}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"{who}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+    if x.is_meta:
+        return lengths.to(x.device, torch.int64)
     if not x.is_cuda:
         lengths = lengths.cpu()
     elif lengths.is_cuda:  # the values are not read: kernels clamp them to [0, T]
         return lengths.to(x.device, torch.int64)
     lengths = lengths.to(torch.int64)
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    traced = not may_read_values(lengths)
     if B and not traced:  # in a graph the op checks the values
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:

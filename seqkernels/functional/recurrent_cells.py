@@ -146,7 +146,7 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights,
         if not isinstance(input, Tensor):
             raise TypeError(f"{who}: input must be a tensor, got {type(input).__name__}")
         F.chosen(who, cell.kind, input, 1, False, backend)
-    if backend == "triton" or _compiling() or _transforms() or forward_ad._current_level >= 0:
+    if backend == "triton" or _compiling() or _transforms() or _tracing() is not None or forward_ad._current_level >= 0:
         return as_layer(who, cell.kind, input, states0, weights, backend=backend)
     try:
         if input.is_cuda:
@@ -166,6 +166,7 @@ def step(who: str, cell: Cell, input: Tensor, states0: States, weights: Weights,
 
 
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled  # looking a name up takes time too
+_tracing = torch._C._get_tracing_state
 _transforms, _any_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 
 
@@ -297,7 +298,9 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
             if tensors[0].is_cuda:
                 follow_tf32(tensors[0], torch.backends.cudnn.rnn)
             found = backward_op(*grads, *tensors, needs[0], True in needs[1:weights_from], True in needs[weights_from:])
-            return (*found, found[-1]) if one_bias else found
+            if one_bias:  # each bias has a gradient of its own, which may be changed in place
+                return *found, found[-1].clone() if needs[-2] and needs[-1] else found[-1]
+            return found
 
     # Step.apply first looks for wrappers of torch.func, which doubles the time of the call.
     apply: Callable[..., Any] = super(torch.autograd.Function, Step).apply

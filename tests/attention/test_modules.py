@@ -780,7 +780,7 @@ def test_errors_of_layers_and_positions():
     jagged = torch.nested.nested_tensor_from_jagged(rows, cu)
     for text, call in (
         ("memory must be given without cache", lambda: decoder(x, None)),
-        ("memory must be given in the first call with cache", lambda: decoder(x, None, cache=decoder.new_cache(B, 5, 5))),
+        ("memory must be given in the first call", lambda: decoder(x, None, cache=decoder.new_cache(B, 5, 5))),
         ("cu_seqlens and memory_cu_seqlens must both be given", lambda: decoder(rows, rows, cu_seqlens=cu)),
         ("memory must be nested and cu_seqlens None", lambda: decoder(jagged, rows)),
     ):
