@@ -336,3 +336,18 @@ def test_gradients_share_no_memory(name: str) -> None:
     grads = torch.autograd.grad([t.sum() for t in outputs], list(module.parameters()), allow_unused=True)
     places = [g.untyped_storage().data_ptr() for g in grads if g is not None and g.numel()]
     assert len(set(places)) == len(places)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "PositionalEncoding"])
+def test_batched_gradients_are_those_of_a_loop(name: str) -> None:
+    module = MODULES[name]()
+    wanted = list(module.parameters())
+    output = run(name, module)[0]
+    upstream = torch.randn(3, *output.shape)
+    got = torch.autograd.grad(output, wanted, upstream, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    for i, g in enumerate(upstream):
+        for batched, want in zip(got, torch.autograd.grad(output, wanted, g, retain_graph=True, allow_unused=True)):
+            assert (batched is None) == (want is None)
+            if want is not None:
+                close(batched[i], want, rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ from seqkernels.functional._autograd import (
     below_autograd,
     follow_tf32,
     jvp_by_definition,
+    needs_definition,
     op,
     vjp_by_definition,
     vmap_rule,
@@ -125,7 +126,7 @@ class Call(NamedTuple):
         self, kind: Kind, upstream: Sequence[Tensor | None], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients of `differentiable`. upstream: of y, the last states, the states but h at every step."""
-        if torch.is_grad_enabled():  # create_graph: the fused backward is first order, the definition is of any order
+        if needs_definition(upstream):
             return self.backward_by_definition(kind, upstream, needs)
         follow_tf32(self.x, torch.backends.cudnn.rnn)
         states = len(kind.states)

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from seqkernels import _C
 from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
-from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, op
+from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op
 from seqkernels.functional._checks import TypeRuntimeError, describe, of_op
 from seqkernels.functional._recurrent_extras import extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
@@ -291,9 +291,7 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
-            if (
-                torch.is_grad_enabled()
-            ):  # create_graph: the fused backward is first order, the definition is of any order
+            if needs_definition(grads):
                 return _by_definition(kind, tensors[: weights_from + 4], grads, needs)
             if tensors[0].is_cuda:
                 follow_tf32(tensors[0], torch.backends.cudnn.rnn)
