@@ -17,6 +17,7 @@ from torch import Tensor
 from seqkernels.functional._autograd import (
     below_autograd,
     jvp_by_definition,
+    needs_definition,
     op,
     recorded,
     transformed,
@@ -186,7 +187,7 @@ class _Attention(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return (None,) * len(ctx.needs_input_grad)
         found: Sequence[Tensor | None]
-        if torch.is_grad_enabled():
+        if needs_definition(grads):
             found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, mask), grads, needs)
         else:
             found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse), grads, needs)
@@ -231,7 +232,7 @@ class _Weights(torch.autograd.Function):
         seed, *rest, q, k, mask, lse = ctx.saved_tensors
         needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
         found: Sequence[Tensor | None]
-        if torch.is_grad_enabled():
+        if needs_definition((grad,)):
             found = vjp_by_definition(_of_weights(ctx.args, seed, inputs), (q, k, mask, lse), (grad,), needs)
         else:
             found = _weights_backward(ctx.args, seed, inputs, q, k, lse, grad, needs)
@@ -318,7 +319,7 @@ def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     needs, inputs = ctx.needs_input_grad[:4], Inputs(*tensors)
     found: Sequence[Tensor | None] = (None,) * 4
     if grads[0] is not None or grads[1] is not None:
-        if torch.is_grad_enabled():
+        if needs_definition(grads):
             found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
         else:
             found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse), grads, needs)
@@ -336,7 +337,7 @@ def _backward_of_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, *tensors, seed, lse = ctx.saved_tensors
     needs, inputs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[-1]), Inputs(*tensors)
     found: Sequence[Tensor | None]
-    if torch.is_grad_enabled():
+    if needs_definition((grad,)):
         found = vjp_by_definition(_of_weights(ctx.args, seed, inputs), (q, k, inputs.attn_mask, lse), (grad,), needs)
     else:
         found = _weights_backward(ctx.args, seed, inputs, q, k, lse, grad, needs)

@@ -38,6 +38,18 @@ def transformed() -> bool:
     )
 
 
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def needs_definition(grads: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are those of the reference definition instead of the kernels.
+
+    With create_graph they are differentiated again, and the kernels' are of first order. With is_grads_batched they
+    are batched tensors, which only torch's own operations support.
+    """
+    return torch.is_grad_enabled() or any(g is not None and _legacy_batched(g) for g in grads)
+
+
 def replaced(values: Sequence[Any], at: Sequence[int], by: Sequence[Any]) -> list[Any]:
     """Copy of `values` in which by[i] replaces the value at position at[i]."""
     values = list(values)

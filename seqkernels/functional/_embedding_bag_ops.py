@@ -18,6 +18,7 @@ from seqkernels.functional import _autograd, _triton_ops
 from seqkernels.functional._autograd import (
     below_autograd,
     jvp_by_definition,
+    needs_definition,
     op,
     transformed,
     vjp_by_definition,
@@ -305,8 +306,7 @@ class _Recorded(torch.autograd.Function):
         if step is not None and True in needs[1:]:
             found = _Recorded.stepped(ctx, grad, arg, bags, tables, needs)
         else:
-            # With create_graph: the fused backward is first order; the definition is differentiable to any order.
-            backward = _backward_by_definition if torch.is_grad_enabled() else _backward
+            backward = _backward_by_definition if needs_definition((grad,)) else _backward
             found = backward(args, grad, arg, bags, ctx.shapes, tables, needs)
         return *[None] * FIRST, *found
 

@@ -24,6 +24,7 @@ from seqkernels.functional._autograd import (
     below_autograd,
     follow_tf32,
     jvp_by_definition,
+    needs_definition,
     op,
     vjp_by_definition,
     vmap_rule,
@@ -68,7 +69,7 @@ def layer(
     call = Call(x, states0, weights, batch_sizes, lengths, bidirectional, extras, recompute)
     if transformed:
         outputs = _Transformed.apply(kind, *call.flat())
-    elif recorded and not compiling:
+    elif recorded and not compiling and not torch.jit.is_tracing():  # a trace cannot save an autograd.Function
         outputs = _Recorded.apply(kind, *call.flat())
     else:
         outputs = call.forward(kind)
@@ -126,7 +127,7 @@ class Call(NamedTuple):
         self, kind: Kind, upstream: Sequence[Tensor | None], kept: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients of `differentiable`. upstream: for y, the last states, the states except h at all steps."""
-        if torch.is_grad_enabled():  # create_graph: the fused backward is first order; the definition has any order
+        if needs_definition(upstream):
             return self.backward_by_definition(kind, upstream, needs)
         follow_tf32(self.x, torch.backends.cudnn.rnn)
         states = len(kind.states)

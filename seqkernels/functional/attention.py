@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from seqkernels import backend as backends
 from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, weights_of
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from seqkernels.functional._nested import jagged_like
+from seqkernels.functional._values import may_read_values
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
 
@@ -105,6 +107,9 @@ def scaled_dot_product_attention(
             caller, query, key, value, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
             alibi_slopes, return_lse, backend,
         )  # fmt: skip
+    if isinstance(attn_mask, CausalBias):  # has no values
+        causal_alignment = _alignment_of(caller, attn_mask, query, key, is_causal)
+        attn_mask, is_causal = None, True
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check_tensors(caller, query, key, value)
     args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p)
@@ -266,6 +271,18 @@ def _args(
     return AttentionArgs(max_q, max_k, float(scale), causal, left, right, float(softcap), float(dropout_p))
 
 
+def _alignment_of(caller: str, bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """The alignment that a causal bias of torch.nn.attention.bias stands for."""
+    if is_causal:
+        raise ValueError(f"{caller}: is_causal must be False beside a CausalBias, got True")
+    if query.dim() < 2 or key.dim() < 2 or (bias.seq_len_q, bias.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        raise ValueRuntimeError(
+            f"{caller}: attn_mask must be a CausalBias of the lengths of query and key, got {bias.seq_len_q} and "
+            f"{bias.seq_len_kv} beside {list(query.shape)} and {list(key.shape)}"
+        )
+    return "upper_left" if bias.variant == CausalVariant.UPPER_LEFT else "lower_right"
+
+
 def _window(caller: str, window: int | tuple[int, int]) -> tuple[int, int]:
     pair = (window, window) if isinstance(window, int) else tuple(window)
     if len(pair) != 2 or any(not isinstance(w, int) or w < -1 for w in pair):
@@ -350,6 +367,8 @@ def _mask(
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"{caller}: attn_mask must be a tensor, got {describe(mask)}")
+    if mask.dtype == torch.float32 and query.dtype == torch.float64:  # as torch
+        mask = mask.to(query.dtype)
     if mask.dtype not in (torch.bool, query.dtype):
         raise TypeRuntimeError(f"{caller}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
     if mask.device != query.device:
@@ -424,13 +443,11 @@ def _longest(caller: str, name: str, longest: int | None, cu: Tensor, N: Any) ->
         if longest < 0:
             raise ValueError(f"{caller}: {name} must not be negative, got {longest}")
         return longest
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_no_data(cu):
+    if torch.jit.is_tracing():
+        raise ValueError(f"{caller}: {name} must be given in torch.jit.trace, which would keep that of its example")
+    if not may_read_values(cu):
         return N
     return int(cu.diff().max()) if cu.shape[0] > 1 else 0
-
-
-def _has_no_data(t: Tensor) -> bool:
-    return t.is_meta or isinstance(t, FakeTensor)
 
 
 def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -550,8 +567,7 @@ def _nested(
         backend=backend,
     )
     out = out.transpose(0, 1) if heads[0] else out.squeeze(1)
-    nest: Any = torch.nested.nested_tensor_from_jagged
-    result = nest(out, offsets[0], jagged_dim=nested._ragged_idx)
+    result = jagged_like(nested, out, nested._ragged_idx)
     if not return_lse:
         return result
-    return result, nest(lse if heads[0] else lse.squeeze(0), offsets[0], jagged_dim=nested._ragged_idx)
+    return result, jagged_like(nested, lse if heads[0] else lse.squeeze(0), nested._ragged_idx)

@@ -39,6 +39,7 @@ from seqkernels.functional._checks import (
     of_op,
 )
 from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, BagArgs, Step, lookup, record
+from seqkernels.functional._nested import jagged_like
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
 
@@ -386,11 +387,6 @@ def renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -
         O.ops.embedding_bag_renorm_(weight, indices, float(max_norm), float(norm_type))
     if not _compiling():
         torch.autograd.graph.increment_version(weight)
-
-
-def jagged_like(nested: Any, values: Tensor) -> Tensor:
-    """A jagged tensor with the structure of `nested` and new values."""
-    return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), nested.lengths())
 
 
 def of_nested(

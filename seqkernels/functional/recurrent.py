@@ -24,6 +24,7 @@ from seqkernels.functional._recurrent_options import (
     options_of,
     wrapped,
 )
+from seqkernels.functional._values import may_read_values
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
@@ -544,7 +545,7 @@ def _run(
 
 def chosen(caller: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> Kind:
     """The kind with the ops of the implementation that runs a layer or a cell. Raises if none supports it."""
-    if backend is None and x.is_cpu and x.dtype in backends.DTYPES:
+    if backend is None and (x.is_cpu or x.is_meta) and x.dtype in backends.DTYPES:
         return kind  # the first implementation, without the overhead of a request
     request = backends.Request(x.device, x.dtype, (kind, num_heads, projected))
     name = backends.choose(caller, backends.RECURRENT, request, backend, shape=x.shape)
@@ -731,19 +732,21 @@ def _check_lengths(caller: str, lengths: Tensor | Sequence[int], x: Tensor) -> T
     T, B = x.shape[:2]
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{caller}: lengths must be integers, got {lengths!r}") from error
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and lengths.numel():
         raise TypeError(f"{caller}: lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+    if x.is_meta:
+        return lengths.to(x.device, torch.int64)
     if not x.is_cuda:
         lengths = lengths.cpu()
     elif lengths.is_cuda:  # kernels clamp the values to [0, T]
         return lengths.to(x.device, torch.int64)
     lengths = lengths.to(torch.int64)
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    traced = not may_read_values(lengths)
     if B and not traced:  # while tracing, the op checks the values
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from seqkernels import _C
 from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
-from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, op
+from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op
 from seqkernels.functional._checks import TypeRuntimeError, describe, of_op
 from seqkernels.functional._recurrent_extras import Extras, extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
@@ -146,7 +146,7 @@ def step(caller: str, cell: Cell, input: Tensor, states0: States, weights: Weigh
         if not isinstance(input, Tensor):
             raise TypeError(f"{caller}: input must be a tensor, got {type(input).__name__}")
         F.chosen(caller, cell.kind, input, 1, False, backend)
-    if backend == "triton" or _compiling() or _transforms() or forward_ad._current_level >= 0:
+    if backend == "triton" or _compiling() or _transforms() or _tracing() is not None or forward_ad._current_level >= 0:
         return as_layer(caller, cell.kind, input, states0, weights, weights[2] is not None, backend=backend)
     try:
         if input.is_cuda:
@@ -169,6 +169,7 @@ _compiling, _recording = (
     torch.compiler.is_compiling,
     torch.is_grad_enabled,
 )  # bound once, because each attribute lookup takes time
+_tracing = torch._C._get_tracing_state
 _transforms, _any_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 
 
@@ -294,13 +295,14 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
-            # With create_graph: the fused backward is first order; the definition is differentiable to any order.
-            if torch.is_grad_enabled():
+            if needs_definition(grads):
                 return _by_definition(kind, tensors[: weights_from + 4], grads, needs)
             if tensors[0].is_cuda:
                 follow_tf32(tensors[0], torch.backends.cudnn.rnn)
             found = backward_op(*grads, *tensors, needs[0], True in needs[1:weights_from], True in needs[weights_from:])
-            return (*found, found[-1]) if one_bias else found
+            if one_bias:  # each bias has a gradient of its own, which may be changed in place
+                return *found, found[-1].clone() if needs[-2] and needs[-1] else found[-1]
+            return found
 
     # Step.apply without its search for torch.func wrappers, which doubles the time of the call.
     apply: Callable[..., Any] = super(torch.autograd.Function, Step).apply

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+from seqkernels.functional._values import may_read_values
 
 __all__ = ["attention_forward", "attention_mask"]
 
@@ -47,7 +48,7 @@ def attention_mask(
     causal = mask_function is causal_mask_function
     if (
         mask is None
-        or torch.compiler.is_compiling()
+        or not may_read_values(mask if attention_mask is None else attention_mask)
         or kwargs.get("use_vmap")
         or not (causal or mask_function is bidirectional_mask_function)
         or (causal and (not isinstance(q_offset, int) or kv_offset != 0 or q_offset + q_length != kv_length))

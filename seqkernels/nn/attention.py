@@ -21,9 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
+from seqkernels.functional._nested import jagged_like
+from seqkernels.functional._values import may_read_values
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 
@@ -89,7 +92,7 @@ class KeyValueCache:
                 raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
             if lengths.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
-            known = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and B > 0
+            known = lengths.device.type == "cpu" and may_read_values(lengths) and B > 0
             if known and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
                 raise ValueError(f"{caller}: lengths must be between 0 and the {T} steps, got {lengths.tolist()}")
         if self.ragged or lengths is not None:
@@ -204,6 +207,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if given is not None:
                 raise ValueError(f"{caller}: {name} must be None without cu_seqlens_q")
         self._check(caller, query, key, value, 2 if query.dim() == 2 else 3)
+        if isinstance(attn_mask, CausalBias):  # has no values
+            attn_mask = attn_mask._materialize(query.device).logical_not()
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
             return self._cached(
@@ -216,7 +221,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         S = k.shape[2]
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
             _check_mask(caller, "attn_mask", attn_mask, ([T, S],))
-            attn_mask = None
+            if torch.jit.is_tracing():  # is_causal may have been found by looking at this mask
+                is_causal = False
+            else:
+                attn_mask = None
         extra = (self.bias_k is not None) + bool(self.add_zero_attn)
         mask, of_padding = _merged(caller, key_padding_mask, attn_mask, B, H, T, S, query.dim(), q.dtype, extra == 0)
         if of_padding is not None:
@@ -457,14 +465,7 @@ def _lengths_of(seen: Tensor) -> Tensor | None:
 
     Only plain CPU tensors in eager mode are inspected, where reading the values requires no synchronization.
     """
-    if (
-        seen.device.type != "cpu"
-        or seen.requires_grad
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(seen) is not Tensor
-    ):
+    if seen.device.type != "cpu" or seen.requires_grad or not may_read_values(seen):
         return None
     if seen.dtype != torch.bool:
         kept = seen == 0
@@ -522,7 +523,7 @@ def of_nested(caller: str, name: str, t: Tensor) -> tuple[Tensor, Tensor, Any, C
             raise ValueError(f"{caller}: {name} must be jagged without holes of shape [B, j, E], got {list(t.shape)}")
         offsets = t.offsets()  # type: ignore[attr-defined]
         longest = t._get_max_seqlen()  # type: ignore[attr-defined]
-        return t.values(), offsets, longest, lambda rows: torch.nested.nested_tensor_from_jagged(rows, offsets)
+        return t.values(), offsets, longest, lambda rows: jagged_like(t, rows)
     # The strided layout, to which torch.nn.TransformerEncoder converts padded batches.
     t = t.contiguous()
     sizes = t._nested_tensor_size()

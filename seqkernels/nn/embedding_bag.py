@@ -20,6 +20,7 @@ from torch.nn import Module, ModuleDict, Parameter, init
 from seqkernels.functional import embedding_bag as _embedding_bag
 from seqkernels.functional import embedding_bag_bytes, quantize_rows
 from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError, describe
+from seqkernels.functional._values import may_read_values
 from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
 from seqkernels.nn.fused_optimizer import FusedOptimizer, FusedState, check_optimizer, step_one, step_several
 
@@ -494,7 +495,7 @@ def _bags_of(caller: str, given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if weights is not None and weights.shape != indices.shape:
         raise ValueError(f"{caller} must have weights like indices, {list(indices.shape)}, got {list(weights.shape)}")
     # The op reads the concatenated offsets, in which this check is impossible.
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and offsets.numel() and int(offsets[0]):
+    if offsets.device.type == "cpu" and offsets.numel() and may_read_values(offsets) and int(offsets[0]):
         raise ValueError(f"{caller} must have offsets that begin with 0, got {int(offsets[0])}")
     return indices, offsets.long(), weights
 

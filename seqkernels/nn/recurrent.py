@@ -18,6 +18,7 @@ from seqkernels.functional._checks import ValueRuntimeError, describe
 from seqkernels.functional._recurrent_extras import batch_of
 from seqkernels.functional._recurrent_kinds import Kind, Weight, size_of_state
 from seqkernels.functional._recurrent_options import Options, about, check_together, options_of, wrapped
+from seqkernels.functional._values import may_read_values
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
@@ -216,7 +217,7 @@ class _Recurrent(RNNBase):
         if hx is None:
             return
         if batch_sizes is not None:
-            batch = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
+            batch = int(batch_sizes[0]) if may_read_values(batch_sizes) else hx[0].shape[1]
         else:
             batch = input.shape[0 if self.batch_first else 1]
         count, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size

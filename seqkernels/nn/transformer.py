@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqkernels.functional._values import tracing
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, of_nested
 
 __all__ = ["PositionalEncoding", "TransformerDecoderLayer", "TransformerEncoderLayer"]
@@ -26,6 +27,28 @@ Activation = str | Callable[[Tensor], Tensor]
 def _take_over(attention: torch.nn.MultiheadAttention) -> None:
     """Converts the attention module created by torch's constructor, and keeps its parameters."""
     attention.__class__ = MultiheadAttention
+
+
+def _attend(
+    attention: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | None,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    more: dict[str, Any],
+) -> Tensor:
+    """Attention by a module with the signature of torch.nn.MultiheadAttention, which users may have replaced."""
+    output: Tensor = attention(
+        query, key, key, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+        need_weights=False, **more,
+    )[0]  # fmt: skip
+    return output
+
+
+def _given(**inputs: Any) -> dict[str, Any]:
+    """The inputs that are not None."""
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _of_itself(lengths: Any) -> Any:
@@ -94,13 +117,13 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
                 raise ValueError("TransformerEncoderLayer: cu_seqlens must be None if src is nested")
             src, cu_seqlens, max_seqlen, restore = of_nested("TransformerEncoderLayer", "src", src)
 
+        more = _given(
+            lengths=lengths if cache is not None else _of_itself(lengths), cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=max_seqlen, cache=cache,
+        )  # fmt: skip
+
         def attend(x: Tensor) -> Tensor:
-            out = self.self_attn(
-                x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal,
-                lengths=lengths if cache is not None else _of_itself(lengths), cu_seqlens_q=cu_seqlens,
-                max_seqlen_q=max_seqlen, cache=cache,
-            )[0]  # fmt: skip
-            return self.dropout1(out)
+            return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal, **more)
 
         x = src
         if self.norm_first:
@@ -110,6 +133,13 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             x = self.norm1(x + attend(x))
             x = self.norm2(x + self._ff_block(x))
         return x if restore is None else restore(x)
+
+    # Subclasses override the methods of torch's layer. `more` has inputs of self_attn beyond torch's, where given.
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False, **more: Any
+    ) -> Tensor:
+        return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, more))
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -201,22 +231,21 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         if cache is None and cu_seqlens is None and lengths is not None:
             cross_lengths = lengths, memory_lengths
 
+        more = _given(
+            lengths=lengths if cache is not None else _of_itself(lengths), cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=max_seqlen, cache=own,
+        )  # fmt: skip
+        more_of_memory = _given(
+            lengths=None if cached else cross_lengths, cu_seqlens_q=cu_seqlens, cu_seqlens_k=memory_cu_seqlens,
+            max_seqlen_q=max_seqlen, max_seqlen_k=memory_max_seqlen, cache=of_memory,
+        )  # fmt: skip
+        keys = None if cached else memory
+
         def attend(x: Tensor) -> Tensor:
-            out = self.self_attn(
-                x, x, x, tgt_key_padding_mask, False, tgt_mask, is_causal=tgt_is_causal,
-                lengths=lengths if cache is not None else _of_itself(lengths), cu_seqlens_q=cu_seqlens,
-                max_seqlen_q=max_seqlen, cache=own,
-            )[0]  # fmt: skip
-            return self.dropout1(out)
+            return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal, **more)
 
         def attend_to_memory(x: Tensor) -> Tensor:
-            keys = None if cached else memory
-            out = self.multihead_attn(
-                x, keys, keys, memory_key_padding_mask, False, memory_mask, is_causal=memory_is_causal,
-                lengths=None if cached else cross_lengths, cu_seqlens_q=cu_seqlens, cu_seqlens_k=memory_cu_seqlens,
-                max_seqlen_q=max_seqlen, max_seqlen_k=memory_max_seqlen, cache=of_memory,
-            )[0]  # fmt: skip
-            return self.dropout2(out)
+            return self._mha_block(x, keys, memory_mask, memory_key_padding_mask, memory_is_causal, **more_of_memory)
 
         x = tgt
         if self.norm_first:
@@ -228,6 +257,24 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             x = self.norm2(x + attend_to_memory(x))
             x = self.norm3(x + self._ff_block(x))
         return x if restore is None else restore(x)
+
+    # Subclasses override the methods of torch's layer. `more` has inputs of the attention beyond torch's, where given.
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False, **more: Any
+    ) -> Tensor:
+        return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, more))
+
+    def _mha_block(  # type: ignore[override]  # mem is None where the cache has it
+        self,
+        x: Tensor,
+        mem: Tensor | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        return self.dropout2(_attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, more))
 
 
 class PositionalEncoding(torch.nn.Module):
@@ -265,14 +312,40 @@ class PositionalEncoding(torch.nn.Module):
         self.max_len = max_len
         self.batch_first = batch_first
         self.dropout = torch.nn.Dropout(dropout)
-        at = torch.arange(max_len, dtype=torch.float64).unsqueeze(1)
-        rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model))
-        waves = torch.stack((torch.sin(at * rate), torch.cos(at * rate)), -1).flatten(1)[:, :d_model]
-        table = waves.to(device=device, dtype=dtype or torch.get_default_dtype()).contiguous()
+        table = torch.empty(max_len, d_model, device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Computes the table of encodings, where it has memory."""
+        if self.table.is_meta:
+            return
+        at = torch.arange(self.max_len, dtype=torch.float64, device="cpu").unsqueeze(1)
+        columns = torch.arange(0, self.d_model, 2, dtype=torch.float64, device="cpu")
+        rate = torch.exp(columns * (-math.log(10000.0) / self.d_model))
+        waves = torch.stack((torch.sin(at * rate), torch.cos(at * rate)), -1).flatten(1)[:, : self.d_model]
+        with torch.no_grad():
+            self.table.copy_(waves)
+        self.table.seqkernels_computed = True  # type: ignore[attr-defined]
+
+    # The table is not part of the state_dict. Where another tensor takes its place (to_empty, a conversion, deferred
+    # initialization), that tensor lacks the mark, and the table is computed there.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionalEncoding:
+        super()._apply(fn, recurse)
+        self._compute_where_new(self.table)
+        return self
+
+    def _compute_where_new(self, x: Tensor) -> None:
+        if self.table.is_meta and not x.is_meta:
+            self.table = torch.empty_like(self.table, device=x.device)
+        if not hasattr(self.table, "seqkernels_computed"):
+            self.reset_parameters()
 
     def forward(self, x: Tensor, offsets: int | Tensor = 0, cu_seqlens: Tensor | None = None) -> Tensor:
         caller = "PositionalEncoding"
+        if not tracing():
+            self._compute_where_new(x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.d_model:
             raise ValueError(f"{caller}: x must have 2 or 3 dimensions and {self.d_model} columns, got {list(x.shape)}")
         if isinstance(offsets, Tensor) and offsets.dtype not in (torch.int32, torch.int64):

@@ -1,0 +1,21 @@
+"""Jagged nested tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqkernels.functional._values import tracing
+
+
+def jagged_like(nested: Any, values: Tensor, jagged_dim: int = 1) -> Tensor:
+    """A jagged tensor with the structure of `nested`, its extreme lengths included, and new values.
+
+    Without the extreme lengths, torch pads to other sizes.
+    """
+    extremes = {} if tracing() else {"min_seqlen": nested._get_min_seqlen(), "max_seqlen": nested._get_max_seqlen()}
+    return torch.nested.nested_tensor_from_jagged(
+        values, nested.offsets(), nested.lengths(), jagged_dim=jagged_dim, **extremes
+    )

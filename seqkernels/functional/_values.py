@@ -1,0 +1,34 @@
+"""Whether values of tensors may be read while choosing how to compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_tracing = torch._C._get_tracing_state
+
+
+def tracing() -> bool:
+    """Whether the calls are being recorded to run later with other values.
+
+    True inside torch.compile, torch.export, torch.jit.trace, make_fx and fake tensor modes, and under torch.func
+    transforms.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _tracing() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def may_read_values(*tensors: Tensor) -> bool:
+    """Whether a choice may depend on the values of these tensors.
+
+    False while calls are recorded (`tracing`) and for tensors without values of their own: fake and meta tensors and
+    tensor subclasses. A result must not depend on the choice, only its speed and its checks.
+    """
+    return not tracing() and all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
