@@ -31,6 +31,7 @@ from seqkernels.functional._autograd import (
 )
 from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
 from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
+from seqkernels.functional._values import in_jit_trace
 from seqkernels.reference import recurrent as reference
 
 # ---- one layer
@@ -69,7 +70,7 @@ def layer(
     call = Call(x, states0, weights, batch_sizes, lengths, bidirectional, extras, recompute)
     if transformed:
         outputs = _Transformed.apply(kind, *call.flat())
-    elif recorded and not compiling and not torch.jit.is_tracing():  # a trace cannot save an autograd.Function
+    elif recorded and not compiling and not in_jit_trace():  # a trace cannot save an autograd.Function
         outputs = _Recorded.apply(kind, *call.flat())
     else:
         outputs = call.forward(kind)

@@ -8,6 +8,11 @@ from torch import Tensor
 _tracing = torch._C._get_tracing_state
 
 
+def in_jit_trace() -> bool:
+    """Whether torch.jit.trace records the calls."""
+    return not torch.compiler.is_compiling() and _tracing() is not None
+
+
 def tracing() -> bool:
     """Whether the calls are being recorded to run later with other values.
 

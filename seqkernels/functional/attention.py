@@ -29,7 +29,7 @@ from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, 
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._nested import jagged_like
-from seqkernels.functional._values import may_read_values
+from seqkernels.functional._values import in_jit_trace, may_read_values
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
 
@@ -443,7 +443,7 @@ def _longest(caller: str, name: str, longest: int | None, cu: Tensor, N: Any) ->
         if longest < 0:
             raise ValueError(f"{caller}: {name} must not be negative, got {longest}")
         return longest
-    if torch.jit.is_tracing():
+    if in_jit_trace():
         raise ValueError(f"{caller}: {name} must be given in torch.jit.trace, which would keep that of its example")
     if not may_read_values(cu):
         return N

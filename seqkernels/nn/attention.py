@@ -26,7 +26,7 @@ from torch.nn.attention.bias import CausalBias
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
 from seqkernels.functional._nested import jagged_like
-from seqkernels.functional._values import may_read_values
+from seqkernels.functional._values import in_jit_trace, may_read_values
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 
@@ -221,7 +221,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         S = k.shape[2]
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
             _check_mask(caller, "attn_mask", attn_mask, ([T, S],))
-            if torch.jit.is_tracing():  # is_causal may have been found by looking at this mask
+            if in_jit_trace():  # is_causal may have been found by looking at this mask
                 is_causal = False
             else:
                 attn_mask = None

@@ -265,7 +265,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     ) -> Tensor:
         return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, more))
 
-    def _mha_block(  # type: ignore[override]  # mem is None where the cache has it
+    def _mha_block(
         self,
         x: Tensor,
         mem: Tensor | None,
