@@ -301,9 +301,9 @@ def gru(
 
 @_documented(
     families.DREAMER_GRU,
-    title="The GRU of Dreamer, with one normalisation of the sum of both products",
+    title="GRU of Dreamer, with one layer normalisation of the sum of both projections",
     rows="3H",
-    fed_back="= H",
+    h_size="= H",
     more_weights=", then norm_weight and norm_bias [3H]",
     gates="Gates are r, n, u. ",
     hx="h0 [L * directions, B, H]",
@@ -635,8 +635,8 @@ def states_of(caller: str, kind: Kind, hx: Any) -> States | None:
 def _kind_of(
     family: Family, options: Options, weights: list[Tensor], hx: Any, num_layers: int, directions: int
 ) -> tuple[Kind, bool, bool]:
-    """The kind selected by the options and the number of weights, whether it has biases, and whether it has a
-    projection. Modules know these from their arguments.
+    """The kind selected by the options and the number of weights, whether there are biases, and whether there is a
+    projection. Modules derive these from their arguments.
     """
     kinds = [(family.kind_of(options, projected), projected) for projected in family.projections]
     if isinstance(hx, Tensor):  # a GRU with one state has no projection
