@@ -42,10 +42,10 @@ _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def needs_definition(grads: Sequence[Tensor | None]) -> bool:
-    """Whether gradients are those of the reference definition instead of the kernels.
+    """Whether the backward pass uses the reference definition instead of the kernels.
 
-    With create_graph they are differentiated again, and the kernels' are of first order. With is_grads_batched they
-    are batched tensors, which only torch's own operations support.
+    With create_graph, the gradients are differentiated again, but the kernels support only the first order. With
+    is_grads_batched, the gradients are batched tensors, which the kernels do not support.
     """
     return torch.is_grad_enabled() or any(g is not None and _legacy_batched(g) for g in grads)
 

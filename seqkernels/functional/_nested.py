@@ -11,9 +11,9 @@ from seqkernels.functional._values import tracing
 
 
 def jagged_like(nested: Any, values: Tensor, jagged_dim: int = 1) -> Tensor:
-    """A jagged tensor with the structure of `nested`, its extreme lengths included, and new values.
+    """A jagged tensor with new values and the structure of `nested`, including its minimum and maximum length.
 
-    Without the extreme lengths, torch pads to other sizes.
+    Without these lengths, torch would pad the result to a different size.
     """
     extremes = {} if tracing() else {"min_seqlen": nested._get_min_seqlen(), "max_seqlen": nested._get_max_seqlen()}
     return torch.nested.nested_tensor_from_jagged(

@@ -70,7 +70,7 @@ ABOUT = {
     "the computation of h. Weights: gain_ih and gain_hh, in an LSTM also gain_c and bias_c; the biases are those of "
     "the normalised projections. Source: Ba, Kiros and Hinton, "
     '"Layer Normalization", arXiv 1607.06450.',
-    "norm_eps": "what layer normalisation adds to the variance.",
+    "norm_eps": "term added to the variance in layer normalisation.",
     "reset_after": "whether the reset gate multiplies the product with weight_hh, as in torch.nn.GRU, or h before it. "
     "Source: Cho et al., arXiv 1406.1078 (before); Zhou et al., arXiv 1603.09420 (MGU, before).",
     "forget_gate": "activation of the forget gate, sigmoid or exp.",

@@ -1,4 +1,4 @@
-"""Whether values of tensors may be read while choosing how to compute."""
+"""Whether the values of tensors may be read to choose an implementation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _tracing = torch._C._get_tracing_state
 
 
 def in_jit_trace() -> bool:
-    """Whether torch.jit.trace records the calls."""
+    """Whether torch.jit.trace is recording."""
     return not torch.compiler.is_compiling() and _tracing() is not None
 
 
 def tracing() -> bool:
-    """Whether the calls are being recorded to run later with other values.
+    """Whether calls are recorded to run later with other values.
 
     True inside torch.compile, torch.export, torch.jit.trace, make_fx and fake tensor modes, and under torch.func
     transforms.
@@ -30,8 +30,8 @@ def tracing() -> bool:
 def may_read_values(*tensors: Tensor) -> bool:
     """Whether a choice may depend on the values of these tensors.
 
-    False while calls are recorded (`tracing`) and for tensors without values of their own: fake and meta tensors and
-    tensor subclasses. A result must not depend on the choice, only its speed and its checks.
+    False during `tracing`, for fake and meta tensors, which have no values, and for tensor subclasses. The choice may
+    affect speed and checks, but not results.
     """
     return not tracing() and all(type(t) in _PLAIN and not t.is_meta for t in tensors)
 

@@ -272,13 +272,13 @@ def _args(
 
 
 def _alignment_of(caller: str, bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> str:
-    """The alignment that a causal bias of torch.nn.attention.bias stands for."""
+    """The causal_alignment of a bias of torch.nn.attention.bias."""
     if is_causal:
-        raise ValueError(f"{caller}: is_causal must be False beside a CausalBias, got True")
+        raise ValueError(f"{caller}: is_causal must be False with a CausalBias, got True")
     if query.dim() < 2 or key.dim() < 2 or (bias.seq_len_q, bias.seq_len_kv) != (query.shape[-2], key.shape[-2]):
         raise ValueRuntimeError(
             f"{caller}: attn_mask must be a CausalBias of the lengths of query and key, got {bias.seq_len_q} and "
-            f"{bias.seq_len_kv} beside {list(query.shape)} and {list(key.shape)}"
+            f"{bias.seq_len_kv} for {list(query.shape)} and {list(key.shape)}"
         )
     return "upper_left" if bias.variant == CausalVariant.UPPER_LEFT else "lower_right"
 
@@ -444,7 +444,7 @@ def _longest(caller: str, name: str, longest: int | None, cu: Tensor, N: Any) ->
             raise ValueError(f"{caller}: {name} must not be negative, got {longest}")
         return longest
     if in_jit_trace():
-        raise ValueError(f"{caller}: {name} must be given in torch.jit.trace, which would keep that of its example")
+        raise ValueError(f"{caller}: {name} must be given in torch.jit.trace, which would record that of the example")
     if not may_read_values(cu):
         return N
     return int(cu.diff().max()) if cu.shape[0] > 1 else 0

@@ -221,7 +221,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         S = k.shape[2]
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
             _check_mask(caller, "attn_mask", attn_mask, ([T, S],))
-            if in_jit_trace():  # is_causal may have been found by looking at this mask
+            if in_jit_trace():  # is_causal may result from the values of this mask
                 is_causal = False
             else:
                 attn_mask = None

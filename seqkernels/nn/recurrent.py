@@ -398,22 +398,22 @@ class GRU(_Recurrent):
 
 
 class DreamerGRU(_Recurrent):
-    """The GRU of the world models of Dreamer: one normalisation of the sum of both products.
+    """GRU of the world models of Dreamer: one layer normalisation of the sum of both projections.
 
         r~, n~, u~ = norm(weight_ih x + bias_ih + weight_hh h + bias_hh) norm_weight + norm_bias
         r = sigmoid(r~), n = tanh(r n~), u = sigmoid(u~ - 1)
         h' = u n + (1 - u) h
 
-    norm has the mean and the variance of all 3 * hidden_size values of a step. Constructor, inputs and outputs: as
+    norm uses the mean and variance of all 3 * hidden_size values of a step. Constructor, inputs and outputs: as
     seqkernels.nn.GRU without proj_size. Parameters: those of torch.nn.GRU with gates r, n, u, and for each layer and
     direction norm_weight and norm_bias [3 * hidden_size]. num_heads makes weight_hh block-diagonal.
 
-    Other implementations keep weight_ih and weight_hh side by side in one matrix, with one bias or none: bias_ih, with
-    bias_hh zero, or bias=False.
+    Other implementations concatenate weight_ih and weight_hh in one matrix, with one bias, which corresponds to bias_ih
+    with a bias_hh of zero, or without bias, which corresponds to bias=False.
 
-    Options, by keyword, the same for all layers and directions:
+    Keyword-only options, for all layers and directions:
         {options}
-    Deterministic: yes, but for what dropouts and zoneout draw; see seqkernels.functional.dreamer_gru.
+    Deterministic: yes, except for the masks of dropout and zoneout; see seqkernels.functional.dreamer_gru.
     Source: Hafner et al., "Mastering Atari with Discrete World Models", arXiv 2010.02193, and "Mastering Diverse
         Domains through World Models", arXiv 2301.04104 (num_heads).
     """

@@ -77,7 +77,7 @@ class _Cell(RNNCellBase):
         return "".join([super().extra_repr(), *(f", {n}={value}" for n, value in given if value != of_plain[n])])
 
     def _run(self, cell: F.Cell | None, input: Tensor, states0: F.States) -> Any:
-        """Runs one step. `cell`: the ops without options, where there are such."""
+        """Runs one step. `cell`: the ops without options, or None if the kind has none."""
         if self._plain and cell is not None:
             parameters = self._parameters
             try:
@@ -210,14 +210,14 @@ class GRUCell(_Cell):
 
 
 class DreamerGRUCell(_Cell):
-    """One step of seqkernels.nn.DreamerGRU, the GRU of the world models of Dreamer.
+    """GRU cell of the world models of Dreamer: one step of seqkernels.nn.DreamerGRU.
 
     Inputs and outputs: as seqkernels.nn.GRUCell. Parameters: those of torch.nn.GRUCell with gates r, n, u, and
     norm_weight and norm_bias [3 * hidden_size].
 
-    Options, by keyword:
+    Keyword-only options:
         {options}
-    Deterministic: yes, but for what dropout and zoneout draw; on a CPU a loop over cells gives the bits of
+    Deterministic: yes, except for the masks of dropout and zoneout; on a CPU, a loop over cells has the bits of
         seqkernels.nn.DreamerGRU.
     Source: Hafner et al., arXiv 2010.02193 and arXiv 2301.04104.
     """

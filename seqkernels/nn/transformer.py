@@ -38,7 +38,7 @@ def _attend(
     is_causal: bool,
     more: dict[str, Any],
 ) -> Tensor:
-    """Attention by a module with the signature of torch.nn.MultiheadAttention, which users may have replaced."""
+    """Calls an attention module, which users may replace by one with the signature of torch.nn.MultiheadAttention."""
     output: Tensor = attention(
         query, key, key, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
         need_weights=False, **more,
@@ -134,7 +134,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             x = self.norm2(x + self._ff_block(x))
         return x if restore is None else restore(x)
 
-    # Subclasses override the methods of torch's layer. `more` has inputs of self_attn beyond torch's, where given.
+    # Methods of torch's layer, which subclasses may override. `more`: inputs of self_attn that torch does not have.
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False, **more: Any
@@ -258,7 +258,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             x = self.norm3(x + self._ff_block(x))
         return x if restore is None else restore(x)
 
-    # Subclasses override the methods of torch's layer. `more` has inputs of the attention beyond torch's, where given.
+    # Methods of torch's layer, which subclasses may override. `more`: inputs of attention that torch does not have.
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False, **more: Any
@@ -317,7 +317,7 @@ class PositionalEncoding(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Computes the table of encodings, where it has memory."""
+        """Computes the table of encodings, unless it is a meta tensor."""
         if self.table.is_meta:
             return
         at = torch.arange(self.max_len, dtype=torch.float64, device="cpu").unsqueeze(1)
@@ -328,8 +328,8 @@ class PositionalEncoding(torch.nn.Module):
             self.table.copy_(waves)
         self.table.seqkernels_computed = True  # type: ignore[attr-defined]
 
-    # The table is not part of the state_dict. Where another tensor takes its place (to_empty, a conversion, deferred
-    # initialization), that tensor lacks the mark, and the table is computed there.
+    # The table is not in the state_dict. to_empty, conversions and deferred initialisation replace it by a tensor
+    # without the attribute seqkernels_computed, for which the table is computed again.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionalEncoding:
         super()._apply(fn, recurse)

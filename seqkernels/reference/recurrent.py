@@ -198,7 +198,8 @@ def gru_projected_cell(s: Step) -> States:
 
 
 def dreamer_gru_cell(s: Step) -> States:
-    """One normalisation of the sum. Source: Hafner et al., arXiv 2010.02193; heads: arXiv 2301.04104."""
+    """GRU with one layer normalisation of the sum of both projections. Source: Hafner et al., arXiv 2010.02193; heads:
+    arXiv 2301.04104."""
     v = norm(s.x + s.recurrent(s.h), s.norm_eps) * s.weights["norm_weight"] + s.weights["norm_bias"]
     r, n, u = v.chunk(3, dim=-1)
     n, u = s.candidate(s.sigmoid(r) * n), s.sigmoid(u - 1)
@@ -254,7 +255,7 @@ KINDS = {
 
 
 def weight_names(kind: Kind, bias: bool, projected: bool, peephole: bool = False) -> list[str]:
-    """The names of one direction's weights, in order."""
+    """Names of the weights of one direction, in order."""
     names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * bias, *["w_hr"] * projected, *["w_ph"] * peephole]
     return [*names, *kind.own_weights, *kind.own_biases * bias]
 
@@ -309,13 +310,13 @@ def layer(
             of the kind.
         batch_sizes: [T] as in torch.nn.utils.rnn.PackedSequence.
         lengths: [B] number of valid steps of each sequence of a padded batch.
-        bias, projected: whether there are biases and a projection; None: inferred from the number of weights.
+        bias, projected: whether there are biases and a projection; None derives both from the number of weights.
         reset: [T, B] or [N]; True starts a new sequence: no state passes from the preceding step, in both directions.
         zoneout_h, zoneout_c: [T, B, directions * H] or [N, ...]; 1 keeps the previous value of the state.
         candidate: the same shape; 0 zeroes the candidate (recurrent dropout).
         variational: [directions, B, P] factors of h in the recurrent projection, the same at all steps.
-        numbers: empty, or cell_clip, gate_clip, the weights of the previous h and c without masks, the probability of
-            0 in `candidate`, and the epsilon of normalisations.
+        numbers: empty, or cell_clip, gate_clip, the weights of the previous h and c without masks, the probability of 0
+            in `candidate`, and the term added to the variance in normalisations.
     Returns:
         y [T, B, directions * P] (or [N, ...]), zero beyond each length; the last states, like states0; the other states
         of the kind, such as c, at all steps, in the layout of y.
