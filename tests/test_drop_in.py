@@ -1,5 +1,5 @@
-"""Modules beside the tools of torch that surround them: traces, hooks, deferred initialisation, mask subclasses, jagged
-tensors, meta and fake tensors, gradients in place."""
+"""Drop-in use with tools of torch: traces, hooks, overridden methods, deferred initialisation, meta and fake tensors,
+causal biases, jagged tensors, and gradients without shared memory or in batches."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ HOLES = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("module", [Attend, Encode, Decode, Recur])
-def test_a_trace_runs_with_another_mask(module: type[nn.Module]) -> None:
+def test_traces_support_other_masks(module: type[nn.Module]) -> None:
     layer, x = module().eval(), torch.randn(B, T, E)
     others = OTHERS if module is Recur else [*OTHERS, HOLES]
     with torch.no_grad():
@@ -83,8 +83,8 @@ def test_a_trace_runs_with_another_mask(module: type[nn.Module]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_trace_with_a_causal_mask_runs_with_another_mask() -> None:
-    """torch.nn.TransformerEncoder looks at the mask of the trace and calls the layers with is_causal."""
+def test_traces_with_a_causal_mask_support_other_masks() -> None:
+    """torch.nn.TransformerEncoder derives is_causal from the values of the traced mask."""
     encoder = nn.TransformerEncoder(seqkernels.nn.TransformerEncoderLayer(E, H, 16), 2, enable_nested_tensor=False)
     encoder = encoder.eval()
     x, causal = torch.randn(T, B, E), nn.Transformer.generate_square_subsequent_mask(T)
@@ -96,7 +96,7 @@ def test_a_trace_with_a_causal_mask_runs_with_another_mask() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_trace_of_packed_attention_needs_the_longest_length() -> None:
+def test_traces_of_packed_attention_require_max_seqlen() -> None:
     q, cu = torch.randn(9, H, 4), torch.tensor([0, 2, 3, 9])
     with pytest.raises(ValueError, match=r"max_seqlen_q must be given in torch\.jit\.trace"):
         torch.jit.trace(lambda q, cu: varlen_attention(q, q, q, cu), (q, cu))
@@ -114,7 +114,7 @@ def test_a_trace_of_packed_attention_needs_the_longest_length() -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "MGU", "LSTMCell", "GRUCell", "RNNCell"])
-def test_a_trace_with_gradients_on_can_be_saved(name: str) -> None:
+def test_traces_with_gradients_enabled_can_be_saved(name: str) -> None:
     module = getattr(seqkernels.nn, name)(4, 3).eval()
     x = torch.randn(5, 4) if "Cell" in name else torch.randn(5, 2, 4)
     buffer = io.BytesIO()
@@ -125,7 +125,7 @@ def test_a_trace_with_gradients_on_can_be_saved(name: str) -> None:
         close(got, want)
 
 
-def test_where_values_may_be_read() -> None:
+def test_may_read_values_is_false_while_recording_and_without_values() -> None:
     t = torch.ones(2)
     assert may_read_values(t) and may_read_values(nn.Parameter(t))
     assert not may_read_values(t.to("meta"))
@@ -181,7 +181,7 @@ def test_overridden_methods_are_called(norm_first: bool) -> None:
     assert [name for _, name in called] == [*names, "_sa_block", "_mha_block", "_ff_block"]
 
 
-def test_torchs_attention_in_our_layers() -> None:
+def test_layers_support_attention_of_torch() -> None:
     x, mask = torch.randn(T, B, E), nn.Transformer.generate_square_subsequent_mask(T)
     for layer, given in ((encoder(), (x, mask)), (decoder(), (x, x, mask))):
         layer = layer.eval()
@@ -194,7 +194,7 @@ def test_torchs_attention_in_our_layers() -> None:
         close(layer(*given), want)
 
 
-def test_a_pre_hook_may_ask_for_weights() -> None:
+def test_pre_hooks_can_request_weights() -> None:
     layer, maps = encoder(), []
     layer.self_attn.register_forward_pre_hook(lambda m, a, k: (a, k | {"need_weights": True}), with_kwargs=True)
     layer.self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
@@ -235,7 +235,7 @@ def run(name: str, module: nn.Module, device: str = "cpu") -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
 @pytest.mark.parametrize("name", MODULES)
-def test_from_meta_to_a_loaded_module(name: str, assign: bool) -> None:
+def test_modules_from_meta_match_after_loading(name: str, assign: bool) -> None:
     source = MODULES[name]()
     want, state = run(name, source), source.state_dict()
     with torch.device("meta"):
@@ -246,10 +246,10 @@ def test_from_meta_to_a_loaded_module(name: str, assign: bool) -> None:
     assert all(map(torch.equal, run(name, module), want))
 
 
-def test_positional_encodings_are_computed_where_the_table_is_new() -> None:
+def test_positional_encodings_are_computed_for_a_new_table() -> None:
     want = run("PositionalEncoding", seqkernels.nn.PositionalEncoding(E))[0]
     module = seqkernels.nn.PositionalEncoding(E)
-    module.table = torch.full_like(module.table, torch.nan)  # as deferred initialisation does
+    module.table = torch.full_like(module.table, torch.nan)  # as in deferred initialisation
     assert torch.equal(run("", module)[0], want)
     assert torch.equal(run("", copy.deepcopy(module))[0], want)
     assert module.half().float().table.eq(seqkernels.nn.PositionalEncoding(E).table).all()
@@ -261,14 +261,14 @@ def test_positional_encodings_are_computed_where_the_table_is_new() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_shapes_on_meta_and_fake_tensors(name: str) -> None:
+def test_shapes_match_on_meta_and_fake_tensors(name: str) -> None:
     want = [t.shape for t in run(name, MODULES[name]())]
     assert [t.shape for t in run(name, MODULES[name](device="meta"), "meta")] == want
     with FakeTensorMode():
         assert [t.shape for t in run(name, MODULES[name]())] == want
 
 
-def test_lengths_on_meta_and_fake_tensors() -> None:
+def test_lengths_are_supported_on_meta_and_fake_tensors() -> None:
     x, lengths = torch.randn(T, B, E), [6, 2, 4]
     assert seqkernels.nn.LSTM(E, H, device="meta")(x.to("meta"), lengths=lengths)[0].shape == (T, B, H)
     with FakeTensorMode():
@@ -287,7 +287,7 @@ def test_lengths_on_meta_and_fake_tensors() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
-def test_causal_biases(bias: Callable, dtype: torch.dtype) -> None:
+def test_causal_biases_match_is_causal(bias: Callable, dtype: torch.dtype) -> None:
     q, k = torch.randn(B, H, 4, E, dtype=dtype), torch.randn(B, H, 7, E, dtype=dtype)
     got = scaled_dot_product_attention(q, k, k, attn_mask=bias(4, 7))
     alignment = "upper_left" if bias is causal_upper_left else "lower_right"
@@ -296,11 +296,11 @@ def test_causal_biases(bias: Callable, dtype: torch.dtype) -> None:
         close(got, nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=bias(4, 7)._materialize("cpu")))
     with pytest.raises(ValueError, match="attn_mask must be a CausalBias of the lengths of query and key"):
         scaled_dot_product_attention(q, k, k, attn_mask=bias(4, 6))
-    with pytest.raises(ValueError, match="is_causal must be False beside a CausalBias"):
+    with pytest.raises(ValueError, match="is_causal must be False with a CausalBias"):
         scaled_dot_product_attention(q, k, k, attn_mask=bias(4, 7), is_causal=True)
 
 
-def test_a_causal_bias_in_multihead_attention() -> None:
+def test_causal_bias_matches_a_mask_in_multihead_attention() -> None:
     module, x = seqkernels.nn.MultiheadAttention(E, H), torch.randn(T, B, E)
     want = module(x, x, x, attn_mask=torch.ones(T, T).triu(1).bool())[0]
     close(module(x, x, x, attn_mask=causal_upper_left(T, T))[0], want)
@@ -334,13 +334,13 @@ def test_gradients_share_no_memory(name: str) -> None:
     module = MODULES[name]()
     outputs = [t for t in run(name, module) if t.requires_grad]
     grads = torch.autograd.grad([t.sum() for t in outputs], list(module.parameters()), allow_unused=True)
-    places = [g.untyped_storage().data_ptr() for g in grads if g is not None and g.numel()]
-    assert len(set(places)) == len(places)
+    pointers = [g.untyped_storage().data_ptr() for g in grads if g is not None and g.numel()]
+    assert len(set(pointers)) == len(pointers)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "PositionalEncoding"])
-def test_batched_gradients_are_those_of_a_loop(name: str) -> None:
+def test_batched_gradients_match_a_loop(name: str) -> None:
     module = MODULES[name]()
     wanted = list(module.parameters())
     output = run(name, module)[0]

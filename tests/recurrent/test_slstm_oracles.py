@@ -1,7 +1,7 @@
-"""sLSTM against the steps of the packages xlstm and flashrnn, in plain torch, where they are installed.
+"""sLSTM against the plain-torch steps of the packages xlstm and flashrnn, if they are installed.
 
-Only the files with the steps are loaded: the packages import more than a comparison needs. Both clamp what never is
-beyond the clamp from zero states: exp(i - m) to 1, and in flashrnn n to at least 1.
+The tests load only the files of the steps, because the packages have further dependencies. The clamps of the packages
+have no effect with zero initial states: exp(i - m) to at most 1, and in flashrnn n to at least 1.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ STEPS = {
 
 
 def step_of(package: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], int]:
-    """One step, and the dimension of `states` along which h, c, n and m lie."""
+    """The function of one step, and the dimension of h, c, n and m in `states`."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package}, the other side of the comparison, is not installed")
+        pytest.skip(f"{package} is not installed; it computes the expected results")
     path, name, dim = STEPS[package]
     of_file = importlib.util.spec_from_file_location(f"{package}_step", Path(spec.submodule_search_locations[0]) / path)
     assert of_file is not None and of_file.loader is not None
@@ -38,7 +38,7 @@ def step_of(package: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], int]:
 
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("package", STEPS)
-def test_layer_is_the_package_step_by_step(package: str, heads: int) -> None:
+def test_layer_matches_the_steps_of_the_package(package: str, heads: int) -> None:
     """Output, last states and all gradients, from zero states."""
     step, dim = step_of(package)
     torch.manual_seed(0)

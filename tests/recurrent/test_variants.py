@@ -412,7 +412,7 @@ def test_option_errors_of_ops(kind: str, options: dict, message: str) -> None:
     case = Case(B=2, T=3, D=2, H=6, P=2, bidirectional=False, reset=False, why="plain")
     call = make_call(plain, case, torch.float32)
     y, *rest = op(call, "_forward")(*arguments(call))
-    options = call.weights_there() | options
+    options = call.weight_flags() | options
     with pytest.raises(RuntimeError, match=message):
         op(call)(*arguments(call)[: 5 + len(call.states0)], **options)
     n = 1 + len(call.states0)
@@ -832,7 +832,7 @@ def test_forget_bias(module: str, options: dict, value: float) -> None:
 
 @variants
 def test_initialization_of_parameters(variant: Variant) -> None:
-    """Names and shapes; gains are 1, shifts of normalisations 0, all others are uniform as in torch."""
+    """Names and shapes; gains are 1, biases of normalisations are 0, all others are uniform as in torch."""
     module, bound = make(variant, L=2, bidirectional=True), 1 / math.sqrt(H)
     shapes = {}
     for i, suffix in itertools.product((0, 1), ("", "_reverse")):
@@ -958,8 +958,8 @@ def test_invalid_resets() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_dreamer_gru_is_a_linear_layer_of_both_and_a_layer_norm(dtype: torch.dtype) -> None:
-    """As world models write it: torch.nn.LayerNorm after one torch.nn.Linear of the input beside the state."""
+def test_dreamer_gru_matches_linear_and_layer_norm(dtype: torch.dtype) -> None:
+    """Against the implementation of world models: torch.nn.LayerNorm of one torch.nn.Linear of input and state."""
     linear, norm = torch.nn.Linear(D + H, 3 * H, dtype=dtype), torch.nn.LayerNorm(3 * H, eps=1e-3, dtype=dtype)
     ours = seqkernels.nn.DreamerGRU(D, H, dtype=dtype)
     with torch.no_grad():

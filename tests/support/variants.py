@@ -272,9 +272,9 @@ class Call:
 
     def options(self) -> dict:
         heads, peephole = self.variant.option("num_heads", 1), self.variant.option("peephole", False)
-        return dict(**self.weights_there(), peephole=peephole, heads=heads, numbers=self.numbers, **self.masks)
+        return dict(**self.weight_flags(), peephole=peephole, heads=heads, numbers=self.numbers, **self.masks)
 
-    def weights_there(self) -> dict[str, bool]:
+    def weight_flags(self) -> dict[str, bool]:
         return dict(bias=self.variant.option("bias", True), projected=bool(self.variant.projected))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Call:
