@@ -83,8 +83,8 @@ for _name, _states in STATES.items():
             "input a list": (lambda m: m(D, H)([0.0]), TypeError, f"{_name}: input must be a tensor"),
             "input device": (
                 lambda m: m(D, H)(zeros(T, B, D, device="meta")),
-                NotImplementedError,
-                f"{_name}: no backend",
+                ValueError,
+                f"{_name}: input must be on the device of the parameters, cpu, got meta",
             ),
             "hx dimensions": (
                 lambda m, hx=_hx: m(D, H)(zeros(T, B, D), hx(1, H)),

@@ -24,6 +24,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
+from seqkernels.functional._checks import ValueRuntimeError
 from seqkernels.reference.attention import attention as attention_definition
 from seqkernels.reference.attention import attention_weights as weights_definition
 
@@ -268,7 +269,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> None:
             raise ValueError(f"attention: {name} must have 4 dimensions, got {list(t.shape)}")
     for t in (k, v, *rest[: len(Inputs._fields)]):
         if t is not None and t.device != q.device:
-            raise ValueError(f"attention: all tensors must be on one device, got {q.device} and {t.device}")
+            raise ValueRuntimeError(f"attention: all tensors must be on one device, got {q.device} and {t.device}")
     mask, _, *lengths, cu_q, _ = rest[: len(Inputs._fields)]
     if cu_q is not None and any(t is not None for t in (mask, *lengths)):
         raise ValueError("attention: q_lengths, k_lengths and attn_mask must be absent where rows are packed")

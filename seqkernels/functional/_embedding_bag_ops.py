@@ -24,6 +24,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
+from seqkernels.functional._checks import ValueRuntimeError
 from seqkernels.reference.embedding_bag import bags_of
 from seqkernels.reference.embedding_bag import embedding as embedding_definition
 from seqkernels.reference.embedding_bag import embedding_bag as embedding_bag_definition
@@ -414,7 +415,9 @@ def _bags_fake(tables: Sequence[Tensor], bags: Bags, features: Sequence[int] = (
         raise ValueError(f"embedding_bag: input must be [N] with offsets, or [B, L], got {list(indices.shape)}, {got}")
     for t in (*tables[1:], *(t for t in bags[:3] if t is not None)):
         if t.device != tables[0].device:
-            raise ValueError(f"embedding_bag: all tensors must be on one device, got {tables[0].device} and {t.device}")
+            raise ValueRuntimeError(
+                f"embedding_bag: all tensors must be on one device, got {tables[0].device} and {t.device}"
+            )
     if weights is not None and weights.dim() != indices.dim():
         raise ValueError(f"embedding_bag: per_sample_weights must have the shape of input, got {list(weights.shape)}")
     if offsets is None:

@@ -29,6 +29,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
+from seqkernels.functional._checks import ValueRuntimeError
 from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
 from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
 from seqkernels.functional._values import in_jit_trace
@@ -244,7 +245,7 @@ def _register(kind: Kind, namespace: str) -> None:
                 raise ValueError(f"{kind.name}: a state or its mask must have 3 dimensions, got {list(t.shape)}")
         for t in (*given, *weights):
             if t.device != x.device:
-                raise ValueError(
+                raise ValueRuntimeError(
                     f"{kind.name}: x, states and weights must be on one device, got {x.device}, {t.device}"
                 )
         B: Any

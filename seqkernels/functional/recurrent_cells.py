@@ -22,7 +22,7 @@ from seqkernels import _C
 from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op
-from seqkernels.functional._checks import TypeRuntimeError, describe, of_op
+from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._recurrent_extras import Extras, extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
 from seqkernels.functional._recurrent_ops import Call, layer
@@ -334,7 +334,9 @@ def _register_fakes(kind: Kind) -> None:
         assert w_hh is not None
         for t in rest:
             if t is not None and t.device != x.device:
-                raise ValueError(f"{kind.name}_cell: all tensors must be on one device, got {x.device}, {t.device}")
+                raise ValueRuntimeError(
+                    f"{kind.name}_cell: all tensors must be on one device, got {x.device}, {t.device}"
+                )
         outputs = tuple(x.new_empty(*x.shape[:-1], w_hh.shape[1]) for _ in range(states))
         return outputs if states > 1 else outputs[0]
 

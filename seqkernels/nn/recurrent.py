@@ -191,6 +191,10 @@ class _Recurrent(RNNBase):
         for name in self._flat_weights_names:
             weight = parameters.get(name)  # None if a parametrization or pruning computes it
             weights.append(getattr(self, name) if weight is None else weight)
+        if x.is_meta and not weights[0].is_meta:
+            raise ValueRuntimeError(
+                f"{self._name}: input must be on the device of the parameters, {weights[0].device}, got meta"
+            )
         if options.learn_initial_state:
             if reset is not None:
                 raise ValueError(f"{self._name}: reset excludes learn_initial_state, got both")
