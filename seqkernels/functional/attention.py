@@ -17,12 +17,12 @@ D and Dv columns; Nq and Nk: rows of all packed sequences.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from seqkernels import backend as backends
 from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, weights_of
@@ -107,7 +107,7 @@ def scaled_dot_product_attention(
             caller, query, key, value, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
             alibi_slopes, return_lse, backend,
         )  # fmt: skip
-    if isinstance(attn_mask, CausalBias):  # has no values
+    if is_causal_bias(attn_mask):
         causal_alignment = _alignment_of(caller, attn_mask, query, key, is_causal)
         attn_mask, is_causal = None, True
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -271,7 +271,18 @@ def _args(
     return AttentionArgs(max_q, max_k, float(scale), causal, left, right, float(softcap), float(dropout_p))
 
 
-def _alignment_of(caller: str, bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> str:
+def is_causal_bias(mask: Any) -> bool:
+    """Whether a mask is a CausalBias of torch.nn.attention.bias, a subclass of Tensor without values.
+
+    Only a caller that has imported that module, which imports the compiler of torch, can pass one.
+    """
+    if mask is None or type(mask) is Tensor:
+        return False
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def _alignment_of(caller: str, bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
     """The causal_alignment of a bias of torch.nn.attention.bias."""
     if is_causal:
         raise ValueError(f"{caller}: is_causal must be False with a CausalBias, got True")
@@ -280,7 +291,7 @@ def _alignment_of(caller: str, bias: CausalBias, query: Tensor, key: Tensor, is_
             f"{caller}: attn_mask must be a CausalBias of the lengths of query and key, got {bias.seq_len_q} and "
             f"{bias.seq_len_kv} for {list(query.shape)} and {list(key.shape)}"
         )
-    return "upper_left" if bias.variant == CausalVariant.UPPER_LEFT else "lower_right"
+    return "upper_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"
 
 
 def _window(caller: str, window: int | tuple[int, int]) -> tuple[int, int]:

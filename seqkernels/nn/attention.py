@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
 from seqkernels.functional._nested import jagged_like
 from seqkernels.functional._values import in_jit_trace, may_read_values
+from seqkernels.functional.attention import is_causal_bias
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 
@@ -207,8 +207,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if given is not None:
                 raise ValueError(f"{caller}: {name} must be None without cu_seqlens_q")
         self._check(caller, query, key, value, 2 if query.dim() == 2 else 3)
-        if isinstance(attn_mask, CausalBias):  # has no values
-            attn_mask = attn_mask._materialize(query.device).logical_not()
+        if is_causal_bias(attn_mask):
+            bias: Any = attn_mask
+            attn_mask = bias._materialize(query.device).logical_not()
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
             return self._cached(
