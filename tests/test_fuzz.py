@@ -182,7 +182,8 @@ def test_forward_ops_with_invalid_arguments(case: Case, wrong: dict, op: str) ->
     inputs = make_inputs(case, torch.float32)
     weights = inputs.weights[: len(inputs.weights) // case.L]
     h0, c0 = (h[: case.directions] for h in inputs.hx) if inputs.hx else (None, None)
-    arguments = [inputs.x, h0, c0, weights, inputs.batch_sizes, inputs.lengths, case.bidirectional]
+    of_weights = case.bidirectional, case.bias, case.P > 0
+    arguments = [inputs.x, h0, c0, weights, inputs.batch_sizes, inputs.lengths, *of_weights]
     for index, value in wrong.items():
         arguments[index] = value
     tried(getattr(ops, op), EXCEPTIONS, *arguments)
@@ -200,7 +201,8 @@ def test_forward_ops_with_an_invalid_weight(case: Case, data: st.DataObject) -> 
     weights = weights[: len(weights) // case.L]
     h0, c0 = (h[: case.directions] for h in inputs.hx) if inputs.hx else (None, None)
     for op in (ops.lstm, ops.lstm_forward):
-        tried(op, EXCEPTIONS, inputs.x, h0, c0, weights, inputs.batch_sizes, inputs.lengths, case.bidirectional)
+        of_weights = case.bidirectional, case.bias, case.P > 0
+        tried(op, EXCEPTIONS, inputs.x, h0, c0, weights, inputs.batch_sizes, inputs.lengths, *of_weights)
 
 
 @bounded
@@ -213,8 +215,9 @@ def test_backward_op_with_invalid_arguments(case: Case, wrong: dict, flags: tupl
     inputs = make_inputs(case, torch.float32)
     h0, c0 = inputs.hx or (None, None)
     forward = [inputs.x, h0, c0, inputs.weights, inputs.batch_sizes, inputs.lengths, case.bidirectional]
-    y, _, _, gates, cells = ops.lstm_forward(*forward)
-    arguments = [inputs.dy, inputs.dh_n, inputs.dc_n, *forward, y, gates, cells, *flags]
+    of_weights = case.bias, case.P > 0
+    y, _, _, gates, cells = ops.lstm_forward(*forward, *of_weights)
+    arguments = [inputs.dy, inputs.dh_n, inputs.dc_n, *forward, y, gates, cells, *flags, *of_weights]
     for index, value in wrong.items():
         arguments[index] = value
     tried(ops.lstm_backward, EXCEPTIONS, *arguments)

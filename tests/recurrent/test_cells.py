@@ -704,7 +704,7 @@ WRONG = {
         lambda m: m(z(3, 5), (z(3, 7, dtype=torch.float64), z(3, 7))),
     ),
     "integers": (NotImplementedError, "LSTMCell: no backend supports", lambda m: m(z(3, 5, dtype=torch.int64))),
-    "another device": (NotImplementedError, "LSTMCell: no backend supports", lambda m: m(z(3, 5, device="meta"))),
+    "another device": (ValueError, "weights must be on the device of input, meta", lambda m: m(z(3, 5, device="meta"))),
     "h on another device": (
         *(ValueError, "h0 must be on the device of input, cpu, got meta"),
         lambda m: m(z(3, 5), (z(3, 7, device="meta"), z(3, 7))),

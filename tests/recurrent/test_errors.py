@@ -418,7 +418,8 @@ def test_inconsistent_lengths_of_saved_activations_raise() -> None:
     y, _, _, gates, cells = ops.lstm_forward(*forward)
     forward[LENGTHS] = torch.tensor([4, 4, 4])
     try:
-        result = ops.lstm_backward(inputs.dy, inputs.dh_n, inputs.dc_n, *forward, y, gates, cells, True, True)
+        given = [inputs.dy, inputs.dh_n, inputs.dc_n, *forward[:7], y, gates, cells, True, True, *forward[7:]]
+        result = ops.lstm_backward(*given)
     except RuntimeError as error:
         assert re.search(form("(gates|cells)"), str(error))
     else:
