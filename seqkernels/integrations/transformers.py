@@ -10,14 +10,16 @@ Transformers reserves the setting in the config for "eager".
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils import logging
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._values import may_read_values
@@ -25,6 +27,7 @@ from seqkernels.functional._values import may_read_values
 __all__ = ["attention_forward", "attention_mask"]
 
 NAME = "seqkernels"
+_logger = logging.get_logger(__name__)
 
 
 def attention_mask(
@@ -169,5 +172,33 @@ def _share(lse: Tensor, sink: Tensor) -> Tensor:
     return torch.sigmoid(lse - sink.to(lse.dtype))
 
 
+def _computes_attention_itself(model: type[PreTrainedModel]) -> bool:
+    """Whether a model class has attention modules without Transformers' attention interface.
+
+    Such a model takes its mask from the registered mask function and adds it to the scores, which a bool mask does not
+    support, or selects its modules by the name of the implementation, and has none for ours.
+    """
+    return not model._can_set_attn_implementation()
+
+
+_get_correct_attn_implementation = PreTrainedModel.get_correct_attn_implementation
+
+
+@functools.wraps(_get_correct_attn_implementation)
+def get_correct_attn_implementation(
+    self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any
+) -> str:
+    """Falls back to "eager", with a warning, for models that compute attention themselves."""
+    if requested_attention == NAME and _computes_attention_itself(type(self)):
+        _logger.warning_once(
+            f"{type(self).__name__} does not use Transformers' attention interface: it runs its own attention, as with "
+            f'attn_implementation="eager", instead of {NAME}.'
+        )
+        requested_attention = "eager"
+    implementation: str = _get_correct_attn_implementation(self, requested_attention, *args, **kwargs)
+    return implementation
+
+
+PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)

@@ -183,3 +183,31 @@ def test_dropout_and_compile():
         layer.self_attn.attention_dropout = 0.5
     outs = [model(input_ids=ids, attention_mask=mask, use_cache=False).logits for _ in range(2)]
     assert not torch.allclose(*outs)
+
+
+SIZES = dict(vocab_size=50, hidden_size=32, initializer_range=0.3)
+WITHOUT_INTERFACE = {
+    "Bloom": ("BloomForCausalLM", dict(n_layer=2, n_head=4)),
+    "Falcon": ("FalconForCausalLM", dict(num_hidden_layers=2, num_attention_heads=4)),
+    "GPTNeo": ("GPTNeoForCausalLM", dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])),
+    "MPNet": ("MPNetModel", dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)),
+    "RoFormer": ("RoFormerModel", dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_INTERFACE)
+def test_models_with_attention_of_their_own_run_eager(name: str) -> None:
+    """They add the mask to the scores, or select their modules by the name of the implementation."""
+    model_name, sizes = WITHOUT_INTERFACE[name]
+    models = []
+    for implementation in ("eager", integration.NAME):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**SIZES, **sizes, attn_implementation=implementation)
+        models.append(getattr(transformers, model_name)(config).eval())
+    eager, ours = models
+    assert ours.config._attn_implementation == "eager"
+    ids, mask = torch.randint(3, 40, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        got, want = (m(ids, attention_mask=mask)[0][mask.bool()] for m in (ours, eager))
+    assert torch.equal(got, want)
