@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Module, ModuleDict, Parameter, init
 
 from seqkernels.functional import embedding_bag as _embedding_bag
@@ -22,6 +23,7 @@ from seqkernels.functional import embedding_bag_bytes, quantize_rows
 from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError, describe
 from seqkernels.functional._values import may_read_values
 from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
+from seqkernels.nn._symbolic import as_leaf
 from seqkernels.nn.fused_optimizer import FusedOptimizer, FusedState, check_optimizer, step_one, step_several
 
 Device = torch.device | str | int | None
@@ -109,7 +111,7 @@ class _Table(Module):
         return step
 
 
-class EmbeddingBag(_Table):
+class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
     """Drop-in replacement for torch.nn.EmbeddingBag: same constructor, parameters, initialization and state_dict.
 
     Args: as torch.nn.EmbeddingBag: num_embeddings, embedding_dim, max_norm=None, norm_type=2.0,
@@ -129,10 +131,10 @@ class EmbeddingBag(_Table):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.EmbeddingBag.html
     """
 
-    __constants__ = (
+    __constants__ = [  # noqa: RUF012  (as torch's)
         *("num_embeddings", "embedding_dim", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
         *("include_last_offset", "padding_idx", "weight_norm"),
-    )
+    ]
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class EmbeddingBag(_Table):
         weight_norm: str = "count",
         fused_optimizer: FusedOptimizer | None = None,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)  # torch.nn.EmbeddingBag's would create a table of its own
         check_options(type(self).__name__, mode, weight_norm)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -166,6 +168,9 @@ class EmbeddingBag(_Table):
         self._make(padding_idx, _weight, False, fused_optimizer, sparse, device, dtype)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            arguments = dict(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+            return as_leaf(self, arguments)
         table = self._table()
         if self.fused_optimizer is None:
             return _embedding_bag(
@@ -216,7 +221,7 @@ class EmbeddingBag(_Table):
         return made
 
 
-class Embedding(_Table):
+class Embedding(_Table, torch.nn.Embedding):
     """Drop-in replacement for torch.nn.Embedding: same constructor, parameters, initialization and state_dict.
 
     Args: as torch.nn.Embedding: num_embeddings, embedding_dim, padding_idx=None, max_norm=None, norm_type=2.0,
@@ -229,9 +234,9 @@ class Embedding(_Table):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Embedding.html
     """
 
-    __constants__ = (
+    __constants__ = [  # noqa: RUF012  (as torch's)
         *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-    )
+    ]
 
     def __init__(
         self,
@@ -249,7 +254,7 @@ class Embedding(_Table):
         *,
         fused_optimizer: FusedOptimizer | None = None,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)  # torch.nn.Embedding's would create a table of its own
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.max_norm = max_norm
@@ -259,6 +264,8 @@ class Embedding(_Table):
         self._make(padding_idx, _weight, _freeze, fused_optimizer, sparse, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, dict(input=input))
         table = self._table()
         step = None if self.fused_optimizer is None else self._step(table)
         return rows(
