@@ -175,7 +175,13 @@ def _explain_recurrent(
         for name, size in of.items():
             if size < least:
                 raise ValueError(f"explain: {name} must be at least {least}, got {size}")
-    request = Request(device, dtype)
+    if H % num_heads:
+        raise ValueError(f"explain: num_heads must divide H, {H}, got {num_heads}")
+    if lengths is not None and len(lengths) != B:
+        raise ValueError(f"explain: lengths must hold B = {B} numbers, got {len(lengths)}")
+    if device.type == "cuda" and capability is not None and capability < (8, 0):
+        raise NotImplementedError(f"explain: {kind.name}: compute capability must be 8.0 or more, got {capability}")
+    request = Request(device, dtype, (kind, num_heads, proj_size > 0))
     kernel = choose(f"explain: {kind.name}", RECURRENT, request, what="a layer")
     described = capability, multiprocessors, shared_memory
     directions = 2 if bidirectional else 1

@@ -118,7 +118,7 @@ def test_traces_with_gradients_enabled_can_be_saved(name: str) -> None:
     module = getattr(seqkernels.nn, name)(4, 3).eval()
     x = torch.randn(5, 4) if "Cell" in name else torch.randn(5, 2, 4)
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(module, x, check_trace=False), buffer)
+    torch.jit.save(torch.jit.trace(module, x), buffer)
     buffer.seek(0)
     leaves = torch.utils._pytree.tree_leaves
     for got, want in zip(leaves(torch.jit.load(buffer)(x)), leaves(module(x)), strict=True):
@@ -200,6 +200,38 @@ def test_pre_hooks_can_request_weights() -> None:
     layer.self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
     layer(torch.randn(T, B, E))
     assert maps[0].shape == (B, T, T)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor")
+@pytest.mark.parametrize("replaced", ["attention", "block"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_replaced_attention_in_an_encoder_that_packs(replaced: str, batch_first: bool) -> None:
+    """In evaluation torch.nn.TransformerEncoder converts a padded batch to a nested tensor, if batch_first."""
+
+    class Mine(seqkernels.nn.TransformerEncoderLayer):
+        def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):  # the signature of torch
+            return super()._sa_block(x, attn_mask, key_padding_mask, is_causal)
+
+    layer = (Mine if replaced == "block" else seqkernels.nn.TransformerEncoderLayer)(E, H, 16, batch_first=batch_first)
+    if replaced == "attention":
+        layer.self_attn = nn.MultiheadAttention(E, H, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(B, T, E) if batch_first else torch.randn(T, B, E)
+    want = model(x, src_key_padding_mask=ENDS).detach()
+    with torch.no_grad():
+        got = model(x, src_key_padding_mask=ENDS)
+    valid = ~ENDS if batch_first else ~ENDS.T
+    close(got[valid], want[valid])
+    with pytest.raises(NotImplementedError, match="lengths, cu_seqlens and cache need a seqkernels"):
+        layer(x, lengths=[6, 2, 4])
+
+
+def test_replaced_attention_in_a_decoder() -> None:
+    layer, x = decoder(), torch.randn(T, B, E)
+    layer.multihead_attn = nn.MultiheadAttention(E, H)
+    assert layer(x, x).shape == x.shape
+    with pytest.raises(NotImplementedError, match=r"a seqkernels\.nn\.MultiheadAttention as multihead_attn"):
+        layer(x, x, memory_lengths=[6, 2, 4])
 
 
 # ---- modules without data
@@ -300,6 +332,14 @@ def test_causal_biases_match_is_causal(bias: Callable, dtype: torch.dtype) -> No
         scaled_dot_product_attention(q, k, k, attn_mask=bias(4, 7), is_causal=True)
 
 
+@pytest.mark.parametrize("options", [{"lengths": [3, 7, 1]}, {"window": 1}, {"alibi_slopes": torch.ones(H)}], ids=str)
+def test_causal_biases_are_masks_with_other_options(options: dict) -> None:
+    q, k = torch.randn(B, H, 4, E), torch.randn(B, H, 7, E)
+    for bias in (causal_upper_left(4, 7), causal_lower_right(4, 7)):
+        want = scaled_dot_product_attention(q, k, k, attn_mask=bias._materialize("cpu"), **options)
+        close(scaled_dot_product_attention(q, k, k, attn_mask=bias, **options), want)
+
+
 def test_causal_bias_matches_a_mask_in_multihead_attention() -> None:
     module, x = seqkernels.nn.MultiheadAttention(E, H), torch.randn(T, B, E)
     want = module(x, x, x, attn_mask=torch.ones(T, T).triu(1).bool())[0]
@@ -351,3 +391,54 @@ def test_batched_gradients_match_a_loop(name: str) -> None:
             assert (batched is None) == (want is None)
             if want is not None:
                 close(batched[i], want, rtol=1e-4, atol=1e-5)
+
+
+# ---- class identity and symbolic traces
+
+
+def test_tables_are_tables_of_torch() -> None:
+    assert isinstance(seqkernels.nn.Embedding(3, 2), nn.Embedding)
+    assert isinstance(seqkernels.nn.EmbeddingBag(3, 2), nn.EmbeddingBag)
+
+
+def _train(rank: int, name: str, sparse: bool, init: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    options = {"mode": "sum"} if name == "EmbeddingBag" else {}
+    table = getattr(seqkernels.nn, name)(9, 4, sparse=sparse, **options)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(table, nn.Linear(4, 1)))
+    model(torch.tensor([[1, 2 + rank]])).sum().backward()
+    torch.save(table.weight.grad.to_dense(), f"{results}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_tables_in_distributed_data_parallel(name: str, sparse: bool, tmp_path) -> None:
+    """Each process has the mean of the gradients of both (pytorch#87497)."""
+    torch.multiprocessing.spawn(_train, (name, sparse, str(tmp_path / "init"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert torch.equal(first, second) and first[[1, 2, 3]].any(1).all() and not first[[0, 4, 5, 6, 7, 8]].any()
+    close(first[2], first[3])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_leaves_of_symbolic_traces(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = MODULES[name]()
+
+        def forward(self, x: Tensor) -> tuple:
+            if name == "MultiheadAttention":
+                return self.layer(x, x, x, need_weights=False)
+            return self.layer(x, x) if name == "TransformerDecoderLayer" else self.layer(x)
+
+    model = Model().eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.op for n in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    x = torch.randn(T, B, E)
+    x = torch.randint(9, (B, 4)) if "Embedding" in name else x[0] if "Cell" in name else x
+    leaves = torch.utils._pytree.tree_leaves
+    for got, want in zip(leaves(traced(x)), leaves(model(x)), strict=True):
+        assert got is want is None or torch.equal(got, want)

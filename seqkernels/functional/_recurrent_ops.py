@@ -57,7 +57,8 @@ def layer(
     follow_tf32(x, torch.backends.cudnn.rnn)
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-    recorded = torch.is_grad_enabled() and (
+    in_trace = in_jit_trace()  # which has one graph, with gradients enabled and without
+    recorded = (torch.is_grad_enabled() or in_trace) and (
         x.requires_grad
         or any(w.requires_grad for w in weights)
         or any(s is not None and s.requires_grad for s in states0)
@@ -71,7 +72,7 @@ def layer(
     call = Call(x, states0, weights, batch_sizes, lengths, bidirectional, extras, recompute)
     if transformed:
         outputs = _Transformed.apply(kind, *call.flat())
-    elif recorded and not compiling and not in_jit_trace():  # a trace cannot save an autograd.Function
+    elif recorded and not compiling and not in_trace:  # a trace cannot save an autograd.Function
         outputs = _Recorded.apply(kind, *call.flat())
     else:
         outputs = call.forward(kind)

@@ -86,11 +86,12 @@ ABOUT = {
     "variational_dropout": "in training, the probability of zeroing an element of the input of each layer and of h in "
     'the projections, with one mask for all steps of a sequence. Source: Gal and Ghahramani, "A Theoretically Grounded '
     'Application of Dropout in Recurrent Neural Networks", arXiv 1512.05287.',
-    "num_heads": "number of equal groups of hidden units; weight_hh [.., H / num_heads] is block-diagonal: a unit "
-    'depends on the h of its own group. Source: Poeppel, Beck and Hochreiter, "FlashRNN", arXiv 2412.07752.',
-    "learn_initial_state": "adds parameters initial_h (initial_c, initial_s) [L * directions, P or H], initially "
-    "zero, which are the initial state if hx is None.",
-    "return_all_states": "adds a third output: for each layer a tuple of its states (h, c, s) at all steps, each in "
+    "num_heads": "number of equal groups of hidden units; weight_hh [.., H / num_heads] is block-diagonal: the "
+    "pre-activations of a unit depend on the h of its own group (the normalisation of DreamerGRU covers all groups). "
+    'Source: Poeppel, Beck and Hochreiter, "FlashRNN", arXiv 2412.07752.',
+    "learn_initial_state": "adds parameters initial_h and initial_<state> for each other state, [L * directions, P or "
+    "H], initially zero, which are the initial state if hx is None.",
+    "return_all_states": "adds a third output: for each layer a tuple of its states, h first, at all steps, each in "
     "the layout of output. Gradient: yes.",
     "memory_efficient": "recomputes the gates in backward instead of saving them: the same bits, less memory, slower.",
 }

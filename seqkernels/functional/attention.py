@@ -109,7 +109,11 @@ def scaled_dot_product_attention(
         )  # fmt: skip
     if is_causal_bias(attn_mask):
         causal_alignment = _alignment_of(caller, attn_mask, query, key, is_causal)
-        attn_mask, is_causal = None, True
+        bias: Any = attn_mask
+        if causal_alignment == "upper_left" or (lengths is None and window is None and alibi_slopes is None):
+            attn_mask, is_causal = None, True
+        else:  # these options count positions, to which the bias does not refer
+            attn_mask, causal_alignment = bias._materialize(query.device), "upper_left"
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check_tensors(caller, query, key, value)
     args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p)
@@ -291,7 +295,8 @@ def _alignment_of(caller: str, bias: Any, query: Tensor, key: Tensor, is_causal:
             f"{caller}: attn_mask must be a CausalBias of the lengths of query and key, got {bias.seq_len_q} and "
             f"{bias.seq_len_kv} for {list(query.shape)} and {list(key.shape)}"
         )
-    return "upper_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"
+    square = bias.seq_len_q == bias.seq_len_kv
+    return "upper_left" if square or bias.variant.name == "UPPER_LEFT" else "lower_right"
 
 
 def _window(caller: str, window: int | tuple[int, int]) -> tuple[int, int]:

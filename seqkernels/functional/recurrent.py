@@ -304,7 +304,7 @@ def gru(
     title="GRU of Dreamer, with one layer normalisation of the sum of both projections",
     rows="3H",
     h_size="= H",
-    more_weights=", then norm_weight and norm_bias [3H]",
+    more_weights=", then norm_weight and norm_bias [3H], which are required",
     gates="Gates are r, n, u. ",
     hx="h0 [L * directions, B, H]",
     states="h_n",
@@ -521,6 +521,8 @@ def _run(
         raise ValueError(f"{caller}: dropout must lie in [0, 1], got {dropout}")
     options = options_of(caller, family.plain, given)
     check_together(caller, options)
+    if weights is None or isinstance(weights, Tensor):
+        raise TypeError(f"{caller}: weights must be a sequence of tensors, got {describe(weights)}")
     weights = list(weights)
     directions = 2 if bidirectional else 1
     kind, bias, projected = _kind_of(family, options, weights, hx, num_layers, directions)

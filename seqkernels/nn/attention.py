@@ -21,12 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
 from seqkernels.functional._nested import jagged_like
 from seqkernels.functional._values import in_jit_trace, may_read_values
 from seqkernels.functional.attention import is_causal_bias
+from seqkernels.nn._symbolic import as_leaf
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 
@@ -179,6 +181,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         caller = "MultiheadAttention"
+        if isinstance(query, Proxy):
+            arguments = dict(
+                query=query, key=key, value=value, key_padding_mask=key_padding_mask, need_weights=need_weights,
+                attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal, lengths=lengths,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k, cache=cache,
+            )  # fmt: skip
+            return as_leaf(self, arguments)
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor) and not (t is None and cache is not None and name != "query"):
                 raise TypeError(f"{caller}: {name} must be a tensor, got {type(t).__name__}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Parameter, RNNBase, init
 from torch.nn.utils.rnn import PackedSequence
 
@@ -19,6 +20,7 @@ from seqkernels.functional._recurrent_extras import batch_of
 from seqkernels.functional._recurrent_kinds import Kind, Weight, size_of_state
 from seqkernels.functional._recurrent_options import Options, about, check_together, options_of, wrapped
 from seqkernels.functional._values import may_read_values
+from seqkernels.nn._symbolic import as_leaf
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
@@ -119,6 +121,9 @@ class _Recurrent(RNNBase):
         lengths: Lengths = None,
         reset: Tensor | None = None,
     ) -> F.Output:
+        if isinstance(input, Proxy):
+            leaf: F.Output = as_leaf(self, dict(input=input, hx=hx, lengths=lengths, reset=reset))
+            return leaf
         output, states, every = self._run(input, F.states_of(self._name, self._kind, hx), lengths, reset)
         last = states if len(states) > 1 else states[0]
         return (output, last, every) if every else (output, last)
@@ -412,8 +417,8 @@ class DreamerGRU(_Recurrent):
     seqkernels.nn.GRU without proj_size. Parameters: those of torch.nn.GRU with gates r, n, u, and for each layer and
     direction norm_weight and norm_bias [3 * hidden_size]. num_heads makes weight_hh block-diagonal.
 
-    Other implementations concatenate weight_ih and weight_hh in one matrix, with one bias, which corresponds to bias_ih
-    with a bias_hh of zero, or without bias, which corresponds to bias=False.
+    Other implementations have one matrix, the concatenation of weight_ih and weight_hh, and at most one bias. Copy that
+    bias to bias_ih and set bias_hh to zero, or construct the module with bias=False.
 
     Keyword-only options, for all layers and directions:
         {options}

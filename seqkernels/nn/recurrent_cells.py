@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Parameter, RNNCellBase, init
 
 from seqkernels.functional import _recurrent_kinds as families
@@ -20,6 +23,7 @@ from seqkernels.functional._recurrent_options import (
     options_of,
     wrapped,
 )
+from seqkernels.nn._symbolic import as_leaf
 
 Device = torch.device | str | int | None
 
@@ -94,6 +98,11 @@ class _Cell(RNNCellBase):
         return F.as_layer(self._name, self._kind, input, states0, weights, bool(self.bias), self.options, self.training)
 
 
+for _option in dataclasses.fields(Options):
+    if _option.init and _option.name not in OF_SEQUENCES:  # module.peephole and so on
+        setattr(_Cell, _option.name, property(operator.attrgetter(f"options.{_option.name}")))
+
+
 def _supported(family: families.Family) -> tuple[str, ...]:
     return tuple(name for name in family.supported if name not in OF_SEQUENCES)
 
@@ -155,6 +164,8 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy):
+            return as_leaf(self, dict(input=input, hx=hx))
         result: tuple[Tensor, Tensor] = self._run(
             F.LSTM, input, (None, None) if hx is None else F.states_of(self._name, F.LSTM.kind, hx)
         )
@@ -205,6 +216,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, dict(input=input, hx=hx))
         result: Tensor = self._run(F.GRU, input, (hx,))
         return result
 
@@ -248,6 +261,8 @@ class DreamerGRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, dict(input=input, hx=hx))
         result: Tensor = self._run(None, input, (hx,))
         return result
 
@@ -289,6 +304,8 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, dict(input=input, hx=hx))
         if self.nonlinearity == "tanh":
             cell = F.RNN_TANH
         elif self.nonlinearity == "relu":

@@ -8,6 +8,7 @@ Dimensions: B batch, T steps, S steps of memory, E d_model, N rows of all packed
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from seqkernels.functional._values import tracing
+from seqkernels.nn._symbolic import as_leaf
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, of_nested
 
 __all__ = ["PositionalEncoding", "TransformerDecoderLayer", "TransformerEncoderLayer"]
@@ -44,6 +47,23 @@ def _attend(
         need_weights=False, **more,
     )[0]  # fmt: skip
     return output
+
+
+def _is_extended(attention: torch.nn.Module, block: Callable[..., Tensor], ours: Callable[..., Tensor]) -> bool:
+    """Whether a layer's attention and the method that calls it support inputs beyond torch's, such as lengths."""
+    if not isinstance(attention, MultiheadAttention):
+        return False
+    if getattr(block, "__func__", None) is ours:
+        return True
+    parameters = inspect.signature(block).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _needs_extended(caller: str, attention: str, block: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{caller}: lengths, cu_seqlens and cache need a seqkernels.nn.MultiheadAttention as {attention} and a {block} "
+        "that passes its keyword arguments to it; use a padding mask instead"
+    )
 
 
 def _given(**inputs: Any) -> dict[str, Any]:
@@ -111,16 +131,28 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         max_seqlen: int | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
+        if isinstance(src, Proxy):
+            arguments = dict(
+                src=src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal,
+                lengths=lengths, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache,
+            )  # fmt: skip
+            return as_leaf(self, arguments)
+        caller = "TransformerEncoderLayer"
         restore = None
+        extended = _is_extended(self.self_attn, self._sa_block, TransformerEncoderLayer._sa_block)
         if src.is_nested:
             if cu_seqlens is not None:
-                raise ValueError("TransformerEncoderLayer: cu_seqlens must be None if src is nested")
-            src, cu_seqlens, max_seqlen, restore = of_nested("TransformerEncoderLayer", "src", src)
+                raise ValueError(f"{caller}: cu_seqlens must be None if src is nested")
+            src, cu_seqlens, max_seqlen, restore = of_nested(caller, "src", src)
+            if not extended:
+                return restore(self._padded(src, cu_seqlens, max_seqlen, src_mask, is_causal))
 
         more = _given(
             lengths=lengths if cache is not None else _of_itself(lengths), cu_seqlens_q=cu_seqlens,
             max_seqlen_q=max_seqlen, cache=cache,
         )  # fmt: skip
+        if more and not extended:
+            raise _needs_extended(caller, "self_attn", "_sa_block")
 
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal, **more)
@@ -135,6 +167,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return x if restore is None else restore(x)
 
     # Methods of torch's layer, which subclasses may override. `more`: inputs of self_attn that torch does not have.
+
+    def _padded(
+        self, rows: Tensor, cu_seqlens: Tensor, longest: int, src_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """The layer on packed rows [N, E] by padding, for attention that supports only the inputs of torch's."""
+        valid = torch.arange(longest, device=rows.device) < cu_seqlens.diff().unsqueeze(1)  # [S, T]
+        padded = rows.new_zeros(*valid.shape, rows.shape[1])
+        padded[valid] = rows
+        padded = padded if self.self_attn.batch_first else padded.transpose(0, 1)
+        output = self.forward(padded, src_mask, valid.logical_not(), is_causal)
+        return (output if self.self_attn.batch_first else output.transpose(0, 1))[valid]
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False, **more: Any
@@ -213,6 +256,15 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         cache: tuple[KeyValueCache, KeyValueCache] | None = None,
     ) -> Tensor:
         caller = "TransformerDecoderLayer"
+        if isinstance(tgt, Proxy):
+            arguments = dict(
+                tgt=tgt, memory=memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal, lengths=lengths,
+                memory_lengths=memory_lengths, cu_seqlens=cu_seqlens, memory_cu_seqlens=memory_cu_seqlens,
+                max_seqlen=max_seqlen, memory_max_seqlen=memory_max_seqlen, cache=cache,
+            )  # fmt: skip
+            return as_leaf(self, arguments)
         restore = None
         if tgt.is_nested:
             if cu_seqlens is not None or memory_cu_seqlens is not None or memory is None or not memory.is_nested:
@@ -240,6 +292,12 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             max_seqlen_q=max_seqlen, max_seqlen_k=memory_max_seqlen, cache=of_memory,
         )  # fmt: skip
         keys = None if cached else memory
+        if more and not _is_extended(self.self_attn, self._sa_block, TransformerDecoderLayer._sa_block):
+            raise _needs_extended(caller, "self_attn", "_sa_block")
+        if more_of_memory and not _is_extended(
+            self.multihead_attn, self._mha_block, TransformerDecoderLayer._mha_block
+        ):
+            raise _needs_extended(caller, "multihead_attn", "_mha_block")
 
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal, **more)
@@ -344,6 +402,8 @@ class PositionalEncoding(torch.nn.Module):
 
     def forward(self, x: Tensor, offsets: int | Tensor = 0, cu_seqlens: Tensor | None = None) -> Tensor:
         caller = "PositionalEncoding"
+        if isinstance(x, Proxy):
+            return as_leaf(self, dict(x=x, offsets=offsets, cu_seqlens=cu_seqlens))
         if not tracing():
             self._compute_where_new(x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.d_model:
