@@ -172,13 +172,14 @@ def _share(lse: Tensor, sink: Tensor) -> Tensor:
     return torch.sigmoid(lse - sink.to(lse.dtype))
 
 
-def _computes_attention_itself(model: type[PreTrainedModel]) -> bool:
-    """Whether a model class has attention modules without Transformers' attention interface.
+def _supports_interface(model: type[PreTrainedModel]) -> bool:
+    """Whether a model class computes attention through Transformers' attention interface, with its standard arguments.
 
-    Such a model takes its mask from the registered mask function and adds it to the scores, which a bool mask does not
-    support, or selects its modules by the name of the implementation, and has none for ours.
+    Other models take their mask from the registered mask function and add it to the scores, which a bool mask does not
+    support, or select their modules by the name of the implementation, or pass arguments that change the result.
     """
-    return not model._can_set_attn_implementation()
+    declared = model._supports_attention_backend or model._supports_sdpa
+    return bool(declared and model._can_set_attn_implementation())
 
 
 _get_correct_attn_implementation = PreTrainedModel.get_correct_attn_implementation
@@ -188,10 +189,10 @@ _get_correct_attn_implementation = PreTrainedModel.get_correct_attn_implementati
 def get_correct_attn_implementation(
     self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any
 ) -> str:
-    """Falls back to "eager", with a warning, for models that compute attention themselves."""
-    if requested_attention == NAME and _computes_attention_itself(type(self)):
+    """Falls back to "eager", with a warning, for models without the attention interface."""
+    if requested_attention == NAME and not _supports_interface(type(self)):
         _logger.warning_once(
-            f"{type(self).__name__} does not use Transformers' attention interface: it runs its own attention, as with "
+            f"{type(self).__name__} does not support Transformers' attention interface: it runs its own attention, as with "
             f'attn_implementation="eager", instead of {NAME}.'
         )
         requested_attention = "eager"
