@@ -102,6 +102,7 @@ else()
   add_library(kernels_cuda STATIC ${cuda_objects})
   set_target_properties(kernels_cuda PROPERTIES LINKER_LANGUAGE CXX)
   list(JOIN SEQKERNELS_CUDA_ARCHITECTURES "," capabilities)
+  string(REPLACE "a" "" capabilities "${capabilities}")  # 90a as a number
   target_compile_definitions(_C PRIVATE SEQKERNELS_HAVE_CUDA "SEQKERNELS_CUDA_ARCHITECTURES=${capabilities}"
                              USE_CUDA)  # USE_CUDA: torch declares its streams
   target_link_libraries(_C PRIVATE kernels_cuda torch_cuda c10_cuda "${cudart}")
