@@ -192,8 +192,8 @@ def get_correct_attn_implementation(
     """Falls back to "eager", with a warning, for models without the attention interface."""
     if requested_attention == NAME and not _supports_interface(type(self)):
         _logger.warning_once(
-            f"{type(self).__name__} does not support Transformers' attention interface: it runs its own attention, as with "
-            f'attn_implementation="eager", instead of {NAME}.'
+            f"{type(self).__name__} does not support Transformers' attention interface: it runs its own attention, as "
+            f'with attn_implementation="eager", instead of {NAME}.'
         )
         requested_attention = "eager"
     implementation: str = _get_correct_attn_implementation(self, requested_attention, *args, **kwargs)
