@@ -140,7 +140,7 @@ def _answer(implementations: Implementations, request: Request, kernel: str, pla
 
 # ---- recurrent layers
 
-_CHOOSE_THE_KIND = ("coupled_gates", "layer_norm", "reset_after", "num_heads")
+_CHOOSE_THE_KIND = ("coupled_gates", "layer_norm", "norm_eps", "reset_after", "num_heads")
 
 
 def _check_options(kind: Kind, names: Sequence[str]) -> None:
@@ -179,10 +179,13 @@ def _explain_recurrent(
         raise ValueError(f"explain: num_heads must divide H, {H}, got {num_heads}")
     if lengths is not None and len(lengths) != B:
         raise ValueError(f"explain: lengths must hold B = {B} numbers, got {len(lengths)}")
-    if device.type == "cuda" and capability is not None and capability < (8, 0):
-        raise NotImplementedError(f"explain: {kind.name}: compute capability must be 8.0 or more, got {capability}")
-    request = Request(device, dtype, (kind, num_heads, proj_size > 0))
+    request = Request(device, dtype)
     kernel = choose(f"explain: {kind.name}", RECURRENT, request, what="a layer")
+    if kernel == "triton":  # the plan of the CUDA kernels has their reasons; those of the CPU support every layer
+        request = Request(device, dtype, (kind, num_heads, proj_size > 0))
+        kernel = choose(f"explain: {kind.name}", RECURRENT, request, what="a layer")
+        if capability is not None and capability < (8, 0):
+            raise NotImplementedError(f"explain: {kind.name}: compute capability must be 8.0 or more, got {capability}")
     described = capability, multiprocessors, shared_memory
     directions = 2 if bidirectional else 1
     if kernel == "cpu":

@@ -871,7 +871,7 @@ def test_errors() -> None:
         ops().lstm(of.x, *of.states, weights, None, None, False, heads=2)
     weights = [*of.weights, torch.eye(8)]  # a projection to H columns is also a projection
     with pytest.raises(RuntimeError, match="a projection must be absent, got one to 8"):
-        ops().lstm(of.x, *of.states, weights, None, None, False)
+        ops().lstm(of.x, *of.states, weights, None, None, False, projected=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
