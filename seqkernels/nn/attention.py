@@ -181,7 +181,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         caller = "MultiheadAttention"
-        if isinstance(query, Proxy):
+        if type(query) is not Tensor and isinstance(query, Proxy):
             arguments = dict(
                 query=query, key=key, value=value, key_padding_mask=key_padding_mask, need_weights=need_weights,
                 attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal, lengths=lengths,

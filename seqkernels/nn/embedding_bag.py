@@ -168,7 +168,7 @@ class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
         self._make(padding_idx, _weight, False, fused_optimizer, sparse, device, dtype)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             arguments = dict(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
             return as_leaf(self, arguments)
         table = self._table()
@@ -264,7 +264,7 @@ class Embedding(_Table, torch.nn.Embedding):
         self._make(padding_idx, _weight, _freeze, fused_optimizer, sparse, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return as_leaf(self, dict(input=input))
         table = self._table()
         step = None if self.fused_optimizer is None else self._step(table)

@@ -121,7 +121,7 @@ class _Recurrent(RNNBase):
         lengths: Lengths = None,
         reset: Tensor | None = None,
     ) -> F.Output:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             leaf: F.Output = as_leaf(self, dict(input=input, hx=hx, lengths=lengths, reset=reset))
             return leaf
         output, states, every = self._run(input, F.states_of(self._name, self._kind, hx), lengths, reset)

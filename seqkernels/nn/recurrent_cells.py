@@ -164,7 +164,7 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return as_leaf(self, dict(input=input, hx=hx))
         result: tuple[Tensor, Tensor] = self._run(
             F.LSTM, input, (None, None) if hx is None else F.states_of(self._name, F.LSTM.kind, hx)
@@ -216,7 +216,7 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return as_leaf(self, dict(input=input, hx=hx))
         result: Tensor = self._run(F.GRU, input, (hx,))
         return result
@@ -261,7 +261,7 @@ class DreamerGRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return as_leaf(self, dict(input=input, hx=hx))
         result: Tensor = self._run(None, input, (hx,))
         return result
@@ -304,7 +304,7 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return as_leaf(self, dict(input=input, hx=hx))
         if self.nonlinearity == "tanh":
             cell = F.RNN_TANH

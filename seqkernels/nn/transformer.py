@@ -131,7 +131,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         max_seqlen: int | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        if isinstance(src, Proxy):
+        if type(src) is not Tensor and isinstance(src, Proxy):
             arguments = dict(
                 src=src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal,
                 lengths=lengths, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache,
@@ -256,7 +256,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         cache: tuple[KeyValueCache, KeyValueCache] | None = None,
     ) -> Tensor:
         caller = "TransformerDecoderLayer"
-        if isinstance(tgt, Proxy):
+        if type(tgt) is not Tensor and isinstance(tgt, Proxy):
             arguments = dict(
                 tgt=tgt, memory=memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
                 tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
@@ -402,7 +402,7 @@ class PositionalEncoding(torch.nn.Module):
 
     def forward(self, x: Tensor, offsets: int | Tensor = 0, cu_seqlens: Tensor | None = None) -> Tensor:
         caller = "PositionalEncoding"
-        if isinstance(x, Proxy):
+        if type(x) is not Tensor and isinstance(x, Proxy):
             return as_leaf(self, dict(x=x, offsets=offsets, cu_seqlens=cu_seqlens))
         if not tracing():
             self._compute_where_new(x)
