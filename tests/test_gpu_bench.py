@@ -101,7 +101,7 @@ def test_output_of_a_command_that_is_interrupted(tmp_path: Path) -> None:
             print("kept", flush=True)
         """,
         tmp_path / "log",
-        seconds=1.0,
+        seconds=4.0,
     )
     assert (ended.status, ended.output) == ("cut", "begun\nkept\n")
     assert time.monotonic() - start < 10
