@@ -166,8 +166,6 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             x = self.norm2(x + self._ff_block(x))
         return x if restore is None else restore(x)
 
-    # Methods of torch's layer, which subclasses may override. `more`: inputs of self_attn that torch does not have.
-
     def _padded(
         self, rows: Tensor, cu_seqlens: Tensor, longest: int, src_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
@@ -178,6 +176,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         padded = padded if self.self_attn.batch_first else padded.transpose(0, 1)
         output = self.forward(padded, src_mask, valid.logical_not(), is_causal)
         return (output if self.self_attn.batch_first else output.transpose(0, 1))[valid]
+
+    # Methods of torch's layer, which subclasses may override. `more`: inputs of self_attn that torch does not have.
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False, **more: Any
