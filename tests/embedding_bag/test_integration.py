@@ -9,7 +9,6 @@ Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, F 
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
 import inspect
 import io
@@ -17,7 +16,6 @@ import itertools
 import math
 import pickle
 import shutil
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from seqkernels import functional, nn, reference
 from support.cases import BAG_MODES, DTYPES, assert_same_bits
+from support.workers import run_workers
 
 # torch.optim warns once per process for sparse gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
@@ -884,7 +883,6 @@ def test_quantized_bag_compiles() -> None:
 
 # ---- sharding over two processes
 
-WORKERS, DEADLINE_S = 2, 120
 SHARDED = [(mode, options) for mode in BAG_MODES for options in ("plain", "weights", "padding", "last", "2-D")]
 SHARDED += [("sum", "by frequency"), ("mean", "FusedSGD"), ("max", "FusedAdam"), ("sum", "odd rows"), ("sum", "empty")]
 
@@ -909,11 +907,7 @@ def sharded_input(option: str, rank: int) -> tuple[Tensor | None, ...]:
     return rows, offsets, weights if option == "weights" else None
 
 
-def sharded_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=DEADLINE_S / 2)
-    where = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=WORKERS, timeout=limit)
+def sharded_worker(rank: int, folder: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for mode, option in SHARDED:
         try:
@@ -930,8 +924,7 @@ def sharded_worker(rank: int, folder: str) -> None:
             ]  # fmt: skip
         except Exception:  # continue with the other cases
             found[f"{mode} {option}"] = traceback.format_exc()
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -940,15 +933,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, list[dict
     folder = tmp_path_factory.mktemp("sharded")
     table = torch.randn(11, D, dtype=torch.float64)
     torch.save(table, folder / "table.pt")
-    workers = torch.multiprocessing.spawn(sharded_worker, (str(folder),), nprocs=WORKERS, join=False)
-    deadline = time.monotonic() + DEADLINE_S
-    try:
-        while not workers.join(timeout=1):
-            assert time.monotonic() < deadline, "the workers did not end in time"
-    finally:
-        for process in workers.processes:
-            process.kill()
-    return table, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORKERS)]
+    return table, run_workers(sharded_worker, folder)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import functools
 import io
 import pickle
 import platform
 import re
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import seqkernels
 from support.python import output as python_output
 from support.recurrent import directions_like, weighted
+from support.workers import WORKERS, run_workers
 
 D, H = 6, 8
 RATE = 0.3
@@ -526,8 +525,6 @@ def test_gradients_of_tied_weights(layer: Layer) -> None:
 
 # ---- DistributedDataParallel
 
-WORKERS, DEADLINE_S = 2, 120
-
 
 def of_a_batch(layer: Layer, rows: slice, wrap: Callable = lambda module: module) -> tuple[Tensor, ...]:
     """Gradients of a two-layer network for some rows of a batch; in eval mode for layers with random masks."""
@@ -540,11 +537,7 @@ def of_a_batch(layer: Layer, rows: slice, wrap: Callable = lambda module: module
     return tuple(p.grad for p in module.parameters())
 
 
-def distributed_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=DEADLINE_S / 2)
-    where = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=WORKERS, timeout=limit)
+def distributed_worker(rank: int, folder: str) -> dict[str, object]:
     rows = slice(rank, None, WORKERS)
     wrap = torch.nn.parallel.DistributedDataParallel
     found: dict[str, object] = {}
@@ -553,23 +546,13 @@ def distributed_worker(rank: int, folder: str) -> None:
             found[str(layer)] = of_a_batch(layer, rows, wrap)
         except Exception:  # continue with the other layers
             found[str(layer)] = traceback.format_exc()
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def distributed_gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """For each worker, .grad after DistributedDataParallel; two processes train all layers in turn."""
-    folder = tmp_path_factory.mktemp("distributed")
-    workers = torch.multiprocessing.spawn(distributed_worker, (str(folder),), nprocs=WORKERS, join=False)
-    deadline = time.monotonic() + DEADLINE_S
-    try:
-        while not workers.join(timeout=1):
-            assert time.monotonic() < deadline, "the workers did not end in time"
-    finally:
-        for process in workers.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORKERS)]
+    return run_workers(distributed_worker, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
