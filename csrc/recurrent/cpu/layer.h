@@ -143,7 +143,7 @@ struct Layer {
   const bool masks_h = kOptions && args.options.variational != nullptr;  // the recurrent products read h times a mask
   const int64_t streams = args.directions * args.heads;
   const int64_t group_rows = ceil_div(walk.B, args.plan.row_groups);
-  UnitOptions<typename Cell::Arithmetic> constants = {};  // options that are equal for all units
+  O constants = {};  // options that are equal for all units
 
   explicit Layer(const RecurrentArgs& a) : args(a) {
     if constexpr (kOptions) {
@@ -186,27 +186,32 @@ struct Layer {
     return (direction(stream) * walk.N + n) * kGates * all_H + unit0(stream);
   }
 
-  // The options at units [u, u + valid) of packed row n, of sequence b.
+  // The options at units [u, u + valid) of packed row n, of sequence b. Members are copied one by one: GCC copies a
+  // whole struct of this size with a slow string instruction.
   O options_at(int64_t stream, int64_t n, int64_t b, int64_t u, int64_t valid) const {
+    O e;
     if constexpr (kOptions) {
       const LayerOptions& o = args.options;
-      O e = constants;
       const int64_t at = cell_at(n, stream) + u;
-      if (o.zoneout_h != nullptr) e.zoneout_h = mask(o.zoneout_h + at, valid);
-      if (o.zoneout_c != nullptr) e.zoneout_c = mask(o.zoneout_c + at, valid);
-      if (o.candidate != nullptr) e.candidate = mask(o.candidate + at, valid) * T(o.candidate_scale);
-      if (o.variational != nullptr && !projected) {
-        e.recurrent = load(static_cast<const S*>(o.variational) + h_at(stream, b) + u, valid);
+      e.zoneout_h = o.zoneout_h == nullptr ? constants.zoneout_h : mask(o.zoneout_h + at, valid);
+      e.zoneout_c = o.zoneout_c == nullptr ? constants.zoneout_c : mask(o.zoneout_c + at, valid);
+      e.candidate = o.candidate == nullptr ? constants.candidate : mask(o.candidate + at, valid) * T(o.candidate_scale);
+      e.recurrent = o.variational == nullptr || projected
+                        ? constants.recurrent
+                        : load(static_cast<const S*>(o.variational) + h_at(stream, b) + u, valid);
+      e.cell_clip = constants.cell_clip;
+      e.gate_clip = constants.gate_clip;
+      e.sigmoid_low = constants.sigmoid_low;
+      e.sigmoid_high = constants.sigmoid_high;
+      e.tanh_high = constants.tanh_high;
+      const S* peephole = static_cast<const S*>(args.weights[direction(stream)].peephole);
+      for (int k = 0; k < 3; ++k) {
+        e.peephole[k] = k >= Cell::kPeepholes || peephole == nullptr
+                            ? constants.peephole[k]
+                            : load(peephole + k * all_H + unit0(stream) + u, valid);
       }
-      if (const void* peephole = args.weights[direction(stream)].peephole) {
-        for (int k = 0; k < Cell::kPeepholes; ++k) {
-          e.peephole[k] = load(static_cast<const S*>(peephole) + k * all_H + unit0(stream) + u, valid);
-        }
-      }
-      return e;
-    } else {
-      return {};
     }
+    return e;
   }
 
   static V mask(const uint8_t* p, int64_t valid) {

@@ -230,8 +230,9 @@ struct NormForward : Forward<Cell> {
     }
   }
 
-  // The products with the rows of x of a chunk.
-  void from_input(const TeamWork& team, int64_t rows) const {
+  // The products with the rows of x of a chunk. Not inlined, nor is from_state: among the loops of run_sequences, GCC
+  // keeps the sums of some products in memory.
+  __attribute__((noinline)) void from_input(const TeamWork& team, int64_t rows) const {
     const Workspace<T>& work = team.work;
     for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) {
       T* to = work.from_x + (p - team.norm.panels.begin) * chunk_rows * kWide1;
@@ -242,7 +243,7 @@ struct NormForward : Forward<Cell> {
 
   // The products with h of one step; where the sum is normalised, the sum with
   // those with x and the biases. row: the first row of the step in the chunk.
-  void from_state(const TeamWork& team, int64_t active, int64_t row) const {
+  __attribute__((noinline)) void from_state(const TeamWork& team, int64_t active, int64_t row) const {
     const Workspace<T>& work = team.work;
     for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) {
       const int64_t local = p - team.norm.panels.begin;
@@ -314,7 +315,8 @@ struct NormForward : Forward<Cell> {
     const int64_t u = p * kWidth, valid = min(kWidth, H - u), local = p - team.norm.panels.begin;
     const T* const from_h = team.norm.from_h + (local * group_rows + i) * kWide1;
     const T* const from[] = {kJoint ? from_h : work.from_x + (local * chunk_rows + row + i) * kWide1, from_h};
-    V inputs[2][kGates] = {}, normal[kProducts][kGates], values[Cell::kValues + 1];
+    V inputs[2][kGates], normal[kProducts][kGates], values[Cell::kValues + 1];
+    if constexpr (kJoint) memset(inputs[1], 0, sizeof inputs[1]);
     for (int product = 0; product < kProducts; ++product) {
       for (int g = 0; g < kGates; ++g) {
         const Norm<T>& of = norms[product][Cell::group_of(g)];
