@@ -97,16 +97,19 @@ SEQKERNELS_OPS(m) {
       upstream + "int[] features, " + bags + frequency + ") -> ()");
 
   // Attention. q is [B, Hq, Tq, D]; or [1, Hq, N, D] with cu_q, rows of all sequences. attn_mask: 4 dimensions, each
-  // full or 1. causal: 0 none, 1 upper left, 2 lower right; a window below 0: none.
+  // full or 1. causal: 0 none, 1 upper left, 2 lower right; a window below 0: none. keep_low: of half types, out_low is
+  // what rounding took from out, for a precise backward pass; empty otherwise and on CUDA.
   const std::string how =
       "SymInt max_q, SymInt max_k, float scale, int causal, SymInt window_left, SymInt window_right, float softcap, "
       "float dropout_p, Tensor? seed";
   const std::string what =
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? q_lengths, Tensor? k_lengths, Tensor? cu_q, Tensor? cu_k, " +
       how;
-  define("attention_forward(Tensor q, Tensor k, Tensor v, " + what + ") -> (Tensor out, Tensor lse)");
+  define("attention_forward(Tensor q, Tensor k, Tensor v, " + what +
+         ", bool keep_low=False) -> (Tensor out, Tensor lse, Tensor out_low)");
   define("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, " + what +
-         ", Tensor out, Tensor lse, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)");
+         ", Tensor out, Tensor lse, bool need_dmask, Tensor? out_low=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
+         "dmask)");
   define("attention_weights(Tensor q, Tensor k, " + what + ", Tensor lse) -> Tensor");
   define("attention_weights_backward(Tensor dweights, Tensor q, Tensor k, " + what +
          ", Tensor lse, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dlse, Tensor dmask)");

@@ -254,13 +254,17 @@ struct Call {
         dropout_p, seed                                                                                              \
   }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           SEQKERNELS_ATTENTION_PARAMETERS, bool keep_low) {
   Call call("attention_forward", q, k, &v, SEQKERNELS_ATTENTION_INPUTS);
   Tensor out = allocate_like(q, call.args.Dv), lse = allocate_cpu(call.compute_type(), call.lse_shape(q));
   call.args.out = call.output(out);
   call.args.lse = lse.mutable_data_ptr();
+  const bool half = call.args.dtype != DType::kFloat32 && call.args.dtype != DType::kFloat64;
+  Tensor low = keep_low && half ? allocate_like(q, call.args.Dv) : allocate_cpu(q.scalar_type(), {0});
+  if (keep_low && half) call.args.out_low = call.output(low);
   kernels().forward(call.args);
-  return {out, lse};
+  return {out, lse, low};
 }
 
 Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION_PARAMETERS, const Tensor& lse) {
@@ -289,7 +293,8 @@ Tensor mask_gradient(const Call& call, AttentionBackwardArgs& args, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, OptionalTensor dlse, const Tensor& q,
                                                     const Tensor& k, const Tensor& v, SEQKERNELS_ATTENTION_PARAMETERS,
-                                                    const Tensor& out, const Tensor& lse, bool need_dmask) {
+                                                    const Tensor& out, const Tensor& lse, bool need_dmask,
+                                                    OptionalTensor out_low) {
   Call call("attention_backward", q, k, &v, SEQKERNELS_ATTENTION_INPUTS);
   const Shape shape{q.size(0), q.size(1), q.size(2), call.args.Dv};
   AttentionBackwardArgs args{};
@@ -298,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
     return t;
   };
   call.args.out = packed(call.checked_output("out", out, q, shape));
+  if (out_low && out_low->numel() > 0) call.args.out_low = packed(call.checked_output("out_low", *out_low, q, shape));
   call.args.lse = const_cast<void*>(call.checked_lse("lse", lse, q));
   args.dout = packed(call.checked_output("dout", dout, q, shape));
   if (dlse) args.dlse = call.checked_lse("dlse", *dlse, q);

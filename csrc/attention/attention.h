@@ -31,7 +31,8 @@ struct AttentionArgs {
   bool packed;
   const AttentionSequence* sequences;  // [B]
   AttentionTensor q, k, v, out;
-  void* lse;  // [B, Hq, Tq] of the compute type, strides lse_b, lse_h, 1
+  AttentionTensor out_low;  // what rounding took from out, rounded itself; or null
+  void* lse;                // [B, Hq, Tq] of the compute type, strides lse_b, lse_h, 1
   int64_t lse_b, lse_h;
 
   MaskKind mask_kind;

@@ -1,7 +1,7 @@
 """Ops of attention: calls, fake implementations, autograd, torch.func.
 
 Each op has the tensor arguments `Inputs` and the scalar arguments `AttentionArgs`. The backward ops are first order and
-read out and lse; with create_graph, the gradient is computed through the reference definition.
+read out, lse and, of half types on a CPU, out_low, what rounding took from out; with create_graph, the gradient is computed through the reference definition.
 
 Dimensions: B batch, Hq query heads, Hk key heads, Tq queries, Tk keys, D and Dv columns.
 """
@@ -75,11 +75,15 @@ def attend(
     """out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], in eager mode, while tracing and under transforms."""
     mask = inputs.attn_mask
     if transformed():
-        return _Attention.apply(args, seed, *inputs[1:], q, k, v, mask)
-    if not torch.compiler.is_compiling() and not recorded(q, k, v, mask):
+        out, lse, _ = _Attention.apply(args, seed, *inputs[1:], q, k, v, mask)
+        return out, lse
+    keep_low = recorded(q, k, v, mask)
+    if not torch.compiler.is_compiling() and not keep_low:
         with below_autograd():
-            return ops.forward(q, k, v, *inputs, *args, seed)
-    return ops.forward(q, k, v, *inputs, *args, seed)
+            out, lse, _ = ops.forward(q, k, v, *inputs, *args, seed)
+            return out, lse
+    out, lse, _ = ops.forward(q, k, v, *inputs, *args, seed, keep_low)
+    return out, lse
 
 
 def weights_of(q: Tensor, k: Tensor, inputs: Inputs, args: AttentionArgs, seed: Tensor | None, lse: Tensor) -> Tensor:
@@ -108,12 +112,12 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the mask, None where `needs` is False."""
-    out, lse = saved
-    dout, dlse = grads
+    out, lse, out_low = saved
+    dout, dlse, *_ = grads
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     of_mask = _needs_mask(inputs.attn_mask, needs[3])
-    *found, dmask = ops.backward(dout, dlse, q, k, v, *inputs, *args, seed, out, lse, of_mask)
+    *found, dmask = ops.backward(dout, dlse, q, k, v, *inputs, *args, seed, out, lse, of_mask, out_low)
     return *(g if need else None for g, need in zip(found, needs)), dmask if of_mask else None
 
 
@@ -170,12 +174,13 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.forward(q, k, v, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *args, seed)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.forward(q, k, v, mask, alibi_slopes, q_lengths, k_lengths, cu_q, cu_k, *args, seed, True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         args, *tensors = inputs
+        ctx.mark_non_differentiable(output[2])
         ctx.args = args
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
@@ -183,15 +188,15 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        seed, *rest, q, k, v, mask, out, lse = ctx.saved_tensors
+        seed, *rest, q, k, v, mask, out, lse, out_low = ctx.saved_tensors
         needs, inputs = ctx.needs_input_grad[FIRST:], Inputs(mask, *rest)
         if grads[0] is None and grads[1] is None:
             return (None,) * len(ctx.needs_input_grad)
         found: Sequence[Tensor | None]
         if needs_definition(grads):
-            found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, mask), grads, needs)
+            found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, mask), grads[:2], needs)
         else:
-            found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse), grads, needs)
+            found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse, out_low), grads, needs)
         return *[None] * FIRST, *found
 
     @staticmethod
@@ -275,9 +280,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> None:
         raise ValueError("attention: q_lengths, k_lengths and attn_mask must be absent where rows are packed")
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, v, *rest)
-    return layout_like(q, v.shape[3]), _lse_like(q)
+    *_, keep_low = rest if len(rest) > len(Inputs._fields) + len(AttentionArgs._fields) + 1 else (False,)
+    low = keep_low and q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)
+    return layout_like(q, v.shape[3]), _lse_like(q), layout_like(q, v.shape[3]) if low else q.new_empty(0)
 
 
 def _dmask_fake(q: Tensor, mask: Tensor | None, needed: bool) -> Tensor:
@@ -286,7 +293,8 @@ def _dmask_fake(q: Tensor, mask: Tensor | None, needed: bool) -> Tensor:
 
 def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     _check(q, k, v, *rest)
-    return (*(layout_like(x, x.shape[3]) for x in (q, k, v)), _dmask_fake(q, rest[0], rest[-1]))
+    need_dmask = rest[len(Inputs._fields) + len(AttentionArgs._fields) + 3]  # after seed, out and lse
+    return (*(layout_like(x, x.shape[3]) for x in (q, k, v)), _dmask_fake(q, rest[0], need_dmask))
 
 
 def _weights_fake(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
@@ -307,23 +315,24 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, *rest = inputs
-    *args, seed = rest[len(Inputs._fields) :]
+    *args, seed, _ = rest[len(Inputs._fields) :]
     ctx.args = AttentionArgs(*args)
     ctx.save_for_backward(q, k, v, *rest[: len(Inputs._fields)], seed, *output)
     ctx.set_materialize_grads(False)
 
 
 def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, *tensors, seed, out, lse = ctx.saved_tensors
+    q, k, v, *tensors, seed, out, lse, out_low = ctx.saved_tensors
     needs, inputs = ctx.needs_input_grad[:4], Inputs(*tensors)
     found: Sequence[Tensor | None] = (None,) * 4
     if grads[0] is not None or grads[1] is not None:
         if needs_definition(grads):
-            found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), (q, k, v, inputs.attn_mask), grads, needs)
+            tensors = (q, k, v, inputs.attn_mask)
+            found = vjp_by_definition(_of_attention(ctx.args, seed, inputs), tensors, grads[:2], needs)
         else:
-            found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse), grads, needs)
+            found = _backward(ctx.args, seed, inputs, q, k, v, (out, lse, out_low), grads, needs)
     return *found, *[None] * (len(ctx.needs_input_grad) - 4)
 
 

@@ -231,7 +231,7 @@ def check(c: Case, dtype: torch.dtype) -> None:
     loss = (want[0] * dout).sum() + (lse * dlse).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
     found = attention.attention_backward(
-        *(dout.to(DEVICE), dlse.to(DEVICE), given.q, given.k, given.v), *given.rest(), *got, "mask" in leaves
+        *(dout.to(DEVICE), dlse.to(DEVICE), given.q, given.k, given.v), *given.rest(), *got[:2], "mask" in leaves
     )
     for name, x, y in zip(("q", "k", "v", "mask"), found, gradients):
         assert x.dtype == dtype
@@ -417,7 +417,7 @@ def test_nan_and_infinities_only_affect_queries_that_attend_to_them(c: Case):
     results = []
     for inputs in (given, bad):
         arguments = (inputs.q, inputs.k, inputs.v)
-        out, lse = attention.attention_forward(*arguments, *inputs.rest())
+        out, lse, _ = attention.attention_forward(*arguments, *inputs.rest())
         dout = torch.ones_like(out)
         dq, *_ = attention.attention_backward(dout, None, *arguments, *inputs.rest(), out, lse, False)
         results.append((out, lse, dq))
@@ -440,7 +440,7 @@ def test_masked_keys_have_no_effect():
         results = []
         for inputs in (given, bad):
             arguments = (inputs.q, inputs.k, inputs.v)
-            out, lse = attention.attention_forward(*arguments, *inputs.rest())
+            out, lse, _ = attention.attention_forward(*arguments, *inputs.rest())
             dout = torch.ones_like(out)
             found = attention.attention_backward(
                 dout, None, *arguments, *inputs.rest(), out, lse, kind.startswith("float")
@@ -457,7 +457,7 @@ def test_nan_and_infinite_values():
     v = given.v.clone()
     v[0, 0, 1, 0], v[0, 0, 2, 1], v[0, 0, 3, 2] = math.inf, -math.inf, math.nan
     v[0, 0, 4, 0] = -math.inf
-    out, _ = attention.attention_forward(given.q, given.k, v, *given.rest())
+    out, *_ = attention.attention_forward(given.q, given.k, v, *given.rest())
     out = out[0, 0].cpu()
     assert out[:1, 0].isfinite().all() and out[1:4, 0].eq(math.inf).all() and out[4:, 0].isnan().all()
     assert out[:2, 1].isfinite().all() and out[2:, 1].eq(-math.inf).all()
@@ -520,7 +520,7 @@ def test_a_huge_mask_gives_uniform_weights(dtype: torch.dtype, number: float, fu
     given.mask[..., 4, 2:] = number
     given.mask[..., 20:, :] = number
     arguments = (given.q, given.k, given.v)
-    out, lse = attention.attention_forward(*arguments, *given.rest())
+    out, lse, _ = attention.attention_forward(*arguments, *given.rest())
     if dtype != torch.float16:  # scores still affect sums with finfo.min of float16
         torch.testing.assert_close(out[:, :, 3].double(), given.v[:, :, :4].double().mean(2), rtol=2e-2, atol=2e-3)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
@@ -562,7 +562,7 @@ def test_packed_padded_and_single_sequences_match(causal: int):
     places = [(slice(a - n, a), slice(b - m, b)) for a, b, n, m in zip(ends_q, ends_k, rows, keys)]
 
     def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        out, lse = attention.attention_forward(q, k, v, *rest)
+        out, lse, _ = attention.attention_forward(q, k, v, *rest)
         found = attention.attention_backward(dout, None, q, k, v, *rest, out, lse, False)
         return out, lse.unsqueeze(-1), *found[:3]
 
@@ -596,7 +596,7 @@ def test_packed_padded_and_single_sequences_match(causal: int):
 def test_rows_outside_of_sequences_are_zero():
     given = make(Case("p", q_lengths=(20, 3), k_lengths=(9, 4), packed=True), torch.float32)
     q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 70), value=math.nan) for t in (given.q, given.k, given.v))
-    out, lse = attention.attention_forward(q, k, v, *given.rest())
+    out, lse, _ = attention.attention_forward(q, k, v, *given.rest())
     dq, dk, dv, _ = attention.attention_backward(torch.ones_like(out), None, q, k, v, *given.rest(), out, lse, False)
     assert lse[:, :, 23:].eq(-math.inf).all()
     assert all(x[:, :, n:].eq(0).all() for x, n in ((out, 23), (dq, 23), (dk, 13), (dv, 13)))
@@ -607,12 +607,12 @@ def test_rows_outside_of_sequences_are_zero():
 def test_dropout_matches_the_reference(p: float):
     c = Case("dropout", H=2, Tq=9, Tk=39, dropout_p=p)
     given = make(c, torch.float32)
-    _, lse = attention.attention_forward(given.q, given.k, given.v, *given.rest())
+    _, lse, _ = attention.attention_forward(given.q, given.k, given.v, *given.rest())
     weights = attention.attention_weights(given.q, given.k, *given.rest(), lse)
     keep = reference.dropout_keep(c.B, c.H, c.Tq, c.Tk, p, given.seed.cpu())
     assert torch.equal((weights != 0).cpu(), keep)
     # With values of 1 and one key at a time, all results of forward and of both backward kernels expose the mask.
-    out, lse = attention.attention_forward(given.q, given.k, torch.ones_like(given.v), *given.rest())
+    out, lse, _ = attention.attention_forward(given.q, given.k, torch.ones_like(given.v), *given.rest())
     torch.testing.assert_close(out[..., 0], weights.sum(-1))
     dv = attention.attention_backward(
         torch.ones_like(out), None, given.q, given.k, torch.ones_like(given.v), *given.rest(), out, lse, False
@@ -628,7 +628,7 @@ def test_bits_are_independent_of_the_run_and_the_batch():
     runs = []
     for batch in (slice(0, 2), slice(0, 2), slice(1, 2)):
         arguments = tuple(t[batch] for t in (given.q, given.k, given.v))
-        out, lse = attention.attention_forward(*arguments, *given.rest())
+        out, lse, _ = attention.attention_forward(*arguments, *given.rest())
         found = attention.attention_backward(dout[batch], None, *arguments, *given.rest(), out, lse, True)
         runs.append((out, lse, *found))
     assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1]))
@@ -650,7 +650,7 @@ def test_any_strides():
     results = []
     for inputs, gradient in ((given, dout), (apart, scattered(dout))):
         arguments = (inputs.q, inputs.k, inputs.v)
-        out, lse = attention.attention_forward(*arguments, *inputs.rest())
+        out, lse, _ = attention.attention_forward(*arguments, *inputs.rest())
         results.append((out, *attention.attention_backward(gradient, None, *arguments, *inputs.rest(), out, lse, True)))
     for x, y in zip(*results):
         assert torch.equal(x, y) and y.is_contiguous()
@@ -704,7 +704,7 @@ def test_errors(name: str):
 def test_errors_of_backward_and_of_weights():
     given = make(Case("plain"), torch.float32)
     tensors, rest = (given.q, given.k, given.v), given.rest()
-    out, lse = attention.attention_forward(*tensors, *rest)
+    out, lse, _ = attention.attention_forward(*tensors, *rest)
     for dout, dlse, found, need, message in (
         (out[..., :3], None, (out, lse), False, "dout must have shape [2, 1, 20, 16], got [2, 1, 20, 3]"),
         (out, lse[:1], (out, lse), False, "dlse must have shape [2, 1, 20], got [1, 1, 20]"),

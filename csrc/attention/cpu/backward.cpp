@@ -199,6 +199,21 @@ class Backward {
 
   // One block of queries.
 
+  // The scalar product of dout with a row of the output.
+  T product_of_row(const AttentionTensor& x, const Queries& q, int64_t r, int64_t t, const T* dout) const {
+    const S* out = row_of<S>(x, q.b, q.head[r], t);
+    V sum = {};
+    for (int64_t d = 0; d < a.Dv; d += kWidth) {
+      if (x.d == 1) {
+        sum = fma(load(out + d, a.Dv - d), load(dout + d), sum);
+      } else {
+        S lanes[kWidth] = {};
+        for (int64_t l = 0; l < kWidth && d + l < a.Dv; ++l) lanes[l] = out[(d + l) * x.d];
+        sum = fma(load(lanes), load(dout + d), sum);
+      }
+    }
+    return sum_of<T>(sum);
+  }
   void load_queries(Queries& q, const Scratch& s) const {
     const AttentionSequence& at = a.sequences[q.b];
     q.finite = true;
@@ -211,18 +226,8 @@ class Backward {
       if (args.dout.data == nullptr) continue;
       T* dout = s.dout + r * ldv;
       q.finite &= pack_rows(row_of<S>(args.dout, q.b, q.head[r], t), args.dout.t, args.dout.d, 1, a.Dv, dout, ldv);
-      const S* out = row_of<S>(a.out, q.b, q.head[r], t);
-      V sum = {};
-      for (int64_t d = 0; d < a.Dv; d += kWidth) {
-        if (a.out.d == 1) {
-          sum = fma(load(out + d, a.Dv - d), load(dout + d), sum);
-        } else {
-          S lanes[kWidth] = {};
-          for (int64_t l = 0; l < kWidth && d + l < a.Dv; ++l) lanes[l] = out[(d + l) * a.out.d];
-          sum = fma(load(lanes), load(dout + d), sum);
-        }
-      }
-      s.delta[r] += sum_of<T>(sum);
+      s.delta[r] += product_of_row(a.out, q, r, t, dout);
+      if (a.out_low.data != nullptr) s.delta[r] += product_of_row(a.out_low, q, r, t, dout);
     }
     for (int64_t r = 0; r < q.n; ++r) memset(static_cast<void*>(s.dq + r * ldk), 0, size_t(ldk) * sizeof(T));
   }

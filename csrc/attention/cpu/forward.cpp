@@ -350,10 +350,12 @@ class Forward {
     for (int64_t r = 0; r < q.n; ++r) {
       const int64_t at = s.q_begin + q.i[r];
       S* out = mutable_row_of<S>(a.out, q.b, q.head[r], at);
+      S* low = a.out_low.data == nullptr ? nullptr : mutable_row_of<S>(a.out_low, q.b, q.head[r], at);
       T& lse = static_cast<T*>(a.lse)[q.b * a.lse_b + q.head[r] * a.lse_h + at];
       const T sum = state == nullptr ? T(0) : sum_of<T>(load(state->sum + r * kWidth));
       if (sum == 0) {
         for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
+        for (int64_t d = 0; low != nullptr && d < a.Dv; ++d) low[d] = S{};
         lse = -std::numeric_limits<T>::infinity();
         continue;
       }
@@ -363,13 +365,17 @@ class Forward {
         V v = load(state->values + r * ldv + d);
         if (dropout.on) v *= by;
         v = v / over;
-        if (a.out.d == 1) {
-          store(out + d, v, a.Dv - d);
-        } else {
-          S lanes[kWidth];
-          store(lanes, v);
-          for (int64_t l = 0; l < kWidth && d + l < a.Dv; ++l) out[(d + l) * a.out.d] = lanes[l];
+        const int64_t valid = min(kWidth, a.Dv - d);
+        if (a.out.d == 1 && low == nullptr) {
+          store(out + d, v, valid);
+          continue;
         }
+        S lanes[kWidth];
+        store(lanes, v);
+        for (int64_t l = 0; l < valid; ++l) out[(d + l) * a.out.d] = lanes[l];
+        if (low == nullptr) continue;
+        const V rest = v - load(lanes);                    // NaN where the output overflows
+        store(low + d, rest == rest ? rest : V{}, valid);  // the op allocates it with contiguous columns
       }
     }
   }
@@ -381,6 +387,8 @@ class Forward {
       for (int64_t i = a.sequences[b].q_length; i < a.Tq; ++i) {
         S* out = mutable_row_of<S>(a.out, b, h, i);
         for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
+        if (a.out_low.data != nullptr)
+          memset(static_cast<void*>(mutable_row_of<S>(a.out_low, b, h, i)), 0, size_t(a.Dv) * sizeof(S));
         static_cast<T*>(a.lse)[b * a.lse_b + h * a.lse_h + i] = -std::numeric_limits<T>::infinity();
       }
     }

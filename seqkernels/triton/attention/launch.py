@@ -384,7 +384,8 @@ def attention_forward(
     softcap: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    keep_low: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op seqkernels::attention_forward. No gradient is recorded.
 
     Args:
@@ -396,9 +397,9 @@ def attention_forward(
         q_lengths, k_lengths: int32 or int64 [B]; None for packed rows. cu_q, cu_k: int32 or int64 [B + 1]. Clamped to
             the rows of the tensors.
         causal: 0 no, 1 aligned to the upper left corner, 2 to the lower right. window_left, window_right: -1 for none.
-        seed: int64 [1], with dropout.
+        seed: int64 [1], with dropout. keep_low: ignored; the products of backward take half types as they are.
     Returns:
-        out: [B, H, Tq, Dv], dtype of q. lse: [B, H, Tq] float32, or float64 for float64.
+        out: [B, H, Tq, Dv], dtype of q. lse: [B, H, Tq] float32, or float64 for float64. out_low: empty.
     Deterministic: yes.
     """
     call = _Call(
@@ -410,7 +411,7 @@ def attention_forward(
     chosen = call.choose(FORWARD)
     blocks, programs = call.by_rows(chosen.BM)
     call.launch(attention_forward_kernel, FORWARD, programs, call.chunks[1], p_out=out, p_lse=lse, blocks=blocks)
-    return out, lse
+    return out, lse, q.new_empty(0)
 
 
 def attention_backward(
@@ -437,11 +438,13 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     need_dmask: bool,
+    out_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op seqkernels::attention_backward: dq, dk, dv, and dmask, empty if it is not needed.
 
     Args:
-        dout: [B, H, Tq, Dv]. dlse: [B, H, Tq] or None. The others: arguments and results of forward.
+        dout: [B, H, Tq, Dv]. dlse: [B, H, Tq] or None. The others: arguments and results of forward;
+            out_low is not read.
     Deterministic: yes.
     """
     call = _Call(
