@@ -1,7 +1,8 @@
 """Ops of attention: calls, fake implementations, autograd, torch.func.
 
 Each op has the tensor arguments `Inputs` and the scalar arguments `AttentionArgs`. The backward ops are first order and
-read out, lse and, of half types on a CPU, out_low, what rounding took from out; with create_graph, the gradient is computed through the reference definition.
+read out, lse and, of half types on a CPU, out_low, what rounding took from out; with create_graph, the gradient is
+computed through the reference definition.
 
 Dimensions: B batch, Hq query heads, Hk key heads, Tq queries, Tk keys, D and Dv columns.
 """

@@ -374,8 +374,8 @@ class Forward {
         store(lanes, v);
         for (int64_t l = 0; l < valid; ++l) out[(d + l) * a.out.d] = lanes[l];
         if (low == nullptr) continue;
-        const V rest = v - load(lanes);                    // NaN where the output overflows
-        store(low + d, rest == rest ? rest : V{}, valid);  // the op allocates it with contiguous columns
+        const V rest = v - load(lanes);                          // infinite or NaN where the output overflows
+        store(low + d, rest - rest == V{} ? rest : V{}, valid);  // the op allocates it with contiguous columns
       }
     }
   }
