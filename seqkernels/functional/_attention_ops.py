@@ -203,7 +203,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         seed, *rest, q, k, v, mask = ctx.saved_tensors
-        return jvp_by_definition(_of_attention(ctx.args, seed, Inputs(mask, *rest)), (q, k, v, mask), tangents[FIRST:])
+        attention = _of_attention(ctx.args, seed, Inputs(mask, *rest))
+        return *jvp_by_definition(attention, (q, k, v, mask), tangents[FIRST:]), None
 
 
 class _Weights(torch.autograd.Function):

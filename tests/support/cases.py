@@ -804,7 +804,7 @@ def run_attention(inputs: AttentionInputs, weights: bool = True) -> dict[str, Te
     tensors = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
     here = dataclasses.replace(inputs, tensors=tensors)
     q, k, v = (tensors[name] for name in "qkv")
-    results = list(ops.attention_forward(q, k, v, *here.arguments()))
+    results = list(ops.attention_forward(q, k, v, *here.arguments(), True))[:2]
     if weights and not inputs.case.packed:
         results.append(ops.attention_weights(q, k, *here.arguments(), results[1]))
     grads = torch.autograd.grad(results, list(tensors.values()), attention_upstream(results))
