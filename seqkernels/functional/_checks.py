@@ -32,11 +32,18 @@ class IndexRuntimeError(IndexError, RuntimeError):
     """Index out of range, for which torch raises RuntimeError."""
 
 
+# Texts of torch.distributed.tensor for a mixture of DTensors and plain tensors, and for an op without a rule.
+_NO_RULE = "got mixed torch.Tensor and DTensor", "does not have a sharding strategy registered"
 _DTYPE = re.compile(r"must be (bool|u?int\d+|b?float\d+)\b")
 
 
 def of_op(caller: str, error: Exception) -> Exception:
     """Converts an error raised by an op into the exception of the public function `caller`, with its name and type."""
+    if any(text in str(error) for text in _NO_RULE):
+        return NotImplementedError(
+            f"{caller}: inputs and parameters must be plain tensors, got a DTensor, for which {caller} has no sharding "
+            "rule; convert each DTensor with to_local() or full_tensor()"
+        )
     op, _, rest = str(error).partition(": ")
     if type(error) is not RuntimeError or " must " not in rest or not op.isidentifier():
         return error

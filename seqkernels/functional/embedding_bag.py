@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 
 from seqkernels import backend as backends
 from seqkernels.functional import _embedding_bag_ops as O
+from seqkernels.functional import _embedding_bag_sharded as sharded
 from seqkernels.functional._checks import (
     TypeRuntimeError,
     ValueAssertionError,
@@ -200,7 +201,10 @@ def quantize_rows(weight: Tensor, *, backend: str | None = None) -> Tensor:
         _require(caller, weight, backend, caller)
     if weight.shape[1] < 1:
         raise ValueError(f"{caller}: weight must have columns, got {list(weight.shape)}")
-    result: Tensor = O.ops.embedding_bag_pack_bytes(weight.detach())
+    try:
+        result: Tensor = O.ops.embedding_bag_pack_bytes(weight.detach())
+    except RuntimeError as error:
+        raise of_op(caller, error) from None
     return result
 
 
@@ -253,6 +257,9 @@ SEVERAL = "a lookup in several tables"  # an option that Triton does not support
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
 _transforms = torch._C._are_functorch_transforms_active
+_reshaped = (
+    torch.ops.aten._unsafe_view.default
+)  # not a view for autograd: the output is the only reference to its memory
 
 
 def _special() -> bool:
@@ -295,6 +302,11 @@ def bag(
     check(caller, input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
     padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
     last = include_last_offset and offsets is not None
+    if sharded.is_sharded(input) or sharded.is_sharded(weight):
+        return _sharded_bag(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, last,
+            padding_idx, weight_norm, step, backend,
+        )  # fmt: skip
     args = BagArgs(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
     if _in_triton(caller, weight, backend, max_norm, step):
         args = args._replace(triton=True)
@@ -304,6 +316,49 @@ def bag(
         return lookup((weight,), per_sample_weights, input, offsets, args, step)
     except RuntimeError as error:
         raise of_op(caller, error) from None
+
+
+def _sharded_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    mode: str,
+    sparse: bool,
+    per_sample_weights: Tensor | None,
+    last: bool,
+    padding_idx: int | None,
+    weight_norm: str,
+    step: Step | None,
+    backend: str | None,
+) -> Tensor:
+    """embedding_bag of DTensors."""
+    caller = "embedding_bag"
+
+    def lookup_here(input: Tensor, table: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        return bag(
+            input, table, offsets, None, 2.0, scale_grad_by_freq, mode, False, weights, last, padding_idx, weight_norm,
+            step, backend,
+        )  # fmt: skip
+
+    def lookup_block(
+        input: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | None, mode: str
+    ) -> tuple[Tensor, Tensor]:
+        args = BagArgs(MODES[mode], NO_PADDING, True, by_frequency=scale_grad_by_freq, return_arg=True)
+        if _in_triton(caller, table, backend, max_norm, step):
+            args = args._replace(triton=True)
+        return O.lookup_with_arg((table,), weights, input, offsets, args, step)
+
+    return sharded.bag(
+        caller, input, weight, offsets, per_sample_weights, mode, weight_norm, last, padding_idx,
+        _renorm_of(max_norm, norm_type), scale_grad_by_freq, sparse, step, lookup_here, lookup_block,
+    )  # fmt: skip
+
+
+def _renorm_of(max_norm: float | None, norm_type: float) -> sharded.Renorm | None:
+    return None if max_norm is None else lambda table, indices: renorm(table, indices, max_norm, norm_type)
 
 
 def rows(
@@ -319,6 +374,14 @@ def rows(
 ) -> Tensor:
     """embedding, computed as bags of one index."""
     caller = "embedding"
+    if type(input) is not Tensor and sharded.is_sharded(input):
+        check_rows(caller, input, weight, padding_idx, max_norm)
+
+        def lookup_here(input: Tensor, table: Tensor, padding: int | None) -> Tensor:
+            return rows(input, table, padding, None, 2.0, scale_grad_by_freq, False, step, backend)
+
+        scale = _renorm_of(max_norm, norm_type)
+        return sharded.rows(caller, input, weight, padding_idx, scale, scale_grad_by_freq, sparse, step, lookup_here)
     triton = _in_triton(caller, weight, backend, max_norm, step)
     try:
         if input.is_nested:
@@ -344,7 +407,7 @@ def rows(
         else:
             ops = O.triton_ops if triton else O.ops
             found = ops.embedding_bag(weight, each, None, None, 0)
-        return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
+        return found if len(shape) == 1 else _reshaped(found, (*shape, found.shape[1]))
     except ERRORS as error:
         check_rows(caller, input, weight, padding_idx, max_norm)
         raise of_op(caller, error) from None

@@ -21,6 +21,7 @@ from torch.nn import Module, ModuleDict, Parameter, init
 from seqkernels.functional import embedding_bag as _embedding_bag
 from seqkernels.functional import embedding_bag_bytes, quantize_rows
 from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError, describe
+from seqkernels.functional._embedding_bag_sharded import is_sharded, rows_here
 from seqkernels.functional._values import may_read_values
 from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
 from seqkernels.nn._symbolic import as_leaf
@@ -61,12 +62,12 @@ class _Table(Module):
             padding_idx += E if padding_idx < 0 else 0
         self.padding_idx = padding_idx
         check_optimizer(caller, fused_optimizer, sparse)
-        shape = self._rows_here(), D
+        shape = E, D
         if weight is not None and tuple(weight.shape) != shape:
             wanted = f"[num_embeddings, embedding_dim] = [{E}, {D}]"
             raise ValueAssertionError(f"{caller}: _weight must have shape {wanted}, got {list(weight.shape)}")
         fresh = weight is None
-        weight = torch.empty(shape, device=device, dtype=dtype) if weight is None else weight
+        weight = self._empty(device, dtype) if weight is None else weight
         self.weight = Parameter(weight, requires_grad=not freeze)
         self.fused_optimizer = fused_optimizer
         if fused_optimizer is not None:
@@ -74,9 +75,9 @@ class _Table(Module):
         if fresh:
             self.reset_parameters()
 
-    def _rows_here(self) -> int:
-        """Number of rows of the parameter."""
-        return self.num_embeddings
+    def _empty(self, device: Any, dtype: torch.dtype | None) -> Tensor:
+        """An uninitialized table [E, D]."""
+        return torch.empty(self.num_embeddings, self.embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         init.normal_(self.weight)
@@ -85,9 +86,17 @@ class _Table(Module):
             self.fused_state.reset()
 
     def _fill_padding_idx_with_zero(self) -> None:
-        if self.padding_idx is not None:
-            with torch.no_grad():
-                self.weight[self.padding_idx].fill_(0)
+        if self.padding_idx is None:
+            return
+        with torch.no_grad():
+            weight: Any = self.weight
+            row = self.padding_idx
+            if is_sharded(weight):  # row `padding_idx` of a DTensor may be a copy
+                first, rows = rows_here(weight)
+                if not first <= row < first + rows:
+                    return
+                weight, row = weight.to_local(), row - first
+            weight[row].fill_(0)
 
     def _table(self) -> Tensor:
         weight = self._parameters.get("weight")  # None if a parametrization computes it
@@ -104,6 +113,7 @@ class _Table(Module):
                 "operation"
             )
         state = self.fused_state
+        state.follow(type(self).__name__, table)
 
         def step(tables: Sequence[Tensor], *rest: Any) -> None:
             step_one(optimizer, state, tables[0], *rest)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seqkernels.functional import _embedding_bag_ops as O
 from seqkernels.functional._embedding_bag_ops import Bags
+from seqkernels.functional._embedding_bag_sharded import is_sharded
 
 
 @dataclass
@@ -182,17 +183,40 @@ class FusedState(nn.Module):
             self._buffers[name] = moved if moved.dtype == wanted else state.to(moved.device, wanted)
         return self
 
+    def follow(self, caller: str, table: Any) -> None:
+        """Distributes the states as `table`, if that is a DTensor. All processes must call it."""
+        if not is_sharded(table):
+            return
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = table.device_mesh, table.placements
+        for name in self._starts:
+            state: Any = self._buffers[name]
+            if state.dim() == 1 and any(p.is_shard(1) for p in placements):
+                raise NotImplementedError(
+                    f"{caller}: FusedRowwiseAdagrad must have whole rows, got columns sharded over processes"
+                )
+            if not is_sharded(state):
+                self._buffers[name] = distribute_tensor(state, mesh, placements)
+            elif state.placements != placements:
+                self._buffers[name] = state.redistribute(mesh, placements)
+
     def counted(self) -> int:
         """Increments and returns the step count."""
         if "step" not in self._buffers:
             return 1
-        return int(self.step.add_(1))
+        return int(_local(self.step).add_(1))
 
     @property
     def pair(self) -> tuple[Tensor | None, Tensor | None]:
         """The two state arguments of the ops."""
-        first, second, *_ = *(self._buffers[name] for name in self._starts), None, None
+        first, second, *_ = *(_local(self._buffers[name]) for name in self._starts), None, None
         return first, second
+
+
+def _local(state: Any) -> Any:
+    """The part of this process of a state that may be a DTensor."""
+    return state.to_local() if is_sharded(state) else state
 
 
 def step_one(
