@@ -9,7 +9,7 @@ Each process looks up its block of the table with the ordinary kernels:
 | Replicate | all indices, or its part of the batch | that of the indices | Partial if the batch is sharded |
 
 Indices, offsets and weights are replicated first, except over mesh dimensions that replicate the table, where the batch
-may be sharded. Several mesh dimensions combine. The gradient of per_sample_weights is Partial where the table is sharded.
+may be sharded. Several mesh dimensions combine. The gradient of per_sample_weights is Partial if the table is sharded.
 
 Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, W processes.
 """
@@ -85,7 +85,7 @@ def layout_of(caller: str, table: Any, input: Any, batch_dims: Sequence[int], wh
             f"{_shown(input)} and {_shown(table)}"
         )
     for p in table.placements:
-        if type(p) not in (Replicate, Shard) or p.is_partial():
+        if type(p) not in (Replicate, Shard):
             raise NotImplementedError(f"{caller}: weight must be replicated or sharded, got the placement {p}")
     placements = []
     for of_table, of_input in zip(table.placements, input.placements):

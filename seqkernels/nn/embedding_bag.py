@@ -39,6 +39,13 @@ class _Table(Module):
     weight: Tensor
     fused_optimizer: FusedOptimizer | None
     fused_state: FusedState
+    max_norm: float | None = None
+    _gathered = False  # whether fully_shard gathers the table for each call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and is_sharded(self._parameters.get("weight")):
+            self._gathered = True
+        super().__setattr__(name, value)
 
     def _make(
         self,
@@ -99,6 +106,12 @@ class _Table(Module):
             weight[row].fill_(0)
 
     def _table(self) -> Tensor:
+        if self._gathered and (self.fused_optimizer is not None or self.max_norm is not None):
+            option = "max_norm" if self.fused_optimizer is None else "fused_optimizer"
+            raise NotImplementedError(
+                f"{type(self).__name__}: {option} must be None with fully_shard, which discards writes into the table "
+                "that it gathers; list the table in ignored_params, or shard it with distribute_module"
+            )
         weight = self._parameters.get("weight")  # None if a parametrization computes it
         return self.weight if weight is None else weight
 

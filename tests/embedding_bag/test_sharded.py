@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import nn
+from seqkernels.functional import embedding, embedding_bag
 from support.workers import run_workers
 
 E, D, B, L = 11, 6, 4, 5
@@ -92,11 +93,97 @@ def rows_or_columns(dim: int | None):
     return partition
 
 
+def two_dimensions(rank: int) -> list[Tensor]:
+    """Rows over one dimension of a mesh, and the batch or columns over the other, of size 1."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.manual_seed(0)
+    table, indices = torch.randn(E, D), torch.randint(E, (B, L))
+    found = []
+    for sizes, of_table, of_input in (
+        ((2, 1), [Shard(0), Shard(1)], [Replicate(), Replicate()]),
+        ((1, 2), [Replicate(), Shard(0)], [Shard(0), Replicate()]),
+        ((2, 1), [Shard(0), Shard(0)], [Shard(0), Replicate()]),
+    ):
+        mesh = init_device_mesh("cpu", sizes)
+        weight = distribute_tensor(table, mesh, of_table).requires_grad_()
+        output = embedding_bag(distribute_tensor(indices, mesh, of_input), weight, mode="sum").full_tensor()
+        output.square().sum().backward()
+        found += [output.detach(), weight.grad.full_tensor()]
+    return found
+
+
+def bags_with_offsets() -> list[Tensor]:
+    """1-D indices with int32 offsets, an empty bag and indices beyond the last bag, in bfloat16."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.manual_seed(0)
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    table, indices = torch.randn(E, D, dtype=torch.bfloat16), torch.randint(E, (9,), dtype=torch.int32)
+    for dim in (0, 1):
+        weight = distribute_tensor(table, mesh, [Shard(dim)])
+        spread = [distribute_tensor(t, mesh, [Replicate()]) for t in (indices, torch.tensor([0, 3, 3, 8]).int())]
+        found.append(embedding_bag(spread[0], weight, spread[1], mode="max", include_last_offset=True).full_tensor())
+    return found
+
+
+def errors(rank: int) -> dict[str, str]:
+    from torch.distributed.tensor import (
+        DTensor,
+        Partial,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+        init_device_mesh,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    table = torch.randn(E, D)
+    rows, columns = (distribute_tensor(table, mesh, [Shard(dim)]).requires_grad_() for dim in (0, 1))
+    partial = DTensor.from_local(table, mesh, [Partial()])
+
+    def spread(values: object) -> Tensor:
+        return distribute_tensor(torch.tensor(values), mesh, [Replicate()])
+
+    def stepped() -> None:
+        module = nn.EmbeddingBag(E, D, fused_optimizer=nn.FusedRowwiseAdagrad())
+        distribute_module(module, mesh, rows_or_columns(1))(spread([[1]]))
+
+    def in_one_process() -> None:
+        module = nn.RowShardedEmbeddingBag(E, D)
+        module(torch.tensor([[1, E if rank == 1 else 0]]))
+
+    calls = {
+        "sparse": lambda: embedding_bag(spread([[1]]), rows, sparse=True),
+        "max_norm": lambda: embedding_bag(spread([[1]]), columns, max_norm=1.0),
+        "max_norm of embedding": lambda: embedding(spread([1]), columns, max_norm=1.0),
+        "partial": lambda: embedding(spread([1]), partial),
+        "range": lambda: embedding(spread([1, E]), rows),
+        "range of bags": lambda: embedding_bag(spread([[1, -1]]), rows),
+        "offsets": lambda: embedding_bag(spread([1, 2]), rows, spread([0, 2, 1])),
+        "weights": lambda: embedding_bag(spread([[1]]), rows, per_sample_weights=torch.ones(1, 1), mode="sum"),
+        "stepped": stepped,
+        "sparse rows": lambda: nn.RowShardedEmbeddingBag(E, D, sparse=True),
+        "one process": in_one_process,
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "no error"
+        except (NotImplementedError, ValueError, IndexError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__} {error}"
+    return found
+
+
 def sharding_worker(rank: int, folder: str) -> dict[str, object]:
     from torch.distributed.tensor import distribute_module, init_device_mesh
 
     mesh = init_device_mesh("cpu", (2,))
-    found: dict[str, object] = {}
+    found: dict[str, object] = {
+        "errors": errors(rank), "two dimensions": two_dimensions(rank), "offsets": bags_with_offsets(),
+    }  # fmt: skip
     for mode, option, placement in CASES:
         try:
             dim = {"rows": 0, "columns": 1, "batch": None}[placement]
@@ -122,3 +209,49 @@ def test_sharded_tables_match_one_process(mode: str, option: str, placement: str
             assert (got is None) == (want is None)
             if want is not None:
                 close(got, want)
+
+
+def test_meshes_of_two_dimensions(sharded: list) -> None:
+    torch.manual_seed(0)
+    table, indices = torch.randn(E, D).requires_grad_(), torch.randint(E, (B, L))
+    output = embedding_bag(indices, table, mode="sum")
+    output.square().sum().backward()
+    for worker in sharded:
+        for got, want in zip(worker["two dimensions"], [output.detach(), table.grad] * 3, strict=True):
+            close(got, want)
+
+
+def test_sharded_tables_with_offsets(sharded: list) -> None:
+    torch.manual_seed(0)
+    table, indices = torch.randn(E, D, dtype=torch.bfloat16), torch.randint(E, (9,), dtype=torch.int32)
+    want = embedding_bag(indices, table, torch.tensor([0, 3, 3, 8]), mode="max", include_last_offset=True)
+    for worker in sharded:
+        for got in worker["offsets"]:
+            assert torch.equal(got, want)
+
+
+ERRORS = {
+    "sparse": "NotImplementedError embedding_bag: sparse must be False where weight is a DTensor",
+    "max_norm": "NotImplementedError embedding_bag: max_norm must be None where the columns of weight are sharded",
+    "max_norm of embedding": "NotImplementedError embedding: max_norm must be None where the columns of weight are",
+    "partial": "NotImplementedError embedding: weight must be replicated or sharded, got the placement P",
+    "range": "IndexRuntimeError embedding: input must hold indices in [0, 11), got 11 at position 1",
+    "range of bags": "IndexRuntimeError embedding_bag: input must hold indices in [0, 11), got -1 at position 1",
+    "offsets": "ValueRuntimeError embedding_bag: offsets must begin with 0 and neither decrease nor exceed",
+    "weights": "NotImplementedError embedding_bag: per_sample_weights must be a DTensor where weight is one, got",
+    "stepped": "NotImplementedError EmbeddingBag: FusedRowwiseAdagrad must have whole rows, got columns sharded",
+    "sparse rows": "NotImplementedError RowShardedEmbeddingBag: sparse must be False",
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_sharded_tables(name: str, sharded: list) -> None:
+    for worker in sharded:
+        assert worker["errors"][name].startswith(ERRORS[name])
+
+
+def test_an_error_in_one_process_is_raised_in_all(sharded: list) -> None:
+    first, second = (worker["errors"]["one process"] for worker in sharded)
+    wanted = "RowShardedEmbeddingBag: the arguments must fit in every process, got an error in process 1"
+    assert first == f"RuntimeError {wanted}"
+    assert second.startswith("IndexRuntimeError RowShardedEmbeddingBag: input must hold indices in [0, 11), got 11")
