@@ -44,14 +44,19 @@ CASES = [
 def made(mode: str, option: str) -> torch.nn.Module:
     options = dict(OPTIONS[option], dtype=torch.float64)
     torch.manual_seed(1)
-    return nn.Embedding(E, D, **options) if mode == "embedding" else nn.EmbeddingBag(E, D, mode=mode, **options)
+    module = nn.Embedding(E, D, **options) if mode == "embedding" else nn.EmbeddingBag(E, D, mode=mode, **options)
+    with torch.no_grad():
+        module.weight[9] = module.weight[2]  # equal maxima in two blocks
+    return module
 
 
 def given(mode: str, option: str, step: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """Indices [B, L] with repeated and equal rows, weights, and the gradient of the output."""
     g = torch.Generator().manual_seed(step)
     indices = torch.randint(E, (B, L), generator=g)
-    indices[0] = 8  # a bag within one block, and a maximum of equal values
+    indices[0] = 8  # a bag within one block
+    indices[1] = torch.tensor([9, 2, 9, 2, 9])
+    indices[2, :2] = torch.tensor([2, 9])
     weights = torch.rand(B, L, dtype=torch.float64, generator=g) + 0.1 if "weight" in option else None
     shape = (B, L, D) if mode == "embedding" else (B, D)
     return indices, weights, torch.randn(shape, dtype=torch.float64, generator=g)
