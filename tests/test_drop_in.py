@@ -402,6 +402,60 @@ def test_tables_are_tables_of_torch() -> None:
     assert isinstance(seqkernels.nn.EmbeddingBag(3, 2), nn.EmbeddingBag)
 
 
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_are_cells_of_torch(name: str) -> None:
+    module, theirs = getattr(seqkernels.nn, name)(E, H, False), getattr(nn, name)(E, H, False)
+    assert isinstance(module, type(theirs))
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(B, E)
+    torch._dynamo.reset()
+    close(torch.compile(module, backend="eager", fullgraph=True)(x), theirs(x))
+
+
+class OursAndTorchLSTM(seqkernels.nn.LSTM, nn.LSTM):
+    """The documented form of a layer for tools that look for torch.nn.LSTM."""
+
+
+class OursAndTorchGRU(seqkernels.nn.GRU, nn.GRU):
+    pass
+
+
+class OursAndTorchRNN(seqkernels.nn.RNN, nn.RNN):
+    pass
+
+
+@pytest.mark.parametrize("cls", [OursAndTorchLSTM, OursAndTorchGRU, OursAndTorchRNN])
+def test_layers_can_be_layers_of_torch(cls: type[nn.RNNBase]) -> None:
+    ours, theirs = cls.__bases__
+    given = E, H, 2, *(["relu"] if theirs is nn.RNN else []), True, True, 0.0, True
+    module, like = cls(*given), theirs(*given)
+    like.load_state_dict(module.state_dict())
+    x = torch.randn(B, T, E)
+    y = module(x)[0]
+    close(y, like(x)[0])
+    y.sum().backward()
+    like(x)[0].sum().backward()
+    for p, q in zip(module.parameters(), like.parameters(), strict=True):
+        close(p.grad, q.grad)
+    module.flatten_parameters()
+    assert [p.shape for p in module._flat_weights] == [p.shape for p in like._flat_weights]
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+        assert isinstance(copied, theirs) and torch.equal(copied(x)[0], y)
+    module.reset_parameters()
+    # torch.compile refuses instances of torch.nn's layers and runs them in eager mode. It compiles ours.
+    torch._dynamo.reset()
+    close(torch.compile(module, backend="eager")(x)[0], module(x)[0])
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not support RNN, GRU, or LSTM"):
+        torch.compile(module, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    plain = ours(E, H)
+    close(torch.compile(plain, backend="eager", fullgraph=True)(x)[0], plain(x)[0])
+
+
 TABLES = [(name, sparse) for name in ("Embedding", "EmbeddingBag") for sparse in (False, True)]
 
 

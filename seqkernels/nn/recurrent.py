@@ -50,10 +50,11 @@ class _Recurrent(RNNBase):
         dtype: torch.dtype | None,
         given: Mapping[str, Any],
     ) -> None:
-        # torch's constructor checks the arguments; the parameters that it creates are replaced below.
-        super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
-            dtype,
+        # torch's constructor checks the arguments; the parameters that it creates are replaced below. Not super(): a
+        # subclass may also inherit from torch.nn.LSTM, GRU or RNN, whose constructors have other arguments.
+        RNNBase.__init__(
+            self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype,
         )  # fmt: skip
         self.options = options_of(self._name, self._family.plain, given)
         check_together(self._name, self.options, self.hidden_size, bias=self.bias, proj_size=self.proj_size)
@@ -266,7 +267,8 @@ class LSTM(_Recurrent):
     torch.nn.utils.rnn.PackedSequence. Extensions: `lstm(x, lengths=lengths)` for a padded batch, sequences of length
     zero, T = 0, a fused backward, gradients of any order, and options.
 
-    A subclass of torch.nn.RNNBase, not of torch.nn.LSTM, because torch.compile rejects subclasses of torch.nn.LSTM.
+    A subclass of torch.nn.RNNBase, not of torch.nn.LSTM, because torch.compile rejects subclasses of torch.nn.LSTM. For
+    tools that look for torch.nn.LSTM, define `class LSTM(seqkernels.nn.LSTM, torch.nn.LSTM): pass`.
 
     Args: as torch.nn.LSTM: input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
         bidirectional=False, proj_size=0, device=None, dtype=None.
@@ -346,7 +348,7 @@ class GRU(_Recurrent):
     """Drop-in replacement for torch.nn.GRU: same constructor, parameters, initialization, state_dict and errors.
 
     Inputs, outputs and extensions: as seqkernels.nn.LSTM, with one state h [num_layers * directions, B, hidden_size]. A
-    subclass of torch.nn.RNNBase, not of torch.nn.GRU, which torch.compile rejects.
+    subclass of torch.nn.RNNBase, not of torch.nn.GRU, as LSTM.
 
     proj_size > 0, which torch.nn.GRU does not support, projects the state c of the GRU: h = weight_hr c is the output
     and the input of the recurrent projection. hx is then (h_0 [.., proj_size], c_0 [.., hidden_size]), and the module
@@ -637,8 +639,8 @@ class RNN(_Recurrent):
     """Drop-in replacement for torch.nn.RNN: same constructor, parameters, initialization, state_dict and errors.
 
     nonlinearity: 'tanh' or 'relu'. Inputs, outputs and extensions: as seqkernels.nn.LSTM, with one state
-    h [num_layers * directions, B, hidden_size]. A subclass of torch.nn.RNNBase, not of torch.nn.RNN, which
-    torch.compile rejects.
+    h [num_layers * directions, B, hidden_size]. A subclass of torch.nn.RNNBase, not of torch.nn.RNN, as
+    LSTM.
 
     Keyword-only options, for all layers and directions:
         {options}

@@ -47,7 +47,8 @@ class _Cell(RNNCellBase):
         options = options_of(self._name, self._family.plain, given)
         check_together(self._name, options, hidden_size, bias=bool(bias))
         kind = self._family.kind_of(options)
-        super().__init__(input_size, hidden_size, bias, len(kind.gates), device=device, dtype=dtype)
+        # Not super(): the constructors of torch.nn.LSTMCell, GRUCell and RNNCell have other arguments.
+        RNNCellBase.__init__(self, input_size, hidden_size, bias, len(kind.gates), device=device, dtype=dtype)
         self.options, self._plain = options, options.plain and kind.name in families.PLAIN_CELLS
         sizes = {"D": input_size, "H": hidden_size, "H/heads": hidden_size // options.num_heads}
         for weight in self._table():
@@ -107,10 +108,10 @@ def _supported(family: families.Family) -> tuple[str, ...]:
     return tuple(name for name in family.supported if name not in OF_SEQUENCES)
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, torch.nn.LSTMCell):
     """Drop-in replacement for torch.nn.LSTMCell: same constructor, parameters, initialization, state_dict and errors.
 
-    Computes one step of a batch [B, D] or a sequence [D]. A subclass of torch.nn.RNNCellBase, not of torch.nn.LSTMCell.
+    Computes one step of a batch [B, D] or a sequence [D]. A subclass of torch.nn.LSTMCell.
 
     Args: as torch.nn.LSTMCell: input_size, hidden_size, bias=True, device=None, dtype=None.
     Keyword-only options:
@@ -172,11 +173,10 @@ class LSTMCell(_Cell):
         return result
 
 
-class GRUCell(_Cell):
+class GRUCell(_Cell, torch.nn.GRUCell):
     """Drop-in replacement for torch.nn.GRUCell: same constructor, parameters, initialization, state_dict and errors.
 
-    Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. A subclass of torch.nn.RNNCellBase, not of
-    torch.nn.GRUCell.
+    Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. A subclass of torch.nn.GRUCell.
 
     Keyword-only options:
         {options}
@@ -267,11 +267,11 @@ class DreamerGRUCell(_Cell):
         return result
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, torch.nn.RNNCell):
     """Drop-in replacement for torch.nn.RNNCell: same constructor, parameters, initialization, state_dict and errors.
 
     nonlinearity: 'tanh' or 'relu'. Inputs and outputs: as seqkernels.nn.LSTMCell, with one state h. A subclass of
-    torch.nn.RNNCellBase, not of torch.nn.RNNCell.
+    torch.nn.RNNCell.
 
     Keyword-only options:
         {options}
