@@ -141,6 +141,20 @@ def tensor_parallel(name: str, rank: int) -> list[Tensor]:
     return found
 
 
+def fused_tensor_parallel() -> list[Tensor]:
+    """Tables after a step of a fused optimiser, by rows and by columns."""
+    from torch.distributed.tensor import Replicate, init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    for style in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
+        torch.manual_seed(0)
+        module = parallelize_module(ours.Embedding(V, E, fused_optimizer=ours.FusedAdagrad(0.1)), mesh, style)
+        loss_of("Embedding", module, 0).backward()
+        found.append(module.weight.detach().full_tensor())
+    return found
+
+
 def refusals() -> dict[str, str]:
     """Messages of functions without a sharding rule, for DTensors and for a mixture with plain tensors."""
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor, init_device_mesh
@@ -221,7 +235,11 @@ def checkpoints(folder: str) -> list[Tensor]:
     state = rows.state_dict()
     dcp.load(state, checkpoint_id=f"{folder}/tables")
     rows.load_state_dict(state)
-    before = [full(t.detach()).clone() for m in (first, second, rows) for t in m.state_dict().values()]
+    plain = ours.EmbeddingBag(V, E, mode="sum", fused_optimizer=ours.FusedAdam(lr=0.1))
+    state = plain.state_dict()
+    dcp.load(state, checkpoint_id=f"{folder}/tables")
+    plain.load_state_dict(state)
+    before = [full(t.detach()).clone() for m in (first, second, rows, plain) for t in m.state_dict().values()]
     return [*before, step(first), step(second)]
 
 
@@ -233,6 +251,7 @@ def work(rank: int, folder: str) -> dict[str, object]:
         "fsdp max_norm": lambda: refused_by_fully_shard(dict(max_norm=1.0)),
         "fsdp ignored": ignored_by_fully_shard,
         **{f"tp {name}": lambda name=name: tensor_parallel(name, rank) for name in PARALLEL},
+        "tp fused": fused_tensor_parallel,
         "refusals": refusals,
         "checkpoints": lambda: checkpoints(folder),
     }
@@ -307,6 +326,15 @@ def test_tensor_parallel_matches_one_process(name: str, found: list[dict]) -> No
             close(got, want)
 
 
+def test_fused_tables_in_tensor_parallel(found: list[dict]) -> None:
+    torch.manual_seed(0)
+    alone = ours.Embedding(V, E, fused_optimizer=ours.FusedAdagrad(0.1))
+    loss_of("Embedding", alone, 0).backward()
+    for tables in of_both(found, "tp fused"):
+        for got in tables:
+            close(got, alone.weight.detach())
+
+
 def test_dtensors_without_a_sharding_rule_are_refused_by_name(found: list[dict]) -> None:
     for messages in of_both(found, "refusals"):
         for name, message in messages.items():
@@ -315,11 +343,11 @@ def test_dtensors_without_a_sharding_rule_are_refused_by_name(found: list[dict])
 
 
 def test_checkpoints_of_sharded_tables(found: list[dict]) -> None:
-    """weight, exp_avg, exp_avg_sq and step of three modules, and the tables after another step."""
+    """weight, exp_avg, exp_avg_sq and step of four modules, and the tables after another step."""
     for results in of_both(found, "checkpoints"):
         *states, first, second = results
-        assert len(states) == 12 and states[3] == 1
+        assert len(states) == 16 and states[3] == 1
         for i in range(4):
-            assert torch.equal(states[i], states[4 + i]) and torch.equal(states[i], states[8 + i])
+            assert all(torch.equal(states[i], states[j + i]) for j in (4, 8, 12))
         close(first, second)
         assert not torch.equal(first, states[0])
