@@ -243,12 +243,27 @@ def checkpoints(folder: str) -> list[Tensor]:
     return [*before, step(first), step(second)]
 
 
+def data_parallel(name: str, options: dict, rank: int) -> list[Tensor] | str:
+    """Two steps in DistributedDataParallel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(getattr(ours, name)(V, E, **options), nn.Linear(E, 1))
+    model = nn.parallel.DistributedDataParallel(model)
+    try:
+        for _ in range(2):
+            model(torch.tensor([[1, 2 + rank]])).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return [p.grad.to_dense() for p in model.parameters()]
+
+
 def work(rank: int, folder: str) -> dict[str, object]:
     warnings.simplefilter("ignore")
     jobs: dict[str, Callable[[], object]] = {
         **{f"fsdp {name}": lambda name=name: fully_sharded(name, rank) for name in MODULES},
         "fsdp fused": lambda: refused_by_fully_shard(dict(fused_optimizer=ours.FusedSGD(0.1))),
         "fsdp max_norm": lambda: refused_by_fully_shard(dict(max_norm=1.0)),
+        "fsdp sparse": lambda: refused_by_fully_shard(dict(sparse=True)),
+        "ddp fused": lambda: data_parallel("EmbeddingBag", dict(fused_optimizer=ours.FusedSGD(0.1)), rank),
         "fsdp ignored": ignored_by_fully_shard,
         **{f"tp {name}": lambda name=name: tensor_parallel(name, rank) for name in PARALLEL},
         "tp fused": fused_tensor_parallel,
@@ -296,11 +311,18 @@ def test_fully_shard_matches_one_process(name: str, found: list[dict]) -> None:
                 close(got, want.detach())
 
 
-def test_fully_shard_refuses_writes_into_tables(found: list[dict]) -> None:
-    """They would be lost with the gathered table."""
-    for job, option in (("fsdp fused", "fused_optimizer"), ("fsdp max_norm", "max_norm")):
-        for message in of_both(found, job):
-            assert f"EmbeddingBag: {option} must be None with fully_shard" in message, message
+def test_fully_shard_refuses_writes_into_tables_and_sparse_gradients(found: list[dict]) -> None:
+    """Writes would be lost with the gathered table."""
+    wanted = {"fused": "fused_optimizer must be None", "max_norm": "max_norm must be None", "sparse": "must be False"}
+    for job, option in wanted.items():
+        for message in of_both(found, f"fsdp {job}"):
+            assert f"{option} with fully_shard" in message, message
+
+
+def test_data_parallel_refuses_fused_tables(found: list[dict]) -> None:
+    """Each process would update its own copy of the table."""
+    for message in of_both(found, "ddp fused"):
+        assert message.startswith("EmbeddingBag: fused_optimizer must be None in DistributedDataParallel"), message
 
 
 def test_fused_tables_beside_fully_sharded_layers(found: list[dict]) -> None:

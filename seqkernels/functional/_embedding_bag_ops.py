@@ -95,6 +95,7 @@ class BagArgs(NamedTuple):
     features: Sequence[int] = ()  # several tables: number of features of each
     return_arg: bool = False  # whether a recorded lookup also returns `arg`
     triton: bool = False  # whether the Triton kernels run
+    leading: Sequence[int] | None = None  # shape of the output of a recorded lookup without D, if not [B]
 
     @property
     def ops(self) -> Ops:
@@ -290,6 +291,8 @@ class _Recorded(torch.autograd.Function):
                 )
             else:
                 output, arg = args.ops.embedding_bag_forward(tables[0], indices, offsets, weights, *args[:4])
+            if args.leading is not None:  # here it is no view for autograd
+                output = output.view(*args.leading, output.shape[1])
         # Only the gradient of the weights reads the tables. Unsaved tables may be modified, for example by max_norm.
         kept = tables if weights is not None and ctx.needs_input_grad[FIRST] else ()
         ctx.save_for_backward(indices, offsets, weights, arg, *kept)
@@ -303,6 +306,8 @@ class _Recorded(torch.autograd.Function):
         indices, offsets, weights, arg, *kept = ctx.saved_tensors
         tables = kept or [None] * len(ctx.shapes)
         args, step, needs = ctx.args, ctx.step, ctx.needs_input_grad[FIRST:]
+        if args.leading is not None:
+            grad = grad.reshape(indices.shape[0], grad.shape[-1])
         bags = Bags(indices, offsets, weights, *args[:4])
         if step is not None and True in needs[1:]:
             found = _Recorded.stepped(ctx, grad, arg, bags, tables, needs)

@@ -257,9 +257,6 @@ SEVERAL = "a lookup in several tables"  # an option that Triton does not support
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
 _transforms = torch._C._are_functorch_transforms_active
-_reshaped = (
-    torch.ops.aten._unsafe_view.default
-)  # not a view for autograd: the output is the only reference to its memory
 
 
 def _special() -> bool:
@@ -397,17 +394,17 @@ def rows(
         special = _special()
         if special:
             check_rows(caller, input, weight, padding_idx, max_norm)
-        if special or (_recording() and weight.requires_grad):
+        if special:
             args = BagArgs(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding, triton=triton)
-            found = (
-                lookup((weight,), None, each, None, args, step)
-                if special
-                else record(args, step, each, None, None, weight)
-            )
+            found = lookup((weight,), None, each, None, args, step)
+        elif _recording() and weight.requires_grad:
+            leading = None if len(shape) == 1 else shape
+            args = BagArgs(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding, (), False, triton, leading)
+            return record(args, step, each, None, None, weight)
         else:
             ops = O.triton_ops if triton else O.ops
             found = ops.embedding_bag(weight, each, None, None, 0)
-        return found if len(shape) == 1 else _reshaped(found, (*shape, found.shape[1]))
+        return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
     except ERRORS as error:
         check_rows(caller, input, weight, padding_idx, max_norm)
         raise of_op(caller, error) from None

@@ -25,7 +25,14 @@ from seqkernels.functional._embedding_bag_sharded import is_sharded, rows_here
 from seqkernels.functional._values import may_read_values
 from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
 from seqkernels.nn._symbolic import as_leaf
-from seqkernels.nn.fused_optimizer import FusedOptimizer, FusedState, check_optimizer, step_one, step_several
+from seqkernels.nn.fused_optimizer import (
+    FusedOptimizer,
+    FusedState,
+    check_data_parallel,
+    check_optimizer,
+    step_one,
+    step_several,
+)
 
 Device = torch.device | str | int | None
 
@@ -40,6 +47,7 @@ class _Table(Module):
     fused_optimizer: FusedOptimizer | None
     fused_state: FusedState
     max_norm: float | None = None
+    sparse = False
     _gathered = False  # whether fully_shard gathers the table for each call
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -106,14 +114,21 @@ class _Table(Module):
             weight[row].fill_(0)
 
     def _table(self) -> Tensor:
-        if self._gathered and (self.fused_optimizer is not None or self.max_norm is not None):
-            option = "max_norm" if self.fused_optimizer is None else "fused_optimizer"
-            raise NotImplementedError(
-                f"{type(self).__name__}: {option} must be None with fully_shard, which discards writes into the table "
-                "that it gathers; list the table in ignored_params, or shard it with distribute_module"
-            )
+        if self._gathered:
+            self._check_gathered()
         weight = self._parameters.get("weight")  # None if a parametrization computes it
         return self.weight if weight is None else weight
+
+    def _check_gathered(self) -> None:
+        """Raises for options that fully_shard breaks."""
+        instead = "list the table in ignored_params, or shard it with distribute_module"
+        for option, wrong, why in (
+            ("fused_optimizer must be None", self.fused_optimizer is not None, "discards writes into the table"),
+            ("max_norm must be None", self.max_norm is not None, "discards writes into the table"),
+            ("sparse must be False", self.sparse, "does not reduce sparse gradients"),
+        ):
+            if wrong:
+                raise NotImplementedError(f"{type(self).__name__}: {option} with fully_shard, which {why}; {instead}")
 
     def _step(self, table: Tensor) -> Callable[..., None] | None:
         """The optimiser step that replaces the gradient of the table in backward, or None."""
@@ -125,6 +140,7 @@ class _Table(Module):
                 f"{type(self).__name__}: weight must be a leaf parameter with fused_optimizer, got the result of an "
                 "operation"
             )
+        check_data_parallel(type(self).__name__, table)
         state = self.fused_state
         state.follow(type(self).__name__, table)
 

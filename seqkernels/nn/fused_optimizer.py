@@ -153,6 +153,16 @@ def check_optimizer(caller: str, optimizer: Any, sparse: bool) -> None:
         raise ValueError(f"{caller}: sparse must be False with fused_optimizer, which computes no gradient, got True")
 
 
+def check_data_parallel(caller: str, table: Tensor) -> None:
+    """Raises in the forward pass of a DistributedDataParallel that contains the table, of which it gets no gradient."""
+    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if active is not None and any(p is table for p in getattr(active, "_module_parameters", ())):
+        raise NotImplementedError(
+            f"{caller}: fused_optimizer must be None in DistributedDataParallel, which averages gradients; here each "
+            "process would update a copy of the table. Use RowShardedEmbeddingBag, outside of DistributedDataParallel"
+        )
+
+
 class FusedState(nn.Module):
     """State of an optimiser for one table, as buffers, in float32 or wider for each dtype of the table."""
 
