@@ -75,6 +75,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], in eager mode, while tracing and under transforms."""
     mask = inputs.attn_mask
+    if q.shape[1] == 0:  # no heads
+        nothing: tuple[Tensor, Tensor] = _of_attention(args, seed, inputs)(q, k, v, mask)
+        return nothing
     if transformed():
         out, lse, _ = _Attention.apply(args, seed, *inputs[1:], q, k, v, mask)
         return out, lse
@@ -89,6 +92,9 @@ def attend(
 
 def weights_of(q: Tensor, k: Tensor, inputs: Inputs, args: AttentionArgs, seed: Tensor | None, lse: Tensor) -> Tensor:
     """Attention weights [B, Hq, Tq, Tk] after dropout."""
+    if q.shape[1] == 0:
+        nothing: Tensor = _of_weights(args, seed, inputs)(q, k, inputs.attn_mask, lse)
+        return nothing
     if transformed():
         return _Weights.apply(args, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
     return ops.weights(q, k, *inputs, *args, seed, lse)

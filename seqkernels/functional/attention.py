@@ -63,16 +63,17 @@ def scaled_dot_product_attention(
             [B, Tq, D], or further leading dimensions, which broadcast, or a jagged nested tensor [B, Hq, j, D] or
             [B, j, D].
         key: [B, Hk, Tk, D], value: [B, Hk, Tk, Dv], or the corresponding forms. Hk is Hq or 1; with enable_gqa, a
-            divisor of Hq.
-        attn_mask: bool (True: attend) or of query's dtype (added to the scores; gradient: yes), of at least 2
-            dimensions, broadcast to [B, Hq, Tq, Tk].
+            divisor of Hq, and the number of value heads may be another divisor.
+        attn_mask: bool (True: attend), or float32 or of query's dtype (added to the scores; gradient: yes), of at least
+            2 dimensions, broadcast to [B, Hq, Tq, Tk]. It is not rounded to query's dtype.
         dropout_p: probability of dropping a weight; the other weights are divided by 1 - dropout_p.
         is_causal: whether a query attends to keys up to its own position only; can be combined with attn_mask.
         scale: factor of the scores; 1 / sqrt(D) if None.
         enable_gqa: whether query head h reads key and value head h // (Hq / Hk).
         lengths: [B] number of keys of each sequence, or a pair (queries, keys), either of which may be None. int32 or
             int64 on query's device, or a sequence of int. Padding is not read, and its output is 0.
-        causal_alignment: upper_left: query i has position i; lower_right: i + keys - queries of its sequence.
+        causal_alignment: upper_left: query i has position i; lower_right: i + keys - queries of its sequence. Without
+            is_causal, window and alibi_slopes it has no effect.
         window: (left, right) or one number: a query at position p attends to keys p - left to p + right; -1: unbounded.
         softcap: replaces scores by softcap * tanh(score / softcap) before masks are added; 0: disabled.
         alibi_slopes: float32 [Hq] or [B, Hq]; adds -slope * |position - j| to the scores. Gradient: no.
@@ -116,7 +117,12 @@ def scaled_dot_product_attention(
             attn_mask, causal_alignment = bias._materialize(query.device), "upper_left"
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check_tensors(caller, query, key, value)
-    args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p)
+    dtype = query.dtype
+    wide = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32 and dtype.itemsize == 2
+    if wide and backend != "torch":
+        # The kernels have one dtype. Half types compute in float32, so that the wider inputs give the same result.
+        query, key, value = query.float(), key.float(), value.float()
+    args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p, alibi_slopes)
 
     lead, q, k, v = _four_dimensions(caller, query, key, value, enable_gqa)
     B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
@@ -135,6 +141,8 @@ def scaled_dot_product_attention(
         weights = weights_of(q, k, inputs, args, seed, lse) if return_weights else None
     except RuntimeError as error:
         raise of_op(caller, error) from None
+    if wide:
+        out, weights = out.to(dtype), None if weights is None else weights.to(dtype)
     results = [_restored(out, lead, q)]
     if return_lse:
         results.append(_restored(lse, lead, q))
@@ -210,7 +218,9 @@ def varlen_attention(
         max_k = max_q
     else:
         max_k = _longest(caller, "max_seqlen_k", max_seqlen_k, cu_seqlens_k, key.shape[0])
-    args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p, max_q, max_k)
+    args = _args(
+        caller, query, scale, is_causal, causal_alignment, window, softcap, dropout_p, alibi_slopes, max_q, max_k
+    )
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     q, k, v = _heads(caller, q, k, v, enable_gqa)
     slopes = _slopes(caller, alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
@@ -254,6 +264,7 @@ def _args(
     window: int | tuple[int, int] | None,
     softcap: float,
     dropout_p: float,
+    alibi_slopes: Any = None,
     max_q: Any = 0,
     max_k: Any = 0,
 ) -> AttentionArgs:
@@ -267,10 +278,12 @@ def _args(
     if scale is None:
         D = query.shape[-1]
         scale = 1 / math.sqrt(D) if D > 0 else 1.0
-    causal = ALIGNMENTS[causal_alignment] if is_causal or causal_alignment != "upper_left" else 0
-    if causal and not is_causal:
-        raise ValueError(
-            f"{caller}: causal_alignment must be upper_left where is_causal is False, got {causal_alignment}"
+    causal = ALIGNMENTS[causal_alignment] if is_causal else 0
+    positions = left >= 0 or right >= 0 or alibi_slopes is not None
+    if not is_causal and positions and causal_alignment != "upper_left":
+        raise NotImplementedError(
+            f"{caller}: causal_alignment must be upper_left with window or alibi_slopes where is_causal is False, got "
+            f"{causal_alignment}; use a mask instead"
         )
     return AttentionArgs(max_q, max_k, float(scale), causal, left, right, float(softcap), float(dropout_p))
 
@@ -351,8 +364,16 @@ def _heads(caller: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tu
             k, Hk = k.expand(-1, Hv, -1, -1), Hv
         elif Hv == 1:
             v = v.expand(-1, Hk, -1, -1)
-        else:
+        elif not enable_gqa:
             raise ValueRuntimeError(f"{caller}: value must have as many heads as key, {Hk}, got {Hv}")
+        elif Hk == 0 or Hv == 0 or Hq % Hk or Hq % Hv:
+            raise ValueRuntimeError(
+                f"{caller}: query's heads must be a multiple of key's and value's with enable_gqa, got {Hq}, {Hk} and "
+                f"{Hv}"
+            )
+        else:  # the least number of heads that both can be repeated to
+            both = math.lcm(Hk, Hv)
+            k, v, Hk = k.repeat_interleave(both // Hk, 1), v.repeat_interleave(both // Hv, 1), both
     if Hq == Hk or Hk == 1:
         return q, k, v
     if Hq == 1:
@@ -361,7 +382,7 @@ def _heads(caller: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tu
         raise ValueRuntimeError(
             f"{caller}: key must have as many heads as query, {Hq}, or enable_gqa must be set, got {Hk}"
         )
-    if Hq % Hk:
+    if Hk == 0 or Hq % Hk:
         raise ValueRuntimeError(
             f"{caller}: query's heads must be a multiple of key's with enable_gqa, got {Hq} and {Hk}"
         )
@@ -385,8 +406,11 @@ def _mask(
         raise TypeError(f"{caller}: attn_mask must be a tensor, got {describe(mask)}")
     if mask.dtype == torch.float32 and query.dtype == torch.float64:  # as torch
         mask = mask.to(query.dtype)
-    if mask.dtype not in (torch.bool, query.dtype):
-        raise TypeRuntimeError(f"{caller}: attn_mask must be bool or of query's dtype {query.dtype}, got {mask.dtype}")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        also = "float32 or " if query.dtype != torch.float32 else ""
+        raise TypeRuntimeError(
+            f"{caller}: attn_mask must be bool or {also}of query's dtype {query.dtype}, got {mask.dtype}"
+        )
     if mask.device != query.device:
         raise ValueRuntimeError(f"{caller}: attn_mask must be on query's device {query.device}, got {mask.device}")
     headless = bool(lead) and lead[-1] is None

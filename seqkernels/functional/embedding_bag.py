@@ -33,6 +33,7 @@ from seqkernels import backend as backends
 from seqkernels.functional import _embedding_bag_ops as O
 from seqkernels.functional import _embedding_bag_sharded as sharded
 from seqkernels.functional._checks import (
+    IndexRuntimeError,
     TypeRuntimeError,
     ValueAssertionError,
     ValueRuntimeError,
@@ -67,7 +68,7 @@ def embedding_bag(
 
     Args:
         input: [N] int32 or int64, each in [0, E), with offsets; or [B, L] for bags of L indices; or a jagged nested
-            tensor of B bags.
+            tensor of B bags. int8, int16 and uint8 indices and offsets are converted to int64.
         weight: [E, D] float32, float64, bfloat16 or float16, with any strides; gradient: yes.
         offsets: [B] int32 or int64, start of each bag: begins with 0, non-decreasing, at most N. [B + 1] with
             include_last_offset.
@@ -112,8 +113,10 @@ def embedding_bag(
             )
             return result
         except ERRORS as error:
-            check("embedding_bag", input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
-            raise of_op("embedding_bag", error) from None
+            if not (_narrow(input) or _narrow(offsets)):
+                tensors = input, weight, offsets, per_sample_weights
+                check("embedding_bag", *tensors, mode, padding_idx, weight_norm, max_norm)
+                raise of_op("embedding_bag", error) from None
     return bag(
         input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
         include_last_offset, padding_idx, weight_norm, backend=backend,
@@ -135,7 +138,8 @@ def embedding(
 
     Args:
         input: [*] int32 or int64 of any shape, each in [0, E); or a jagged nested tensor.
-        weight: [E, D] float32, float64, bfloat16 or float16, with any strides; gradient: yes.
+        weight: [E, D] float32, float64, bfloat16 or float16, with any strides; gradient: yes. Tables of other dtypes
+            (integers, bool, complex) are copied by torch, without gradient and max_norm.
         padding_idx: row without a gradient; may be negative.
         max_norm, norm_type, scale_grad_by_freq, sparse, backend: as in embedding_bag.
     Returns:
@@ -238,6 +242,7 @@ def embedding_bag_bytes(
         input, offsets, per_sample_weights = of_nested("embedding_bag_bytes", input, offsets, per_sample_weights)
         include_last_offset = True
     last = include_last_offset and offsets is not None
+    input, offsets = _widened(input), _widened(offsets)
     try:
         padding = NO_PADDING if padding_idx is None else row_of(padding_idx, packed)
         if per_sample_weights is not None:
@@ -296,6 +301,7 @@ def bag(
     if isinstance(input, Tensor) and input.is_nested:
         input, offsets, per_sample_weights = of_nested(caller, input, offsets, per_sample_weights)
         include_last_offset = True
+    input, offsets = _widened(input), _widened(offsets)
     check(caller, input, weight, offsets, per_sample_weights, mode, padding_idx, weight_norm, max_norm)
     padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
     last = include_last_offset and offsets is not None
@@ -406,8 +412,34 @@ def rows(
             found = ops.embedding_bag(weight, each, None, None, 0)
         return found if len(shape) == 1 else found.reshape(*shape, found.shape[1])
     except ERRORS as error:
+        if isinstance(weight, Tensor) and weight.dtype not in backends.DTYPES and backend is None and step is None:
+            return _copied_rows(caller, input, weight, padding_idx, max_norm)
         check_rows(caller, input, weight, padding_idx, max_norm)
         raise of_op(caller, error) from None
+
+
+def _copied_rows(caller: str, input: Tensor, weight: Tensor, padding_idx: int | None, max_norm: float | None) -> Tensor:
+    """embedding of a table of integers, bool, complex or 8-bit numbers: a copy by torch, without gradient."""
+    if _recording() and weight.requires_grad:
+        raise TypeRuntimeError(
+            f"{caller}: weight must be float32, float64, bfloat16 or float16 if it requires a gradient, got "
+            f"{weight.dtype}"
+        )
+    if max_norm is not None:
+        raise TypeRuntimeError(
+            f"{caller}: weight must be float32, float64, bfloat16 or float16 with max_norm, got {weight.dtype}"
+        )
+    check_integers(caller, "input", input)
+    check_shape(caller, weight)
+    check_devices(caller, weight, input=input)
+    check_rest(caller, weight, padding_idx, max_norm)
+    try:
+        return torch.nn.functional.embedding(input, weight)
+    except (IndexError, RuntimeError) as error:
+        if not isinstance(error, IndexError) and "out of range" not in str(error):
+            raise
+        E = weight.shape[0]
+        raise IndexRuntimeError(f"{caller}: input must hold indices in [0, E) = [0, {E})") from None
 
 
 def bags(
@@ -424,6 +456,7 @@ def bags(
 ) -> Tensor:
     """embedding_bags. step: as in `bag`."""
     counts = tuple(features) if features is not None else (1,) * len(weights)
+    input, offsets = _widened(input), _widened(offsets)
     if weights and _prefers_triton(weights[0], None):
         _require("embedding_bags", weights[0], None, SEVERAL)
     try:
@@ -587,12 +620,28 @@ def check_integers(caller: str, name: str, t: Any) -> None:
         raise TypeRuntimeError(f"{caller}: {name} must be int64 or int32, got {t.dtype}{hint}")
 
 
+_NARROW = (torch.int16, torch.int8, torch.uint8)
+
+
+def _narrow(t: Any) -> bool:
+    """Whether a tensor has an integer dtype that torch's embedding_bag supports and the ops do not."""
+    return isinstance(t, Tensor) and t.dtype in _NARROW
+
+
+def _widened(t: Any) -> Any:
+    return t.to(torch.int64) if _narrow(t) else t
+
+
 def check_table(caller: str, table: Any, name: str = "weight") -> None:
     if not isinstance(table, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {describe(table)}")
     if table.layout != torch.strided:
         raise TypeError(f"{caller}: {name} must be dense, got layout {table.layout}")
     backends.require(caller, backends.EMBEDDING_BAG, table, "a table")
+    check_shape(caller, table, name)
+
+
+def check_shape(caller: str, table: Tensor, name: str = "weight") -> None:
     if table.dim() != 2:
         raise ValueRuntimeError(f"{caller}: {name} must have shape [E, D], got {list(table.shape)}")
 

@@ -674,8 +674,12 @@ def check(
     lengths: Lengths,
     states: int,
     directions: int,
+    empty: bool = False,
 ) -> None:
-    """Checks the arguments of the public functions. The ops also check all that could access memory out of bounds."""
+    """Checks the arguments of the public functions. The ops also check all that could access memory out of bounds.
+
+    empty: whether H may be 0.
+    """
     for w in weights:
         if not isinstance(w, Tensor):
             raise TypeError(f"{caller}: weights must be tensors, got {describe(w)}")
@@ -684,7 +688,7 @@ def check(
     if x.dim() != (2 if packed else 3):
         wanted = "[N, D] with batch_sizes" if packed else "[T, B, D] (or [B, T, D] with batch_first)"
         raise ValueError(f"{caller}: input must have shape {wanted}, got {list(x.shape)}")
-    P, H = _check_weights(caller, kind, options, table, x.shape[-1], weights, directions)
+    P, H = _check_weights(caller, kind, options, table, x.shape[-1], weights, directions, empty)
     for state, given in zip(kind.states, hx or ()):
         name, letter = f"{state}0", size_of_state(state)
         width = {"P": P, "H": H}[letter]
@@ -708,12 +712,19 @@ def check_like(caller: str, name: str, t: Tensor, x: Tensor) -> None:
 
 
 def _check_weights(
-    caller: str, kind: Kind, options: Options, table: list[Weight], D: int, weights: list[Tensor], directions: int
+    caller: str,
+    kind: Kind,
+    options: Options,
+    table: list[Weight],
+    D: int,
+    weights: list[Tensor],
+    directions: int,
+    empty: bool,
 ) -> tuple[int, int]:
     """Checks the weights and returns P and H."""
     w_hh, gates = weights[1], len(kind.gates)
     projected = "weight_hr" in (w.name for w in table)
-    if w_hh.dim() != 2 or w_hh.shape[0] % gates or 0 in w_hh.shape:
+    if w_hh.dim() != 2 or w_hh.shape[0] % gates or (0 in w_hh.shape and not empty):
         raise ValueRuntimeError(f"{caller}: weight_hh must have shape {table[1]}, got {list(w_hh.shape)}")
     H = w_hh.shape[0] // gates
     P = w_hh.shape[1] if projected else H

@@ -27,6 +27,7 @@ from seqkernels.functional._recurrent_extras import Extras, extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
 from seqkernels.functional._recurrent_ops import Call, layer
 from seqkernels.functional._recurrent_options import Options
+from seqkernels.reference import recurrent as reference
 
 States = tuple[Tensor | None, ...]
 Weights = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh
@@ -162,6 +163,8 @@ def step(caller: str, cell: Cell, input: Tensor, states0: States, weights: Weigh
         return cell.infer(input, *states0, *weights)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         check(caller, cell.kind, input, states0, weights, weights[2] is not None)
+        if _without_units(weights):
+            return as_layer(caller, cell.kind, input, states0, weights, weights[2] is not None)
         raise of_op(caller, error) from None
 
 
@@ -193,10 +196,20 @@ def as_layer(
     if not (options.plain and bias):
         x, extras = extras_of(kind, options, training, x, given, bias, projected=False)
     try:
-        states = layer(kind, x, before, given, None, None, False, extras)[1:]
+        if _without_units(weights):  # cells of torch support a hidden size of 0, layers do not
+            fixed = None, None, False
+            states = reference.layer(kind.name, x, before, given, *fixed, **(extras or Extras(bias))._asdict())[1:]
+            states = states[: len(kind.states)]
+        else:
+            states = layer(kind, x, before, given, None, None, False, extras)[1:]
     except RuntimeError as error:
         raise of_op(caller, error) from None
     return _lower(states[0], input.dim()) if len(states) == 1 else tuple(_lower(s, input.dim()) for s in states)
+
+
+def _without_units(weights: Weights) -> bool:
+    """Whether the hidden size is 0."""
+    return weights[1] is not None and weights[1].shape == (0, 0)
 
 
 def _autocast(input: Tensor, states0: States, weights: Weights) -> tuple[Tensor, States, Weights]:
@@ -264,7 +277,7 @@ def check(
         if H and state.shape[-1] != H:
             raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}")
     before = tuple(_lift(s, input.dim()) for s in given)
-    F.check(caller, kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1)
+    F.check(caller, kind, options, table, _lift(input, input.dim()), present, before, None, None, 1, 1, empty=True)
     return kind
 
 

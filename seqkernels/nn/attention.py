@@ -261,8 +261,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Inputs that are the same tensor share one matrix product.
         """
         E, H = self.embed_dim, self.num_heads
-        bias = self.in_proj_bias
+        bias: Tensor | None = self.in_proj_bias
         weight: Tensor | None = self.in_proj_weight
+        if bias is not None:
+            bias = bias.to(query.dtype)  # no effect, unless the bias has a dtype of its own
         if weight is not None and query is key and key is value:
             return F.linear(query, weight, bias).unflatten(-1, (3, H, E // H)).unbind(-3)
         of = (None,) * 3 if bias is None else bias.chunk(3)
@@ -400,6 +402,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise ValueAssertionError(f"{caller}: query must have {wanted}, got {list(query.shape)}")
         if (key is None) != (value is None):
             raise ValueError(f"{caller}: key and value must both be None, or neither")
+        separate = not self._qkv_same_embed_dim
         given = [("query", query, self.embed_dim)]
         if key is not None and value is not None:
             given += [("key", key, self.kdim), ("value", value, self.vdim)]
@@ -409,7 +412,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                     f"{caller}: {name} must have as many dimensions as query, {dims}, got {list(t.shape)}"
                 )
             if t.shape[-1] != size:
-                error = ValueAssertionError if name == "query" else ValueRuntimeError  # the types of torch
+                equal = key is None or value is None or key.shape == value.shape
+                error = ValueRuntimeError if name != "query" and equal and not separate else ValueAssertionError
                 raise error(f"{caller}: {name} must have {size} columns, got {t.shape[-1]}")
         if key is None or value is None:
             return
@@ -459,16 +463,21 @@ def _merged(
     mask = lengths = None
     if attn_mask is not None:
         _check_mask(caller, "attn_mask", attn_mask, ([T, S], [B * H, T, S]))
-        mask = attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
+        mask = attn_mask.logical_not() if attn_mask.dtype == torch.bool else _unrounded(attn_mask, dtype)
         mask = mask.view(1, 1, T, S) if mask.dim() == 2 else mask.view(B, H, T, S)
     if padding is not None:
         _check_mask(caller, "key_padding_mask", padding, ([B, S] if dims == 3 else [S],))
-        seen = padding.logical_not() if padding.dtype == torch.bool else padding.to(dtype)
+        seen = padding.logical_not() if padding.dtype == torch.bool else _unrounded(padding, dtype)
         seen = seen.view(B, S)
         lengths = _lengths_of(seen) if as_lengths else None
         if lengths is None:
             mask = _both(mask, seen.view(B, 1, 1, S), dtype)
     return mask, lengths
+
+
+def _unrounded(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask in a dtype that scaled_dot_product_attention supports beside a query of `dtype`."""
+    return mask.to(dtype if mask.dtype == dtype or dtype.itemsize > 2 else torch.float32)
 
 
 def _lengths_of(seen: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ class _Table(Module):
     embedding_dim: int
     padding_idx: int | None
     weight: Tensor
-    fused_optimizer: FusedOptimizer | None
+    fused_optimizer: FusedOptimizer | None = None  # also of pickles of torch's modules, for which ours stand in
     fused_state: FusedState
     max_norm: float | None = None
     sparse = False
@@ -54,6 +54,11 @@ class _Table(Module):
         if name == "weight" and is_sharded(self._parameters.get("weight")):
             self._gathered = True
         super().__setattr__(name, value)
+
+    @property
+    def _caller(self) -> str:
+        """Name of the module in error messages."""
+        return type(self).__name__
 
     def _make(
         self,
@@ -65,10 +70,8 @@ class _Table(Module):
         device: Any,
         dtype: Any,
     ) -> None:
-        caller, E, D = type(self).__name__, self.num_embeddings, self.embedding_dim
-        for name, size in (("num_embeddings", E), ("embedding_dim", D)):
-            if size < 0:
-                raise ValueRuntimeError(f"{caller}: {name} must be at least 0, got {size}")
+        caller, E, D = self._caller, self.num_embeddings, self.embedding_dim
+        _check_sizes(caller, E, D)
         if padding_idx is not None:
             if not -E <= padding_idx < E:
                 raise ValueAssertionError(
@@ -137,8 +140,7 @@ class _Table(Module):
             return None
         if not table.is_leaf:
             raise ValueError(
-                f"{type(self).__name__}: weight must be a leaf parameter with fused_optimizer, got the result of an "
-                "operation"
+                f"{self._caller}: weight must be a leaf parameter with fused_optimizer, got the result of an operation"
             )
         check_data_parallel(type(self).__name__, table)
         state = self.fused_state
@@ -148,6 +150,12 @@ class _Table(Module):
             step_one(optimizer, state, tables[0], *rest)
 
         return step
+
+
+def _check_sizes(caller: str, num_embeddings: int, embedding_dim: int, least: int = 0) -> None:
+    for name, size, at_least in (("num_embeddings", num_embeddings, 0), ("embedding_dim", embedding_dim, least)):
+        if size < at_least:
+            raise ValueRuntimeError(f"{caller}: {name} must be at least {at_least}, got {size}")
 
 
 class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
@@ -174,6 +182,7 @@ class EmbeddingBag(_Table, torch.nn.EmbeddingBag):
         *("num_embeddings", "embedding_dim", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
         *("include_last_offset", "padding_idx", "weight_norm"),
     ]
+    weight_norm: str = "count"
 
     def __init__(
         self,
@@ -517,6 +526,10 @@ class _TableOfCollection(_Table):
         self.features = config.features
         self._make(None, None, False, fused_optimizer, False, device, dtype)
 
+    @property
+    def _caller(self) -> str:
+        return "EmbeddingBagCollection"
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, features={', '.join(self.features)}"
 
@@ -579,6 +592,7 @@ class QuantizedEmbeddingBag(Module):
     ) -> None:
         super().__init__()
         check_options(type(self).__name__, mode, weight_norm)
+        _check_sizes(type(self).__name__, num_embeddings, embedding_dim, 1)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.mode = mode

@@ -62,6 +62,12 @@ class _Recurrent(RNNBase):
         self._make_parameters()
         self.reset_parameters()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "options" not in state:  # a pickle of torch's module, for which this class stands in
+            self.options = self._family.plain
+            self._kind = self._family.kind_of(self.options, self.proj_size > 0)
+
     # ---- parameters
 
     def _table(self) -> list[list[tuple[str, Weight]]]:

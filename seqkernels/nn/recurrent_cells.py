@@ -57,6 +57,11 @@ class _Cell(RNNCellBase):
                 setattr(self, weight.name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "options" not in state:  # a pickle of torch's module, for which this class stands in
+            self.options, self._plain = self._family.plain, True
+
     @property
     def _kind(self) -> Kind:
         return self._family.kind_of(self.options)
