@@ -1,5 +1,6 @@
 """Operators as functions."""
 
+from seqkernels.functional import _flops  # noqa: F401  (registers the formulas of FlopCounterMode)
 from seqkernels.functional.attention import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional.embedding_bag import (
     embedding,
