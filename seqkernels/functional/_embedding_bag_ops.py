@@ -25,6 +25,7 @@ from seqkernels.functional._autograd import (
     vmap_rule,
 )
 from seqkernels.functional._checks import ValueRuntimeError
+from seqkernels.functional._values import in_jit_trace
 from seqkernels.reference.embedding_bag import bags_of
 from seqkernels.reference.embedding_bag import embedding as embedding_definition
 from seqkernels.reference.embedding_bag import embedding_bag as embedding_bag_definition
@@ -160,11 +161,14 @@ def lookup(
             raise RuntimeError("embedding_bag: fused_optimizer excludes torch.func and forward-mode AD")
         result: Tensor = _Transformed.apply(args, indices, offsets, weights, *tables)[0]
         return result
-    if not recorded(tables, weights):
+    in_trace = in_jit_trace()  # which has one graph, with gradients enabled and without; those of tables are dense
+    if in_trace and step is not None:
+        raise NotImplementedError("embedding_bag: fused_optimizer requires torch.no_grad() in torch.jit.trace")
+    if not (recorded(tables, weights) or (in_trace and any(t.requires_grad for t in tables))):
         return _infer(tables, Bags(indices, offsets, weights, *args[:4]), args)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not in_trace:
         return record(args, step, indices, offsets, weights, *tables)
-    if args.sparse or step is not None:  # without fullgraph=True, torch.compile falls back to eager mode
+    if (args.sparse and not in_trace) or step is not None:  # without fullgraph=True, torch.compile uses eager mode
         what = "a sparse gradient" if step is None else "fused_optimizer"
         raise NotImplementedError(f"embedding_bag: {what} cannot be traced by torch.compile or torch.export")
     bags = Bags(indices, offsets, weights, *args[:4])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqkernels.functional._autograd import op
 from seqkernels.functional._recurrent_kinds import Kind
 from seqkernels.functional._recurrent_options import Options
 
@@ -85,8 +86,37 @@ def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
     """B of a time-major or packed input. Use one call only: torch.compile treats two results as different sizes."""
     if batch_sizes is None or not batch_sizes.shape[0]:
         return x.shape[1] if batch_sizes is None else 0
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        size: int = _sequences(batch_sizes).shape[0]  # at item(), the graph would break without fullgraph=True
+        return size
     B: Any = batch_sizes[0].item()  # int() is not traceable
     return B
+
+
+def new_size() -> Any:
+    """A size that is unknown while tracing, for fake implementations.
+
+    The method of torch.library raises in torch.compile without fullgraph=True, and each layer would break the graph.
+    """
+    context = torch.library.get_ctx()
+    if context._shape_env is None:
+        return context.new_dynamic_size()
+    from torch._library.fake_impl import allocate_size
+
+    return allocate_size(context._shape_env)
+
+
+_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library.define("packed_sequences(Tensor batch_sizes) -> Tensor")  # [B], without values
+_library.impl(
+    "packed_sequences",
+    lambda batch_sizes: batch_sizes.new_empty(int(batch_sizes[0]), dtype=torch.uint8),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake("seqkernels::packed_sequences")(
+    lambda batch_sizes: batch_sizes.new_empty(new_size(), dtype=torch.uint8)
+)
+_sequences = op("packed_sequences")
 
 
 def sequences_of(x: Tensor, hx: Sequence[Tensor] | None, batch_sizes: Tensor) -> tuple[int, Tensor]:

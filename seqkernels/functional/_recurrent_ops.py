@@ -30,7 +30,7 @@ from seqkernels.functional._autograd import (
     vmap_rule,
 )
 from seqkernels.functional._checks import ValueRuntimeError
-from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
+from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras, new_size
 from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
 from seqkernels.functional._values import in_jit_trace
 from seqkernels.reference import recurrent as reference
@@ -255,7 +255,7 @@ def _register(kind: Kind, namespace: str) -> None:
         elif given or variational is not None:
             B = (*given, variational)[0].shape[1]
         else:
-            B = torch.library.get_ctx().new_dynamic_size()  # batch_sizes[0], a value that is unknown while tracing
+            B = new_size()  # batch_sizes[0], a value that is unknown while tracing
         directions, H, P = 2 if bidirectional else 1, _hidden(weights), weights[1].shape[1] * heads
         y = x.new_empty(*x.shape[:-1], directions * P)
         sizes = {"P": P, "H": H}

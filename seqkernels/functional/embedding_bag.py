@@ -261,12 +261,12 @@ def embedding_bag_bytes(
 SEVERAL = "a lookup in several tables"  # an option that Triton does not support
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
-_transforms = torch._C._are_functorch_transforms_active
+_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 def _special() -> bool:
-    """Whether torch.compile is tracing or a transform is active, which excludes the direct call of the op."""
-    return _compiling() or _transforms() or forward_ad._current_level >= 0
+    """Whether a call is traced or a transform is active, which excludes the direct call of the op."""
+    return _compiling() or _transforms() or _tracing() is not None or forward_ad._current_level >= 0
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:

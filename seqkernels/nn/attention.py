@@ -28,7 +28,7 @@ from seqkernels.functional._checks import TypeAssertionError, ValueAssertionErro
 from seqkernels.functional._nested import jagged_like
 from seqkernels.functional._values import in_jit_trace, may_read_values
 from seqkernels.functional.attention import is_causal_bias
-from seqkernels.nn._symbolic import as_leaf
+from seqkernels.nn._symbolic import as_leaf, refuse_scripting
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 
@@ -154,6 +154,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html; Vaswani et al., "Attention
         is all you need", arXiv 1706.03762.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def new_cache(self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None) -> KeyValueCache:
         """Creates an empty cache for `capacity` steps; the default dtype is that of the parameters."""

@@ -24,7 +24,7 @@ from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError
 from seqkernels.functional._embedding_bag_sharded import is_sharded, rows_here
 from seqkernels.functional._values import may_read_values
 from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
-from seqkernels.nn._symbolic import as_leaf
+from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
 from seqkernels.nn.fused_optimizer import (
     FusedOptimizer,
     FusedState,
@@ -49,6 +49,8 @@ class _Table(Module):
     max_norm: float | None = None
     sparse = False
     _gathered = False  # whether fully_shard gathers the table for each call
+    __prepare_scriptable__ = refuse_scripting
+    qconfig = qconfig
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and is_sharded(self._parameters.get("weight")):
@@ -411,6 +413,8 @@ class EmbeddingBagCollection(Module):
     The parameters are embedding_bags.<name>.weight, as in torchrec.EmbeddingBagCollection.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
@@ -578,6 +582,7 @@ class QuantizedEmbeddingBag(Module):
     """
 
     packed: Tensor
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

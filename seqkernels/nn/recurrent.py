@@ -20,7 +20,7 @@ from seqkernels.functional._recurrent_extras import batch_of
 from seqkernels.functional._recurrent_kinds import Kind, Weight, size_of_state
 from seqkernels.functional._recurrent_options import Options, about, check_together, options_of, wrapped
 from seqkernels.functional._values import may_read_values
-from seqkernels.nn._symbolic import as_leaf
+from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None
@@ -34,6 +34,8 @@ class _Recurrent(RNNBase):
     _family: families.Family
     _kind: Kind
     options: Options
+    __prepare_scriptable__ = refuse_scripting
+    qconfig = qconfig
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from seqkernels.functional._recurrent_options import (
     options_of,
     wrapped,
 )
-from seqkernels.nn._symbolic import as_leaf
+from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
 
 Device = torch.device | str | int | None
 
@@ -34,6 +34,8 @@ class _Cell(RNNCellBase):
     _name: str  # name in error messages
     _family: families.Family
     options: Options
+    __prepare_scriptable__ = refuse_scripting
+    qconfig = qconfig
 
     def __init__(
         self,

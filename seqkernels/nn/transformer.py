@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from seqkernels.functional._values import tracing
-from seqkernels.nn._symbolic import as_leaf
+from seqkernels.nn._symbolic import as_leaf, refuse_scripting
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, of_nested
 
 __all__ = ["PositionalEncoding", "TransformerDecoderLayer", "TransformerEncoderLayer"]
@@ -94,6 +94,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html; Vaswani et al.,
         "Attention is all you need", arXiv 1706.03762; norm_first: Xiong et al., arXiv 2002.04745.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -204,6 +206,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerDecoderLayer.html; Vaswani et al.,
         "Attention is all you need", arXiv 1706.03762.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -352,6 +356,7 @@ class PositionalEncoding(torch.nn.Module):
     """
 
     table: Tensor
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
