@@ -29,6 +29,12 @@ from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, 
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._nested import jagged_like
+from seqkernels.functional._overrides import (
+    dispatches,
+    handle_torch_function,
+    has_torch_function_variadic,
+    refuse_nested,
+)
 from seqkernels.functional._values import in_jit_trace, may_read_values
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
@@ -96,6 +102,13 @@ def scaled_dot_product_attention(
         Dao et al., FlashAttention, arXiv 2205.14135 and 2307.08691; Press et al., ALiBi, arXiv 2108.12409.
     """
     caller = "scaled_dot_product_attention"
+    tensors = query, key, value, attn_mask
+    if has_torch_function_variadic(*tensors) and dispatches(*tensors):
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, scale, enable_gqa, lengths=lengths,
+            causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+            return_lse=return_lse, return_weights=return_weights, backend=backend,
+        )  # fmt: skip
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
@@ -189,6 +202,14 @@ def varlen_attention(
     Deterministic: yes; the same bits for any number of threads.
     """
     caller = "varlen_attention"
+    tensors = query, key, value, cu_seqlens_q
+    if has_torch_function_variadic(*tensors) and dispatches(*tensors):
+        return handle_torch_function(
+            varlen_attention, tensors, *tensors, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=dropout_p,
+            is_causal=is_causal, causal_alignment=causal_alignment, window=window, scale=scale, softcap=softcap,
+            alibi_slopes=alibi_slopes, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+    refuse_nested(caller, "use scaled_dot_product_attention instead", query=query, key=key, value=value)
     for name, t in (("query", query), ("key", key), ("value", value), ("cu_seqlens_q", cu_seqlens_q)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")

@@ -42,6 +42,13 @@ from seqkernels.functional._checks import (
 )
 from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, BagArgs, Step, lookup, record
 from seqkernels.functional._nested import jagged_like
+from seqkernels.functional._overrides import (
+    dispatches,
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_variadic,
+    refuse_nested,
+)
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
 
@@ -97,6 +104,12 @@ def embedding_bag(
     Deterministic: yes; the same bits for any number of threads.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding_bag.html
     """
+    if has_torch_function_variadic(input, weight, offsets, per_sample_weights) and dispatches(input, weight):
+        return handle_torch_function(
+            embedding_bag, (input, weight, offsets, per_sample_weights), input, weight, offsets, max_norm, norm_type,
+            scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx,
+            weight_norm=weight_norm, backend=backend,
+        )  # fmt: skip
     if backend is not None:
         _require("embedding_bag", weight, backend)
     if type(input) is Tensor and max_norm is None and not (_special() or _prefers_triton(weight, backend)):
@@ -149,6 +162,11 @@ def embedding(
     Deterministic: yes; the same bits for any number of threads.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding.html
     """
+    if has_torch_function_variadic(input, weight) and dispatches(input, weight):
+        return handle_torch_function(
+            embedding, (input, weight), input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            backend=backend,
+        )  # fmt: skip
     if backend is not None:
         _require("embedding", weight, backend)
     return rows(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, backend=backend)
@@ -181,6 +199,12 @@ def embedding_bags(
     Equivalent to: torch.cat of an embedding_bag of each feature.
     Deterministic: yes; the same bits for any number of threads, and as with one call per table.
     """
+    given = input, offsets, per_sample_weights, *(weights if isinstance(weights, (tuple, list)) else (weights,))
+    if has_torch_function(given) and dispatches(*given):
+        return handle_torch_function(
+            embedding_bags, given, input, weights, offsets, features, mode, per_sample_weights,
+            scale_grad_by_freq=scale_grad_by_freq, sparse=sparse, weight_norm=weight_norm, backend=backend,
+        )  # fmt: skip
     if backend is not None:
         for table in weights:
             _require("embedding_bags", table, backend, SEVERAL)
@@ -200,6 +224,8 @@ def quantize_rows(weight: Tensor, *, backend: str | None = None) -> Tensor:
     Deterministic: yes.
     """
     caller = "quantize_rows"
+    if has_torch_function_variadic(weight) and dispatches(weight):
+        return handle_torch_function(quantize_rows, (weight,), weight, backend=backend)
     check_table(caller, weight)
     if backend is not None or _prefers_triton(weight, None):
         _require(caller, weight, backend, caller)
@@ -236,6 +262,11 @@ def embedding_bag_bytes(
     Equivalent to: torch.ops.quantized.embedding_bag_byte_rowwise_offsets, extended to each mode.
     Deterministic: yes; the same bits for any number of threads.
     """
+    if has_torch_function_variadic(input, packed, offsets, per_sample_weights) and dispatches(input, packed):
+        return handle_torch_function(
+            embedding_bag_bytes, (input, packed, offsets, per_sample_weights), input, packed, offsets, mode,
+            per_sample_weights, include_last_offset, padding_idx, weight_norm=weight_norm, backend=backend,
+        )  # fmt: skip
     if backend is not None or _prefers_triton(packed, None):
         _require("embedding_bag_bytes", packed, backend, "a table of bytes", dtype=torch.float32)
     if isinstance(input, Tensor) and input.is_nested:
@@ -388,6 +419,8 @@ def rows(
     triton = _in_triton(caller, weight, backend, max_norm, step)
     try:
         if input.is_nested:
+            if input.layout != torch.jagged:
+                refuse_nested(caller, "use one of layout torch.jagged", input=input)
             values = input.values()
             found = rows(values, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, step, backend)
             return jagged_like(input, found)
@@ -487,7 +520,8 @@ def of_nested(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Indices [N], offsets [B + 1] and weights [N] of a jagged input."""
     if input.layout != torch.jagged or input.dim() != 2:
-        raise ValueError(f"{caller}: input must be a jagged nested tensor of 2 dimensions, got {describe(input)}")
+        what = describe(input) if input.layout == torch.jagged else f"one of layout {input.layout}"
+        raise ValueError(f"{caller}: input must be a jagged nested tensor of 2 dimensions, got {what}")
     if offsets is not None:
         raise ValueError(f"{caller}: offsets must be None where input is nested, got {describe(offsets)}")
     if weights is not None:
@@ -615,6 +649,7 @@ def check_bags(
 def check_integers(caller: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
+    refuse_nested(caller, "use a jagged tensor of embedding_bag, or its values() and offsets()", **{name: t})
     if t.dtype not in (torch.int64, torch.int32):
         hint = "; weight must be the second argument" if name == "input" and t.is_floating_point() else ""
         raise TypeRuntimeError(f"{caller}: {name} must be int64 or int32, got {t.dtype}{hint}")
@@ -635,6 +670,7 @@ def _widened(t: Any) -> Any:
 def check_table(caller: str, table: Any, name: str = "weight") -> None:
     if not isinstance(table, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {describe(table)}")
+    refuse_nested(caller, "use one table [E, D]", **{name: table})
     if table.layout != torch.strided:
         raise TypeError(f"{caller}: {name} must be dense, got layout {table.layout}")
     backends.require(caller, backends.EMBEDDING_BAG, table, "a table")

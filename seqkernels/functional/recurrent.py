@@ -13,6 +13,13 @@ from seqkernels import backend as backends
 from seqkernels.functional import _recurrent_kinds as families
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from seqkernels.functional._overrides import (
+    dispatches,
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_variadic,
+    refuse_nested,
+)
 from seqkernels.functional._recurrent_extras import extras_of, sequences_of
 from seqkernels.functional._recurrent_kinds import Family, Kind, Weight, size_of_state
 from seqkernels.functional._recurrent_ops import TRITON_KINDS, layer
@@ -515,6 +522,19 @@ def _run(
     given: Mapping[str, Any],
 ) -> Output:
     caller = family.name
+    overridden = has_torch_function_variadic(input, hx) or has_torch_function(_sequence(hx))
+    if overridden or has_torch_function(_sequence(weights)):
+        tensors = input, *_sequence(hx), *_sequence(weights)
+        overridden = dispatches(*tensors)
+    if overridden:
+        public = globals()[caller]
+        result: Output = handle_torch_function(
+            public, tensors, input, hx, weights, batch_sizes=batch_sizes, lengths=lengths, num_layers=num_layers,
+            bidirectional=bidirectional, batch_first=batch_first, dropout=dropout, training=training, reset=reset,
+            backend=backend, **given,
+        )  # fmt: skip
+        return result
+    refuse_nested(caller, "use lengths, or the values() and batch_sizes", input=input)
     if not isinstance(input, Tensor):
         raise TypeError(f"{caller}: input must be a tensor, got {type(input).__name__}")
     if not 0.0 <= dropout <= 1.0:
@@ -543,6 +563,10 @@ def _run(
         y, every = y.transpose(0, 1), tuple(tuple(s.transpose(0, 1) for s in of_layer) for of_layer in every)
     last = states if len(states) > 1 else states[0]
     return (y, last, every) if options.return_all_states else (y, last)
+
+
+def _sequence(values: Any) -> Any:
+    return values if isinstance(values, (tuple, list)) else (values,)
 
 
 def chosen(caller: str, kind: Kind, x: Tensor, num_heads: int, projected: bool, backend: str | None = None) -> Kind:

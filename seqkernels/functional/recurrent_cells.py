@@ -23,6 +23,12 @@ from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from seqkernels.functional._overrides import (
+    dispatches,
+    handle_torch_function,
+    has_torch_function_variadic,
+    refuse_nested,
+)
 from seqkernels.functional._recurrent_extras import Extras, extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
 from seqkernels.functional._recurrent_ops import Call, layer
@@ -75,6 +81,8 @@ def lstm_cell(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh) and dispatches(input, w_ih):
+        return _overridden(lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh, backend)
     states0 = (None, None) if hx is None else states_of("lstm_cell", LSTM.kind, hx)
     result: tuple[Tensor, Tensor] = step("lstm_cell", LSTM, input, states0, (w_ih, w_hh, b_ih, b_hh), backend)
     return result
@@ -90,6 +98,8 @@ def gru_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh) and dispatches(input, w_ih):
+        return _overridden(gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh, backend)
     result: Tensor = step("gru_cell", GRU, input, (hx,), (w_ih, w_hh, b_ih, b_hh), backend)
     return result
 
@@ -104,6 +114,8 @@ def rnn_tanh_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh) and dispatches(input, w_ih):
+        return _overridden(rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh, backend)
     result: Tensor = step("rnn_tanh_cell", RNN_TANH, input, (hx,), (w_ih, w_hh, b_ih, b_hh), backend)
     return result
 
@@ -118,8 +130,18 @@ def rnn_relu_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh) and dispatches(input, w_ih):
+        return _overridden(rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh, backend)
     result: Tensor = step("rnn_relu_cell", RNN_RELU, input, (hx,), (w_ih, w_hh, b_ih, b_hh), backend)
     return result
+
+
+def _overridden(
+    function: Callable[..., Any], input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, backend: str | None
+) -> Any:
+    """Dispatches a public function to the __torch_function__ of its arguments."""
+    arguments = input, hx, w_ih, w_hh, b_ih, b_hh
+    return handle_torch_function(function, (input, w_ih, w_hh, b_ih, b_hh), *arguments, backend=backend)
 
 
 def states_of(caller: str, kind: Kind, hx: Any) -> tuple[Tensor, ...]:
@@ -247,6 +269,7 @@ def check(
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{caller}: input must be a tensor, got {describe(input)}")
+    refuse_nested(caller, "use the values() of one step", input=input)
     kind = F.chosen(caller, kind, input, options.num_heads, False, backend)
     if input.dim() not in (1, 2):
         raise ValueError(f"{caller}: Expected input to be 1D or 2D, got {input.dim()}D instead")

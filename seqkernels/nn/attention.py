@@ -431,6 +431,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
 
 
+def check_tensor(caller: str, name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(t).__name__}")
+
+
 # ---- masks
 
 

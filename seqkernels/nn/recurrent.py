@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from seqkernels.functional import _recurrent_kinds as families
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._checks import ValueRuntimeError, describe
+from seqkernels.functional._overrides import refuse_nested
 from seqkernels.functional._recurrent_extras import batch_of
 from seqkernels.functional._recurrent_kinds import Kind, Weight, size_of_state
 from seqkernels.functional._recurrent_options import Options, about, check_together, options_of, wrapped
@@ -146,6 +147,8 @@ class _Recurrent(RNNBase):
             return self._run_packed(input, hx, reset)
         if not isinstance(input, Tensor):
             raise TypeError(f"{self._name}: input must be a tensor or PackedSequence, got {type(input).__name__}")
+        if input.is_nested:
+            refuse_nested(self._name, "use lengths or a PackedSequence", input=input)
         if input.dim() not in (2, 3):
             what = "D tensor" if self._name == "RNN" else "D"  # text of torch
             raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}{what} instead")

@@ -20,7 +20,7 @@ from torch.fx import Proxy
 
 from seqkernels.functional._values import tracing
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
-from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, of_nested
+from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, check_tensor, of_nested
 
 __all__ = ["PositionalEncoding", "TransformerDecoderLayer", "TransformerEncoderLayer"]
 
@@ -140,6 +140,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             )  # fmt: skip
             return as_leaf(self, arguments)
         caller = "TransformerEncoderLayer"
+        check_tensor(caller, "src", src)
         restore = None
         extended = _is_extended(self.self_attn, self._sa_block, TransformerEncoderLayer._sa_block)
         if src.is_nested:
@@ -269,6 +270,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 max_seqlen=max_seqlen, memory_max_seqlen=memory_max_seqlen, cache=cache,
             )  # fmt: skip
             return as_leaf(self, arguments)
+        check_tensor(caller, "tgt", tgt)
         restore = None
         if tgt.is_nested:
             if cu_seqlens is not None or memory_cu_seqlens is not None or memory is None or not memory.is_nested:
@@ -409,6 +411,12 @@ class PositionalEncoding(torch.nn.Module):
         caller = "PositionalEncoding"
         if type(x) is not Tensor and isinstance(x, Proxy):
             return as_leaf(self, dict(x=x, offsets=offsets, cu_seqlens=cu_seqlens))
+        check_tensor(caller, "x", x)
+        if x.is_nested:
+            if cu_seqlens is not None:
+                raise ValueError(f"{caller}: cu_seqlens must be None if x is nested")
+            rows, starts, _, restore = of_nested(caller, "x", x)
+            return restore(self.forward(rows, offsets, starts))
         if not tracing():
             self._compute_where_new(x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.d_model:
