@@ -38,6 +38,17 @@ def transformed() -> bool:
     )
 
 
+def unchanged(output: Tensor) -> Tensor:
+    """An output to save for backward, whose values in-place operations of the user do not change.
+
+    On a CPU, where torch's layers support such operations, the result shares the memory of the output until one of them
+    is written (copy on write). Reading through a pointer, as Triton does, would also copy.
+    """
+    if type(output) is Tensor and output.is_cpu:
+        return torch._lazy_clone(output)
+    return output
+
+
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 

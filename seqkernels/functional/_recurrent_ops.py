@@ -26,6 +26,7 @@ from seqkernels.functional._autograd import (
     jvp_by_definition,
     needs_definition,
     op,
+    unchanged,
     vjp_by_definition,
     vmap_rule,
 )
@@ -191,7 +192,7 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, kind: Kind, *flat: Any) -> tuple[Tensor, ...]:
         with below_autograd():
             outputs = Call.nested(kind, *flat).forward(kind)
-        _keep(ctx, kind, flat, outputs)
+        _keep(ctx, kind, flat, (unchanged(outputs[0]), *outputs[1:]))
         return outputs
 
     @staticmethod

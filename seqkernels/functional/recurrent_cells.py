@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from seqkernels import _C
 from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
-from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op
+from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op, unchanged
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._overrides import (
     dispatches,
@@ -324,7 +324,7 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
         @staticmethod
         def forward(ctx: Any, *inputs: Tensor | None) -> Any:
             outputs = forward_op(*inputs)
-            ctx.save_for_backward(*inputs, *outputs)
+            ctx.save_for_backward(*inputs, *map(unchanged, outputs[:states]), *outputs[states:])
             ctx.set_materialize_grads(False)
             return outputs[0] if states == 1 else outputs[:states]
 
