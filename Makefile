@@ -3,7 +3,9 @@ PYTHON ?= python3
 CXX ?= g++
 # The torch release that is installed into .venv. The extension supports torch 2.11 and later (make compat).
 TORCH ?= 2.13.0
-COMPAT_TORCH ?= 2.11.0
+# The releases of `make compat`. 2.14.1 installs as a CUDA build of gigabytes.
+COMPAT_TORCH ?= 2.11.0 2.13.0 2.14.1
+GPU_TORCH ?= 2.11.0
 ARGS ?=
 
 VENV := .venv
@@ -13,7 +15,6 @@ BASE := $(VENV)/.torch-$(TORCH)
 EXTENSION := build/.extension
 EMULATED := build/.emulated
 COMPAT_VENV := .venv-compat
-COMPAT_BASE := $(COMPAT_VENV)/.torch-$(COMPAT_TORCH)
 with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 
 SOURCES := cmake/cuda.cmake $(shell find csrc -type f)
@@ -32,7 +33,7 @@ help:
 	@echo 'make bench     benchmark against other libraries      ARGS="-k train"'
 	@echo 'make lint      check with ruff, mypy and clang-format'
 	@echo 'make format    format with ruff and clang-format'
-	@echo 'make compat    build a wheel with torch $(TORCH) and test it with torch $(COMPAT_TORCH)'
+	@echo 'make compat    build a wheel with torch $(TORCH) and test it with torch $(COMPAT_TORCH)   COMPAT_TORCH=2.11.0'
 	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make check-gpu-build  compile every GPU kernel (needs nvcc, no GPU), check registers and spills, build the CUDA extension'
 	@echo 'make gpu       on a GPU: build, test, sanitize, tune and benchmark within 9 minutes   ARGS="--only build,tests"'
@@ -86,7 +87,7 @@ $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
 	$(PY) $(INSTALL) --no-build-isolation torch==$(TORCH) -e '.[$*]'
 	@touch $@
 
-# ---- one wheel, two releases of torch ----
+# ---- one wheel, several releases of torch ----
 # The wheel is unpacked into build/compat/site, first on the path, and the tests are copied next to it, so that they cannot
 # import the package of the checkout.
 
@@ -95,10 +96,12 @@ compat: $(call with,test) $(EMULATED)
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/compat .
 	$(PY) $(INSTALL) --no-deps --target build/compat/site build/compat/seqkernels-*.whl
 	cp -r tests bench examples pyproject.toml build/compat/
-	$(MAKE) $(COMPAT_BASE)
 	$(call in_compat,$(PY)) -c "$$COMPAT_REPORT"
-	$(call in_compat,$(COMPAT_VENV)/bin/python) -c "$$COMPAT_REPORT"
-	$(call in_compat,$(COMPAT_VENV)/bin/python) -m pytest -W default $(ARGS)
+	set -e; for release in $(COMPAT_TORCH); do $(MAKE) compat-$$release; done
+
+compat-%: $(COMPAT_VENV)-%/.installed
+	$(call in_compat,$(COMPAT_VENV)-$*/bin/python) -c "$$COMPAT_REPORT"
+	$(call in_compat,$(COMPAT_VENV)-$*/bin/python) -m pytest -W default $(ARGS)
 
 in_compat = cd build/compat && PYTHONPATH='$(CURDIR)/build/compat/site' '$(CURDIR)/$(1)'
 
@@ -112,10 +115,11 @@ endef
 export COMPAT_REPORT
 
 # Installs the wheel for the requirements of its test extra and uninstalls it again.
-$(COMPAT_BASE): pyproject.toml
-	test -x $(COMPAT_VENV)/bin/python || $(PYTHON) -m venv $(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python $(INSTALL) torch==$(COMPAT_TORCH) "$$(echo build/compat/seqkernels-*.whl)[test]"
-	$(COMPAT_VENV)/bin/python -m pip uninstall --quiet --yes seqkernels
+.PRECIOUS: $(COMPAT_VENV)-%/.installed
+$(COMPAT_VENV)-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(INSTALL) torch==$* "$$(echo build/compat/seqkernels-*.whl)[test]"
+	$(@D)/bin/python -m pip uninstall --quiet --yes seqkernels
 	@touch $@
 
 # ---- GPUs ----
@@ -123,7 +127,7 @@ $(COMPAT_BASE): pyproject.toml
 # build of torch (gigabytes, in a separate environment).
 
 GPU_VENV := .venv-gpu
-GPU_BASE := $(GPU_VENV)/.torch-$(COMPAT_TORCH)
+GPU_BASE := $(GPU_VENV)/.torch-$(GPU_TORCH)
 check-gpu-build: $(call with,test)
 	$(PY) tests/cuda_on_cpu/check_gpu_build.py $(ARGS)
 	if test -f bench/check_triton.py; then $(PY) bench/check_triton.py; fi
@@ -152,7 +156,7 @@ export GPU_REPORT
 
 $(GPU_BASE):
 	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
-	$(GPU_VENV)/bin/python $(INSTALL) torch==$(COMPAT_TORCH) numpy 'setuptools>=77' cmake ninja pybind11
+	$(GPU_VENV)/bin/python $(INSTALL) torch==$(GPU_TORCH) numpy 'setuptools>=77' cmake ninja pybind11
 	@touch $@
 
 # With a GPU, in the current Python environment; installs nothing.
