@@ -6,6 +6,8 @@ TORCH ?= 2.13.0
 # The releases of `make compat`. 2.14.1 installs as a CUDA build of gigabytes.
 COMPAT_TORCH ?= 2.11.0 2.13.0 2.14.1
 GPU_TORCH ?= 2.11.0
+# The Triton of the tests; each CUDA build of torch requires one release.
+TRITON ?= 3.6.0
 ARGS ?=
 
 VENV := .venv
@@ -84,7 +86,8 @@ $(EMULATED): $(EXTENSION) $(EMULATION)
 
 # Installs one extra of pyproject.toml. torch is pinned again so that no requirement replaces it.
 $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
-	$(PY) $(INSTALL) --no-build-isolation torch==$(TORCH) -e '.[$*]'
+	$(PY) $(INSTALL) --no-build-isolation torch==$(TORCH) -e '.[$*]' \
+	    $(if $(filter test,$*),'triton==$(TRITON); sys_platform == "linux"')
 	@touch $@
 
 # ---- one wheel, several releases of torch ----
