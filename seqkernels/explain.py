@@ -67,7 +67,8 @@ def explain(
     Args of scaled_dot_product_attention:
         B, Hq, Tq, Tk, D, Hk=Hq, Dv=D, is_causal=False, backend: as in the function.
         masked=False: whether the call has a mask or dropout.
-        extras: names of other arguments in use, such as "lengths".
+        extras: names of other arguments in use: lengths, causal_alignment, window, softcap, alibi_slopes, return_lse,
+            return_weights, cu_seqlens.
     Returns:
         kernel: the implementation that runs: cpu, cuda or triton; for attention cpu, triton or torch.
         unsupported: for each other implementation, the reasons why it does not run.
@@ -88,7 +89,7 @@ def explain(
             rows: sequences per program. warps: warps per program.
     Raises:
         ValueError: unknown op, option or mode; a size out of range; an incomplete or missing description of a device.
-        TypeError: a required size is missing, or an argument does not apply to the op.
+        TypeError: a required size is missing, an argument does not apply to the op, or has another type.
         NotImplementedError: no implementation supports the inputs.
     """
     given: dict[str, Any] = {
@@ -112,6 +113,7 @@ def explain(
     for name in given:
         if name not in needed and name not in optional:
             raise TypeError(f"explain: {name} must be absent for {op}, got {given[name]!r}")
+    _check_values(op, given, dtype)
     where = torch.device(device)
     if kind is not None:
         return {"op": kind.name, **_explain_recurrent(kind, dtype=dtype, device=where, **given)}
@@ -131,6 +133,50 @@ _SIZES = {
     _BAG: (("E", "D", "N", "B"), ("mode",)),
     _ATTENTION: (("B", "Hq", "Tq", "Tk", "D"), ("Hk", "Dv", "is_causal", "masked", "extras", "backend")),
 }
+
+
+_LEAST = {"H": 1, "num_heads": 1, "Hq": 1, "Hk": 1}  # of sizes; 0 for the others
+_INTEGERS = (*"TBDHEN", "proj_size", "num_heads", "Hq", "Hk", "Tq", "Tk", "Dv", "multiprocessors", "shared_memory")
+_EXTRAS = (
+    "lengths",
+    "causal_alignment",
+    "window",
+    "softcap",
+    "alibi_slopes",
+    "return_lse",
+    "return_weights",
+    "cu_seqlens",
+)
+
+
+def _check_values(op: str, given: dict[str, Any], dtype: Any) -> None:
+    """Checks the types of all arguments, and the range of sizes."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"explain: dtype must be a torch.dtype, got {dtype!r}")
+    for name, value in given.items():
+        if name in _INTEGERS:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"explain: {name} must be an integer, got {value!r}")
+            if value < _LEAST.get(name, 0):
+                raise ValueError(f"explain: {name} must be at least {_LEAST.get(name, 0)}, got {value}")
+        elif name in ("bidirectional", "is_causal", "masked") and not isinstance(value, bool):
+            raise TypeError(f"explain: {name} must be a bool, got {value!r}")
+        elif name == "lengths":
+            if not isinstance(value, (list, tuple)) or not all(isinstance(n, int) for n in value):
+                raise TypeError(f"explain: lengths must be a sequence of integers, got {value!r}")
+            wrong = [n for n in value if not 0 <= n <= given["T"]]
+            if wrong:
+                raise ValueError(f"explain: lengths must lie in [0, T] = [0, {given['T']}], got {wrong[0]}")
+        elif name == "capability" and not (
+            isinstance(value, tuple) and len(value) == 2 and all(isinstance(n, int) for n in value)
+        ):
+            raise TypeError(f"explain: capability must be a pair of integers, such as (9, 0), got {value!r}")
+        elif name == "extras":
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"explain: extras must be a sequence of names, got {value!r}")
+            for extra in value:
+                if extra not in _EXTRAS:
+                    raise ValueError(f"explain: extras of {op} must be some of {', '.join(_EXTRAS)}, got {extra!r}")
 
 
 def _answer(implementations: Implementations, request: Request, kernel: str, plan: Any) -> dict[str, Any]:
@@ -171,10 +217,6 @@ def _explain_recurrent(
     shared_memory: int | None = None,
 ) -> dict[str, Any]:
     _check_options(kind, options)
-    for least, of in ((0, {"T": T, "B": B, "D": D, "proj_size": proj_size}), (1, {"H": H, "num_heads": num_heads})):
-        for name, size in of.items():
-            if size < least:
-                raise ValueError(f"explain: {name} must be at least {least}, got {size}")
     if H % num_heads:
         raise ValueError(f"explain: num_heads must divide H, {H}, got {num_heads}")
     if lengths is not None and len(lengths) != B:

@@ -45,6 +45,8 @@ def of_op(caller: str, error: Exception) -> Exception:
             "rule; convert each DTensor with to_local() or full_tensor()"
         )
     op, _, rest = str(error).partition(": ")
+    if type(error) is NotImplementedError and op == "embedding_bag":
+        return NotImplementedError(f"{caller}: {rest}")
     if type(error) is not RuntimeError or " must " not in rest or not op.isidentifier():
         return error
     if " must hold indices" in rest:

@@ -446,7 +446,7 @@ def stack(
 
 
 class Definition(Protocol):
-    """Signature of the definitions of all layers. Options that a layer does not have must keep their defaults."""
+    """Signature of the definitions of all layers. They raise TypeError for options that a layer does not have."""
 
     def __call__(
         self,
@@ -479,8 +479,8 @@ class Definition(Protocol):
     ) -> tuple[Any, ...]: ...
 
 
-def _function(name: str, choose: Callable[..., str], norm_eps: float = 1e-5) -> Definition:
-    default_eps = norm_eps
+def _function(name: str, choose: Callable[..., str], supported: str, norm_eps: float = 1e-5) -> Definition:
+    default_eps, own = norm_eps, supported.split()
 
     def function(
         input: Tensor,
@@ -510,6 +510,21 @@ def _function(name: str, choose: Callable[..., str], norm_eps: float = 1e-5) -> 
         num_heads: int = 1,
         return_all_states: bool = False,
     ) -> tuple[Any, ...]:
+        for option, value, default in (
+            ("peephole", peephole, False),
+            ("coupled_gates", coupled_gates, False),
+            ("layer_norm", layer_norm, False),
+            ("norm_eps", norm_eps, default_eps),
+            ("reset_after", reset_after, None),
+            ("forget_gate", forget_gate, "sigmoid"),
+            ("cell_clip", cell_clip, None),
+            ("gate_clip", gate_clip, None),
+            ("zoneout_c", zoneout_c, 0.0),
+            ("recurrent_dropout", recurrent_dropout, 0.0),
+            ("num_heads", num_heads, 1),
+        ):
+            if value != default and option not in own:
+                raise TypeError(f"{name}: {option} must be absent, which {name} does not have, got {value!r}")
         each = len(weights) // (num_layers * (2 if bidirectional else 1))
         kind_name = choose(
             coupled_gates=coupled_gates,
@@ -559,11 +574,16 @@ def _gru(layer_norm: bool, reset_after: bool | None, each: int, **_: Any) -> str
     return "gru_norm" if layer_norm else "gru_before" if reset_after is False else "gru"
 
 
-lstm = _function("lstm", _lstm)
-nested_lstm = _function("nested_lstm", lambda **_: "nested_lstm")
-slstm = _function("slstm", lambda forget_gate, **_: "slstm_exp" if forget_gate == "exp" else "slstm")
-gru = _function("gru", _gru)
-dreamer_gru = _function("dreamer_gru", lambda **_: "dreamer_gru", norm_eps=1e-3)
-mgu = _function("mgu", lambda reset_after, **_: "mgu_after" if reset_after else "mgu")
-rnn_tanh = _function("rnn_tanh", lambda **_: "rnn_tanh")
-rnn_relu = _function("rnn_relu", lambda **_: "rnn_relu")
+_GATED = "gate_clip recurrent_dropout num_heads"
+lstm = _function("lstm", _lstm, f"peephole coupled_gates layer_norm norm_eps cell_clip zoneout_c {_GATED}")
+nested_lstm = _function("nested_lstm", lambda **_: "nested_lstm", "recurrent_dropout")
+slstm = _function(
+    "slstm",
+    lambda forget_gate, **_: "slstm_exp" if forget_gate == "exp" else "slstm",
+    "forget_gate recurrent_dropout num_heads",
+)
+gru = _function("gru", _gru, f"reset_after layer_norm norm_eps {_GATED}")
+dreamer_gru = _function("dreamer_gru", lambda **_: "dreamer_gru", f"norm_eps {_GATED}", norm_eps=1e-3)
+mgu = _function("mgu", lambda reset_after, **_: "mgu_after" if reset_after else "mgu", f"reset_after {_GATED}")
+rnn_tanh = _function("rnn_tanh", lambda **_: "rnn_tanh", "gate_clip num_heads")
+rnn_relu = _function("rnn_relu", lambda **_: "rnn_relu", "gate_clip num_heads")
