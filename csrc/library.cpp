@@ -113,6 +113,14 @@ SEQKERNELS_OPS(m) {
   define("attention_weights(Tensor q, Tensor k, " + what + ", Tensor lse) -> Tensor");
   define("attention_weights_backward(Tensor dweights, Tensor q, Tensor k, " + what +
          ", Tensor lse, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dlse, Tensor dmask)");
+
+  // Conditional random fields. transitions: [B or 1, T or 1, K, K]; mask: [B, T]; log_z and score: float64.
+  const std::string chain =
+      "Tensor emissions, Tensor transitions, Tensor? start, Tensor? end, Tensor? lengths, Tensor? mask";
+  define("crf_forward(" + chain + ", Tensor? tags) -> (Tensor log_z, Tensor score, Tensor alpha)");
+  define("crf_backward(Tensor dlog_z, Tensor dscore, " + chain +
+         ", Tensor? tags, Tensor alpha) -> (Tensor demissions, Tensor dtransitions, Tensor dstart, Tensor dend)");
+  define("crf_viterbi(" + chain + ", int paths) -> (Tensor tags, Tensor scores)");
 }
 
 namespace {

@@ -224,3 +224,4 @@ def attention_by_torch(request: Request) -> list[str]:
 RECURRENT: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
 EMBEDDING_BAG: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
 ATTENTION: Implementations = {"cpu": on_cpu, "torch": attention_by_torch, "triton": attention_in_triton}
+CRF: Implementations = {"cpu": on_cpu}

@@ -2,6 +2,13 @@
 
 from seqkernels.functional import _flops  # noqa: F401  (registers the formulas of FlopCounterMode)
 from seqkernels.functional.attention import scaled_dot_product_attention, varlen_attention
+from seqkernels.functional.crf import (
+    crf_entropy,
+    crf_log_likelihood,
+    crf_log_partition,
+    crf_marginals,
+    crf_viterbi,
+)
 from seqkernels.functional.embedding_bag import (
     embedding,
     embedding_bag,
@@ -13,6 +20,11 @@ from seqkernels.functional.recurrent import dreamer_gru, gru, lstm, mgu, nested_
 from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
+    "crf_entropy",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
+    "crf_viterbi",
     "dreamer_gru",
     "embedding",
     "embedding_bag",

@@ -1,6 +1,7 @@
 """Modules: drop-in replacements for torch.nn, and others."""
 
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention
+from seqkernels.nn.crf import CRF
 from seqkernels.nn.embedding_bag import (
     Embedding,
     EmbeddingBag,
@@ -15,6 +16,7 @@ from seqkernels.nn.recurrent_cells import DreamerGRUCell, GRUCell, LSTMCell, RNN
 from seqkernels.nn.transformer import PositionalEncoding, TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "MGU",

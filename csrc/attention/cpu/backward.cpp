@@ -15,11 +15,11 @@
 #include "attention/cpu/blocks.h"
 #include "attention/cpu/packing.h"
 #include "attention/cpu/products.h"
-#include "attention/cpu/schedule.h"
 #include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "common/schedule.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 

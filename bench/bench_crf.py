@@ -1,0 +1,98 @@
+"""Conditional random fields against pytorch-crf, whose loops over steps call torch for each.
+
+The bars are the claims of the project; the table reports PASS or MISS for each. Work counts the additions and
+multiplications of the K * K pairs of tags of each step: forward 2, forward and backward 6, Viterbi 2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from harness import Contender, Results
+from torch import Tensor
+
+from seqkernels import nn
+
+
+class Shape(NamedTuple):
+    B: int
+    T: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T} K={self.K}"
+
+    @property
+    def pairs(self) -> int:
+        return self.B * (self.T - 1) * self.K * self.K
+
+
+SHAPES = [Shape(32, 50, 9), Shape(32, 100, 20), Shape(16, 500, 50)]
+BARS = {SHAPES[1]: (30.0, 15.0), SHAPES[2]: (30.0, 15.0)}  # likelihood forward+backward, Viterbi
+PEER = "pytorch-crf"
+
+
+def models(shape: Shape) -> tuple[Any, Any]:
+    """Ours and that of pytorch-crf, with the same parameters."""
+    warnings.filterwarnings("ignore", message="where received a uint8 condition")
+    torchcrf = pytest.importorskip("torchcrf", reason="pytorch-crf is not installed")
+    torch.manual_seed(0)
+    ours, theirs = nn.CRF(shape.K), torchcrf.CRF(shape.K)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def inputs(shape: Shape, lengths: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    g = torch.Generator().manual_seed(1)
+    emissions = torch.randn(shape.T, shape.B, shape.K, generator=g)
+    tags = torch.randint(shape.K, (shape.T, shape.B), generator=g)
+    if not lengths:
+        return emissions, tags, None
+    steps = torch.linspace(1, shape.T, shape.B).long()
+    return emissions, tags, torch.arange(shape.T)[:, None] < steps
+
+
+def training(name: str, model: Any, shape: Shape, lengths: bool) -> Contender:
+    emissions, tags, mask = inputs(shape, lengths)
+    emissions.requires_grad_()
+    wanted = [emissions, *model.parameters()]
+
+    def step() -> tuple[Tensor, ...]:
+        likelihood = model(emissions, tags, mask, "mean")
+        return likelihood.detach(), *torch.autograd.grad(likelihood, wanted)
+
+    def result() -> Results:
+        return {f"{i}": t for i, t in enumerate(step())}
+
+    return Contender(name, step, result)
+
+
+def decoding(name: str, model: Any, shape: Shape, lengths: bool) -> Contender:
+    emissions, _, mask = inputs(shape, lengths)
+
+    def step() -> list[list[int]]:
+        with torch.no_grad():
+            return model.decode(emissions, mask)
+
+    def result() -> Results:
+        return {"tags": torch.tensor([tag for path in step() for tag in path], dtype=torch.float32)}
+
+    return Contender(name, step, result)
+
+
+@pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("what", ["log likelihood, forward+backward", "Viterbi"])
+def test_crf(bench: Any, what: str, shape: Shape, lengths: bool) -> None:
+    ours, theirs = models(shape)
+    make = decoding if what == "Viterbi" else training
+    contenders = [make("seqkernels", ours, shape, lengths), make(PEER, theirs, shape, lengths)]
+    bar = BARS.get(shape, (None, None))[what == "Viterbi"]
+    bars = {} if bar is None or lengths else {PEER: bar}
+    fill = 0.5 if lengths else 1.0
+    work = (2.0 if what == "Viterbi" else 6.0) * shape.pairs * fill
+    label = f"{shape}, lengths 1 to T" if lengths else str(shape)
+    bench.time(f"CRF {what}", label, contenders, bars=bars, work=work, tolerance=1e-3)

@@ -1,0 +1,259 @@
+// What the passes over a chain share: the scores of a step, and the product of a vector with the transitions in
+// log space.
+//
+// Vectors of tags are padded to whole registers; padding lanes are -infinity. A vector of logarithms is kept with a
+// maximum of zero, and the maxima are summed in double: over a thousand steps, log Z in float has an error of 1e-2.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "common/memory.h"
+#include "common/simd.h"
+#include "crf/crf.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// ln x for normal x > 0, with an error of about 1 ulp; -infinity for 0; NaN stays NaN.
+// x = 2^n m with m in [sqrt(1/2), sqrt(2)), and ln m = 2 artanh((m - 1) / (m + 1)) by its series.
+template <class T>
+SEQKERNELS_INLINE Native<T> log(Native<T> x) {
+  using V = Vec<T>;
+  using I = typename V::Int;
+  using Bits = typename V::NativeInt;
+  constexpr I kBias = (I(1) << (sizeof(T) * 8 - 2 - V::kMantissaBits)) - 1;
+  constexpr I kMantissa = (I(1) << V::kMantissaBits) - 1;
+  const Bits bits = (Bits)x;
+  Bits exponent = (bits >> V::kMantissaBits) - kBias;
+  Native<T> m = (Native<T>)((bits & kMantissa) | (kBias << V::kMantissaBits));  // in [1, 2)
+  const Bits large = m > broadcast(T(1.4142135623730951));
+  m = large ? m * broadcast(T(0.5)) : m;
+  exponent = exponent - large;  // a true lane is -1
+  const Native<T> n = __builtin_convertvector(exponent, Native<T>);
+  const Native<T> s = (m - T(1)) / (m + T(1)), z = s * s;
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;  // |s| < 0.172
+  Native<T> p = broadcast(T(1.0 / (2 * kTerms + 1)));
+#pragma GCC unroll 16
+  for (int k = kTerms - 1; k >= 1; --k) p = fma(p, z, broadcast(T(1.0 / (2 * k + 1))));
+  const Native<T> low = fma(p * z, s + s, n * broadcast(T(V::kLn2Lo)));
+  const Native<T> y = fma(n, broadcast(T(V::kLn2Hi)), s + s + low);
+  return x == Native<T>{} ? broadcast(-kInfinity<T>) : x == x ? y : x;
+}
+
+// The larger of two; NaN if one is.
+template <class T>
+SEQKERNELS_INLINE Native<T> larger(Native<T> x, Native<T> y) {
+  return x > y ? x : x == x ? y : x;
+}
+template <class T>
+SEQKERNELS_INLINE T max_of_lanes(Native<T> v) {
+  T lanes[kLanes<T>], most;
+  store(lanes, v);
+  most = lanes[0];
+  for (int i = 1; i < kLanes<T>; ++i) most = lanes[i] > most || lanes[i] != lanes[i] ? lanes[i] : most;
+  return most;
+}
+template <class T>
+SEQKERNELS_INLINE T sum_of_lanes(Native<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+template <class S>
+struct Chain {
+  using T = Compute<S>;
+  using V = Native<T>;
+  static constexpr int64_t kWidth = kLanes<T>;
+  // Products of probabilities below this are computed again in log space: parts of them have underflowed.
+  static constexpr T kTiny = sizeof(T) == 4 ? T(1e-25) : T(1e-290);
+
+  const CrfArgs& a;
+  const int64_t K, KV;
+  const bool shared;  // one matrix of transitions for all steps
+
+  explicit Chain(const CrfArgs& args)
+      : a(args), K(args.K), KV((args.K + kWidth - 1) / kWidth * kWidth), shared(args.transitions_t == 0) {}
+
+  const S* emissions(int64_t b, int64_t t) const {
+    return static_cast<const S*>(a.emissions) + b * a.emissions_b + t * a.emissions_t;
+  }
+  const S* transitions(int64_t b, int64_t t) const {  // [K, K]
+    return static_cast<const S*>(a.transitions) + b * a.transitions_b + t * a.transitions_t;
+  }
+  static T value(const S* p) { return load(p, 1)[0]; }
+
+  // The first lanes of x, and -infinity in padding.
+  SEQKERNELS_INLINE V padded(V x, int64_t k) const {
+    if (k + kWidth <= K) return x;
+    T lanes[kWidth];
+    store(lanes, x);
+    for (int64_t i = K - k; i < kWidth; ++i) lanes[i] = -kInfinity<T>;
+    return load(lanes);
+  }
+  SEQKERNELS_INLINE V at(const S* p, int64_t k) const { return p == nullptr ? V{} : load(p + k, K - k); }
+
+  // x += from, and padding; from: [K] or null.
+  void add(const S* from, T* x) const {
+    for (int64_t k = 0; k < KV; k += kWidth) store(x + k, padded(load(x + k) + at(from, k), k));
+  }
+
+  // Subtracts the maximum, which it returns; leaves x as it is if that is -infinity.
+  T normalise(T* x) const {
+    V most = broadcast(-kInfinity<T>);
+    for (int64_t k = 0; k < KV; k += kWidth) most = larger<T>(load(x + k), most);
+    const T m = max_of_lanes<T>(most);
+    if (m == -kInfinity<T>) return m;
+    for (int64_t k = 0; k < KV; k += kWidth) store(x + k, load(x + k) - broadcast(m));
+    return m;
+  }
+  // log sum e^x for x with a maximum of zero, in double.
+  double log_sum(const T* x) const {
+    V sum = {};
+    for (int64_t k = 0; k < KV; k += kWidth) sum += exp<T>(load(x + k));
+    return __builtin_log(double(sum_of_lanes<T>(sum)));
+  }
+};
+
+// to_j = log sum_i e^(from_i + m_ij) for a matrix m that is used often: e^(m_ij - shift_j) is computed once, with
+// shift_j the maximum of a column. m is a matrix of transitions, or its transpose.
+template <class S>
+struct Product {
+  using C = Chain<S>;
+  using T = typename C::T;
+  using V = typename C::V;
+  static constexpr int64_t kWidth = C::kWidth;
+
+  const C& chain;
+  const bool transposed;
+  const S* matrix = nullptr;
+  T *weights, *shift, *scratch;  // [K, KV], [KV], [KV]
+
+  static int64_t size(const C& chain) { return (chain.K + 2) * chain.KV; }
+  Product(const C& chain, bool transposed, T*& memory) : chain(chain), transposed(transposed) {
+    weights = memory;
+    shift = weights + chain.K * chain.KV;
+    scratch = shift + chain.KV;
+    memory += size(chain);
+  }
+
+  T element(int64_t i, int64_t j) const { return C::value(matrix + (transposed ? j * chain.K + i : i * chain.K + j)); }
+
+  void prepare(const S* of) {
+    if (matrix == of) return;
+    matrix = of;
+    const int64_t K = chain.K, KV = chain.KV;
+    for (int64_t i = 0; i < K; ++i) {
+      for (int64_t j = 0; j < KV; ++j) weights[i * KV + j] = j < K ? element(i, j) : -kInfinity<T>;
+    }
+    for (int64_t j = 0; j < KV; j += kWidth) {
+      V most = broadcast(-kInfinity<T>);
+      for (int64_t i = 0; i < K; ++i) {
+        const V v = load(weights + i * KV + j);
+        most = v > most ? v : most;
+      }
+      most = most == -kInfinity<T> ? V{} : most;  // a column that is forbidden
+      store(shift + j, most);
+      for (int64_t i = 0; i < K; ++i) store(weights + i * KV + j, exp<T>(load(weights + i * KV + j) - most));
+    }
+  }
+
+  // from has a maximum of zero; padding of `to` is -infinity.
+  void apply(const T* from, T* to) const {
+    const int64_t K = chain.K, KV = chain.KV;
+    for (int64_t k = 0; k < KV; k += kWidth) store(scratch + k, exp<T>(load(from + k)));
+    int64_t j = 0;
+    for (; j + 4 * kWidth <= KV; j += 4 * kWidth) columns<4>(from, to, j);
+    for (; j + 2 * kWidth <= KV; j += 2 * kWidth) columns<2>(from, to, j);
+    for (; j < KV; j += kWidth) columns<1>(from, to, j);
+    for (int64_t k = K; k < KV; ++k) to[k] = -kInfinity<T>;
+  }
+
+ private:
+  template <int kVectors>
+  SEQKERNELS_INLINE void columns(const T* from, T* to, int64_t j) const {
+    const int64_t K = chain.K, KV = chain.KV;
+    V even[kVectors] = {}, odd[kVectors] = {};  // two sums each hide the latency of the additions
+    const T* w = weights + j;
+    int64_t i = 0;
+    for (; i + 2 <= K; i += 2, w += 2 * KV) {
+      const V x = broadcast(scratch[i]), y = broadcast(scratch[i + 1]);
+      for (int v = 0; v < kVectors; ++v) {
+        even[v] = fma(x, load(w + v * kWidth), even[v]);
+        odd[v] = fma(y, load(w + KV + v * kWidth), odd[v]);
+      }
+    }
+    if (i < K) {
+      for (int v = 0; v < kVectors; ++v) even[v] = fma(broadcast(scratch[i]), load(w + v * kWidth), even[v]);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const V sum = even[v] + odd[v];
+      store(to + j + v * kWidth, log<T>(sum) + load(shift + j + v * kWidth));
+      T lanes[kWidth];
+      store(lanes, sum);
+      for (int64_t l = 0; l < kWidth && j + v * kWidth + l < K; ++l) {
+        if (lanes[l] < C::kTiny) to[j + v * kWidth + l] = exact(from, j + v * kWidth + l);
+      }
+    }
+  }
+
+  T exact(const T* from, int64_t j) const {
+    T most = -kInfinity<T>;
+    for (int64_t i = 0; i < chain.K; ++i) {
+      const T x = from[i] + element(i, j);
+      most = x > most ? x : most;
+    }
+    if (most == -kInfinity<T>) return most;
+    double sum = 0;
+    for (int64_t i = 0; i < chain.K; ++i) sum += __builtin_exp(double(from[i] + element(i, j) - most));
+    return most + T(__builtin_log(sum));
+  }
+};
+
+// The same for a matrix that is used once: every element costs an exponential.
+template <class S>
+void apply_once(const Chain<S>& chain, const S* matrix, const Compute<S>* from, Compute<S>* to) {
+  using T = Compute<S>;
+  using V = Native<T>;
+  constexpr int64_t kWidth = kLanes<T>;
+  const int64_t K = chain.K;
+  for (int64_t j = 0; j < chain.KV; j += kWidth) {
+    V most = broadcast(-kInfinity<T>), sum = {};
+    for (int64_t i = 0; i < K; ++i) {
+      const V x = broadcast(from[i]) + load(matrix + i * K + j, K - j);
+      most = x > most ? x : most;
+    }
+    const V less = most == -kInfinity<T> ? V{} : most;
+    for (int64_t i = 0; i < K; ++i) sum += exp<T>(broadcast(from[i]) + load(matrix + i * K + j, K - j) - less);
+    store(to + j, chain.padded(log<T>(sum) + less, j));
+  }
+}
+// to_i = log sum_j e^(m_ij + from_j).
+template <class S>
+void apply_transposed_once(const Chain<S>& chain, const S* matrix, const Compute<S>* from, Compute<S>* to) {
+  using T = Compute<S>;
+  using V = Native<T>;
+  constexpr int64_t kWidth = kLanes<T>;
+  const int64_t K = chain.K;
+  for (int64_t i = 0; i < K; ++i) {
+    V most = broadcast(-kInfinity<T>), sum = {};
+    for (int64_t j = 0; j < chain.KV; j += kWidth) {
+      const V x = load(from + j) + load(matrix + i * K + j, K - j);
+      most = x > most ? x : most;
+    }
+    const T top = max_of_lanes<T>(most), less = top == -kInfinity<T> ? T(0) : top;
+    for (int64_t j = 0; j < chain.KV; j += kWidth) {
+      sum += exp<T>(load(from + j) + load(matrix + i * K + j, K - j) - broadcast(less));
+    }
+    to[i] = T(__builtin_log(double(sum_of_lanes<T>(sum)))) + less;
+  }
+  for (int64_t i = K; i < chain.KV; ++i) to[i] = -kInfinity<T>;
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,190 @@
+"""Ops of conditional random fields: calls, fake implementations, autograd, torch.func.
+
+crf_forward computes log Z and the score of tags in float64; crf_backward computes their gradients, which are the
+marginal probabilities, and has a gradient itself, through the reference definition.
+
+Dimensions: B sequences, T steps, K tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqkernels.functional._autograd import (
+    below_autograd,
+    jvp_by_definition,
+    needs_definition,
+    op,
+    recorded,
+    transformed,
+    vjp_by_definition,
+    vmap_rule,
+)
+from seqkernels.reference.crf import log_partition_and_score
+
+forward_op, backward_op, viterbi_op = op("crf_forward"), op("crf_backward"), op("crf_viterbi")
+
+
+class Chain(NamedTuple):
+    """Tensor arguments of the ops."""
+
+    emissions: Tensor  # [B, T, K]
+    transitions: Tensor  # [B | 1, T | 1, K, K]
+    start: Tensor | None  # [K]
+    end: Tensor | None  # [K]
+    lengths: Tensor | None  # [B]
+    mask: Tensor | None  # [B, T] bool
+    tags: Tensor | None = None  # [B, T]
+
+
+SCORES = 4  # the arguments with a gradient come first
+
+
+def log_partition(chain: Chain) -> tuple[Tensor, Tensor]:
+    """log Z and the score of the tags, [B] float64."""
+    if transformed():
+        return _Forward.apply(*chain)[:2]
+    if not torch.compiler.is_compiling() and not recorded(*chain[:SCORES]):
+        with below_autograd():
+            return forward_op(*chain)[:2]
+    return forward_op(*chain)[:2]
+
+
+def marginals(chain: Chain) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of log Z: the marginal probabilities, and their sums over the steps that share a score."""
+    B = chain.emissions.shape[0]
+    one = chain.emissions.new_ones(B, dtype=torch.float64)
+    if transformed():
+        return _gradients(one, torch.zeros_like(one), *chain)
+    _, _, alpha = forward_op(*(None if t is None else t.detach() for t in chain))
+    return _optional(chain, backward_op(one, torch.zeros_like(one), *chain, alpha))
+
+
+def _optional(chain: Chain, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    demissions, dtransitions, dstart, dend = found
+    return demissions, dtransitions, None if chain.start is None else dstart, None if chain.end is None else dend
+
+
+# ---- gradients
+
+
+def _definition(chain: Chain) -> Callable[..., tuple[Tensor, Tensor]]:
+    def log_z_and_score(*scores: Tensor) -> tuple[Tensor, Tensor]:
+        return log_partition_and_score(*scores, *chain[SCORES:])
+
+    return log_z_and_score
+
+
+def _gradients(dlog_z: Tensor, dscore: Tensor, *inputs: Any) -> Any:
+    """The definition of crf_backward: gradients of the scores, None for absent ones."""
+    chain = Chain(*inputs)
+    needs = [t is not None for t in chain[:SCORES]]
+    return tuple(vjp_by_definition(_definition(chain), chain[:SCORES], (dlog_z, dscore), needs))
+
+
+def _first_order(chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    zero = alpha.new_zeros(alpha.shape[0], dtype=torch.float64)
+    dlog_z, dscore = (zero if g is None else g for g in grads[:2])
+    return _optional(chain, backward_op(dlog_z, dscore, *chain, alpha))
+
+
+class _Forward(torch.autograd.Function):
+    """log Z under torch.func transforms and forward-mode AD, which register_autograd does not support."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return forward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs, output[2])
+        ctx.save_for_forward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, alpha = ctx.saved_tensors
+        return _backward(Chain(*inputs), alpha, grads, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        chain = Chain(*ctx.saved_tensors)
+        return *jvp_by_definition(_definition(chain), chain[:SCORES], tangents[:SCORES]), None
+
+
+def _backward(
+    chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    rest = [None] * (len(Chain._fields) - SCORES)
+    if grads[0] is None and grads[1] is None:
+        return *[None] * SCORES, *rest
+    if transformed() or needs_definition(grads):
+        found = vjp_by_definition(_definition(chain), chain[:SCORES], grads[:2], needs[:SCORES])
+        return *found, *rest
+    found = list(_first_order(chain, alpha, grads))
+    return *(g if need else None for g, need in zip(found, needs)), *rest
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, alpha = ctx.saved_tensors
+    return _backward(Chain(*inputs), alpha.detach(), grads, ctx.needs_input_grad)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dlog_z, dscore, *inputs = ctx.saved_tensors
+    chain, needs = Chain(*inputs), ctx.needs_input_grad[: 2 + SCORES]
+    wanted = [i for i, t in enumerate(chain[:SCORES]) if t is not None]
+
+    def gradients(dlog_z: Tensor, dscore: Tensor, *scores: Tensor | None) -> tuple[Tensor, ...]:
+        found = _gradients(dlog_z, dscore, *scores, *chain[SCORES:])
+        return tuple(found[i] for i in wanted)
+
+    found = vjp_by_definition(gradients, (dlog_z, dscore, *chain[:SCORES]), [grads[i] for i in wanted], needs)
+    return *found, *[None] * (len(Chain._fields) - SCORES + 1)
+
+
+# ---- registration
+
+
+def _forward_fake(emissions: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, K = emissions.shape
+    wide = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    log_z = emissions.new_empty(B, dtype=torch.float64)
+    return log_z, torch.empty_like(log_z), emissions.new_empty(B, T, K, dtype=wide)
+
+
+def _backward_fake(dlog_z: Tensor, dscore: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    chain = Chain(*inputs[:-1])
+    K = chain.emissions.shape[2]
+    ends = (chain.emissions.new_empty(0 if t is None else K) for t in (chain.start, chain.end))
+    return chain.emissions.new_empty(chain.emissions.shape), chain.emissions.new_empty(chain.transitions.shape), *ends
+
+
+def _viterbi_fake(emissions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, T, _ = emissions.shape
+    tags = emissions.new_empty(B, rest[-1], T, dtype=torch.int64)
+    return tags, emissions.new_empty(B, rest[-1], dtype=torch.float64)
+
+
+for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake), ("viterbi", _viterbi_fake)):
+    torch.library.register_fake(f"seqkernels::crf_{_name}")(_fake)
+    torch.library.register_vmap(f"seqkernels::crf_{_name}", vmap_rule(op(f"crf_{_name}")))
+torch.library.register_autograd("seqkernels::crf_forward", _backward_of_forward, setup_context=_setup_forward)
+torch.library.register_autograd("seqkernels::crf_backward", _backward_of_backward, setup_context=_setup_backward)
