@@ -15,6 +15,7 @@ from seqkernels import functional, nn
 
 X, Q, IDS, TABLE = torch.randn(5, 2, 4), torch.randn(1, 2, 3, 4), torch.tensor([[1, 2], [3, 0]]), torch.randn(9, 4)
 PACKED = functional.quantize_rows(TABLE)
+PAIRS, TAGS = torch.randn(4, 4), torch.tensor([[1, 2, 0], [3, 0, 1]])
 
 
 def weights(gates: int, bias: bool = True) -> list[Tensor]:
@@ -62,6 +63,11 @@ PUBLIC: dict[str, tuple[Callable, Tensor]] = {
     ),
     "embedding_bag_bytes": (lambda i, **more: functional.embedding_bag_bytes(i, PACKED, **more), IDS),
     "quantize_rows": (functional.quantize_rows, TABLE),
+    "crf_log_likelihood": (lambda e, **more: functional.crf_log_likelihood(e, TAGS, PAIRS, **more), Q[0]),
+    **{
+        f"crf_{name}": (lambda e, f=f"crf_{name}", **more: getattr(functional, f)(e, PAIRS, **more), Q[0])
+        for name in ("log_partition", "marginals", "entropy", "viterbi")
+    },
 }
 public = pytest.mark.parametrize("name", PUBLIC)
 leaves = torch.utils._pytree.tree_leaves

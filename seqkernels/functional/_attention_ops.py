@@ -26,6 +26,7 @@ from seqkernels.functional._autograd import (
     vmap_rule,
 )
 from seqkernels.functional._checks import ValueRuntimeError
+from seqkernels.functional._values import in_jit_trace
 from seqkernels.reference.attention import attention as attention_definition
 from seqkernels.reference.attention import attention_weights as weights_definition
 
@@ -81,7 +82,8 @@ def attend(
     if transformed():
         out, lse, _ = _Attention.apply(args, seed, *inputs[1:], q, k, v, mask)
         return out, lse
-    keep_low = recorded(q, k, v, mask)
+    # torch.jit.trace records the argument once, and checks the trace without gradients.
+    keep_low = recorded(q, k, v, mask) or in_jit_trace()
     if not torch.compiler.is_compiling() and not keep_low:
         with below_autograd():
             out, lse, _ = ops.forward(q, k, v, *inputs, *args, seed)

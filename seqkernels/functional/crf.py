@@ -13,7 +13,7 @@ Dimensions: B sequences, T steps, K tags.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,18 +22,17 @@ from seqkernels import backend as backends
 from seqkernels.functional._checks import describe, of_op
 from seqkernels.functional._crf_ops import Chain, log_partition, viterbi_op
 from seqkernels.functional._crf_ops import marginals as _marginals
+from seqkernels.functional._overrides import (
+    dispatches,
+    handle_torch_function,
+    has_torch_function_variadic,
+    refuse_nested,
+)
 from seqkernels.reference.crf import steps_of
 
 Lengths = Tensor | Sequence[int]
 Reduction = Literal["none", "sum", "mean", "token_mean"]
 REDUCTIONS = ("none", "sum", "mean", "token_mean")
-
-
-class Marginals(NamedTuple):
-    """Probabilities of tags and expected numbers of transitions."""
-
-    tags: Tensor  # [B, T, K]
-    transitions: Tensor  # as the argument; summed over the sequences and steps that share a score
 
 
 def crf_log_partition(
@@ -68,6 +67,9 @@ def crf_log_partition(
     Source: Lafferty, McCallum and Pereira, "Conditional Random Fields", 2001.
     """
     caller = "crf_log_partition"
+    scores = emissions, transitions, start_transitions, end_transitions
+    if has_torch_function_variadic(*scores) and dispatches(*scores):
+        return handle_torch_function(crf_log_partition, scores, *scores, lengths=lengths, mask=mask, backend=backend)
     chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
@@ -99,6 +101,11 @@ def crf_log_likelihood(
     Deterministic: yes.
     """
     caller = "crf_log_likelihood"
+    scores = emissions, tags, transitions, start_transitions, end_transitions
+    if has_torch_function_variadic(*scores) and dispatches(*scores):
+        return handle_torch_function(
+            crf_log_likelihood, scores, *scores, lengths=lengths, mask=mask, reduction=reduction, backend=backend
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{caller}: reduction must be {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not isinstance(tags, Tensor):
@@ -125,7 +132,7 @@ def crf_marginals(
     lengths: Lengths | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
-) -> Marginals:
+) -> tuple[Tensor, Tensor]:
     """Probability of each tag at each step, and the expected number of each transition.
 
     Args: as in crf_log_partition. Gradients are computed through the reference definition.
@@ -137,6 +144,9 @@ def crf_marginals(
     Deterministic: yes; the sums are taken in an order that depends on B alone.
     """
     caller = "crf_marginals"
+    scores = emissions, transitions, start_transitions, end_transitions
+    if has_torch_function_variadic(*scores) and dispatches(*scores):
+        return handle_torch_function(crf_marginals, scores, *scores, lengths=lengths, mask=mask, backend=backend)
     chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
@@ -144,7 +154,7 @@ def crf_marginals(
         of_tags, of_pairs, *_ = _marginals(chain)
     except RuntimeError as error:
         raise of_op(caller, error) from None
-    return Marginals(of_tags.squeeze(0) if single else of_tags, of_pairs.reshape(transitions.shape))
+    return of_tags.squeeze(0) if single else of_tags, of_pairs.reshape(transitions.shape)
 
 
 def crf_entropy(
@@ -165,6 +175,9 @@ def crf_entropy(
     Deterministic: yes.
     """
     caller = "crf_entropy"
+    scores = emissions, transitions, start_transitions, end_transitions
+    if has_torch_function_variadic(*scores) and dispatches(*scores):
+        return handle_torch_function(crf_entropy, scores, *scores, lengths=lengths, mask=mask, backend=backend)
     chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
@@ -180,8 +193,8 @@ def crf_entropy(
     ends = (visible & (order == 1), visible & (order == order[:, -1:]))
     expected = _expectation(of_tags, chain.emissions, (1, 2))
     expected = expected + _expectation(of_pairs, copies.transitions, (1, 2, 3))
-    for at, scores in zip(ends, (first, last)):
-        expected = expected + _expectation(torch.where(at[:, :, None], of_tags, 0), scores, (1, 2))
+    for at, of_end in zip(ends, (first, last)):
+        expected = expected + _expectation(torch.where(at[:, :, None], of_tags, 0), of_end, (1, 2))
     return _restored(log_z - expected, chain, single)
 
 
@@ -210,6 +223,11 @@ def crf_viterbi(
         1991.
     """
     caller = "crf_viterbi"
+    scores = emissions, transitions, start_transitions, end_transitions
+    if has_torch_function_variadic(*scores) and dispatches(*scores):
+        return handle_torch_function(
+            crf_viterbi, scores, *scores, lengths=lengths, mask=mask, nbest=nbest, backend=backend
+        )
     if nbest is not None and (not isinstance(nbest, int) or nbest < 1):
         raise ValueError(f"{caller}: nbest must be at least 1, got {nbest!r}")
     chain, single = _chain(
@@ -243,6 +261,7 @@ def _chain(
     """The checked arguments of the ops, and whether emissions have no dimension of sequences."""
     if not isinstance(emissions, Tensor):
         raise TypeError(f"{caller}: emissions must be a tensor, got {describe(emissions)}")
+    refuse_nested(caller, "pad it, and pass lengths", emissions=emissions)
     request = backends.Request(emissions.device, emissions.dtype)
     if emissions.device.type != "meta" or backend is not None or emissions.dtype not in backends.DTYPES:
         backends.choose(caller, backends.CRF, request, backend, "emissions", emissions.shape)

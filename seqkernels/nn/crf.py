@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Module, Parameter, init
 
 from seqkernels.functional.crf import (
     REDUCTIONS,
     Lengths,
-    Marginals,
     Reduction,
     crf_entropy,
     crf_log_likelihood,
     crf_marginals,
     crf_viterbi,
 )
+from seqkernels.nn._symbolic import as_leaf, refuse_scripting
 
 
 class CRF(Module):
@@ -42,6 +43,8 @@ class CRF(Module):
     Equivalent to: torchcrf.CRF(num_tags, batch_first) of pytorch-crf, with equal state_dict.
     Source: Lample et al., "Neural Architectures for Named Entity Recognition", https://arxiv.org/abs/1603.01360
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -93,6 +96,8 @@ class CRF(Module):
         Returns:
             [B] with reduction="none", else [].
         """
+        if isinstance(emissions, Proxy):
+            return as_leaf(self, dict(emissions=emissions, tags=tags, mask=mask, reduction=reduction, lengths=lengths))
         if reduction not in REDUCTIONS:
             raise ValueError(f"invalid reduction: {reduction}")
         self._check(emissions, tags, mask)
@@ -142,10 +147,10 @@ class CRF(Module):
     def marginals(self, emissions: Tensor, mask: Tensor | None = None, *, lengths: Lengths | None = None) -> Tensor:
         """Probability of each tag at each step: [T, B, K], or [B, T, K] with batch_first. Differentiable."""
         self._check(emissions, None, mask)
-        found: Marginals = crf_marginals(
+        of_tags, _ = crf_marginals(
             self._by_sequence(emissions), *self._scores(emissions), lengths=lengths, mask=self._by_sequence(mask)
         )
-        return found.tags if self.batch_first else found.tags.transpose(0, 1)
+        return of_tags if self.batch_first else of_tags.transpose(0, 1)
 
     def entropy(self, emissions: Tensor, mask: Tensor | None = None, *, lengths: Lengths | None = None) -> Tensor:
         """[B] entropy of the distribution over paths, in nats. Differentiable."""

@@ -177,7 +177,7 @@ SMALL = [
 def test_all_paths_of_small_cases(case: Case, isa: str) -> None:
     given = make(case)
     log_z, entropy = crf_log_partition(**given), crf_entropy(**given)
-    marginals = crf_marginals(**given).tags
+    marginals = crf_marginals(**given)[0]
     best, best_score = crf_viterbi(**given)
     several, scores = crf_viterbi(**given, nbest=7)
     for b in range(case.B):
@@ -289,7 +289,7 @@ def test_gradcheck_and_gradgradcheck(case: Case) -> None:
         return crf_log_likelihood(e, tags, *rest, **given, reduction="none")
 
     def marginals(*scores: Tensor) -> tuple[Tensor, ...]:
-        return tuple(crf_marginals(*scores, **given))
+        return crf_marginals(*scores, **given)
 
     for function in (likelihood, marginals, lambda *scores: crf_entropy(*scores, **given)):
         assert torch.autograd.gradcheck(function, scores, check_forward_ad=function is likelihood)
@@ -340,7 +340,7 @@ def test_long_sequences_are_accurate(isa: str) -> None:
     got = run(ours(tags), given, torch.ones(2, 2))
     assert want["result 0"].min() > 4000
     assert (got["result 0"] - want["result 0"]).abs().max() < 1e-3
-    marginals = crf_marginals(**given).tags
+    marginals = crf_marginals(**given)[0]
     close(marginals.sum(2), torch.ones(2, 1000), rtol=0, atol=1e-5)
     assert (got["demissions"] - want["demissions"]).abs().max() < 2e-4
 
@@ -549,7 +549,7 @@ def test_lengths_of_any_kind_match_a_mask() -> None:
     assert torch.equal(crf_log_partition(**given | dict(mask=mask.byte())), want)
     single = given | dict(emissions=given["emissions"][1])
     assert torch.equal(crf_log_partition(**single), want[1])
-    assert crf_viterbi(**single)[0].shape == (5,) and crf_marginals(**single).tags.shape == (5, 5)
+    assert crf_viterbi(**single)[0].shape == (5,) and crf_marginals(**single)[0].shape == (5, 5)
     assert math.isfinite(crf_entropy(**single)) and functional.crf_log_likelihood(
         single["emissions"], torch.zeros(5, dtype=torch.int64), single["transitions"], reduction="none"
     ).shape == ()  # fmt: skip
