@@ -96,7 +96,7 @@ def crf_log_likelihood(
         Others: as in crf_log_partition.
     Returns:
         [B] with reduction="none", else []; dtype as in crf_log_partition. The difference of the score and log Z is
-        taken in float64.
+        taken in float64; NaN where every path is forbidden.
     Raises: as crf_log_partition; ValueError for a tag out of range.
     Deterministic: yes.
     """
@@ -137,6 +137,7 @@ def crf_marginals(
 
     Args: as in crf_log_partition. Gradients are computed through the reference definition.
     Returns:
+        A tuple of two tensors.
         tags: [B, T, K], dtype of emissions, or [T, K]; zeros at excluded steps.
         transitions: of the shape of transitions: sums of the probabilities of pairs of tags over the sequences and
             steps that share a score.
@@ -178,24 +179,29 @@ def crf_entropy(
     scores = emissions, transitions, start_transitions, end_transitions
     if has_torch_function_variadic(*scores) and dispatches(*scores):
         return handle_torch_function(crf_entropy, scores, *scores, lengths=lengths, mask=mask, backend=backend)
-    chain, single = _chain(
+    given, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
+    B = given.emissions.shape[0]
+    # In float64, because log Z and the expected score may be large and close. Each sequence has its own copy of the
+    # scores, whose expectations are so not summed over the batch.
+    chain = given._replace(
+        emissions=given.emissions.double(),
+        transitions=given.transitions.double().expand(B, *given.transitions.shape[1:]).contiguous(),
+        start=None if given.start is None else given.start.double(),
+        end=None if given.end is None else given.end.double(),
+    )
     log_z, _ = _scores(caller, chain)
-    B, _, K = chain.emissions.shape
-    # Each sequence has its own copy of the scores, whose expectations are so not summed over the batch.
-    copies = chain._replace(transitions=chain.transitions.expand(B, *chain.transitions.shape[1:]).contiguous())
-    first = chain.emissions.new_zeros(K) if chain.start is None else chain.start
-    last = chain.emissions.new_zeros(K) if chain.end is None else chain.end
-    of_tags, of_pairs, _, _ = _marginals(copies)
+    of_tags, of_pairs, _, _ = _marginals(chain)
+    expected = _expectation(of_tags, chain.emissions, (1, 2)) + _expectation(of_pairs, chain.transitions, (1, 2, 3))
     visible = _visible(chain)
     order = visible.cumsum(1)
     ends = (visible & (order == 1), visible & (order == order[:, -1:]))
-    expected = _expectation(of_tags, chain.emissions, (1, 2))
-    expected = expected + _expectation(of_pairs, copies.transitions, (1, 2, 3))
-    for at, of_end in zip(ends, (first, last)):
-        expected = expected + _expectation(torch.where(at[:, :, None], of_tags, 0), of_end, (1, 2))
-    return _restored(log_z - expected, chain, single)
+    for at, of_end in zip(ends, (chain.start, chain.end)):
+        if of_end is not None:
+            expected = expected + _expectation(torch.where(at[:, :, None], of_tags, 0), of_end, (1, 2))
+    entropy = torch.where(log_z == -torch.inf, torch.nan, log_z - expected)
+    return _restored(entropy, given, single)
 
 
 def crf_viterbi(
@@ -213,10 +219,12 @@ def crf_viterbi(
 
     Args:
         nbest: number of paths, in descending order of scores; None for the best one, without a dimension of its own.
+            The time grows with its square.
         Others: as in crf_log_partition.
     Returns:
         tags: [B, T] int64, or [B, nbest, T]; -1 at excluded steps and in paths that do not exist.
-        scores: [B] or [B, nbest], dtype as in crf_log_partition; -inf for paths that do not exist. Gradient: no.
+        scores: [B] or [B, nbest], dtype as in crf_log_partition; -inf for paths that do not exist, and NaN, without
+            tags, for a sequence with a score of NaN or infinity. Gradient: no.
     Raises: as crf_log_partition.
     Deterministic: yes; of equal paths, the one with the smaller tag at the last step where they differ comes first.
     Source: Viterbi, "Error Bounds for Convolutional Codes", 1967; Soong and Huang, "A Tree-Trellis Based Fast Search",
@@ -228,8 +236,8 @@ def crf_viterbi(
         return handle_torch_function(
             crf_viterbi, scores, *scores, lengths=lengths, mask=mask, nbest=nbest, backend=backend
         )
-    if nbest is not None and (not isinstance(nbest, int) or nbest < 1):
-        raise ValueError(f"{caller}: nbest must be at least 1, got {nbest!r}")
+    if nbest is not None and (not isinstance(nbest, int) or not 1 <= nbest < 2**31):
+        raise ValueError(f"{caller}: nbest must be an int from 1 to 2^31 - 1, got {nbest!r}")
     chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
@@ -314,7 +322,9 @@ def _chain(
 
 def _lengths(caller: str, lengths: Lengths, B: int, device: torch.device) -> Tensor:
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(list(lengths), dtype=torch.int64, device=device)
+        if not isinstance(lengths, Sequence) or any(type(n) is not int for n in lengths):
+            raise TypeError(f"{caller}: lengths must be a tensor or a sequence of int, got {lengths!r}")
+        lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
     if lengths.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):

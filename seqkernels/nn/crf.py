@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module, Parameter, init
 
+from seqkernels.functional._checks import describe
 from seqkernels.functional.crf import (
     REDUCTIONS,
     Lengths,
@@ -38,6 +39,9 @@ class CRF(Module):
             first and the second. Their scores are -inf in every call and their parameters have no gradient.
         device, dtype: of the parameters.
 
+    Emissions and parameters are promoted to their common dtype, as in torchcrf: half emissions of an autocast region
+    meet float32 parameters in float32.
+
     Parameters: start_transitions [K], end_transitions [K], transitions [K, K] (from, to).
 
     Equivalent to: torchcrf.CRF(num_tags, batch_first) of pytorch-crf, with equal state_dict.
@@ -55,6 +59,8 @@ class CRF(Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(num_tags, int):
+            raise TypeError(f"CRF: num_tags must be an int, got {describe(num_tags)}")
         if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")
         super().__init__()
@@ -101,10 +107,11 @@ class CRF(Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f"invalid reduction: {reduction}")
         self._check(emissions, tags, mask)
+        emissions, *scores = self._scores(emissions)
         return crf_log_likelihood(
-            self._by_sequence(emissions),
+            emissions,
             self._by_sequence(tags),
-            *self._scores(emissions),
+            *scores,
             lengths=lengths,
             mask=self._by_sequence(mask),
             reduction=reduction,
@@ -133,9 +140,7 @@ class CRF(Module):
         """
         self._check(emissions, None, mask)
         steps = self._by_sequence(mask)
-        tags, scores = crf_viterbi(
-            self._by_sequence(emissions), *self._scores(emissions), lengths=lengths, mask=steps, nbest=nbest
-        )
+        tags, scores = crf_viterbi(*self._scores(emissions), lengths=lengths, mask=steps, nbest=nbest)
         if return_tensors:
             if pad_tag is not None:
                 tags = torch.where(tags < 0, pad_tag, tags)
@@ -147,25 +152,21 @@ class CRF(Module):
     def marginals(self, emissions: Tensor, mask: Tensor | None = None, *, lengths: Lengths | None = None) -> Tensor:
         """Probability of each tag at each step: [T, B, K], or [B, T, K] with batch_first. Differentiable."""
         self._check(emissions, None, mask)
-        of_tags, _ = crf_marginals(
-            self._by_sequence(emissions), *self._scores(emissions), lengths=lengths, mask=self._by_sequence(mask)
-        )
+        of_tags, _ = crf_marginals(*self._scores(emissions), lengths=lengths, mask=self._by_sequence(mask))
         return of_tags if self.batch_first else of_tags.transpose(0, 1)
 
     def entropy(self, emissions: Tensor, mask: Tensor | None = None, *, lengths: Lengths | None = None) -> Tensor:
         """[B] entropy of the distribution over paths, in nats. Differentiable."""
         self._check(emissions, None, mask)
-        return crf_entropy(
-            self._by_sequence(emissions), *self._scores(emissions), lengths=lengths, mask=self._by_sequence(mask)
-        )
+        return crf_entropy(*self._scores(emissions), lengths=lengths, mask=self._by_sequence(mask))
 
     # ---- arguments
 
     def _by_sequence(self, t: Any) -> Any:
         return t if t is None or self.batch_first else t.transpose(0, 1)
 
-    def _scores(self, emissions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Transitions, start and end, of the dtype of emissions, with -inf where forbidden."""
+    def _scores(self, emissions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Emissions [B, T, K], and transitions, start and end with -inf where forbidden, of their common dtype."""
         pairs: Tensor = self.transitions
         start: Tensor = self.start_transitions
         end: Tensor = self.end_transitions
@@ -178,21 +179,24 @@ class CRF(Module):
             pairs = pairs.masked_fill(blocked[:K, :K], -torch.inf)
             start = start.masked_fill(blocked[K, :K], -torch.inf)
             end = end.masked_fill(blocked[:K, K], -torch.inf)
-        dtype = emissions.dtype
-        return pairs.to(dtype), start.to(dtype), end.to(dtype)
+        dtype = torch.promote_types(emissions.dtype, pairs.dtype)
+        return self._by_sequence(emissions).to(dtype), pairs.to(dtype), start.to(dtype), end.to(dtype)
 
     def _check_pair(self, pair: Sequence[Any]) -> None:
-        good = len(pair) == 2 and all(
+        good = isinstance(pair, Sequence) and len(pair) == 2 and tuple(pair) != ("start", "end")
+        if not good or not all(
             (isinstance(tag, int) and 0 <= tag < self.num_tags) or tag == name
             for tag, name in zip(pair, ("start", "end"))
-        )
-        if not good:
+        ):
             raise ValueError(
                 f"CRF: forbidden must hold pairs of tags from 0 to {self.num_tags - 1}, or 'start' first, or 'end' "
                 f"second, got {pair!r}"
             )
 
     def _check(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> None:
+        for name, t in (("emissions", emissions), ("tags", tags), ("mask", mask)):
+            if not isinstance(t, Tensor) and (t is not None or name == "emissions"):
+                raise TypeError(f"CRF: {name} must be a tensor, got {describe(t)}")
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         if emissions.shape[2] != self.num_tags:

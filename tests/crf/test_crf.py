@@ -269,7 +269,7 @@ def test_forbidden_pairs() -> None:
     assert module.transitions.grad[0, 1] == 0 and module.transitions.grad.isfinite().all()
     assert module.start_transitions.grad[2] == 0 and module.end_transitions.grad[1] == 0
     assert module(e[:1], torch.tensor([[1, 0, 1, 0, 0, 0]])) == -torch.inf
-    for bad in ((0, 3), ("end", 1), (1,), (0, "start")):
+    for bad in ((0, 3), ("end", 1), (1,), (0, "start"), ("start", "end"), 1):
         with pytest.raises(ValueError, match="forbidden must hold pairs"):
             nn.CRF(3, forbidden=[bad])
     with pytest.raises(ValueError, match="invalid number of tags: 0"):
@@ -384,8 +384,12 @@ def test_all_paths_forbidden() -> None:
     assert log_z[0] == -torch.inf and log_z[1].isfinite()
     log_z.sum().backward()
     assert not e.grad[0].any() and e.grad[1].any() and pairs.grad.isfinite().all()
-    _, scores = crf_viterbi(e, pairs)
-    assert scores[0] == -torch.inf and scores[1].isfinite()
+    for nbest in (None, 1, 2):
+        tags, scores = crf_viterbi(e, pairs, nbest=nbest)
+        assert (scores[0] == -torch.inf).all() and scores[1].isfinite().all()
+        assert (tags[0] == -1).all() and (tags[1] >= 0).all()
+    assert crf_entropy(e, pairs)[0].isnan() and crf_entropy(e, pairs)[1].isfinite()
+    assert crf_log_likelihood(e, torch.zeros(2, 4).long(), pairs, reduction="none")[0].isnan()
 
 
 def test_nan_spreads_within_its_sequence_only(isa: str) -> None:
@@ -398,6 +402,22 @@ def test_nan_spreads_within_its_sequence_only(isa: str) -> None:
     assert torch.equal(log_z[:2], clean[:2]) and log_z[2].isnan()
     (grad,) = torch.autograd.grad(log_z.sum(), e)
     assert grad[:2].isfinite().all() and not grad[1, 3:].any() and grad[2].isnan().all()
+    for bad in (torch.nan, torch.inf):
+        e = torch.where(e.isnan(), bad, e.detach())
+        for nbest in (None, 2):
+            tags, scores = crf_viterbi(e, pairs, lengths=lengths, nbest=nbest)
+            assert scores[2].isnan().all() and (tags[2] == -1).all()
+            assert scores[:2].isfinite().all() and (tags[0] >= 0).all()
+
+
+def test_probabilities_of_pairs_add_up_under_large_scores(isa: str) -> None:
+    e, pairs = 20 * torch.randn(50, 4, 3), 4000 * torch.randn(3, 3)
+    for m in (pairs, pairs.expand(50, 4, 3, 3)):
+        _, of_pairs = crf_marginals(e, m)
+        close(of_pairs.sum(), torch.tensor(150.0), rtol=1e-6, atol=0)
+    assert crf_entropy(e, pairs).min() >= 0
+    half = e.bfloat16(), (pairs / 1000).bfloat16()
+    close(crf_entropy(*half), crf_entropy(*(t.float() for t in half)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -471,13 +491,18 @@ def test_compile_export_and_meta() -> None:
     assert tagger.to("meta")(*meta)[1].shape == (3, 6)
 
 
-def test_autocast_computes_in_the_dtype_of_emissions() -> None:
+def test_emissions_and_parameters_are_promoted() -> None:
     module, e, tags = nn.CRF(4, batch_first=True), torch.randn(2, 5, 4), torch.randint(4, (2, 5))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(e, tags), nn.CRF.forward(module, e, tags))
         half = module(e.bfloat16(), tags)
-    assert half.dtype == torch.float32
-    close(half, module(e.bfloat16().float(), tags), rtol=2e-2, atol=2e-2)
+    assert torch.equal(half, module(e.bfloat16().float(), tags))
+    assert module.decode(e.bfloat16()) == module.decode(e.bfloat16().float())
+    wide = nn.CRF(4, batch_first=True, dtype=f64)
+    wide.load_state_dict(module.state_dict())
+    assert wide(e, tags).dtype == f64 and torch.equal(wide(e, tags), wide(e.double(), tags))
+    halves = nn.CRF(4, dtype=torch.float16)
+    assert halves(e.half().transpose(0, 1), tags.T).dtype == torch.float32
 
 
 # ---- errors
@@ -508,7 +533,14 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "tags dtype": (lambda: crf_log_likelihood(E, Y.float(), M), TypeError, "tags must be int64"),
     "tags list": (lambda: crf_log_likelihood(E, [1], M), TypeError, "tags must be a tensor, got a list"),
     "reduction": (lambda: crf_log_likelihood(E, Y, M, reduction="max"), ValueError, "reduction must be none, sum"),
-    "nbest": (lambda: crf_viterbi(E, M, nbest=0), ValueError, "nbest must be at least 1, got 0"),
+    "nbest": (lambda: crf_viterbi(E, M, nbest=0), ValueError, "nbest must be an int from 1"),
+    "nbest too large": (lambda: crf_viterbi(E, M, nbest=2**63), ValueError, "nbest must be an int from 1"),
+    "fractions": (lambda: crf_log_partition(E, M, lengths=[2.7, 2]), TypeError, "lengths must be a tensor or a"),
+    "a length": (lambda: crf_log_partition(E, M, lengths=3), TypeError, "lengths must be a tensor or a"),
+    "module, emissions": (lambda: nn.CRF(4)(None, Y), TypeError, "CRF: emissions must be a tensor, got NoneType"),
+    "module, tags": (lambda: nn.CRF(4)(E, [[0]]), TypeError, "CRF: tags must be a tensor, got a list"),
+    "module, mask": (lambda: nn.CRF(4).decode(E, [[1]]), TypeError, "CRF: mask must be a tensor, got a list"),
+    "module, size": (lambda: nn.CRF("3"), TypeError, "num_tags must be an int, got str"),
     "backend": (lambda: crf_viterbi(E, M, backend="cuda"), ValueError, "backend must be None, cpu, got 'cuda'"),
 }  # fmt: skip
 

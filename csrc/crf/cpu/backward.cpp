@@ -2,8 +2,9 @@
 //
 // beta is computed backward in log space, as alpha is forward. With N = sum_i e^(alpha_i + beta_i) of a step:
 //   P(y_s = k) = e^(alpha_k + beta_k) / N
-//   P(y_s-1 = i, y_s = j) = e^alpha_i e^m_ij e^(emission_j + beta_j) / N
-// The second is a sum of outer products over the steps, times e^m_ij, which multiplies the sum once.
+//   P(y_s-1 = i, y_s = j) = P(y_s-1 = i) e^(m_ij + gamma_j) / sum_j e^(m_ij + gamma_j), gamma = emissions + beta of s
+// The second is a sum of outer products over the steps, times e^m_ij, which multiplies the sum once. The probabilities
+// of pairs so add up to those of tags, also where rounding makes the logarithms of large scores imprecise.
 //
 // The gradient of transitions that sequences share is summed in chunks of sequences, whose number depends on B alone,
 // and over the chunks in order: the bits do not depend on the number of threads.
@@ -121,7 +122,7 @@ struct Backward {
     load_alpha(b, steps[n - 1], w.alpha);
     memset(static_cast<void*>(w.pairs), 0, size_t(K * KV) * sizeof(T));
     w.pending = 0;
-    T most = 0, inverse = marginals(w, most);
+    T inverse = marginals(w);
     for (int64_t s = n - 1; s >= 0; --s) {
       if (inverse == 0) return false;
       S* demissions = static_cast<S*>(args.demissions) + (b * a.T + steps[s]) * K;
@@ -155,11 +156,11 @@ struct Backward {
       T* swap = w.beta;
       w.beta = w.next;
       w.next = swap;
-      inverse = marginals(w, most);
+      inverse = marginals(w);
       if (by_step) {
-        step_pairs(b, steps[s], w, m, dz * inverse, most);
+        step_pairs(b, steps[s], w, m, dz * inverse);
       } else {
-        add_pairs(w, product, dz * inverse, most, sums);
+        add_pairs(w, product, dz * inverse, sums);
       }
       chain.normalise(w.beta);
     }
@@ -168,12 +169,12 @@ struct Backward {
   }
 
   // marginal = e^(alpha + beta - most); returns the inverse of its sum, or 0 without a path.
-  T marginals(const Workspace& w, T& most) const {
+  T marginals(const Workspace& w) const {
     V top = broadcast(-kInfinity<T>), sum = {};
     for (int64_t k = 0; k < KV; k += kWidth) {
       top = larger<T>(load(w.alpha + k) + load(w.beta + k), top);
     }
-    most = max_of_lanes<T>(top);
+    const T most = max_of_lanes<T>(top);
     if (most == -kInfinity<T>) return 0;
     for (int64_t k = 0; k < KV; k += kWidth) {
       const V p = exp<T>(load(w.alpha + k) + load(w.beta + k) - broadcast(most));
@@ -183,18 +184,16 @@ struct Backward {
     return T(1) / sum_of_lanes<T>(sum);
   }
 
-  // Adds the probabilities of the pairs of one step, times dz. The weights of `product` are e^(m_ij - shift_i),
-  // transposed: [j, i]. So pairs[j, i] sums e^(gamma_j) e^(alpha_i + shift_i - most).
-  void add_pairs(Workspace& w, const Product<S>& product, T factor, T most, const Sums& sums) const {
-    V top = broadcast(-kInfinity<T>);
+  // Adds the probabilities of the pairs of one step, times the factor. `marginal` times the factor is that of the tags
+  // before, and the weights of `product` are e^(m_ij - shift_i), transposed: [j, i].
+  void add_pairs(Workspace& w, const Product<S>& product, T factor, const Sums& sums) const {
+    bool exact = false;
     for (int64_t i = 0; i < KV; i += kWidth) {
-      const V x = chain.padded(load(w.alpha + i) + load(product.shift + i) - broadcast(most), i);
-      top = x > top ? x : top;
-      store(w.right + i, x);
+      const V p = load(w.marginal + i), sum = load(product.sums + i);
+      store(w.right + i, p == V{} ? V{} : p * broadcast(factor) / sum);
     }
-    constexpr T kMost = sizeof(T) == 4 ? T(60) : T(500);
-    if (!(max_of_lanes<T>(top) < kMost)) return add_exact_pairs(w, product, factor, most, sums);
-    for (int64_t i = 0; i < KV; i += kWidth) store(w.right + i, exp<T>(load(w.right + i)) * broadcast(factor));
+    for (int64_t i = 0; i < K; ++i) exact |= product.sums[i] < C::kTiny && w.marginal[i] > 0;
+    if (exact) return add_exact_pairs(w, product, factor, sums);
     for (int64_t j = 0; j < K; ++j) {
       const T left = exp<T>(broadcast(w.gamma[j]))[0];
       if (left == 0) continue;
@@ -203,12 +202,15 @@ struct Backward {
     }
     if (++w.pending == kFlush) flush(w, product, sums);
   }
-  void add_exact_pairs(const Workspace& w, const Product<S>& product, T factor, T most, const Sums& sums) const {
+  void add_exact_pairs(const Workspace& w, const Product<S>& product, T factor, const Sums& sums) const {
     for (int64_t i = 0; i < K; ++i) {
-      for (int64_t j = 0; j < K; ++j) {
-        const double x = double(w.alpha[i]) + double(product.element(j, i)) + double(w.gamma[j]) - double(most);
-        if (x > -700) sums.pairs[i * K + j] += double(factor) * __builtin_exp(x);
-      }
+      if (w.marginal[i] == 0) continue;
+      const auto score = [&](int64_t j) { return double(product.element(j, i)) + double(w.gamma[j]); };
+      double most = -kInfinity<double>, sum = 0;
+      for (int64_t j = 0; j < K; ++j) most = score(j) > most ? score(j) : most;
+      for (int64_t j = 0; j < K; ++j) sum += __builtin_exp(score(j) - most);
+      const double scale = double(w.marginal[i]) * double(factor) / sum;
+      for (int64_t j = 0; j < K; ++j) sums.pairs[i * K + j] += scale * __builtin_exp(score(j) - most);
     }
   }
   void flush(Workspace& w, const Product<S>& product, const Sums& sums) const {
@@ -222,14 +224,20 @@ struct Backward {
     w.pending = 0;
   }
   // Transitions of their own for the step: the gradient is written, or added over sequences.
-  void step_pairs(int64_t b, int64_t t, const Workspace& w, const S* m, T factor, T most) const {
+  void step_pairs(int64_t b, int64_t t, const Workspace& w, const S* m, T factor) const {
     if (args.dtransitions == nullptr) return;
     S* to = static_cast<S*>(args.dtransitions) + ((by_sequence ? b * a.T : 0) + t) * K * K;
     for (int64_t i = 0; i < K; ++i) {
-      const V left = broadcast(w.alpha[i] - most);
+      if (w.marginal[i] == 0) continue;
+      const S* row = m + i * K;
+      V top = broadcast(-kInfinity<T>), sum = {};
+      for (int64_t j = 0; j < K; j += kWidth) top = larger<T>(load(row + j, K - j) + load(w.gamma + j), top);
+      const V most = broadcast(max_of_lanes<T>(top));
+      for (int64_t j = 0; j < K; j += kWidth) sum += exp<T>(load(row + j, K - j) + load(w.gamma + j) - most);
+      const V scale = broadcast(w.marginal[i] * factor / sum_of_lanes<T>(sum));
       for (int64_t j = 0; j < K; j += kWidth) {
-        const V x = left + load(m + i * K + j, K - j) + load(w.gamma + j);
-        store(to + i * K + j, load(to + i * K + j, K - j) + exp<T>(x) * broadcast(factor), K - j);
+        const V p = exp<T>(load(row + j, K - j) + load(w.gamma + j) - most) * scale;
+        store(to + i * K + j, load(to + i * K + j, K - j) + p, K - j);
       }
     }
   }

@@ -134,12 +134,14 @@ struct Product {
   const bool transposed;
   const S* matrix = nullptr;
   T *weights, *shift, *scratch;  // [K, KV], [KV], [KV]
+  T* sums;                       // [KV] of the last product: sum_i e^from_i e^(m_ij - shift_j)
 
-  static int64_t size(const C& chain) { return (chain.K + 2) * chain.KV; }
+  static int64_t size(const C& chain) { return (chain.K + 3) * chain.KV; }
   Product(const C& chain, bool transposed, T*& memory) : chain(chain), transposed(transposed) {
     weights = memory;
     shift = weights + chain.K * chain.KV;
     scratch = shift + chain.KV;
+    sums = scratch + chain.KV;
     memory += size(chain);
   }
 
@@ -165,7 +167,7 @@ struct Product {
   }
 
   // from has a maximum of zero; padding of `to` is -infinity.
-  void apply(const T* from, T* to) const {
+  void apply(const T* from, T* to) {
     const int64_t K = chain.K, KV = chain.KV;
     for (int64_t k = 0; k < KV; k += kWidth) store(scratch + k, exp<T>(load(from + k)));
     int64_t j = 0;
@@ -177,7 +179,7 @@ struct Product {
 
  private:
   template <int kVectors>
-  SEQKERNELS_INLINE void columns(const T* from, T* to, int64_t j) const {
+  SEQKERNELS_INLINE void columns(const T* from, T* to, int64_t j) {
     const int64_t K = chain.K, KV = chain.KV;
     V even[kVectors] = {}, odd[kVectors] = {};  // two sums each hide the latency of the additions
     const T* w = weights + j;
@@ -194,6 +196,7 @@ struct Product {
     }
     for (int v = 0; v < kVectors; ++v) {
       const V sum = even[v] + odd[v];
+      store(sums + j + v * kWidth, sum);
       store(to + j + v * kWidth, log<T>(sum) + load(shift + j + v * kWidth));
       T lanes[kWidth];
       store(lanes, sum);

@@ -1,5 +1,6 @@
 // The best paths of each sequence, by the algorithm of Viterbi; with several paths, each tag keeps a sorted list of the
-// best paths that end in it. Of equal paths, the one whose last tags have smaller numbers comes first.
+// best paths that end in it. Of equal paths, the one whose last tags have smaller numbers comes first. Tags of paths
+// that do not exist stay as they are. Scores of NaN or infinity have no order: all scores of the sequence are then NaN.
 #include "common/parallel.h"
 #include "common/schedule.h"
 #include "crf/cpu/chain.h"
@@ -31,9 +32,10 @@ struct Viterbi {
     const int64_t threads = a.first[a.B] * K * K * N > 40000 ? thread_count() : 1;
     run_tasks<T>(threads, a.B, (2 * N + 1) * KV + K * KV, [&](int64_t place, T* memory) {
       const int64_t b = tasks.at(place), n = a.count(b);
-      if (n == 0) {
-        args.scores[b * N] = 0;
-        for (int64_t r = 1; r < N; ++r) args.scores[b * N + r] = -kInfinity<double>;
+      if (n == 0 || !ordered(b)) {
+        for (int64_t r = 0; r < N; ++r) {
+          args.scores[b * N + r] = n > 0 ? std::numeric_limits<double>::quiet_NaN() : r == 0 ? 0 : -kInfinity<double>;
+        }
         return;
       }
       const Memory back(size_t(n * KV * N) * sizeof(int32_t));
@@ -46,6 +48,27 @@ struct Viterbi {
   }
 
  private:
+  // Whether all scores of a sequence are below infinity.
+  bool ordered(int64_t b) const {
+    const int64_t n = a.count(b), K = a.K;
+    const int64_t* steps = a.steps + a.first[b];
+    bool all = below_infinity(static_cast<const S*>(a.start), K) && below_infinity(static_cast<const S*>(a.end), K);
+    for (int64_t s = 0; s < n && all; ++s) {
+      all = below_infinity(chain.emissions(b, steps[s]), K);
+      if (s == 1 || (s > 1 && !chain.shared)) all = all && below_infinity(chain.transitions(b, steps[s]), K * K);
+    }
+    return all;
+  }
+  static bool below_infinity(const S* p, int64_t count) {
+    const V infinity = broadcast(kInfinity<T>);
+    I bad = {};
+    for (int64_t k = 0; p != nullptr && k < count; k += kWidth) bad |= !(load(p + k, count - k) < infinity);
+    Int lanes[kWidth], any = 0;
+    memcpy(lanes, &bad, sizeof(lanes));
+    for (int64_t l = 0; l < kWidth; ++l) any |= lanes[l];
+    return any == 0;
+  }
+
   // The transitions of a step as [K, KV] of T.
   const T* widened(int64_t b, int64_t t, T* to, const S*& known) const {
     const S* from = chain.transitions(b, t);
@@ -95,6 +118,7 @@ struct Viterbi {
     int64_t tag = 0;
     for (int64_t k = 1; k < K; ++k) tag = x[k] > x[tag] ? k : tag;
     args.scores[b] = total + double(x[tag]);
+    if (x[tag] == -kInfinity<T>) return;
     int64_t* tags = args.tags + b * a.T;
     for (int64_t s = n - 1; s >= 0; --s) {
       tags[steps[s]] = tag;
