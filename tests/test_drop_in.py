@@ -304,6 +304,12 @@ def test_shapes_match_on_meta_and_fake_tensors(name: str) -> None:
 def test_lengths_are_supported_on_meta_and_fake_tensors() -> None:
     x, lengths = torch.randn(T, B, E), [6, 2, 4]
     assert seqkernels.nn.LSTM(E, H, device="meta")(x.to("meta"), lengths=lengths)[0].shape == (T, B, H)
+    packed = nn.utils.rnn.PackedSequence(torch.randn(5, E, device="meta"), torch.tensor([2, 2, 1]))
+    for name in ("LSTM", "GRU", "RNN"):
+        got = getattr(seqkernels.nn, name)(E, H, device="meta")(packed)
+        want = getattr(nn, name)(E, H, device="meta")(packed)
+        shapes = [[t.shape for t in torch.utils._pytree.tree_leaves((y.data, states))] for y, states in (got, want)]
+        assert shapes[0] == shapes[1]
     with FakeTensorMode():
         y = seqkernels.nn.LSTM(E, H)(torch.randn(T, B, E), lengths=torch.tensor(lengths))[0]
     assert y.shape == (T, B, H)

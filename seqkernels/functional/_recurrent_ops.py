@@ -255,6 +255,8 @@ def _register(kind: Kind, namespace: str) -> None:
             B = x.shape[1]
         elif given or variational is not None:
             B = (*given, variational)[0].shape[1]
+        elif type(batch_sizes) is Tensor and not batch_sizes.is_meta:  # of a packed input on meta
+            B = int(batch_sizes[0]) if batch_sizes.shape[0] else 0
         else:
             B = new_size()  # batch_sizes[0], a value that is unknown while tracing
         directions, H, P = 2 if bidirectional else 1, _hidden(weights), weights[1].shape[1] * heads
