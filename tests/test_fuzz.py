@@ -577,13 +577,13 @@ def test_cu_seqlens_of_attention_are_valid_or_raise(cu: tuple[list[int], list[in
 @bounded
 @given(
     case=drawn_attention(), wrong=st.dictionaries(st.integers(0, 17), nonsense, min_size=1, max_size=2),
-    backward=st.dictionaries(st.integers(0, 22), nonsense, min_size=1, max_size=2),
+    backward=st.dictionaries(st.integers(0, 23), nonsense, min_size=1, max_size=2),
 )  # fmt: skip
 def test_attention_ops_with_invalid_arguments(case: AttentionCase, wrong: dict, backward: dict) -> None:
     inputs = make_attention_inputs(case, torch.float32)
     q, k, v = (inputs.tensors[n] for n in "qkv")
     right = [q, k, v, *inputs.arguments()]
-    out, lse = ops.attention_forward(*right)
+    out, lse, _ = ops.attention_forward(*right)
 
     def changed(arguments: list, wrong: dict) -> list:
         return [wrong.get(i, a) for i, a in enumerate(arguments)]
@@ -591,7 +591,7 @@ def test_attention_ops_with_invalid_arguments(case: AttentionCase, wrong: dict, 
     tried(ops.attention_forward, EXCEPTIONS, *changed(right, wrong))
     of_weights = {i - (i > 2): x for i, x in wrong.items() if i != 2}
     tried(ops.attention_weights, EXCEPTIONS, *changed([*right[:2], *right[3:], lse], of_weights))
-    arguments = [torch.ones_like(out), lse, *right, out, lse, "mask" in inputs.tensors]
+    arguments = [torch.ones_like(out), lse, *right, out, lse, "mask" in inputs.tensors, None]
     tried(ops.attention_backward, EXCEPTIONS, *changed(arguments, backward))
     tried(
         functional.scaled_dot_product_attention, (*EXCEPTIONS, IndexError, AttributeError),
