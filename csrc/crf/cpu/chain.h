@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/lanes.h"
 #include "common/memory.h"
 #include "common/simd.h"
 #include "crf/crf.h"
@@ -55,15 +56,6 @@ SEQKERNELS_INLINE T max_of_lanes(Native<T> v) {
   most = lanes[0];
   for (int i = 1; i < kLanes<T>; ++i) most = lanes[i] > most || lanes[i] != lanes[i] ? lanes[i] : most;
   return most;
-}
-template <class T>
-SEQKERNELS_INLINE T sum_of_lanes(Native<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
 }
 
 template <class S>

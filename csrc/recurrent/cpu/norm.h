@@ -14,20 +14,12 @@
 // all of its teams before it synchronises.
 #pragma once
 
+#include "common/lanes.h"
 #include "recurrent/cpu/backward.h"
 #include "recurrent/cpu/forward.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-template <class T>
-SEQKERNELS_INLINE T sum_of_lanes(Native<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
 template <class T>
 SEQKERNELS_INLINE Native<T> first_lanes(Native<T> v, int64_t valid) {  // the other lanes become zero
   if (valid >= kLanes<T>) return v;
