@@ -114,6 +114,14 @@ SEQKERNELS_OPS(m) {
   define("attention_weights_backward(Tensor dweights, Tensor q, Tensor k, " + what +
          ", Tensor lse, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dlse, Tensor dmask)");
 
+  // Additive attention. mask: [B or 1, Tq or 1, Tk]; key_exp: what additive_attention_key_exp returns, for reuse.
+  const std::string additive = "Tensor query, Tensor key, Tensor value, Tensor v, ";
+  define("additive_attention_forward(" + additive +
+         "Tensor? mask, Tensor? lengths, Tensor? key_exp) -> (Tensor out, Tensor weights)");
+  define("additive_attention_backward(Tensor? dout, Tensor? dweights, " + additive +
+         "Tensor? lengths, Tensor? key_exp, Tensor weights) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dv)");
+  define("additive_attention_key_exp(Tensor key) -> Tensor");
+
   // Conditional random fields. transitions: [B or 1, T or 1, K, K]; mask: [B, T]; log_z and score: float64.
   const std::string chain =
       "Tensor emissions, Tensor transitions, Tensor? start, Tensor? end, Tensor? lengths, Tensor? mask";

@@ -1,6 +1,7 @@
 """Operators as functions."""
 
 from seqkernels.functional import _flops  # noqa: F401  (registers the formulas of FlopCounterMode)
+from seqkernels.functional.additive_attention import AdditiveKeys, additive_attention
 from seqkernels.functional.attention import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional.crf import (
     crf_entropy,
@@ -20,6 +21,8 @@ from seqkernels.functional.recurrent import dreamer_gru, gru, lstm, mgu, nested_
 from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
+    "AdditiveKeys",
+    "additive_attention",
     "crf_entropy",
     "crf_log_likelihood",
     "crf_log_partition",

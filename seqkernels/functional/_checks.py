@@ -8,8 +8,12 @@ function that ours replaces, the exception has both types.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+Lengths = Tensor | Sequence[int]
 
 
 class ValueRuntimeError(ValueError, RuntimeError):
@@ -63,3 +67,16 @@ def describe(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
     return type(value).__name__
+
+
+def lengths_tensor(caller: str, lengths: Lengths, B: int, device: torch.device) -> Tensor:
+    """The checked lengths of sequences as an int64 tensor on `device`."""
+    if not isinstance(lengths, Tensor):
+        if not isinstance(lengths, Sequence) or any(type(n) is not int for n in lengths):
+            raise TypeError(f"{caller}: lengths must be a tensor or a sequence of int, got {lengths!r}")
+        lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
+    if lengths.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
+    if tuple(lengths.shape) != (B,):
+        raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+    return lengths.to(device, torch.int64)

@@ -12,14 +12,13 @@ Dimensions: B sequences, T steps, K tags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from seqkernels import backend as backends
-from seqkernels.functional._checks import describe, of_op
+from seqkernels.functional._checks import Lengths, describe, lengths_tensor, of_op
 from seqkernels.functional._crf_ops import Chain, log_partition, viterbi_op
 from seqkernels.functional._crf_ops import marginals as _marginals
 from seqkernels.functional._overrides import (
@@ -30,7 +29,6 @@ from seqkernels.functional._overrides import (
 )
 from seqkernels.reference.crf import steps_of
 
-Lengths = Tensor | Sequence[int]
 Reduction = Literal["none", "sum", "mean", "token_mean"]
 REDUCTIONS = ("none", "sum", "mean", "token_mean")
 
@@ -306,7 +304,7 @@ def _chain(
     if lengths is not None and mask is not None:
         raise ValueError(f"{caller}: lengths and mask must not be given together")
     if lengths is not None:
-        lengths = _lengths(caller, lengths, B, emissions.device)
+        lengths = lengths_tensor(caller, lengths, B, emissions.device)
     if mask is not None:
         mask = _mask(caller, mask, (B, T), emissions.device)
     if tags is not None:
@@ -318,18 +316,6 @@ def _chain(
             raise ValueError(f"{caller}: tags must be on the device of emissions {emissions.device}, got {tags.device}")
         tags = tags.long()
     return Chain(emissions, pairs, start, end, lengths, mask, tags), single
-
-
-def _lengths(caller: str, lengths: Lengths, B: int, device: torch.device) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        if not isinstance(lengths, Sequence) or any(type(n) is not int for n in lengths):
-            raise TypeError(f"{caller}: lengths must be a tensor or a sequence of int, got {lengths!r}")
-        lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
-    if lengths.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
-    if tuple(lengths.shape) != (B,):
-        raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
-    return lengths.to(device, torch.int64)
 
 
 def _mask(caller: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:

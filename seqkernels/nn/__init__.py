@@ -1,5 +1,6 @@
 """Modules: drop-in replacements for torch.nn, and others."""
 
+from seqkernels.nn.additive_attention import AdditiveAttention, LuongAttention
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention
 from seqkernels.nn.crf import CRF
 from seqkernels.nn.embedding_bag import (
@@ -22,6 +23,7 @@ __all__ = [
     "MGU",
     "RNN",
     "SLSTM",
+    "AdditiveAttention",
     "DreamerGRU",
     "DreamerGRUCell",
     "Embedding",
@@ -35,6 +37,7 @@ __all__ = [
     "GRUCell",
     "KeyValueCache",
     "LSTMCell",
+    "LuongAttention",
     "MultiheadAttention",
     "NestedLSTM",
     "PositionalEncoding",

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module, Parameter, init
 
-from seqkernels.functional._checks import describe
+from seqkernels.functional._checks import Lengths, describe
 from seqkernels.functional.crf import (
     REDUCTIONS,
-    Lengths,
     Reduction,
     crf_entropy,
     crf_log_likelihood,

@@ -1,5 +1,6 @@
 """Reference definitions of the operators in plain torch: readable and differentiable to any order, but slow."""
 
+from seqkernels.reference.additive_attention import additive_attention
 from seqkernels.reference.attention import attention, attention_weights
 from seqkernels.reference.embedding_bag import (
     adagrad_step,
@@ -17,6 +18,7 @@ from seqkernels.reference.recurrent import dreamer_gru, gru, lstm, mgu, nested_l
 __all__ = [
     "adagrad_step",
     "adam_step",
+    "additive_attention",
     "attention",
     "attention_weights",
     "dreamer_gru",

@@ -13,12 +13,12 @@
 
 #include "attention/attention.h"
 #include "attention/cpu/blocks.h"
-#include "attention/cpu/packing.h"
-#include "attention/cpu/products.h"
 #include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
+#include "common/packing.h"
 #include "common/parallel.h"
+#include "common/products.h"
 #include "common/schedule.h"
 
 namespace seqkernels::SEQKERNELS_ISA {

@@ -7,8 +7,8 @@
 
 #include "attention/attention.h"
 #include "attention/cpu/dropout.h"
-#include "attention/cpu/products.h"
 #include "attention/cpu/tiles.h"
+#include "common/products.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 

@@ -1,9 +1,9 @@
-// Packs rows of q, k and v for the products.
+// Packs rows for the products of tiles.
 #pragma once
 
 #include <cstdint>
 
-#include "attention/cpu/tiles.h"
+#include "common/tiles.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 

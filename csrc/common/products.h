@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "attention/cpu/tiles.h"
+#include "common/tiles.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
