@@ -339,6 +339,41 @@ def attention_jobs(arch: int) -> Iterator[Job]:
         )
 
 
+ADDITIVE = "additive_attention"
+
+
+def additive_attention_jobs(arch: int) -> Iterator[Job]:
+    from seqkernels.triton.additive_attention import launch
+
+    for dtype, rows, everything in itertools.product(launch.DTYPES, (1, 8), (True, False)):
+        wide = "*fp64" if dtype == torch.float64 else "*fp32"
+        types = dict(p_mask="*u8", p_lengths="*i64", **dict.fromkeys(("p_weights", "p_scores", "p_g", "p_w"), wide))
+        types |= dict.fromkeys(("p_dweights", "p_dv"), wide)
+        absent = {} if everything else dict.fromkeys(("p_mask", "p_lengths"))
+        pairs = launch.pair_tile(rows, dtype == torch.float64)
+        pair = dict(BM=pairs.BM, BN=pairs.BN, BH=pairs.columns)
+        products = launch.SKIPPING if everything else launch.PRODUCT
+        product = dict(BM=products.BM, BN=products.BN, BD=products.columns)
+        upstream = dict(BM=launch.PRODUCT.BM, BN=launch.PRODUCT.BN, BD=launch.PRODUCT.columns)
+        row = dict(BN=launch.ROWS_OF_SOFTMAX)
+        of_rows = {"p_dv": None} if everything else {}
+        one = {"s_row": 1} if everything else {"s_other": 1}
+        for file, kernel, constexprs in (
+            ("forward", "scores", pair),
+            ("forward", "softmax", row),
+            ("forward", "product", dict(OF_ROWS=False, SKIP=everything, s_w_t=1) | product),
+            ("forward", "product", dict(OF_ROWS=True, SKIP=False, s_w_r=1) | upstream),
+            ("backward", "weight_gradient", upstream),
+            ("backward", "softmax_gradient", row),
+            ("backward", "rows_gradient", dict(OF_ROWS=everything) | of_rows | one | pair),
+        ):
+            module = importlib.import_module(f"seqkernels.triton.{ADDITIVE}.{file}")
+            name = f"{ADDITIVE}_{kernel}_kernel"
+            names = parameters(getattr(module, name))
+            absent_here = {key: None for key in absent if key in names}
+            yield Job(f"{ADDITIVE}.{file}", name, dtype, constexprs | absent_here, arch, launch.WARPS, types=types)
+
+
 # ---- compiling
 
 
@@ -412,7 +447,7 @@ def main() -> int:
     every = (
         job
         for arch in options.archs
-        for part in (bag_jobs, layer_jobs, step_jobs, attention_jobs)
+        for part in (bag_jobs, layer_jobs, step_jobs, attention_jobs, additive_attention_jobs)
         for job in part(arch)
     )
     jobs = [job for job in every if re.search(options.only, str(job))]

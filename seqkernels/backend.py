@@ -225,4 +225,4 @@ RECURRENT: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_trito
 EMBEDDING_BAG: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
 ATTENTION: Implementations = {"cpu": on_cpu, "torch": attention_by_torch, "triton": attention_in_triton}
 CRF: Implementations = {"cpu": on_cpu}
-ADDITIVE_ATTENTION: Implementations = {"cpu": on_cpu}
+ADDITIVE_ATTENTION: Implementations = {"cpu": on_cpu, "triton": in_triton}

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqkernels.functional import _triton_ops
 from seqkernels.functional._autograd import (
+    Function,
     below_autograd,
     jvp_by_definition,
     needs_definition,
@@ -24,8 +26,23 @@ from seqkernels.functional._autograd import (
 )
 from seqkernels.reference.additive_attention import additive_attention
 
-forward_op, backward_op = op("additive_attention_forward"), op("additive_attention_backward")
 key_exp_op = op("additive_attention_key_exp")
+
+
+class Ops(NamedTuple):
+    """The ops of an implementation."""
+
+    forward: Function
+    backward: Function
+
+
+def _ops_of(namespace: str) -> Ops:
+    return Ops(op("additive_attention_forward", namespace), op("additive_attention_backward", namespace))
+
+
+for _name in Ops._fields:
+    _triton_ops.define(f"additive_attention_{_name}", "additive_attention.launch", f"{_name}_op")
+OPS = {"cpu": _ops_of("seqkernels"), "triton": _ops_of(_triton_ops.NAMESPACE)}
 
 
 class Inputs(NamedTuple):
@@ -44,20 +61,25 @@ DIFFERENTIABLE = 4  # the arguments with a gradient come first
 NO_GRADIENT = [None] * (len(Inputs._fields) - DIFFERENTIABLE)
 
 
-def attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def attend(inputs: Inputs, ops: Ops) -> tuple[Tensor, Tensor]:
     """The output [B, Tq, Dv] and the weights [B, Tq, Tk]."""
+    found: tuple[Tensor, Tensor]
     if transformed():
-        found: tuple[Tensor, Tensor] = _Forward.apply(*inputs)
-        return found
-    if not torch.compiler.is_compiling() and not recorded(*inputs[:DIFFERENTIABLE]):
+        found = _Forward.apply(ops, *inputs)
+    elif torch.compiler.is_compiling() or recorded(*inputs[:DIFFERENTIABLE]):
+        found = ops.forward(*inputs)
+    else:
         with below_autograd():
-            return forward_op(*inputs)
-    return forward_op(*inputs)
+            found = ops.forward(*inputs)
+    return found
 
 
 def key_exp(key: Tensor) -> Tensor | None:
-    """What the kernels compute of each key alone, to use it for several calls; None in torch.func transforms."""
-    if transformed():
+    """What the CPU kernels compute of each key alone, to use it for several calls.
+
+    None in torch.func transforms, and on a GPU, where reading it would take longer than computing it.
+    """
+    if transformed() or key.device.type not in ("cpu", "meta"):
         return None
     with torch.no_grad():
         return key_exp_op(key.detach())
@@ -79,28 +101,29 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return forward_op(*inputs)
+    def forward(ops: Ops, *inputs: Any) -> Any:
+        return ops.forward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.save_for_forward(*inputs)
+        ctx.ops, *tensors = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, weights = ctx.saved_tensors
-        return _backward(Inputs(*inputs), weights, grads, ctx.needs_input_grad)
+        return None, *_backward(ctx.ops, Inputs(*inputs), weights, grads, ctx.needs_input_grad[1:])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, _ops: None, *tangents: Tensor | None) -> Any:
         inputs = Inputs(*ctx.saved_tensors)
         return jvp_by_definition(_definition(inputs), inputs[:DIFFERENTIABLE], tangents[:DIFFERENTIABLE])
 
 
 def _backward(
-    inputs: Inputs, weights: Tensor, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ops: Ops, inputs: Inputs, weights: Tensor, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     if grads[0] is None and grads[1] is None:
         return *[None] * DIFFERENTIABLE, *NO_GRADIENT
@@ -108,18 +131,13 @@ def _backward(
         found = vjp_by_definition(_definition(inputs), inputs[:DIFFERENTIABLE], grads, needs[:DIFFERENTIABLE])
         return *found, *NO_GRADIENT
     query, key, value, v, _, lengths, exp = inputs
-    gradients = backward_op(*grads, query, key, value, v, lengths, exp, weights)
+    gradients = ops.backward(*grads, query, key, value, v, lengths, exp, weights)
     return *(g if need else None for g, need in zip(gradients, needs)), *NO_GRADIENT
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, unchanged(output[1]))
     ctx.set_materialize_grads(False)
-
-
-def _backward_of_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, weights = ctx.saved_tensors
-    return _backward(Inputs(*inputs), weights.detach(), grads, ctx.needs_input_grad)
 
 
 # ---- registration
@@ -139,9 +157,19 @@ def _key_exp_fake(key: Tensor) -> Tensor:
     return key.new_empty(key.shape, dtype=torch.promote_types(key.dtype, torch.float32))
 
 
-for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake), ("key_exp", _key_exp_fake)):
-    torch.library.register_fake(f"seqkernels::additive_attention_{_name}")(_fake)
-    torch.library.register_vmap(f"seqkernels::additive_attention_{_name}", vmap_rule(op(f"additive_attention_{_name}")))
-torch.library.register_autograd(
-    "seqkernels::additive_attention_forward", _backward_of_forward, setup_context=_setup_forward
-)
+def _register(ops: Ops, namespace: str) -> None:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, weights = ctx.saved_tensors
+        return _backward(ops, Inputs(*inputs), weights.detach(), grads, ctx.needs_input_grad)
+
+    name = f"{namespace}::additive_attention"
+    for way, fake in (("forward", _forward_fake), ("backward", _backward_fake)):
+        torch.library.register_fake(f"{name}_{way}")(fake)
+        torch.library.register_vmap(f"{name}_{way}", vmap_rule(getattr(ops, way)))
+    torch.library.register_autograd(f"{name}_forward", backward, setup_context=_setup_forward)
+
+
+_register(OPS["cpu"], "seqkernels")
+_register(OPS["triton"], _triton_ops.NAMESPACE)
+torch.library.register_fake("seqkernels::additive_attention_key_exp")(_key_exp_fake)
+torch.library.register_vmap("seqkernels::additive_attention_key_exp", vmap_rule(key_exp_op))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from seqkernels import backend as backends
-from seqkernels.functional._additive_attention_ops import Inputs, attend, key_exp
+from seqkernels.functional._additive_attention_ops import OPS, Inputs, attend, key_exp
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import Lengths, describe, lengths_tensor, of_op
 from seqkernels.functional._overrides import (
@@ -114,14 +114,14 @@ def additive_attention(
         lengths: [B] number of keys of each sequence, from 0: int32 or int64, or a sequence of int. Padding is not read.
             Can be combined with mask.
         return_weights: also return the weights.
-        backend: cpu, or None; see seqkernels.explain.
+        backend: cpu or triton; None selects one, see seqkernels.explain.
     Returns:
         out: [B, Tq, Dv] or [B, Dv], dtype of query, computed in float32 or wider; 0 for a query that attends to no key.
         weights, with return_weights: [B, Tq, Tk] or [B, Tk], dtype of query; gradient: yes.
         tanh has an absolute error of about 1e-7 in float32, as it is computed from e^(2 query) and e^(2 key); beyond
         an absolute value of 21 (float64: 175) of a query or key, from tanh itself.
     Raises:
-        ValueError: invalid shape, length or value.
+        ValueError: invalid shape, length or value. On a GPU, the values of lengths are clamped instead.
         TypeError: invalid type or dtype.
         NotImplementedError: no implementation supports the inputs.
     Equivalent to: seqkernels.reference.additive_attention. Gradients of any order; those beyond the first are computed
@@ -146,7 +146,8 @@ def additive_attention(
     single = isinstance(query, Tensor) and query.dim() == 2
     if single:
         query = query.unsqueeze(1)
-    query, key, value, v, bias = _checked(caller, query, key, value, v, bias, backend)
+    query, key, value, v, bias = _checked(caller, query, key, value, v, bias)
+    chosen = _choose(caller, query, backend)
     if exp is not None and (keys is None or key.dtype != keys.key.dtype):  # autocast has changed the keys
         exp = None
     if bias is not None:
@@ -158,7 +159,7 @@ def additive_attention(
     if lengths is not None:
         lengths = lengths_tensor(caller, lengths, B, query.device)
     try:
-        out, weights = attend(Inputs(query, key, value, v, mask, lengths, exp))
+        out, weights = attend(Inputs(query, key, value, v, mask, lengths, exp), OPS[chosen])
     except RuntimeError as error:
         raise of_op(caller, error) from None
     results = []
@@ -191,7 +192,7 @@ def _check_key(caller: str, key: Any) -> None:
 
 
 def _checked(
-    caller: str, query: Any, key: Any, value: Any, v: Any, bias: Any, backend: str | None
+    caller: str, query: Any, key: Any, value: Any, v: Any, bias: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     tensors = {"query": query, "key": key, "value": value, "v": v, "bias": bias}
     for name, t in tensors.items():
@@ -203,9 +204,8 @@ def _checked(
     if dtype is not None:
         tensors = {name: None if t is None else autocast(t, dtype) for name, t in tensors.items()}
         query, key, value, v, bias = tensors.values()
-    request = backends.Request(query.device, query.dtype)
-    if query.device.type != "meta" or backend is not None or query.dtype not in backends.DTYPES:
-        backends.choose(caller, backends.ADDITIVE_ATTENTION, request, backend, "a query", query.shape)
+    if query.dtype not in backends.DTYPES:
+        _choose(caller, query, None)
     for name, t in tensors.items():
         if t is None:
             continue
@@ -227,6 +227,13 @@ def _checked(
         if t is not None and tuple(t.shape) != (H,):
             raise ValueError(f"{caller}: {name} must have shape [H] = [{H}], got {list(t.shape)}")
     return query, key, value, v, bias
+
+
+def _choose(caller: str, query: Tensor, backend: str | None) -> str:
+    if query.is_meta and backend is None and query.dtype in backends.DTYPES:
+        return "cpu"  # only shapes are computed
+    request = backends.Request(query.device, query.dtype)
+    return backends.choose(caller, backends.ADDITIVE_ATTENTION, request, backend, "a query", query.shape)
 
 
 def beam_mask(caller: str, mask: Any, shape: tuple[int, int, int], B: int, device: torch.device) -> Tensor | None:
