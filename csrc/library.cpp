@@ -129,6 +129,11 @@ SEQKERNELS_OPS(m) {
   define("crf_backward(Tensor dlog_z, Tensor dscore, " + chain +
          ", Tensor? tags, Tensor alpha) -> (Tensor demissions, Tensor dtransitions, Tensor dstart, Tensor dend)");
   define("crf_viterbi(" + chain + ", int paths) -> (Tensor tags, Tensor scores)");
+
+  // Connectionist temporal classification. loss: float64; targets: [B, S], or [sum of target_lengths].
+  const std::string ctc = "Tensor log_probs, Tensor targets, Tensor input_lengths, Tensor target_lengths, int blank";
+  define("ctc_loss_forward(" + ctc + ") -> (Tensor loss, Tensor alpha)");
+  define("ctc_loss_backward(Tensor dloss, " + ctc + ", Tensor alpha) -> Tensor");
 }
 
 namespace {

@@ -226,3 +226,4 @@ EMBEDDING_BAG: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_t
 ATTENTION: Implementations = {"cpu": on_cpu, "torch": attention_by_torch, "triton": attention_in_triton}
 CRF: Implementations = {"cpu": on_cpu}
 ADDITIVE_ATTENTION: Implementations = {"cpu": on_cpu, "triton": in_triton}
+CTC: Implementations = {"cpu": on_cpu}

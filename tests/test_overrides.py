@@ -57,6 +57,7 @@ PUBLIC: dict[str, tuple[Callable, Tensor]] = {
         Q[0],
     ),
     "additive_attention": (lambda q, **more: functional.additive_attention(q, Q[0], Q[0], Q[0, 0, 0], **more), Q[0]),
+    "ctc_loss": (lambda p, **more: functional.ctc_loss(p, TAGS, [3, 3], [2, 1], **more), Q[0].transpose(0, 1)),
     "embedding": (lambda i, **more: functional.embedding(i, TABLE, 1, **more), IDS),
     "embedding_bag": (lambda i, **more: functional.embedding_bag(i, TABLE, mode="max", **more), IDS),
     "embedding_bags": (

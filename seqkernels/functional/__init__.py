@@ -10,6 +10,7 @@ from seqkernels.functional.crf import (
     crf_marginals,
     crf_viterbi,
 )
+from seqkernels.functional.ctc import ctc_loss
 from seqkernels.functional.embedding_bag import (
     embedding,
     embedding_bag,
@@ -28,6 +29,7 @@ __all__ = [
     "crf_log_partition",
     "crf_marginals",
     "crf_viterbi",
+    "ctc_loss",
     "dreamer_gru",
     "embedding",
     "embedding_bag",

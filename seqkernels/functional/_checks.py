@@ -69,14 +69,16 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def lengths_tensor(caller: str, lengths: Lengths, B: int, device: torch.device) -> Tensor:
+def lengths_tensor(
+    caller: str, lengths: Lengths, B: int, device: torch.device, name: str = "lengths", batch: str = "B"
+) -> Tensor:
     """The checked lengths of sequences as an int64 tensor on `device`."""
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or any(type(n) is not int for n in lengths):
-            raise TypeError(f"{caller}: lengths must be a tensor or a sequence of int, got {lengths!r}")
+            raise TypeError(f"{caller}: {name} must be a tensor or a sequence of int, got {lengths!r}")
         lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
     if lengths.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
+        raise TypeRuntimeError(f"{caller}: {name} must be int32 or int64, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
-        raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
+        raise ValueRuntimeError(f"{caller}: {name} must have shape [{batch}] = [{B}], got {list(lengths.shape)}")
     return lengths.to(device, torch.int64)

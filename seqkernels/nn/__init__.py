@@ -3,6 +3,7 @@
 from seqkernels.nn.additive_attention import AdditiveAttention, LuongAttention
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention
 from seqkernels.nn.crf import CRF
+from seqkernels.nn.ctc import CTCLoss
 from seqkernels.nn.embedding_bag import (
     Embedding,
     EmbeddingBag,
@@ -24,6 +25,7 @@ __all__ = [
     "RNN",
     "SLSTM",
     "AdditiveAttention",
+    "CTCLoss",
     "DreamerGRU",
     "DreamerGRUCell",
     "Embedding",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqkernels.reference._log_space import log_sum
+
 
 def log_partition_and_score(
     emissions: Tensor,
@@ -46,7 +48,7 @@ def log_partition_and_score(
     before = torch.zeros(B, dtype=torch.int64, device=emissions.device)
     for t in range(T):
         here = visible[:, t]
-        entered = torch.where(begun[:, None], _log_sum(alpha[:, :, None] + pairs[:, t], 1), first)
+        entered = torch.where(begun[:, None], log_sum(alpha[:, :, None] + pairs[:, t], 1), first)
         alpha = torch.where(here[:, None], entered + steps[:, t], alpha)
         if tags is not None:
             tag = torch.where(here, tags[:, t], 0)
@@ -55,7 +57,7 @@ def log_partition_and_score(
             score = score + torch.where(here, step, 0)
             before = torch.where(here, tag, before)
         begun = begun | here
-    log_z = torch.where(begun, _log_sum(alpha + last, 1), 0)
+    log_z = torch.where(begun, log_sum(alpha + last, 1), 0)
     if tags is not None:
         score = score + torch.where(begun, last[before], 0)
     return log_z, score
@@ -69,12 +71,3 @@ def steps_of(emissions: Tensor, lengths: Tensor | None, mask: Tensor | None) -> 
     if lengths is None:
         return torch.ones(B, T, dtype=torch.bool, device=emissions.device)
     return torch.arange(T, device=emissions.device) < lengths[:, None]
-
-
-def _log_sum(x: Tensor, dim: int) -> Tensor:
-    """logsumexp whose gradient is 0 where all terms are -inf."""
-    most = x.detach().amax(dim, keepdim=True)
-    most = torch.where(most == -torch.inf, 0, most)
-    total = (x - most).exp().sum(dim)
-    none = total == 0
-    return torch.where(none, -torch.inf, torch.where(none, 1, total).log() + most.squeeze(dim))

@@ -1,0 +1,130 @@
+"""Ops of connectionist temporal classification: calls, fake implementations, autograd, torch.func.
+
+Dimensions: T steps, B sequences, C classes, S states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqkernels.functional._autograd import (
+    below_autograd,
+    jvp_by_definition,
+    needs_definition,
+    op,
+    recorded,
+    transformed,
+    vjp_by_definition,
+    vmap_rule,
+)
+from seqkernels.reference.ctc import ctc_loss
+
+forward_op, backward_op = op("ctc_loss_forward"), op("ctc_loss_backward")
+
+
+class Alignment(NamedTuple):
+    """Arguments of the ops."""
+
+    log_probs: Tensor  # [T, B, C]
+    targets: Tensor  # [B, L] or [sum of target_lengths]
+    input_lengths: Tensor  # [B]
+    target_lengths: Tensor  # [B]
+    blank: int
+
+
+def losses(inputs: Alignment) -> Tensor:
+    """The loss of each sequence, [B] float64."""
+    found: Tensor
+    if transformed():
+        found = _Forward.apply(*inputs)[0]
+    elif torch.compiler.is_compiling() or recorded(inputs.log_probs):
+        found = forward_op(*inputs)[0]
+    else:
+        with below_autograd():
+            found = forward_op(*inputs)[0]
+    return found
+
+
+# ---- gradients
+
+
+def _definition(inputs: Alignment) -> Callable[[Tensor], Tensor]:
+    _, targets, steps, labels, blank = inputs
+    return lambda log_probs: ctc_loss(log_probs, targets, steps, labels, blank)
+
+
+def _saved(ctx: Any) -> tuple[Alignment, Tensor]:
+    log_probs, targets, steps, labels, alpha = ctx.saved_tensors
+    return Alignment(log_probs, targets, steps, labels, ctx.blank), alpha
+
+
+def _gradient(inputs: Alignment, alpha: Tensor, dloss: Tensor | None, needed: bool) -> tuple[Tensor | None, ...]:
+    none = [None] * (len(Alignment._fields) - 1)
+    if dloss is None or not needed:
+        return None, *none
+    if transformed() or needs_definition([dloss]):
+        return *vjp_by_definition(_definition(inputs), [inputs.log_probs], [dloss], [True]), *none
+    return backward_op(dloss, *inputs, alpha), *none
+
+
+class _Forward(torch.autograd.Function):
+    """The op under torch.func transforms and forward-mode AD, which register_autograd does not support."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return forward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        *tensors, ctx.blank = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_forward(*tensors, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, alpha = _saved(ctx)
+        return _gradient(inputs, alpha, grads[0], ctx.needs_input_grad[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        inputs, _ = _saved(ctx)
+        return *jvp_by_definition(_definition(inputs), [inputs.log_probs], tangents[:1]), None
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.blank = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, alpha = _saved(ctx)
+    return _gradient(inputs, alpha.detach(), grads[0], ctx.needs_input_grad[0])
+
+
+# ---- registration
+
+
+def _forward_fake(log_probs: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    T, B, _C = log_probs.shape
+    wide = torch.promote_types(log_probs.dtype, torch.float32)
+    S = torch.library.get_ctx().new_dynamic_size()  # 2 * the longest target + 1
+    return log_probs.new_empty(B, dtype=torch.float64), log_probs.new_empty(B, T, S, dtype=wide)
+
+
+def _backward_fake(dloss: Tensor, log_probs: Tensor, *_: Any) -> Tensor:
+    return log_probs.new_empty(log_probs.shape)
+
+
+for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake)):
+    torch.library.register_fake(f"seqkernels::ctc_loss_{_name}")(_fake)
+    torch.library.register_vmap(f"seqkernels::ctc_loss_{_name}", vmap_rule(op(f"ctc_loss_{_name}")))
+torch.library.register_autograd("seqkernels::ctc_loss_forward", _backward_of_forward, setup_context=_setup_forward)
