@@ -130,10 +130,13 @@ SEQKERNELS_OPS(m) {
          ", Tensor? tags, Tensor alpha) -> (Tensor demissions, Tensor dtransitions, Tensor dstart, Tensor dend)");
   define("crf_viterbi(" + chain + ", int paths) -> (Tensor tags, Tensor scores)");
 
-  // Connectionist temporal classification. loss: float64; targets: [B, S], or [sum of target_lengths].
-  const std::string ctc = "Tensor log_probs, Tensor targets, Tensor input_lengths, Tensor target_lengths, int blank";
-  define("ctc_loss_forward(" + ctc + ") -> (Tensor loss, Tensor alpha)");
-  define("ctc_loss_backward(Tensor dloss, " + ctc + ", Tensor alpha) -> Tensor");
+  // Connectionist temporal classification. targets: [B, S], or [sum of target_lengths]. reduction: 0 none, 1 mean, 2
+  // sum. losses: of each sequence, float64.
+  const std::string ctc =
+      "Tensor log_probs, Tensor targets, Tensor input_lengths, Tensor target_lengths, int blank, int reduction, "
+      "bool zero_infinity";
+  define("ctc_loss_forward(" + ctc + ") -> (Tensor loss, Tensor losses, Tensor alpha)");
+  define("ctc_loss_backward(Tensor dloss, " + ctc + ", Tensor losses, Tensor alpha) -> Tensor");
 }
 
 namespace {

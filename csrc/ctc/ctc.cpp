@@ -1,7 +1,9 @@
 // Operators of connectionist temporal classification on the CPU: checks, allocation, launch.
 #include "ctc/ctc.h"
 
+#include <limits>
 #include <tuple>
+#include <vector>
 
 #include "common/allocate.h"
 #include "common/isa.h"
@@ -95,26 +97,70 @@ Tensor allocate_cpu(ScalarType type, const Shape& sizes) {
   return allocate(DevicePlace::cpu(), dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& log_probs, const Tensor& targets, const Tensor& input_lengths,
-                                   const Tensor& target_lengths, int64_t blank) {
+enum Reduction : int64_t { kNone, kMean, kSum };  // numbered as in the op schemas
+
+void check_reduction(const char* op, int64_t reduction) {
+  if (reduction < kNone || reduction > kSum) fail(op, ": reduction must be 0, 1 or 2, got ", reduction);
+}
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Derivative of the result with respect to the loss of one sequence.
+double factor(const CtcArgs& a, int64_t b, int64_t reduction) {
+  return reduction == kMean ? 1.0 / (double(max(a.labels[b], int64_t{1})) * double(a.B)) : 1.0;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& log_probs, const Tensor& targets, const Tensor& input_lengths,
+                                           const Tensor& target_lengths, int64_t blank, int64_t reduction,
+                                           bool zero_infinity) {
   Call call("ctc_loss_forward", log_probs, targets, input_lengths, target_lengths, blank);
   const CtcArgs& a = call.args;
-  Tensor loss = allocate_cpu(ScalarType::Double, {a.B}),
-         alpha = allocate_cpu(compute_type(call.type()), {a.B, a.T, a.S});
-  kernels().forward({a, alpha.mutable_data_ptr(), static_cast<double*>(loss.mutable_data_ptr())});
-  return {loss, alpha};
+  check_reduction(call.op, reduction);
+  const ScalarType wide = compute_type(call.type());
+  Tensor losses = allocate_cpu(ScalarType::Double, {a.B}), alpha = allocate_cpu(wide, {a.B, a.T, a.S}),
+         loss = allocate_cpu(wide, reduction == kNone ? Shape{a.B} : Shape{});
+  double* const of_sequence = static_cast<double*>(losses.mutable_data_ptr());
+  kernels().forward({a, alpha.mutable_data_ptr(), of_sequence});
+  void* const to = loss.mutable_data_ptr();
+  const auto put = [&](int64_t i, double x) {
+    if (wide == ScalarType::Double) {
+      static_cast<double*>(to)[i] = x;
+    } else {
+      static_cast<float*>(to)[i] = float(x);
+    }
+  };
+  double sum = reduction == kMean && a.B == 0 ? std::numeric_limits<double>::quiet_NaN() : 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const double x = zero_infinity && of_sequence[b] == kInfinity ? 0 : of_sequence[b];
+    if (reduction == kNone) put(b, x);
+    sum += x * factor(a, b, reduction);
+  }
+  if (reduction != kNone) put(0, sum);
+  return {loss, losses, alpha};
 }
 
 Tensor backward(const Tensor& dloss, const Tensor& log_probs, const Tensor& targets, const Tensor& input_lengths,
-                const Tensor& target_lengths, int64_t blank, const Tensor& alpha) {
+                const Tensor& target_lengths, int64_t blank, int64_t reduction, bool zero_infinity,
+                const Tensor& losses, const Tensor& alpha) {
   Call call("ctc_loss_backward", log_probs, targets, input_lengths, target_lengths, blank);
   const CtcArgs& a = call.args;
   const Tensor states = checked(call.op, "alpha", alpha, compute_type(call.type()), {a.B, a.T, a.S}, call.log_probs);
-  const Tensor upstream = checked(call.op, "dloss", dloss, ScalarType::Double, {a.B}, call.log_probs);
+  check_reduction(call.op, reduction);
+  const Tensor of_sequence = checked(call.op, "losses", losses, ScalarType::Double, {a.B}, call.log_probs);
+  const Tensor upstream = checked(call.op, "dloss", dloss, compute_type(call.type()),
+                                  reduction == kNone ? Shape{a.B} : Shape{}, call.log_probs);
+  std::vector<double> of_losses;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int64_t i = reduction == kNone ? b : 0;
+    const void* const from = upstream.const_data_ptr();
+    const double x = call.type() == ScalarType::Double ? static_cast<const double*>(from)[i]
+                                                       : double(static_cast<const float*>(from)[i]);
+    const bool zero = zero_infinity && static_cast<const double*>(of_sequence.const_data_ptr())[b] == kInfinity;
+    of_losses.push_back(zero ? 0 : x * factor(a, b, reduction));
+  }
   Tensor gradient = allocate_cpu(call.type(), {a.T, a.B, a.C});
   torch::stable::zero_(gradient);
-  kernels().backward(
-      {a, states.const_data_ptr(), static_cast<const double*>(upstream.const_data_ptr()), gradient.mutable_data_ptr()});
+  kernels().backward({a, states.const_data_ptr(), of_losses.data(), gradient.mutable_data_ptr()});
   return gradient;
 }
 

@@ -37,7 +37,7 @@ struct CtcForwardArgs {
 struct CtcBackwardArgs {
   CtcArgs ctc;
   const void* alpha;
-  const double* dloss;  // [B]
+  const double* dloss;  // [B]; a sequence with 0 gets a zero gradient
   void* dlog_probs;     // [T, B, C] contiguous, zeros on entry
 };
 

@@ -23,6 +23,7 @@ from seqkernels.functional._autograd import (
 )
 from seqkernels.reference.ctc import ctc_loss
 
+REDUCTIONS = ("none", "mean", "sum")
 forward_op, backward_op = op("ctc_loss_forward"), op("ctc_loss_backward")
 
 
@@ -34,10 +35,12 @@ class Alignment(NamedTuple):
     input_lengths: Tensor  # [B]
     target_lengths: Tensor  # [B]
     blank: int
+    reduction: int  # position in REDUCTIONS
+    zero_infinity: bool
 
 
-def losses(inputs: Alignment) -> Tensor:
-    """The loss of each sequence, [B] float64."""
+def reduced_loss(inputs: Alignment) -> Tensor:
+    """The loss, [B] or [] by the reduction."""
     found: Tensor
     if transformed():
         found = _Forward.apply(*inputs)[0]
@@ -53,22 +56,33 @@ def losses(inputs: Alignment) -> Tensor:
 
 
 def _definition(inputs: Alignment) -> Callable[[Tensor], Tensor]:
-    _, targets, steps, labels, blank = inputs
-    return lambda log_probs: ctc_loss(log_probs, targets, steps, labels, blank)
+    def loss(log_probs: Tensor) -> Tensor:
+        found = ctc_loss(log_probs, inputs.targets, inputs.input_lengths, inputs.target_lengths, inputs.blank)
+        if inputs.zero_infinity:
+            found = torch.where(found == torch.inf, 0, found)
+        if REDUCTIONS[inputs.reduction] == "mean":
+            found = (found / inputs.target_lengths.clamp(min=1)).mean()
+        elif REDUCTIONS[inputs.reduction] == "sum":
+            found = found.sum()
+        return found.to(torch.promote_types(log_probs.dtype, torch.float32))
+
+    return loss
 
 
-def _saved(ctx: Any) -> tuple[Alignment, Tensor]:
-    log_probs, targets, steps, labels, alpha = ctx.saved_tensors
-    return Alignment(log_probs, targets, steps, labels, ctx.blank), alpha
+def _saved(ctx: Any) -> tuple[Alignment, Tensor, Tensor]:
+    log_probs, targets, steps, labels, losses, alpha = ctx.saved_tensors
+    return Alignment(log_probs, targets, steps, labels, *ctx.numbers), losses, alpha
 
 
-def _gradient(inputs: Alignment, alpha: Tensor, dloss: Tensor | None, needed: bool) -> tuple[Tensor | None, ...]:
+def _gradient(
+    inputs: Alignment, losses: Tensor, alpha: Tensor, dloss: Tensor | None, needed: bool
+) -> tuple[Tensor | None, ...]:
     none = [None] * (len(Alignment._fields) - 1)
     if dloss is None or not needed:
         return None, *none
     if transformed() or needs_definition([dloss]):
         return *vjp_by_definition(_definition(inputs), [inputs.log_probs], [dloss], [True]), *none
-    return backward_op(dloss, *inputs, alpha), *none
+    return backward_op(dloss, *inputs, losses, alpha), *none
 
 
 class _Forward(torch.autograd.Function):
@@ -81,43 +95,43 @@ class _Forward(torch.autograd.Function):
         return forward_op(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        *tensors, ctx.blank = inputs
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.save_for_forward(*tensors, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.numbers = inputs[4:]
+        ctx.save_for_backward(*inputs[:4], *output[1:])
+        ctx.save_for_forward(*inputs[:4], *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, alpha = _saved(ctx)
-        return _gradient(inputs, alpha, grads[0], ctx.needs_input_grad[0])
+        return _gradient(*_saved(ctx), grads[0], ctx.needs_input_grad[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        inputs, _ = _saved(ctx)
-        return *jvp_by_definition(_definition(inputs), [inputs.log_probs], tangents[:1]), None
+        inputs, *_ = _saved(ctx)
+        return *jvp_by_definition(_definition(inputs), [inputs.log_probs], tangents[:1]), None, None
 
 
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.blank = inputs
-    ctx.save_for_backward(*tensors, output[1])
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.numbers = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, alpha = _saved(ctx)
-    return _gradient(inputs, alpha.detach(), grads[0], ctx.needs_input_grad[0])
+    inputs, losses, alpha = _saved(ctx)
+    return _gradient(inputs, losses.detach(), alpha.detach(), grads[0], ctx.needs_input_grad[0])
 
 
 # ---- registration
 
 
-def _forward_fake(log_probs: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(log_probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     T, B, _C = log_probs.shape
     wide = torch.promote_types(log_probs.dtype, torch.float32)
     S = torch.library.get_ctx().new_dynamic_size()  # 2 * the longest target + 1
-    return log_probs.new_empty(B, dtype=torch.float64), log_probs.new_empty(B, T, S, dtype=wide)
+    loss = log_probs.new_empty(() if rest[-2] else (B,), dtype=wide)
+    return loss, log_probs.new_empty(B, dtype=torch.float64), log_probs.new_empty(B, T, S, dtype=wide)
 
 
 def _backward_fake(dloss: Tensor, log_probs: Tensor, *_: Any) -> Tensor:

@@ -25,7 +25,7 @@ from seqkernels.functional._checks import (
     lengths_tensor,
     of_op,
 )
-from seqkernels.functional._ctc_ops import Alignment, losses
+from seqkernels.functional._ctc_ops import REDUCTIONS, Alignment, reduced_loss
 from seqkernels.functional._overrides import (
     dispatches,
     handle_torch_function,
@@ -78,7 +78,7 @@ def ctc_loss(
         if not isinstance(t, Tensor):
             raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
     refuse_nested(caller, "pad it", log_probs=log_probs, targets=targets)
-    if reduction not in ("none", "mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{caller}: reduction must be none, mean or sum, got {reduction!r}")
     if log_probs.device.type != "meta" or backend is not None or log_probs.dtype not in backends.DTYPES:
         request = backends.Request(log_probs.device, log_probs.dtype)
@@ -100,18 +100,12 @@ def ctc_loss(
         raise TypeRuntimeError(f"{caller}: targets must be integers, got {targets.dtype}")
     targets = targets.to(device, torch.int64)
     try:
-        loss = losses(Alignment(log_probs, targets, steps, labels, blank))
+        loss = reduced_loss(
+            Alignment(log_probs, targets, steps, labels, blank, REDUCTIONS.index(reduction), zero_infinity)
+        )
     except RuntimeError as error:
         raise of_op(caller, error) from None
-    if zero_infinity:
-        loss = torch.where(loss == torch.inf, 0, loss)
-    if reduction == "mean":
-        loss = (loss / labels.clamp(min=1)).mean()
-    elif reduction == "sum":
-        loss = loss.sum()
-    elif single:
-        loss = loss.squeeze(0)
-    return loss.to(torch.promote_types(log_probs.dtype, torch.float32))
+    return loss.squeeze(0) if single and loss.dim() else loss
 
 
 def _one(n: Any) -> Any:

@@ -193,14 +193,15 @@ def test_gradcheck_and_gradgradcheck() -> None:
 def test_opcheck(raw_memory: None) -> None:
     for case in (CASES[4], CASES[5]):
         given = make(case)
-        arguments = (*given.values(), case.blank)
+        arguments = (*given.values(), case.blank, 1, True)
         given["log_probs"].requires_grad_()
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(ops.ctc_loss_forward.default, arguments, test_utils=checks)
         with torch.no_grad():
-            loss, alpha = ops.ctc_loss_forward(*arguments)
+            loss, *saved = ops.ctc_loss_forward(*arguments)
         plain = (given["log_probs"].detach(), *arguments[1:])
-        torch.library.opcheck(ops.ctc_loss_backward.default, (torch.ones_like(loss), *plain, alpha), test_utils=checks)
+        upstream = torch.ones_like(loss)
+        torch.library.opcheck(ops.ctc_loss_backward.default, (upstream, *plain, *saved), test_utils=checks)
 
 
 def test_transforms() -> None:
@@ -300,15 +301,17 @@ def test_errors(name: str) -> None:
 def test_op_errors() -> None:
     """The ops check what would be read or written outside memory."""
     labels, alpha = torch.tensor(L4), torch.zeros(3, 12, 9)
-    d = torch.zeros(3, dtype=f64)
+    d, f = torch.zeros(3, dtype=f64), torch.zeros(3)
     for call, message in (
-        (lambda: ops.ctc_loss_forward(P[0], Y, LENGTHS, labels, 0), "log_probs must have 3 dimensions"),
-        (lambda: ops.ctc_loss_forward(P, Y.int(), LENGTHS, labels, 0), "targets must be int64"),
-        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS[1:], labels, 0), "input_lengths must have shape"),
-        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS, labels + 1, 0), "target_lengths must be between"),
-        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS, labels, 5), "blank must be between"),
-        (lambda: ops.ctc_loss_backward(d[1:], P, Y, LENGTHS, labels, 0, alpha), "dloss must have shape"),
-        (lambda: ops.ctc_loss_backward(d, P, Y, LENGTHS, labels, 0, alpha[1:]), "alpha must have shape"),
+        (lambda: ops.ctc_loss_forward(P[0], Y, LENGTHS, labels, 0, 0, False), "log_probs must have 3 dimensions"),
+        (lambda: ops.ctc_loss_forward(P, Y.int(), LENGTHS, labels, 0, 0, False), "targets must be int64"),
+        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS[1:], labels, 0, 0, False), "input_lengths must have shape"),
+        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS, labels + 1, 0, 0, False), "target_lengths must be between"),
+        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS, labels, 5, 0, False), "blank must be between"),
+        (lambda: ops.ctc_loss_backward(f[1:], P, Y, LENGTHS, labels, 0, 0, False, d, alpha), "dloss must have shape"),
+        (lambda: ops.ctc_loss_backward(f, P, Y, LENGTHS, labels, 0, 0, False, d, alpha[1:]), "alpha must have shape"),
+        (lambda: ops.ctc_loss_backward(f, P, Y, LENGTHS, labels, 0, 0, False, d[1:], alpha), "losses must have shape"),
+        (lambda: ops.ctc_loss_forward(P, Y, LENGTHS, labels, 0, 3, False), "reduction must be 0, 1 or 2, got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
