@@ -187,15 +187,17 @@ struct Backward {
   // Adds the probabilities of the pairs of one step, times the factor. `marginal` times the factor is that of the tags
   // before, and the weights of `product` are e^(m_ij - shift_i), transposed: [j, i].
   void add_pairs(Workspace& w, const Product<S>& product, T factor, const Sums& sums) const {
-    bool exact = false;
     for (int64_t i = 0; i < KV; i += kWidth) {
       const V p = load(w.marginal + i), sum = load(product.sums + i);
       store(w.right + i, p == V{} ? V{} : p * broadcast(factor) / sum);
     }
-    for (int64_t i = 0; i < K; ++i) exact |= product.sums[i] < C::kTiny && w.marginal[i] > 0;
-    if (exact) return add_exact_pairs(w, product, factor, sums);
+    if (product.underflows()) {
+      bool exact = false;
+      for (int64_t i = 0; i < K; ++i) exact |= product.sums[i] < C::kTiny && w.marginal[i] > 0;
+      if (exact) return add_exact_pairs(w, product, factor, sums);
+    }
     for (int64_t j = 0; j < K; ++j) {
-      const T left = exp<T>(broadcast(w.gamma[j]))[0];
+      const T left = product.exps[j];
       if (left == 0) continue;
       T* to = w.pairs + j * KV;
       for (int64_t i = 0; i < KV; i += kWidth) store(to + i, fma(broadcast(left), load(w.right + i), load(to + i)));

@@ -81,15 +81,16 @@ struct Product {
   const C& chain;
   const bool transposed;
   const S* matrix = nullptr;
-  T *weights, *shift, *scratch;  // [K, KV], [KV], [KV]
-  T* sums;                       // [KV] of the last product: sum_i e^from_i e^(m_ij - shift_j)
+  T *weights, *shift;  // [K, KV], [KV]
+  T* exps;             // [KV] e^from of the last product
+  T* sums;             // [KV] of the last product: sum_i e^from_i e^(m_ij - shift_j)
 
   static int64_t size(const C& chain) { return (chain.K + 3) * chain.KV; }
   Product(const C& chain, bool transposed, T*& memory) : chain(chain), transposed(transposed) {
     weights = memory;
     shift = weights + chain.K * chain.KV;
-    scratch = shift + chain.KV;
-    sums = scratch + chain.KV;
+    exps = shift + chain.KV;
+    sums = exps + chain.KV;
     memory += size(chain);
   }
 
@@ -117,40 +118,55 @@ struct Product {
   // from has a maximum of zero; padding of `to` is -infinity.
   void apply(const T* from, T* to) {
     const int64_t K = chain.K, KV = chain.KV;
-    for (int64_t k = 0; k < KV; k += kWidth) store(scratch + k, exp<T>(load(from + k)));
+    for (int64_t k = 0; k < KV; k += kWidth) store(exps + k, exp<T>(load(from + k)));
     int64_t j = 0;
-    for (; j + 4 * kWidth <= KV; j += 4 * kWidth) columns<4>(from, to, j);
-    for (; j + 2 * kWidth <= KV; j += 2 * kWidth) columns<2>(from, to, j);
-    for (; j < KV; j += kWidth) columns<1>(from, to, j);
+    for (; j + 4 * kWidth <= KV; j += 4 * kWidth) columns<4>(to, j);
+    for (; j + 2 * kWidth <= KV; j += 2 * kWidth) columns<2>(to, j);
+    for (; j < KV; j += kWidth) columns<1>(to, j);
     for (int64_t k = K; k < KV; ++k) to[k] = -kInfinity<T>;
+    if (!underflows()) return;
+    for (int64_t k = 0; k < K; ++k) {
+      if (sums[k] < C::kTiny) to[k] = exact(from, k);
+    }
+  }
+
+  // Whether an element of `sums` is so small that parts of it may have underflowed.
+  bool underflows() const {
+    const int64_t K = chain.K, whole = K / kWidth * kWidth;
+    V least = broadcast(std::numeric_limits<T>::max());
+    for (int64_t k = 0; k < whole; k += kWidth) {
+      const V s = load(sums + k);
+      least = s < least ? s : least;
+    }
+    T lanes[kWidth];
+    store(lanes, least);
+    bool small = false;
+    for (int64_t l = 0; l < kWidth; ++l) small |= lanes[l] < C::kTiny;
+    for (int64_t k = whole; k < K; ++k) small |= sums[k] < C::kTiny;
+    return small;
   }
 
  private:
   template <int kVectors>
-  SEQKERNELS_INLINE void columns(const T* from, T* to, int64_t j) {
+  SEQKERNELS_INLINE void columns(T* to, int64_t j) {
     const int64_t K = chain.K, KV = chain.KV;
     V even[kVectors] = {}, odd[kVectors] = {};  // two sums each hide the latency of the additions
     const T* w = weights + j;
     int64_t i = 0;
     for (; i + 2 <= K; i += 2, w += 2 * KV) {
-      const V x = broadcast(scratch[i]), y = broadcast(scratch[i + 1]);
+      const V x = broadcast(exps[i]), y = broadcast(exps[i + 1]);
       for (int v = 0; v < kVectors; ++v) {
         even[v] = fma(x, load(w + v * kWidth), even[v]);
         odd[v] = fma(y, load(w + KV + v * kWidth), odd[v]);
       }
     }
     if (i < K) {
-      for (int v = 0; v < kVectors; ++v) even[v] = fma(broadcast(scratch[i]), load(w + v * kWidth), even[v]);
+      for (int v = 0; v < kVectors; ++v) even[v] = fma(broadcast(exps[i]), load(w + v * kWidth), even[v]);
     }
     for (int v = 0; v < kVectors; ++v) {
       const V sum = even[v] + odd[v];
       store(sums + j + v * kWidth, sum);
       store(to + j + v * kWidth, log<T>(sum) + load(shift + j + v * kWidth));
-      T lanes[kWidth];
-      store(lanes, sum);
-      for (int64_t l = 0; l < kWidth && j + v * kWidth + l < K; ++l) {
-        if (lanes[l] < C::kTiny) to[j + v * kWidth + l] = exact(from, j + v * kWidth + l);
-      }
     }
   }
 
