@@ -73,6 +73,7 @@ class Usage:
 def groups() -> dict[str, Any]:
     """Named tuples of kernel arguments, by parameter name."""
     from seqkernels.triton.attention import tiles
+    from seqkernels.triton.crf import chain
     from seqkernels.triton.embedding_bag import backward, bags
     from seqkernels.triton.recurrent import step
 
@@ -84,6 +85,8 @@ def groups() -> dict[str, Any]:
         s_v=tiles.Strides,
         s_o=tiles.Strides,
         s_m=tiles.MaskStrides,
+        scores=chain.Scores,
+        steps=chain.Steps,
         table=bags.Table,
         bags=bags.Bags,
         positions=backward.Positions,
@@ -374,6 +377,45 @@ def additive_attention_jobs(arch: int) -> Iterator[Job]:
             yield Job(f"{ADDITIVE}.{file}", name, dtype, constexprs | absent_here, arch, launch.WARPS, types=types)
 
 
+CRF = {  # kernels -> files
+    "crf_forward_kernel": "forward",
+    "crf_backward_kernel": "backward",
+    "crf_pairs_kernel": "backward",
+    "crf_viterbi_kernel": "viterbi",
+    "crf_several_kernel": "viterbi",
+}
+CRF_TYPES = dict(p_counts="*i64", p_steps="*i64", p_before="*i64", p_tags="*i64", p_back="*i32", p_last="*i32")
+CRF_TYPES |= dict.fromkeys(("p_log_z", "p_score", "p_dlog_z", "p_dscore", "p_dstart", "p_dend", "p_scores"), "*fp64")
+CRF_COMPUTED = ("p_alpha", "p_gamma", "p_marginals", "p_rows", "p_lists")
+
+
+def crf_jobs(arch: int) -> Iterator[Job]:
+    """The widest K of each number of warps and of blocks, with all options."""
+    from seqkernels.triton.crf import launch
+
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    for name, dtype, K, by_step in itertools.product(CRF, dtypes, (9, 32, 64, 128, 256, 512), (False, True)):
+        float64 = dtype == torch.float64
+        walk = launch.config(K, float64, several=name == "crf_several_kernel")._asdict()
+        if name == "crf_pairs_kernel":
+            constexprs: dict[str, Any] = launch.pairs_config(K, float64, by_step)
+            constexprs |= dict(BY_SEQUENCE=by_step, BY_STEP=by_step)
+            out = {} if by_step else {"p_out": "*fp64"}
+        else:
+            constexprs = dict(walk, RESIDENT=not by_step and walk["BJ"] == walk["BK"], BS=launch.SCORES)
+            constexprs["BN"] = launch.PATHS
+            out = {}
+        num_warps, maxnreg, num_stages = (constexprs.pop(n) for n in ("num_warps", "maxnreg", "num_stages"))
+        names = parameters(getattr(importlib.import_module(f"seqkernels.triton.crf.{CRF[name]}"), name))
+        constexprs = {key: value for key, value in constexprs.items() if key in names}
+        compute = "*fp64" if float64 else "*fp32"
+        types = CRF_TYPES | dict.fromkeys(CRF_COMPUTED, compute) | out
+        even = ("K",) if K % 16 == 0 else ()
+        yield Job(
+            f"crf.{CRF[name]}", name, dtype, constexprs, arch, num_warps, maxnreg, types, None, num_stages, even
+        )  # fmt: skip
+
+
 # ---- compiling
 
 
@@ -447,7 +489,7 @@ def main() -> int:
     every = (
         job
         for arch in options.archs
-        for part in (bag_jobs, layer_jobs, step_jobs, attention_jobs, additive_attention_jobs)
+        for part in (bag_jobs, layer_jobs, step_jobs, attention_jobs, additive_attention_jobs, crf_jobs)
         for job in part(arch)
     )
     jobs = [job for job in every if re.search(options.only, str(job))]

@@ -171,7 +171,7 @@ TRITON_KINDS = ("lstm", "lstm_coupled", "gru", "gru_before", "mgu", "mgu_after",
 
 
 def in_triton(request: Request) -> list[str]:
-    """The Triton kernels of recurrent layers and bags, for calls on CUDA that the CUDA kernels do not support.
+    """The Triton kernels of recurrent layers, bags and CRFs, for calls on CUDA that CUDA kernels do not support.
 
     With TRITON_INTERPRET=1 and backend="triton", Triton's interpreter runs them on CPU tensors.
     """
@@ -224,6 +224,6 @@ def attention_by_torch(request: Request) -> list[str]:
 RECURRENT: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
 EMBEDDING_BAG: Implementations = {"cpu": on_cpu, "cuda": on_cuda, "triton": in_triton}
 ATTENTION: Implementations = {"cpu": on_cpu, "torch": attention_by_torch, "triton": attention_in_triton}
-CRF: Implementations = {"cpu": on_cpu}
+CRF: Implementations = {"cpu": on_cpu, "triton": in_triton}
 ADDITIVE_ATTENTION: Implementations = {"cpu": on_cpu, "triton": in_triton}
 CTC: Implementations = {"cpu": on_cpu}

@@ -8,13 +8,16 @@ Dimensions: B sequences, T steps, K tags.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from seqkernels.functional import _triton_ops
 from seqkernels.functional._autograd import (
+    Function,
     below_autograd,
     jvp_by_definition,
     needs_definition,
@@ -26,7 +29,23 @@ from seqkernels.functional._autograd import (
 )
 from seqkernels.reference.crf import log_partition_and_score
 
-forward_op, backward_op, viterbi_op = op("crf_forward"), op("crf_backward"), op("crf_viterbi")
+NAMES = ("crf_forward", "crf_backward", "crf_viterbi")
+for _name in NAMES:
+    _triton_ops.define(_name, "crf.ops", _name.removeprefix("crf_") + "_op")
+
+
+class Ops(NamedTuple):
+    """The ops of one implementation."""
+
+    forward: Function
+    backward: Function
+    viterbi: Function
+
+
+OPS = {
+    "cpu": Ops(*(op(name) for name in NAMES)),
+    "triton": Ops(*(op(name, _triton_ops.NAMESPACE) for name in NAMES)),
+}
 
 
 class Chain(NamedTuple):
@@ -44,24 +63,24 @@ class Chain(NamedTuple):
 SCORES = 4  # the arguments with a gradient come first
 
 
-def log_partition(chain: Chain) -> tuple[Tensor, Tensor]:
+def log_partition(ops: Ops, chain: Chain) -> tuple[Tensor, Tensor]:
     """log Z and the score of the tags, [B] float64."""
     if transformed():
-        return _Forward.apply(*chain)[:2]
+        return _Forward.apply(ops, *chain)[:2]
     if not torch.compiler.is_compiling() and not recorded(*chain[:SCORES]):
         with below_autograd():
-            return forward_op(*chain)[:2]
-    return forward_op(*chain)[:2]
+            return ops.forward(*chain)[:2]
+    return ops.forward(*chain)[:2]
 
 
-def marginals(chain: Chain) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def marginals(ops: Ops, chain: Chain) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of log Z: the marginal probabilities, and their sums over the steps that share a score."""
     B = chain.emissions.shape[0]
     one = chain.emissions.new_ones(B, dtype=torch.float64)
     if transformed():
         return _gradients(one, torch.zeros_like(one), *chain)
-    _, _, alpha = forward_op(*(None if t is None else t.detach() for t in chain))
-    return _optional(chain, backward_op(one, torch.zeros_like(one), *chain, alpha))
+    _, _, alpha = ops.forward(*(None if t is None else t.detach() for t in chain))
+    return _optional(chain, ops.backward(one, torch.zeros_like(one), *chain, alpha))
 
 
 def _optional(chain: Chain, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -86,10 +105,10 @@ def _gradients(dlog_z: Tensor, dscore: Tensor, *inputs: Any) -> Any:
     return tuple(vjp_by_definition(_definition(chain), chain[:SCORES], (dlog_z, dscore), needs))
 
 
-def _first_order(chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _first_order(ops: Ops, chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     zero = alpha.new_zeros(alpha.shape[0], dtype=torch.float64)
     dlog_z, dscore = (zero if g is None else g for g in grads[:2])
-    return _optional(chain, backward_op(dlog_z, dscore, *chain, alpha))
+    return _optional(chain, ops.backward(dlog_z, dscore, *chain, alpha))
 
 
 class _Forward(torch.autograd.Function):
@@ -98,29 +117,30 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return forward_op(*inputs)
+    def forward(ops: Ops, *chain: Any) -> Any:
+        return ops.forward(*chain)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.ops, *chain = inputs
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*inputs, output[2])
-        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*chain, output[2])
+        ctx.save_for_forward(*chain)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, alpha = ctx.saved_tensors
-        return _backward(Chain(*inputs), alpha, grads, ctx.needs_input_grad)
+        return None, *_backward(ctx.ops, Chain(*inputs), alpha, grads, ctx.needs_input_grad[1:])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
         chain = Chain(*ctx.saved_tensors)
         return *jvp_by_definition(_definition(chain), chain[:SCORES], tangents[:SCORES]), None
 
 
 def _backward(
-    chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ops: Ops, chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     rest = [None] * (len(Chain._fields) - SCORES)
     if grads[0] is None and grads[1] is None:
@@ -128,7 +148,7 @@ def _backward(
     if transformed() or needs_definition(grads):
         found = vjp_by_definition(_definition(chain), chain[:SCORES], grads[:2], needs[:SCORES])
         return *found, *rest
-    found = list(_first_order(chain, alpha, grads))
+    found = list(_first_order(ops, chain, alpha, grads))
     return *(g if need else None for g, need in zip(found, needs)), *rest
 
 
@@ -137,9 +157,9 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_of_forward(ops: Ops, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, alpha = ctx.saved_tensors
-    return _backward(Chain(*inputs), alpha.detach(), grads, ctx.needs_input_grad)
+    return _backward(ops, Chain(*inputs), alpha.detach(), grads, ctx.needs_input_grad)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,8 +203,13 @@ def _viterbi_fake(emissions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return tags, emissions.new_empty(B, rest[-1], dtype=torch.float64)
 
 
-for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake), ("viterbi", _viterbi_fake)):
-    torch.library.register_fake(f"seqkernels::crf_{_name}")(_fake)
-    torch.library.register_vmap(f"seqkernels::crf_{_name}", vmap_rule(op(f"crf_{_name}")))
-torch.library.register_autograd("seqkernels::crf_forward", _backward_of_forward, setup_context=_setup_forward)
-torch.library.register_autograd("seqkernels::crf_backward", _backward_of_backward, setup_context=_setup_backward)
+_FAKES = (_forward_fake, _backward_fake, _viterbi_fake)
+for _backend, _namespace in (("cpu", "seqkernels"), ("triton", _triton_ops.NAMESPACE)):
+    _ops = OPS[_backend]
+    for _name, _fake, _op in zip(NAMES, _FAKES, _ops):
+        torch.library.register_fake(f"{_namespace}::{_name}")(_fake)
+        torch.library.register_vmap(f"{_namespace}::{_name}", vmap_rule(_op))
+    torch.library.register_autograd(
+        f"{_namespace}::crf_forward", functools.partial(_backward_of_forward, _ops), setup_context=_setup_forward
+    )
+    torch.library.register_autograd(f"{_namespace}::crf_backward", _backward_of_backward, setup_context=_setup_backward)

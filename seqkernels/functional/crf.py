@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seqkernels import backend as backends
 from seqkernels.functional._checks import Lengths, describe, lengths_tensor, of_op
-from seqkernels.functional._crf_ops import Chain, log_partition, viterbi_op
+from seqkernels.functional._crf_ops import OPS, Chain, Ops, log_partition
 from seqkernels.functional._crf_ops import marginals as _marginals
 from seqkernels.functional._overrides import (
     dispatches,
@@ -53,14 +53,16 @@ def crf_log_partition(
         lengths: [B] number of steps of each sequence, in any order, from 0: a tensor of integers or a sequence of int.
         mask: [B, T] bool or uint8, the steps of each sequence; excluded steps are skipped wherever they are, and their
             emissions are not read. At most one of lengths and mask.
-        backend: cpu, or None.
+        backend: "cpu" or "triton"; None selects one, see seqkernels.explain.
     Returns:
         [B] of the dtype of emissions, float32 for half types; [] for emissions [T, K]. 0 for a sequence without steps;
         -inf, with a zero gradient, where every path is forbidden. The sum over the steps is in float64.
     Raises:
         ValueError: invalid shape, length or value.
         TypeError: invalid type or dtype.
-        NotImplementedError: no implementation supports the inputs; on a GPU, use seqkernels.reference.crf.
+        NotImplementedError: no implementation supports the inputs; the message lists the reasons.
+    On a GPU, values of lengths and tags are not read before the launch: lengths are clamped to [0, T], and a tag out of
+        range makes the likelihood NaN. With the environment variable SEQKERNELS_CHECKED they raise.
     Deterministic: yes; the bits of a sequence do not depend on the batch, padding or threads.
     Source: Lafferty, McCallum and Pereira, "Conditional Random Fields", 2001.
     """
@@ -68,10 +70,10 @@ def crf_log_partition(
     scores = emissions, transitions, start_transitions, end_transitions
     if has_torch_function_variadic(*scores) and dispatches(*scores):
         return handle_torch_function(crf_log_partition, scores, *scores, lengths=lengths, mask=mask, backend=backend)
-    chain, single = _chain(
+    ops, chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
-    return _restored(_scores(caller, chain)[0], chain, single)
+    return _restored(_scores(caller, ops, chain)[0], chain, single)
 
 
 def crf_log_likelihood(
@@ -108,10 +110,10 @@ def crf_log_likelihood(
         raise ValueError(f"{caller}: reduction must be {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not isinstance(tags, Tensor):
         raise TypeError(f"{caller}: tags must be a tensor, got {describe(tags)}")
-    chain, single = _chain(
+    ops, chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, tags, backend
     )
-    log_z, score = _scores(caller, chain)
+    log_z, score = _scores(caller, ops, chain)
     likelihood = score - log_z
     if reduction == "none":
         return _restored(likelihood, chain, single)
@@ -146,11 +148,11 @@ def crf_marginals(
     scores = emissions, transitions, start_transitions, end_transitions
     if has_torch_function_variadic(*scores) and dispatches(*scores):
         return handle_torch_function(crf_marginals, scores, *scores, lengths=lengths, mask=mask, backend=backend)
-    chain, single = _chain(
+    ops, chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
     try:
-        of_tags, of_pairs, *_ = _marginals(chain)
+        of_tags, of_pairs, *_ = _marginals(ops, chain)
     except RuntimeError as error:
         raise of_op(caller, error) from None
     return of_tags.squeeze(0) if single else of_tags, of_pairs.reshape(transitions.shape)
@@ -177,7 +179,7 @@ def crf_entropy(
     scores = emissions, transitions, start_transitions, end_transitions
     if has_torch_function_variadic(*scores) and dispatches(*scores):
         return handle_torch_function(crf_entropy, scores, *scores, lengths=lengths, mask=mask, backend=backend)
-    given, single = _chain(
+    ops, given, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
     B = given.emissions.shape[0]
@@ -189,8 +191,8 @@ def crf_entropy(
         start=None if given.start is None else given.start.double(),
         end=None if given.end is None else given.end.double(),
     )
-    log_z, _ = _scores(caller, chain)
-    of_tags, of_pairs, _, _ = _marginals(chain)
+    log_z, _ = _scores(caller, ops, chain)
+    of_tags, of_pairs, _, _ = _marginals(ops, chain)
     expected = _expectation(of_tags, chain.emissions, (1, 2)) + _expectation(of_pairs, chain.transitions, (1, 2, 3))
     visible = _visible(chain)
     order = visible.cumsum(1)
@@ -236,12 +238,12 @@ def crf_viterbi(
         )
     if nbest is not None and (not isinstance(nbest, int) or not 1 <= nbest < 2**31):
         raise ValueError(f"{caller}: nbest must be an int from 1 to 2^31 - 1, got {nbest!r}")
-    chain, single = _chain(
+    ops, chain, single = _chain(
         caller, emissions, transitions, start_transitions, end_transitions, lengths, mask, None, backend
     )
     plain = (None if t is None else t.detach() for t in chain[:-1])
     try:
-        tags, scores = viterbi_op(*plain, 1 if nbest is None else nbest)
+        tags, scores = ops.viterbi(*plain, 1 if nbest is None else nbest)
     except RuntimeError as error:
         raise of_op(caller, error) from None
     scores = scores.to(_result_dtype(chain))
@@ -263,14 +265,14 @@ def _chain(
     mask: Tensor | None,
     tags: Tensor | None,
     backend: str | None,
-) -> tuple[Chain, bool]:
-    """The checked arguments of the ops, and whether emissions have no dimension of sequences."""
+) -> tuple[Ops, Chain, bool]:
+    """The ops that run the call, their checked arguments, and whether emissions have no dimension of sequences."""
     if not isinstance(emissions, Tensor):
         raise TypeError(f"{caller}: emissions must be a tensor, got {describe(emissions)}")
     refuse_nested(caller, "pad it, and pass lengths", emissions=emissions)
-    request = backends.Request(emissions.device, emissions.dtype)
+    request, ops = backends.Request(emissions.device, emissions.dtype), OPS["cpu"]
     if emissions.device.type != "meta" or backend is not None or emissions.dtype not in backends.DTYPES:
-        backends.choose(caller, backends.CRF, request, backend, "emissions", emissions.shape)
+        ops = OPS[backends.choose(caller, backends.CRF, request, backend, "emissions", emissions.shape)]
     single = emissions.dim() == 2
     if single:
         emissions = emissions.unsqueeze(0)
@@ -315,7 +317,7 @@ def _chain(
         if tags.device != emissions.device:
             raise ValueError(f"{caller}: tags must be on the device of emissions {emissions.device}, got {tags.device}")
         tags = tags.long()
-    return Chain(emissions, pairs, start, end, lengths, mask, tags), single
+    return ops, Chain(emissions, pairs, start, end, lengths, mask, tags), single
 
 
 def _mask(caller: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -330,9 +332,9 @@ def _mask(caller: str, mask: Tensor, shape: tuple[int, int], device: torch.devic
     return mask.bool()
 
 
-def _scores(caller: str, chain: Chain) -> tuple[Tensor, Tensor]:
+def _scores(caller: str, ops: Ops, chain: Chain) -> tuple[Tensor, Tensor]:
     try:
-        return log_partition(chain)
+        return log_partition(ops, chain)
     except RuntimeError as error:
         raise of_op(caller, error) from None
 
