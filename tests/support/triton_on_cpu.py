@@ -70,6 +70,15 @@ def _patch_interpreter(interpreter: ModuleType, tl: ModuleType) -> None:
         a, b = (self.create_fp_ext(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return dot(self, a, b, d, precision, imprecise)
 
+    def call(self, *args, **kwargs):
+        """Patches the language for a function called by a kernel once and not, at 0.5 ms, at every call."""
+        if not interpreter._patched_core:
+            interpreter._patch_lang(tl.sum.fn)  # triton.language.core, for good; launches patch triton.language
+            interpreter._patched_core = True
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patched_core = False
+    interpreter.InterpretedFunction.__call__ = call
     interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot_of
     interpreter._convert_float = rounding
