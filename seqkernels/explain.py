@@ -1,4 +1,6 @@
-"""`explain`: the kernel that runs an operator and its work partition. All numbers come from seqkernels._C."""
+"""`explain`: the kernel that runs an operator and its work partition. All numbers come from seqkernels._C, or from the
+launchers of Triton kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from typing import Any
 import torch
 
 from seqkernels import _C
-from seqkernels.backend import ATTENTION, EMBEDDING_BAG, RECURRENT, Implementations, Request, choose, unsupported
+from seqkernels.backend import ATTENTION, CRF, EMBEDDING_BAG, RECURRENT, Implementations, Request, choose, unsupported
 from seqkernels.functional._autograd import allows_tf32
 from seqkernels.functional._recurrent_kinds import ALIASES, KINDS, Kind, family_of
 
 _BAG, _ATTENTION = "embedding_bag", "scaled_dot_product_attention"
 _MODES = ("sum", "mean", "max", "min")
+_CRF = tuple(f"crf_{name}" for name in ("log_partition", "log_likelihood", "marginals", "entropy", "viterbi"))
 
 
 def explain(
@@ -42,6 +45,9 @@ def explain(
     is_causal: bool | None = None,
     masked: bool | None = None,
     extras: Sequence[str] | None = None,
+    K: int | None = None,
+    by_step: bool | None = None,
+    nbest: int | None = None,
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -51,7 +57,8 @@ def explain(
     Args:
         op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm, slstm_exp, gru, gru_before, gru_norm,
             gru_projected, dreamer_gru, mgu, mgu_after, rnn_tanh or rnn_relu; or embedding_bag; or
-            scaled_dot_product_attention. The name of a module selects the kind of its default options; rnn is rnn_tanh.
+            scaled_dot_product_attention; or crf_log_partition, crf_log_likelihood, crf_marginals, crf_entropy or
+            crf_viterbi. The name of a module selects the kind of its default options; rnn is rnn_tanh.
         dtype, device: of the input.
     Args of recurrent layers:
         T, B, D, H: steps, sequences, input size, hidden size.
@@ -69,6 +76,10 @@ def explain(
         masked=False: whether the call has a mask or dropout.
         extras: names of other arguments in use: lengths, causal_alignment, window, softcap, alibi_slopes, return_lse,
             return_weights, cu_seqlens.
+    Args of conditional random fields:
+        T, B, K: steps, sequences, tags.
+        by_step=False: whether each step has its own transitions.
+        nbest, backend: as in the functions.
     Returns:
         kernel: the implementation that runs: cpu, cuda or triton; for attention cpu, triton or torch.
         unsupported: for each other implementation, the reasons why it does not run.
@@ -87,6 +98,8 @@ def explain(
             tier: layer, one launch for all steps; steps, one launch per step.
             reasons, grid: as on CUDA.
             rows: sequences per program. warps: warps per program.
+        Conditional random fields in Triton: grid, one program per sequence; warps; tile, the rows and columns of
+            transitions per tile; resident, whether the transitions stay in registers for all steps.
     Raises:
         ValueError: unknown op, option or mode; a size out of range; an incomplete or missing description of a device.
         TypeError: a required size is missing, an argument does not apply to the op, or has another type.
@@ -98,13 +111,13 @@ def explain(
             B=B, T=T, D=D, H=H, proj_size=proj_size, num_heads=num_heads, bidirectional=bidirectional, lengths=lengths,
             options=options, capability=capability, multiprocessors=multiprocessors, shared_memory=shared_memory, E=E,
             N=N, mode=mode, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, Dv=Dv, is_causal=is_causal, masked=masked, extras=extras,
-            backend=backend,
+            K=K, by_step=by_step, nbest=nbest, backend=backend,
         ).items()
         if value is not None
     }  # fmt: skip
     kind = KINDS.get(ALIASES.get(op, op))
-    if kind is None and op not in (_BAG, _ATTENTION):
-        names = ", ".join((*KINDS, *ALIASES, _BAG, _ATTENTION))
+    if kind is None and op not in _SIZES:
+        names = ", ".join((*KINDS, *ALIASES, *_SIZES))
         raise ValueError(f"explain: op must be one of {names}, got {op!r}")
     needed, optional = _SIZES.get(op, _OF_LAYERS)
     for name in needed:
@@ -119,6 +132,8 @@ def explain(
         return {"op": kind.name, **_explain_recurrent(kind, dtype=dtype, device=where, **given)}
     if op == _BAG:
         return {"op": op, **_explain_embedding_bag(dtype=dtype, device=where, **given)}
+    if op in _CRF:
+        return {"op": op, **_explain_crf(op, dtype=dtype, device=where, **given)}
     return {"op": op, **_explain_attention(dtype=dtype, device=where, **given)}
 
 
@@ -132,11 +147,16 @@ _OF_LAYERS = (
 _SIZES = {
     _BAG: (("E", "D", "N", "B"), ("mode",)),
     _ATTENTION: (("B", "Hq", "Tq", "Tk", "D"), ("Hk", "Dv", "is_causal", "masked", "extras", "backend")),
+    **dict.fromkeys(_CRF, (("B", "T", "K"), ("by_step", "backend"))),
+    "crf_viterbi": (("B", "T", "K"), ("by_step", "nbest", "backend")),
 }
 
 
-_LEAST = {"H": 1, "num_heads": 1, "Hq": 1, "Hk": 1}  # of sizes; 0 for the others
-_INTEGERS = (*"TBDHEN", "proj_size", "num_heads", "Hq", "Hk", "Tq", "Tk", "Dv", "multiprocessors", "shared_memory")
+_LEAST = {"H": 1, "num_heads": 1, "Hq": 1, "Hk": 1, "K": 1, "nbest": 1}  # of sizes; 0 for the others
+_INTEGERS = (
+    *("T", "B", "D", "H", "E", "N", "K", "proj_size", "num_heads", "Hq", "Hk", "Tq", "Tk", "Dv", "nbest"),
+    *("multiprocessors", "shared_memory"),
+)
 _EXTRAS = (
     "lengths",
     "causal_alignment",
@@ -159,7 +179,7 @@ def _check_values(op: str, given: dict[str, Any], dtype: Any) -> None:
                 raise TypeError(f"explain: {name} must be an integer, got {value!r}")
             if value < _LEAST.get(name, 0):
                 raise ValueError(f"explain: {name} must be at least {_LEAST.get(name, 0)}, got {value}")
-        elif name in ("bidirectional", "is_causal", "masked") and not isinstance(value, bool):
+        elif name in ("bidirectional", "is_causal", "masked", "by_step") and not isinstance(value, bool):
             raise TypeError(f"explain: {name} must be a bool, got {value!r}")
         elif name == "lengths":
             if not isinstance(value, (list, tuple)) or not all(isinstance(n, int) for n in value):
@@ -336,3 +356,27 @@ def _explain_attention(
     elif kernel == "torch" and device.type == "cuda" and backend is None:
         plan = {"why": "dense inputs of a half type: torch's cuDNN or flash kernels; backend='triton' selects ours"}
     return _answer(ATTENTION, request, kernel, plan)
+
+
+def _explain_crf(
+    op: str,
+    *,
+    B: int,
+    T: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    by_step: bool = False,
+    nbest: int = 1,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    request = Request(device, dtype)
+    kernel = choose(f"explain: {op}", CRF, request, backend, "emissions")
+    plan: dict[str, Any] = {"isa": _C.build_info()["isa"]}
+    if kernel == "triton":
+        from seqkernels.triton.crf import config  # imports Triton
+
+        chosen = config(K, dtype == torch.float64 or op == "crf_entropy", nbest > 1)
+        resident = chosen.whole and not by_step and nbest == 1
+        plan = dict(grid=(B,), warps=chosen.num_warps, tile=(chosen.BK, chosen.BJ), resident=resident)
+    return _answer(CRF, request, kernel, plan)

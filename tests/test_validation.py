@@ -13,6 +13,7 @@ from seqkernels.functional import _recurrent_kinds as families
 
 LSTM = dict(T=5, B=2, D=4, H=3)
 BAG = dict(E=9, D=4, N=5, B=2)
+CHAIN = dict(B=2, T=5, K=4)
 ATTENTION = dict(B=2, Hq=4, Tq=5, Tk=6, D=8)
 
 
@@ -36,6 +37,11 @@ ATTENTION = dict(B=2, Hq=4, Tq=5, Tk=6, D=8)
         ("embedding_bag", BAG, {"N": -1}, ValueError, "N must be at least 0, got -1"),
         ("embedding_bag", BAG, {"D": "4"}, TypeError, "D must be an integer, got '4'"),
         ("embedding_bag", BAG, {"mode": "median"}, ValueError, "mode must be one of"),
+        ("crf_viterbi", CHAIN, {"K": 0}, ValueError, "K must be at least 1, got 0"),
+        ("crf_viterbi", CHAIN, {"nbest": 0}, ValueError, "nbest must be at least 1, got 0"),
+        ("crf_entropy", CHAIN, {"nbest": 2}, TypeError, "nbest must be absent for crf_entropy, got 2"),
+        ("crf_marginals", CHAIN, {"by_step": 1}, TypeError, "by_step must be a bool, got 1"),
+        ("crf_log_partition", CHAIN, {"H": 4}, TypeError, "H must be absent for crf_log_partition, got 4"),
         ("scaled_dot_product_attention", ATTENTION, {"Tq": -2}, ValueError, "Tq must be at least 0, got -2"),
         ("scaled_dot_product_attention", ATTENTION, {"Hq": 0}, ValueError, "Hq must be at least 1, got 0"),
         ("scaled_dot_product_attention", ATTENTION, {"Hk": 3}, ValueError, "Hq must be a multiple of Hk, got 4 and 3"),
