@@ -73,12 +73,22 @@ class Transformer(nn.Module):
         return self.decoder(x, self.encoder(x))
 
 
+class Tagger(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.crf = library.CRF(8, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.crf(x, x.argmax(-1), reduction="none")
+
+
 COLUMNS: dict[str, tuple[Callable[..., nn.Module], Tensor]] = {
     "recurrent layers": (Recurrent, X),
     "cells": (Cells, X[:, 0].contiguous()),
     "Embedding, EmbeddingBag": (Tables, IDS),
     "attention": (Attention, X),
     "Transformer layers": (Transformer, X),
+    "CRF": (Tagger, X),
 }
 columns = pytest.mark.parametrize("column", COLUMNS)
 
@@ -261,7 +271,7 @@ def test_flop_counter(column: str) -> None:
     model = make()
     with FlopCounterMode(display=False) as counter:
         model(given).sum().backward()
-    assert (counter.get_total_flops() > 0) == (column != "Embedding, EmbeddingBag")  # lookups count 0, as in torch
+    assert (counter.get_total_flops() > 0) == (column not in ("Embedding, EmbeddingBag", "CRF"))
 
 
 @columns
@@ -269,7 +279,7 @@ def test_flop_counter(column: str) -> None:
 def test_quantize_dynamic(column: str) -> None:
     make, given = COLUMNS[column]
     model = make()
-    if column in ("attention", "Transformer layers"):  # as in torch, only linear layers are quantized
+    if column in ("attention", "Transformer layers", "CRF"):  # as in torch, only linear layers are quantized
         quantized = torch.ao.quantization.quantize_dynamic(model)
         close(quantized(given), model(given), rtol=0.2, atol=0.2)
         return
