@@ -390,11 +390,14 @@ CRF_COMPUTED = ("p_alpha", "p_gamma", "p_marginals", "p_rows", "p_lists")
 
 
 def crf_jobs(arch: int) -> Iterator[Job]:
-    """The widest K of each number of warps and of blocks, with all options."""
+    """Each padded K up to 512, with all options, and one without."""
     from seqkernels.triton.crf import launch
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
-    for name, dtype, K, by_step in itertools.product(CRF, dtypes, (9, 32, 64, 128, 256, 512), (False, True)):
+    tags = (9, 32, 64, 128, 256, 512)
+    for name, dtype, K, by_step, everything in itertools.product(CRF, dtypes, tags, (False, True), (True, False)):
+        if not everything and K != 32:
+            continue
         float64 = dtype == torch.float64
         walk = launch.config(K, float64, several=name == "crf_several_kernel")._asdict()
         if name == "crf_pairs_kernel":
@@ -407,6 +410,12 @@ def crf_jobs(arch: int) -> Iterator[Job]:
             out = {}
         num_warps, maxnreg, num_stages = (constexprs.pop(n) for n in ("num_warps", "maxnreg", "num_stages"))
         names = parameters(getattr(importlib.import_module(f"seqkernels.triton.crf.{CRF[name]}"), name))
+        if not everything:
+            constexprs |= dict.fromkeys(("p_steps", "p_before", "p_start", "p_end"))
+            if name not in ("crf_viterbi_kernel", "crf_several_kernel"):  # p_tags is their output
+                constexprs["p_tags"] = None
+            if by_step:
+                constexprs["p_counts"] = None
         constexprs = {key: value for key, value in constexprs.items() if key in names}
         compute = "*fp64" if float64 else "*fp32"
         types = CRF_TYPES | dict.fromkeys(CRF_COMPUTED, compute) | out

@@ -36,7 +36,10 @@ load("crf")
 launch = load("crf.launch")
 ops = torch.ops.seqkernels_triton
 FUNCTIONS = ("crf_entropy", "crf_log_likelihood", "crf_log_partition", "crf_marginals", "crf_viterbi")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns of log 0 and 0 / 0
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns of log 0 and 0 / 0
+    *([pytest.mark.cuda] if DEVICE == "cuda" else []),
+]
 
 
 def in_triton(name: str) -> Callable:

@@ -59,7 +59,7 @@ def crf_backward_kernel(
     m_k = i_k < K
     n = count_of(steps, i_b, T)
     p_emissions = scores.p_emissions + i_b * s_b
-    p_m = scores.p_transitions + i_b * s_pairs_b
+    p_m = scores.p_transitions + i_b * s_pairs_b * K * K
     o_b = i_b * T * K
     if RESIDENT:
         b_weights, b_shift, m_open = prepare(p_m, 1, K, K, ACC, BK)
@@ -92,7 +92,7 @@ def crf_backward_kernel(
             if RESIDENT:
                 b_beta = product(b_gamma, b_weights, b_shift, m_open, p_m, 1, K, p_row, K, BK)
             else:
-                b_beta = log_product(b_gamma, p_m + i_t * s_pairs_t, 1, K, p_row, K, BK, BJ)
+                b_beta = log_product(b_gamma, p_m + i_t * s_pairs_t * K * K, 1, K, p_row, K, BK, BJ)
             b_beta, _ = normalise(b_beta)
         i_t = i_before
 
@@ -132,7 +132,7 @@ def crf_pairs_kernel(
         i_chunk = i_group // T
     i_begin = i_chunk if BY_SEQUENCE else i_chunk * chunk
     i_end = i_begin + 1 if BY_SEQUENCE else tl.minimum(i_begin + chunk, B)
-    p_m = scores.p_transitions + i_begin * s_pairs_b + i_first * s_pairs_t
+    p_m = scores.p_transitions + (i_begin * s_pairs_b + i_first * s_pairs_t) * K * K
     b_m = load_pairs(p_m, K, 1, i_i, i_j, K, ACC)[None, :, :]
 
     b_sum = tl.zeros([BS, BI, BK], tl.float64)

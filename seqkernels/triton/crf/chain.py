@@ -19,7 +19,7 @@ SIZES = ["B", "T", "N", "chunk", "s_b", "s_t", "s_pairs_b", "s_pairs_t"]
 
 class Scores(NamedTuple):
     p_emissions: Any  # [B, T, K], strides s_b, s_t, 1
-    p_transitions: Any  # [B, T, K, K] from, to; strides s_pairs_b, s_pairs_t (0 if shared), K, 1
+    p_transitions: Any  # [B, T, K, K] from, to; strides s_pairs_b, s_pairs_t (in matrices; 0 if shared), K, 1
     p_start: Any  # [K], or None
     p_end: Any  # [K], or None
 

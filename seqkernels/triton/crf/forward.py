@@ -46,7 +46,7 @@ def crf_forward_kernel(
     m_k = i_k < K
     n = count_of(steps, i_b, T)
     p_emissions = scores.p_emissions + i_b * s_b
-    p_m = scores.p_transitions + i_b * s_pairs_b
+    p_m = scores.p_transitions + i_b * s_pairs_b * K * K
     p_alpha += i_b * T * K
     if RESIDENT:
         b_weights, b_shift, m_open = prepare(p_m, K, 1, K, ACC, BK)
@@ -62,7 +62,7 @@ def crf_forward_kernel(
             if RESIDENT:
                 b_x = product(b_x, b_weights, b_shift, m_open, p_m, K, 1, p_row, K, BK)
             else:
-                b_x = log_product(b_x, p_m + i_t * s_pairs_t, K, 1, p_row, K, BK, BJ)
+                b_x = log_product(b_x, p_m + i_t * s_pairs_t * K * K, K, 1, p_row, K, BK, BJ)
         b_x, most = normalise(b_x + b_e)
         total += most.to(tl.float64)
         tl.store(p_row + i_k, b_x, mask=m_k)
@@ -91,7 +91,7 @@ def _score(scores, steps, i_b, n, T, s_b, s_t, s_pairs_b, s_pairs_t, K, BS: tl.c
             m_pair = m_pair & m_valid & (i_before >= 0) & (i_before < K)
             m = m & m_valid
             o_e = i_b * s_b + i_t * s_t + i_tag
-            o_m = i_b * s_pairs_b + i_t * s_pairs_t + i_before * K + i_tag
+            o_m = ((i_b * s_pairs_b + i_t * s_pairs_t) * K + i_before) * K + i_tag
             b_sum += tl.load(scores.p_emissions + o_e, mask=m, other=0).to(F)
             b_sum += tl.load(scores.p_transitions + o_m, mask=m_pair, other=0).to(F)
             if scores.p_start is not None:

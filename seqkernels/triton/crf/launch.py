@@ -113,9 +113,7 @@ class Call:
         self.scores = Scores(e, pairs, start, end)
         self.steps = self._steps(lengths, mask, tags)
         self.rows = dict(s_b=e.stride(0), s_t=e.stride(1))
-        self.sizes = dict(
-            T=T, K=K, s_pairs_b=shape[1] * K * K if self.by_sequence else 0, s_pairs_t=K * K if self.by_step else 0
-        )
+        self.sizes = dict(T=T, K=K, s_pairs_b=shape[1] * self.by_sequence, s_pairs_t=int(self.by_step))
         chosen = config(K, self.compute == torch.float64)
         self.walk = dict(**self.rows, **chosen._asdict(), RESIDENT=chosen.whole and not self.by_step)
 
@@ -127,7 +125,8 @@ class Call:
             raise RuntimeError(f"{self.op}: {name} must be {str(dtype).removeprefix('torch.')}, got {t.dtype}")
         if tuple(t.shape) != tuple(shape):
             raise RuntimeError(f"{self.op}: {name} must have shape {list(shape)}, got {list(t.shape)}")
-        return t.contiguous()
+        t = t.contiguous()
+        return t if t.data_ptr() % 16 == 0 else t.clone()  # the layout of a tile depends on the alignment
 
     def _steps(self, lengths: Tensor | None, mask: Tensor | None, tags: Tensor | None) -> Steps:
         B, T = self.B, self.T

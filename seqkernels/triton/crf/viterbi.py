@@ -66,7 +66,7 @@ def crf_viterbi_kernel(
     m_k = i_k < K
     n = count_of(steps, i_b, T)
     p_emissions = scores.p_emissions + i_b * s_b
-    p_m = scores.p_transitions + i_b * s_pairs_b
+    p_m = scores.p_transitions + i_b * s_pairs_b * K * K
     p_rows += i_b * K
     p_back += i_b * T * K
     if RESIDENT:
@@ -84,12 +84,12 @@ def crf_viterbi_kernel(
                 b_x, i_from = _best(b_x, b_m)
                 tl.store(p_t + i_k, i_from, mask=m_k)
             elif BJ == BK:
-                b_x, i_from = _best(b_x, load_pairs(p_m + i_t * s_pairs_t, K, 1, i_k, i_k, K, ACC))
+                b_x, i_from = _best(b_x, load_pairs(p_m + i_t * s_pairs_t * K * K, K, 1, i_k, i_k, K, ACC))
                 tl.store(p_t + i_k, i_from, mask=m_k)
             else:
                 for i_j in range(0, K, BJ):
                     i_to = i_j + tl.arange(0, BJ)
-                    b_y, i_from = _best(b_x, load_pairs(p_m + i_t * s_pairs_t, K, 1, i_k, i_to, K, ACC))
+                    b_y, i_from = _best(b_x, load_pairs(p_m + i_t * s_pairs_t * K * K, K, 1, i_k, i_to, K, ACC))
                     tl.store(p_t + i_to, i_from, mask=i_to < K)
                     tl.store(p_rows + i_to, b_y, mask=i_to < K)
                 tl.debug_barrier()
@@ -142,7 +142,7 @@ def crf_several_kernel(
     n = count_of(steps, i_b, T)
     size = K * N
     p_emissions = scores.p_emissions + i_b * s_b
-    p_m = scores.p_transitions + i_b * s_pairs_b
+    p_m = scores.p_transitions + i_b * s_pairs_b * K * K
     p_lists += i_b * 2 * size
     p_back += i_b * T * size
     p_scores += i_b * N
@@ -163,7 +163,7 @@ def crf_several_kernel(
         for i_j in range(0, K, BJ):
             i_to = i_j + tl.arange(0, BJ)
             m_to = i_to < K
-            b_m = load_pairs(p_m + i_t * s_pairs_t, K, 1, i_k, i_to, K, ACC)
+            b_m = load_pairs(p_m + i_t * s_pairs_t * K * K, K, 1, i_k, i_to, K, ACC)
             b_e = load_scores(p_emissions + i_t * s_t, i_to, m_to, ACC)
             i_rank = tl.zeros([BK, BJ], tl.int32)
             b_head = load_scores(p_from, i_k * N, m_k, ACC)[:, None] + tl.zeros([BK, BJ], ACC)
