@@ -35,28 +35,28 @@ BARS = {SHAPES[1]: (30.0, 15.0), SHAPES[2]: (30.0, 15.0)}  # likelihood forward+
 PEER = "pytorch-crf"
 
 
-def models(shape: Shape) -> tuple[Any, Any]:
+def models(shape: Shape, device: str) -> tuple[Any, Any]:
     """Ours and that of pytorch-crf, with the same parameters."""
     warnings.filterwarnings("ignore", message="where received a uint8 condition")
     torchcrf = pytest.importorskip("torchcrf", reason="pytorch-crf is not installed")
     torch.manual_seed(0)
-    ours, theirs = nn.CRF(shape.K), torchcrf.CRF(shape.K)
+    ours, theirs = nn.CRF(shape.K, device=device), torchcrf.CRF(shape.K).to(device)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
-def inputs(shape: Shape, lengths: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def inputs(shape: Shape, lengths: bool, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
     g = torch.Generator().manual_seed(1)
-    emissions = torch.randn(shape.T, shape.B, shape.K, generator=g)
-    tags = torch.randint(shape.K, (shape.T, shape.B), generator=g)
+    emissions = torch.randn(shape.T, shape.B, shape.K, generator=g).to(device)
+    tags = torch.randint(shape.K, (shape.T, shape.B), generator=g).to(device)
     if not lengths:
         return emissions, tags, None
     steps = torch.linspace(1, shape.T, shape.B).long()
-    return emissions, tags, torch.arange(shape.T)[:, None] < steps
+    return emissions, tags, (torch.arange(shape.T)[:, None] < steps).to(device)
 
 
-def training(name: str, model: Any, shape: Shape, lengths: bool) -> Contender:
-    emissions, tags, mask = inputs(shape, lengths)
+def training(name: str, model: Any, shape: Shape, lengths: bool, device: str) -> Contender:
+    emissions, tags, mask = inputs(shape, lengths, device)
     emissions.requires_grad_()
     wanted = [emissions, *model.parameters()]
 
@@ -67,35 +67,37 @@ def training(name: str, model: Any, shape: Shape, lengths: bool) -> Contender:
     def result() -> Results:
         return {f"{i}": t for i, t in enumerate(step())}
 
-    return Contender(name, step, result)
+    return Contender(name, step, result, on_cuda=device == "cuda")
 
 
-def decoding(name: str, model: Any, shape: Shape, lengths: bool) -> Contender:
-    emissions, _, mask = inputs(shape, lengths)
+def decoding(name: str, model: Any, shape: Shape, lengths: bool, device: str) -> Contender:
+    emissions, _, mask = inputs(shape, lengths, device)
 
     def step() -> list[list[int]]:
         with torch.no_grad():
             return model.decode(emissions, mask)
 
     def result() -> Results:
-        wide = nn.CRF(shape.K, dtype=torch.float64)  # near ties: the scores of the paths are equal, not the tags
+        # With near ties, the scores of the paths are equal, not the tags.
+        wide = nn.CRF(shape.K, device=device, dtype=torch.float64)
         wide.load_state_dict(model.state_dict())
-        tags = torch.nn.utils.rnn.pad_sequence([torch.tensor(path) for path in step()])
+        tags = torch.nn.utils.rnn.pad_sequence([torch.tensor(path) for path in step()]).to(device)
         with torch.no_grad():
             return {"log likelihood of the paths": wide(emissions.double(), tags, mask, "none")}
 
-    return Contender(name, step, result)
+    return Contender(name, step, result, on_cuda=device == "cuda")
 
 
 @pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("what", ["log likelihood, forward+backward", "Viterbi"])
-def test_crf(bench: Any, what: str, shape: Shape, lengths: bool) -> None:
-    ours, theirs = models(shape)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_crf(bench: Any, what: str, shape: Shape, lengths: bool, device: str) -> None:
+    ours, theirs = models(shape, device)
     make = decoding if what == "Viterbi" else training
-    contenders = [make("seqkernels", ours, shape, lengths), make(PEER, theirs, shape, lengths)]
+    contenders = [make(name, model, shape, lengths, device) for name, model in (("seqkernels", ours), (PEER, theirs))]
     bar = BARS.get(shape, (None, None))[what == "Viterbi"]
-    bars = {} if bar is None or lengths else {PEER: bar}
+    bars = {} if bar is None or lengths or device == "cuda" else {PEER: bar}
     fill = 0.5 if lengths else 1.0
     work = (2.0 if what == "Viterbi" else 6.0) * shape.pairs * fill
     label = f"{shape}, lengths 1 to T" if lengths else str(shape)
