@@ -140,6 +140,20 @@ def log_partition(e: Tensor, pairs: Tensor) -> Tensor:
     return test_crf.log_partition_and_score(e, four(pairs))[0]
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_nan_at_any_step(at: int) -> None:
+    """The sums after the step are NaN for all tags, and the padding of the vector is not."""
+    e, pairs = torch.randn(1, 3, 4), torch.randn(4, 4)
+    e[0, at, 2] = torch.nan
+    e.requires_grad_()
+    log_z = in_triton("crf_log_partition")(e, pairs)
+    assert log_z.isnan().all()
+    assert torch.autograd.grad(log_z.sum(), e)[0].isnan().all()
+    pairs[0, 1], start = torch.inf, torch.tensor([-torch.inf, 0, 0, 0])  # from a tag that no path reaches
+    for scores in ((e, torch.zeros(4, 4)), (torch.zeros(1, 2, 4), pairs, start)):
+        assert all(in_triton("crf_viterbi")(*scores, nbest=nbest)[1].isnan().all() for nbest in (None, 2))
+
+
 @pytest.mark.parametrize("pairs", ["", "BT"])
 def test_bits_do_not_depend_on_batch_and_padding(pairs: str) -> None:
     case, n = Case(why="company", B=2, T=5, K=5, lengths=(5, 3), pairs=pairs), 3
