@@ -14,11 +14,11 @@ except ImportError as error:
         "`pip install --no-build-isolation .` against the torch that is installed"
     ) from error
 
-from seqkernels import functional, nn, reference
+from seqkernels import decoding, functional, nn, reference
 from seqkernels.explain import explain
 
 __version__ = "0.1.0"
-__all__ = ["build_info", "explain", "functional", "nn", "reference"]
+__all__ = ["build_info", "decoding", "explain", "functional", "nn", "reference"]
 
 
 def build_info() -> dict[str, Any]:

@@ -113,9 +113,19 @@ class KeyValueCache:
             self.longest = int(self.lengths.max())
 
     def reorder(self, index: Tensor) -> None:
-        """Replaces sequence b by sequence index[b], for beam search."""
-        self.keys, self.values = self.keys[index], self.values[index]
-        self.lengths = self.lengths[index]
+        """Replaces sequence b by sequence index[b], for beam search.
+
+        index: int64, [B]; or of another size N, and the cache then has N sequences. Only the cached steps are copied.
+        """
+        filled = slice(0, self.longest)
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            rows = buffer[:, :, filled].index_select(0, index)
+            if rows.shape[0] != buffer.shape[0]:
+                buffer = buffer.new_zeros(rows.shape[0], *buffer.shape[1:])
+                setattr(self, name, buffer)
+            buffer[:, :, filled] = rows
+        self.lengths = self.lengths.index_select(0, index)
 
     def reset(self) -> None:
         """Removes all steps and keeps the allocation."""
