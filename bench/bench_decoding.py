@@ -15,7 +15,7 @@ from harness import Contender, Results
 from torch import Tensor
 
 from seqkernels import nn
-from seqkernels.decoding import beam_search
+from seqkernels.decoding import PerSentence, beam_search
 
 
 class Shape(NamedTuple):
@@ -35,20 +35,21 @@ class Shape(NamedTuple):
 
 
 SHAPES = [Shape(1000, 128), Shape(4000, 256), Shape(8000, 512)]
-BARS = {SHAPES[0]: 10.0}
+BAR = 10.0
 PEER = "one sentence at a time, torch"
 BOS, EOS, ALPHA = 0, 1, 0.6
 
 
 class Decoder(torch.nn.Module):
-    """An LSTM whose output attends to a memory [B, S, H]; the logits of EOS grow with each step."""
+    """An LSTM whose output attends to a memory [B, S, H]; the logits of EOS grow with each step, or exclude it."""
 
-    def __init__(self, shape: Shape, layer: type[Any]) -> None:
+    def __init__(self, shape: Shape, layer: type[Any], ends: bool) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(shape.V, shape.H)
         self.lstm = layer(shape.H, shape.H, batch_first=True)
         self.merge = torch.nn.Linear(2 * shape.H, shape.H)
         self.project = torch.nn.Linear(shape.H, shape.V)
+        self.ends = ends
         torch.nn.init.normal_(self.project.weight, std=0.5)
 
     def forward(self, tokens: Tensor, hx: tuple[Tensor, Tensor], memory: Tensor, t: int) -> tuple[Tensor, Any]:
@@ -58,13 +59,13 @@ class Decoder(torch.nn.Module):
         context = (query @ memory.transpose(1, 2)).softmax(-1) @ memory
         merged = torch.cat((query, context), -1).view(tokens.shape[0], -1)
         logits = self.project(self.merge(merged).tanh())
-        logits[:, EOS] += 0.5 * t
+        logits[:, EOS] += 0.5 * t if self.ends else -torch.inf
         return logits, hx
 
 
-def models(shape: Shape) -> tuple[Decoder, Decoder]:
+def models(shape: Shape, ends: bool) -> tuple[Decoder, Decoder]:
     torch.manual_seed(0)
-    ours, theirs = Decoder(shape, nn.LSTM).eval(), Decoder(shape, torch.nn.LSTM).eval()
+    ours, theirs = Decoder(shape, nn.LSTM, ends).eval(), Decoder(shape, torch.nn.LSTM, ends).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -85,8 +86,8 @@ def batched(shape: Shape, model: Decoder) -> Contender:
 
     def step() -> Any:
         return beam_search(
-            decode, BOS, (hx, memory, 0), state_dims=(1, None, None), beam_size=shape.beam, max_length=shape.T,
-            eos_token_id=EOS, length_penalty=ALPHA,
+            decode, BOS, (hx, memory, 0), state_dims=(1, PerSentence(0), None), drop_ended=True,
+            beam_size=shape.beam, max_length=shape.T, eos_token_id=EOS, length_penalty=ALPHA,
         )  # fmt: skip
 
     def result() -> Results:
@@ -142,9 +143,10 @@ def one_at_a_time(shape: Shape, model: Decoder) -> Contender:
     return Contender(PEER, step, result)
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["all steps", "ends"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_beam_search(bench: Any, shape: Shape) -> None:
-    ours, theirs = models(shape)
+def test_beam_search(bench: Any, shape: Shape, ends: bool) -> None:
+    ours, theirs = models(shape, ends)
     contenders = [batched(shape, ours), one_at_a_time(shape, theirs)]
-    bars = {PEER: BARS[shape]} if shape in BARS else {}
-    bench.time("beam search", str(shape), contenders, bars=bars, work=shape.work, tolerance=1e-4)
+    label = f"{shape}, {'ends at several lengths' if ends else f'{shape.T} steps'}"
+    bench.time("beam search", label, contenders, bars={PEER: BAR}, work=shape.work, tolerance=1e-4)

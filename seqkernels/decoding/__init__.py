@@ -13,7 +13,8 @@ Dimensions: B sentences, N hypotheses, V tokens of the vocabulary, T = max_lengt
 """
 
 from seqkernels.decoding._loop import Decoded
+from seqkernels.decoding._state import PerSentence
 from seqkernels.decoding.beam import beam_search
 from seqkernels.decoding.single import greedy_search, sample
 
-__all__ = ["Decoded", "beam_search", "greedy_search", "sample"]
+__all__ = ["Decoded", "PerSentence", "beam_search", "greedy_search", "sample"]

@@ -6,6 +6,7 @@ to decide a result.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -20,6 +21,7 @@ from seqkernels.functional._values import may_read_values
 Step: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]]
 PerSentence: TypeAlias = int | Tensor | Sequence[int]
 
+DROPPED = 0.25  # share of ended sentences from which on their rows are removed
 STEPS_BETWEEN_CHECKS = 16  # of devices that run ahead of the host, which a check makes it wait for
 
 
@@ -43,7 +45,7 @@ class Search(Protocol):
     """One way to choose the tokens of a step."""
 
     def advance(self, t: int, log_p: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Chooses from log-probabilities [N, V].
+        """Chooses from log-probabilities [N', V] of the rows of Problem.rows.
 
         Returns the tokens [N], and the row [N] that each continues, or None if each continues its own.
         """
@@ -58,6 +60,7 @@ class Problem:
     Attributes:
         B: sentences. width: hypotheses of each. N: B * width. T: maximum of the limits.
         limits: [B] maximum length of each sentence. shortest: the minimum of them.
+        kept: [B'] the sentences that step computes; None for all. rows: [N'] their hypotheses.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Problem:
         repetition_penalty: float,
         return_attention: bool,
         check_every: int | None,
+        drop_ended: bool,
     ) -> None:
         self.caller, self.step, self.width, self.state_dims = caller, step, width, state_dims
         if not callable(step):
@@ -84,6 +88,9 @@ class Problem:
         self.start, self.state = self._start(start_tokens, state), state
         self.device, self.B = self.start.device, self.start.shape[0]
         self.N = self.B * width
+        self.drop_ended = drop_ended
+        self.kept: Tensor | None = None
+        self.rows: Tensor | None = None
         self.limits, limits = self.per_sentence("max_length", max_length, 1)
         self.least, least = self.per_sentence("min_length", min_length, 0)
         self.shortest, self.T, self.longest_least = min(limits), max(limits), max(least)
@@ -155,8 +162,8 @@ class Problem:
 
     # ---- the loop
 
-    def run(self, search: Search) -> int:
-        """Calls step until no hypothesis is alive or all have max_length tokens; returns the number of calls."""
+    def run(self, search: Search) -> None:
+        """Calls step until no hypothesis is alive, at most max_length times."""
         tokens, state = self.start, self.state
         if self.width > 1:
             rows = torch.arange(self.N, device=self.device) // self.width
@@ -164,28 +171,68 @@ class Problem:
         history = None
         if self.ngram or self.penalty != 1:
             history = torch.zeros(self.N, self.T, dtype=torch.int64, device=self.device)
-        invalid = torch.full((self.N,), self.T, device=self.device)  # first step with NaN or infinity
+        wrong: list[Tensor] = []  # [N] whether a hypothesis had NaN or infinity, of the steps since the last check
         for t in range(self.T):
             logits, state, attention = self._call(tokens, state)
             log_p = self._log_p(logits, history, t)
-            wrong = log_p[:, 0].isnan() & (logits.amax(1) != -math.inf)
+            invalid = log_p[:, 0].isnan() & (logits.amax(1) != -math.inf)
             if self.needs_attention == "coverage_penalty" and attention is not None:
-                wrong = wrong | attention.isnan().any(1)
-            invalid = torch.where(wrong & search.alive(), invalid.clamp_max(t), invalid)
+                invalid = invalid | attention.isnan().any(1)
+            wrong.append(self.spread(invalid, False) & search.alive())
             self._block(log_p, history, t)
             tokens, parents = search.advance(t, log_p, attention)
             last = t + 1 == self.T
-            if (last or (t + 1) % self.check_every == 0) and self._finished(search.alive(), invalid):
-                return t + 1
-            if parents is not None and not last:
-                state = _state.reorder(self.caller, state, self.state_dims, parents, self.N)
+            kept = None
+            if last or (t + 1) % self.check_every == 0:
+                alive = search.alive().view(self.B, self.width).any(1)
+                count = self._count(t, alive, wrong)
+                wrong.clear()
+                if last or count == 0:
+                    return
+                computed = self.B if self.kept is None else self.kept.shape[0]
+                if self.drop_ended and count <= (1 - DROPPED) * computed:
+                    kept = alive.nonzero()[:, 0]
             if history is not None:
                 history = history if parents is None else history.index_select(0, parents)
                 history[:, t] = tokens
-        return self.T
+            state = self._reorder(state, parents, kept)
+            tokens = self.of_rows(tokens)
+
+    def _reorder(self, state: Any, parents: Tensor | None, kept: Tensor | None) -> Any:
+        """The state after a step. kept: the sentences that the next step computes, if their number changes."""
+        if parents is None and kept is None:
+            return state
+        before, sentences = self.kept, None
+        computed = self.B if before is None else before.shape[0]
+        position = torch.arange(self.B, device=self.device)  # of each sentence in the state
+        if before is not None:
+            position = position.index_copy(0, before, position[:computed])
+        if kept is not None:
+            self.kept, sentences = kept, position[kept]
+            self.rows = (kept[:, None] * self.width + torch.arange(self.width, device=self.device)).flatten()
+        index = self.rows if parents is None else self.of_rows(parents)
+        if self.kept is not None and index is not None:
+            index = position[index // self.width] * self.width + index % self.width
+        assert index is not None
+        return _state.reorder(self.caller, state, self.state_dims, index, computed * self.width, sentences, computed)
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """The rows [N', ...] that step computes of a tensor [N, ...]."""
+        return t if self.rows is None else t.index_select(0, self.rows)
+
+    def of_kept(self, t: Tensor) -> Tensor:
+        """The sentences [B', ...] that step computes of a tensor [B, ...]."""
+        return t if self.kept is None else t.index_select(0, self.kept)
+
+    def spread(self, t: Tensor, fill: float) -> Tensor:
+        """The inverse of of_rows, or of of_kept, with `fill` elsewhere."""
+        if self.kept is None or self.rows is None:
+            return t
+        index, size = (self.rows, self.N) if t.shape[0] == self.rows.shape[0] else (self.kept, self.B)
+        return t.new_full((size, *t.shape[1:]), fill).index_copy_(0, index, t)
 
     def _call(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor | None]:
-        caller, N = self.caller, self.N
+        caller, N = self.caller, tokens.shape[0]
         result = self.step(tokens, state)
         if not isinstance(result, tuple) or len(result) not in (2, 3):
             raise TypeError(
@@ -222,12 +269,12 @@ class Problem:
                 f"{caller}: step must return attention of shape [N, S], N = {N}{S}, got {list(attention.shape)}"
             )
         if self.return_attention:
-            self.attention.append(attention)
+            self.attention.append(self.spread(attention, 0))
         return logits, state, attention
 
     def _log_p(self, logits: Tensor, history: Tensor | None, t: int) -> Tensor:
         if history is not None and self.penalty != 1 and t > 0:
-            previous = history[:, :t]
+            previous = self.of_rows(history)[:, :t]
             logits = logits.to(self.dtype)
             found = logits.gather(1, previous)
             found = torch.where(found < 0, found * self.penalty, found / self.penalty)
@@ -237,36 +284,37 @@ class Problem:
     def _block(self, log_p: Tensor, history: Tensor | None, t: int) -> None:
         """Writes -inf to tokens that must not follow."""
         if t + 1 < self.longest_least:
-            short = (self.least > t + 1).repeat_interleave(self.width)
+            short = self.of_kept(self.least > t + 1).repeat_interleave(self.width)
             for token in self.eos:
                 log_p[:, token].masked_fill_(short, -math.inf)
         n = self.ngram
         if history is not None and 0 < n <= t:
+            history = self.of_rows(history)
             ngrams = history[:, :t].unfold(1, n, 1)  # [N, t - n + 1, n]
             repeated = (ngrams[:, :, :-1] == history[:, None, t - n + 1 : t]).all(2)
             # A minimum, whose result does not depend on the order of several writes to one token.
             bound = torch.where(repeated, -math.inf, math.inf).to(log_p.dtype)
             log_p.scatter_reduce_(1, ngrams[:, :, -1], bound, "amin")
 
-    def _finished(self, alive: Tensor, invalid: Tensor) -> bool:
+    def _count(self, t: int, alive: Tensor, wrong: list[Tensor]) -> int:
+        """Number of sentences whose search goes on; B if values may not be read. Raises if logits were invalid."""
         if not may_read_values(alive):
-            return False
-        some_alive, some_invalid = torch.stack((alive.any(), (invalid < self.T).any())).tolist()
-        if some_invalid:
-            steps: list[int] = invalid.tolist()
-            row = min(range(self.N), key=steps.__getitem__)
+            return self.B
+        steps = torch.stack(wrong)
+        count, some_wrong = torch.stack((alive.sum(), steps.any())).tolist()
+        if some_wrong:
+            step, row = steps.nonzero()[0].tolist()
             raise ValueError(
                 f"{self.caller}: step must return logits, and attention for coverage_penalty, without NaN and "
-                f"infinity, got some at step {steps[row]} for sentence {row // self.width}"
+                f"infinity, got some at step {t + 1 - len(wrong) + step} for sentence {row // self.width}"
             )
-        return not some_alive
+        return int(count)
 
     def end(self, tokens: Tensor) -> Tensor:
         """Whether tokens end a sequence."""
-        ends = torch.zeros_like(tokens, dtype=torch.bool)
-        for token in self.eos:
-            ends = ends | (tokens == token)
-        return ends
+        if not self.eos:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return functools.reduce(torch.bitwise_or, (tokens == token for token in self.eos))
 
     def decoded(self, columns: list[Tensor], lengths: Tensor, scores: Tensor, weights: list[Tensor]) -> Decoded:
         """The result of tokens [B, n] and, for return_attention, weights [B, n, S] of each step made."""

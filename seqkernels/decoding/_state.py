@@ -13,26 +13,46 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from seqkernels.functional._checks import describe
 
+
+@dataclasses.dataclass(frozen=True)
+class PerSentence:
+    """In state_dims: the dimension of the sentences in a tensor that all hypotheses of a sentence share.
+
+    The tensor is neither expanded nor reordered; with drop_ended, the rows of ended sentences are removed.
+    """
+
+    dim: int = 0
+
+
 CONSTANT = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+OfLeaf = Callable[[Any, "int | PerSentence", str], Any]
 
 
-def reorder(caller: str, state: Any, dims: Any, index: Tensor, rows: int) -> Any:
-    """The state with row index[i] in place of row i. rows: the number of rows that it must have."""
+def reorder(
+    caller: str, state: Any, dims: Any, index: Tensor, rows: int, sentences: Tensor | None = None, count: int = 0
+) -> Any:
+    """The state with row index[i] in place of row i, and sentence sentences[i] in place of sentence i.
 
-    def of_leaf(leaf: Any, dim: int, at: str) -> Any:
-        if not isinstance(leaf, Tensor):
-            leaf.reorder(index)
+    rows, count: the numbers of rows and of sentences that it must have.
+    """
+
+    def of_leaf(leaf: Any, dim: int | PerSentence, at: str) -> Any:
+        shared = isinstance(dim, PerSentence)
+        by = sentences if shared else index
+        if by is None:
             return leaf
-        _check_rows(caller, leaf, dim, at, rows)
-        return leaf.index_select(dim, index)
+        if not isinstance(leaf, Tensor):
+            leaf.reorder(by)
+            return leaf
+        return leaf.index_select(_checked(caller, leaf, dim, at, count if shared else rows), by)
 
     return _map(caller, of_leaf, state, dims)
 
 
 def check(caller: str, state: Any, dims: Any, rows: int) -> None:
-    def of_leaf(leaf: Any, dim: int, at: str) -> Any:
+    def of_leaf(leaf: Any, dim: int | PerSentence, at: str) -> Any:
         if isinstance(leaf, Tensor):
-            _check_rows(caller, leaf, dim, at, rows)
+            _checked(caller, leaf, dim, at, rows)
         return leaf
 
     _map(caller, of_leaf, state, dims)
@@ -42,50 +62,54 @@ def first_tensor(caller: str, state: Any, dims: Any) -> tuple[Tensor, int] | Non
     """The first tensor of the state with a dimension of rows, and their number."""
     found: list[tuple[Tensor, int]] = []
 
-    def of_leaf(leaf: Any, dim: int, at: str) -> Any:
-        if isinstance(leaf, Tensor) and -leaf.dim() <= dim < leaf.dim():
-            found.append((leaf, leaf.shape[dim]))
+    def of_leaf(leaf: Any, dim: int | PerSentence, at: str) -> Any:
+        d = dim.dim if isinstance(dim, PerSentence) else dim
+        if isinstance(leaf, Tensor) and -leaf.dim() <= d < leaf.dim():
+            found.append((leaf, leaf.shape[d]))
         return leaf
 
     _map(caller, of_leaf, state, dims)
     return found[0] if found else None
 
 
-def _check_rows(caller: str, leaf: Tensor, dim: int, at: str, rows: int) -> None:
-    if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != rows:
+def _checked(caller: str, leaf: Tensor, dim: int | PerSentence, at: str, rows: int) -> int:
+    """The dimension, if the tensor has that number of rows in it."""
+    d = dim.dim if isinstance(dim, PerSentence) else dim
+    if not -leaf.dim() <= d < leaf.dim() or leaf.shape[d] != rows:
         raise ValueError(
-            f"{caller}: {at} must have {rows} rows in dimension {dim}, got {list(leaf.shape)}; state_dims gives the "
+            f"{caller}: {at} must have {rows} rows in dimension {d}, got {list(leaf.shape)}; state_dims gives the "
             "dimension, or None for a tensor without rows of hypotheses"
         )
+    return d
 
 
-def _map(caller: str, of_leaf: Callable[[Any, int, str], Any], node: Any, dims: Any, at: str = "state") -> Any:
+def _map(caller: str, of_leaf: OfLeaf, node: Any, dims: Any, at: str = "state") -> Any:
     """The state with of_leaf(leaf, dim, name) in place of each leaf whose dim is not None.
 
     Leaves are tensors, and objects with reorder(index): for index [N], it replaces row i by row index[i] in place,
     after which the object has N rows, as seqkernels.nn.KeyValueCache.
 
-    dims: a nest whose leaves are int or None, each for the whole of the state at its place.
+    dims: a nest whose leaves are int, PerSentence or None, each for the whole of the state at its place.
     """
     if dims is None:
         return node
     if isinstance(dims, bool):
-        raise TypeError(f"{caller}: state_dims must hold int and None, got {dims}")
+        raise TypeError(f"{caller}: state_dims must hold int, PerSentence and None, got {dims}")
     is_leaf = isinstance(node, Tensor) or callable(getattr(node, "reorder", None))
-    if is_leaf and isinstance(dims, int):
+    if is_leaf and isinstance(dims, (int, PerSentence)):
         return of_leaf(node, dims, at)
     parts = None if is_leaf else _parts(node)
     if parts is None:
-        if isinstance(node, CONSTANT) and isinstance(dims, int):
+        if isinstance(node, CONSTANT) and isinstance(dims, (int, PerSentence)):
             return node
-        if isinstance(dims, int):
+        if isinstance(dims, (int, PerSentence)):
             raise TypeError(
                 f"{caller}: {at} must be a tensor, a constant, an object with reorder(index) or a nest of these, got "
                 f"{describe(node)}; state_dims of None passes an object on unchanged"
             )
         raise ValueError(f"{caller}: state_dims must match {at}, {describe(node)}, got {describe(dims)}")
     children, rebuild = parts
-    if isinstance(dims, int):
+    if isinstance(dims, (int, PerSentence)):
         of_children: dict[str, Any] = dict.fromkeys(children, dims)
     else:
         of_children = (_parts(dims) or ({}, None))[0]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+SMALLEST_CHUNK = 32  # maxima of fewer elements, or of a number that is not a power of two, are slow on a CPU
 CHUNKED = 512  # from this number of elements on, most are excluded by the maxima of chunks
 
 
@@ -25,7 +26,7 @@ def top(scores: Tensor, offset: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return _sorted(_finite(offset[:, :, None] + scores).view(B, K * V), k)
     # The k largest elements lie in the k chunks with the largest maxima: k other chunks have a larger element than any
     # chunk beyond, or an equal one of lower index. Maxima before the sum are those after it, as rounding is monotone.
-    C = max(2, math.isqrt(K * V // k))
+    C = max(SMALLEST_CHUNK, 1 << round(math.log2(K * V / k) / 2))  # near the least number of candidates in both stages
     M = -(-V // C)
     maxima = scores[:, :, : V // C * C].unflatten(2, (V // C, C)).amax(-1)
     if V % C:
@@ -33,10 +34,15 @@ def top(scores: Tensor, offset: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _, chunks = _sorted(_finite(offset[:, :, None] + maxima).view(B, K * M), min(k, K * M))
     chunks = chunks.sort(dim=1).values
     row = chunks // M
-    column = ((chunks % M) * C)[:, :, None] + torch.arange(C, device=scores.device)  # [B, chunks, C]
-    index = (row * V)[:, :, None] + column.clamp_max(V - 1)
+    index = (chunks * C - row * (M * C - V))[:, :, None] + torch.arange(C, device=scores.device)  # [B, chunks, C]
+    beyond = None
+    if V % C:
+        beyond = index >= ((row + 1) * V)[:, :, None]
+        index = index.clamp_max(K * V - 1)
     found = scores.reshape(B, K * V).gather(1, index.flatten(1)).view(index.shape)
-    found = _finite(offset.gather(1, row)[:, :, None] + found).masked_fill(column >= V, -torch.inf)
+    found = _finite(offset.gather(1, row)[:, :, None] + found)
+    if beyond is not None:
+        found.masked_fill_(beyond, -math.inf)
     values, at = _sorted(found.flatten(1), k)
     return values, index.flatten(1).gather(1, at)
 

@@ -38,6 +38,7 @@ def beam_search(
     repetition_penalty: float = 1.0,
     return_attention: bool = False,
     check_every: int | None = None,
+    drop_ended: bool = False,
 ) -> Decoded:
     """Search the n_best most likely sequences of each sentence with beam_size hypotheses at a time.
 
@@ -88,6 +89,7 @@ def beam_search(
         caller, step, start_tokens, state, state_dims, width=width, max_length=max_length, min_length=min_length,
         eos_token_id=eos_token_id, pad_token_id=pad_token_id, no_repeat_ngram_size=no_repeat_ngram_size,
         repetition_penalty=repetition_penalty, return_attention=return_attention, check_every=check_every,
+        drop_ended=drop_ended,
     )  # fmt: skip
     if beta > 0:
         problem.needs_attention = "coverage_penalty"
@@ -132,17 +134,18 @@ class _Beams:
             self.live, self.scores = self.live.to(log_p.dtype), self.scores.to(log_p.dtype)
             self.lp = log_p.new_tensor(self.lp_of)
             self.lp_at_limit = self.lp[problem.limits][:, None]
-        values, index = top(log_p.unflatten(0, (-1, K)), self.live, self.among_best.shape[0])  # [B, candidates]
+        found = top(log_p.unflatten(0, (-1, K)), problem.of_kept(self.live), self.among_best.shape[0])
+        values, index = problem.spread(found[0], -math.inf), problem.spread(found[1], 0)  # [B, candidates]
         ends = problem.end(index % V)
         live, picks = values.masked_fill(ends, -math.inf).sort(dim=1, descending=True, stable=True)
         live, picks = live[:, :K], picks[:, :K]
         penalty = None if self.beta == 0 else self._penalty(attention)
-        finished = values.masked_fill(~(ends & self.among_best[: ends.shape[1]]), -math.inf)
+        finished = torch.where(ends & self.among_best[: ends.shape[1]], values, -math.inf)
         self._keep(t, finished, index, penalty)
         last = None
         if t + 1 >= problem.shortest:
             last = (problem.limits <= t + 1)[:, None]
-            self._keep(t, live.masked_fill(~last, -math.inf), index.gather(1, picks), penalty)
+            self._keep(t, torch.where(last, live, -math.inf), index.gather(1, picks), penalty)
 
         best = live[:, :1] / torch.maximum(self.lp[t + 2], self.lp_at_limit)
         ended = best <= self.scores[:, self.n_best - 1 : self.n_best]
@@ -166,6 +169,7 @@ class _Beams:
     def _penalty(self, attention: Tensor | None) -> Tensor:
         """[B, K] penalty of the coverage after this step."""
         assert attention is not None
+        attention = self.problem.spread(attention, 0)
         self.coverage = attention.to(self.live.dtype) if self.coverage is None else self.coverage + attention
         covered = self.coverage.unflatten(0, (-1, self.problem.width))
         log = covered.clamp(torch.finfo(covered.dtype).tiny, 1).log()

@@ -29,6 +29,7 @@ def greedy_search(
     repetition_penalty: float = 1.0,
     return_attention: bool = False,
     check_every: int | None = None,
+    drop_ended: bool = False,
 ) -> Decoded:
     """Extend each sentence by its most likely token until the end of the sequence.
 
@@ -44,7 +45,8 @@ def greedy_search(
         eos_token_id: the token, or tokens, that end a sequence; None for sequences of max_length tokens.
         state_dims: the dimension of the rows in the tensors of the state: an int for all, or a nest of int and None
             like the state, or like its upper levels. [L, B, H] states of recurrent layers have 1. None passes that
-            part of the state on unchanged: constants, and tensors that all hypotheses of a sentence share.
+            part of the state on unchanged: constants, and tensors that all hypotheses of a sentence share. The latter
+            have PerSentence(dim) for drop_ended.
         min_length: number of tokens, with the end-of-sequence token, before which a sequence does not end.
         pad_token_id: token beyond the end; by default the first of eos_token_id, or 0.
         no_repeat_ngram_size: n > 0 blocks tokens that would repeat n tokens of the same hypothesis.
@@ -52,6 +54,9 @@ def greedy_search(
         return_attention: return the attention weights of step, which then has to return them.
         check_every: number of steps between checks of whether all sentences have ended; by default 1 on a CPU and 16
             on other devices, where a check waits for the device. It does not affect the results.
+        drop_ended: remove the rows of ended sentences, once they are a quarter of the rows, at the checks. step is then
+            called with fewer rows, and all tensors that it reads and that have rows must be in the state, with their
+            dimension.
     Returns:
         Decoded, with n = 1. scores: the sum of the log-probabilities of the tokens. These are the log_softmax, in
         float32 or wider, of the logits after repetition_penalty; blocked tokens have -inf, and the others keep theirs.
@@ -66,6 +71,7 @@ def greedy_search(
         "greedy_search", step, start_tokens, state, state_dims, width=1, max_length=max_length, min_length=min_length,
         eos_token_id=eos_token_id, pad_token_id=pad_token_id, no_repeat_ngram_size=no_repeat_ngram_size,
         repetition_penalty=repetition_penalty, return_attention=return_attention, check_every=check_every,
+        drop_ended=drop_ended,
     )  # fmt: skip
     return _Rows(problem, lambda log_p: log_p.argmax(1)).decode()
 
@@ -90,6 +96,7 @@ def sample(
     repetition_penalty: float = 1.0,
     return_attention: bool = False,
     check_every: int | None = None,
+    drop_ended: bool = False,
 ) -> Decoded:
     """Draw each token from the distribution of the step.
 
@@ -124,6 +131,7 @@ def sample(
         caller, step, start_tokens, state, state_dims, width=width, max_length=max_length, min_length=min_length,
         eos_token_id=eos_token_id, pad_token_id=pad_token_id, no_repeat_ngram_size=no_repeat_ngram_size,
         repetition_penalty=repetition_penalty, return_attention=return_attention, check_every=check_every,
+        drop_ended=drop_ended,
     )  # fmt: skip
     if generator is not None and generator.device.type != problem.device.type:
         raise ValueError(
@@ -169,6 +177,7 @@ class _Rows:
     def advance(self, t: int, log_p: Tensor, attention: Tensor | None) -> tuple[Tensor, None]:
         tokens = self.choose(log_p)
         score = log_p.gather(1, tokens[:, None])[:, 0]
+        tokens, score = self.problem.spread(tokens, 0), self.problem.spread(score, 0)
         self.scores = self.scores.to(score.dtype) + torch.where(self.active, score, 0)
         self.lengths += self.active
         self.active = self.active & (self.scores > -math.inf)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqkernels import nn
-from seqkernels.decoding import Decoded, beam_search, greedy_search, sample
+from seqkernels.decoding import Decoded, PerSentence, beam_search, greedy_search, sample
 from seqkernels.decoding._top import top
 
 close = torch.testing.assert_close
@@ -390,6 +390,55 @@ def test_batches_without_sentences_do_not_call_step() -> None:
         (sample(step, start, max_length=5, num_samples=3), 3),
     ):
         assert got.sequences.shape[:2] == got.scores.shape == got.lengths.shape == (0, n)
+
+
+@pytest.mark.parametrize("search", [beam_search, greedy_search, sample], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("every", [1, 4])
+def test_results_do_not_depend_on_dropped_rows(search: Callable, every: int) -> None:
+    """Rows are removed, from states, shared tensors and caches; a sentence without an early end stays."""
+    B, V, T = 9, 7, 24
+    model = Markov(B, V, scale=3.0)
+    model.table[:, :, :, 1] += torch.tensor([1.0, 9, 7, -20, 6, 8, 3, 8, 0])[:, None, None]
+    options: dict[str, Any] = dict(
+        beam_size=3, n_best=3, length_penalty=0.6, coverage_penalty=0.2, source_lengths=[3] * 8 + [2]
+    )  # fmt: skip
+    options = options if search is beam_search else dict(num_samples=2, top_k=1) if search is sample else {}
+    least = torch.arange(B) % 3
+    results, rows = [], []
+    for drop in (False, True):
+        sizes = []
+
+        def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
+            markov, memory, cache, own = state
+            assert torch.equal(markov["sentence"], memory.repeat_interleave(len(tokens) // len(memory)))
+            assert torch.equal(own.keys[:, 0, 0, 0].long(), memory)
+            cache.append(tokens[:, None, None, None].double(), markov["previous"][:, None, None, None].double())
+            assert torch.equal(cache.values[:, 0, cache.longest - 1, 0].long(), markov["previous"])
+            sizes.append(len(tokens))  # noqa: B023
+            logits, markov, attention = model.step(tokens, markov)
+            # Tokens of the cache are those of the hypothesis: the one before the last is in the state too.
+            assert cache.longest < 2 or torch.equal(cache.keys[:, 0, cache.longest - 1, 0].long(), tokens)
+            assert cache.longest < 2 or torch.equal(cache.keys[:, 0, cache.longest - 2, 0].long(), markov["before"])
+            markov["before"] = tokens
+            return logits, (markov, memory, cache, own), attention
+
+        own = nn.KeyValueCache(B, 1, 1, 1)
+        own.append(torch.arange(B)[:, None, None, None].float(), torch.zeros(B, 1, 1, 1))
+        state = (
+            model.state | {"before": torch.zeros(B, dtype=torch.int64)}, torch.arange(B),
+            nn.KeyValueCache(B, T, 1, 1, dtype=f64), own,
+        )  # fmt: skip
+        got = search(
+            step, model.start, state, max_length=T, min_length=least, eos_token_id=1, no_repeat_ngram_size=4,
+            repetition_penalty=1.1, return_attention=True, check_every=every, drop_ended=drop,
+            state_dims=(0, PerSentence(0), 0, PerSentence()), **options,
+        )  # fmt: skip
+        results.append(got)
+        rows.append(sizes)
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+    assert len(set(rows[0])) == 1 and len(rows[0]) == len(rows[1])
+    assert rows[1] == sorted(rows[1], reverse=True) and len(set(rows[1])) >= (3 if every == 1 else 2)
 
 
 # ---- sampling
@@ -899,12 +948,15 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      r"start_tokens must be a tensor \[B\] if the state has no tensor .* got 1"),
     (BEAM, dict(state=torch.zeros(3, 2)), ValueError,
      r"state must have 2 rows in dimension 0, got \[3, 2\]; state_dims gives the dimension, or None"),
+    (BEAM, dict(state=torch.zeros(3, 2), state_dims=PerSentence(0)), ValueError,
+     r"state must have 2 rows in dimension 0, got \[3, 2\]"),
     (BEAM, dict(state=[torch.zeros(2), {"h": torch.zeros(2)}], state_dims=[0, 1]), ValueError,
      r"state\[1\]\['h'\] must have 2 rows in dimension 1, got \[2\]"),
     (BEAM, dict(state=Cell(torch.tensor(1.0))), ValueError,
      r"state.previous must have 2 rows in dimension 0, got \[\]"),
     (BEAM, dict(state=torch.zeros(2), state_dims="0"), ValueError, "state_dims must match state, a tensor .*, got str"),
-    (BEAM, dict(state=torch.zeros(2), state_dims=True), TypeError, "state_dims must hold int and None, got True"),
+    (BEAM, dict(state=torch.zeros(2), state_dims=True), TypeError,
+     "state_dims must hold int, PerSentence and None, got True"),
     (BEAM, dict(state=(torch.zeros(2),), state_dims=(0, 0)), ValueError,
      r"state_dims must match state, a tuple of \(Tensor\), got a tuple of \(int, int\)"),
     (BEAM, dict(state={"h": torch.zeros(2)}, state_dims={"c": 0}), ValueError,
