@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import seqkernels
-from seqkernels import functional, nn, reference
+from seqkernels import decoding, functional, nn, reference
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 COMMON = dict(num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False)
@@ -106,7 +106,7 @@ def public() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {
         f"seqkernels.{n}": getattr(seqkernels, n) for n in ("explain", "build_info")
     }
-    for module in (functional, nn, reference):
+    for module in (decoding, functional, nn, reference):
         for name in module.__all__:
             value = getattr(module, name)
             found[f"{module.__name__}.{name}"] = value

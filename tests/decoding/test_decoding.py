@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -693,6 +695,36 @@ def test_caches_reorder_in_place() -> None:
     assert torch.equal(cache.values[:, :, :5], -key[[2, 2, 0, 0, 0, 0]]) and not cache.keys[:, :, 5:].any()
 
 
+@pytest.mark.parametrize("dims", [PerSentence(), None], ids=str)
+def test_beams_share_a_cache_of_keys(dims: Any) -> None:
+    B, V, E, S, K = 3, 9, 8, 5, 4
+    embedding, project = torch.nn.Embedding(V, E).double(), torch.nn.Linear(E, V).double()
+    attention = nn.MultiheadAttention(E, 2, batch_first=True, dtype=f64)
+    torch.nn.init.normal_(project.weight)
+    memory, lengths = torch.randn(B, S, E, dtype=f64), torch.tensor([5, 1, 3])
+    cache = attention.new_cache(B, S)
+    with torch.no_grad():
+        attention(memory[:, :1], memory, memory, cache=cache, lengths=lengths)
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        h, given = state
+        assert given is cache
+        h = (h + embedding(tokens)).tanh()
+        output, _ = attention(h.view(B, -1, E), None, None, cache=given, need_weights=False)
+        return project(output.flatten(0, 1)), (h, given)
+
+    def logits(b: int, prefix: Tensor) -> Tensor:
+        h, mine = torch.zeros(E, dtype=f64), memory[b : b + 1, : lengths[b]]
+        for token in prefix[0]:
+            h = (h + embedding(token)).tanh()
+        return project(attention(h[None, None], mine, mine, need_weights=False)[0][0, 0])
+
+    case = Case(why="", B=B, V=V, T=5, beam=K, n_best=K, alpha=0.6)
+    state, start = (torch.zeros(B, E, dtype=f64), cache), torch.tensor([2, 0, 5])
+    got = beam_search(step, start, state, state_dims=(0, dims), **case.options)
+    check(got, [plain_beam(case, Prefixes(start, logits), b) for b in range(B)], 1)  # type: ignore[arg-type]
+
+
 # ---- the device
 
 
@@ -812,6 +844,19 @@ def test_results_of_step_need_not_be_contiguous() -> None:
 
     got = beam_search(step, model.start.int(), model.state, **case.options)
     check(got, [plain_beam(case, model, b) for b in range(3)], 1)
+
+
+def test_the_example_of_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
+    assert names["best"].sequences.shape == (2, 3, 30) and names["drawn"].sequences.shape == (2, 4, 30)
+    of_source = names["best"].attention[1, :, :, 4:]
+    assert not of_source.any() and (names["best"].scores.diff(dim=1) <= 0).all()
+    step, state, dims = names["step"], names["state"], names["state_dims"]
+    dropped = beam_search(step, 1, state, state_dims=dims, beam_size=5, max_length=30, eos_token_id=2, drop_ended=True)
+    want = beam_search(step, 1, state, state_dims=dims, beam_size=5, max_length=30, eos_token_id=2)
+    assert torch.equal(dropped.sequences, want.sequences)
 
 
 # ---- dead ends and bad input
