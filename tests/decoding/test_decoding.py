@@ -122,11 +122,11 @@ CASES = [
     Case(why="a wide beam", V=11, T=7, beam=60, n_best=20, B=2),
     Case(why="length penalty", alpha=0.6, T=9, beam=4),
     Case(why="mean", alpha=1.0, normalization="power", T=9, beam=4),
-    Case(why="a penalty of short ones", alpha=2.5, T=9),
-    Case(why="a penalty of long ones", alpha=-1.0, T=9),
+    Case(why="a penalty of short ones", alpha=2.5, T=9, B=30, n_best=1),
+    Case(why="a penalty of long ones", alpha=-1.0, T=9, B=30, n_best=1),
     Case(why="coverage", beta=0.4, T=8),
     Case(why="coverage of sources of several lengths", beta=0.4, alpha=0.6, source_lengths=(3, 1, 0, 2), T=8),
-    Case(why="early stopping", early=True, alpha=1.0, T=9),
+    Case(why="early stopping", early=True, alpha=2.5, T=9, B=30, n_best=1),
     Case(why="several ends", eos=(1, 4, 5), T=7),
     Case(why="all tokens end", V=3, eos=(0, 1, 2), n_best=3),
     Case(why="a minimum length", least=4, alpha=0.6, V=4),
@@ -405,7 +405,7 @@ def test_results_do_not_depend_on_dropped_rows(search: Callable, every: int) -> 
         beam_size=3, n_best=3, length_penalty=0.6, coverage_penalty=0.2, source_lengths=[3] * 8 + [2]
     )  # fmt: skip
     options = options if search is beam_search else dict(num_samples=2, top_k=1) if search is sample else {}
-    least = torch.arange(B) % 3
+    least = torch.tensor([1, 2, 3, 9, 2, 1, 12, 3, 5])
     results, rows = [], []
     for drop in (False, True):
         sizes = []
@@ -863,7 +863,10 @@ def test_the_example_of_the_documentation() -> None:
 
 
 def test_sentences_without_a_hypothesis() -> None:
+    calls = []
+
     def step(tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(tokens))
         return torch.where(state[:, None] == 1, -math.inf, torch.zeros(len(tokens), 5)), state
 
     state = torch.tensor([0, 1])
@@ -871,6 +874,9 @@ def test_sentences_without_a_hypothesis() -> None:
         got = search(step, torch.tensor([0, 0]), state, max_length=4, pad_token_id=-1, **options)
         assert (got.lengths[0] == 4).all() and (got.lengths[1] == 0).all()
         assert (got.scores[1] == -math.inf).all() and (got.sequences[1] == -1).all()
+        calls.clear()
+        search(step, torch.tensor([0, 0]), torch.ones(2), max_length=4, check_every=1, **options)
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
