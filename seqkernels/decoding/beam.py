@@ -119,7 +119,7 @@ class _Beams:
         self.scores = torch.full((B, K), -math.inf, device=device)
         self.finished = torch.zeros(B, K, dtype=torch.int64, device=device)
         self.first_row = torch.arange(B, device=device)[:, None] * K
-        self.among_best = torch.arange(K * (1 + len(problem.eos)), device=device) < K
+        self.candidates = K * (1 + len(problem.eos))  # of which K do not end a sequence
         self.tokens: list[Tensor] = []  # [B, K] of each step
         self.parents: list[Tensor] = []  # [B, K] the live hypothesis before the step
         self.coverage: Tensor | None = None  # [N, S] sums of attention
@@ -134,14 +134,14 @@ class _Beams:
             self.live, self.scores = self.live.to(log_p.dtype), self.scores.to(log_p.dtype)
             self.lp = log_p.new_tensor(self.lp_of)
             self.lp_at_limit = self.lp[problem.limits][:, None]
-        found = top(log_p.unflatten(0, (-1, K)), problem.of_kept(self.live), self.among_best.shape[0])
+        found = top(log_p.unflatten(0, (-1, K)), problem.of_kept(self.live), self.candidates)
         values, index = problem.spread(found[0], -math.inf), problem.spread(found[1], 0)  # [B, candidates]
         ends = problem.end(index % V)
         live, picks = values.masked_fill(ends, -math.inf).sort(dim=1, descending=True, stable=True)
         live, picks = live[:, :K], picks[:, :K]
         penalty = None if self.beta == 0 else self._penalty(attention)
-        finished = torch.where(ends & self.among_best[: ends.shape[1]], values, -math.inf)
-        self._keep(t, finished, index, penalty)
+        if problem.eos:
+            self._keep(t, torch.where(ends[:, :K], values[:, :K], -math.inf), index[:, :K], penalty)
         last = None
         if t + 1 >= problem.shortest:
             last = (problem.limits <= t + 1)[:, None]
