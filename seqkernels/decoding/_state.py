@@ -120,6 +120,11 @@ def _map(caller: str, of_leaf: OfLeaf, node: Any, dims: Any, at: str = "state") 
 
 def _parts(node: Any) -> tuple[dict[str, Any], Callable[[Iterator[Any]], Any]] | None:
     """The children of a container by their names, and its constructor; None for other objects."""
+    kind = type(node)
+    if kind is tuple or kind is list:
+        return {f"[{i}]": child for i, child in enumerate(node)}, kind
+    if kind is dict:
+        return {f"[{key!r}]": child for key, child in node.items()}, lambda values: dict(zip(node, values))
     children, spec = tree_flatten(node, is_leaf=lambda child: child is not node)
     if not (len(children) == 1 and children[0] is node):
         keys = list(node) if isinstance(node, dict) and len(node) == len(children) else list(range(len(children)))
