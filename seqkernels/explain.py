@@ -10,11 +10,23 @@ from typing import Any
 import torch
 
 from seqkernels import _C
-from seqkernels.backend import ATTENTION, CRF, EMBEDDING_BAG, RECURRENT, Implementations, Request, choose, unsupported
+from seqkernels.backend import (
+    ADDITIVE_ATTENTION,
+    ATTENTION,
+    CRF,
+    CTC,
+    EMBEDDING_BAG,
+    RECURRENT,
+    Implementations,
+    Request,
+    choose,
+    unsupported,
+)
 from seqkernels.functional._autograd import allows_tf32
 from seqkernels.functional._recurrent_kinds import ALIASES, KINDS, Kind, family_of
 
 _BAG, _ATTENTION = "embedding_bag", "scaled_dot_product_attention"
+_ADDITIVE, _CTC = "additive_attention", "ctc_loss"
 _MODES = ("sum", "mean", "max", "min")
 _CRF = tuple(f"crf_{name}" for name in ("log_partition", "log_likelihood", "marginals", "entropy", "viterbi"))
 
@@ -57,8 +69,9 @@ def explain(
     Args:
         op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm, slstm_exp, gru, gru_before, gru_norm,
             gru_projected, dreamer_gru, mgu, mgu_after, rnn_tanh or rnn_relu; or embedding_bag; or
-            scaled_dot_product_attention; or crf_log_partition, crf_log_likelihood, crf_marginals, crf_entropy or
-            crf_viterbi. The name of a module selects the kind of its default options; rnn is rnn_tanh.
+            scaled_dot_product_attention or additive_attention; or crf_log_partition, crf_log_likelihood, crf_marginals,
+            crf_entropy or crf_viterbi; or ctc_loss. The name of a module selects the kind of its default options; rnn is
+            rnn_tanh.
         dtype, device: of the input.
     Args of recurrent layers:
         T, B, D, H: steps, sequences, input size, hidden size.
@@ -76,6 +89,10 @@ def explain(
         masked=False: whether the call has a mask or dropout.
         extras: names of other arguments in use: lengths, causal_alignment, window, softcap, alibi_slopes, return_lse,
             return_weights, cu_seqlens.
+    Args of additive_attention:
+        B, Tq, Tk, H, backend.
+    Args of ctc_loss:
+        T, B, K, backend: steps, sequences, classes.
     Args of conditional random fields:
         T, B, K: steps, sequences, tags.
         by_step=False: whether each step has its own transitions.
@@ -98,6 +115,7 @@ def explain(
             tier: layer, one launch for all steps; steps, one launch per step.
             reasons, grid: as on CUDA.
             rows: sequences per program. warps: warps per program.
+        Additive attention in Triton: warps; tile, the queries, keys and hidden units of a program.
         Conditional random fields in Triton: grid, one program per sequence; warps; tile, the rows and columns of
             transitions per tile; resident, whether the transitions stay in registers for all steps.
     Raises:
@@ -132,6 +150,10 @@ def explain(
         return {"op": kind.name, **_explain_recurrent(kind, dtype=dtype, device=where, **given)}
     if op == _BAG:
         return {"op": op, **_explain_embedding_bag(dtype=dtype, device=where, **given)}
+    if op == _ADDITIVE:
+        return {"op": op, **_explain_additive_attention(dtype=dtype, device=where, **given)}
+    if op == _CTC:
+        return {"op": op, **_explain_ctc(dtype=dtype, device=where, **given)}
     if op in _CRF:
         return {"op": op, **_explain_crf(op, dtype=dtype, device=where, **given)}
     return {"op": op, **_explain_attention(dtype=dtype, device=where, **given)}
@@ -147,6 +169,8 @@ _OF_LAYERS = (
 _SIZES = {
     _BAG: (("E", "D", "N", "B"), ("mode",)),
     _ATTENTION: (("B", "Hq", "Tq", "Tk", "D"), ("Hk", "Dv", "is_causal", "masked", "extras", "backend")),
+    _ADDITIVE: (("B", "Tq", "Tk", "H"), ("backend",)),
+    _CTC: (("T", "B", "K"), ("backend",)),
     **dict.fromkeys(_CRF, (("B", "T", "K"), ("by_step", "backend"))),
     "crf_viterbi": (("B", "T", "K"), ("by_step", "nbest", "backend")),
 }
@@ -380,3 +404,24 @@ def _explain_crf(
         resident = chosen.whole and not by_step and nbest == 1
         plan = dict(grid=(B,), warps=chosen.num_warps, tile=(chosen.BK, chosen.BJ), resident=resident)
     return _answer(CRF, request, kernel, plan)
+
+
+def _explain_additive_attention(
+    *, B: int, Tq: int, Tk: int, H: int, dtype: torch.dtype, device: torch.device, backend: str | None = None
+) -> dict[str, Any]:
+    request = Request(device, dtype)
+    kernel = choose(f"explain: {_ADDITIVE}", ADDITIVE_ATTENTION, request, backend, "a query")
+    plan: dict[str, Any] = {"isa": _C.build_info()["isa"]}
+    if kernel == "triton":
+        from seqkernels.triton.additive_attention import launch  # imports Triton
+
+        plan = {"warps": launch.WARPS, "tile": tuple(launch.pair_tile(Tq, dtype == torch.float64))}
+    return _answer(ADDITIVE_ATTENTION, request, kernel, plan)
+
+
+def _explain_ctc(
+    *, T: int, B: int, K: int, dtype: torch.dtype, device: torch.device, backend: str | None = None
+) -> dict[str, Any]:
+    request = Request(device, dtype)
+    kernel = choose(f"explain: {_CTC}", CTC, request, backend, "log_probs")
+    return _answer(CTC, request, kernel, {"isa": _C.build_info()["isa"]})

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from additive_attention.cases import CASES, NAMES, TOLERANCE, Case, assert_near, make, ours, run
-from seqkernels import nn, reference
+from seqkernels import build_info, explain, nn, reference
 from seqkernels.functional import AdditiveKeys, additive_attention
 from support.cases import DTYPES
 
@@ -383,6 +383,15 @@ def test_no_cube_is_kept_or_made() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.autograd.grad(additive_attention(*leaves).sum(), leaves)
     assert max(e.self_cpu_memory_usage for e in profile.events()) < B * T * T * H * 4 / 10
+
+
+def test_explain() -> None:
+    found = explain("additive_attention", B=2, Tq=3, Tk=5, H=8)
+    assert found["kernel"] == "cpu" and found["isa"] == build_info()["isa"] and "triton" in found["unsupported"]
+    found = explain("additive_attention", B=2, Tq=3, Tk=5, H=8, device="cuda")
+    assert found["kernel"] == "triton" and found["tile"] == (4, 32, 32)
+    with pytest.raises(TypeError, match="explain: H must be given for additive_attention"):
+        explain("additive_attention", B=2, Tq=3, Tk=5)
 
 
 # ---- errors

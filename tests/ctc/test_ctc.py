@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels import nn
+from seqkernels import explain, nn
 from seqkernels.functional import ctc_loss
 from seqkernels.reference.ctc import ctc_loss as definition
 from support.cases import DTYPES
@@ -249,6 +249,12 @@ def test_compile_export_and_meta() -> None:
     close(got, want)
     close(model.linear.weight.grad, grad)
     close(torch.export.export(model, inputs).module()(*inputs), want)
+
+
+def test_explain() -> None:
+    assert explain("ctc_loss", T=5, B=2, K=7)["kernel"] == "cpu"
+    with pytest.raises(NotImplementedError, match="no backend supports log_probs"):
+        explain("ctc_loss", T=5, B=2, K=7, device="cuda")
 
 
 def test_module() -> None:
