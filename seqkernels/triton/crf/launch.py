@@ -41,8 +41,8 @@ class Config(NamedTuple):
 
 
 def config(K: int, float64: bool, several: bool = False) -> Config:
-    """Tiles of 32 elements per thread, a quarter of the registers of 512 threads; 8 in crf_several_kernel, which has five
-    tiles. A quarter of that in float64, whose exponentials need more registers.
+    """Tiles of 32 elements per thread, a quarter of the registers of 512 threads; 8 in crf_several_kernel, which has
+    five tiles. A quarter of that in float64, whose exponentials need more registers.
     """
     per_warp = 32 * (8 if several else 32) // (4 if float64 else 1)
     BK = padded(K)
