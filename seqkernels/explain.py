@@ -70,8 +70,8 @@ def explain(
         op: a recurrent layer: lstm, lstm_coupled, lstm_norm, nested_lstm, slstm, slstm_exp, gru, gru_before, gru_norm,
             gru_projected, dreamer_gru, mgu, mgu_after, rnn_tanh or rnn_relu; or embedding_bag; or
             scaled_dot_product_attention or additive_attention; or crf_log_partition, crf_log_likelihood, crf_marginals,
-            crf_entropy or crf_viterbi; or ctc_loss. The name of a module selects the kind of its default options; rnn is
-            rnn_tanh.
+            crf_entropy or crf_viterbi; or ctc_loss. The name of a module selects the kind of its default options; rnn
+            is rnn_tanh.
         dtype, device: of the input.
     Args of recurrent layers:
         T, B, D, H: steps, sequences, input size, hidden size.
