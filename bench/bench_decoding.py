@@ -1,4 +1,5 @@
-"""Beam search in batches against one sentence at a time in plain torch, with an LSTM decoder with attention.
+"""Beam search in batches against one sentence at a time in plain torch, with an LSTM decoder with attention, by dot
+products or additive.
 
 The peer decodes the beams of a sentence as one batch and keeps its hypotheses in lists, as tutorials of sequence models
 do; both end the search of a sentence by the same rule. The bar is the claim of the project. Work counts the products of
@@ -43,8 +44,11 @@ BOS, EOS, ALPHA = 0, 1, 0.6
 class Decoder(torch.nn.Module):
     """An LSTM whose output attends to a memory [B, S, H]; the logits of EOS grow with each step, or exclude it."""
 
-    def __init__(self, shape: Shape, layer: type[Any], ends: bool) -> None:
+    def __init__(self, shape: Shape, ours: bool, ends: bool, additive: bool) -> None:
         super().__init__()
+        layer = nn.LSTM if ours else torch.nn.LSTM
+        self.ours = ours
+        self.attention = nn.AdditiveAttention(shape.H, shape.H) if additive else None
         self.embedding = torch.nn.Embedding(shape.V, shape.H)
         self.lstm = layer(shape.H, shape.H, batch_first=True)
         self.merge = torch.nn.Linear(2 * shape.H, shape.H)
@@ -52,20 +56,38 @@ class Decoder(torch.nn.Module):
         self.ends = ends
         torch.nn.init.normal_(self.project.weight, std=0.5)
 
-    def forward(self, tokens: Tensor, hx: tuple[Tensor, Tensor], memory: Tensor, t: int) -> tuple[Tensor, Any]:
-        """tokens [N] for a memory of B sentences, N / B hypotheses each: logits [N, V] and hx."""
+    def keys(self, memory: Tensor) -> Any:
+        """What attention reads of a memory [B, S, H], computed once."""
+        if self.attention is None:
+            return memory
+        return self.attention.project(memory) if self.ours else (memory, self.attention.key_projection(memory))
+
+    def context(self, query: Tensor, keys: Any) -> Tensor:
+        """Attention of queries [N, H] of B sentences, N / B hypotheses each: [N, H]."""
+        if self.attention is not None and self.ours:
+            return self.attention(query, keys)
+        memory, projected = keys if self.attention is not None else (keys, None)
+        query = query.view(memory.shape[0], -1, memory.shape[2])
+        if self.attention is None:
+            scores = query @ memory.transpose(1, 2)
+        else:
+            pairs = self.attention.query_projection(query)[:, :, None] + projected[:, None]
+            scores = torch.tanh(pairs) @ self.attention.v
+        return (scores.softmax(-1) @ memory).flatten(0, 1)
+
+    def forward(self, tokens: Tensor, hx: tuple[Tensor, Tensor], keys: Any, t: int) -> tuple[Tensor, Any]:
+        """tokens [N]: logits [N, V] and hx."""
         output, hx = self.lstm(self.embedding(tokens)[:, None], hx)
-        query = output.view(memory.shape[0], -1, memory.shape[2])  # [B, N / B, H]
-        context = (query @ memory.transpose(1, 2)).softmax(-1) @ memory
-        merged = torch.cat((query, context), -1).view(tokens.shape[0], -1)
+        query = output[:, 0]
+        merged = torch.cat((query, self.context(query, keys)), -1)
         logits = self.project(self.merge(merged).tanh())
         logits[:, EOS] += 0.5 * t if self.ends else -torch.inf
         return logits, hx
 
 
-def models(shape: Shape, ends: bool) -> tuple[Decoder, Decoder]:
+def models(shape: Shape, ends: bool, additive: bool) -> tuple[Decoder, Decoder]:
     torch.manual_seed(0)
-    ours, theirs = Decoder(shape, nn.LSTM, ends).eval(), Decoder(shape, torch.nn.LSTM, ends).eval()
+    ours, theirs = (Decoder(shape, mine, ends, additive).eval() for mine in (True, False))
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -80,13 +102,14 @@ def batched(shape: Shape, model: Decoder) -> Contender:
     memory, hx = inputs(shape)
 
     def decode(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        hx, memory, t = state
-        logits, hx = model(tokens, hx, memory, t)
-        return logits, (hx, memory, t + 1)
+        hx, keys, t = state
+        logits, hx = model(tokens, hx, keys, t)
+        return logits, (hx, keys, t + 1)
 
+    @torch.no_grad()
     def step() -> Any:
         return beam_search(
-            decode, BOS, (hx, memory, 0), state_dims=(1, PerSentence(0), None), drop_ended=True,
+            decode, BOS, (hx, model.keys(memory), 0), state_dims=(1, PerSentence(0), None), drop_ended=True,
             beam_size=shape.beam, max_length=shape.T, eos_token_id=EOS, length_penalty=ALPHA,
         )  # fmt: skip
 
@@ -104,7 +127,7 @@ def one_at_a_time(shape: Shape, model: Decoder) -> Contender:
         return ((5 + n) / 6) ** ALPHA
 
     def decode(b: int) -> tuple[float, list[int]]:
-        mine, state = memory[b : b + 1], tuple(s[:, b : b + 1] for s in hx)
+        mine, state = model.keys(memory[b : b + 1]), tuple(s[:, b : b + 1] for s in hx)
         tokens, log_p, paths = torch.tensor([BOS]), torch.zeros(1), [[]]
         finished: list[tuple[float, list[int]]] = []
         for t in range(shape.T):
@@ -145,8 +168,10 @@ def one_at_a_time(shape: Shape, model: Decoder) -> Contender:
 
 @pytest.mark.parametrize("ends", [False, True], ids=["all steps", "ends"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_beam_search(bench: Any, shape: Shape, ends: bool) -> None:
-    ours, theirs = models(shape, ends)
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "dot"])
+def test_beam_search(bench: Any, shape: Shape, ends: bool, additive: bool) -> None:
+    ours, theirs = models(shape, ends, additive)
     contenders = [batched(shape, ours), one_at_a_time(shape, theirs)]
     label = f"{shape}, {'ends at several lengths' if ends else f'{shape.T} steps'}"
-    bench.time("beam search", label, contenders, bars={PEER: BAR}, work=shape.work, tolerance=1e-4)
+    group = f"beam search, {'additive' if additive else 'dot-product'} attention"
+    bench.time(group, label, contenders, bars={PEER: BAR}, work=shape.work, tolerance=1e-4)

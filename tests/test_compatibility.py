@@ -82,13 +82,37 @@ class Tagger(nn.Module):
         return self.crf(x, x.argmax(-1), reduction="none")
 
 
+class Decoder(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.additive = library.AdditiveAttention(8, 8, **options)
+        self.luong = library.LuongAttention(8, 8, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.luong(self.additive(x, x), x)
+
+
+class Recognizer(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, **options)
+        self.loss = library.CTCLoss(reduction="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_probs = self.linear(x).log_softmax(-1).transpose(0, 1)
+        lengths = torch.full((x.shape[0],), 5, device=x.device)
+        return self.loss(log_probs, x[:, :2].argmax(-1), lengths, lengths - 3)
+
+
 COLUMNS: dict[str, tuple[Callable[..., nn.Module], Tensor]] = {
     "recurrent layers": (Recurrent, X),
     "cells": (Cells, X[:, 0].contiguous()),
     "Embedding, EmbeddingBag": (Tables, IDS),
     "attention": (Attention, X),
     "Transformer layers": (Transformer, X),
+    "additive and Luong attention": (Decoder, X),
     "CRF": (Tagger, X),
+    "CTC loss": (Recognizer, X),
 }
 columns = pytest.mark.parametrize("column", COLUMNS)
 
@@ -279,7 +303,11 @@ def test_flop_counter(column: str) -> None:
 def test_quantize_dynamic(column: str) -> None:
     make, given = COLUMNS[column]
     model = make()
-    if column in ("attention", "Transformer layers", "CRF"):  # as in torch, only linear layers are quantized
+    if column not in (
+        "recurrent layers",
+        "cells",
+        "Embedding, EmbeddingBag",
+    ):  # as in torch, only linear layers are quantized
         quantized = torch.ao.quantization.quantize_dynamic(model)
         close(quantized(given), model(given), rtol=0.2, atol=0.2)
         return

@@ -83,7 +83,7 @@ struct Call {
       fail(op, ": targets must have as many labels as the sum of target_lengths, ", total, ", got ", targets.size(0));
     }
     a.starts = starts.data();
-    a.S = 2 * longest + 1;
+    a.S = 2 * (padded ? targets.size(1) : longest) + 1;
   }
 };
 

@@ -6,7 +6,7 @@
 // one of the last two, and at each step stay, move by one, or move by two over a blank between different labels. Graves
 // et al., "Connectionist Temporal Classification", 2006.
 //
-// Dimensions: B sequences, T steps, C classes, S states.
+// Dimensions: B sequences, T steps, C classes, S states of the longest target, or of the columns of padded targets.
 #pragma once
 
 #include <cstdint>

@@ -126,10 +126,16 @@ def _backward_of_forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
 # ---- registration
 
 
-def _forward_fake(log_probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(log_probs: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     T, B, _C = log_probs.shape
     wide = torch.promote_types(log_probs.dtype, torch.float32)
-    S = torch.library.get_ctx().new_dynamic_size()  # 2 * the longest target + 1
+    S: Any
+    if targets.dim() == 2:
+        S = 2 * targets.shape[1] + 1
+    elif targets.is_meta:  # no lengths, and the values of alpha do not exist either
+        S = 2 * targets.shape[0] + 1
+    else:
+        S = torch.library.get_ctx().new_dynamic_size()  # 2 * the longest target + 1
     loss = log_probs.new_empty(() if rest[-2] else (B,), dtype=wide)
     return loss, log_probs.new_empty(B, dtype=torch.float64), log_probs.new_empty(B, T, S, dtype=wide)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Linear, Module, Parameter, init
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from seqkernels.functional._checks import Lengths, describe
 from seqkernels.functional.additive_attention import AdditiveKeys, additive_attention, beam_mask, fold_beams
@@ -121,14 +122,7 @@ class AdditiveAttention(Module):
             values = keys if values is None else values
             keys = self.key_projection(keys)
         return additive_attention(
-            F.linear(query, self.query_projection.weight),
-            keys,
-            values,
-            self.v,
-            bias=self.query_projection.bias,
-            mask=mask,
-            lengths=lengths,
-            return_weights=need_weights,
+            self.query_projection(query), keys, values, self.v, mask=mask, lengths=lengths, return_weights=need_weights
         )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -185,7 +179,7 @@ class LuongAttention(Module):
     Parameters: general: attn.weight [Dq, Dk]. concat: attn.weight [H, Dq + Dk], attn.bias [H], v [H].
 
     dot and general call scaled_dot_product_attention, concat additive_attention. A bias of `attn` in a state_dict for
-    general has no effect on the weights and is dropped.
+    general has no effect on the weights and is dropped. concat reads attn.weight, which an adapter cannot replace.
 
     Source: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation",
         https://arxiv.org/abs/1508.04025
@@ -222,7 +216,10 @@ class LuongAttention(Module):
         if method == "general":
             self.attn = Linear(key_dim, query_dim, bias=False, device=device, dtype=dtype)
         elif method == "concat":
-            self.attn = Linear(query_dim + key_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
+            # quantize_dynamic converts exact classes; the weight is read in two parts.
+            self.attn = NonDynamicallyQuantizableLinear(
+                query_dim + key_dim, hidden_dim, bias=bias, device=device, dtype=dtype
+            )
             self.v = Parameter(torch.empty(hidden_dim, device=device, dtype=dtype))
             _reset_v(self.v)
 
@@ -247,10 +244,9 @@ class LuongAttention(Module):
         """
         _check_rows("LuongAttention", "keys", keys, self.key_dim)
         values = keys if values is None else values
-        if self.method != "concat":
-            return keys, values
-        assert self.attn is not None
-        return AdditiveKeys(F.linear(keys, self.attn.weight[:, self.query_dim :]), values)
+        if self.method == "concat":
+            return AdditiveKeys(F.linear(keys, self._weight()[:, self.query_dim :]), values)
+        return keys if self.attn is None else self.attn(keys), values
 
     def forward(
         self,
@@ -267,23 +263,27 @@ class LuongAttention(Module):
             arguments = dict(query=query, keys=keys, values=values, mask=mask, lengths=lengths)
             return as_leaf(self, {**arguments, "need_weights": need_weights})
         _check_rows("LuongAttention", "query", query, self.query_dim, single=True)
-        if isinstance(keys, tuple):
-            keys, of_keys = keys
-            values = of_keys if values is None else values
+        projected: Any = keys if isinstance(keys, (AdditiveKeys, tuple)) else self.project(keys, values)
+        if isinstance(projected, AdditiveKeys) != (self.method == "concat"):
+            raise TypeError(
+                f"LuongAttention: keys must be what project of this module returns, got {describe(keys)} for method "
+                f"{self.method}"
+            )
         if self.method == "concat":
             assert self.attn is not None
-            if not isinstance(keys, AdditiveKeys):
-                _check_rows("LuongAttention", "keys", keys, self.key_dim)
-                values = keys if values is None else values
-                keys = F.linear(keys, self.attn.weight[:, self.query_dim :])
-            of_query = F.linear(query, self.attn.weight[:, : self.query_dim])
+            of_query = F.linear(query, self._weight()[:, : self.query_dim])
             return additive_attention(
-                of_query, keys, values, self.v, bias=self.attn.bias, mask=mask, lengths=lengths,
+                of_query, projected, values, self.v, bias=self.attn.bias, mask=mask, lengths=lengths,
                 return_weights=need_weights,
             )  # fmt: skip
-        _check_rows("LuongAttention", "keys", keys, self.key_dim)
-        assert isinstance(keys, Tensor)
-        return self._dot(query, keys, keys if values is None else values, mask, lengths, need_weights)
+        return self._dot(query, projected[0], projected[1] if values is None else values, mask, lengths, need_weights)
+
+    def _weight(self) -> Tensor:
+        attn: Any = self.attn
+        if type(attn) is not NonDynamicallyQuantizableLinear:
+            raise TypeError(f"LuongAttention: attn must be its own layer with method concat, got {describe(attn)}")
+        weight: Tensor = attn.weight
+        return weight
 
     def _dot(
         self,
@@ -294,8 +294,6 @@ class LuongAttention(Module):
         lengths: Lengths | None,
         need_weights: bool,
     ) -> Any:
-        if self.attn is not None:
-            query = query @ self.attn.weight  # query . (W key) = (query W) . key
         single = query.dim() == 2
         if single:
             query = query.unsqueeze(1)

@@ -362,6 +362,20 @@ def test_compile_export_and_meta(kind: str) -> None:
     assert model.to("meta")(*(t.to("meta") for t in inputs)).shape == (3, 6)
 
 
+def test_layers_may_be_replaced() -> None:
+    """Adapters and quantization replace the linear layers."""
+    query, memory = torch.randn(3, 2, 6), torch.randn(3, 5, 6)
+    for module in (nn.AdditiveAttention(6, 6), nn.LuongAttention(6), nn.LuongAttention(6, 6, "concat")):
+        want = module(query, memory)
+        for name, layer in list(module.named_children()):
+            setattr(module, name, torch.nn.Sequential(layer, torch.nn.Identity()))
+        if getattr(module, "method", "") == "concat":
+            with pytest.raises(TypeError, match="attn must be its own layer with method concat, got Sequential"):
+                module(query, memory)
+        else:
+            assert torch.equal(module(query, memory), want)
+
+
 def test_autocast() -> None:
     module = nn.AdditiveAttention(6, 10, 8)
     query, memory = torch.randn(3, 2, 6), torch.randn(3, 5, 10)
@@ -429,6 +443,11 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "hidden": (lambda: nn.LuongAttention(4, hidden_dim=5), ValueError, "hidden_dim must be None with method general"),
     "scale": (lambda: nn.LuongAttention(4, 4, "concat", scale=2.0), ValueError, "scale must be 1 with method concat"),
     "luong keys": (lambda: nn.LuongAttention(4, 3, "concat")(Q, K), ValueError, "LuongAttention: keys must have"),
+    "luong projected": (
+        lambda: nn.LuongAttention(4, 4)(Q, nn.LuongAttention(4, 4, "concat").project(K)),
+        TypeError,
+        "keys must be what project of this module returns, got AdditiveKeys for method general",
+    ),
     "luong batch": (lambda: nn.LuongAttention(4)(Q[:1], K), ValueError, "query must have the batch of key, 2, or a"),
     "scripting": (lambda: torch.jit.script(nn.AdditiveAttention(4, 4)), NotImplementedError, "torch.jit.script"),
 }  # fmt: skip

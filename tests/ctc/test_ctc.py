@@ -249,6 +249,11 @@ def test_compile_export_and_meta() -> None:
     close(got, want)
     close(model.linear.weight.grad, grad)
     close(torch.export.export(model, inputs).module()(*inputs), want)
+    flat = inputs[0], inputs[1].flatten(), *inputs[2:]
+    close(torch.compile(model, fullgraph=True, backend="aot_eager")(*flat), want)
+    for given in (inputs, flat):
+        loss = model.to("meta")(*(t.to("meta") for t in given))
+        assert loss.shape == () and loss.is_meta
 
 
 def test_explain() -> None:
