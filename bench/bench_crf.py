@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import Contender, Results
+from harness import Contender, Results, compiled
 from torch import Tensor
 
 from seqkernels import nn
@@ -55,7 +55,7 @@ def inputs(shape: Shape, lengths: bool, device: str) -> tuple[Tensor, Tensor, Te
     return emissions, tags, (torch.arange(shape.T)[:, None] < steps).to(device)
 
 
-def training(name: str, model: Any, shape: Shape, lengths: bool, device: str) -> Contender:
+def training(name: str, model: Any, shape: Shape, lengths: bool, device: str, of_parameters: Any = None) -> Contender:
     emissions, tags, mask = inputs(shape, lengths, device)
     emissions.requires_grad_()
     wanted = [emissions, *model.parameters()]
@@ -96,6 +96,9 @@ def test_crf(bench: Any, what: str, shape: Shape, lengths: bool, device: str) ->
     ours, theirs = models(shape, device)
     make = decoding if what == "Viterbi" else training
     contenders = [make(name, model, shape, lengths, device) for name, model in (("seqkernels", ours), (PEER, theirs))]
+    if what != "Viterbi" and shape == SHAPES[0]:  # compilation unrolls the steps
+        name = f"{PEER}, torch.compile"
+        contenders.append(compiled(name, theirs, lambda model: training(name, model, shape, lengths, device)))
     bar = BARS.get(shape, (None, None))[what == "Viterbi"]
     bars = {} if bar is None or lengths or device == "cuda" else {PEER: bar}
     fill = 0.5 if lengths else 1.0

@@ -649,6 +649,38 @@ def test_memory_is_shared_by_the_beams() -> None:
         close(got, want)
 
 
+def test_keys_of_additive_attention() -> None:
+    """Shared by the beams, dropped with their sentence, or copied for each hypothesis: equal results."""
+    B, V, H, S, K = 3, 7, 6, 5, 4
+    embedding, project, ours, _ = (m.double() for m in recurrent("LSTM", V, H))
+    attention = nn.AdditiveAttention(H, H).double()
+    memory, h0 = torch.randn(B, S, H, dtype=f64), torch.zeros(2, B, H, dtype=f64)
+    lengths = torch.tensor([5, 2, 4])
+    with torch.no_grad():
+        keys = attention.project(memory)
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
+        hx, keys, lengths = state
+        output, hx = ours(embedding(tokens)[:, None], hx)
+        context, weights = attention(output[:, 0], keys, lengths=lengths, need_weights=True)
+        logits = project(output[:, 0] + context)
+        logits[:, 1] += 1.0  # ends after a few steps
+        return logits, (hx, keys, lengths), weights
+
+    state = ((h0, h0), keys, lengths)
+    options = dict(
+        beam_size=K, n_best=K, max_length=6, eos_token_id=1, coverage_penalty=0.3, source_lengths=lengths,
+        length_penalty=0.5,
+    )  # fmt: skip
+    shared = beam_search(step, torch.tensor([2, 0, 5]), state, state_dims=(1, None, None), **options)
+    dims = (1, PerSentence(0), PerSentence(0))
+    dropped = beam_search(step, torch.tensor([2, 0, 5]), state, state_dims=dims, drop_ended=True, **options)
+    copied = beam_search(step, torch.tensor([2, 0, 5]), state, state_dims=(1, 0, 0), **options)
+    for other in (dropped, copied):
+        for got, want in zip(other[:3], shared[:3]):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("searches", ["greedy", "beam", "samples"])
 def test_cached_attention_matches_attention_to_all_steps(searches: str) -> None:
     B, V, E, T, K = 3, 9, 8, 6, 4
