@@ -23,6 +23,10 @@ class PerSentence:
 
     dim: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.dim, int):
+            raise TypeError(f"PerSentence: dim must be an int, got {self.dim!r}")
+
 
 CONSTANT = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 OfLeaf = Callable[[Any, "int | PerSentence", str], Any]

@@ -94,8 +94,14 @@ def beam_search(
     if beta > 0:
         problem.needs_attention = "coverage_penalty"
     of_source = None if source_lengths is None else problem.per_sentence("source_lengths", source_lengths, 0)[0]
-    base = [max(n, 1) if length_normalization == "power" else (5 + n) / 6 for n in range(problem.T + 2)]
-    return _Beams(problem, n_best, [b**alpha for b in base], beta, of_source, early_stopping).decode()
+    base = [float(max(n, 1)) if length_normalization == "power" else (5 + n) / 6 for n in range(problem.T + 2)]
+    try:
+        lp = [b**alpha for b in base]
+    except OverflowError:
+        lp = [math.inf]
+    if not 0 < min(lp) <= max(lp) < math.inf:
+        raise ValueError(f"{caller}: length_penalty must give finite factors of lengths, got {length_penalty}")
+    return _Beams(problem, n_best, lp, beta, of_source, early_stopping).decode()
 
 
 class _Beams:

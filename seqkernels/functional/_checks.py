@@ -7,6 +7,7 @@ function that ours replaces, the exception has both types.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 
@@ -74,9 +75,10 @@ def lengths_tensor(
 ) -> Tensor:
     """The checked lengths of sequences as an int64 tensor on `device`."""
     if not isinstance(lengths, Tensor):
-        if not isinstance(lengths, Sequence) or any(type(n) is not int for n in lengths):
-            raise TypeError(f"{caller}: {name} must be a tensor or a sequence of int, got {lengths!r}")
-        lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
+        try:
+            lengths = torch.tensor([operator.index(n) for n in lengths], dtype=torch.int64, device=device)
+        except TypeError:
+            raise TypeError(f"{caller}: {name} must be a tensor or a sequence of int, got {lengths!r}") from None
     if lengths.dtype not in (torch.int64, torch.int32):
         raise TypeRuntimeError(f"{caller}: {name} must be int32 or int64, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):

@@ -30,7 +30,8 @@ class AdditiveKeys:
     """Projected keys of additive attention with e^(2 key), which is computed once for any number of calls.
 
     A decoder that calls additive_attention at each step makes them once per input sequence. The beams of a sentence
-    share them: see `query` of additive_attention. Do not change the keys in place afterwards: a call then raises.
+    share them: see `query` of additive_attention. After a change of key or value in place, calls raise, except in
+    compiled graphs and for inference tensors, which do not count changes.
 
     Args:
         key: [B, Tk, H] projected keys; gradient: yes.
@@ -39,20 +40,32 @@ class AdditiveKeys:
     Registered with torch.utils._pytree: a function of the tensors of a nest applies to key, value and exp.
     """
 
-    __slots__ = ("_version", "exp", "key", "value")
+    __slots__ = ("_versions", "exp", "key", "value")
 
     def __init__(self, key: Tensor, value: Tensor | None = None, *, exp: Tensor | None = None) -> None:
         if exp is None:
             _check_key("AdditiveKeys", key)
             exp = key_exp(key)
-        self.key, self.value, self.exp = key, value, exp
-        self._version = _version(key)
+        self._set((key, value, exp))
+
+    def _set(self, parts: Any) -> None:
+        self.key, self.value, self.exp = parts
+        self._versions = _version(self.key), _version(self.value)
 
     def check(self, caller: str) -> None:
-        """Raises if the keys have been changed in place."""
-        version = _version(self.key)
-        if version is not None and self._version is not None and version != self._version:
-            raise ValueError(f"{caller}: key must not change after AdditiveKeys was made from it, got a changed tensor")
+        """Raises if the keys or values have been changed in place."""
+        for name, before, after in zip(("key", "value"), self._versions, (_version(self.key), _version(self.value))):
+            if before is not None and after is not None and before != after:
+                raise ValueError(
+                    f"{caller}: {name} must not change after AdditiveKeys was made from it, got a changed tensor"
+                )
+
+    def __getstate__(self) -> Any:
+        self.check("AdditiveKeys")
+        return self.key, self.value, self.exp
+
+    def __setstate__(self, state: Any) -> None:
+        self._set(state)
 
     def __repr__(self) -> str:
         value = None if self.value is None else list(self.value.shape)
@@ -74,8 +87,7 @@ def _flatten_with_keys(keys: AdditiveKeys) -> tuple[list[tuple[Any, Any]], None]
 
 def _unflatten(parts: Any, _context: Any) -> AdditiveKeys:
     keys = AdditiveKeys.__new__(AdditiveKeys)
-    keys.key, keys.value, keys.exp = parts
-    keys._version = _version(keys.key)
+    keys._set(parts)
     return keys
 
 

@@ -78,6 +78,11 @@ def ctc_loss(
         if not isinstance(t, Tensor):
             raise TypeError(f"{caller}: {name} must be a tensor, got {describe(t)}")
     refuse_nested(caller, "pad it", log_probs=log_probs, targets=targets)
+    if not isinstance(blank, int) or not isinstance(zero_infinity, (bool, int)):
+        wrong = ("zero_infinity", "a bool") if isinstance(blank, int) else ("blank", "an int")
+        raise TypeError(
+            f"{caller}: {wrong[0]} must be {wrong[1]}, got {zero_infinity if wrong[0] != 'blank' else blank!r}"
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{caller}: reduction must be none, mean or sum, got {reduction!r}")
     if log_probs.device.type != "meta" or backend is not None or log_probs.dtype not in backends.DTYPES:
@@ -87,9 +92,10 @@ def ctc_loss(
     if single:
         log_probs = log_probs.unsqueeze(1)
         input_lengths, target_lengths = (_one(n) for n in (input_lengths, target_lengths))
-    if log_probs.dim() != 3:
+    if log_probs.dim() != 3 or log_probs.shape[2] < 1:
         raise ValueRuntimeError(f"{caller}: log_probs must have shape [T, N, C] or [T, C], got {list(log_probs.shape)}")
     N, device = log_probs.shape[1], log_probs.device
+    input_lengths, target_lengths = (_widened(n) for n in (input_lengths, target_lengths))
     steps = lengths_tensor(caller, input_lengths, N, device, "input_lengths", "N")  # type: ignore[arg-type]
     labels = lengths_tensor(caller, target_lengths, N, device, "target_lengths", "N")  # type: ignore[arg-type]
     if targets.dim() not in (1, 2):
@@ -101,11 +107,17 @@ def ctc_loss(
     targets = targets.to(device, torch.int64)
     try:
         loss = reduced_loss(
-            Alignment(log_probs, targets, steps, labels, blank, REDUCTIONS.index(reduction), zero_infinity)
+            Alignment(log_probs, targets, steps, labels, blank, REDUCTIONS.index(reduction), bool(zero_infinity))
         )
     except RuntimeError as error:
         raise of_op(caller, error) from None
     return loss.squeeze(0) if single and loss.dim() else loss
+
+
+def _widened(n: Any) -> Any:
+    """Integers of any width as int64."""
+    small = isinstance(n, Tensor) and n.dtype in (torch.uint8, torch.int8, torch.int16)
+    return n.long() if small else n
 
 
 def _one(n: Any) -> Any:

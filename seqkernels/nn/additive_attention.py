@@ -15,7 +15,8 @@ from torch.nn import Linear, Module, Parameter, init
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from seqkernels.functional._checks import Lengths, describe
+from seqkernels.functional._autograd import autocast_dtype
+from seqkernels.functional._checks import Lengths, TypeRuntimeError, describe, lengths_tensor
 from seqkernels.functional.additive_attention import AdditiveKeys, additive_attention, beam_mask, fold_beams
 from seqkernels.functional.attention import scaled_dot_product_attention
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
@@ -117,8 +118,10 @@ class AdditiveAttention(Module):
             arguments = dict(query=query, keys=keys, values=values, mask=mask, lengths=lengths)
             return as_leaf(self, {**arguments, "need_weights": need_weights})
         _check_rows("AdditiveAttention", "query", query, self.query_dim, single=True)
+        _check_dtype("AdditiveAttention", "query", query, "the parameters", self.v)
         if not isinstance(keys, AdditiveKeys):
             _check_rows("AdditiveAttention", "keys", keys, self.key_dim)
+            _check_dtype("AdditiveAttention", "keys", keys, "the parameters", self.v)
             values = keys if values is None else values
             keys = self.key_projection(keys)
         return additive_attention(
@@ -179,7 +182,8 @@ class LuongAttention(Module):
     Parameters: general: attn.weight [Dq, Dk]. concat: attn.weight [H, Dq + Dk], attn.bias [H], v [H].
 
     dot and general call scaled_dot_product_attention, concat additive_attention. A bias of `attn` in a state_dict for
-    general has no effect on the weights and is dropped. concat reads attn.weight, which an adapter cannot replace.
+    general has no effect on the weights and is dropped. concat reads attn.weight: another layer in the place of attn,
+    and hooks, are refused.
 
     Source: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation",
         https://arxiv.org/abs/1508.04025
@@ -263,6 +267,8 @@ class LuongAttention(Module):
             arguments = dict(query=query, keys=keys, values=values, mask=mask, lengths=lengths)
             return as_leaf(self, {**arguments, "need_weights": need_weights})
         _check_rows("LuongAttention", "query", query, self.query_dim, single=True)
+        if isinstance(keys, Tensor):
+            _check_dtype("LuongAttention", "keys", keys, "query", query)
         projected: Any = keys if isinstance(keys, (AdditiveKeys, tuple)) else self.project(keys, values)
         if isinstance(projected, AdditiveKeys) != (self.method == "concat"):
             raise TypeError(
@@ -280,8 +286,13 @@ class LuongAttention(Module):
 
     def _weight(self) -> Tensor:
         attn: Any = self.attn
-        if type(attn) is not NonDynamicallyQuantizableLinear:
+        if getattr(type(attn), "forward", None) is not Linear.forward:
             raise TypeError(f"LuongAttention: attn must be its own layer with method concat, got {describe(attn)}")
+        if attn._forward_hooks or attn._forward_pre_hooks:
+            raise TypeError(
+                "LuongAttention: attn must have no hooks with method concat, which reads its weight in two parts, got "
+                f"{len(attn._forward_hooks) + len(attn._forward_pre_hooks)}"
+            )
         weight: Tensor = attn.weight
         return weight
 
@@ -300,10 +311,21 @@ class LuongAttention(Module):
         N, Tq, _ = query.shape
         if mask is not None:
             mask = beam_mask("LuongAttention", mask, (N, Tq, keys.shape[1]), keys.shape[0], query.device)
-        found = scaled_dot_product_attention(
-            fold_beams("LuongAttention", query, keys.shape[0]), keys, values, mask, scale=self.scale, lengths=lengths,
-            return_weights=need_weights,
-        )  # fmt: skip
+        query = fold_beams("LuongAttention", query, keys.shape[0])
+        if not isinstance(values, Tensor) or values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
+            raise ValueError(
+                f"LuongAttention: values must have shape [B, Tk, Dv], of B = {keys.shape[0]} and Tk = {keys.shape[1]}, "
+                f"got {describe(values)}"
+            )
+        if lengths is not None:
+            lengths = lengths_tensor("LuongAttention", lengths, keys.shape[0], keys.device)
+        try:
+            found = scaled_dot_product_attention(
+                query, keys, values, mask, scale=self.scale, lengths=lengths, return_weights=need_weights
+            )
+        except ValueError as error:
+            _, _, reason = str(error).replace("k_lengths", "lengths").partition(": ")
+            raise type(error)(f"LuongAttention: {reason}") from None
         results = []
         for t in found if need_weights else (found,):
             t = t.reshape(N, Tq, t.shape[-1])
@@ -328,7 +350,7 @@ def _reset_v(v: Tensor) -> None:
 
 def _check_sizes(caller: str, **sizes: Any) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int):
+        if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{caller}: {name} must be an int, got {describe(size)}")
         if size < 1:
             raise ValueError(f"{caller}: {name} must be at least 1, got {size}")
@@ -340,3 +362,8 @@ def _check_rows(caller: str, name: str, x: Any, columns: int, *, single: bool = 
     if x.dim() not in ((2, 3) if single else (3,)) or x.shape[-1] != columns:
         shape = f"[B, T, {columns}]" + (f" or [B, {columns}]" if single else "")
         raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(x.shape)}")
+
+
+def _check_dtype(caller: str, name: str, x: Tensor, of: str, like: Tensor) -> None:
+    if x.dtype != like.dtype and autocast_dtype(x.device) is None:
+        raise TypeRuntimeError(f"{caller}: {name} must be of the dtype of {of}, {like.dtype}, got {x.dtype}")

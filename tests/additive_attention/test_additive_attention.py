@@ -197,6 +197,14 @@ def test_keys_are_used_again() -> None:
     key.mul_(2)
     with pytest.raises(ValueError, match="key must not change after AdditiveKeys was made from it"):
         additive_attention(given["query"], keys, None, given["v"])
+    keys = AdditiveKeys(key, value)
+    for other in (copy.deepcopy(keys), pickle.loads(pickle.dumps(keys))):
+        got = additive_attention(given["query"], other, None, given["v"])
+        assert torch.equal(got, additive_attention(given["query"], keys, None, given["v"]))
+    value.zero_()
+    for call in (lambda: additive_attention(given["query"], keys, None, given["v"]), lambda: copy.deepcopy(keys)):
+        with pytest.raises(ValueError, match="value must not change after AdditiveKeys was made from it"):
+            call()
     with pytest.raises(TypeError, match="value must be a tensor, or None with AdditiveKeys that have values"):
         additive_attention(given["query"], AdditiveKeys(key), None, given["v"])
     assert "AdditiveKeys(key=[3, 7, 13], value=[3, 7, 11]" in repr(AdditiveKeys(key, value))
@@ -372,6 +380,10 @@ def test_layers_may_be_replaced() -> None:
         if getattr(module, "method", "") == "concat":
             with pytest.raises(TypeError, match="attn must be its own layer with method concat, got Sequential"):
                 module(query, memory)
+            module = nn.LuongAttention(6, 6, "concat")
+            module.attn.register_forward_hook(lambda *_: None)
+            with pytest.raises(TypeError, match="attn must have no hooks with method concat"):
+                module(query, memory)
         else:
             assert torch.equal(module(query, memory), want)
 
@@ -448,6 +460,15 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
         TypeError,
         "keys must be what project of this module returns, got AdditiveKeys for method general",
     ),
+    "luong lengths": (
+        lambda: nn.LuongAttention(4)(Q, K, lengths=[9, 1]),
+        ValueError,
+        "^LuongAttention: lengths must be between 0 and 5",
+    ),
+    "luong values": (lambda: nn.LuongAttention(4)(Q, K, V[:, 1:]), ValueError, r"values must have shape \[B, Tk, Dv\]"),
+    "luong dtype": (lambda: nn.LuongAttention(4)(Q.double(), K), TypeError, "keys must be of the dtype of query"),
+    "module dtype": (lambda: nn.AdditiveAttention(4, 4)(Q.double(), K), TypeError, "query must be of the dtype of the"),
+    "module keys' dtype": (lambda: nn.AdditiveAttention(4, 4)(Q, K.half()), TypeError, "keys must be of the dtype of"),
     "luong batch": (lambda: nn.LuongAttention(4)(Q[:1], K), ValueError, "query must have the batch of key, 2, or a"),
     "scripting": (lambda: torch.jit.script(nn.AdditiveAttention(4, 4)), NotImplementedError, "torch.jit.script"),
 }  # fmt: skip

@@ -139,6 +139,20 @@ def test_targets_without_an_alignment(isa: str) -> None:
     assert empty.tolist() == [0, torch.inf]
 
 
+def test_lengths_of_any_kind() -> None:
+    given = make(CASES[4], torch.float32)
+    want = ctc_loss(**given)
+    for kind in (
+        lambda n: n.tolist(),
+        lambda n: n.numpy(),
+        list,
+        lambda n: n.to(torch.uint8),
+        lambda n: n.int(),
+    ):
+        names = ("input_lengths", "target_lengths")
+        assert torch.equal(ctc_loss(**(given | {name: kind(given[name]) for name in names})), want)
+
+
 def test_padding_is_not_read(isa: str) -> None:
     case = CASES[4]
     given = make(case, torch.float32)
@@ -298,6 +312,9 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "a number": (lambda: ctc_loss(P, Y, N12, 4), TypeError, "target_lengths must be a tensor or a sequence of int"),
     "blank": (lambda: ctc_loss(P, Y, N12, L4, 5), RuntimeError, "blank must be between 0 and 4, got 5"),
     "reduction": (lambda: ctc_loss(P, Y, N12, L4, 0, "max"), ValueError, "reduction must be none, mean or sum"),
+    "blank's type": (lambda: ctc_loss(P, Y, N12, L4, None), TypeError, "blank must be an int, got None"),
+    "zero_infinity": (lambda: ctc_loss(P, Y, N12, L4, zero_infinity="a"), TypeError, "zero_infinity must be a bool"),
+    "no classes": (lambda: ctc_loss(P[:, :, :0], Y, N12, L4), ValueError, "log_probs must have shape"),
     "backend": (lambda: ctc_loss(P, Y, N12, L4, backend="cuda"), ValueError, "backend must be None, cpu, got 'cuda'"),
 }  # fmt: skip
 
