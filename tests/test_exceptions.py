@@ -594,6 +594,36 @@ rows(
 )
 
 
+GOOD = dict(
+    log_probs=zeros(5, 2, 4), targets=integers(1, 2, 3).expand(2, 3), input_lengths=integers(5, 5),
+    target_lengths=integers(2, 3),
+)  # fmt: skip
+rows(
+    "functional.ctc_loss",
+    functional.ctc_loss,
+    F.ctc_loss,
+    {
+        "blank": (changed(GOOD, blank=4), ValueError, "ctc_loss: blank must be between 0 and 3, got 4"),
+        "blank of a wrong type": (changed(GOOD, blank=None), TypeError, "ctc_loss: blank must be an int"),
+        "input_lengths dtype": (
+            changed(GOOD, input_lengths=zeros(2)),
+            TypeError,
+            "ctc_loss: input_lengths must be int",
+        ),
+        "input_lengths": (changed(GOOD, input_lengths=integers(5, 6)), ValueError, "input_lengths must be between"),
+        "number of input_lengths": (
+            changed(GOOD, input_lengths=integers(5)),
+            ValueError,
+            "input_lengths must have shape",
+        ),
+        "target_lengths": (changed(GOOD, target_lengths=integers(2, 4)), ValueError, "target_lengths must be between"),
+        "number of labels": (changed(GOOD, targets=integers(1, 2, 3)), ValueError, "target_lengths must be between"),
+        "reduction": (changed(GOOD, reduction="max"), ValueError, "ctc_loss: reduction must be none, mean or sum"),
+        "log_probs a list": (changed(GOOD, log_probs=[0.0]), TypeError, "ctc_loss: log_probs must be a tensor"),
+    },
+)
+
+
 def raised(call: Callable[[], Any]) -> Exception:
     with pytest.raises(Exception) as info:  # noqa: PT011
         call()
