@@ -45,11 +45,15 @@ SEQKERNELS_INLINE Native<T> larger(Native<T> x, Native<T> y) {
 }
 template <class T>
 SEQKERNELS_INLINE T max_of_lanes(Native<T> v) {
-  T lanes[kLanes<T>], most;
+  T lanes[kLanes<T>];
   store(lanes, v);
-  most = lanes[0];
-  for (int i = 1; i < kLanes<T>; ++i) most = lanes[i] > most || lanes[i] != lanes[i] ? lanes[i] : most;
-  return most;
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      const T x = lanes[i], y = lanes[i + width];
+      lanes[i] = x > y || x != x ? x : y;
+    }
+  }
+  return lanes[0];
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA
