@@ -5,7 +5,6 @@
 
 #include "common/allocate.h"
 #include "common/isa.h"
-#include "common/math.h"
 #include "common/registration.h"
 
 namespace seqkernels {
@@ -15,14 +14,6 @@ namespace {
 using OptionalTensor = const std::optional<Tensor>&;
 
 AdditiveAttentionKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(additive_attention_kernels); }
-
-ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-Tensor allocate_cpu(ScalarType type, int64_t i, int64_t j, int64_t k) {
-  const int64_t sizes[] = {i, j, k}, strides[] = {max(j, int64_t{1}) * max(k, int64_t{1}), max(k, int64_t{1}), 1};
-  static const DevicePlace cpu = DevicePlace::cpu();
-  return allocate(cpu, dtype_code(type), 3, sizes, strides);
-}
 
 // The checked inputs of an op.
 struct Call {
@@ -91,8 +82,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    OptionalTensor mask, OptionalTensor lengths, OptionalTensor key_exp) {
   Call call("additive_attention_forward", query, key, value, v, mask, lengths, key_exp);
   AdditiveAttentionArgs& a = call.args;
-  Tensor out = allocate_cpu(call.type, a.B, a.Tq, a.Dv),
-         weights = allocate_cpu(compute_type(call.type), a.B, a.Tq, a.Tk);
+  Tensor out = allocate_cpu(call.type, {a.B, a.Tq, a.Dv}),
+         weights = allocate_cpu(compute_type(call.type), {a.B, a.Tq, a.Tk});
   a.weights = weights.mutable_data_ptr();
   kernels().forward({a, out.mutable_data_ptr()});
   return {out, weights};
@@ -110,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(OptionalTensor dout, Optiona
   std::optional<Tensor> of_out, of_weights;
   if (dout) of_out = checked(call.op, "dout", *dout, call.type, {a.B, a.Tq, a.Dv}, call.q);
   if (dweights) of_weights = checked(call.op, "dweights", *dweights, wide, {a.B, a.Tq, a.Tk}, call.q);
-  Tensor dq = allocate_cpu(call.type, a.B, a.Tq, a.H), dk = allocate_cpu(call.type, a.B, a.Tk, a.H),
-         dvalue = allocate_cpu(call.type, a.B, a.Tk, a.Dv), dv = empty_like_dtype(call.v, {a.H});
+  Tensor dq = allocate_cpu(call.type, {a.B, a.Tq, a.H}), dk = allocate_cpu(call.type, {a.B, a.Tk, a.H}),
+         dvalue = allocate_cpu(call.type, {a.B, a.Tk, a.Dv}), dv = empty_like_dtype(call.v, {a.H});
   kernels().backward({a, of_out ? of_out->const_data_ptr() : nullptr,
                       of_weights ? of_weights->const_data_ptr() : nullptr, dq.mutable_data_ptr(), dk.mutable_data_ptr(),
                       dvalue.mutable_data_ptr(), dv.mutable_data_ptr()});
@@ -125,7 +116,7 @@ Tensor key_exp(const Tensor& key) {
   if (key.dim() != 3) fail(op, ": key must have 3 dimensions, got ", show(shape_of(key)));
   const int64_t B = key.size(0), Tk = key.size(1), H = key.size(2);
   const Tensor rows = key.is_contiguous() ? key : torch::stable::contiguous(key);
-  Tensor to = allocate_cpu(compute_type(key.scalar_type()), B, Tk, H);
+  Tensor to = allocate_cpu(compute_type(key.scalar_type()), {B, Tk, H});
   kernels().exp(dtype, B * Tk, H, rows.const_data_ptr(), to.mutable_data_ptr());
   return to;
 }

@@ -18,21 +18,6 @@ using OptionalTensor = const std::optional<Tensor>&;
 
 AttentionKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(attention_kernels); }
 
-// Allocates on the CPU. `transposed`: [B, H, T, D] is stored as [B, T, H, D].
-Tensor allocate_cpu(ScalarType type, const Shape& sizes, bool transposed = false) {
-  Shape strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  if (transposed) {
-    strides[2] = sizes[1] * strides[2];
-    strides[1] = sizes[3] > 0 ? sizes[3] : 1;
-  }
-  static const DevicePlace cpu = DevicePlace::cpu();
-  return allocate(cpu, dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
-}
 // Allocates [B, H, T, D] with the memory layout of x [B, H, T, *].
 Tensor allocate_like(const Tensor& x, int64_t D) {
   return allocate_cpu(x.scalar_type(), {x.size(0), x.size(1), x.size(2), D}, x.stride(1) < x.stride(2));

@@ -49,4 +49,23 @@ inline Tensor allocate(DevicePlace place, int32_t dtype, int64_t rows, int64_t c
   return allocate(place, dtype, 2 - skip, sizes + skip, strides + skip);
 }
 
+// Returns an uninitialised contiguous tensor on the CPU. `transposed`: [B, H, T, D] is stored as [B, T, H, D].
+inline Tensor allocate_cpu(ScalarType type, const Shape& sizes, bool transposed = false) {
+  Shape strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  if (transposed) {
+    strides[2] = sizes[1] * strides[2];
+    strides[1] = sizes[3] > 0 ? sizes[3] : 1;
+  }
+  static const DevicePlace cpu = DevicePlace::cpu();
+  return allocate(cpu, dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
+}
+
+// The type in which kernels compute: that of the tensor, or float32 for half types.
+inline ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
 }  // namespace seqkernels

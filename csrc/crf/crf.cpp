@@ -16,16 +16,6 @@ using OptionalTensor = const std::optional<Tensor>&;
 
 CrfKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(crf_kernels); }
 
-Tensor allocate_cpu(ScalarType type, const Shape& sizes) {
-  Shape strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  static const DevicePlace cpu = DevicePlace::cpu();
-  return allocate(cpu, dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
-}
 Tensor zeros_cpu(ScalarType type, const Shape& sizes) {
   Tensor t = allocate_cpu(type, sizes);
   torch::stable::zero_(t);
@@ -62,7 +52,6 @@ struct Call {
     if (tags) set_tags(emissions, *tags);
   }
 
-  ScalarType compute_type() const { return args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
   Shape transitions_shape() const {
     return {args.transitions_b != 0 ? args.B : 1, args.transitions_t != 0 ? args.T : 1, args.K, args.K};
   }
@@ -142,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(SEQKERNELS_CRF_PARAMETERS, OptionalTe
   Call call("crf_forward", emissions, transitions, start, end, lengths, mask, tags);
   const CrfArgs& a = call.args;
   Tensor log_z = allocate_cpu(ScalarType::Double, {a.B}), score = allocate_cpu(ScalarType::Double, {a.B});
-  Tensor alpha = zeros_cpu(call.compute_type(), {a.B, a.T, a.K});
+  Tensor alpha = zeros_cpu(compute_type(emissions.scalar_type()), {a.B, a.T, a.K});
   CrfForwardArgs args{a, alpha.mutable_data_ptr(), static_cast<double*>(log_z.mutable_data_ptr()),
                       static_cast<double*>(score.mutable_data_ptr())};
   kernels().forward(args);
@@ -155,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dlog_z, const 
   Call call("crf_backward", emissions, transitions, start, end, lengths, mask, tags);
   const CrfArgs& a = call.args;
   const ScalarType type = emissions.scalar_type();
-  const Tensor states = checked(call.op, "alpha", alpha, call.compute_type(), {a.B, a.T, a.K}, emissions);
+  const Tensor states = checked(call.op, "alpha", alpha, compute_type(type), {a.B, a.T, a.K}, emissions);
   const Tensor of_z = checked(call.op, "dlog_z", dlog_z, ScalarType::Double, {a.B}, emissions);
   const Tensor of_score = checked(call.op, "dscore", dscore, ScalarType::Double, {a.B}, emissions);
   Tensor demissions = zeros_cpu(type, {a.B, a.T, a.K}), dtransitions = zeros_cpu(type, shape_of(transitions)),

@@ -16,8 +16,6 @@ namespace {
 
 CtcKernels kernels() { SEQKERNELS_RETURN_ON_CURRENT_ISA(ctc_kernels); }
 
-ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
 // The checked inputs of an op.
 struct Call {
   const char* const op;
@@ -86,16 +84,6 @@ struct Call {
     a.S = 2 * (padded ? targets.size(1) : longest) + 1;
   }
 };
-
-Tensor allocate_cpu(ScalarType type, const Shape& sizes) {
-  Shape strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= max(sizes[i], int64_t{1});
-  }
-  return allocate(DevicePlace::cpu(), dtype_code(type), int64_t(sizes.size()), sizes.data(), strides.data());
-}
 
 enum Reduction : int64_t { kNone, kMean, kSum };  // numbered as in the op schemas
 
