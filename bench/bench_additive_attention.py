@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import Contender, MemoryCase, Results, compiled
+from harness import Contender, MemoryCase, compiled, of_tensors
 from report import Bar
 from torch import Tensor
 
@@ -56,22 +56,7 @@ def drawn(shape: Shape) -> list[Tensor]:
 
 
 def contender(name: str, function: Callable[..., Tensor], tensors: Sequence[Tensor], which: str) -> Contender:
-    B, Tq, _ = tensors[0].shape
-    upstream = torch.randn(B, Tq, tensors[2].shape[2], generator=torch.Generator().manual_seed(1))
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(*tensors)
-
-    def both() -> tuple[Tensor, ...]:
-        out = function(*tensors)
-        return out.detach(), *torch.autograd.grad(out, tensors, upstream)
-
-    def result() -> Results:
-        found = (forward(),) if which == FORWARD else both()
-        return {f"{i}": t for i, t in enumerate(found)}
-
-    return Contender(name, forward if which == FORWARD else both, result)
+    return of_tensors(name, function, tensors, which == BOTH)
 
 
 @pytest.mark.parametrize("which", [FORWARD, BOTH])

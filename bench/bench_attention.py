@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Contender, Results, compiled
+from harness import Contender, Results, compiled, of_tensors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -61,24 +61,7 @@ def drawn(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def contender(name: str, function: Callable[..., Tensor], tensors: Sequence[Tensor], which: str) -> Contender:
-    """A contender that calls a function of differentiable tensors."""
-    with torch.no_grad():
-        shape = function(*tensors).shape
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(*tensors)
-
-    def both() -> tuple[Tensor, ...]:
-        out = function(*tensors)
-        return out.detach(), *torch.autograd.grad(out, tensors, upstream)
-
-    def result() -> Results:
-        found = (forward(),) if which == FORWARD else both()
-        return {f"{i}": t for i, t in enumerate(found)}
-
-    return Contender(name, forward if which == FORWARD else both, result)
+    return of_tensors(name, function, tensors, which == BOTH)
 
 
 def row(

@@ -73,6 +73,27 @@ def compiled(name: str, function: Callable, make: Callable[[Callable], Contender
     return contender
 
 
+def of_tensors(name: str, function: Callable[..., Tensor], tensors: Sequence[Tensor], backward: bool) -> Contender:
+    """A contender that calls a function of differentiable tensors, without autograd or with their gradients."""
+    with torch.no_grad():
+        shape = function(*tensors).shape
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*tensors)
+
+    def both() -> tuple[Tensor, ...]:
+        out = function(*tensors)
+        return out.detach(), *torch.autograd.grad(out, tensors, upstream)
+
+    def result() -> Results:
+        found = both() if backward else (forward(),)
+        return {f"{i}": t for i, t in enumerate(found)}
+
+    return Contender(name, both if backward else forward, result)
+
+
 # --- parity ---
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.additive_attention.forward import keys_of, load_tile, pairs
+from seqkernels.triton.additive_attention.forward import extents, keys_of, load_tile, pairs
 
 
 # Grid: sequences, tiles of queries, tiles of keys.
@@ -100,12 +100,7 @@ def additive_attention_rows_gradient_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     first_row = tl.program_id(1) * BM
     first_h = tl.program_id(2) * BH
-    n_rows = R
-    n_others = N
-    if OF_ROWS:
-        n_rows = keys_of(p_lengths, i_b, R)
-    else:
-        n_others = keys_of(p_lengths, i_b, N)
+    n_rows, n_others = extents(p_lengths, i_b, R, N, OF_ROWS)
     i_row = first_row + tl.arange(0, BM)
     i_h = first_h + tl.arange(0, BH)
     b_v = tl.load(p_v + i_h, mask=i_h < H, other=0.0).to(ACC)

@@ -50,6 +50,14 @@ def keys_of(p_lengths, i_b, Tk):
     return Tk
 
 
+@triton.jit
+def extents(p_lengths, i_b, R, N, OF_ROWS: tl.constexpr):
+    """Numbers of rows and of others of a sequence, whose lengths are those of the rows or of the others."""
+    if OF_ROWS:
+        return keys_of(p_lengths, i_b, R), N
+    return R, keys_of(p_lengths, i_b, N)
+
+
 # Grid: sequences, tiles of queries, tiles of keys.
 @triton.jit(do_not_specialize=["Tq", "Tk", "s_mask_b", "s_mask_q"])
 def additive_attention_scores_kernel(
@@ -147,12 +155,7 @@ def additive_attention_product_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     first_r = tl.program_id(1) * BM
     first_d = tl.program_id(2) * BD
-    terms = T
-    rows = R
-    if OF_ROWS:
-        rows = keys_of(p_lengths, i_b, R)
-    else:
-        terms = keys_of(p_lengths, i_b, T)
+    rows, terms = extents(p_lengths, i_b, R, T, OF_ROWS)
     i_r = first_r + tl.arange(0, BM)
     i_d = first_d + tl.arange(0, BD)
     b_out = tl.zeros([BM, BD], ACC)
