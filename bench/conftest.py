@@ -226,6 +226,19 @@ class Bench:
         self.benchmark.pedantic(next(iter(contenders.values()))[0], rounds=1)
         self.add(Row(group, label, report.summarise(list(contenders), values, {}, {}), "MiB", rounds=0))
 
+    def compare(
+        self,
+        group: str,
+        label: str,
+        values: Mapping[str, Sequence[float]],
+        *,
+        bars: Bars,
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a row of seconds that were measured elsewhere, one value per round; the first contender is seqkernels."""
+        entries = report.summarise(list(values), list(values.values()), _as_bars(bars), dict(refused or {}))
+        self.add(Row(group, label, entries, "s", rounds=len(next(iter(values.values())))))
+
 
 def _as_bars(bars: Bars) -> dict[str, Bar]:
     return {name: bar if isinstance(bar, Bar) else Bar(at_least=bar) for name, bar in bars.items()}

@@ -290,15 +290,16 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
 py::dict explain_embedding_bag(int64_t N, int64_t B, int64_t D, int64_t element_size) {
   py::dict result;
   result["isa"] = isa_name(current_isa());
-  result["threads"] = threads_for((N + B) * D * element_size);
+  result["threads"] = divide((N + B) * D * element_size).threads;
   return result;
 }
 
-py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk) {
+py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv) {
   const attention::Plan plan = attention::plan_forward(B, Hq, Hk, Tq, Tk, thread_count());
   py::dict result;
   result["isa"] = isa_name(current_isa());
-  result["threads"] = plan.threads;
+  const double nanoseconds = attention::nanoseconds(double(B * Hq) * double(Tq * Tk), D, Dv);
+  result["threads"] = nanoseconds < kWorthAThread ? 1 : plan.threads;
   result["tasks"] = plan.tasks;
   result["unit"] = plan.unit == attention::Unit::kGroup ? std::string("groups of heads that share keys")
                    : plan.unit == attention::Unit::kBlock
@@ -317,6 +318,7 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
         py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("heads") = 1, py::arg("float64"));
   m.def("recurrent_kinds", &recurrent_kinds);
   m.def("recurrent_saved", &recurrent_saved, py::arg("kind"), py::arg("H"), py::arg("options"));
+  m.def("set_always_parallel", &set_always_parallel, py::arg("on"));
   m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
 #ifdef SEQKERNELS_CUDA_KERNELS
   m.def("set_tf32", &set_allows_tf32, py::arg("allow"));
@@ -329,5 +331,5 @@ PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
   m.def("explain_embedding_bag", &explain_embedding_bag, py::arg("N"), py::arg("B"), py::arg("D"),
         py::arg("element_size"));
   m.def("explain_attention", &explain_attention, py::arg("B"), py::arg("Hq"), py::arg("Hk"), py::arg("Tq"),
-        py::arg("Tk"));
+        py::arg("Tk"), py::arg("D"), py::arg("Dv"));
 }

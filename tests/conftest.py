@@ -75,9 +75,11 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Restores the number of threads after the test."""
+    """Runs the test with all threads, even in the first calls and beside other processes; restores their number."""
     n = torch.get_num_threads()
+    seqkernels._C.set_always_parallel(True)
     yield
+    seqkernels._C.set_always_parallel(False)
     torch.set_num_threads(n)
 
 

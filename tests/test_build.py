@@ -117,6 +117,7 @@ def test_number_of_threads_matches_torch(threads: int, B: int) -> None:
         import torch, seqkernels
 
         threads, B = map(int, sys.argv[1:])
+        seqkernels._C.set_always_parallel(True)
         torch.set_num_threads(1)
         T, H = 40, 256
         x, y, weights = torch.ones(T, B, H), torch.ones(T, B, H), list(torch.nn.LSTM(H, H).parameters())

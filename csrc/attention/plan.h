@@ -28,6 +28,10 @@ constexpr int64_t tasks_of_group(int64_t blocks, int64_t keys) {
 
 enum class Unit { kGroup, kBlock, kChunk };
 
+// Expected duration of forward on one thread, in ns. pairs: of a query and a key that it attends to.
+constexpr double nanoseconds(double pairs, int64_t D, int64_t Dv) { return pairs * (1 + 0.06 * double(D + Dv)); }
+constexpr double kBackwardOverForward = 2.5;
+
 struct Plan {
   Unit unit;
   int64_t tasks, threads;

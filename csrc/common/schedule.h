@@ -46,18 +46,14 @@ class Tasks {
 };
 
 // Calls f(task, memory) for every task below n; `memory` has `size` elements and belongs to the calling thread.
+// nanoseconds: expected duration of all tasks on one thread.
 template <class T, class F>
-inline void run_tasks(int64_t threads, int64_t n, int64_t size, F f) {
+inline void run_tasks(int64_t threads, int64_t n, int64_t size, double nanoseconds, F f) {
   if (n == 0) return;
-  threads = threads < n ? threads : n;
   const int64_t each = (size * int64_t(sizeof(T)) + 127) / 64 * 64;
-  const Memory memory(size_t(threads * each));
-  int64_t next = 0;
-  auto work = [&](int64_t piece, int64_t) {
-    T* mine = reinterpret_cast<T*>(memory.get() + piece * each);
-    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) f(task, mine);
-  };
-  parallel_pieces(threads, work);
+  const Memory memory(size_t(min(threads, n) * each));
+  parallel_for(threads, n, nanoseconds,
+               [&](int64_t thread, int64_t task) { f(task, reinterpret_cast<T*>(memory.get() + thread * each)); });
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

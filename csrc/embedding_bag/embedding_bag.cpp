@@ -23,9 +23,11 @@
 
 namespace seqkernels {
 
-int64_t threads_for(int64_t bytes) {
+Division divide(int64_t bytes) {
   constexpr int64_t kBytesPerThread = 64 << 10;  // less does not outweigh the cost of starting a thread
-  return bytes < 2 * kBytesPerThread ? 1 : std::min(thread_count(), bytes / kBytesPerThread);
+  constexpr double kNanosecondsPerByte = 0.15;
+  const int64_t threads = bytes < 2 * kBytesPerThread ? 1 : std::min(thread_count(), bytes / kBytesPerThread);
+  return {threads, kNanosecondsPerByte * double(bytes)};
 }
 
 namespace {
@@ -350,7 +352,7 @@ class RowGradients {
       return counts;
     }
 #endif
-    for (size_t i = 0; i < counts.size(); ++i) counts[i] = sorted_[i]->unique_before[sorted_[i]->threads];
+    for (size_t i = 0; i < counts.size(); ++i) counts[i] = sorted_[i]->unique_before[sorted_[i]->division.threads];
     return counts;
   }
 

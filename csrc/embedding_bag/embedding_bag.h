@@ -53,8 +53,12 @@ struct BagFault {
   int64_t position, value;  // of the invalid element
 };
 
-// Number of threads for a pass that reads this many bytes of rows.
-int64_t threads_for(int64_t bytes);
+// How a pass is divided among threads.
+struct Division {
+  int64_t threads;
+  double nanoseconds;  // expected duration on one thread
+};
+Division divide(int64_t bytes);  // a pass that reads this many bytes of rows
 
 struct BagForward {
   BagShape shape;

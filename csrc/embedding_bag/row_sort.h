@@ -26,9 +26,9 @@ class RowSort {
   const void* scale = nullptr;   // [bags] factor of a mean's gradients, in the compute type; null: 1
   void* partials = nullptr;      // partial sums of frequent rows
   bool any_frequent = false;     // whether any row may be frequent
-  // Ranges of rows and of pairs per thread, [threads + 1], and the number of distinct rows before each range if they
-  // are counted (`unique_before`); its last element is U.
-  int64_t threads = 1;
+  // Ranges of rows and of pairs per thread, [division.threads + 1], and the number of distinct rows before each range
+  // if they are counted (`unique_before`); its last element is U.
+  Division division{1, 0};
   int64_t *rows = nullptr, *begins = nullptr, *unique_before = nullptr;
 };
 

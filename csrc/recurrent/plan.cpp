@@ -28,11 +28,14 @@ Plan plan_recurrent(const RecurrentArgs& args, CellKind kind, int64_t threads) {
   const int64_t H = args.H / args.heads * joined, P = args.P / args.heads;
   const double steps = std::max<int64_t>(walk.T, 1), rows = walk.N / steps;
   const double step = rows * gates * H * P, total = walk.N * double(gates) * H * (args.D + P);
-  Plan plan{1, 1, 1};
+  // Products run at about 12 multiply-adds per ns in float32; a single step reads its weights from memory, at about 10
+  // bytes per ns.
+  const int64_t element = args.dtype == DType::kFloat64 ? 8 : 4;
+  const double read = double(streams) * gates * H * (args.D + P) * element;
+  Plan plan{1, 1, 1, total * streams * 0.02 * element + (walk.T <= 1 ? 0.1 * read : 0)};
   if (threads <= 1 || total * streams < kWorthAThread) return plan;
   plan.threads = threads;
   const int64_t each = std::max<int64_t>(threads / streams, 1);
-  const int64_t element = args.dtype == DType::kFloat64 ? 8 : 4;
   const double weights = double(gates) * H * P * element;
   const bool rows_suffice = rows >= each * kTileRows || (rows >= each && weights <= kWeightsPerCore / 2);
   const bool units_suffice = H >= each * 32 && (step / each >= kWorthABarrier);

@@ -30,11 +30,12 @@ struct Walk {
 
 // How the work is divided. A stream is one direction of one head; streams are
 // independent. The sequences of a stream are divided into row_groups
-// independent groups, each processed by unit_groups threads that own disjoint
-// hidden units and synchronise at one barrier per step.
+// independent groups, and the hidden units of a group into unit_groups shares,
+// which wait for each other once per step.
 struct Plan {
   int64_t row_groups, unit_groups;
-  int64_t threads;  // 1: the calling thread does all the work
+  int64_t threads;     // 1: the calling thread does all the work
+  double nanoseconds;  // expected duration of forward on one thread
 };
 
 // One direction's weights, or their gradients; null where a layer has none. H_

@@ -32,18 +32,20 @@ struct Backward {
   const int64_t slices = ceil_div(a.H, kSlice);
 
   void run() const {
-    const int64_t threads = worth_threads(a) ? thread_count() : 1;
+    const int64_t threads = threads_for(nanoseconds(a));
     const int64_t scores = a.B * a.Tq * a.Tk, sums = a.B, rows = a.B * (a.Tq + a.Tk);
     const Memory memory(size_t(scores + sums + a.B * a.H + 64) * sizeof(T) + size_t(rows));
     T* const g = reinterpret_cast<T*>(memory.get());
     const Shared shared{g, g + scores, g + scores + sums, reinterpret_cast<bool*>(g + scores + sums + a.B * a.H)};
     const int64_t ldv = leading<T>(a.Dv), ldt = round_up(a.Tk, kStrip<T>);
     const int64_t size = a.Tq * ldv + ldt * a.Dv + a.Tq * ldt + a.Tk * ldv + 64 * 4;
-    run_tasks<T>(threads, a.B, size, [&](int64_t b, T* scratch) { gradient_of_scores(b, shared, scratch); });
+    const double expected = nanoseconds(a);  // of each of the two passes
+    run_tasks<T>(threads, a.B, size, expected, [&](int64_t b, T* scratch) { gradient_of_scores(b, shared, scratch); });
     Tasks tasks(a.B * slices);
     for (int64_t i = 0; i < tasks.count(); ++i) tasks.set(i, double(a.keys(i / slices)));
     tasks.sort();
-    run_tasks<T>(threads, tasks.count(), 2 * (a.Tq + a.Tk + 2) * kWidth + 64 * 4, [&](int64_t place, T* scratch) {
+    const int64_t of_slice = 2 * (a.Tq + a.Tk + 2) * kWidth + 64 * 4;
+    run_tasks<T>(threads, tasks.count(), of_slice, expected, [&](int64_t place, T* scratch) {
       const int64_t task = tasks.at(place);
       slice(task / slices, task % slices * kSlice, shared, scratch);
     });

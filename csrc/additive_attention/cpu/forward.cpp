@@ -31,14 +31,14 @@ struct Forward {
   const bool in_place = sizeof(S) == sizeof(T) && a.Dv % kStrip<T> == 0;
 
   void run() const {
-    const int64_t threads = worth_threads(a) ? thread_count() : 1;
+    const int64_t threads = threads_for(nanoseconds(a));
     const int64_t blocks = a.B >= 2 * threads || threads == 1 ? 1 : ceil_div(a.Tq, kQueries);
     const int64_t rows = blocks == 1 ? a.Tq : kQueries;
     Tasks tasks(a.B * blocks);
     for (int64_t i = 0; i < tasks.count(); ++i) tasks.set(i, double(a.keys(i / blocks)));
     tasks.sort();
     const int64_t size = (a.exp_k == nullptr ? a.Tk * HV : 0) + (in_place ? 0 : a.Tk * ldv) + rows * ldv + 3 * HV + 64;
-    run_tasks<T>(threads, tasks.count(), size, [&](int64_t place, T* memory) {
+    run_tasks<T>(threads, tasks.count(), size, nanoseconds(a), [&](int64_t place, T* memory) {
       const int64_t task = tasks.at(place), b = task / blocks, i0 = task % blocks * rows;
       block(b, i0, min(rows, a.Tq - i0), memory);
     });
@@ -180,14 +180,14 @@ void forward(const AdditiveAttentionForwardArgs& args) {
 void exp_rows(DType dtype, int64_t n, int64_t H, const void* k, void* to) {
   dispatch(dtype, [&](auto s) {
     using S = decltype(s);
-    const int64_t threads = n * H > 20000 ? thread_count() : 1;
-    auto rows = [&](int64_t begin, int64_t end) {
-      for (int64_t j = part(n, threads, begin); j < part(n, threads, end); ++j) {
+    const double nanoseconds = double(n * H);
+    const int64_t threads = threads_for(nanoseconds);
+    parallel_for(threads, threads, nanoseconds, [&](int64_t, int64_t share) {
+      for (int64_t j = part(n, threads, share); j < part(n, threads, share + 1); ++j) {
         const S* x = static_cast<const S*>(k) + j * H;
         exp_row(x, H, within_bound(x, H), static_cast<Compute<S>*>(to) + j * H, false);
       }
-    };
-    parallel_pieces(threads, rows);
+    });
   });
 }
 

@@ -83,7 +83,7 @@ class Backward {
 
   void run_weights(S* weights) {
     const int64_t threads = thread_count();
-    run_tasks<T>(threads, groups, scratch_size() + packed_size(), [&](int64_t g, T* memory) {
+    run_tasks<T>(threads, groups, scratch_size() + packed_size(), expected(1), [&](int64_t g, T* memory) {
       const int64_t b = g / a.Hk, hk = g % a.Hk;
       const Scratch s = carve(memory);
       const Packed packed = packed_at(memory);
@@ -455,6 +455,13 @@ class Backward {
     q.set(a, b, h, 1, block * kRows, min(kRows, a.sequences[b].q_length - block * kRows));
   }
 
+  // Expected duration on one thread, in ns, of a pass that takes `forwards` times as long as forward.
+  double expected(double forwards) const {
+    double pairs = 0;
+    for (int64_t b = 0; b < a.B; ++b) pairs += cost_of(a, a.sequences[b]) * double(a.Hk);
+    return forwards * attention::nanoseconds(pairs, a.D, a.Dv);
+  }
+
   // One pass.
 
   // Whether two passes over all blocks (7 products instead of 5) take less time than one pass with few tasks.
@@ -485,7 +492,7 @@ class Backward {
     tasks.sort();
     const int gradients = kQueryGradients | kKeyGradients | (args.dmask != nullptr ? kMaskGradients : 0);
     run_tasks<T>(threads, count, scratch_size() + packed_size() + padded_size(n * ldk) + padded_size(n * ldv),
-                 [&](int64_t task, T* memory) {
+                 expected(attention::kBackwardOverForward), [&](int64_t task, T* memory) {
                    const Scratch s = carve(memory);
                    const Packed packed = packed_at(memory);
                    T *dk = take(memory, n * ldk), *dv = take(memory, n * ldv);
@@ -529,7 +536,9 @@ class Backward {
       return packed_at(at);
     };
     const int64_t key_blocks = ceil_div(longest, kKeys);
-    run_tasks<T>(threads, groups * (key_blocks + 1), 0, [&](int64_t task, T*) {
+    const double packing = 0.3 * double(groups * longest * (a.D + a.Dv)),
+                 of_pass = expected(0.7 * attention::kBackwardOverForward);
+    run_tasks<T>(threads, groups * (key_blocks + 1), 0, packing, [&](int64_t task, T*) {
       const int64_t g = task / (key_blocks + 1), j0 = task % (key_blocks + 1) * kKeys, b = g / a.Hk, hk = g % a.Hk;
       if (j0 == key_blocks * kKeys) return fill_padding(b, hk);
       if (j0 < a.sequences[b].k_length) pack_block(b, hk, j0, packed_of(b, hk));
@@ -548,7 +557,7 @@ class Backward {
     }
     keys.sort();
     const int wanted_of_keys = kKeyGradients | (of_mask && !by_row ? kMaskGradients : 0);
-    run_tasks<T>(threads, keys.count(), scratch_size() + padded_size(kKeys * ldk) + padded_size(kKeys * ldv),
+    run_tasks<T>(threads, keys.count(), scratch_size() + padded_size(kKeys * ldk) + padded_size(kKeys * ldv), of_pass,
                  [&](int64_t place, T* mine) {
                    const Scratch s = carve(mine);
                    T *dk = take(mine, kKeys * ldk), *dv = take(mine, kKeys * ldv);
@@ -593,7 +602,7 @@ class Backward {
     }
     queries.sort();
     const int wanted_of_queries = kQueryGradients | (by_row ? kMaskGradients : 0);
-    run_tasks<T>(threads, of_queries, scratch_size(), [&](int64_t place, T* mine) {
+    run_tasks<T>(threads, of_queries, scratch_size(), of_pass, [&](int64_t place, T* mine) {
       const Scratch s = carve(mine);
       const int64_t task = queries.at(place), block = task % query_blocks;
       for_queries.each(task / query_blocks, [&](int64_t b, int64_t hk) {

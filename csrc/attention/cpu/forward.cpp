@@ -54,12 +54,17 @@ class Forward {
   void run() {
     const int64_t threads = thread_count(), groups = a.B * a.Hk;
     int64_t longest = 0;
-    for (int64_t b = 0; b < a.B; ++b) longest = maximum(longest, a.sequences[b].k_length);
-    if (!attention::group_is_task(groups, threads)) return run_few_groups(threads, longest);
+    double pairs = 0;
+    for (int64_t b = 0; b < a.B; ++b) {
+      longest = maximum(longest, a.sequences[b].k_length);
+      pairs += cost_of(a, a.sequences[b]) * double(a.Hk);
+    }
+    const double nanoseconds = attention::nanoseconds(pairs, a.D, a.Dv);
+    if (!attention::group_is_task(groups, threads)) return run_few_groups(threads, longest, nanoseconds);
     Tasks tasks(groups);
     for (int64_t g = 0; g < groups; ++g) tasks.set(g, cost_of(a, a.sequences[g / a.Hk]));
     tasks.sort();
-    run_tasks<T>(threads, groups, scratch_size() + packed_size(longest), [&](int64_t task, T* memory) {
+    run_tasks<T>(threads, groups, scratch_size() + packed_size(longest), nanoseconds, [&](int64_t task, T* memory) {
       const int64_t g = tasks.at(task), b = g / a.Hk, hk = g % a.Hk;
       const Blocks blocks(a, b);
       Scratch& s = carve(memory);
@@ -399,7 +404,7 @@ class Forward {
   struct Task {
     int64_t g, block, chunk;  // chunk -1: all chunks
   };
-  void run_few_groups(int64_t threads, int64_t longest) const {
+  void run_few_groups(int64_t threads, int64_t longest, double nanoseconds) const {
     const int64_t groups = a.B * a.Hk, size = packed_size(longest);
     int64_t packing = 0, count = 0, parts = 0;
     bool any_packed = false;
@@ -425,7 +430,7 @@ class Forward {
       if (Blocks(a, g / a.Hk).count <= 1) continue;
       for (int64_t c = 0; c * kChunkKeys < a.sequences[g / a.Hk].k_length; ++c) first[n++] = {g, 0, c};
     }
-    run_tasks<T>(threads, n, 0, [&](int64_t task, T*) {
+    run_tasks<T>(threads, n, 0, 0.3 * double(groups * longest * (a.D + a.Dv)), [&](int64_t task, T*) {
       const auto [g, block, chunk] = first[task];
       const int64_t b = g / a.Hk, hk = g % a.Hk;
       if (chunk < 0) return fill_padding(b, hk);
@@ -472,7 +477,7 @@ class Forward {
     }
     begin[groups] = parts;
     tasks.sort();
-    run_tasks<T>(threads, count, scratch_size(), [&](int64_t place, T* memory) {
+    run_tasks<T>(threads, count, scratch_size(), nanoseconds, [&](int64_t place, T* memory) {
       const auto [g, i, c] = second[tasks.at(place)];
       const int64_t b = g / a.Hk, hk = g % a.Hk;
       Scratch& s = carve(memory);

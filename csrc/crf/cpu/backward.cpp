@@ -51,9 +51,10 @@ struct Backward {
     const Memory memory(size_t(count * each) * sizeof(double));
     double* const sums = reinterpret_cast<double*>(memory.get());
     memset(sums, 0, size_t(count * each) * sizeof(double));
-    const int64_t threads = a.first[a.B] * K * K > 20000 ? thread_count() : 1, chunk = (a.B + count - 1) / count;
+    const double nanoseconds = 2 * nanoseconds_of_products(a);
+    const int64_t threads = min(threads_for(nanoseconds), count), chunk = (a.B + count - 1) / count;
     int64_t taken = 0;
-    run_tasks<T>(threads, min(threads, count), Product<S>::size(chain) + K * KV + 6 * KV, [&](int64_t, T* scratch) {
+    run_tasks<T>(threads, threads, Product<S>::size(chain) + K * KV + 6 * KV, nanoseconds, [&](int64_t, T* scratch) {
       Workspace w{};
       w.pairs = scratch;
       scratch += K * KV;

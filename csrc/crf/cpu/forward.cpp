@@ -23,9 +23,10 @@ struct Forward {
     Tasks tasks(a.B);
     for (int64_t b = 0; b < a.B; ++b) tasks.set(b, double(a.count(b)));
     tasks.sort();
-    const int64_t threads = worth(a) ? thread_count() : 1;
+    const double nanoseconds = nanoseconds_of_products(a);
+    const int64_t threads = min(threads_for(nanoseconds), max(a.B, 1));
     int64_t taken = 0;
-    run_tasks<T>(threads, threads, Product<S>::size(chain) + 2 * chain.KV, [&](int64_t, T* memory) {
+    run_tasks<T>(threads, threads, Product<S>::size(chain) + 2 * chain.KV, nanoseconds, [&](int64_t, T* memory) {
       T *x = memory, *next = x + chain.KV;
       memory += 2 * chain.KV;
       Product<S> product(chain, false, memory);  // prepared once per thread
@@ -34,9 +35,6 @@ struct Forward {
       }
     });
   }
-
-  // Fewer than a few thousand products take less time than the start of a second thread.
-  static bool worth(const CrfArgs& a) { return a.first[a.B] * a.K * a.K > 40000; }
 
   void sequence(int64_t b, T* x, T* next, Product<S>& product) const {
     const int64_t n = a.count(b), K = a.K;

@@ -29,8 +29,8 @@ struct Viterbi {
     for (int64_t b = 0; b < a.B; ++b) tasks.set(b, double(a.count(b)));
     tasks.sort();
     const int64_t N = args.paths, K = a.K, KV = chain.KV;
-    const int64_t threads = a.first[a.B] * K * K * N > 40000 ? thread_count() : 1;
-    run_tasks<T>(threads, a.B, (2 * N + 1) * KV + K * KV, [&](int64_t place, T* memory) {
+    const double nanoseconds = nanoseconds_of_products(a) * double(N);
+    run_tasks<T>(thread_count(), a.B, (2 * N + 1) * KV + K * KV, nanoseconds, [&](int64_t place, T* memory) {
       const int64_t b = tasks.at(place), n = a.count(b);
       if (n == 0 || !ordered(b)) {
         for (int64_t r = 0; r < N; ++r) {

@@ -25,7 +25,7 @@ struct Backward {
     Tasks tasks(a.B);
     for (int64_t b = 0; b < a.B; ++b) tasks.set(b, double(a.steps[b] * (a.states(b) + a.C)));
     tasks.sort();
-    run_tasks<T>(worth_threads(a) ? thread_count() : 1, a.B, States<S>::size(a) + 3 * size + CV,
+    run_tasks<T>(thread_count(), a.B, States<S>::size(a) + 3 * size + CV, nanoseconds(a) + double(a.B * a.T * a.C),
                  [&](int64_t place, T* memory) { sequence(tasks.at(place), memory); });
   }
 

@@ -23,7 +23,7 @@ struct Forward {
     Tasks tasks(a.B);
     for (int64_t b = 0; b < a.B; ++b) tasks.set(b, double(a.steps[b] * a.states(b)));
     tasks.sort();
-    run_tasks<T>(worth_threads(a) ? thread_count() : 1, a.B, States<S>::size(a) + 2 * padded_states<T>(a.S),
+    run_tasks<T>(thread_count(), a.B, States<S>::size(a) + 2 * padded_states<T>(a.S), nanoseconds(a),
                  [&](int64_t place, T* memory) { sequence(tasks.at(place), memory); });
   }
 

@@ -76,15 +76,16 @@ struct Reducer {
                                                                            : SumKind::kPlain;
 
   void run() const {
-    if (sort.any_frequent) for_each_thread(sort.threads, [&](int64_t thread) { sum_chunks(thread); });
-    for_each_thread(sort.threads, [&](int64_t thread) { sum_rows(thread); });
+    if (sort.any_frequent) for_each_part(sort.division, [&](int64_t thread) { sum_chunks(thread); });
+    for_each_part(sort.division, [&](int64_t thread) { sum_rows(thread); });
   }
 
   int64_t end_of(int64_t begin) const { return end_of_row(pairs, sort.n, begin); }
 
   // Sums the chunks of frequent rows. Each thread has an equal part of the pairs, independent of the rows.
   void sum_chunks(int64_t thread) const {
-    const int64_t low = part(sort.n, sort.threads, thread), high = part(sort.n, sort.threads, thread + 1);
+    const int64_t low = part(sort.n, sort.division.threads, thread),
+                  high = part(sort.n, sort.division.threads, thread + 1);
     Contributions<S, U> contributions(args, sort);
     for (int64_t begin = low < high ? lower_bound(pairs, sort.n, pairs[low].row) : high; begin < high;) {
       const int64_t end = end_of(begin);

@@ -39,7 +39,8 @@ struct Sorter {
     first = bounds.begin(0);
     last = bounds.begin(t.bags);
     const int64_t n = last - first;
-    threads = min(kMaxRanges, threads_for(max(n, out.dense ? t.E : 0) * t.D * int64_t(sizeof(S))));
+    out.division = divide(max(n, out.dense ? t.E : 0) * t.D * int64_t(sizeof(S)));
+    threads = out.division.threads = min(kMaxRanges, out.division.threads);
     const int width = bits_of(t.E);
     bucket_shift = threads == 1 ? width : width > kBucketBits ? width - kBucketBits : 0;
     buckets = (max(t.E - 1, 0) >> bucket_shift) + 1;
@@ -68,7 +69,6 @@ struct Sorter {
     out.begins = out.rows + threads + 1;
     out.unique_before = out.begins + threads + 1;
     out.partials = take(partial_bytes);
-    out.threads = threads;
   }
 
   // Splits the rows [0, range) into digits; one pass sorts by one digit.
@@ -87,7 +87,7 @@ struct Sorter {
   }
 
   BagFault run() {
-    for_each_thread(threads, [&](int64_t thread) {
+    for_each_part(out.division, [&](int64_t thread) {
       if (args.shape.wide_indices) {
         count_indices<int64_t>(thread);
       } else {
@@ -103,7 +103,7 @@ struct Sorter {
     if (faults.first().kind != BagFault::kNone) return faults.first();
     const int64_t widest = assign_ranges();
     const Digits digits(widest);
-    for_each_thread(threads, [&](int64_t thread) {
+    for_each_part(out.division, [&](int64_t thread) {
       if (args.shape.wide_indices) {
         collect_pairs<int64_t>(thread);
       } else {

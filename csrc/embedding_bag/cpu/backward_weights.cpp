@@ -128,10 +128,10 @@ BagFault weight_gradient_of(const BagBackward& args, void* dweights) {
   Memory memory(in_place ? 0 : sizeof(T) * t.N);
   WeightGradient<S> gradient{args, static_cast<T*>(in_place ? dweights : memory.get()), dweights};
   const BagForward all{args.shape, &t, 1};
-  const int64_t threads = threads_for(gradient.bounds.work() * t.D * int64_t(sizeof(S)));
+  const Division division = divide(gradient.bounds.work() * t.D * int64_t(sizeof(S)));
   Faults faults;
   const auto each = [&](auto&& pass) {
-    for_each_share(all, threads, [&](int64_t, int64_t low, int64_t high) {
+    for_each_share(all, division, [&](int64_t, int64_t low, int64_t high) {
       BagFault found{};
       pass(low, high, found);
       faults.add(found);

@@ -364,25 +364,28 @@ struct Prefetch {
   }
 };
 
-// Calls f(table, low, high) with each thread's range of keys of every table.
+// Calls f(part) for each of the parts of a division.
 template <class F>
-void for_each_share(const BagForward& args, int64_t threads, F&& f) {
+void for_each_part(const Division& division, F&& f) {
+  parallel_for(division.threads, division.threads, division.nanoseconds, [&](int64_t, int64_t part) { f(part); });
+}
+
+// Calls f(table, low, high) with the range of keys of every table that belongs to each part of a division.
+template <class F>
+void for_each_share(const BagForward& args, const Division& division, F&& f) {
   const auto bounds_of = [&](int64_t i) { return Bounds{args.tables[i], args.shape.wide_offsets}; };
   int64_t total = 0;  // work per key is proportional to D
   for (int64_t i = 0; i < args.count; ++i) total += bounds_of(i).work() * max(1, args.tables[i].D);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      const int64_t from = part(total, threads, thread), to = part(total, threads, thread + 1);
-      int64_t before = 0;
-      for (int64_t i = 0; i < args.count; ++i) {
-        const int64_t D = max(1, args.tables[i].D), work = bounds_of(i).work(), first = bounds_of(i).first();
-        const int64_t low = max(0, (from - before + D - 1) / D), high = min(work, (to - before + D - 1) / D);
-        if (low < high) f(i, first + low, first + high);
-        before += work * D;
-      }
+  for_each_part(division, [&](int64_t thread) {
+    const int64_t from = part(total, division.threads, thread), to = part(total, division.threads, thread + 1);
+    int64_t before = 0;
+    for (int64_t i = 0; i < args.count; ++i) {
+      const int64_t D = max(1, args.tables[i].D), work = bounds_of(i).work(), first = bounds_of(i).first();
+      const int64_t low = max(0, (from - before + D - 1) / D), high = min(work, (to - before + D - 1) / D);
+      if (low < high) f(i, first + low, first + high);
+      before += work * D;
     }
-  };
-  parallel_pieces(threads, body);
+  });
 }
 
 // Defined in the files of the same names.

@@ -386,16 +386,16 @@ BagFault forward_of(const BagForward& args) {
     for (int64_t i = 0; i < table && merges; ++i) before += Partials<T>::bytes(args.tables[i]);
     return scratch.get() + before;
   };
-  const int64_t threads = threads_for(bytes);
+  const Division division = divide(bytes);
   Faults faults;
-  for_each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
+  for_each_share(args, division, [&](int64_t i, int64_t low, int64_t high) {
     BagFault fault{};
     Forward<S>(args.tables[i], args.shape, scratch_of(i), !merges).run(low, high, fault);
     faults.add(fault);
   });
   const BagFault fault = faults.first();
   if (fault.kind != BagFault::kNone || !merges) return fault;
-  for_each_share(args, threads, [&](int64_t i, int64_t low, int64_t high) {
+  for_each_share(args, division, [&](int64_t i, int64_t low, int64_t high) {
     Forward<S>(args.tables[i], args.shape, scratch_of(i), false).merge(low, high);
   });
   return fault;

@@ -8,9 +8,10 @@ namespace seqkernels::SEQKERNELS_ISA {
 void bag_pack_bytes(const BagTable& t, DType dtype, uint8_t* packed) {
   dispatch(dtype, [&](auto storage) {
     using S = decltype(storage);
-    const int64_t threads = threads_for(t.E * t.D * int64_t(sizeof(S)));
-    for_each_thread(threads, [&](int64_t thread) {
-      for (int64_t row = part(t.E, threads, thread), last = part(t.E, threads, thread + 1); row < last; ++row) {
+    const Division division = divide(t.E * t.D * int64_t(sizeof(S)));
+    for_each_part(division, [&](int64_t thread) {
+      for (int64_t row = part(t.E, division.threads, thread), last = part(t.E, division.threads, thread + 1);
+           row < last; ++row) {
         const S* from = static_cast<const S*>(t.table) + row * t.row_stride;
         uint8_t* to = packed + row * (t.D + 8);
         const auto value = [&](int64_t d) { return float(load_value(from + d * t.column_stride)); };

@@ -30,7 +30,7 @@ template <class S, class U>
 void renorm(const BagTable& t, const RowSort& sort, double max_norm, double p) {
   using T = Compute<S>;
   const Pair<U>* pairs = static_cast<const Pair<U>*>(sort.pairs);
-  for_each_thread(sort.threads, [&](int64_t thread) {
+  for_each_part(sort.division, [&](int64_t thread) {
     for (int64_t begin = sort.begins[thread]; begin < sort.begins[thread + 1];
          begin = end_of_row(pairs, sort.n, begin)) {
       S* w = static_cast<S*>(const_cast<void*>(t.table)) + int64_t(pairs[begin].row) * t.row_stride;

@@ -42,14 +42,6 @@ SEQKERNELS_INLINE Compute<S> weight_at(const BagBackward& args, int64_t position
   return load_value(static_cast<const S*>(args.table.weights) + position);
 }
 
-template <class F>
-void for_each_thread(int64_t threads, F&& f) {
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) f(thread);
-  };
-  parallel_pieces(threads, body);
-}
-
 // The first pair with this row or a later one.
 template <class U>
 inline int64_t lower_bound(const Pair<U>* pairs, int64_t n, int64_t row) {

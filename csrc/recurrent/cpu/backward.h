@@ -44,7 +44,7 @@ struct Backward : Layer<Cell> {
   T* direct;                     // the same
   T* sums;                       // [teams] UnitSums of the gradients of peepholes or, with
                                  // normalisation, of biases and gains
-  T* tiles;                      // [members, kTiles, tile_height, kPanel]
+  T* tiles;                      // [threads, kTiles, tile_height, kPanel]
   const S** h_prev;              // [directions, N] address of the h before each row; null
                                  // for zeros
   OuterProduct<T> outer;
@@ -90,7 +90,7 @@ struct Backward : Layer<Cell> {
   int64_t outer_columns() const {
     int64_t most = projected && P > G ? P : G;
     if (Second::kInner && Second::kGates * H > most) most = Second::kGates * H;
-    return ceil_div(args.directions * most, teams.members());
+    return ceil_div(args.directions * most, teams.shares());
   }
 
   void carve(Arena& arena) {
@@ -109,23 +109,23 @@ struct Backward : Layer<Cell> {
     for (int k = 0; k < kCells; ++k) dc[k] = arena.take<T>(state);
     direct = Cell::kDirect ? arena.take<T>(state) : nullptr;
     sums = kSums > 0 && kOptions ? arena.take<T>(teams.count() * UnitSums<T>::size(kSums, HV)) : nullptr;
-    tiles = arena.take<T>(teams.members() * kTiles * tile_height * kPanel<T>);
+    tiles = arena.take<T>(teams.threads * kTiles * tile_height * kPanel<T>);
     h_prev = arena.take<const S*>(tokens);
-    teams.barriers = arena.take<Barrier>(teams.count());
-    if (grad.weights_wanted) OuterProduct<T>::measure(arena, teams.members(), outer_columns(), outer_panels(), outer);
+    all_shares = arena.take<Share>(teams.threads * args.plan.unit_groups);
+    teams.carve(arena);
+    if (grad.weights_wanted) OuterProduct<T>::measure(arena, teams.threads, outer_columns(), outer_panels(), outer);
   }
 
-  void run(int64_t begin, int64_t end) {
-    prepare(begin, end);
-    teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
-    teams.everyone.arrive_and_wait(end - begin);
-    finish(begin, end);
+  void run(int64_t thread) {
+    teams.run_all(0, thread, [&](int64_t share) { prepare(share); });
+    teams.each(thread, [&](Team& team) { run_sequences(team, thread); });
+    teams.run_all(teams.phase_after_teams(), thread, [&](int64_t share) { finish(share, thread); });
   }
 
-  void prepare(int64_t begin, int64_t end) {
-    const int64_t all = teams.members();
+  __attribute__((noinline)) void prepare(int64_t part) {
+    const int64_t all = teams.shares();
     const auto pack = [&](const Operand<S>& operand, T* packed) {
-      const Range mine = share(operand.panels(), all, begin, end);
+      const Range mine = share(operand.panels(), all, part, part + 1);
       operand.pack_panels(mine.begin, mine.end, packed);
     };
     const bool returns = walk.T > 1 || grad.dh0 != nullptr;  // some h before the row gets a gradient
@@ -138,17 +138,16 @@ struct Backward : Layer<Cell> {
     }
     for (int64_t d = 0; d < args.directions; ++d) {
       if (grad.dx != nullptr) pack(ih(d), packed_ih + d * ih(d).packed_size());
-      find_previous(d, share(walk.T, all, begin, end));
+      find_previous(d, share(walk.T, all, part, part + 1));
     }
-    teams.everyone.arrive_and_wait(end - begin);
   }
 
-  void finish(int64_t begin, int64_t end) const {
-    if (grad.dx != nullptr) input_gradient(share(walk.N, teams.members(), begin, end), tile_of(begin, 0));
-    if (grad.weights_wanted) weight_gradients(begin, end);
+  __attribute__((noinline)) void finish(int64_t part, int64_t thread) const {
+    if (grad.dx != nullptr) input_gradient(share(walk.N, teams.shares(), part, part + 1), tile_of(thread, 0));
+    if (grad.weights_wanted) weight_gradients(part, thread);
   }
 
-  T* tile_of(int64_t member, int which) const { return tiles + (member * kTiles + which) * tile_height * kPanel<T>; }
+  T* tile_of(int64_t thread, int which) const { return tiles + (thread * kTiles + which) * tile_height * kPanel<T>; }
 
   // Null if the states are zero: no initial states were given, or after a
   // reset.
@@ -184,7 +183,7 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  // Workspace of a member.
+  // Workspace of a thread in a team.
   struct Workspace {
     int64_t stream;
     Rows rows;
@@ -194,65 +193,89 @@ struct Backward : Layer<Cell> {
     int64_t run;  // rows summed since the last flush
   };
 
-  void run_sequences(const Member& member, int64_t slot) {
-    Workspace work = workspace_of(member, slot);
-    const int64_t stream = member.stream, units = args.plan.unit_groups;
-    const Rows& rows = work.rows;
-    const Range panels = share(to_panels(H), units, member.first, member.last);
-    const Range own = {min(H, panels.begin * kPanel<T>), min(H, panels.end * kPanel<T>)};
-    const Range own_p = share(to_panels(P), units, member.first, member.last);
-    const bool collects = sums != nullptr;
-    begin_sequences(work, own);
-    int64_t before = 0,
-            before_t = 0;  // rows and time of the step processed before
+  // A share of a team: panels of hidden units, those units, and panels of outputs.
+  struct Share {
+    Range panels, own, own_p;
+  };
+  Share share_of(int64_t part) const {
+    const int64_t parts = args.plan.unit_groups;
+    const Range panels = share(to_panels(H), parts, part, part + 1);
+    return {panels,
+            {min(H, panels.begin * kPanel<T>), min(H, panels.end * kPanel<T>)},
+            share(to_panels(P), parts, part, part + 1)};
+  }
+  Share* all_shares;  // [threads, unit_groups]
+
+  // A step: its time and rows, and those of the step processed before.
+  struct Step {
+    int64_t t, active, before_t, before;
+  };
+
+  void run_sequences(Team& team, int64_t thread) {
+    Workspace work = workspace_of(team.stream, team.group, thread);
+    Share* const shares = all_shares + thread * args.plan.unit_groups;
+    for (int64_t part = 0; part < args.plan.unit_groups; ++part) shares[part] = share_of(part);
+    team.run([&](int64_t part) { begin_sequences(work, shares[part].own); });
+    Step step{0, 0, 0, 0};
     for (int64_t s = walk.T - 1; s >= 0; --s) {
-      const int64_t t = this->step(s, stream), active = rows.at(t);
-      if (active == 0 && before == 0) continue;
-      for (int64_t p = own_p.begin; p < own_p.end; ++p) {
-        recurrent_gradient(work, before_t, before, p);
-        if (projected) {
-          output_gradient(work, t, active, before, p);
-        } else {
-          cells(work, t, active, before, p);
-        }
-        store_h(work, active, before, p);
-      }
-      if (projected) {
-        member.sync();
-        for (int64_t p = panels.begin; p < panels.end; ++p) {
-          const T* dh = dh_rows + (stream * walk.N + rows.packed(t, 0)) * P;
-          panel_product(hr(stream), packed_hr_of(stream), nullptr, p, active, dh, rows.groups * P, work.tile[0],
-                        kPanel<T>, Into::kReplace);
-          cells(work, t, active, active, p);
-        }
-      }
+      step.t = this->step(s, work.stream);
+      step.active = work.rows.at(step.t);
+      if (step.active == 0 && step.before == 0) continue;
+      const bool flushes = sums != nullptr && (work.run += step.active) >= UnitSums<T>::kRun;
+      team.run([&](int64_t part) { second_stage(work, shares[part], step, flushes); });
+      if (projected) team.run([&](int64_t part) { through_projection(work, shares[part], step, flushes); });
       if constexpr (kTwoStages) {
-        member.sync();
-        for (int64_t p = panels.begin; p < panels.end; ++p) {
-          for (int f = 0; f < Second::kFactors; ++f) second_product(work, t, active, p, f);
-          first_cells(work, t, active, p);
-        }
+        team.run([&](int64_t part) { first_stage(work, shares[part], step); });
       }
-      if (collects && (work.run += active) >= UnitSums<T>::kRun) {
-        work.sums.flush(kSums, own);
-        work.run = 0;
-      }
-      before = active;
-      before_t = t;
-      member.sync();
+      if (flushes) work.run = 0;
+      step.before = step.active;
+      step.before_t = step.t;
     }
-    if (collects) work.sums.flush(kSums, own);
-    end_sequences(work, own, own_p, before_t, before);
+    team.run(
+        [&](int64_t part) { end_sequences(work, shares[part].own, shares[part].own_p, step.before_t, step.before); });
   }
 
-  Workspace workspace_of(const Member& member, int64_t slot) const {
-    const int64_t team = teams.team(member);
+  // The phases of a step, for one share.
+
+  __attribute__((noinline)) void second_stage(Workspace& work, const Share& its, const Step& step, bool flushes) const {
+    for (int64_t p = its.own_p.begin; p < its.own_p.end; ++p) {
+      recurrent_gradient(work, step.before_t, step.before, p);
+      if (projected) {
+        output_gradient(work, step.t, step.active, step.before, p);
+      } else {
+        cells(work, step.t, step.active, step.before, p);
+      }
+      store_h(work, step.active, step.before, p);
+    }
+    if (flushes && !projected) work.sums.flush(kSums, its.own);
+  }
+
+  __attribute__((noinline)) void through_projection(Workspace& work, const Share& its, const Step& step,
+                                                    bool flushes) const {
+    for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
+      const T* dh = dh_rows + (work.stream * walk.N + work.rows.packed(step.t, 0)) * P;
+      panel_product(hr(work.stream), packed_hr_of(work.stream), nullptr, p, step.active, dh, work.rows.groups * P,
+                    work.tile[0], kPanel<T>, Into::kReplace);
+      cells(work, step.t, step.active, step.active, p);
+    }
+    if (flushes) work.sums.flush(kSums, its.own);
+  }
+
+  __attribute__((noinline)) void first_stage(Workspace& work, const Share& its, const Step& step) const {
+    for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
+      for (int f = 0; f < Second::kFactors; ++f) second_product(work, step.t, step.active, p, f);
+      first_cells(work, step.t, step.active, p);
+    }
+  }
+
+  Workspace workspace_of(int64_t stream, int64_t group, int64_t thread) const {
+    const int64_t team = stream * args.plan.row_groups + group;
     const auto of_team = [team](T* all, int64_t size) { return all == nullptr ? nullptr : all + team * size; };
     const int64_t state = group_rows * HV;
-    Workspace work{member.stream, {walk, args.plan.row_groups, member.group}, {}, of_team(direct, state), {}, {}, 0};
+    Workspace work{stream, {walk, args.plan.row_groups, group}, {}, of_team(direct, state), {}, {}, 0};
     for (int k = 0; k < kCells; ++k) work.dc[k] = of_team(dc[k], state);
     if (sums != nullptr) work.sums = sums_of(team);
-    for (int i = 0; i < kTiles; ++i) work.tile[i] = tile_of(slot, i);
+    for (int i = 0; i < kTiles; ++i) work.tile[i] = tile_of(thread, i);
     return work;
   }
 
@@ -268,6 +291,7 @@ struct Backward : Layer<Cell> {
 
   // The gradients of the initial states.
   void end_sequences(const Workspace& work, Range own, Range own_p, int64_t before_t, int64_t before) const {
+    if (sums != nullptr) work.sums.flush(kSums, own);
     const int64_t stream = work.stream;
     const Rows& rows = work.rows;
     for (int64_t p = own_p.begin; p < own_p.end && grad.dh0 != nullptr; ++p) {
@@ -516,20 +540,18 @@ struct Backward : Layer<Cell> {
     }
   }
 
-  void weight_gradients(int64_t begin, int64_t end) const {
-    const int64_t all = teams.members();
-    for (int64_t member = begin; member < end; ++member) {
-      const OuterProduct<T> product = outer.of(member, outer_panels());
-      for (int64_t d = 0; d < args.directions; ++d) {
-        const auto mine = [&](int64_t columns) {
-          return within(share(args.directions * columns, all, member, member + 1), d * columns, columns);
-        };
-        gate_weights(product, d, mine(G));
-        if (Second::kInner) inner_weights(product, d, mine(Second::kGates * H));
-        if (projected) projection_weights(product, d, mine(P));
-      }
+  void weight_gradients(int64_t part, int64_t thread) const {
+    const int64_t all = teams.shares();
+    const OuterProduct<T> product = outer.of(thread, outer_panels());
+    for (int64_t d = 0; d < args.directions; ++d) {
+      const auto mine = [&](int64_t columns) {
+        return within(share(args.directions * columns, all, part, part + 1), d * columns, columns);
+      };
+      gate_weights(product, d, mine(G));
+      if (Second::kInner) inner_weights(product, d, mine(Second::kGates * H));
+      if (projected) projection_weights(product, d, mine(P));
     }
-    if (begin == 0 && sums != nullptr) write_unit_sums();
+    if (part == 0 && sums != nullptr) write_unit_sums();
   }
 
   // Gradients of rows m of W_ih and W_hh and of the biases. With several heads

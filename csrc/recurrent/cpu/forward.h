@@ -1,11 +1,10 @@
 // Forward pass of a recurrent layer.
 //
-// Each thread processes whole sequences. Steps are grouped into chunks of rows:
-// the product of the input with W_ih is computed per chunk and stays in the L2
-// cache; each step then adds h W_hh^T panel by panel and runs the cell on the
-// panel while it is in the L1 cache. In a cell of two stages the second product
-// starts after a barrier, when all units have finished the first; a projection
-// likewise.
+// Steps are grouped into chunks of rows: the product of the input with W_ih is
+// computed per chunk and stays in the L2 cache; each step then adds h W_hh^T
+// panel by panel and runs the cell on the panel while it is in the L1 cache. In
+// a cell of two stages the second stage is a phase of its own, which starts when
+// all units have finished the first; a projection likewise.
 #pragma once
 
 #include "recurrent/cpu/layer.h"
@@ -112,13 +111,12 @@ struct Stage {
     }
   }
 
-  Range share_of(const Member& member) const {
-    return share(panels(), layer.args.plan.unit_groups, member.first, member.last);
-  }
+  // The panels of a share of the units.
+  Range panels_of(int64_t part) const { return share(panels(), layer.args.plan.unit_groups, part, part + 1); }
   Range units_of(Range range) const {
     return {min(layer.H, range.begin * kPanelUnits), min(layer.H, range.end * kPanelUnits)};
   }
-  int64_t member_panels() const { return ceil_div(panels(), layer.args.plan.unit_groups); }
+  int64_t share_panels() const { return ceil_div(panels(), layer.args.plan.unit_groups); }
 };
 
 template <class Cell, bool kTwo = Cell::kTwoStages>
@@ -132,7 +130,7 @@ struct SecondStage<Cell, true> : Stage<Cell, typename Cell::Second, Cell::kFacto
   using Stage<Cell, typename Cell::Second, Cell::kFactors, Cell::kInner>::Stage;
 };
 
-// Workspace of a member: the states of its team and its own buffers.
+// Workspace of a thread in a team: the states of the team and its own buffers.
 template <class T>
 struct Workspace {
   int64_t stream;
@@ -145,7 +143,25 @@ struct Workspace {
   T* m = nullptr;                      // [rows, HV] before the projection
   T *q = nullptr, *carried = nullptr;  // between the stages: [rows, kFactors *
                                        // HV], [rows, kCarried * HV]
-  T *x_chunk = nullptr, *from_x = nullptr, *from_x2 = nullptr, *from_h = nullptr, *scratch = nullptr;
+  T *x_chunk = nullptr, *from_h = nullptr, *scratch = nullptr;
+  int64_t gathered = -1;  // the first step of the chunk in x_chunk
+};
+
+// A chunk of steps [begin, end), in the order of processing, and its rows.
+struct Chunk {
+  int64_t begin, end, rows;
+};
+
+// A share of a team: the panels of its products, and the units whose states it updates.
+template <class T>
+struct Share {
+  Range panels, panels2, outputs, own_h, own_c;
+  T *from_x, *from_x2;  // products with the rows of a chunk
+};
+
+// A step: its time, the number of sequences that have it, its first row in the chunk.
+struct Step {
+  int64_t t, active, row;
 };
 
 template <class Cell>
@@ -167,8 +183,10 @@ struct Forward : Layer<Cell> {
   const int64_t chunk_rows = group_rows > kChunkRows ? group_rows : min(kChunkRows, walk.N);
   FirstStage first;
   SecondStage<Cell> second;
-  T *packed_hr, *states, *x_rows, *products;
-  int64_t team_size, member_size;  // elements of states, of products
+  T *packed_hr, *states, *buffers;
+  T *all_from_x, *all_from_x2 = nullptr;  // [shares, panels, chunk_rows, kWide1 or kWide2]
+  Share<T>* all_shares;                   // [threads, unit_groups]
+  int64_t team_size, thread_size;         // elements of states, of buffers
 
   explicit Forward(const ForwardArgs& a)
       : L{a}, out(a), teams{a, Cell::kJointNorm ? a.heads : 1}, first(*this, walk.T > 1), second(*this, walk.T > 1) {}
@@ -183,14 +201,19 @@ struct Forward : Layer<Cell> {
     second.carve(arena);
     packed_hr = pack_first && projected ? arena.take<T>(streams * hr(0).packed_size()) : nullptr;
     Workspace<T> work{0, {walk, 1, 0}};
-    Arena team, member;
-    states_of(team, work);
-    products_of(member, work);
-    team_size = reinterpret_cast<int64_t>(team.at) / int64_t{sizeof(T)};
-    member_size = reinterpret_cast<int64_t>(member.at) / int64_t{sizeof(T)};
+    Arena of_team, of_thread;
+    states_of(of_team, work);
+    buffers_of(of_thread, work);
+    team_size = reinterpret_cast<int64_t>(of_team.at) / int64_t{sizeof(T)};
+    thread_size = reinterpret_cast<int64_t>(of_thread.at) / int64_t{sizeof(T)};
     states = arena.take<T>(teams.count() * team_size);
-    products = arena.take<T>(teams.members() * member_size);
-    teams.barriers = arena.take<Barrier>(teams.count());
+    buffers = arena.take<T>(teams.threads * thread_size);
+    all_from_x = arena.take<T>(teams.shares() * first.share_panels() * chunk_rows * kWide1);
+    if constexpr (Cell::kTwoStages) {
+      all_from_x2 = arena.take<T>(teams.shares() * second.share_panels() * chunk_rows * kWide2);
+    }
+    all_shares = arena.take<Share<T>>(teams.threads * args.plan.unit_groups);
+    teams.carve(arena);
   }
   void states_of(Arena& arena, Workspace<T>& work) const {
     work.h = arena.take<T>(group_rows * PV);
@@ -204,101 +227,127 @@ struct Forward : Layer<Cell> {
       work.carried = arena.take<T>(group_rows * Cell::kCarried * HV);
     }
   }
-  void products_of(Arena& arena, Workspace<T>& work) const {
+  void buffers_of(Arena& arena, Workspace<T>& work) const {
     work.x_chunk = arena.take<T>(chunk_rows * D);
-    work.from_x = arena.take<T>(first.member_panels() * chunk_rows * kWide1);
-    if constexpr (Cell::kTwoStages) work.from_x2 = arena.take<T>(second.member_panels() * chunk_rows * kWide2);
     work.from_h = arena.take<T>(group_rows * kWidest);
     work.scratch = arena.take<T>(kBlock * kWidest);
   }
 
-  void run(int64_t begin, int64_t end) {
-    pack(begin, end);
-    teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
+  void run(int64_t thread) {
+    teams.run_all(0, thread, [&](int64_t share) { pack(share); });
+    teams.each(thread, [&](Team& team) { run_sequences(team, thread); });
   }
 
-  void pack(int64_t begin, int64_t end) {
-    for (int64_t stream = 0; stream < streams; ++stream) {
-      // In the order of members: with one row group, a member packs the panels
-      // that it reads.
-      const int64_t each = teams.members() / streams;
-      const Range mine = within({begin, end}, stream * each, each);
-      if (mine.size() <= 0) continue;
-      first.pack(stream, share(first.panels(), each, mine.begin, mine.end));
-      if constexpr (Cell::kTwoStages) second.pack(stream, share(second.panels(), each, mine.begin, mine.end));
-      if (packed_hr == nullptr) continue;
-      const Range outputs = share(hr(stream).panels(), each, mine.begin, mine.end);
-      hr(stream).pack_panels(outputs.begin, outputs.end, packed_hr + stream * hr(stream).packed_size());
-    }
-    teams.everyone.arrive_and_wait(end - begin);
+  // Packs the weights that belong to a share of all: with one row group, the panels that it reads.
+  __attribute__((noinline)) void pack(int64_t share_of_all) const {
+    const int64_t each = teams.shares() / streams, stream = share_of_all / each, part = share_of_all % each;
+    first.pack(stream, share(first.panels(), each, part, part + 1));
+    if constexpr (Cell::kTwoStages) second.pack(stream, share(second.panels(), each, part, part + 1));
+    if (packed_hr == nullptr) return;
+    const Range outputs = share(hr(stream).panels(), each, part, part + 1);
+    hr(stream).pack_panels(outputs.begin, outputs.end, packed_hr + stream * hr(stream).packed_size());
   }
 
-  void run_sequences(const Member& member, int64_t slot) {
-    Workspace<T> work{member.stream, {walk, args.plan.row_groups, member.group}};
-    Arena team{reinterpret_cast<char*>(states + teams.team(member) * team_size)};
-    Arena own{reinterpret_cast<char*>(products + slot * member_size)};
-    states_of(team, work);
-    products_of(own, work);
-    const Rows& rows = work.rows;
-    const int64_t stream = member.stream;
-    const Range panels = first.share_of(member);
-    // The units whose states this member updates.
-    Range panels2 = panels, own_c = first.units_of(panels), outputs = {0, 0};
+  Workspace<T> workspace_of(int64_t stream, int64_t group, int64_t thread) const {
+    Workspace<T> work{stream, {walk, args.plan.row_groups, group}};
+    Arena of_team{reinterpret_cast<char*>(states + (stream * args.plan.row_groups + group) * team_size)};
+    Arena of_thread{reinterpret_cast<char*>(buffers + thread * thread_size)};
+    states_of(of_team, work);
+    buffers_of(of_thread, work);
+    return work;
+  }
+
+  Share<T> share_of(const Workspace<T>& work, int64_t part) const {
+    const int64_t number =
+        (work.stream * args.plan.row_groups + work.rows.group) * args.plan.unit_groups + part;  // of all shares
+    Share<T> its{first.panels_of(part), {0, 0}, {0, 0}, {0, 0}, {0, 0}, nullptr, nullptr};
+    its.own_c = first.units_of(its.panels);
+    its.from_x = all_from_x + number * first.share_panels() * chunk_rows * kWide1;
     if constexpr (Cell::kTwoStages) {
-      panels2 = second.share_of(member);
-      own_c = second.units_of(panels2);
+      its.panels2 = second.panels_of(part);
+      its.own_c = second.units_of(its.panels2);
+      its.from_x2 = all_from_x2 + number * second.share_panels() * chunk_rows * kWide2;
     }
-    if (projected) outputs = share(hr(stream).panels(), args.plan.unit_groups, member.first, member.last);
-    const Range own_h = projected ? Range{min(P, outputs.begin * kPanel<T>), min(P, outputs.end * kPanel<T>)} : own_c;
+    its.own_h = its.own_c;
+    if (projected) {
+      its.outputs = share(hr(work.stream).panels(), args.plan.unit_groups, part, part + 1);
+      its.own_h = {min(P, its.outputs.begin * kPanel<T>), min(P, its.outputs.end * kPanel<T>)};
+    }
+    return its;
+  }
 
-    begin_sequences(work, own_h, own_c);
-    member.sync();
-
+  void run_sequences(Team& team, int64_t thread) {
+    Workspace<T> work = workspace_of(team.stream, team.group, thread);
+    Share<T>* const shares = all_shares + thread * args.plan.unit_groups;
+    for (int64_t part = 0; part < args.plan.unit_groups; ++part) shares[part] = share_of(work, part);
+    team.run([&](int64_t part) { begin_sequences(work, shares[part].own_h, shares[part].own_c); });
     bool zero_h = args.h0 == nullptr;
-    for (int64_t s = 0, next; s < walk.T; s = next) {
-      const int64_t in_chunk = gather_chunk(work, s, next);
-      if (in_chunk == 0) continue;
-      for (int64_t p = panels.begin; p < panels.end; ++p) {
-        T* to = work.from_x + (p - panels.begin) * chunk_rows * kWide1;
-        first.product_x(stream, p, in_chunk, work.x_chunk, work.scratch, to);
-      }
-      if constexpr (Cell::kTwoStages && !Cell::kInner) {
-        for (int64_t p = panels2.begin; p < panels2.end; ++p) {
-          T* to = work.from_x2 + (p - panels2.begin) * chunk_rows * kWide2;
-          second.product_x(stream, p, in_chunk, work.x_chunk, work.scratch, to);
-        }
-      }
-      for (int64_t row = 0; s < next; ++s) {
-        const int64_t t = this->step(s, stream), active = rows.at(t);
-        if (active == 0) continue;
-        for (int64_t p = panels.begin; p < panels.end; ++p) {
-          const T* from_x = work.from_x + ((p - panels.begin) * chunk_rows + row) * kWide1;
-          if (!zero_h) {
-            first.product_h(stream, 0, p, active, work.recurrent, PV, work.scratch, work.from_h, Into::kReplace);
-          }
-          first_cells(work, t, p, active, from_x, zero_h ? nullptr : work.from_h);
-        }
+    for (int64_t s = 0; s < walk.T;) {
+      const Chunk chunk = chunk_from(work, s);
+      Step step{0, 0, 0};
+      for (; s < chunk.end; ++s) {
+        step.t = this->step(s, work.stream);
+        step.active = work.rows.at(step.t);
+        if (step.active == 0) continue;
+        team.run([&](int64_t part) { first_stage(work, shares[part], chunk, step, zero_h); });
         if constexpr (Cell::kTwoStages) {
-          member.sync();
-          for (int64_t p = panels2.begin; p < panels2.end; ++p) {
-            const T* from_x = work.from_x2 + ((p - panels2.begin) * chunk_rows + row) * kWide2;
-            for (int f = 0; f < Cell::kFactors; ++f) {
-              second.product_h(stream, f, p, active, work.q + f * HV, Cell::kFactors * HV, work.scratch, work.from_h,
-                               f == 0 ? Into::kReplace : Into::kAdd);
-            }
-            second_cells(work, t, p, active, from_x);
-          }
+          team.run([&](int64_t part) { second_stage(work, shares[part], step); });
         }
-        if (projected) {
-          member.sync();
-          for (int64_t p = outputs.begin; p < outputs.end; ++p) project(work, t, p, active);
-        }
-        end_of_step(work, t, active, own_h, own_c);
+        if (projected) team.run([&](int64_t part) { projection(work, shares[part], step); });
         swap(work.h, work.h_next);
         swap(work.recurrent, work.recurrent_next);
         zero_h = false;
-        row += active;
-        member.sync();
+        step.row += step.active;
+      }
+    }
+  }
+
+  // The phases of a step, for one share. Not inlined: among the loops of run_sequences, GCC keeps the sums of some
+  // products in memory.
+
+  __attribute__((noinline)) void first_stage(Workspace<T>& work, const Share<T>& its, const Chunk& chunk,
+                                             const Step& step, bool zero_h) const {
+    if (step.row == 0) input_products(work, its, chunk);
+    for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
+      const T* from_x = its.from_x + ((p - its.panels.begin) * chunk_rows + step.row) * kWide1;
+      if (!zero_h) {
+        first.product_h(work.stream, 0, p, step.active, work.recurrent, PV, work.scratch, work.from_h, Into::kReplace);
+      }
+      first_cells(work, step.t, p, step.active, from_x, zero_h ? nullptr : work.from_h);
+    }
+    if (!Cell::kTwoStages && !projected) end_of_step(work, step.t, step.active, its.own_h, its.own_c);
+  }
+
+  __attribute__((noinline)) void second_stage(const Workspace<T>& work, const Share<T>& its, const Step& step) const {
+    if constexpr (Cell::kTwoStages) {
+      for (int64_t p = its.panels2.begin; p < its.panels2.end; ++p) {
+        const T* from_x = its.from_x2 + ((p - its.panels2.begin) * chunk_rows + step.row) * kWide2;
+        for (int f = 0; f < Cell::kFactors; ++f) {
+          second.product_h(work.stream, f, p, step.active, work.q + f * HV, Cell::kFactors * HV, work.scratch,
+                           work.from_h, f == 0 ? Into::kReplace : Into::kAdd);
+        }
+        second_cells(work, step.t, p, step.active, from_x);
+      }
+      if (!projected) end_of_step(work, step.t, step.active, its.own_h, its.own_c);
+    }
+  }
+
+  __attribute__((noinline)) void projection(const Workspace<T>& work, const Share<T>& its, const Step& step) const {
+    for (int64_t p = its.outputs.begin; p < its.outputs.end; ++p) project(work, step.t, p, step.active);
+    end_of_step(work, step.t, step.active, its.own_h, its.own_c);
+  }
+
+  // The products with the rows of x of a chunk.
+  void input_products(Workspace<T>& work, const Share<T>& its, const Chunk& chunk) const {
+    gather(work, chunk);
+    for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
+      T* to = its.from_x + (p - its.panels.begin) * chunk_rows * kWide1;
+      first.product_x(work.stream, p, chunk.rows, work.x_chunk, work.scratch, to);
+    }
+    if constexpr (Cell::kTwoStages && !Cell::kInner) {
+      for (int64_t p = its.panels2.begin; p < its.panels2.end; ++p) {
+        T* to = its.from_x2 + (p - its.panels2.begin) * chunk_rows * kWide2;
+        second.product_x(work.stream, p, chunk.rows, work.x_chunk, work.scratch, to);
       }
     }
   }
@@ -316,19 +365,28 @@ struct Forward : Layer<Cell> {
     b = kept;
   }
 
-  // Copies the rows of x of as many steps from s on as fit into a chunk. next:
-  // the first step after them.
-  int64_t gather_chunk(const Workspace<T>& work, int64_t s, int64_t& next) const {
-    int64_t count = 0;
-    for (next = s; next < walk.T; ++next) {
-      const int64_t t = this->step(next, work.stream), active = work.rows.at(t);
-      if (next > s && count + active > chunk_rows) break;
-      for (int64_t i = 0; i < active; ++i, ++count) {
-        const S* from = static_cast<const S*>(args.x) + walk.x_offsets[work.rows.packed(t, i)];
-        convert(work.x_chunk + count * D, from, D);
+  // As many steps from s on as fit into a chunk.
+  Chunk chunk_from(const Workspace<T>& work, int64_t s) const {
+    Chunk chunk{s, s, 0};
+    for (; chunk.end < walk.T; ++chunk.end) {
+      const int64_t active = work.rows.at(this->step(chunk.end, work.stream));
+      if (chunk.end > s && chunk.rows + active > chunk_rows) break;
+      chunk.rows += active;
+    }
+    return chunk;
+  }
+
+  // Copies the rows of x of a chunk, once per thread.
+  void gather(Workspace<T>& work, const Chunk& chunk) const {
+    if (work.gathered == chunk.begin) return;
+    work.gathered = chunk.begin;
+    T* to = work.x_chunk;
+    for (int64_t s = chunk.begin; s < chunk.end; ++s) {
+      const int64_t t = this->step(s, work.stream), active = work.rows.at(t);
+      for (int64_t i = 0; i < active; ++i, to += D) {
+        convert(to, static_cast<const S*>(args.x) + walk.x_offsets[work.rows.packed(t, i)], D);
       }
     }
-    return count;
   }
 
   static void start_state(const void* from, int64_t at, Range own, T* to) {

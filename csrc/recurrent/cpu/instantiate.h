@@ -2,6 +2,8 @@
 // the file that CMake writes for a cell.
 #pragma once
 
+#include <type_traits>
+
 #include "recurrent/cpu/backward.h"
 #include "recurrent/cpu/forward.h"
 #include "recurrent/cpu/kernels.h"
@@ -11,9 +13,10 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 template <template <class> class Pass, class C, With kWith, class Args>
 void launch(const Args& args) {
+  constexpr double kForwards = std::is_same_v<Args, ForwardArgs> ? 1 : 2.5;
   dispatch(args.dtype, [&](auto storage) {
     Pass<CellOn<C, decltype(storage), kWith>> pass(args);
-    run_pass(pass);
+    run_pass(pass, kForwards);
   });
 }
 

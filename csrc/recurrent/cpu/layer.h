@@ -1,10 +1,12 @@
 // Shared by the passes over a recurrent layer: workspace, division among
 // threads, memory layout.
 //
-// Threads form teams, one per stream and row group (see Plan); the members of a
-// team own disjoint hidden units and synchronise at one barrier per step.
-// Threads are forked once for the whole layer. The order of every sum is
-// independent of the division.
+// The work consists of teams, one per stream and row group (see Plan). A team of
+// one share is run by one thread. A team of several shares, which own disjoint
+// hidden units, proceeds in phases, one or more per step (see Phases): a thread
+// that arrives late skips the phases that are complete and takes over shares
+// from then on. One parallel region covers the whole layer. The order of every
+// sum is independent of the division and of the threads.
 #pragma once
 
 #include <new>
@@ -46,66 +48,88 @@ inline Range within(Range range, int64_t start, int64_t size) {
   return {begin, min(size, range.end - start)};
 }
 
-// The members [first, last) of a team that one thread runs. Where teams are joined, `stream` is the direction.
-struct Member {
-  int64_t stream, group, first, last;
-  Barrier* barrier;
-  void sync() const { barrier->arrive_and_wait(last - first); }
+// A team as one thread sees it. Where teams are joined, `stream` is the direction.
+struct Team {
+  int64_t stream, group;
+  int64_t number;  // among all teams
+  int64_t first;   // the share that the thread claims first
+  Phases* phases;
+  int64_t phase = 0;  // the next one
+
+  // Runs the shares of the next phase.
+  template <class F>
+  SEQKERNELS_INLINE void run(F&& f) {
+    phases->run(phase++, first, f);
+  }
 };
 
-// joined: the number of teams that synchronise together, those of the heads of one direction where a normalisation
+// joined: the number of teams that proceed in common phases, those of the heads of one direction where a normalisation
 // covers all heads; else 1.
 struct Teams {
   const RecurrentArgs& args;
   const int64_t joined = 1;
-  Barrier* barriers = nullptr;  // one per team
-  Barrier everyone = {};
+  int64_t threads = 1;              // that run the pass
+  Phases* phases = nullptr;         // [count() / joined]
+  Phases::Claim* claims = nullptr;  // [2, shares()]
+  Phases all = {};                  // phases that cover every team, with all shares
 
   int64_t streams() const { return args.directions * args.heads; }
   int64_t count() const { return streams() * args.plan.row_groups; }
-  int64_t members() const { return count() * args.plan.unit_groups; }
-  int64_t team(const Member& member) const { return member.stream * args.plan.row_groups + member.group; }
+  int64_t shares() const { return count() * args.plan.unit_groups; }
+  int64_t shares_of_team() const { return joined * args.plan.unit_groups; }
 
-  void start() {
-    for (int64_t i = 0; i < count(); ++i) (new (barriers + i) Barrier)->reset(args.plan.unit_groups * joined);
-    everyone.reset(members());
+  void carve(Arena& arena) {
+    phases = arena.take<Phases>(count());
+    claims = arena.take<Phases::Claim>(2 * shares());
+  }
+  void start(Region& region) {
+    const int64_t each = shares_of_team();
+    for (int64_t i = 0; i < 2 * shares(); ++i) new (claims + i) Phases::Claim;
+    for (int64_t i = 0; i * each < shares(); ++i) {
+      (new (phases + i) Phases)->start(region, threads == 1 || each == 1 ? nullptr : claims + i * each, each);
+    }
+    all.start(region, threads == 1 ? nullptr : claims + shares(), shares());
   }
 
-  // Calls f for each team (each group of joined teams) with members among [begin, end) of all members.
+  // Runs a phase with all shares: f(share).
   template <class F>
-  void each(int64_t begin, int64_t end, F&& f) const {
-    const int64_t units = args.plan.unit_groups * joined;
-    for (int64_t team = begin / units; team * units < end; ++team) {
-      const int64_t first = team * units < begin ? begin - team * units : 0;
-      const int64_t last = min(units, end - team * units);
-      f(Member{team / args.plan.row_groups, team % args.plan.row_groups, first, last, barriers + team});
-    }
+  SEQKERNELS_INLINE void run_all(int64_t phase, int64_t thread, F&& f) {
+    all.run(phase, thread % shares(), f);
   }
 
-  // The members of joined teams, team by team. before: the number of members in the teams before this one.
+  int64_t phase_after_teams() const { return shares_of_team() == 1 ? 2 : 1; }
+
+  // Calls f(team) for the teams that a thread runs or helps with. Returns when all teams are complete. Phase 1 of all
+  // shares, if a team is one share.
   template <class F>
-  void each_team(const Member& all, F&& f) const {
-    const int64_t units = args.plan.unit_groups;
-    for (int64_t head = all.first / units; head * units < all.last; ++head) {
-      const Range own = within({all.first, all.last}, head * units, units);
-      const int64_t before = head * units + own.begin - all.first;
-      f(Member{all.stream * joined + head, all.group, own.begin, own.end, all.barrier}, before);
-    }
+  void each(int64_t thread, F&& f) {
+    const int64_t each = shares_of_team(), teams = shares() / each, groups = args.plan.row_groups;
+    const auto team = [&](int64_t i, int64_t first) {
+      Team of{i / groups, i % groups, i, first, phases + i};
+      f(of);
+    };
+    if (each == 1) return run_all(1, thread, [&](int64_t i) { team(i, 0); });
+    // Each thread starts with its own team, and then helps with others.
+    const int64_t home = thread * teams / threads, first = thread - ceil_div(home * threads, teams);
+    for (int64_t i = 0; i < teams; ++i) team((home + i) % teams, first % each);
   }
 };
 
-// Allocates the workspace of a pass and runs all members.
+// Allocates the workspace of a pass and runs it. forwards: its expected duration, in units of forward's.
 template <class Pass>
-void run_pass(Pass& pass) {
+void run_pass(Pass& pass, double forwards) {
+  Teams& teams = pass.teams;
+  Region region(pass.args.plan.threads == 1 ? 1 : min(pass.args.plan.threads, teams.shares()),
+                forwards * pass.args.plan.nanoseconds);
+  teams.threads = region.threads();
   Arena arena;
   pass.carve(arena);
   const Memory memory(reinterpret_cast<int64_t>(arena.at));
   arena.at = memory.get();
   pass.carve(arena);
-  pass.teams.start();
-  auto body = [&pass](int64_t begin, int64_t end) { pass.run(begin, end); };
-  if (pass.args.plan.threads == 1) return body(0, pass.teams.members());
-  parallel_pieces(pass.teams.members(), body);
+  teams.start(region);
+  auto body = [&pass](int64_t thread) { pass.run(thread); };
+  region.run(body);
 }
 
 // The sequences of a row group: every row_groups-th in order of length, so that

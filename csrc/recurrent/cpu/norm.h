@@ -1,17 +1,16 @@
 // Recurrent layers whose products with x and h, or their sum, are normalised
 // over all units of a row, forward and backward.
 //
-// A step has more barriers than that of other cells, since the mean and
-// variance of a row need all units: forward computes the products,
-// synchronises, normalises and runs the cell (the c of an LSTM is normalised
-// after another barrier); backward runs the cell, synchronises, and propagates
-// the gradients through the normalisation. Members exchange sums per panel of
-// units, which each member adds in the order of panels, by lane and then across
+// A step has more phases than that of other cells, since the mean and variance
+// of a row need all units: forward computes the products in one phase, and
+// normalises and runs the cell in the next (the c of an LSTM is normalised in a
+// third); backward runs the cell in one phase, and propagates the gradients
+// through the normalisation in the next. Shares exchange sums per panel of
+// units, which each thread adds in the order of panels, by lane and then across
 // lanes, so the result is independent of the division among threads.
 //
 // A normalisation of the sum covers all heads: the teams of the heads of one
-// direction are joined (see Teams), and a thread runs each phase of a step for
-// all of its teams before it synchronises.
+// direction are joined (see Teams), and a share belongs to one head.
 #pragma once
 
 #include "common/lanes.h"
@@ -104,7 +103,7 @@ template <class Cell>
 struct NormForward : Forward<Cell> {
   using F = Forward<Cell>;
   using F::args, F::walk, F::H, F::all_H, F::HV, F::PV, F::group_rows, F::kGates, F::kWidth, F::first, F::out, F::teams;
-  using F::chunk_rows, F::kWide1, F::states, F::products, F::team_size, F::member_size;
+  using F::chunk_rows, F::kWide1;
   using typename F::S;
   using typename F::T;
   using typename F::V;
@@ -112,31 +111,27 @@ struct NormForward : Forward<Cell> {
   static constexpr int kGroups = Cell::kNormGroups, kProducts = Cell::kNormProducts;
   static constexpr bool kNormC = Cell::kNormC, kJoint = Cell::kJointNorm;
 
-  // Workspace of a thread in one team, beside Workspace.
-  struct NormWorkspace {
+  // What a thread needs for one share: the workspace of the share's team, and buffers of the normalisation.
+  struct ShareWork {
+    Workspace<T> work;
+    Share<T> its;
     Part *x, *h, *c;  // of the joined teams
     T *now, *output_gate, *from_h;
-    Norm<T>* norms;
     int64_t first_panel;  // of the team among the joined ones
-    Range panels, own;
-    bool first_member;  // writes the values that exist once per row
+    bool first;           // writes the values that exist once per row
   };
-  struct TeamWork {
-    Workspace<T> work;
-    NormWorkspace norm;
-  };
-  // The teams among the joined ones of which a thread runs members.
-  struct TeamWorks {
-    TeamWork *first, *last;
-    TeamWork* begin() const { return first; }
-    TeamWork* end() const { return last; }
+  // The norms that a thread has computed from the parts of all shares: those of the input once per chunk, those of a
+  // product with h, or of c, once per phase.
+  struct Norms {
+    Norm<T>*x, *step;  // [chunk_rows, kGroups], [group_rows, kGroups]
+    int64_t chunk = -1, phase = -1;
   };
 
   Part *parts_x, *parts_h, *parts_c;  // [teams, panels, rows, kGroups]
   T *now, *output_gate;               // [teams, group_rows, HV] c before zoneout, o
-  T* all_from_h;                      // [members, panels, group_rows, kWide1]
-  Norm<T>* norms;                     // [members, chunk_rows, kGroups] of the input's share
-  TeamWork* team_works;               // [members]
+  T* all_from_h;                      // [shares, panels, group_rows, kWide1]
+  Norm<T>* norms;                     // [threads, chunk_rows + group_rows, kGroups]
+  ShareWork* share_works;             // [threads, shares of joined teams]
 
   explicit NormForward(const ForwardArgs& a) : F(a) {}
 
@@ -148,108 +143,96 @@ struct NormForward : Forward<Cell> {
     parts_c = kNormC ? arena.take<Part>(parts * group_rows) : nullptr;
     now = kNormC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
     output_gate = kNormC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
-    all_from_h = arena.take<T>(teams.members() * first.member_panels() * group_rows * kWide1);
-    norms = kJoint ? nullptr : arena.take<Norm<T>>(teams.members() * chunk_rows * kGroups);
-    team_works = arena.take<TeamWork>(teams.members());
+    all_from_h = arena.take<T>(teams.shares() * first.share_panels() * group_rows * kWide1);
+    norms = arena.take<Norm<T>>(teams.threads * (chunk_rows + group_rows) * kGroups);
+    share_works = arena.take<ShareWork>(teams.threads * teams.shares_of_team());
   }
 
-  void run(int64_t begin, int64_t end) {
-    F::pack(begin, end);
-    teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
+  void run(int64_t thread) {
+    teams.run_all(0, thread, [&](int64_t share) { this->pack(share); });
+    teams.each(thread, [&](Team& team) { run_sequences(team, thread); });
   }
 
-  TeamWorks works_of(const Member& all, int64_t slot) const {
-    TeamWorks works{team_works + slot, team_works + slot};
-    const int64_t panels = first.panels(), joined = teams.team(all) * teams.joined;
-    teams.each_team(all, [&](const Member& member, int64_t before) {
-      TeamWork& to = *new (works.last++) TeamWork{{member.stream, {walk, args.plan.row_groups, member.group}}, {}};
-      Arena of_team{reinterpret_cast<char*>(states + teams.team(member) * team_size)};
-      Arena of_member{reinterpret_cast<char*>(products + (slot + before) * member_size)};
-      this->states_of(of_team, to.work);
-      this->products_of(of_member, to.work);
-      to.work.x_chunk = works.first->work.x_chunk;
-      const int64_t team = teams.team(member);
-      to.norm.x = kJoint ? nullptr : parts_x + joined * panels * chunk_rows * kGroups;
-      to.norm.h = parts_h + joined * panels * group_rows * kGroups;
+  ShareWork* works_of(const Team& team, int64_t thread) const {
+    ShareWork* const works = share_works + thread * teams.shares_of_team();
+    const int64_t panels = first.panels(), units = args.plan.unit_groups, groups = args.plan.row_groups;
+    const int64_t joined = team.number * teams.joined;  // the first of the joined teams
+    for (int64_t k = 0; k < teams.shares_of_team(); ++k) {
+      const int64_t head = k / units, stream = team.stream * teams.joined + head, part = k % units;
+      const int64_t of_team = stream * groups + team.group;
+      ShareWork& to = *new (works + k)
+                          ShareWork{this->workspace_of(stream, team.group, thread), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+      to.its = this->share_of(to.work, part);
+      to.x = kJoint ? nullptr : parts_x + joined * panels * chunk_rows * kGroups;
+      to.h = parts_h + joined * panels * group_rows * kGroups;
       if (kNormC) {
-        to.norm.c = parts_c + joined * panels * group_rows;
-        to.norm.now = now + team * group_rows * HV;
-        to.norm.output_gate = output_gate + team * group_rows * HV;
+        to.c = parts_c + joined * panels * group_rows;
+        to.now = now + of_team * group_rows * HV;
+        to.output_gate = output_gate + of_team * group_rows * HV;
       }
-      to.norm.from_h = all_from_h + (slot + before) * first.member_panels() * group_rows * kWide1;
-      to.norm.norms = kJoint ? nullptr : norms + slot * chunk_rows * kGroups;
-      to.norm.first_panel = member.stream % teams.joined * panels;
-      to.norm.panels = first.share_of(member);
-      to.norm.own = first.units_of(to.norm.panels);
-      to.norm.first_member = all.first == 0 && before == 0;
-    });
+      to.from_h = all_from_h + (of_team * units + part) * first.share_panels() * group_rows * kWide1;
+      to.first_panel = head * panels;
+      to.first = k == 0;
+    }
     return works;
   }
 
-  void run_sequences(const Member& member, int64_t slot) {
-    const TeamWorks works = works_of(member, slot);
-    const Workspace<T>& any = works.first->work;  // rows and direction are those of all teams
-    for (const TeamWork& team : works) this->begin_sequences(team.work, team.norm.own, team.norm.own);
-    member.sync();
-
-    for (int64_t s = 0, next; s < walk.T; s = next) {
-      const int64_t in_chunk = this->gather_chunk(any, s, next);
-      if (in_chunk == 0) continue;
-      for (const TeamWork& team : works) from_input(team, in_chunk);
-      if constexpr (!kJoint) {
-        member.sync();
-        const NormWorkspace& norm = works.first->norm;
-        for (int64_t row = 0; row < in_chunk; ++row) combine(norm.x, row, chunk_rows, norm.norms + row * kGroups);
-      }
-      for (int64_t row = 0; s < next; ++s) {
-        const int64_t t = this->step(s, any.stream), active = any.rows.at(t);
-        if (active == 0) continue;
-        for (const TeamWork& team : works) from_state(team, active, row);
-        member.sync();
-        normed_cells(works, t, active, row);
-        if (kNormC) {
-          member.sync();
-          outputs(any, works.first->norm, t, active);
+  void run_sequences(Team& team, int64_t thread) {
+    ShareWork* const works = works_of(team, thread);
+    Workspace<T>& any = works[0].work;  // rows and direction are those of all shares
+    Norms of{norms + thread * (chunk_rows + group_rows) * kGroups, {}, -1, -1};
+    of.step = of.x + chunk_rows * kGroups;
+    const auto each = [&](auto&& f) { team.run([&](int64_t k) { f(works[k]); }); };
+    each([&](ShareWork& share) { this->begin_sequences(share.work, share.its.own_h, share.its.own_c); });
+    for (int64_t s = 0; s < walk.T;) {
+      const Chunk chunk = this->chunk_from(any, s);
+      Step step{0, 0, 0};
+      if (chunk.rows > 0) each([&](ShareWork& share) { from_input(any, share, chunk); });
+      for (; s < chunk.end; ++s) {
+        step.t = this->step(s, any.stream);
+        step.active = any.rows.at(step.t);
+        if (step.active == 0) continue;
+        each([&](ShareWork& share) { from_state(share, step); });
+        each([&](ShareWork& share) { normed_cells(share, of, chunk, step, team.phase); });
+        if (kNormC) each([&](ShareWork& share) { outputs(share, of, step, team.phase); });
+        for (int64_t k = 0; k < teams.shares_of_team(); ++k) {
+          F::swap(works[k].work.h, works[k].work.h_next);
+          F::swap(works[k].work.recurrent, works[k].work.recurrent_next);
         }
-        for (TeamWork& team : works) {
-          this->end_of_step(team.work, t, active, team.norm.own, team.norm.own);
-          F::swap(team.work.h, team.work.h_next);
-          F::swap(team.work.recurrent, team.work.recurrent_next);
-        }
-        row += active;
-        member.sync();
+        step.row += step.active;
       }
     }
   }
 
-  // The products with the rows of x of a chunk. Not inlined, nor is from_state: among the loops of run_sequences, GCC
-  // keeps the sums of some products in memory.
-  __attribute__((noinline)) void from_input(const TeamWork& team, int64_t rows) const {
-    const Workspace<T>& work = team.work;
-    for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) {
-      T* to = work.from_x + (p - team.norm.panels.begin) * chunk_rows * kWide1;
-      first.product_x(work.stream, p, rows, work.x_chunk, work.scratch, to);
-      if constexpr (!kJoint) measure(to, rows, team.norm.x + p * chunk_rows * kGroups);
+  // The phases, for one share. Not inlined: among the loops of run_sequences, GCC keeps the sums of some products in
+  // memory.
+
+  // The products with the rows of x of a chunk. `any` holds the rows.
+  __attribute__((noinline)) void from_input(Workspace<T>& any, const ShareWork& share, const Chunk& chunk) const {
+    this->gather(any, chunk);
+    for (int64_t p = share.its.panels.begin; p < share.its.panels.end; ++p) {
+      T* to = share.its.from_x + (p - share.its.panels.begin) * chunk_rows * kWide1;
+      first.product_x(share.work.stream, p, chunk.rows, any.x_chunk, any.scratch, to);
+      if constexpr (!kJoint) measure(to, chunk.rows, share.x + p * chunk_rows * kGroups);
     }
   }
 
-  // The products with h of one step; where the sum is normalised, the sum with
-  // those with x and the biases. row: the first row of the step in the chunk.
-  __attribute__((noinline)) void from_state(const TeamWork& team, int64_t active, int64_t row) const {
-    const Workspace<T>& work = team.work;
-    for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) {
-      const int64_t local = p - team.norm.panels.begin;
-      T* to = team.norm.from_h + local * group_rows * kWide1;
-      first.product_h(work.stream, 0, p, active, work.recurrent, PV, work.scratch, to, Into::kReplace);
+  // The products with h of one step; where the sum is normalised, the sum with those with x and the biases.
+  __attribute__((noinline)) void from_state(const ShareWork& share, const Step& step) const {
+    const Workspace<T>& work = share.work;
+    for (int64_t p = share.its.panels.begin; p < share.its.panels.end; ++p) {
+      const int64_t local = p - share.its.panels.begin;
+      T* to = share.from_h + local * group_rows * kWide1;
+      first.product_h(work.stream, 0, p, step.active, work.recurrent, PV, work.scratch, to, Into::kReplace);
       if constexpr (kJoint) {
-        const T* from_x = work.from_x + (local * chunk_rows + row) * kWide1;
-        for (int64_t i = 0; i < active; ++i) {
+        const T* from_x = share.its.from_x + (local * chunk_rows + step.row) * kWide1;
+        for (int64_t i = 0; i < step.active; ++i) {
           V x[kGates], h[kGates];
           first.gates(work.stream, p, 0, from_x + i * kWide1, to + i * kWide1, x, h);
           for (int g = 0; g < kGates; ++g) store(to + i * kWide1 + g * kWidth, x[g] + h[g]);
         }
       }
-      measure(to, active, team.norm.h + (team.norm.first_panel + p) * group_rows * kGroups);
+      measure(to, step.active, share.h + (share.first_panel + p) * group_rows * kGroups);
     }
   }
 
@@ -274,39 +257,43 @@ struct NormForward : Forward<Cell> {
     return p == nullptr ? V{} : load(static_cast<const S*>(p) + u, valid);
   }
 
-  // Normalises and runs the cell on own panels. row: the first row of the step
-  // in the chunk.
-  void normed_cells(const TeamWorks& works, int64_t t, int64_t active, int64_t row) const {
-    const Workspace<T>& any = works.first->work;
-    const NormWorkspace& norm = works.first->norm;
-    for (int64_t i = 0; i < active; ++i) {
-      const int64_t n = any.rows.packed(t, i);
+  // Normalises and runs the cell.
+  __attribute__((noinline)) void normed_cells(ShareWork& share, Norms& of, const Chunk& chunk, const Step& step,
+                                              int64_t phase) const {
+    const Workspace<T>& work = share.work;
+    if (!kJoint && of.chunk != chunk.begin) {
+      of.chunk = chunk.begin;
+      for (int64_t row = 0; row < chunk.rows; ++row) combine(share.x, row, chunk_rows, of.x + row * kGroups);
+    }
+    if (of.phase != phase) {
+      of.phase = phase;
+      for (int64_t i = 0; i < step.active; ++i) combine(share.h, i, group_rows, of.step + i * kGroups);
+    }
+    for (int64_t i = 0; i < step.active; ++i) {
+      const int64_t n = work.rows.packed(step.t, i);
       const Norm<T>* norms[kProducts];
-      Norm<T> of_h[kGroups];
-      combine(norm.h, i, group_rows, of_h);
-      if constexpr (!kJoint) norms[0] = norm.norms + (row + i) * kGroups;
-      norms[kProducts - 1] = of_h;
-      if (norm.first_member && out.saved != nullptr) {
-        S* to = scalars(any.stream, n);
+      if constexpr (!kJoint) norms[0] = of.x + (step.row + i) * kGroups;
+      norms[kProducts - 1] = of.step + i * kGroups;
+      if (share.first && out.saved != nullptr) {
+        S* to = scalars(work.stream, n);
         for (int product = 0; product < kProducts; ++product) {
           for (int group = 0; group < kGroups; ++group)
             put(to + product * kGroups + group, norms[product][group].inverse);
         }
       }
-      for (const TeamWork& team : works) {
-        for (int64_t p = team.norm.panels.begin; p < team.norm.panels.end; ++p) cell(team, i, n, p, row, norms);
-      }
+      for (int64_t p = share.its.panels.begin; p < share.its.panels.end; ++p) cell(share, i, n, p, step.row, norms);
     }
+    if (!kNormC) this->end_of_step(work, step.t, step.active, share.its.own_h, share.its.own_c);
   }
 
-  // The i-th row and one panel.
-  SEQKERNELS_INLINE void cell(const TeamWork& team, int64_t i, int64_t n, int64_t p, int64_t row,
+  // The i-th row and one panel. row: the first row of the step in the chunk.
+  SEQKERNELS_INLINE void cell(const ShareWork& share, int64_t i, int64_t n, int64_t p, int64_t row,
                               const Norm<T>* const* norms) const {
-    const Workspace<T>& work = team.work;
+    const Workspace<T>& work = share.work;
     const Weights& w = first.weights(work.stream);
-    const int64_t u = p * kWidth, valid = min(kWidth, H - u), local = p - team.norm.panels.begin;
-    const T* const from_h = team.norm.from_h + (local * group_rows + i) * kWide1;
-    const T* const from[] = {kJoint ? from_h : work.from_x + (local * chunk_rows + row + i) * kWide1, from_h};
+    const int64_t u = p * kWidth, valid = min(kWidth, H - u), local = p - share.its.panels.begin;
+    const T* const from_h = share.from_h + (local * group_rows + i) * kWide1;
+    const T* const from[] = {kJoint ? from_h : share.its.from_x + (local * chunk_rows + row + i) * kWide1, from_h};
     V inputs[2][kGates], normal[kProducts][kGates], values[Cell::kValues + 1];
     if constexpr (kJoint) memset(inputs[1], 0, sizeof inputs[1]);
     for (int product = 0; product < kProducts; ++product) {
@@ -326,36 +313,44 @@ struct NormForward : Forward<Cell> {
     this->save(work.stream, n, u, valid, values, 0, Cell::kValues);
     this->save(work.stream, n, u, valid, normal[0], Cell::kValues, Cell::kSaved);
     if constexpr (kNormC) {
-      store(team.norm.now + i * HV + u, result);
-      store(team.norm.output_gate + i * HV + u, restore<Sigmoid>(e, values[3]).value);
-      team.norm.c[p * group_rows + i] = Part::of(&result, 1);
+      store(share.now + i * HV + u, result);
+      store(share.output_gate + i * HV + u, restore<Sigmoid>(e, values[3]).value);
+      share.c[p * group_rows + i] = Part::of(&result, 1);
     } else {
       this->store_h(work, i, n, u, valid, e, h_prev, result);
     }
   }
 
   // h = o tanh(norm(c)), and c after zoneout.
-  void outputs(const Workspace<T>& work, const NormWorkspace& norm_work, int64_t t, int64_t active) const {
+  __attribute__((noinline)) void outputs(ShareWork& share, Norms& of, const Step& step, int64_t phase) const {
     if constexpr (kNormC) {
+      const Workspace<T>& work = share.work;
       const Weights& w = first.weights(work.stream);
-      for (int64_t i = 0; i < active; ++i) {
-        const int64_t n = work.rows.packed(t, i);
-        const Norm<T> norm = Part::combine(norm_work.c + i, 1, first.panels(), group_rows, 1, H, args.options.norm_eps);
-        if (norm_work.first_member && out.saved != nullptr) {
+      if (of.phase != phase) {
+        of.phase = phase;
+        for (int64_t i = 0; i < step.active; ++i) {
+          of.step[i * kGroups] = Part::combine(share.c + i, 1, first.panels(), group_rows, 1, H, args.options.norm_eps);
+        }
+      }
+      for (int64_t i = 0; i < step.active; ++i) {
+        const int64_t n = work.rows.packed(step.t, i);
+        const Norm<T> norm = of.step[i * kGroups];
+        if (share.first && out.saved != nullptr) {
           put(scalars(work.stream, n) + 2 * kGroups, norm.mean);
           put(scalars(work.stream, n) + 2 * kGroups + 1, norm.inverse);
         }
-        for (int64_t p = norm_work.panels.begin; p < norm_work.panels.end; ++p) {
+        for (int64_t p = share.its.panels.begin; p < share.its.panels.end; ++p) {
           const int64_t u = p * kWidth, valid = min(kWidth, H - u);
           const auto e = this->options_at(work.stream, n, work.rows.sequence(i), u, valid);
-          const V c_now = load(norm_work.now + i * HV + u), normal = (c_now - norm.mean) * norm.inverse;
+          const V c_now = load(share.now + i * HV + u), normal = (c_now - norm.mean) * norm.inverse;
           const V shown = tanh<T>(fma(at(w.gain_c, u, valid), normal, at(w.bias_c, u, valid)));
           const V c = zoneout<typename Cell::Arithmetic>(e.zoneout_c, load(work.c[0] + i * HV + u), c_now);
           this->store_cells(work, i, n, u, valid, &c);
           this->store_h(work, i, n, u, valid, e, load(work.h + i * PV + u),
-                        load(norm_work.output_gate + i * HV + u) * shown);
+                        load(share.output_gate + i * HV + u) * shown);
         }
       }
+      this->end_of_step(work, step.t, step.active, share.its.own_h, share.its.own_c);
     }
   }
 
@@ -381,18 +376,25 @@ struct NormBackward : Backward<Cell> {
   // Sums of v and of v times the normalised product, for each group and product.
   static constexpr int kPartsOfGroup = 2 * kProducts, kParts = kPartsOfGroup * kGroups;
 
-  // Workspace of a thread in one team.
-  struct TeamWork {
+  // What a thread needs for one share: the workspace of the share's team, and sums over units.
+  struct ShareWork {
     Workspace work;
     V *parts, *parts_c;  // of the joined teams
     T* dc_normal;
     int64_t first_vector;  // of the team among the joined ones
     Range panels, own;
   };
+  // Means over units that a thread has computed from the parts of all shares, once per phase.
+  struct Means {
+    T* values;  // [group_rows, kMeans]
+    int64_t phase = -1;
+  };
+  static constexpr int kMeans = kParts > 2 ? kParts : 2;
 
-  V *parts, *parts_c;    // [teams, vectors of units, group_rows, kParts or 2]
-  T* dc_normal;          // [teams, group_rows, HV] gradient of the normalised c
-  TeamWork* team_works;  // [members]
+  V *parts, *parts_c;      // [teams, vectors of units, group_rows, kParts or 2]
+  T* dc_normal;            // [teams, group_rows, HV] gradient of the normalised c
+  T* all_means;            // [threads, group_rows, kMeans]
+  ShareWork* share_works;  // [threads, shares of joined teams]
 
   explicit NormBackward(const BackwardArgs& a) : Bw(a) {}
 
@@ -404,61 +406,69 @@ struct NormBackward : Backward<Cell> {
     parts = arena.take<V>(count * kParts);
     parts_c = kNormC ? arena.take<V>(count * 2) : nullptr;
     dc_normal = kNormC ? arena.take<T>(teams.count() * group_rows * HV) : nullptr;
-    team_works = arena.take<TeamWork>(teams.members());
+    all_means = arena.take<T>(teams.threads * group_rows * kMeans);
+    share_works = arena.take<ShareWork>(teams.threads * teams.shares_of_team());
   }
 
-  void run(int64_t begin, int64_t end) {
-    Bw::prepare(begin, end);
-    teams.each(begin, end, [&](const Member& member) { run_sequences(member, begin); });
-    teams.everyone.arrive_and_wait(end - begin);
-    Bw::finish(begin, end);
+  void run(int64_t thread) {
+    teams.run_all(0, thread, [&](int64_t share) { this->prepare(share); });
+    teams.each(thread, [&](Team& team) { run_sequences(team, thread); });
+    teams.run_all(teams.phase_after_teams(), thread, [&](int64_t share) { this->finish(share, thread); });
   }
 
-  void run_sequences(const Member& all, int64_t slot) {
-    TeamWork *const begin = team_works + slot, *end = begin;
-    const int64_t count = vectors() * group_rows, joined = teams.team(all) * teams.joined;
-    teams.each_team(all, [&](const Member& member, int64_t before) {
-      TeamWork& to = *new (end++) TeamWork{this->workspace_of(member, slot + before), {}, {}, {}, {}, {}, {}};
-      to.panels = share(Bw::to_panels(H), args.plan.unit_groups, member.first, member.last);
-      to.own = {min(H, to.panels.begin * kPanel<T>), min(H, to.panels.end * kPanel<T>)};
+  ShareWork* works_of(const Team& team, int64_t thread) const {
+    ShareWork* const works = share_works + thread * teams.shares_of_team();
+    const int64_t count = vectors() * group_rows, units = args.plan.unit_groups;
+    const int64_t joined = team.number * teams.joined;  // the first of the joined teams
+    for (int64_t k = 0; k < teams.shares_of_team(); ++k) {
+      const int64_t head = k / units, stream = team.stream * teams.joined + head;
+      ShareWork& to =
+          *new (works + k) ShareWork{this->workspace_of(stream, team.group, thread), {}, {}, {}, {}, {}, {}};
+      const auto its = this->share_of(k % units);
+      to.panels = its.panels;
+      to.own = its.own;
       to.parts = parts + joined * count * kParts;
-      to.first_vector = member.stream % teams.joined * vectors();
+      to.first_vector = head * vectors();
       if (kNormC) {
         to.parts_c = parts_c + joined * count * 2;
-        to.dc_normal = dc_normal + teams.team(member) * group_rows * HV;
+        to.dc_normal = dc_normal + (stream * args.plan.row_groups + team.group) * group_rows * HV;
       }
-      this->begin_sequences(to.work, to.own);
-    });
-    const Workspace& any = begin->work;  // rows and direction are those of all teams
-    int64_t before = 0, before_t = 0;
-    for (int64_t s = walk.T - 1; s >= 0; --s) {
-      const int64_t t = this->step(s, any.stream), active = any.rows.at(t);
-      if (active == 0 && before == 0) continue;
-      for (TeamWork* team = begin; team < end; ++team) {
-        for (int64_t p = team->panels.begin; p < team->panels.end; ++p) {
-          this->recurrent_gradient(team->work, before_t, before, p);
-          from_output(*team, t, active, before, p);
-          this->store_h(team->work, active, before, p);
-        }
-      }
-      all.sync();
-      if (kNormC) {
-        from_cell(*begin, t, active);
-        all.sync();
-      }
-      through_norms(begin, end, t, active);
-      for (TeamWork* team = begin; team < end; ++team) {
-        if ((team->work.run += active) < UnitSums<T>::kRun) continue;
-        team->work.sums.flush(kSums, team->own);
-        team->work.run = 0;
-      }
-      before = active;
-      before_t = t;
-      all.sync();
     }
-    for (TeamWork* team = begin; team < end; ++team) {
-      team->work.sums.flush(kSums, team->own);
-      this->end_sequences(team->work, team->own, team->panels, before_t, before);
+    return works;
+  }
+
+  void run_sequences(Team& team, int64_t thread) {
+    ShareWork* const works = works_of(team, thread);
+    const Workspace& any = works[0].work;  // rows and direction are those of all shares
+    Means means{all_means + thread * group_rows * kMeans, -1};
+    const auto each = [&](auto&& f) { team.run([&](int64_t k) { f(works[k]); }); };
+    each([&](ShareWork& share) { this->begin_sequences(share.work, share.own); });
+    typename Bw::Step step{0, 0, 0, 0};
+    int64_t summed = 0;  // rows since the last flush of sums
+    for (int64_t s = walk.T - 1; s >= 0; --s) {
+      step.t = this->step(s, any.stream);
+      step.active = any.rows.at(step.t);
+      if (step.active == 0 && step.before == 0) continue;
+      const bool flushes = (summed += step.active) >= UnitSums<T>::kRun;
+      each([&](ShareWork& share) { from_outputs(share, step); });
+      if (kNormC) each([&](ShareWork& share) { from_cell(share, means, step, team.phase); });
+      each([&](ShareWork& share) { through_norms(share, means, step, team.phase, flushes); });
+      if (flushes) summed = 0;
+      step.before = step.active;
+      step.before_t = step.t;
+    }
+    each([&](ShareWork& share) {
+      this->end_sequences(share.work, share.own, share.panels, step.before_t, step.before);
+    });
+  }
+
+  // The phases, for one share.
+
+  __attribute__((noinline)) void from_outputs(ShareWork& share, const typename Bw::Step& step) const {
+    for (int64_t p = share.panels.begin; p < share.panels.end; ++p) {
+      this->recurrent_gradient(share.work, step.before_t, step.before, p);
+      from_output(share, step.t, step.active, step.before, p);
+      this->store_h(share.work, step.active, step.before, p);
     }
   }
 
@@ -472,8 +482,8 @@ struct NormBackward : Backward<Cell> {
 
   // One panel: from the gradient of h in the tile to that of the normalised c,
   // or through the cell.
-  void from_output(TeamWork& team, int64_t t, int64_t active, int64_t before, int64_t panel) const {
-    Workspace& work = team.work;
+  void from_output(ShareWork& share, int64_t t, int64_t active, int64_t before, int64_t panel) const {
+    Workspace& work = share.work;
     const Weights& w = this->weights(work.stream);
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = work.rows.packed(t, i);
@@ -500,8 +510,8 @@ struct NormBackward : Backward<Cell> {
                   dnormal = du * gain;
           work.sums.add(2 * kProducts * kGates, u, du * normal);
           work.sums.add(2 * kProducts * kGates + 1, u, du);
-          store(team.dc_normal + i * HV + u, dnormal);
-          V* to = team.parts_c + (u / kWidth * group_rows + i) * 2;
+          store(share.dc_normal + i * HV + u, dnormal);
+          V* to = share.parts_c + (u / kWidth * group_rows + i) * 2;
           to[0] = dnormal;
           to[1] = dnormal * normal;
           store(work.direct + i * HV + u, kept_h);
@@ -515,28 +525,37 @@ struct NormBackward : Backward<Cell> {
           V none[1] = {};
           Cell::backward(saved, e, Bw::at(a.h_prev, u, valid), none, none, dh, none, step);
           store(work.direct + i * HV + u, step.direct + kept_h);
-          through_gains(team, a, i, n, u, valid, step.x, step.h);
+          through_gains(share, a, i, n, u, valid, step.x, step.h);
         }
       }
     }
   }
 
   // Own units: from the gradient of the normalised c through c and the gates.
-  void from_cell(TeamWork& team, int64_t t, int64_t active) const {
+  __attribute__((noinline)) void from_cell(ShareWork& share, Means& means, const typename Bw::Step& step,
+                                           int64_t phase) const {
     if constexpr (kNormC) {
-      Workspace& work = team.work;
-      const Range own = team.own;
+      const int64_t t = step.t, active = step.active;
+      if (means.phase != phase) {
+        means.phase = phase;
+        for (int64_t i = 0; i < active; ++i) {
+          V sum = {}, sum_normal = {};
+          for (int64_t p = 0; p < vectors(); ++p) {
+            sum += share.parts_c[(p * group_rows + i) * 2];
+            sum_normal += share.parts_c[(p * group_rows + i) * 2 + 1];
+          }
+          means.values[i * kMeans] = sum_of_lanes<T>(sum) / T(H);
+          means.values[i * kMeans + 1] = sum_of_lanes<T>(sum_normal) / T(H);
+        }
+      }
+      Workspace& work = share.work;
+      const Range own = share.own;
       for (int64_t i = 0; i < active; ++i) {
         const int64_t n = work.rows.packed(t, i);
         const Around a = this->around(work, t, i, n);
         const T mean = get(scalars(work.stream, a) + 2 * kGroups),
                 inverse = get(scalars(work.stream, a) + 2 * kGroups + 1);
-        V sum = {}, sum_normal = {};
-        for (int64_t p = 0; p < vectors(); ++p) {
-          sum += team.parts_c[(p * group_rows + i) * 2];
-          sum_normal += team.parts_c[(p * group_rows + i) * 2 + 1];
-        }
-        const T mean_d = sum_of_lanes<T>(sum) / T(H), mean_dn = sum_of_lanes<T>(sum_normal) / T(H);
+        const T mean_d = means.values[i * kMeans], mean_dn = means.values[i * kMeans + 1];
         for (int64_t u = own.begin; u < own.end; u += kWidth) {
           const int64_t valid = min(kWidth, H - u);
           const auto e = this->options_at(work.stream, n, work.rows.sequence(i), u, valid);
@@ -549,11 +568,11 @@ struct NormBackward : Backward<Cell> {
           if (grad.dcells[0] != nullptr) dc += load(static_cast<const S*>(grad.dcells[0]) + a.cell + u, valid);
           const V kept_c = dc * e.zoneout_c;
           dc = dc - kept_c;
-          dc = fma(load(team.dc_normal + i * HV + u) - mean_d - normal * mean_dn, broadcast(inverse), dc);
+          dc = fma(load(share.dc_normal + i * HV + u) - mean_d - normal * mean_dn, broadcast(inverse), dc);
           Cell::backward(saved, e, c_prev, dc, d);
           d[3] = load(dgates_x + this->gates_at(n, work.stream) + 3 * all_H + u, valid);
           store(work.dc[0] + i * HV + u, a.restarts ? V{} : dc + kept_c);
-          through_gains(team, a, i, n, u, valid, d, d);
+          through_gains(share, a, i, n, u, valid, d, d);
         }
       }
     }
@@ -561,11 +580,11 @@ struct NormBackward : Backward<Cell> {
 
   // Adds the gradients of gains and shifts, and stores the gradients of the
   // normalised products and their sums.
-  SEQKERNELS_INLINE void through_gains(TeamWork& team, const Around& a, int64_t i, int64_t n, int64_t u, int64_t valid,
-                                       const V* dx, const V* dh) const {
-    Workspace& work = team.work;
+  SEQKERNELS_INLINE void through_gains(ShareWork& share, const Around& a, int64_t i, int64_t n, int64_t u,
+                                       int64_t valid, const V* dx, const V* dh) const {
+    Workspace& work = share.work;
     const Weights& w = this->weights(work.stream);
-    V* to = team.parts + ((team.first_vector + u / kWidth) * group_rows + i) * kParts;
+    V* to = share.parts + ((share.first_vector + u / kWidth) * group_rows + i) * kParts;
     for (int k = 0; k < kParts; ++k) to[k] = V{};
     const int64_t gates = this->gates_at(n, work.stream) + u, first_weight = this->unit0(work.stream) + u;
     for (int product = 0; product < kProducts; ++product) {
@@ -586,38 +605,42 @@ struct NormBackward : Backward<Cell> {
 
   // Own units: from the gradients of the normalised products to those of the
   // products.
-  void through_norms(const TeamWork* begin, const TeamWork* end, int64_t t, int64_t active) const {
-    const Workspace& any = begin->work;
-    for (int64_t i = 0; i < active; ++i) {
-      const int64_t n = any.rows.packed(t, i);
-      const S* const from = scalars(any.stream, this->around(any, t, i, n));
-      T mean[kParts], inverse[kProducts][kGroups];
-      for (int k = 0; k < kParts; ++k) {
-        V sum = {};
-        for (int64_t p = 0; p < teams.joined * vectors(); ++p) sum += begin->parts[(p * group_rows + i) * kParts + k];
-        mean[k] = sum_of_lanes<T>(sum) / (T(teams.joined * H) * T(gates_in<Cell>(k / kPartsOfGroup)));
+  __attribute__((noinline)) void through_norms(ShareWork& share, Means& means, const typename Bw::Step& step,
+                                               int64_t phase, bool flushes) const {
+    const int64_t stream = share.work.stream;
+    if (means.phase != phase) {
+      means.phase = phase;
+      for (int64_t i = 0; i < step.active; ++i) {
+        for (int k = 0; k < kParts; ++k) {
+          V sum = {};
+          for (int64_t p = 0; p < teams.joined * vectors(); ++p) {
+            sum += share.parts[(p * group_rows + i) * kParts + k];
+          }
+          means.values[i * kMeans + k] =
+              sum_of_lanes<T>(sum) / (T(teams.joined * H) * T(gates_in<Cell>(k / kPartsOfGroup)));
+        }
       }
+    }
+    for (int64_t i = 0; i < step.active; ++i) {
+      const int64_t n = share.work.rows.packed(step.t, i), gates = this->gates_at(n, stream);
+      const S* const saved = Bw::typed(grad.saved) + this->saved_at(n, stream);
+      const T* const mean = means.values + i * kMeans;
       for (int product = 0; product < kProducts; ++product) {
-        for (int group = 0; group < kGroups; ++group) inverse[product][group] = get(from + product * kGroups + group);
-      }
-      for (const TeamWork* team = begin; team < end; ++team) {
-        const int64_t stream = team->work.stream, gates = this->gates_at(n, stream);
-        const S* const saved = Bw::typed(grad.saved) + this->saved_at(n, stream);
-        for (int product = 0; product < kProducts; ++product) {
-          T* const d = (product == 0 ? dgates_x : dgates_h) + gates;
-          for (int g = 0; g < kGates; ++g) {
-            const int group = Cell::group_of(g);
-            const T* of = mean + kPartsOfGroup * group + 2 * product;
-            for (int64_t u = team->own.begin; u < team->own.end; u += kWidth) {
-              const int64_t valid = min(kWidth, H - u);
-              const V normal = load(saved + (Cell::kValues + product * kGates + g) * all_H + u, valid);
-              T* to = d + g * all_H + u;
-              store(to, (load(to, valid) - of[0] - normal * of[1]) * inverse[product][group], valid);
-            }
+        T* const d = (product == 0 ? dgates_x : dgates_h) + gates;
+        for (int g = 0; g < kGates; ++g) {
+          const int group = Cell::group_of(g);
+          const T* of = mean + kPartsOfGroup * group + 2 * product;
+          const T inverse = get(saved - this->unit0(stream) + Cell::kSaved * all_H + product * kGroups + group);
+          for (int64_t u = share.own.begin; u < share.own.end; u += kWidth) {
+            const int64_t valid = min(kWidth, H - u);
+            const V normal = load(saved + (Cell::kValues + product * kGates + g) * all_H + u, valid);
+            T* to = d + g * all_H + u;
+            store(to, (load(to, valid) - of[0] - normal * of[1]) * inverse, valid);
           }
         }
       }
     }
+    if (flushes) share.work.sums.flush(kSums, share.own);
   }
 };
 

@@ -24,19 +24,19 @@ RightOperand(int64_t, int64_t, RowOf) -> RightOperand<RowOf>;
 template <class T>
 struct OuterProduct {
   T *left, *right, *sums, *column_sums;
-  int64_t cap;  // columns of A per member
+  int64_t cap;  // columns of A per share
 
-  static void measure(Arena& arena, int64_t members, int64_t cap, int64_t panels, OuterProduct& p) {
+  static void measure(Arena& arena, int64_t threads, int64_t cap, int64_t panels, OuterProduct& p) {
     cap = round_up(cap, kLanes<T>);
     p.cap = cap;
-    p.left = arena.take<T>(members * cap * kBlock);
-    p.right = arena.take<T>(members * kBlock * kPanel<T>);
-    p.sums = arena.take<T>(members * panels * cap * kPanel<T>);
-    p.column_sums = arena.take<T>(members * cap);
+    p.left = arena.take<T>(threads * cap * kBlock);
+    p.right = arena.take<T>(threads * kBlock * kPanel<T>);
+    p.sums = arena.take<T>(threads * panels * cap * kPanel<T>);
+    p.column_sums = arena.take<T>(threads * cap);
   }
-  OuterProduct of(int64_t member, int64_t panels) const {
-    return {left + member * cap * kBlock, right + member * kBlock * kPanel<T>, sums + member * panels * cap * kPanel<T>,
-            column_sums + member * cap, cap};
+  OuterProduct of(int64_t thread, int64_t panels) const {
+    return {left + thread * cap * kBlock, right + thread * kBlock * kPanel<T>, sums + thread * panels * cap * kPanel<T>,
+            column_sums + thread * cap, cap};
   }
 
   // Transposes rows [r0, r0 + k) of A into left [m][k] and adds them to
