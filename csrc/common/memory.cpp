@@ -27,16 +27,18 @@ struct Block {
 std::mutex mutex;
 Block cached;
 
+// The lock is never waited for: in a child process it may be held by a thread that does not exist there.
 Block take_cached(size_t bytes) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return {};
   return cached.bytes >= bytes ? std::exchange(cached, Block{}) : Block{};
 }
 
 // Caches the block if it is the larger one, and returns the block to free.
 Block exchange_cached(Block block) {
   if (block.bytes > kCacheLimit) return block;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (cached.bytes < block.bytes) std::swap(cached, block);
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (lock.owns_lock() && cached.bytes < block.bytes) std::swap(cached, block);
   return block;
 }
 

@@ -143,6 +143,7 @@ class Stopwatch {
 
 // A region that runs on several threads.
 struct Team {
+  Region* region;
   void (*body)(int64_t thread, void* context);
   void* context;
   const Caller* caller;
@@ -160,13 +161,21 @@ struct Team {
     }
   }
 
+  void run_body(int64_t thread) {
+    const Stopwatch watch(measured);
+    try {
+      body(thread, context);
+    } catch (...) {
+      region->fail();
+    }
+    record(watch.preempted());
+  }
+
   void run(int64_t pieces, int64_t threads) {
     if (caller == &seqkernels::caller) {
       arrived.add(pieces);
       if (std::exchange(caller_ran, true)) return;
-      const Stopwatch watch(measured);
-      body(0, context);
-      record(watch.preempted());
+      run_body(0);
       finished.set(1);
       // torch's loop ends when all threads have run. It waits in a loop; this waits asleep, so that a thread that
       // shares this processor can run.
@@ -179,9 +188,7 @@ struct Team {
       if (current_processor() == processor) leave_processor(processor);
       arrived.add(pieces);
       if (finished.value() > 0) return;
-      const Stopwatch watch(measured);
-      body(helpers.fetch_add(1, std::memory_order_relaxed) + 1, context);
-      record(watch.preempted());
+      run_body(helpers.fetch_add(1, std::memory_order_relaxed) + 1);
       finished.wait_for(1);
     }
   }
@@ -228,6 +235,7 @@ void Region::run_alone(void (*body)(void* context), void* context) {
 
 void Region::run_together(void (*body)(int64_t thread, void* context), void* context) {
   Team team;
+  team.region = this;
   team.body = body;
   team.context = context;
   team.caller = &caller;

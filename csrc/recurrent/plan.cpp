@@ -8,7 +8,7 @@ namespace seqkernels {
 namespace {
 // Multiply-adds below which a second thread does not pay off: starting it costs
 // about 5 us.
-constexpr double kWorthAThread = 1e5;
+constexpr double kProductsForThreads = 1e5;
 // Multiply-adds per thread and step below which a barrier per step, about 0.3
 // us, does not pay off.
 constexpr double kWorthABarrier = 3e4;
@@ -33,16 +33,18 @@ Plan plan_recurrent(const RecurrentArgs& args, CellKind kind, int64_t threads) {
   const int64_t element = args.dtype == DType::kFloat64 ? 8 : 4;
   const double read = double(streams) * gates * H * (args.D + P) * element;
   Plan plan{1, 1, 1, total * streams * 0.02 * element + (walk.T <= 1 ? 0.1 * read : 0)};
-  if (threads <= 1 || total * streams < kWorthAThread) return plan;
+  if (threads <= 1 || total * streams < kProductsForThreads) return plan;
   plan.threads = threads;
   const int64_t each = std::max<int64_t>(threads / streams, 1);
   const double weights = double(gates) * H * P * element;
   const bool rows_suffice = rows >= each * kTileRows || (rows >= each && weights <= kWeightsPerCore / 2);
-  const bool units_suffice = H >= each * 32 && (step / each >= kWorthABarrier);
+  // As many shares of the units as have enough work in a step.
+  const int64_t units = std::min({each, H / 32, int64_t(step / kWorthABarrier)});
+  const bool units_suffice = units > 1;
   if (rows_suffice && (weights <= kWeightsPerCore || !units_suffice)) {
     plan.row_groups = std::min(each, std::max<int64_t>(walk.B, 1));
   } else if (units_suffice) {
-    plan.unit_groups = each;
+    plan.unit_groups = units;
   } else if (walk.T == 1) {
     plan.unit_groups = std::min(each, std::max<int64_t>(H / 32, 1));
   } else {
