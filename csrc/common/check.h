@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/dtype.h"
@@ -65,7 +66,7 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-inline DType dtype_of(const std::string& op, const char* name, const Tensor& t) {
+inline DType dtype_of(std::string_view op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -80,27 +81,27 @@ inline DType dtype_of(const std::string& op, const char* name, const Tensor& t) 
   }
 }
 
-inline void check_cpu(const std::string& op, const std::string& name, const Tensor& t) {
+inline void check_cpu(std::string_view op, std::string_view name, const Tensor& t) {
   if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, got a tensor on another device");
 }
-inline void check_dtype(const std::string& op, const std::string& name, const Tensor& t, ScalarType wanted) {
+inline void check_dtype(std::string_view op, std::string_view name, const Tensor& t, ScalarType wanted) {
   if (t.scalar_type() != wanted) {
     fail(op, ": ", name, " must be ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
   }
 }
-inline void check_shape(const std::string& op, const std::string& name, const Tensor& t, const Shape& wanted) {
+inline void check_shape(std::string_view op, std::string_view name, const Tensor& t, const Shape& wanted) {
   if (shape_of(t) != wanted) fail(op, ": ", name, " must have shape ", show(wanted), ", got ", show(shape_of(t)));
 }
 // Requires `t` to be on the device of `like`.
-inline void check_device(const std::string& op, const std::string& name, const Tensor& t, const Tensor& like) {
+inline void check_device(std::string_view op, std::string_view name, const Tensor& t, const Tensor& like) {
   if (t.is_cpu() != like.is_cpu() || (!t.is_cpu() && t.get_device_index() != like.get_device_index())) {
     if (like.is_cpu()) check_cpu(op, name, t);
     fail(op, ": ", name, " must be on the device of the other tensors, got a tensor on another");
   }
 }
 // Returns the tensor as kernels read it: on the device of `like`, with this dtype and shape, copied if not contiguous.
-inline Tensor checked(const std::string& op, const std::string& name, const Tensor& t, ScalarType dtype,
-                      const Shape& shape, const Tensor& like) {
+inline Tensor checked(std::string_view op, std::string_view name, const Tensor& t, ScalarType dtype, const Shape& shape,
+                      const Tensor& like) {
   check_device(op, name, t, like);
   check_dtype(op, name, t, dtype);
   check_shape(op, name, t, shape);
