@@ -113,6 +113,19 @@ SEQKERNELS_OPS(m) {
   define("attention_weights(Tensor q, Tensor k, " + what + ", Tensor lse) -> Tensor");
   define("attention_weights_backward(Tensor dweights, Tensor q, Tensor k, " + what +
          ", Tensor lse, bool need_dmask) -> (Tensor dq, Tensor dk, Tensor dlse, Tensor dmask)");
+  define(
+      "attention_dense(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? k_lengths, float scale, int causal) -> "
+      "Tensor");
+  // Attention of projections [B, T, E], or [T, B, E] without batch_first, in eager mode on a CPU: q is [.., 3E], or q
+  // is
+  // [.., E] and kv is [.., 2E]. padding: bool [B, S], True: masked. need_weights: 0 none, 1 mean, 2 of each head.
+  const std::string projected =
+      "Tensor q, Tensor? kv, int heads, bool batch_first, Tensor? padding, Tensor? attn_mask, float scale, int causal, "
+      "float dropout_p, Tensor? seed";
+  define("multihead_attention_forward(" + projected +
+         ", int need_weights) -> (Tensor out, Tensor lse, Tensor weights)");
+  define("multihead_attention_backward(Tensor dout, " + projected +
+         ", Tensor out, Tensor lse) -> (Tensor dq, Tensor dkv)");
 
   // Additive attention. mask: [B or 1, Tq or 1, Tk]; key_exp: what additive_attention_key_exp returns, for reuse.
   const std::string additive = "Tensor query, Tensor key, Tensor value, Tensor v, ";

@@ -1,13 +1,16 @@
 // Attention operators on the CPU: checks, allocation, launch. On a GPU, Triton implements the same operators.
 #include "attention/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/allocate.h"
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/registration.h"
 
 namespace seqkernels {
@@ -41,6 +44,7 @@ struct Call {
   std::vector<AttentionSequence> sequences;
   std::vector<Tensor> copies;  // keeps copies alive
 
+  explicit Call(const char* op) : op(op) {}
   Call(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const AttentionOpArgs& inputs) : op(op) {
     AttentionArgs& a = args;
     a.dtype = dtype_of(op, "q", q);
@@ -63,6 +67,12 @@ struct Call {
       fail(op, ": v must have shape [B, Hk, Tk, Dv] = [", batch, ", ", a.Hk, ", ", a.Tk, ", Dv], got ",
            show(shape_of(*v)));
     }
+    set_options(q, inputs);
+  }
+
+  // Everything besides q, k and v.
+  void set_options(const Tensor& q, const AttentionOpArgs& inputs) {
+    AttentionArgs& a = args;
     if (inputs.causal < 0 || inputs.causal > 2) {
       fail(op, ": causal must be 0 (none), 1 (upper left) or 2 (lower right), got ", inputs.causal);
     }
@@ -183,6 +193,8 @@ struct Call {
       for (size_t i = 0; i + 1 < cu_q.size(); ++i) {
         sequences.push_back({cu_q[i], cu_k[i], cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]});
       }
+    } else if (!inputs.q_lengths && !inputs.k_lengths) {
+      sequences.assign(size_t(a.B), {0, 0, a.Tq, a.Tk});
     } else {
       const std::vector<int64_t> query_lengths = lengths("q_lengths", inputs.q_lengths, q, a.Tq),
                                  key_lengths = lengths("k_lengths", inputs.k_lengths, q, a.Tk);
@@ -250,6 +262,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   if (keep_low && half) call.args.out_low = call.output(low);
   kernels().forward(call.args);
   return {out, lse, low};
+}
+
+// Inference without options: few arguments and one result, which a call with few queries takes long to convert.
+Tensor dense(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor k_lengths,
+             double scale, int64_t causal) {
+  const std::optional<Tensor> none;
+  Call call("attention_dense", q, k, &v,
+            AttentionOpArgs{mask, none, none, k_lengths, none, none, 0, 0, scale, causal, -1, -1, 0, 0, none});
+  const AttentionArgs& a = call.args;
+  const Memory lse(size_t(a.B * a.Hq * a.Tq) * sizeof(double) + 1);
+  Tensor out = allocate_like(q, a.Dv);
+  call.args.out = call.output(out);
+  call.args.lse = lse.get();
+  kernels().forward(a);
+  return out;
 }
 
 Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION_PARAMETERS, const Tensor& lse) {
@@ -321,9 +348,159 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weights_backward(const Tensor& dweigh
   return {dq, dk, dlse, dmask};
 }
 
+// The ops of multi-head attention read projections [B, T, E], or [T, B, E] without batch_first, whose E columns are H
+// heads of D: q is [.., 3E] with queries, keys and values, or q is [.., E] and kv is [.., 2E].
+struct MultiheadCall : Call {
+  const bool batch_first;
+  std::vector<uint8_t> visible;  // [B, S], the padding mask where it is not equivalent to lengths
+
+  MultiheadCall(const char* op, const Tensor& q, OptionalTensor kv, int64_t heads, bool batch_first,
+                OptionalTensor padding, const AttentionOpArgs& inputs)
+      : Call(op), batch_first(batch_first) {
+    AttentionArgs& a = args;
+    a.dtype = dtype_of(op, "q", q);
+    const int64_t parts = kv ? 1 : 3;
+    if (q.dim() != 3 || heads < 1 || q.size(2) % (parts * heads) != 0) {
+      fail(op, ": q must have 3 dimensions and a multiple of ", parts * heads, " columns, got ", show(shape_of(q)));
+    }
+    const int64_t E = q.size(2) / parts, batch = batch_first ? 0 : 1;
+    const Tensor& keys = kv ? *kv : q;
+    if (kv) {
+      check_device(op, "kv", keys, q);
+      check_dtype(op, "kv", keys, q.scalar_type());
+      if (keys.dim() != 3 || keys.size(batch) != q.size(batch) || keys.size(2) != 2 * E) {
+        fail(op, ": kv must have the batch of q, ", q.size(batch), ", and ", 2 * E, " columns, got ",
+             show(shape_of(keys)));
+      }
+    }
+    a.B = q.size(batch);
+    a.Hq = a.Hk = heads;
+    a.D = a.Dv = E / heads;
+    a.Tq = q.size(1 - batch);
+    a.Tk = keys.size(1 - batch);
+    a.q = heads_of(q, 0);
+    a.k = heads_of(keys, kv ? 0 : 1);
+    a.v = heads_of(keys, kv ? 1 : 2);
+    set_options(q, inputs);
+    if (padding) set_padding(*padding, q);
+  }
+
+  // Part `part` of E columns, as [B, H, T, D].
+  AttentionTensor heads_of(const Tensor& t, int64_t part) const {
+    const size_t size = args.dtype == DType::kFloat64 ? 8 : args.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t column = t.stride(2), b = t.stride(batch_first ? 0 : 1), row = t.stride(batch_first ? 1 : 0);
+    char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    if (part != 0) data += part * args.Hq * args.D * column * int64_t(size);
+    return {data, b, args.D * column, row, column};
+  }
+
+  // padding: bool [B, S], True: masked. Masks that are equivalent to lengths become lengths.
+  void set_padding(const Tensor& padding, const Tensor& q) {
+    AttentionArgs& a = args;
+    check_device(op, "padding", padding, q);
+    check_dtype(op, "padding", padding, ScalarType::Bool);
+    check_shape(op, "padding", padding, {a.B, a.Tk});
+    if (a.mask_kind != MaskKind::kNone) fail(op, ": attn_mask must be absent with padding");
+    const uint8_t* data = static_cast<const uint8_t*>(padding.const_data_ptr());
+    const int64_t row = padding.stride(0), column = padding.stride(1);
+    bool lengths = a.causal != Causal::kLowerRight;  // which counts positions from the last key
+    for (int64_t b = 0; b < a.B && lengths; ++b) {
+      int64_t n = 0, j;
+      while (n < a.Tk && data[b * row + n * column] == 0) ++n;
+      for (j = n; j < a.Tk && data[b * row + j * column] != 0; ++j) {
+      }
+      lengths = j == a.Tk;
+      sequences[size_t(b)].k_length = n;
+    }
+    if (lengths) return;
+    visible.resize(size_t(a.B * a.Tk));
+    for (int64_t b = 0; b < a.B; ++b) {
+      sequences[size_t(b)].k_length = a.Tk;
+      for (int64_t j = 0; j < a.Tk; ++j) visible[size_t(b * a.Tk + j)] = data[b * row + j * column] == 0;
+    }
+    a.mask_kind = MaskKind::kBool;
+    a.mask = {visible.data(), a.Tk, 0, 0, 1};
+  }
+
+  Shape shape_of_output() const {
+    const int64_t E = args.Hq * args.D;
+    return batch_first ? Shape{args.B, args.Tq, E} : Shape{args.Tq, args.B, E};
+  }
+};
+
+#define SEQKERNELS_MULTIHEAD_PARAMETERS                                                        \
+  const Tensor &q, OptionalTensor kv, int64_t heads, bool batch_first, OptionalTensor padding, \
+      OptionalTensor attn_mask, double scale, int64_t causal, double dropout_p, OptionalTensor seed
+#define SEQKERNELS_MULTIHEAD_CALL(name)         \
+  const std::optional<Tensor> none;             \
+  MultiheadCall call(                           \
+      name, q, kv, heads, batch_first, padding, \
+      AttentionOpArgs{attn_mask, none, none, none, none, none, 0, 0, scale, causal, -1, -1, 0, dropout_p, seed})
+
+enum class Weights : int { kNone, kMean, kHeads };  // numbered as in the op schema
+
+Tensor multihead_weights(const Call& call, const Tensor& q, Weights kind) {
+  const AttentionArgs& a = call.args;
+  if (kind == Weights::kNone) return allocate_cpu(q.scalar_type(), {0});
+  if (kind == Weights::kMean) {
+    Tensor mean = allocate_cpu(q.scalar_type(), {a.B, a.Tq, a.Tk});
+    kernels().mean_weights(a, mean.mutable_data_ptr());
+    return mean;
+  }
+  Tensor all = allocate_cpu(q.scalar_type(), {a.B, a.Hq, a.Tq, a.Tk});
+  fill_zero(all);
+  kernels().weights(a, all.mutable_data_ptr());
+  return all;
+}
+
+std::tuple<Tensor, Tensor, Tensor> multihead_forward(SEQKERNELS_MULTIHEAD_PARAMETERS, int64_t need_weights) {
+  SEQKERNELS_MULTIHEAD_CALL("multihead_attention_forward");
+  const AttentionArgs& a = call.args;
+  if (a.dtype != DType::kFloat32 && a.dtype != DType::kFloat64) {
+    fail(call.op, ": q must be float32 or float64, got ", dtype_name(q.scalar_type()));
+  }
+  if (need_weights < 0 || need_weights > 2) {
+    fail(call.op, ": need_weights must be 0 (none), 1 (mean) or 2 (of each head), got ", need_weights);
+  }
+  Tensor out = allocate_cpu(q.scalar_type(), call.shape_of_output());
+  Tensor lse = allocate_cpu(q.scalar_type(), {a.B, a.Hq, a.Tq});
+  call.args.out = call.heads_of(out, 0);
+  call.args.lse = lse.mutable_data_ptr();
+  kernels().forward(a);
+  return {out, lse, multihead_weights(call, q, Weights(need_weights))};
+}
+
+std::tuple<Tensor, Tensor> multihead_backward(const Tensor& dout, SEQKERNELS_MULTIHEAD_PARAMETERS, const Tensor& out,
+                                              const Tensor& lse) {
+  SEQKERNELS_MULTIHEAD_CALL("multihead_attention_backward");
+  const AttentionArgs& a = call.args;
+  AttentionBackwardArgs args{};
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor*>{"dout", &dout}, {"out", &out}}) {
+    check_device(call.op, name, *t, q);
+    check_dtype(call.op, name, *t, q.scalar_type());
+    check_shape(call.op, name, *t, call.shape_of_output());
+  }
+  const Tensor kept = checked(call.op, "lse", lse, call.compute_type(), {a.B, a.Hq, a.Tq}, q);
+  call.args.out = call.heads_of(out, 0);
+  call.args.lse = const_cast<void*>(kept.const_data_ptr());
+  args.dout = call.heads_of(dout, 0);
+  const auto like = [&](const Tensor& t) { return allocate_cpu(t.scalar_type(), shape_of(t)); };
+  Tensor dq = like(q), dkv = kv ? like(*kv) : allocate_cpu(q.scalar_type(), {0});
+  const Tensor& keys = kv ? dkv : dq;
+  args.dq = call.heads_of(dq, 0);
+  args.dk = call.heads_of(keys, kv ? 0 : 1);
+  args.dv = call.heads_of(keys, kv ? 1 : 2);
+  args.forward = call.args;
+  kernels().backward(args);
+  return {dq, dkv};
+}
+
 }  // namespace
 
 SEQKERNELS_OPS_ON(CPU, m) {
+  m.impl("multihead_attention_forward", TORCH_BOX(&multihead_forward));
+  m.impl("multihead_attention_backward", TORCH_BOX(&multihead_backward));
+  m.impl("attention_dense", TORCH_BOX(&dense));
   m.impl("attention_forward", TORCH_BOX(&forward));
   m.impl("attention_backward", TORCH_BOX(&backward));
   m.impl("attention_weights", TORCH_BOX(&weights));

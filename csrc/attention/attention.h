@@ -62,7 +62,8 @@ struct AttentionBackwardArgs {
 
 struct AttentionKernels {
   void (*forward)(const AttentionArgs&);
-  void (*weights)(const AttentionArgs&, void* weights);  // [B, Hq, Tq, Tk], zeros on entry
+  void (*weights)(const AttentionArgs&, void* weights);    // [B, Hq, Tq, Tk], zeros on entry
+  void (*mean_weights)(const AttentionArgs&, void* mean);  // [B, Tq, Tk] over heads, float32 or float64
   void (*backward)(const AttentionBackwardArgs&);
 };
 

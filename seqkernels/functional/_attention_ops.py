@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqkernels.functional._autograd import (
     below_autograd,
+    eager_function,
     jvp_by_definition,
     needs_definition,
     op,
@@ -26,7 +27,7 @@ from seqkernels.functional._autograd import (
     vmap_rule,
 )
 from seqkernels.functional._checks import ValueRuntimeError
-from seqkernels.functional._values import in_jit_trace
+from seqkernels.functional._values import dense_on_cpu, eager_on_cpu, in_jit_trace
 from seqkernels.reference.attention import attention as attention_definition
 from seqkernels.reference.attention import attention_weights as weights_definition
 
@@ -45,6 +46,7 @@ class Ops:
 
 
 ops = Ops("seqkernels")
+_dense = op("attention_dense")  # attention_forward without options and lse, on a CPU; not differentiable
 
 
 class Inputs(NamedTuple):
@@ -84,12 +86,26 @@ def attend(
         return out, lse
     # torch.jit.trace records the argument once, and checks the trace without gradients.
     keep_low = recorded(q, k, v, mask) or in_jit_trace()
+    if keep_low and eager_on_cpu() and dense_on_cpu(q, k, v, seed, *inputs):
+        out, lse, _ = _recorded_attention(q, k, v, *inputs, *args, seed, keep_low)
+        return out, lse
     if not torch.compiler.is_compiling() and not keep_low:
         with below_autograd():
             out, lse, _ = ops.forward(q, k, v, *inputs, *args, seed)
             return out, lse
     out, lse, _ = ops.forward(q, k, v, *inputs, *args, seed, keep_low)
     return out, lse
+
+
+def attend_eagerly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None, scale: float, causal: int
+) -> Tensor:
+    """`attend` without lse and other options, for valid inputs in eager mode on a CPU. lengths: [B], of the keys."""
+    if recorded(q, k, v, mask):
+        rest = mask, None, None, lengths, None, None, 0, 0, scale, causal, -1, -1, 0.0, 0.0, None
+        return _recorded_attention(q, k, v, *rest, True)[0]
+    out: Tensor = _dense(q, k, v, mask, lengths, scale, causal)
+    return out
 
 
 def weights_of(q: Tensor, k: Tensor, inputs: Inputs, args: AttentionArgs, seed: Tensor | None, lse: Tensor) -> Tensor:
@@ -99,6 +115,13 @@ def weights_of(q: Tensor, k: Tensor, inputs: Inputs, args: AttentionArgs, seed: 
         return nothing
     if transformed():
         return _Weights.apply(args, seed, *inputs[1:], q, k, inputs.attn_mask, lse)
+    if not recorded(q, k, inputs.attn_mask, lse):
+        if torch.compiler.is_compiling() or in_jit_trace():
+            return ops.weights(q, k, *inputs, *args, seed, lse)
+        with below_autograd():
+            return ops.weights(q, k, *inputs, *args, seed, lse)
+    if eager_on_cpu() and dense_on_cpu(q, k, lse, seed, *inputs):
+        return _recorded_weights(q, k, *inputs, *args, seed, lse)
     return ops.weights(q, k, *inputs, *args, seed, lse)
 
 
@@ -297,6 +320,11 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     return layout_like(q, v.shape[3]), _lse_like(q), layout_like(q, v.shape[3]) if low else q.new_empty(0)
 
 
+def _dense_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None, *_: Any) -> Tensor:
+    _check(q, k, v, *Inputs(attn_mask=mask, k_lengths=lengths))
+    return layout_like(q, v.shape[3])
+
+
 def _dmask_fake(q: Tensor, mask: Tensor | None, needed: bool) -> Tensor:
     return mask.new_empty(mask.shape) if needed and mask is not None else q.new_empty(0)
 
@@ -364,6 +392,10 @@ def _backward_of_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *found[:3], *[None] * (len(ctx.needs_input_grad) - 4), found[3]
 
 
+_recorded_attention = eager_function("Attention", ops.forward, _setup_attention, _attention_backward)
+_recorded_weights = eager_function("AttentionWeights", ops.weights, _setup_weights, _backward_of_weights)
+
+
 def register(namespace: str) -> None:
     """Registers the fake implementations, autograd formulas and vmap rules of the ops of a namespace."""
     for name, fake in FAKES.items():
@@ -379,6 +411,8 @@ def register(namespace: str) -> None:
 
 
 register("seqkernels")
+torch.library.register_fake("seqkernels::attention_dense")(_dense_fake)
+torch.library.register_vmap("seqkernels::attention_dense", vmap_rule(_dense))
 
 # ---- CUDA: the Triton kernels
 

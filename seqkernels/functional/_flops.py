@@ -144,13 +144,34 @@ def _weights_backward(dweights: Tensor, q: Tensor, k: Tensor, *args: Any, out_va
     return 2 * _pairs(q, k, args[:6]) * 3 * q.shape[-1]
 
 
+def _dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_lengths: Tensor | None, *_: Any, out_val: Any = None
+) -> int:
+    return _attention(q, k, v, mask, None, None, k_lengths, None, None)
+
+
+def _multihead(q: Tensor, kv: Tensor | None, heads: int, batch_first: bool, *args: Any, out_val: Any = None) -> int:
+    """4 products of D columns for each pair of a query and a key of a head: the scores and the output."""
+    batch = 0 if batch_first else 1
+    E = q.shape[2] // 3 if kv is None else q.shape[2]
+    T, S = q.shape[1 - batch], (q if kv is None else kv).shape[1 - batch]
+    return 4 * q.shape[batch] * T * S * E
+
+
+def _multihead_backward(dout: Tensor, *args: Any, out_val: Any = None) -> int:
+    return _multihead(*args) // 2 * 5
+
+
 # ---- registration
 
 FORMULAS: dict[str, Formula] = {
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
+    "attention_dense": _dense_attention,
     "attention_weights": _weights,
     "attention_weights_backward": _weights_backward,
+    "multihead_attention_forward": _multihead,
+    "multihead_attention_backward": _multihead_backward,
 }
 for _kind in KINDS.values():
     FORMULAS |= {_kind.name: _layer(_kind), f"{_kind.name}_forward": _layer(_kind)}

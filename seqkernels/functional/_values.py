@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _tracing = torch._C._get_tracing_state
 
@@ -37,3 +40,42 @@ def may_read_values(*tensors: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+_compiling = torch.compiler.is_compiling
+_transforms = torch._C._are_functorch_transforms_active
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_autocast = torch.is_autocast_enabled
+
+
+def eager_on_cpu() -> bool:
+    """Whether calls with tensors that satisfy `plain_in` run at once and on these tensors alone.
+
+    False during `tracing`, in forward-mode AD, in modes of __torch_function__ or __torch_dispatch__, and in autocast on
+    a CPU. The fast paths of operators and modules require it. It takes less than a microsecond.
+    """
+    return not (
+        _compiling()
+        or _tracing() is not None
+        or _transforms()
+        or _function_modes()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+        or _autocast("cpu")
+    )
+
+
+def dense_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all that are not None are dense tensors with memory on the CPU, of no subclass other than Parameter."""
+    for t in tensors:  # noqa: SIM110  all() takes twice as long
+        if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.is_nested):
+            return False
+    return True
+
+
+def plain_in(dtype: torch.dtype, *tensors: Any) -> bool:
+    """Whether all are dense tensors of a dtype with memory on the CPU, of no subclass other than Parameter."""
+    for t in tensors:  # noqa: SIM110
+        if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu or t.is_nested:
+            return False
+    return True

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import backend as backends
-from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, weights_of
+from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, weights_of
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._nested import jagged_like
@@ -35,7 +35,7 @@ from seqkernels.functional._overrides import (
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._values import in_jit_trace, may_read_values
+from seqkernels.functional._values import eager_on_cpu, in_jit_trace, may_read_values, plain_in
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
 
@@ -101,6 +101,17 @@ def scaled_dot_product_attention(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html;
         Dao et al., FlashAttention, arXiv 2205.14135 and 2307.08691; Press et al., ALiBi, arXiv 2108.12409.
     """
+    if (
+        (lengths is None and window is None and alibi_slopes is None and backend is None)
+        and not (dropout_p or softcap or return_lse or return_weights)
+        and causal_alignment in ALIGNMENTS
+        and eager_on_cpu()
+        and are_inputs_of_op(query, key, value, attn_mask, enable_gqa)
+    ):
+        scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+        return attend_eagerly(
+            query, key, value, attn_mask, None, scale, ALIGNMENTS[causal_alignment] if is_causal else 0
+        )  # fmt: skip
     caller = "scaled_dot_product_attention"
     tensors = query, key, value, attn_mask
     if has_torch_function_variadic(*tensors) and dispatches(*tensors):
@@ -148,7 +159,7 @@ def scaled_dot_product_attention(
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    seed = _seed(dropout_p, query.device)
+    seed = dropout_seed(dropout_p, query.device)
     try:
         out, lse = attend(q, k, v, inputs, args, seed)
         weights = weights_of(q, k, inputs, args, seed, lse) if return_weights else None
@@ -248,7 +259,7 @@ def varlen_attention(
     inputs = Inputs(None, slopes, None, None, cu_seqlens_q, cu_seqlens_k)
     _choose(caller, backend, query, inputs, args, return_lse, key, value)
     try:
-        out, lse = attend(q, k, v, inputs, args, _seed(dropout_p, query.device))
+        out, lse = attend(q, k, v, inputs, args, dropout_seed(dropout_p, query.device))
     except RuntimeError as error:
         raise of_op(caller, error) from None
     out = out.squeeze(0).transpose(0, 1)
@@ -256,6 +267,30 @@ def varlen_attention(
 
 
 # ---- checks
+
+
+def are_inputs_of_op(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool) -> bool:
+    """Whether the inputs are valid inputs of the op as they are: with 4 dimensions, on a CPU."""
+    dtype = query.dtype if isinstance(query, Tensor) else None
+    if dtype not in backends.DTYPES or not plain_in(dtype, query, key, value):
+        return False
+    shape, of_keys = query.shape, key.shape
+    if len(shape) != 4 or len(of_keys) != 4 or shape[0] != of_keys[0] or shape[3] != of_keys[3] or shape[3] == 0:
+        return False
+    if value is not key and value.shape[:3] != of_keys[:3]:
+        return False
+    Hq, Hk = shape[1], of_keys[1]
+    if Hq == 0 or Hk == 0 or (Hq != Hk and (not enable_gqa or Hq % Hk)):
+        return False
+    if mask is None:
+        return True
+    if (
+        type(mask) is not Tensor
+        or mask.dim() != 4
+        or not plain_in(torch.bool if mask.dtype == torch.bool else dtype, mask)
+    ):
+        return False
+    return all(m in (1, n) for m, n in zip(mask.shape, (*shape[:3], of_keys[2])))
 
 
 def _check_tensors(caller: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -511,7 +546,7 @@ def _longest(caller: str, name: str, longest: int | None, cu: Tensor, N: Any) ->
     return int(cu.diff().max()) if cu.shape[0] > 1 else 0
 
 
-def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0:
         return None
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -22,12 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
+from seqkernels.functional._multihead_ops import HEAD_WEIGHTS, MEAN_WEIGHTS, NO_WEIGHTS, Options, multihead
 from seqkernels.functional._nested import jagged_like
-from seqkernels.functional._values import in_jit_trace, may_read_values
-from seqkernels.functional.attention import is_causal_bias
+from seqkernels.functional._values import eager_on_cpu, in_jit_trace, may_read_values, plain_in
+from seqkernels.functional.attention import dropout_seed, is_causal_bias
+from seqkernels.nn._hooks import runs_forward_of
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
@@ -201,6 +204,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 max_seqlen_k=max_seqlen_k, cache=cache,
             )  # fmt: skip
             return as_leaf(self, arguments)
+        sequences = lengths is None and cu_seqlens_q is None and cu_seqlens_k is None and cache is None
+        if sequences and max_seqlen_q is None and max_seqlen_k is None and eager_on_cpu():
+            found = self._fast(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            if found is not None:
+                return found
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor) and not (t is None and cache is not None and name != "query"):
                 raise TypeError(f"{caller}: {name} must be a tensor, got {type(t).__name__}")
@@ -264,6 +274,76 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v, mask, dropout_p, is_causal, lengths=lengths, return_weights=need_weights
         )
         return self._finish(result, need_weights, average_attn_weights, query.dim() == 3)
+
+    def _fast(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        padding: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The result of a call with common inputs on a CPU in eager mode, by one op; None for other calls.
+
+        Common inputs: batches in float32 or float64 whose key is value; one mask, bool or of the dtype of query,
+        without gradient; all valid, so that an error is raised by the checks of other calls.
+        """
+        out_proj: Any = self._modules["out_proj"]
+        if (
+            key is not value
+            or not isinstance(key, Tensor)
+            or not isinstance(query, Tensor)
+            or self.__dict__.get("bias_k", self) is not None  # None is an attribute of its own, not a parameter
+            or self.add_zero_attn
+            or not runs_forward_of(out_proj, NonDynamicallyQuantizableLinear)
+        ):
+            return None
+        own, outer = self._parameters, out_proj._parameters
+        if "in_proj_bias" not in own or "bias" not in outer:  # replaced by an attribute, as pruning does
+            return None
+        parameters: Any = own.get("in_proj_weight"), own.get("in_proj_bias"), outer.get("weight"), outer.get("bias")
+        dtype = query.dtype
+        if dtype not in (torch.float32, torch.float64) or not plain_in(dtype, query, parameters[0], parameters[2]):
+            return None
+        for t in (parameters[1], parameters[3], None if key is query else key):
+            if t is not None and not plain_in(dtype, t):
+                return None
+        E, H, of = self.embed_dim, self.num_heads, 0 if self.batch_first else 1
+        shape = query.shape
+        if len(shape) != 3 or shape[2] != E:
+            return None
+        S = T = shape[1 - of]
+        if key is not query:
+            if key.dim() != 3 or key.shape[of] != shape[of] or key.shape[2] != E:
+                return None
+            S = key.shape[1 - of]
+        if padding is not None and not (plain_in(torch.bool, padding) and padding.shape == (shape[of], S)):
+            return None
+        if attn_mask is not None:
+            if (
+                type(attn_mask) is not Tensor
+                or not plain_in(torch.bool if attn_mask.dtype == torch.bool else dtype, attn_mask)
+                or attn_mask.requires_grad
+                or attn_mask.shape != (T, S)
+            ):
+                return None
+            if is_causal:
+                attn_mask = None
+            elif padding is not None:
+                return None
+            else:
+                attn_mask = (attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask).view(1, 1, T, S)
+        dropout_p = self.dropout if self.training else 0.0
+        if not 0.0 <= dropout_p <= 1.0:
+            return None
+        kind = (MEAN_WEIGHTS if average else HEAD_WEIGHTS) if need_weights else NO_WEIGHTS
+        options = Options(H, self.batch_first, 1 / math.sqrt(E // H), 1 if is_causal else 0, dropout_p)
+        memory, seed = None if key is query else key, dropout_seed(dropout_p, query.device)
+        output, weights = multihead(query, memory, parameters, padding, attn_mask, seed, options, kind)
+        return output, weights if need_weights else None
 
     # ---- projections
 

@@ -17,7 +17,6 @@
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/packing.h"
-#include "common/parallel.h"
 #include "common/products.h"
 #include "common/schedule.h"
 
@@ -25,6 +24,7 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 void attention_backward(const AttentionBackwardArgs& args);
 void attention_weights(const AttentionArgs& args, void* weights);
+void attention_mean_weights(const AttentionArgs& args, void* mean);
 
 namespace {
 
@@ -62,7 +62,7 @@ class Backward {
   }
 
   void run() {
-    const int64_t threads = thread_count();
+    const int64_t threads = threads_for(a);
     const Memory wide(sizeof(T) != sizeof(S) && args.dmask != nullptr ? size_t(mask_count) * sizeof(T) : 64);
     if (args.dmask != nullptr) {
       sums = sizeof(T) != sizeof(S) ? reinterpret_cast<T*>(wide.get()) : static_cast<T*>(args.dmask);
@@ -82,7 +82,7 @@ class Backward {
   }
 
   void run_weights(S* weights) {
-    const int64_t threads = thread_count();
+    const int64_t threads = threads_for(a);
     run_tasks<T>(threads, groups, scratch_size() + packed_size(), expected(1), [&](int64_t g, T* memory) {
       const int64_t b = g / a.Hk, hk = g % a.Hk;
       const Scratch s = carve(memory);
@@ -105,6 +105,45 @@ class Backward {
             if (dropout.on) drop(q, r, j0, row, row);
             S* to = weights + ((b * a.Hq + q.head[r]) * a.Tq + q.i[r]) * a.Tk + j0;
             for (int64_t j = 0; j < n; j += kWidth) store(to + j, load(row + j), n - j);
+          }
+        }
+      }
+    });
+  }
+
+  // mean: [B, Tq, Tk], over heads. A task is a block of queries with all heads: no other task writes its rows.
+  void run_mean_weights(T* mean) {
+    const int64_t blocks = ceil_div(a.Tq, kRows);
+    run_tasks<T>(threads_for(a), a.B * blocks, scratch_size() + packed_size(), [&](int64_t task, T* memory) {
+      const int64_t b = task / blocks, i0 = task % blocks * kRows, rows = min(kRows, a.Tq - i0);
+      T* const to = mean + (b * a.Tq + i0) * a.Tk;
+      memset(static_cast<void*>(to), 0, size_t(rows * a.Tk) * sizeof(T));
+      const int64_t valid = min(rows, a.sequences[b].q_length - i0);
+      if (valid <= 0) return;
+      const Scratch s = carve(memory);
+      const Packed packed = packed_at(memory);
+      const V heads = broadcast(T(a.Hq));
+      Queries q;
+      for (int64_t h = 0; h < a.Hq; ++h) {
+        const bool last = h == a.Hq - 1;
+        q.set(a, b, h, 1, i0, valid);
+        const int64_t first = q.any_keys.lo / kKeys * kKeys;
+        for (int64_t j0 = first; j0 < q.any_keys.hi; j0 += kKeys) pack_block(b, h / a.group(), j0, packed);
+        load_queries(q, s);
+        renormalise(q, packed, s);
+        for (int64_t j0 = first; j0 < q.any_keys.hi; j0 += kKeys) {
+          const Visibility visible = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
+          if (visible == Visibility::kNone && !last) continue;
+          if (visible != Visibility::kNone) probabilities(q, j0, visible == Visibility::kSome, packed, s);
+          const int64_t n = min(kKeys, a.Tk - j0);
+          for (int64_t r = 0; r < valid; ++r) {
+            T *row = s.p + r * kKeys, *sum = to + r * a.Tk + j0;
+            if (visible == Visibility::kNone) memset(static_cast<void*>(row), 0, kKeys * sizeof(T));
+            if (dropout.on) drop(q, r, j0, row, row);
+            for (int64_t j = 0; j < n; j += kWidth) {
+              const V more = load(sum + j, n - j) + load(row + j);
+              store(sum + j, last ? more / heads : more, n - j);
+            }
           }
         }
       }
@@ -644,6 +683,17 @@ void attention_weights(const AttentionArgs& args, void* weights) {
   AttentionBackwardArgs none{};
   none.forward = args;
   dispatch(args.dtype, [&](auto s) { Backward<decltype(s)>(none).run_weights(static_cast<decltype(s)*>(weights)); });
+}
+
+void attention_mean_weights(const AttentionArgs& args, void* mean) {
+  AttentionBackwardArgs none{};
+  none.forward = args;
+  none.forward.v.data = nullptr;  // which the weights do not need
+  if (args.dtype == DType::kFloat64) {
+    Backward<double>(none).run_mean_weights(static_cast<double*>(mean));
+  } else {
+    Backward<float>(none).run_mean_weights(static_cast<float*>(mean));
+  }
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -8,6 +8,7 @@
 #include "attention/attention.h"
 #include "attention/cpu/dropout.h"
 #include "attention/cpu/tiles.h"
+#include "common/parallel.h"
 #include "common/products.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -33,6 +34,13 @@ inline KeyRange keys_of(const AttentionArgs& a, const AttentionSequence& s, int6
   if (a.window_right >= 0) hi = min(hi, at + a.window_right + 1);
   if (a.window_left >= 0 && at - a.window_left > 0) lo = at - a.window_left;
   return lo < hi ? KeyRange{lo, hi} : KeyRange{0, 0};
+}
+
+// Number of threads for a call.
+inline int64_t threads_for(const AttentionArgs& a) {
+  int64_t pairs = 0;
+  for (int64_t b = 0; b < a.B; ++b) pairs += a.sequences[b].q_length * a.sequences[b].k_length;
+  return attention::useful_threads(a.Hq * pairs, thread_count());
 }
 
 // Up to kRows queries of one sequence, from heads that share their keys.

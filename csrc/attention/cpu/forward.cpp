@@ -15,7 +15,6 @@
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/packing.h"
-#include "common/parallel.h"
 #include "common/products.h"
 #include "common/schedule.h"
 
@@ -24,6 +23,7 @@ namespace seqkernels::SEQKERNELS_ISA {
 AttentionKernels attention_kernels();
 void attention_backward(const AttentionBackwardArgs& args);
 void attention_weights(const AttentionArgs& args, void* weights);
+void attention_mean_weights(const AttentionArgs& args, void* mean);
 
 namespace {
 
@@ -52,7 +52,7 @@ class Forward {
         factor(scores.left_scale()) {}
 
   void run() {
-    const int64_t threads = thread_count(), groups = a.B * a.Hk;
+    const int64_t threads = threads_for(a), groups = a.B * a.Hk;
     int64_t longest = 0;
     double pairs = 0;
     for (int64_t b = 0; b < a.B; ++b) {
@@ -520,6 +520,8 @@ void attention_forward(const AttentionArgs& args) {
 
 }  // namespace
 
-AttentionKernels attention_kernels() { return {&attention_forward, &attention_weights, &attention_backward}; }
+AttentionKernels attention_kernels() {
+  return {&attention_forward, &attention_weights, &attention_mean_weights, &attention_backward};
+}
 
 }  // namespace seqkernels::SEQKERNELS_ISA
