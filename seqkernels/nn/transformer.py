@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from seqkernels.functional._values import tracing
+from seqkernels.functional._values import eager_on_cpu, tracing
+from seqkernels.nn._hooks import runs_forward_of
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
 from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, check_tensor, of_nested
 
@@ -74,6 +75,19 @@ def _given(**inputs: Any) -> dict[str, Any]:
 def _of_itself(lengths: Any) -> Any:
     """The pair (queries, keys) of lengths for self-attention."""
     return None if lengths is None else (lengths, lengths)
+
+
+# The modules of an encoder layer, and the classes whose forward methods make up its formula.
+_PARTS: tuple[tuple[str, type[torch.nn.Module]], ...] = (
+    ("self_attn", MultiheadAttention),
+    ("linear1", torch.nn.Linear),
+    ("linear2", torch.nn.Linear),
+    ("norm1", torch.nn.LayerNorm),
+    ("norm2", torch.nn.LayerNorm),
+    ("dropout", torch.nn.Dropout),
+    ("dropout1", torch.nn.Dropout),
+    ("dropout2", torch.nn.Dropout),
+)
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -139,6 +153,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
                 lengths=lengths, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache,
             )  # fmt: skip
             return as_leaf(self, arguments)
+        if (
+            (lengths is None and cu_seqlens is None and max_seqlen is None and cache is None)
+            and type(self) is TransformerEncoderLayer
+            and eager_on_cpu()
+            and self._evaluates_formula()
+        ):
+            found = self._fast(src, src_mask, src_key_padding_mask, is_causal)
+            if found is not None:
+                return found
         caller = "TransformerEncoderLayer"
         check_tensor(caller, "src", src)
         restore = None
@@ -168,6 +191,47 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             x = self.norm1(x + attend(x))
             x = self.norm2(x + self._ff_block(x))
         return x if restore is None else restore(x)
+
+    def _evaluates_formula(self) -> bool:
+        """Whether a call is the formula of the layer: original modules and methods, no hook, no dropout."""
+        if self.training or "_sa_block" in self.__dict__ or "_ff_block" in self.__dict__:
+            return False
+        modules = self._modules
+        for name, kind in _PARTS:
+            module: Any = modules[name]
+            if not runs_forward_of(module, kind):
+                return False
+            if kind is torch.nn.Dropout:
+                if module.training:
+                    return False
+            elif kind is not MultiheadAttention and not (
+                "weight" in module._parameters and "bias" in module._parameters
+            ):
+                return False
+        return True
+
+    def _fast(self, x: Tensor, src_mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor | None:
+        """The formula of the layer without calls of its modules; None if self_attn has no fast path for them."""
+        modules: Any = self._modules
+
+        def normalized(x: Tensor, name: str) -> Tensor:
+            norm = modules[name]
+            weights = norm._parameters
+            return torch.layer_norm(x, norm.normalized_shape, weights["weight"], weights["bias"], norm.eps)
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            weights = modules[name]._parameters
+            return F.linear(x, weights["weight"], weights["bias"])
+
+        given = normalized(x, "norm1") if self.norm_first else x
+        found = modules["self_attn"]._fast(given, given, given, padding, False, src_mask, True, is_causal)
+        if found is None:
+            return None
+        x = x + found[0]
+        if self.norm_first:
+            return x + linear(self.activation(linear(normalized(x, "norm2"), "linear1")), "linear2")
+        x = normalized(x, "norm1")
+        return normalized(x + linear(self.activation(linear(x, "linear1")), "linear2"), "norm2")
 
     def _padded(
         self, rows: Tensor, cu_seqlens: Tensor, longest: int, src_mask: Tensor | None, is_causal: bool
