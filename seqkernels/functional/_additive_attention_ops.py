@@ -15,6 +15,7 @@ from seqkernels.functional import _triton_ops
 from seqkernels.functional._autograd import (
     Function,
     below_autograd,
+    eager_function,
     jvp_by_definition,
     needs_definition,
     op,
@@ -24,6 +25,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
+from seqkernels.functional._values import dense_on_cpu, eager_on_cpu
 from seqkernels.reference.additive_attention import additive_attention
 
 key_exp_op = op("additive_attention_key_exp")
@@ -66,8 +68,11 @@ def attend(inputs: Inputs, ops: Ops) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor]
     if transformed():
         found = _Forward.apply(ops, *inputs)
-    elif torch.compiler.is_compiling() or recorded(*inputs[:DIFFERENTIABLE]):
+    elif torch.compiler.is_compiling():
         found = ops.forward(*inputs)
+    elif recorded(*inputs[:DIFFERENTIABLE]):
+        fast = ops is OPS["cpu"] and eager_on_cpu() and dense_on_cpu(*inputs)
+        found = _recorded(*inputs) if fast else ops.forward(*inputs)
     else:
         with below_autograd():
             found = ops.forward(*inputs)
@@ -157,16 +162,23 @@ def _key_exp_fake(key: Tensor) -> Tensor:
     return key.new_empty(key.shape, dtype=torch.promote_types(key.dtype, torch.float32))
 
 
-def _register(ops: Ops, namespace: str) -> None:
+def _formula_of(ops: Ops) -> Function:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, weights = ctx.saved_tensors
         return _backward(ops, Inputs(*inputs), weights.detach(), grads, ctx.needs_input_grad)
 
+    return backward
+
+
+_recorded = eager_function("AdditiveAttention", OPS["cpu"].forward, _setup_forward, _formula_of(OPS["cpu"]))
+
+
+def _register(ops: Ops, namespace: str) -> None:
     name = f"{namespace}::additive_attention"
     for way, fake in (("forward", _forward_fake), ("backward", _backward_fake)):
         torch.library.register_fake(f"{name}_{way}")(fake)
         torch.library.register_vmap(f"{name}_{way}", vmap_rule(getattr(ops, way)))
-    torch.library.register_autograd(f"{name}_forward", backward, setup_context=_setup_forward)
+    torch.library.register_autograd(f"{name}_forward", _formula_of(ops), setup_context=_setup_forward)
 
 
 _register(OPS["cpu"], "seqkernels")

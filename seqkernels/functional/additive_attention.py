@@ -21,7 +21,7 @@ from seqkernels.functional._overrides import (
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._values import tracing
+from seqkernels.functional._values import dense_on_cpu, eager_on_cpu, plain_in, tracing
 
 __all__ = ["AdditiveKeys", "additive_attention"]
 
@@ -142,6 +142,10 @@ def additive_attention(
     Source: Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate",
         https://arxiv.org/abs/1409.0473
     """
+    if bias is mask is None and backend is None and eager_on_cpu():
+        found = _fast(query, key, value, v, lengths, return_weights)
+        if found is not None:
+            return found
     caller = "additive_attention"
     keys = key if isinstance(key, AdditiveKeys) else None
     tensors = query, keys.key if keys is not None else key, value, v
@@ -179,6 +183,40 @@ def additive_attention(
         t = t.reshape(N, Tq, t.shape[2]) if fold else t
         results.append(t.squeeze(1) if single else t)
     return tuple(results) if return_weights else results[0]
+
+
+def _fast(query: Any, key: Any, value: Any, v: Any, lengths: Any, return_weights: bool) -> Any:
+    """The result of a call with valid tensors on a CPU, one query sequence for each key sequence; None for others."""
+    exp = None
+    if type(key) is AdditiveKeys:
+        keys = key
+        key, exp = keys.key, keys.exp
+        value = keys.value if value is None else value
+        if exp is not None and keys._versions != (_version(key), _version(keys.value)):
+            return None
+    dtype = query.dtype if isinstance(query, Tensor) else None
+    if dtype not in backends.DTYPES or not plain_in(dtype, query, key, value, v) or not dense_on_cpu(exp):
+        return None
+    shape, of_keys = query.shape, key.shape
+    if not 2 <= len(shape) <= 3 or len(of_keys) != 3 or shape[0] != of_keys[0] or shape[-1] != of_keys[2]:
+        return None
+    if value.dim() != 3 or value.shape[:2] != of_keys[:2] or v.shape != of_keys[2:]:
+        return None
+    if lengths is not None and not (plain_in(torch.int64, lengths) and lengths.shape == of_keys[:1]):
+        return None
+    single = len(shape) == 2
+    try:
+        out, weights = attend(Inputs(query.unsqueeze(1) if single else query, key, value, v, None, lengths, exp), _CPU)
+    except RuntimeError:  # of invalid lengths, which the other path describes
+        return None
+    out = out.squeeze(1) if single else out
+    if not return_weights:
+        return out
+    weights = weights if weights.dtype is out.dtype else weights.to(out.dtype)
+    return out, weights.squeeze(1) if single else weights
+
+
+_CPU = OPS["cpu"]
 
 
 def fold_beams(caller: str, query: Tensor, keys: int) -> Tensor:

@@ -15,8 +15,11 @@ from torch.nn import Linear, Module, Parameter, init
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from seqkernels.backend import DTYPES
+from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, weights_of
 from seqkernels.functional._autograd import autocast_dtype
 from seqkernels.functional._checks import Lengths, TypeRuntimeError, describe, lengths_tensor
+from seqkernels.functional._values import eager_on_cpu, plain_in
 from seqkernels.functional.additive_attention import AdditiveKeys, additive_attention, beam_mask, fold_beams
 from seqkernels.functional.attention import scaled_dot_product_attention
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
@@ -266,6 +269,10 @@ class LuongAttention(Module):
         if isinstance(query, Proxy) or isinstance(keys, Proxy):
             arguments = dict(query=query, keys=keys, values=values, mask=mask, lengths=lengths)
             return as_leaf(self, {**arguments, "need_weights": need_weights})
+        if mask is None and self.method != "concat" and eager_on_cpu():
+            found = self._fast(query, keys, values, lengths, need_weights)
+            if found is not None:
+                return found
         _check_rows("LuongAttention", "query", query, self.query_dim, single=True)
         if isinstance(keys, Tensor):
             _check_dtype("LuongAttention", "keys", keys, "query", query)
@@ -283,6 +290,49 @@ class LuongAttention(Module):
                 return_weights=need_weights,
             )  # fmt: skip
         return self._dot(query, projected[0], projected[1] if values is None else values, mask, lengths, need_weights)
+
+    def _fast(self, query: Any, keys: Any, values: Any, lengths: Any, need_weights: bool) -> Any:
+        """The result of dot and general for valid inputs on a CPU; None for other calls.
+
+        Valid inputs: tensors of one dtype, with one sequence of queries for each sequence of keys.
+        """
+        projected = isinstance(keys, tuple)
+        if projected and len(keys) == 2:
+            values = keys[1] if values is None else values
+            keys = keys[0]
+        dtype = query.dtype if isinstance(query, Tensor) else None
+        if dtype not in DTYPES or not plain_in(dtype, query, keys, keys if values is None else values):
+            return None
+        shape, of_keys = query.shape, keys.shape
+        if (
+            not 2 <= len(shape) <= 3
+            or len(of_keys) != 3
+            or shape[0] != of_keys[0]
+            or shape[-1] != self.query_dim
+            or of_keys[2] != (self.query_dim if projected else self.key_dim)
+        ):
+            return None
+        values = keys if values is None else values
+        if values.dim() != 3 or values.shape[:2] != of_keys[:2]:
+            return None
+        if lengths is not None and not (plain_in(torch.int64, lengths) and lengths.shape == of_keys[:1]):
+            return None
+        if not projected and self.attn is not None:
+            keys = self.attn(keys)
+            if not plain_in(dtype, keys) or keys.shape != (*of_keys[:2], self.query_dim):
+                return None
+        q = query.unsqueeze(1) if len(shape) == 3 else query.view(shape[0], 1, 1, shape[1])
+        k, v = keys.unsqueeze(1), values.unsqueeze(1)
+        try:
+            if not need_weights:
+                out = attend_eagerly(q, k, v, None, lengths, self.scale, 0)
+                return out.squeeze(1) if len(shape) == 3 else out.view(shape[0], -1)
+            inputs, args = Inputs(k_lengths=lengths), AttentionArgs(scale=self.scale)
+            out, lse = attend(q, k, v, inputs, args, None)
+        except RuntimeError:  # of invalid lengths, which the other path describes
+            return None
+        weights = weights_of(q, k, inputs, args, None, lse)
+        return tuple(t.squeeze(1) if len(shape) == 3 else t.view(shape[0], -1) for t in (out, weights))
 
     def _weight(self) -> Tensor:
         attn: Any = self.attn
