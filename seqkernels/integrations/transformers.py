@@ -22,7 +22,9 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional._values import may_read_values
+from seqkernels.functional._attention_ops import attend_eagerly
+from seqkernels.functional._values import eager_on_cpu, may_read_values
+from seqkernels.functional.attention import are_inputs_of_op
 
 __all__ = ["attention_forward", "attention_mask"]
 
@@ -102,6 +104,16 @@ def attention_forward(
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     T, S = query.shape[2], key.shape[2]
+    if (
+        attention_mask is position_bias is s_aux is cu_seq_lens_q is None
+        and not (dropout or softcap or kwargs.get("output_attentions"))
+        and (T == 1 or T == S or not causal)
+        and eager_on_cpu()
+        and are_inputs_of_op(query, key, value, None, True)
+    ):
+        scale = 1 / math.sqrt(query.shape[3]) if scaling is None else float(scaling)
+        out = attend_eagerly(query, key, value, None, None, scale, 1 if causal and T > 1 else 0)
+        return out.transpose(1, 2).contiguous(), None
     if (
         cu_seq_lens_q is not None
         and cu_seq_lens_k is not None
