@@ -19,6 +19,7 @@ from harness import Contender, Results, compiled, of_tensors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import seqkernels
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
 
 TOLERANCE = 2e-5
@@ -230,6 +231,76 @@ def test_decoding(bench: Any, keys: int) -> None:
     q, k, v = (torch.randn(B, H, n, D, generator=generator) for n in (1, keys, keys))
     contenders = [contender("ours", OURS, (q, k, v), FORWARD), contender("torch", TORCH, (q, k, v), FORWARD)]
     row(bench, "one query", f"B={B} H={H} Tk={keys} D={D}", FORWARD, B * H * keys, D, contenders, None)
+
+
+# ---- small shapes, where the time of a call is that of its checks, dispatch and allocation
+
+SMALL = [Shape(1, 4, 10, 16), Shape(3, 4, 30, 16), Shape(8, 8, 64, 16)]
+LAYERS = ["MultiheadAttention", "MultiheadAttention, weights", "TransformerEncoderLayer", "TransformerDecoderLayer"]
+
+
+@passes
+@pytest.mark.parametrize("kind", ["dense", "causal", "key mask"])
+@pytest.mark.parametrize("shape", [*SMALL, Shape(1, 1, 4, 8)], ids=shape_id)
+def test_small(bench: Any, shape: Shape, kind: str, which: str) -> None:
+    tensors, options = drawn(shape), dict(is_causal=kind == "causal")
+    mask = (torch.arange(shape.L) < shape.L - 2).view(1, 1, 1, -1) if kind == "key mask" else None
+    contenders = [
+        contender("ours", lambda *t: OURS(*t, attn_mask=mask, **options), tensors, which),
+        contender("torch", lambda *t: TORCH(*t, attn_mask=mask, **options), tensors, which),
+    ]
+    pairs = {"dense": shape.pairs, "causal": shape.causal_pairs, "key mask": shape.pairs // shape.L * (shape.L - 2)}
+    row(bench, f"small, {kind}", str(shape), which, pairs[kind], shape.D, contenders, 0.95)
+
+
+@pytest.mark.parametrize("keys", [10, 100])
+def test_small_decoding(bench: Any, keys: int) -> None:
+    B, H, D = 1, 8, 64
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, n, D, generator=generator) for n in (1, keys, keys))
+    contenders = [contender("ours", OURS, (q, k, v), FORWARD), contender("torch", TORCH, (q, k, v), FORWARD)]
+    row(bench, "small, one query", f"B={B} H={H} Tk={keys} D={D}", FORWARD, B * H * keys, D, contenders, 0.95)
+
+
+@passes
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
+@pytest.mark.parametrize("shape", SMALL, ids=shape_id)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(bench: Any, layer: str, shape: Shape, padded: bool, which: str) -> None:
+    """Modules of H D columns; torch's have a fused path without autograd. The gradients are those of all parameters."""
+    E, (name, _, weights) = shape.H * shape.D, layer.partition(", ")
+    options = dict(batch_first=True, dropout=0.0)
+    more = () if name == "MultiheadAttention" else (2 * E,)
+    torch.manual_seed(0)
+    modules = [getattr(library, name)(E, shape.H, *more, **options) for library in (seqkernels.nn, torch.nn)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x = torch.randn(shape.B, shape.L, E, generator=torch.Generator().manual_seed(1)).requires_grad_(which == BOTH)
+    padding = None
+    if padded:
+        padding = torch.arange(shape.L).expand(shape.B, -1) >= torch.linspace(shape.L // 2, shape.L, shape.B).view(
+            -1, 1
+        )
+
+    def calling(module: torch.nn.Module) -> Callable[..., Tensor]:
+        if name == "MultiheadAttention":
+            return lambda x, *_: module(x, x, x, key_padding_mask=padding, need_weights=bool(weights))[0]
+        if name == "TransformerEncoderLayer":
+            return lambda x, *_: module(x, src_key_padding_mask=padding)
+        return lambda x, *_: module(x, x, tgt_key_padding_mask=padding, memory_key_padding_mask=padding)
+
+    contenders = []
+    for of, module in zip(("ours", "torch"), modules):
+        module.train(which == BOTH)
+        contenders.append(contender(of, calling(module), (x, *module.parameters()), which))
+    products = sum(p.numel() for p in modules[0].parameters() if p.dim() == 2) * shape.B * shape.L
+    bench.time(
+        f"{layer} {which}{', padding mask' if padded else ''}",
+        f"B={shape.B} T={shape.L} E={E} H={shape.H}",
+        contenders,
+        bars={"torch": 0.95},
+        work=(2.0 if which == FORWARD else 6.0) * products,
+        tolerance=TOLERANCE,
+    )
 
 
 # ---- on a GPU
