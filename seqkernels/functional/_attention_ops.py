@@ -101,10 +101,8 @@ def attend_eagerly(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None, scale: float, causal: int
 ) -> Tensor:
     """`attend` without lse and other options, for valid inputs in eager mode on a CPU. lengths: [B], of the keys."""
-    if recorded(q, k, v, mask):
-        rest = mask, None, None, lengths, None, None, 0, 0, scale, causal, -1, -1, 0.0, 0.0, None
-        return _recorded_attention(q, k, v, *rest, True)[0]
-    out: Tensor = _dense(q, k, v, mask, lengths, scale, causal)
+    call = _Dense.apply if recorded(q, k, v, mask) else _dense
+    out: Tensor = call(q, k, v, mask, lengths, scale, causal)
     return out
 
 
@@ -186,6 +184,40 @@ def _of_weights(args: AttentionArgs, seed: Tensor | None, inputs: Inputs) -> Cal
 
 
 FIRST = 7  # position of the first argument below that has a gradient
+
+
+class _Dense(torch.autograd.Function):
+    """`_recorded_attention` of few arguments and results, which a call with few queries takes long to pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        scale: float,
+        causal: int,
+    ) -> Tensor:
+        rest = mask, None, None, lengths, None, None, 0, 0, scale, causal, -1, -1, 0.0, 0.0, None
+        with below_autograd():
+            out, lse, low = ops.forward(q, k, v, *rest, True)
+        ctx.save_for_backward(q, k, v, mask, lengths, out, lse, low)
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, lengths, *results = ctx.saved_tensors
+        inputs = Inputs(attn_mask=mask, k_lengths=lengths)
+        args, needs, grads = AttentionArgs(scale=ctx.scale, causal=ctx.causal), ctx.needs_input_grad[:4], (dout, None)
+        found: Sequence[Tensor | None]
+        if needs_definition(grads):
+            found = vjp_by_definition(_of_attention(args, None, inputs), (q, k, v, mask), grads, needs)
+        else:
+            found = _backward(args, None, inputs, q, k, v, results, grads, needs)
+        return *found, None, None, None
 
 
 class _Attention(torch.autograd.Function):
