@@ -143,7 +143,7 @@ def additive_attention(
         https://arxiv.org/abs/1409.0473
     """
     if bias is mask is None and backend is None and eager_on_cpu():
-        found = _fast(query, key, value, v, lengths, return_weights)
+        found = of_common_inputs(query, key, value, v, lengths, return_weights)
         if found is not None:
             return found
     caller = "additive_attention"
@@ -185,7 +185,7 @@ def additive_attention(
     return tuple(results) if return_weights else results[0]
 
 
-def _fast(query: Any, key: Any, value: Any, v: Any, lengths: Any, return_weights: bool) -> Any:
+def of_common_inputs(query: Any, key: Any, value: Any, v: Any, lengths: Any, return_weights: bool) -> Any:
     """The result of a call with valid tensors on a CPU, one query sequence for each key sequence; None for others."""
     exp = None
     if type(key) is AdditiveKeys:

@@ -20,8 +20,15 @@ from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, 
 from seqkernels.functional._autograd import autocast_dtype
 from seqkernels.functional._checks import Lengths, TypeRuntimeError, describe, lengths_tensor
 from seqkernels.functional._values import eager_on_cpu, plain_in
-from seqkernels.functional.additive_attention import AdditiveKeys, additive_attention, beam_mask, fold_beams
+from seqkernels.functional.additive_attention import (
+    AdditiveKeys,
+    additive_attention,
+    beam_mask,
+    fold_beams,
+    of_common_inputs,
+)
 from seqkernels.functional.attention import scaled_dot_product_attention
+from seqkernels.nn._hooks import runs_forward_of
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
 
 # Names of the projections of queries and of keys and of v in published implementations, each a Linear layer.
@@ -120,6 +127,10 @@ class AdditiveAttention(Module):
         if isinstance(query, Proxy) or isinstance(keys, Proxy):
             arguments = dict(query=query, keys=keys, values=values, mask=mask, lengths=lengths)
             return as_leaf(self, {**arguments, "need_weights": need_weights})
+        if mask is None and eager_on_cpu():
+            found = self._fast(query, keys, values, lengths, need_weights)
+            if found is not None:
+                return found
         _check_rows("AdditiveAttention", "query", query, self.query_dim, single=True)
         _check_dtype("AdditiveAttention", "query", query, "the parameters", self.v)
         if not isinstance(keys, AdditiveKeys):
@@ -130,6 +141,27 @@ class AdditiveAttention(Module):
         return additive_attention(
             self.query_projection(query), keys, values, self.v, mask=mask, lengths=lengths, return_weights=need_weights
         )
+
+    def _fast(self, query: Any, keys: Any, values: Any, lengths: Any, need_weights: bool) -> Any:
+        """The result for valid inputs on a CPU and projections without hooks; None for other calls."""
+        of_query: Any = self._modules["query_projection"]
+        of_keys: Any = self._modules["key_projection"]
+        if not (runs_forward_of(of_query, Linear) and runs_forward_of(of_keys, Linear)):
+            return None
+        left, right, v = of_query._parameters, of_keys._parameters, self._parameters.get("v")
+        if v is None or not ("bias" in left and plain_in(v.dtype, query, left.get("weight"), right.get("weight"))):
+            return None
+        if not 2 <= query.dim() <= 3 or query.shape[-1] != self.query_dim or right.get("bias") is not None:
+            return None
+        projected = keys
+        if type(keys) is not AdditiveKeys:
+            if not plain_in(v.dtype, keys) or keys.dim() != 3 or keys.shape[2] != self.key_dim:
+                return None
+            values = keys if values is None else values
+            projected = F.linear(keys, right["weight"])
+        return of_common_inputs(
+            F.linear(query, left["weight"], left["bias"]), projected, values, v, lengths, need_weights
+        )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._translate(state_dict, prefix)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seqkernels
 from seqkernels.functional import _multihead_ops, attention, scaled_dot_product_attention
-from seqkernels.nn import LuongAttention, MultiheadAttention, TransformerEncoderLayer
+from seqkernels.nn import AdditiveAttention, LuongAttention, MultiheadAttention, TransformerEncoderLayer
 
 ops: Any = torch.ops.seqkernels
 B, T, S, E, H = 3, 5, 7, 8, 2
@@ -420,6 +420,46 @@ def test_luong_equals_the_other_path(method: Any, single: bool, lengths: Any, ne
         results.append((*found, *torch.autograd.grad(loss, (query, keys))))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([7, 0, 3])])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_additive_equals_the_other_path(kept: bool, single: bool, lengths: Any, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    module = AdditiveAttention(E, E, 6, dtype=torch.float64)
+    results = []
+    for fast in (True, False):
+        query = (drawn(B, E) if single else drawn(B, T, E)).requires_grad_()
+        keys = drawn(B, S, E, seed=1).requires_grad_()
+        given = module.project(keys) if kept else keys
+        options: Any = dict(lengths=lengths, need_weights=need_weights)
+        if fast:
+            assert module._fast(query, given, None, lengths, need_weights) is not None
+            found = module(query, given, **options)
+        else:
+            with PassThrough():
+                found = module(query, given, **options)
+        found = found if need_weights else (found,)
+        loss = sum((t * drawn(*t.shape, seed=5)).sum() for t in found)
+        results.append((*found, *torch.autograd.grad(loss, (query, keys, *module.parameters()))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_additive_calls_hooks_and_reports_invalid_lengths() -> None:
+    module, query, keys = AdditiveAttention(E, E), torch.randn(B, E), torch.randn(B, S, E)
+    wanted = module(query, keys)
+    handle = module.key_projection.register_forward_hook(lambda _m, _i, output: output * 0)
+    assert not torch.allclose(module(query, keys), wanted)
+    handle.remove()
+    with pytest.raises(ValueError, match="lengths must be between 0 and 7, got 8"):
+        module(query, keys, lengths=torch.tensor([8, 1, 1]))
+    changed = module.project(keys)
+    keys.add_(1)
+    with pytest.raises(ValueError, match="must not change after AdditiveKeys"):
+        module(query, changed)
 
 
 def test_luong_reports_invalid_lengths() -> None:
