@@ -1,7 +1,8 @@
 """Replacements of torch.nn's transformer layers, which use the attention of seqkernels, and positional encodings.
 
 The layers have the constructors, parameters and state_dict of torch.nn's layers and work in torch.nn.TransformerEncoder
-and TransformerDecoder. Training and evaluation, with and without gradients, use the same code.
+and TransformerDecoder. An encoder layer in evaluation whose modules are the original ones, without hooks, computes its
+formula without calling them.
 
 Dimensions: B batch, T steps, S steps of memory, E d_model, N rows of all packed sequences.
 """
