@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/plan.h"
 #include "common/allocate.h"
 #include "common/isa.h"
 #include "common/memory.h"
@@ -260,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   const bool half = call.args.dtype != DType::kFloat32 && call.args.dtype != DType::kFloat64;
   Tensor low = keep_low && half ? allocate_like(q, call.args.Dv) : allocate_cpu(q.scalar_type(), {0});
   if (keep_low && half) call.args.out_low = call.output(low);
-  kernels().forward(call.args);
+  kernels().forward(call.args, nullptr);
   return {out, lse, low};
 }
 
@@ -275,7 +276,7 @@ Tensor dense(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor m
   Tensor out = allocate_like(q, a.Dv);
   call.args.out = call.output(out);
   call.args.lse = lse.get();
-  kernels().forward(a);
+  kernels().forward(a, nullptr);
   return out;
 }
 
@@ -439,18 +440,16 @@ struct MultiheadCall : Call {
 
 enum class Weights : int { kNone, kMean, kHeads };  // numbered as in the op schema
 
-Tensor multihead_weights(const Call& call, const Tensor& q, Weights kind) {
-  const AttentionArgs& a = call.args;
-  if (kind == Weights::kNone) return allocate_cpu(q.scalar_type(), {0});
-  if (kind == Weights::kMean) {
-    Tensor mean = allocate_cpu(q.scalar_type(), {a.B, a.Tq, a.Tk});
-    kernels().mean_weights(a, mean.mutable_data_ptr());
-    return mean;
+// mean [B, n] of weights [B, H, n].
+template <class T>
+void mean_of_heads(const T* weights, int64_t B, int64_t H, int64_t n, T* mean) {
+  for (int64_t b = 0; b < B; ++b, weights += H * n, mean += n) {
+    std::copy_n(weights, n, mean);
+    for (int64_t h = 1; h < H; ++h) {
+      for (int64_t i = 0; i < n; ++i) mean[i] += weights[h * n + i];
+    }
+    for (int64_t i = 0; i < n; ++i) mean[i] /= T(H);
   }
-  Tensor all = allocate_cpu(q.scalar_type(), {a.B, a.Hq, a.Tq, a.Tk});
-  fill_zero(all);
-  kernels().weights(a, all.mutable_data_ptr());
-  return all;
 }
 
 std::tuple<Tensor, Tensor, Tensor> multihead_forward(SEQKERNELS_MULTIHEAD_PARAMETERS, int64_t need_weights) {
@@ -466,8 +465,33 @@ std::tuple<Tensor, Tensor, Tensor> multihead_forward(SEQKERNELS_MULTIHEAD_PARAME
   Tensor lse = allocate_cpu(q.scalar_type(), {a.B, a.Hq, a.Tq});
   call.args.out = call.heads_of(out, 0);
   call.args.lse = lse.mutable_data_ptr();
-  kernels().forward(a);
-  return {out, lse, multihead_weights(call, q, Weights(need_weights))};
+  const Weights kind = Weights(need_weights);
+  Tensor weights = allocate_cpu(q.scalar_type(), kind == Weights::kNone   ? Shape{0}
+                                                 : kind == Weights::kMean ? Shape{a.B, a.Tq, a.Tk}
+                                                                          : Shape{a.B, a.Hq, a.Tq, a.Tk});
+  void* const data = weights.mutable_data_ptr();
+  // The weights of one block of keys are those of the forward pass; of more, they are computed again.
+  const bool one_block = kind != Weights::kNone && a.Tk <= attention::kKeys;
+  if (one_block && kind == Weights::kMean) {
+    const int64_t n = a.Tq * a.Tk;
+    const Memory heads(size_t(a.B * a.Hq * n) * sizeof(double) + 1);
+    kernels().forward(a, heads.get());
+    if (a.dtype == DType::kFloat64) {
+      mean_of_heads(reinterpret_cast<const double*>(heads.get()), a.B, a.Hq, n, static_cast<double*>(data));
+    } else {
+      mean_of_heads(reinterpret_cast<const float*>(heads.get()), a.B, a.Hq, n, static_cast<float*>(data));
+    }
+    return {out, lse, weights};
+  }
+  kernels().forward(a, one_block ? data : nullptr);
+  if (one_block || kind == Weights::kNone) return {out, lse, weights};
+  if (kind == Weights::kHeads) {
+    fill_zero(weights);
+    kernels().weights(a, data);
+  } else {
+    kernels().mean_weights(a, data);
+  }
+  return {out, lse, weights};
 }
 
 std::tuple<Tensor, Tensor> multihead_backward(const Tensor& dout, SEQKERNELS_MULTIHEAD_PARAMETERS, const Tensor& out,

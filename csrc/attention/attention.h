@@ -61,7 +61,8 @@ struct AttentionBackwardArgs {
 };
 
 struct AttentionKernels {
-  void (*forward)(const AttentionArgs&);
+  // weights [B, Hq, Tq, Tk] of the compute type, for at most attention::kKeys keys that are not packed; or null.
+  void (*forward)(const AttentionArgs&, void* weights);
   void (*weights)(const AttentionArgs&, void* weights);    // [B, Hq, Tq, Tk], zeros on entry
   void (*mean_weights)(const AttentionArgs&, void* mean);  // [B, Tq, Tk] over heads, float32 or float64
   void (*backward)(const AttentionBackwardArgs&);

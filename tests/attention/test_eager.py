@@ -350,6 +350,42 @@ def test_ops_of_multihead_check_their_arguments(change: dict[str, Any], text: st
         ops.multihead_attention_forward(*arguments, given["need_weights"])
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 100, 50), (2, 3, 60, 64), (1, 1, 40, 64), (2, 2, 50, 70), (1, 1, 100, 200)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["none", "lengths", "holes", "causal", "dropout"])
+def test_weights_of_one_and_of_more_blocks_of_keys(
+    sizes: tuple[int, int, int, int], threads: int, dtype: torch.dtype, kind: str, isa: str
+) -> None:
+    b, h, t, s = sizes
+    q, kv = drawn(b, t, h * 8, dtype=dtype), drawn(b, s, 2 * h * 8, dtype=dtype, seed=1)
+    lengths = torch.linspace(0, s // 2, b).long() if b > 1 else torch.tensor([s // 3])
+    padding = {
+        "lengths": torch.arange(s) >= lengths[:, None],
+        "holes": (drawn(b, s, seed=2) > 0) | (torch.arange(b) == 1).view(-1, 1),
+    }.get(kind)
+    dropout_p, seed = (0.3, torch.tensor([5])) if kind == "dropout" else (0.0, None)
+    causal = int(kind == "causal")
+    by_head = [x.unflatten(-1, (h, 8)).transpose(1, 2) for x in (q, *kv.chunk(2, -1))]
+    mask = None if padding is None else padding.logical_not().view(b, 1, 1, s)
+    rest = (mask, None, None, None, None, None, 0, 0, 0.4, causal, -1, -1, 0.0, dropout_p, seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, lse, _ = ops.attention_forward(*by_head, *rest)
+        weights = ops.attention_weights(*by_head[:2], *rest, lse)
+        for need_weights, wanted in ((0, None), (1, weights.mean(1)), (2, weights)):
+            found = ops.multihead_attention_forward(
+                q, kv, h, True, padding, None, 0.4, causal, dropout_p, seed, need_weights
+            )
+            torch.testing.assert_close(found[0], out.transpose(1, 2).flatten(2))
+            torch.testing.assert_close(found[1], lse)
+            if wanted is not None:
+                torch.testing.assert_close(found[2], wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_backward_of_the_fast_path_in_a_flop_counter() -> None:
     module, x = module_of(batch_first=True), drawn(B, T, E).requires_grad_()
     y = module(x, x, x, need_weights=False)[0]

@@ -42,8 +42,9 @@ class Forward {
   using V = Native<T>;
   static constexpr int kWidth = kLanes<T>;
 
-  explicit Forward(const AttentionArgs& args)
+  Forward(const AttentionArgs& args, void* weights_of_block)
       : a(args),
+        weights(static_cast<T*>(weights_of_block)),
         scores(args),
         dropout(args),
         ldq(leading<T>(args.D)),
@@ -73,20 +74,21 @@ class Forward {
       QueryBlock q;
       if (blocks.count == 1) {
         blocks.set(q, a, hk, 0);
-        return write_output(q, softmax_block(q, hk, nullptr, s));
+        return write_results(q, softmax_block(q, hk, nullptr, s), s);
       }
       const Packed packed = packed_at(memory, longest);
       const KeyRange keys = blocks.keys(a);
       for (int64_t j0 = keys.lo / kKeys * kKeys; j0 < keys.hi; j0 += kKeys) pack_block(b, hk, j0, packed);
       for (int64_t i = 0; i < blocks.count; ++i) {
         blocks.set(q, a, hk, i);
-        write_output(q, softmax_block(q, hk, &packed, s));
+        write_results(q, softmax_block(q, hk, &packed, s), s);
       }
     });
   }
 
  private:
   const AttentionArgs& a;
+  T* const weights;  // [B, Hq, Tq, Tk], of at most kKeys keys; or null
   const Scores<S> scores;
   const Dropout dropout;
   const int64_t ldq, ldv, stripsv;
@@ -349,6 +351,29 @@ class Forward {
 
   // Results.
 
+  void write_results(const QueryBlock& q, const SoftmaxState<T>* state, const Scratch& s) const {
+    write_output(q, state);
+    if (weights != nullptr) write_weights(q, state, s.tile);
+  }
+
+  // Normalises the tile of the only block of keys. Its columns outside of `columns` are not computed.
+  void write_weights(const QueryBlock& q, const SoftmaxState<T>* state, const T* tile) const {
+    const KeyRange columns = Scores<S>::columns(q, 0);
+    const int64_t end = min(columns.hi, a.Tk);
+    for (int64_t r = 0; r < q.n; ++r, tile += kKeys) {
+      T* const to = weights + ((q.b * a.Hq + q.head[r]) * a.Tq + q.i[r]) * a.Tk;
+      const T sum = state == nullptr ? T(0) : sum_of<T>(load(state->sum + r * kWidth));
+      if (sum == 0) {
+        memset(static_cast<void*>(to), 0, size_t(a.Tk) * sizeof(T));
+        continue;
+      }
+      const V by = broadcast(T(dropout.on ? dropout.inverse : 1)), over = broadcast(sum);
+      for (int64_t j = 0; j < columns.lo; ++j) to[j] = 0;
+      for (int64_t j = columns.lo; j < end; j += kWidth) store(to + j, load(tile + j) * by / over, end - j);
+      for (int64_t j = end; j < a.Tk; ++j) to[j] = 0;
+    }
+  }
+
   void write_output(const QueryBlock& q, const SoftmaxState<T>* state) const {
     const AttentionSequence& s = a.sequences[q.b];
     const T scale_of_top = scores.left_scale();
@@ -486,12 +511,14 @@ class Forward {
       blocks.set(mine, a, hk, i);
       if (c < 0) {
         const Packed packed = packed_of(g);
-        return write_output(mine, softmax_block(mine, hk, blocks.count == 1 ? nullptr : &packed, s));
+        return write_results(mine, softmax_block(mine, hk, blocks.count == 1 ? nullptr : &packed, s), s);
       }
       SoftmaxState<T> part = part_of(begin[g] + c);
       s.chunk = &part;
       load_queries(mine, s.q);
-      found_memory.get()[begin[g] + c] = process_chunk(mine, hk, c, nullptr, s);
+      const bool any = process_chunk(mine, hk, c, nullptr, s);
+      found_memory.get()[begin[g] + c] = any;
+      if (weights != nullptr) write_weights(mine, any ? &part : nullptr, s.tile);  // of the only chunk
     });
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t b = g / a.Hk, hk = g % a.Hk;
@@ -514,8 +541,8 @@ class Forward {
   }
 };
 
-void attention_forward(const AttentionArgs& args) {
-  dispatch(args.dtype, [&](auto s) { Forward<decltype(s)>(args).run(); });
+void attention_forward(const AttentionArgs& args, void* weights) {
+  dispatch(args.dtype, [&](auto s) { Forward<decltype(s)>(args, weights).run(); });
 }
 
 }  // namespace
