@@ -116,7 +116,7 @@ SEQKERNELS_OPS(m) {
   define(
       "attention_dense(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? k_lengths, float scale, int causal) -> "
       "Tensor");
-  // Attention of projections [B, T, E], or [T, B, E] without batch_first, in eager mode on a CPU: q is [.., 3E], or q
+  // Attention of projections [B, T, E], or [T, B, E] without batch_first, in eager mode on a CPU. q is [.., 3E], or q
   // is
   // [.., E] and kv is [.., 2E]. padding: bool [B, S], True: masked. need_weights: 0 none, 1 mean, 2 of each head.
   const std::string projected =
@@ -308,11 +308,11 @@ py::dict explain_embedding_bag(int64_t N, int64_t B, int64_t D, int64_t element_
 }
 
 py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv) {
-  const attention::Plan plan = attention::plan_forward(B, Hq, Hk, Tq, Tk, thread_count());
+  const int64_t threads = threads_for(attention::nanoseconds(double(B * Hq) * double(Tq * Tk), D, Dv));
+  const attention::Plan plan = attention::plan_forward(B, Hq, Hk, Tq, Tk, threads);
   py::dict result;
   result["isa"] = isa_name(current_isa());
-  const double nanoseconds = attention::nanoseconds(double(B * Hq) * double(Tq * Tk), D, Dv);
-  result["threads"] = nanoseconds < kWorthAThread ? 1 : plan.threads;
+  result["threads"] = plan.threads;
   result["tasks"] = plan.tasks;
   result["unit"] = plan.unit == attention::Unit::kGroup ? std::string("groups of heads that share keys")
                    : plan.unit == attention::Unit::kBlock

@@ -11,10 +11,6 @@ constexpr int64_t kRows = 48;        // queries per block
 constexpr int64_t kKeys = 64;        // keys per block: one bit of a word each
 constexpr int64_t kChunkKeys = 512;  // keys per online softmax; chunks are merged in order
 
-// Calls with fewer pairs of a query and a key run on one thread, in less time than it takes to wake another.
-constexpr int64_t kSerialPairs = 1024;
-constexpr int64_t useful_threads(int64_t pairs, int64_t threads) { return pairs < kSerialPairs ? 1 : threads; }
-
 // A group is the query heads that share a key head. With few groups per thread, groups are split further.
 constexpr bool group_is_task(int64_t groups, int64_t threads) { return threads == 1 || groups >= 2 * threads; }
 
@@ -41,9 +37,9 @@ struct Plan {
   int64_t tasks, threads;
 };
 
+// threads: the number of useful ones, see threads_for.
 constexpr Plan plan_forward(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk, int64_t threads) {
   const int64_t groups = B * Hk;
-  threads = useful_threads(B * Hq * Tq * Tk, threads);
   Plan plan{Unit::kGroup, groups, 1};
   if (groups > 0 && !group_is_task(groups, threads)) {
     const int64_t group = Hq / Hk, heads = heads_of_block(Tq, group);

@@ -114,40 +114,41 @@ class Backward {
   // mean: [B, Tq, Tk], over heads. A task is a block of queries with all heads: no other task writes its rows.
   void run_mean_weights(T* mean) {
     const int64_t blocks = ceil_div(a.Tq, kRows);
-    run_tasks<T>(threads_for(a), a.B * blocks, scratch_size() + packed_size(), [&](int64_t task, T* memory) {
-      const int64_t b = task / blocks, i0 = task % blocks * kRows, rows = min(kRows, a.Tq - i0);
-      T* const to = mean + (b * a.Tq + i0) * a.Tk;
-      memset(static_cast<void*>(to), 0, size_t(rows * a.Tk) * sizeof(T));
-      const int64_t valid = min(rows, a.sequences[b].q_length - i0);
-      if (valid <= 0) return;
-      const Scratch s = carve(memory);
-      const Packed packed = packed_at(memory);
-      const V heads = broadcast(T(a.Hq));
-      Queries q;
-      for (int64_t h = 0; h < a.Hq; ++h) {
-        const bool last = h == a.Hq - 1;
-        q.set(a, b, h, 1, i0, valid);
-        const int64_t first = q.any_keys.lo / kKeys * kKeys;
-        for (int64_t j0 = first; j0 < q.any_keys.hi; j0 += kKeys) pack_block(b, h / a.group(), j0, packed);
-        load_queries(q, s);
-        renormalise(q, packed, s);
-        for (int64_t j0 = first; j0 < q.any_keys.hi; j0 += kKeys) {
-          const Visibility visible = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
-          if (visible == Visibility::kNone && !last) continue;
-          if (visible != Visibility::kNone) probabilities(q, j0, visible == Visibility::kSome, packed, s);
-          const int64_t n = min(kKeys, a.Tk - j0);
-          for (int64_t r = 0; r < valid; ++r) {
-            T *row = s.p + r * kKeys, *sum = to + r * a.Tk + j0;
-            if (visible == Visibility::kNone) memset(static_cast<void*>(row), 0, kKeys * sizeof(T));
-            if (dropout.on) drop(q, r, j0, row, row);
-            for (int64_t j = 0; j < n; j += kWidth) {
-              const V more = load(sum + j, n - j) + load(row + j);
-              store(sum + j, last ? more / heads : more, n - j);
-            }
-          }
-        }
-      }
-    });
+    run_tasks<T>(threads_for(a), a.B * blocks, scratch_size() + packed_size(), expected(1),
+                 [&](int64_t task, T* memory) {
+                   const int64_t b = task / blocks, i0 = task % blocks * kRows, rows = min(kRows, a.Tq - i0);
+                   T* const to = mean + (b * a.Tq + i0) * a.Tk;
+                   memset(static_cast<void*>(to), 0, size_t(rows * a.Tk) * sizeof(T));
+                   const int64_t valid = min(rows, a.sequences[b].q_length - i0);
+                   if (valid <= 0) return;
+                   const Scratch s = carve(memory);
+                   const Packed packed = packed_at(memory);
+                   const V heads = broadcast(T(a.Hq));
+                   Queries q;
+                   for (int64_t h = 0; h < a.Hq; ++h) {
+                     const bool last = h == a.Hq - 1;
+                     q.set(a, b, h, 1, i0, valid);
+                     const int64_t first = q.any_keys.lo / kKeys * kKeys;
+                     for (int64_t j0 = first; j0 < q.any_keys.hi; j0 += kKeys) pack_block(b, h / a.group(), j0, packed);
+                     load_queries(q, s);
+                     renormalise(q, packed, s);
+                     for (int64_t j0 = first; j0 < q.any_keys.hi; j0 += kKeys) {
+                       const Visibility visible = scores.visibility(q, j0, min(kKeys, q.any_keys.hi - j0));
+                       if (visible == Visibility::kNone && !last) continue;
+                       if (visible != Visibility::kNone) probabilities(q, j0, visible == Visibility::kSome, packed, s);
+                       const int64_t n = min(kKeys, a.Tk - j0);
+                       for (int64_t r = 0; r < valid; ++r) {
+                         T *row = s.p + r * kKeys, *sum = to + r * a.Tk + j0;
+                         if (visible == Visibility::kNone) memset(static_cast<void*>(row), 0, kKeys * sizeof(T));
+                         if (dropout.on) drop(q, r, j0, row, row);
+                         for (int64_t j = 0; j < n; j += kWidth) {
+                           const V more = load(sum + j, n - j) + load(row + j);
+                           store(sum + j, last ? more / heads : more, n - j);
+                         }
+                       }
+                     }
+                   }
+                 });
   }
 
  private:

@@ -40,7 +40,7 @@ inline KeyRange keys_of(const AttentionArgs& a, const AttentionSequence& s, int6
 inline int64_t threads_for(const AttentionArgs& a) {
   int64_t pairs = 0;
   for (int64_t b = 0; b < a.B; ++b) pairs += a.sequences[b].q_length * a.sequences[b].k_length;
-  return attention::useful_threads(a.Hq * pairs, thread_count());
+  return seqkernels::threads_for(attention::nanoseconds(double(a.Hq * pairs), a.D, a.Dv));
 }
 
 // Up to kRows queries of one sequence, from heads that share their keys.
