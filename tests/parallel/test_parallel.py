@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import shutil
@@ -90,6 +91,22 @@ def test_python_threads_call_the_same_module() -> None:
     for caller in callers:
         caller.join()
     assert len(found) == 80 and all(found)
+
+
+def test_table_of_the_documentation() -> None:
+    """docs/threads.md: groups of sequences times shares of units, and thousands of multiply-adds of a share per step."""
+    rows = [
+        line for line in (HERE.parents[1] / "docs" / "threads.md").read_text().splitlines() if line.startswith("| (")
+    ]
+    assert len(rows) == 6
+    for row in rows:
+        shape, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        T, B, D, H = ast.literal_eval(shape)
+        for threads, cell in zip((2, 4, 8, 16, 32, 64), cells, strict=True):
+            torch.set_num_threads(threads)
+            plan = seqkernels.explain("lstm", T=T, B=B, D=D, H=H)
+            groups, shares = plan["row_groups"], plan["unit_groups"]
+            assert cell == f"{groups}x{shares}, {4 * H * H * B / (groups * shares) / 1e3:.0f}"
 
 
 COUNT = """
