@@ -11,7 +11,8 @@ constexpr int kMaxDigitBits = 11;              // 2,048 counters and write posit
 constexpr int kSinglePassBits = 13;            // counters fit into the L1 cache
 constexpr int kCounters = 6 << kMaxDigitBits;  // 62 bits in at most six digits
 constexpr int64_t kMaxRanges = 32;
-constexpr int kBucketBits = 11;  // of rows; a bucket belongs to one thread
+constexpr int kBucketBits = 11;    // of rows; a bucket belongs to one thread
+constexpr int64_t kFewPairs = 64;  // fewer pairs are sorted faster by insertion than by counting digits
 
 // Whether gradients depend on the position and not only on the bag: per-sample weights, max and min.
 bool depends_on_position(const BagBackward& args) { return args.table.weights != nullptr || args.shape.extreme(); }
@@ -211,8 +212,37 @@ struct Sorter {
     });
   }
 
-  // Sorts the pairs of a thread's range; the digits of all passes are counted in one scan.
+  // Sorts the pairs of a thread's range into pairs[digits.passes % 2].
   void sort_range(int64_t thread, const Digits digits) const {
+    const int64_t begin = out.begins[thread], end = out.begins[thread + 1];
+    const Pair<U>* const sorted = pairs[digits.passes % 2];
+    if (end - begin <= kFewPairs) {
+      insert_pairs(begin, end, pairs[digits.passes % 2]);
+    } else {
+      sort_by_digits(thread, digits);
+    }
+    int64_t unique = 0;
+    for (int64_t i = begin; out.counts_unique && i < end; ++i)
+      unique += i == begin || sorted[i].row != sorted[i - 1].row;
+    out.unique_before[thread + 1] = unique;
+    bool frequent = false;  // conservative
+    constexpr int64_t kHalf = kRowChunk / 2;
+    for (int64_t i = begin; i + kHalf < end; i += kHalf) frequent |= sorted[i + kHalf].row == sorted[i].row;
+    if (frequent) __atomic_store_n(&out.any_frequent, true, __ATOMIC_RELAXED);
+  }
+
+  // Insertion sort, which needs no counters.
+  void insert_pairs(int64_t begin, int64_t end, Pair<U>* to) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const Pair<U> pair = pairs[0][i];
+      int64_t at = i;
+      for (; at > begin && to[at - 1].row > pair.row; --at) to[at] = to[at - 1];
+      to[at] = pair;
+    }
+  }
+
+  // The digits of all passes are counted in one scan.
+  void sort_by_digits(int64_t thread, const Digits digits) const {
     const int64_t begin = out.begins[thread], end = out.begins[thread + 1], size = int64_t(1) << digits.bits;
     const U low = U(out.rows[thread]), mask = U(size - 1);
     U* const mine = counters + thread * kCounters;
@@ -234,15 +264,6 @@ struct Sorter {
       const int shift = pass * digits.bits;
       for (int64_t i = begin; i < end; ++i) to[next_place[(from[i].row - low) >> shift & mask]++] = from[i];
     }
-    const Pair<U>* sorted = pairs[digits.passes % 2];
-    int64_t unique = 0;
-    for (int64_t i = begin; out.counts_unique && i < end; ++i)
-      unique += i == begin || sorted[i].row != sorted[i - 1].row;
-    out.unique_before[thread + 1] = unique;
-    bool frequent = false;  // conservative
-    constexpr int64_t kHalf = kRowChunk / 2;
-    for (int64_t i = begin; i + kHalf < end; i += kHalf) frequent |= sorted[i + kHalf].row == sorted[i].row;
-    if (frequent) __atomic_store_n(&out.any_frequent, true, __ATOMIC_RELAXED);
   }
 
   void set_scales(int64_t thread) const {

@@ -188,7 +188,9 @@ struct Forward {
 
   // Selects a kernel by what is constant over all bags.
   void run(int64_t low, int64_t high, BagFault& fault) const {
-    if (t.weights == nullptr) {
+    if (copies()) {
+      shape.wide_indices ? copy_rows<int64_t>(low, high, fault) : copy_rows<int32_t>(low, high, fault);
+    } else if (t.weights == nullptr) {
       run_weighted<false>(low, high, fault);
     } else {
       run_weighted<true>(low, high, fault);
@@ -215,6 +217,47 @@ struct Forward {
   }
 
   bool plain() const { return t.padding < 0 && t.column_stride == 1; }
+  // Whether each bag is one row, whose sum and mean are a copy.
+  bool copies() const {
+    return !shape.byte_rows && !shape.extreme() && t.weights == nullptr && t.offsets == nullptr && t.length == 1 &&
+           t.batch == t.bags && plain();
+  }
+
+  template <class I>
+  __attribute__((noinline)) void copy_rows(int64_t low, int64_t high, BagFault& fault) const {
+    constexpr int64_t kAhead = 12, kPrefetchedBytes = 512;  // longer rows are left to the hardware's prefetcher
+    const I* const indices = static_cast<const I*>(t.indices) + t.first;
+    const char* const table = static_cast<const char*>(t.table);
+    const int64_t E = t.E, size = int64_t(sizeof(S)), width = t.D * size, row_bytes = t.row_stride * size;
+    const int64_t first = bounds.bag_at(low), last = bounds.bag_at(high), ahead = min(width, kPrefetchedBytes);
+    const int64_t out_bytes = t.out_stride * size;
+    char* out = static_cast<char*>(t.out) + first * out_bytes;
+    for (int64_t bag = first; bag < last; ++bag, out += out_bytes) {
+      const int64_t index = indices[bag], next = indices[min(bag + kAhead, last - 1)];
+      if (uint64_t(next) < uint64_t(E)) {
+        for (int64_t b = 0; b < ahead; b += 64) __builtin_prefetch(table + next * row_bytes + b);
+      }
+      if (uint64_t(index) < uint64_t(E)) {
+        copy_row(out, table + index * row_bytes, width);
+      } else {
+        record_fault(fault, BagFault::kIndex, t.first + bag, index);
+      }
+    }
+  }
+  // Copies vector by vector; the last vector ends at the end of the row.
+  static SEQKERNELS_INLINE void copy_row(char* to, const char* from, int64_t n) {
+    typedef char Bytes __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+    if (n < kVectorBytes) {
+      memcpy(to, from, n);
+      return;
+    }
+    int64_t b = 0;
+    for (; b + kVectorBytes <= n; b += kVectorBytes) {
+      *reinterpret_cast<Bytes*>(to + b) = *reinterpret_cast<const Bytes*>(from + b);
+    }
+    if (b < n)
+      *reinterpret_cast<Bytes*>(to + n - kVectorBytes) = *reinterpret_cast<const Bytes*>(from + n - kVectorBytes);
+  }
 
   // Fast path for bags that are not split, have no padding and exactly one block of columns: minimal work per bag.
   template <bool kWeighted, int kWidth>
