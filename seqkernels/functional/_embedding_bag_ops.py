@@ -349,6 +349,60 @@ FIRST = 4  # position of the first argument that has a gradient: the weights, fo
 record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
+class _Sums(torch.autograd.Function):
+    """A recorded lookup of sums or means in one table, without weights: `_Recorded` with less overhead.
+
+    If args.leading is given, the bags are the rows at `indices` of that shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, indices: Tensor, offsets: Tensor | None, args: BagArgs) -> Tensor:
+        if _compiling():  # as in _Recorded
+            raise NotImplementedError("embedding_bag: this call is not traced")
+        ctx.save_for_backward(indices, offsets)
+        ctx.args, ctx.shape = args, table.shape
+        if args.leading is not None:
+            return rows_at(table, indices)
+        mode, padding, last, mean_by, *_ = args
+        output: Tensor = ops.embedding_bag(table, indices, offsets, None, mode, padding, last, mean_by)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        indices, offsets = ctx.saved_tensors
+        args, shape = ctx.args, ctx.shape
+        mode, _, last, mean_by, by_frequency, sparse, padding, _, _, _, leading = args
+        if leading is not None:
+            indices = indices.reshape(-1, 1)
+            if len(leading) != 1:
+                grad = grad.reshape(-1, shape[1]) if shape[1] else grad.reshape(indices.shape[0], 0)
+        if needs_definition((grad,)):
+            bags, arg = Bags(indices, offsets, None, *args[:4]), grad.new_empty(0, dtype=torch.int32)
+            table = _backward_by_definition(args, grad, arg, bags, [shape], [None], (False, True))[1]
+            return table, None, None, None
+        # `indices` takes the place of `arg`, which only max and min read.
+        given = grad, indices, shape[0], indices, offsets, None, mode, padding, last, mean_by, by_frequency
+        if sparse:
+            rows, values = ops.embedding_bag_backward_sparse(*given)
+            return _sparse(rows, values, shape), None, None, None
+        return ops.embedding_bag_backward(*given), None, None, None
+
+
+record_sums: Callable[..., Tensor] = super(torch.autograd.Function, _Sums).apply
+_compiling = torch.compiler.is_compiling
+
+FEW_ELEMENTS = 1 << 20  # up to here, the copies of torch.embedding take no longer than those of the op
+
+
+def rows_at(table: Tensor, indices: Tensor) -> Tensor:
+    """The rows at indices of any shape, without a gradient."""
+    if table.is_cpu and indices.numel() * table.shape[1] <= FEW_ELEMENTS:
+        return torch.embedding(table, indices)
+    with below_autograd():  # the result is no view for autograd
+        output = ops.embedding_bag(table, indices.reshape(-1, 1), None, None, 0)
+        return output if indices.dim() == 1 else output.view(*indices.shape, table.shape[1])
+
+
 class _Transformed(torch.autograd.Function):
     """A lookup under torch.func transforms and forward-mode AD, which register_autograd does not support."""
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from seqkernels import backend as backends
 from seqkernels.functional import _embedding_bag_ops as O
@@ -40,7 +39,17 @@ from seqkernels.functional._checks import (
     describe,
     of_op,
 )
-from seqkernels.functional._embedding_bag_ops import MODES, NO_PADDING, NORMS, BagArgs, Step, lookup, record
+from seqkernels.functional._eager import PLAIN, moded, special
+from seqkernels.functional._embedding_bag_ops import (
+    MODES,
+    NO_PADDING,
+    NORMS,
+    BagArgs,
+    Step,
+    lookup,
+    record,
+    record_sums,
+)
 from seqkernels.functional._nested import jagged_like
 from seqkernels.functional._overrides import (
     dispatches,
@@ -112,7 +121,7 @@ def embedding_bag(
         )  # fmt: skip
     if backend is not None:
         _require("embedding_bag", weight, backend)
-    if type(input) is Tensor and max_norm is None and not (_special() or _prefers_triton(weight, backend)):
+    if type(input) is Tensor and max_norm is None and not (special() or _prefers_triton(weight, backend)):
         last = include_last_offset and offsets is not None
         try:
             padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
@@ -120,6 +129,8 @@ def embedding_bag(
                 weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
             ):
                 args = BagArgs(MODES[mode], padding, last, NORMS[weight_norm], scale_grad_by_freq, sparse, padding)
+                if per_sample_weights is None and args.mode <= MODES["mean"]:
+                    return record_sums(weight, input, offsets, args)
                 return record(args, None, input, offsets, per_sample_weights, weight)
             result: Tensor = O.ops.embedding_bag(
                 weight, input, offsets, per_sample_weights, MODES[mode], padding, last, NORMS[weight_norm]
@@ -292,12 +303,32 @@ def embedding_bag_bytes(
 SEVERAL = "a lookup in several tables"  # an option that Triton does not support
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
-_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_FULL = (torch.float32, torch.float64)
 
 
-def _special() -> bool:
-    """Whether a call is traced or a transform is active, which excludes the direct call of the op."""
-    return _compiling() or _transforms() or _tracing() is not None or forward_ad._current_level >= 0
+def _plain_rows(
+    input: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool, sparse: bool
+) -> Tensor | None:
+    """embedding of plain dense tensors on the CPU in a plain eager call, or None for other tensors.
+
+    Rows are copies, so that torch.embedding has the same bits. Its autograd node, in C++, records a call in a fraction
+    of the time of one in Python, and its gradient of a few rows is as fast. Its sparse gradient of several rows is not
+    coalesced, and its gradient of half types is not summed in float32.
+    """
+    if not (weight.is_cpu and input.is_cpu) or weight.layout is not torch.strided or input.is_nested:
+        return None
+    if not (_recording() and weight.requires_grad):
+        if padding_idx is not None:
+            row_of(padding_idx, weight)
+        return O.rows_at(weight, input)
+    padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
+    if weight.dtype in _FULL and not by_frequency and input.numel() <= (1 if sparse else FEW_ROWS):
+        return torch.embedding(weight, input, padding, False, sparse)
+    args = BagArgs(0, NO_PADDING, False, 0, by_frequency, sparse, padding, (), False, False, input.shape)
+    return record_sums(weight, input, None, args)
+
+
+FEW_ROWS = 1024  # up to here, the time of the gradient is less than the difference
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:
@@ -408,6 +439,14 @@ def rows(
 ) -> Tensor:
     """embedding, computed as bags of one index."""
     caller = "embedding"
+    usual = step is None and max_norm is None and backend is None
+    if usual and type(input) is Tensor and type(weight) in PLAIN and not moded():
+        try:
+            found = _plain_rows(input, weight, padding_idx, scale_grad_by_freq, sparse)
+            if found is not None:
+                return found
+        except (IndexError, *ERRORS):  # the code below raises the error of this function
+            pass
     if type(input) is not Tensor and sharded.is_sharded(input):
         check_rows(caller, input, weight, padding_idx, max_norm)
 
@@ -430,10 +469,8 @@ def rows(
         padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
         shape = input.shape
         each = input.unsqueeze(1) if len(shape) == 1 else input.reshape(-1, 1)
-        special = _special()
-        if special:
+        if special():
             check_rows(caller, input, weight, padding_idx, max_norm)
-        if special:
             args = BagArgs(0, NO_PADDING, False, 0, scale_grad_by_freq, sparse, padding, triton=triton)
             found = lookup((weight,), None, each, None, args, step)
         elif _recording() and weight.requires_grad:
@@ -496,10 +533,10 @@ def bags(
         args = BagArgs(
             MODES[mode], NO_PADDING, True, NORMS[weight_norm], scale_grad_by_freq, sparse, NO_PADDING, counts
         )
-        if step is None and not recorded(weights, per_sample_weights) and not _special():
+        if step is None and not recorded(weights, per_sample_weights) and not special():
             result: Tensor = O.ops.embedding_bags(list(weights), counts, input, offsets, per_sample_weights, *args[:4])
             return result
-        if _special():
+        if special():
             check_bags(input, weights, offsets, counts, mode, per_sample_weights, weight_norm)
         return lookup(weights, per_sample_weights, input, offsets, args, step)
     except ERRORS as error:
