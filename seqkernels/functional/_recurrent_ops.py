@@ -31,6 +31,7 @@ from seqkernels.functional._autograd import (
     vmap_rule,
 )
 from seqkernels.functional._checks import ValueRuntimeError
+from seqkernels.functional._eager import special
 from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras, new_size
 from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
 from seqkernels.functional._values import in_jit_trace
@@ -55,7 +56,15 @@ def layer(
 
     Tensors are saved for backward only if autograd records the call. With `recompute`, the gates are not saved.
     """
-    follow_tf32(x, torch.backends.cudnn.rnn)
+    if x.is_cuda:
+        follow_tf32(x, torch.backends.cudnn.rnn)
+    if extras is None and not (recompute or every or special()):
+        if _recording():
+            for t in (*weights, x, *states0):
+                if t is not None and t.requires_grad:
+                    return _record(kind, bidirectional, batch_sizes, lengths, x, *states0, *weights)
+        plain: tuple[Tensor, ...] = kind.infer(x, *states0, weights, batch_sizes, lengths, bidirectional)
+        return plain
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     in_trace = in_jit_trace()  # which has one graph, with gradients enabled and without
@@ -199,6 +208,54 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         before = 2 + FIXED
         return *[None] * before, *_backward(ctx, grads, ctx.needs_input_grad[before:])
+
+
+class _Plain(torch.autograd.Function):
+    """`_Recorded` of a layer without options, with less overhead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kind: Kind,
+        bidirectional: bool,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        x: Tensor,
+        *rest: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        states = len(kind.states)
+        with below_autograd():
+            y, *others = kind.forward(x, *rest[:states], list(rest[states:]), batch_sizes, lengths, bidirectional)
+        ctx.save_for_backward(batch_sizes, lengths, x, *rest, unchanged(y), *others[states:])
+        ctx.kind, ctx.bidirectional = kind, bidirectional
+        ctx.set_materialize_grads(False)
+        return y, *others[:states]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kind, needs, tensors = ctx.kind, ctx.needs_input_grad[4:], ctx.saved_tensors
+        states = len(kind.states)
+        batch_sizes, lengths, x, *rest = tensors[: -1 - states]
+        states0, weights = rest[:states], rest[states:]
+        if needs_definition(grads):
+            call = Call(x, states0, weights, batch_sizes, lengths, ctx.bidirectional, None, False)
+            upstream = *grads, *[None] * (states - 1)
+            return None, None, None, None, *call.backward_by_definition(kind, upstream, needs)
+        if x.is_cuda:
+            follow_tf32(x, torch.backends.cudnn.rnn)
+        dx, *dstates, dw = kind.backward(
+            *grads, x, *states0, weights, batch_sizes, lengths, ctx.bidirectional, *tensors[-1 - states :],
+            needs[0], True in needs[1 + states :],
+        )  # fmt: skip
+        found = dx, *dstates, *(dw or [None] * len(weights))
+        if False in needs:
+            found = (*(g if need else None for g, need in zip(found, needs)),)
+        return None, None, None, None, *found
+
+
+# _Plain.apply without its search for torch.func wrappers, which doubles the time of the call.
+_record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Plain).apply
+_recording = torch.is_grad_enabled
 
 
 class _Transformed(torch.autograd.Function):

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from seqkernels import _C
 from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op, unchanged
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from seqkernels.functional._eager import special
 from seqkernels.functional._overrides import (
     dispatches,
     handle_torch_function,
@@ -169,7 +169,7 @@ def step(caller: str, cell: Cell, input: Tensor, states0: States, weights: Weigh
         if not isinstance(input, Tensor):
             raise TypeError(f"{caller}: input must be a tensor, got {type(input).__name__}")
         F.chosen(caller, cell.kind, input, 1, False, backend)
-    if backend == "triton" or _compiling() or _transforms() or _tracing() is not None or forward_ad._current_level >= 0:
+    if backend == "triton" or special():
         return as_layer(caller, cell.kind, input, states0, weights, weights[2] is not None, backend=backend)
     try:
         if input.is_cuda:
@@ -190,12 +190,8 @@ def step(caller: str, cell: Cell, input: Tensor, states0: States, weights: Weigh
         raise of_op(caller, error) from None
 
 
-_compiling, _recording = (
-    torch.compiler.is_compiling,
-    torch.is_grad_enabled,
-)  # bound once, because each attribute lookup takes time
-_tracing = torch._C._get_tracing_state
-_transforms, _any_autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+# Bound once, because each attribute lookup takes time.
+_recording, _any_autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
 
 
 def as_layer(
@@ -323,10 +319,14 @@ def _recorded(kind: Kind, forward_op: Callable[..., Any], backward_op: Callable[
 
         @staticmethod
         def forward(ctx: Any, *inputs: Tensor | None) -> Any:
+            ctx.set_materialize_grads(False)
+            if states == 1:
+                h, saved = forward_op(*inputs)
+                ctx.save_for_backward(*inputs, unchanged(h), saved)
+                return h
             outputs = forward_op(*inputs)
             ctx.save_for_backward(*inputs, *map(unchanged, outputs[:states]), *outputs[states:])
-            ctx.set_materialize_grads(False)
-            return outputs[0] if states == 1 else outputs[:states]
+            return outputs[:states]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
