@@ -27,6 +27,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
+from seqkernels.functional._eager import special
 from seqkernels.reference.crf import log_partition_and_score
 
 NAMES = ("crf_forward", "crf_backward", "crf_viterbi")
@@ -65,11 +66,13 @@ SCORES = 4  # the arguments with a gradient come first
 
 def log_partition(ops: Ops, chain: Chain) -> tuple[Tensor, Tensor]:
     """log Z and the score of the tags, [B] float64."""
-    if transformed():
-        return _Forward.apply(ops, *chain)[:2]
-    if not torch.compiler.is_compiling() and not recorded(*chain[:SCORES]):
+    if not special():
+        if recorded(*chain[:SCORES]):
+            return _record(ops, *chain)
         with below_autograd():
             return ops.forward(*chain)[:2]
+    if transformed():
+        return _Forward.apply(ops, *chain)[:2]
     return ops.forward(*chain)[:2]
 
 
@@ -106,9 +109,35 @@ def _gradients(dlog_z: Tensor, dscore: Tensor, *inputs: Any) -> Any:
 
 
 def _first_order(ops: Ops, chain: Chain, alpha: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    zero = alpha.new_zeros(alpha.shape[0], dtype=torch.float64)
-    dlog_z, dscore = (zero if g is None else g for g in grads[:2])
-    return _optional(chain, ops.backward(dlog_z, dscore, *chain, alpha))
+    dlog_z, dscore = grads[:2]
+    if dlog_z is None or dscore is None:
+        zero = alpha.new_zeros(alpha.shape[0], dtype=torch.float64)
+        dlog_z, dscore = (zero if g is None else g for g in grads[:2])
+    if special():
+        return _optional(chain, ops.backward(dlog_z, dscore, *chain, alpha))
+    with below_autograd():
+        return _optional(chain, ops.backward(dlog_z, dscore, *chain, alpha))
+
+
+class _Recorded(torch.autograd.Function):
+    """A recorded log Z in eager mode, with a third of the overhead of register_autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, *chain: Any) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            log_z, score, alpha = ops.forward(*chain)
+        ctx.ops = ops
+        ctx.save_for_backward(*chain, alpha)
+        ctx.set_materialize_grads(False)
+        return log_z, score
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Forward.backward(ctx, *grads)
+
+
+# _Recorded.apply without its search for torch.func wrappers, which doubles the time of the call.
+_record: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Forward(torch.autograd.Function):

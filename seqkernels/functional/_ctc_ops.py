@@ -16,11 +16,11 @@ from seqkernels.functional._autograd import (
     jvp_by_definition,
     needs_definition,
     op,
-    recorded,
     transformed,
     vjp_by_definition,
     vmap_rule,
 )
+from seqkernels.functional._eager import special
 from seqkernels.reference.ctc import ctc_loss
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -42,13 +42,15 @@ class Alignment(NamedTuple):
 def reduced_loss(inputs: Alignment) -> Tensor:
     """The loss, [B] or [] by the reduction."""
     found: Tensor
-    if transformed():
-        found = _Forward.apply(*inputs)[0]
-    elif torch.compiler.is_compiling() or recorded(inputs.log_probs):
-        found = forward_op(*inputs)[0]
-    else:
+    if not special():
+        if inputs[0].requires_grad and torch.is_grad_enabled():
+            return _record(*inputs)
         with below_autograd():
             found = forward_op(*inputs)[0]
+    elif transformed():
+        found = _Forward.apply(*inputs)[0]
+    else:
+        found = forward_op(*inputs)[0]
     return found
 
 
@@ -83,6 +85,26 @@ def _gradient(
     if transformed() or needs_definition([dloss]):
         return *vjp_by_definition(_definition(inputs), [inputs.log_probs], [dloss], [True]), *none
     return backward_op(dloss, *inputs, losses, alpha), *none
+
+
+class _Recorded(torch.autograd.Function):
+    """A recorded call in eager mode, with a third of the overhead of register_autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with below_autograd():
+            loss, losses, alpha = forward_op(*inputs)
+        ctx.numbers = inputs[4:]
+        ctx.save_for_backward(*inputs[:4], losses, alpha)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(*_saved(ctx), dloss, True)
+
+
+# _Recorded.apply without its search for torch.func wrappers, which doubles the time of the call.
+_record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Forward(torch.autograd.Function):

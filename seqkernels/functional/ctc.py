@@ -11,6 +11,7 @@ Dimensions: T steps, N sequences, C classes, S labels of the longest target.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from seqkernels.functional._checks import (
     of_op,
 )
 from seqkernels.functional._ctc_ops import REDUCTIONS, Alignment, reduced_loss
+from seqkernels.functional._eager import PLAIN, moded
 from seqkernels.functional._overrides import (
     dispatches,
     handle_torch_function,
@@ -71,6 +73,14 @@ def ctc_loss(
     Source: Graves et al., "Connectionist Temporal Classification", 2006.
     """
     caller = "ctc_loss"
+    if type(log_probs) in PLAIN and type(targets) is Tensor and backend is None and not moded():
+        try:
+            steps, labels = _plain_lengths(input_lengths), _plain_lengths(target_lengths)
+            if _is_plain(log_probs, targets, steps, labels, blank, zero_infinity):
+                number = REDUCTIONS.index(reduction)
+                return reduced_loss(Alignment(log_probs, targets, steps, labels, blank, number, zero_infinity))
+        except (RuntimeError, TypeError, ValueError):  # the code below raises the error of this function
+            pass
     given = log_probs, targets, input_lengths, target_lengths
     if has_torch_function(given) and dispatches(*given):
         return handle_torch_function(ctc_loss, given, *given, blank, reduction, zero_infinity, backend=backend)
@@ -112,6 +122,26 @@ def ctc_loss(
     except RuntimeError as error:
         raise of_op(caller, error) from None
     return loss.squeeze(0) if single and loss.dim() else loss
+
+
+def _plain_lengths(n: Any) -> Any:
+    """Lengths as a tensor, if they are a list or a tuple of integers."""
+    return torch.tensor([operator.index(i) for i in n], device="cpu") if type(n) in (list, tuple) else n
+
+
+def _is_plain(log_probs: Tensor, targets: Tensor, steps: Any, labels: Any, blank: Any, zero_infinity: Any) -> bool:
+    """Whether the op checks the rest: the arguments have its types, and the tensors are plain ones on the CPU."""
+    return (
+        log_probs.dim() == 3
+        and type(steps) is type(labels) is Tensor
+        and targets.dtype is steps.dtype is labels.dtype is torch.int64
+        and log_probs.is_cpu
+        and targets.is_cpu
+        and steps.is_cpu
+        and labels.is_cpu
+        and type(blank) is int
+        and type(zero_infinity) is bool
+    )
 
 
 def _widened(n: Any) -> Any:
