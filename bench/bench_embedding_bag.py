@@ -661,6 +661,51 @@ def test_embedding_backward(bench: Any, sparse: bool) -> None:
     bench.time(group, str(shape), contenders, bars={}, work=work, work_unit="byte")
 
 
+FEW_ROWS = [Shape(5000 if n <= 300 else 50_000, D, n, 1) for n in (1, 44, 300, 3000, 30_000) for D in (8, 64, 256)]
+FEW_ROWS_BAR = 0.95
+EMBEDDING_OPTIONS = [{}, {"padding_idx": 1}, {"sparse": True}]
+
+
+@pytest.mark.parametrize("options", EMBEDDING_OPTIONS, ids=str)
+@pytest.mark.parametrize("direction", ["inference", "forward of training", "training"])
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=shape_id)
+def test_embedding_of_few_rows(bench: Any, shape: Shape, direction: str, options: dict[str, Any]) -> None:
+    """Calls of the modules, whose overhead counts. training: forward and backward.
+
+    The sparse gradient of torch has a row for each index; that of seqkernels is coalesced.
+    """
+    table, lookups, contenders = leaf_of(shape), drawn(shape), []
+    for name, library in (("ours", seqkernels.nn), ("torch", torch.nn)):
+        module = library.Embedding.from_pretrained(table.detach(), freeze=direction == "inference", **options)
+
+        def call(_: Tensor, lookup: Lookup, module: torch.nn.Module = module) -> Tensor:
+            return module(lookup.indices)
+
+        if direction == "training":
+            contenders.append(backward(name, call, module.weight, lookups, whole=True))
+        else:
+            calls = ONE_ROW_CALLS if shape.N == 1 else 1
+            contenders.append(forward(name, call, module.weight, lookups, calls))
+    group = f"Embedding of few rows, {direction}"
+    label = ", ".join([f"N={short(shape.N)} D={shape.D}", *(f"{name}={value}" for name, value in options.items())])
+    bench.time(group, label, contenders, bars={"torch": FEW_ROWS_BAR}, work=0)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("D", [8, 64, 256])
+def test_training_with_one_row(bench: Any, D: int, mode: str, sparse: bool) -> None:
+    """Forward and backward of one bag with one row."""
+    shape = Shape(5000, D, 1, 1)
+    table, lookups = leaf_of(shape), drawn(shape)
+    contenders = [
+        backward(name, bag(function, mode, sparse=sparse), table, lookups, whole=True)
+        for name, function in (("ours", OURS), ("torch", TORCH))
+    ]
+    group = f"EmbeddingBag, training with one row, {'sparse' if sparse else 'dense'} gradient"
+    bench.time(group, f"{mode}, D={D}", contenders, bars={"torch": FEW_ROWS_BAR}, work=0)
+
+
 @pytest.mark.parametrize("shape", [MIDDLE, LARGE], ids=shape_id)
 def test_bytes(bench: Any, shape: Shape) -> None:
     """All contenders use rows quantized by torch, except the last, which uses float32."""

@@ -435,8 +435,11 @@ COMPILE_MAX_T = 64  # with allow_rnn, torch.compile unrolls the steps, which tak
 # Layer, hidden size and bar against torch.
 STREAM = [(LSTM, 32, 3.0), (LSTM, 128, 4.0), (LSTM, 256, 12.0), (GRU, 128, None), (RNN, 128, None)]
 
+TINY = [Shape(T, 1, H, H) for T in (1, 5) for H in (8, 32)]
+TINY_BAR = 1.0
+
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
-CELL_SHAPES = [Shape(1, 1, 32, 32), Shape(1, 64, 128, 128)]
+CELL_SHAPES = [Shape(1, 1, 8, 8), Shape(1, 1, 32, 32), Shape(1, 64, 128, 128)]
 CELL_BAR = 2.0
 CELL_VARIANTS = [
     ("LSTMCell", {"peephole": True}),
@@ -587,6 +590,22 @@ def test_stream_step(bench: Any, kind: Kind, H: int, bar: float | None) -> None:
     contenders = [streaming("ours", ours, shape), streaming("torch", theirs, shape)]
     group = f"{kind}, one step of a stream under no_grad"
     bench.time(group, str(shape), contenders, bars={} if bar is None else {"torch": bar}, work=flop(1, ours))
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("shape", TINY, ids=shape_id)
+@pytest.mark.parametrize("kind", KINDS, ids=shape_id)
+def test_tiny_layer(bench: Any, kind: Kind, shape: Shape, direction: str) -> None:
+    """One short sequence, where the overhead of a call takes most of the time."""
+    ours, theirs = pair_of_layers(shape, kind)
+    batch, contenders, times = Batch(shape, [shape.T]), [], 1 if direction == "inference" else TRAINING
+    for name, layer in (("ours", ours), ("torch", theirs)):
+        if direction == "inference":
+            contenders.append(dense_inference(name, layer.eval(), batch))
+        else:
+            contenders.append(dense_training(name, layer, layer, batch))
+    work = times * flop(batch.tokens, ours)
+    bench.time(f"{kind}, tiny, {direction}", str(shape), contenders, bars={"torch": TINY_BAR}, work=work)
 
 
 @pytest.mark.parametrize("shape", CELL_SHAPES, ids=shape_id)
