@@ -312,8 +312,8 @@ def _plain_rows(
     """embedding of plain dense tensors on the CPU in a plain eager call, or None for other tensors.
 
     Rows are copies, so that torch.embedding has the same bits. Its autograd node, in C++, records a call in a fraction
-    of the time of one in Python, and its gradient of a few rows is as fast. Its sparse gradient of several rows is not
-    coalesced, and its gradient of half types is not summed in float32.
+    of the time of one in Python, and its dense gradient of a few rows takes about as long. Its sparse gradient of
+    several rows is not coalesced, and its gradient of half types is not summed in float32.
     """
     if not (weight.is_cpu and input.is_cpu) or weight.layout is not torch.strided or input.is_nested:
         return None
@@ -322,13 +322,17 @@ def _plain_rows(
             row_of(padding_idx, weight)
         return O.rows_at(weight, input)
     padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
-    if weight.dtype in _FULL and not by_frequency and input.numel() <= (1 if sparse else FEW_ROWS):
+    few = input.numel() <= 1 if sparse else input.numel() <= FEW_ROWS and weight.nbytes <= SMALL_TABLE
+    if few and weight.dtype in _FULL and not by_frequency:
         return torch.embedding(weight, input, padding, False, sparse)
     args = BagArgs(0, NO_PADDING, False, 0, by_frequency, sparse, padding, (), False, False, input.shape)
     return record_sums(weight, input, None, args)
 
 
-FEW_ROWS = 1024  # up to here, the time of the gradient is less than the difference
+# Up to here, the overhead of a call takes as much time as the difference of the gradients. torch takes fresh pages from
+# the system for the gradient of a larger table, which costs several times more than filling it.
+FEW_ROWS = 4096
+SMALL_TABLE = 16 << 20  # bytes
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:
