@@ -30,4 +30,12 @@ def special() -> bool:
 
 def moded() -> bool:
     """Whether the call is `special`, or a mode of __torch_function__ or __torch_dispatch__ is active."""
-    return special() or _dispatch_modes() > 0 or _function_modes() > 0
+    return (
+        _dynamo()  # repeats `special`, whose call would take as long as its tests
+        or _compiler._is_compiling_flag
+        or _transforms()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _trace() is not None
+        or forward_ad._current_level >= 0
+    )

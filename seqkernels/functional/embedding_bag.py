@@ -306,33 +306,43 @@ _compiling, _recording = torch.compiler.is_compiling, torch.is_grad_enabled
 _FULL = (torch.float32, torch.float64)
 
 
-def _plain_rows(
+def plain_rows(
     input: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool, sparse: bool
 ) -> Tensor | None:
-    """embedding of plain dense tensors on the CPU in a plain eager call, or None for other tensors.
+    """embedding of dense tensors on the CPU in a plain eager call; None for other tensors and for invalid arguments.
 
     Rows are copies, so that torch.embedding has the same bits. Its autograd node, in C++, records a call in a fraction
     of the time of one in Python, and its dense gradient of a few rows takes about as long. Its sparse gradient of
     several rows is not coalesced, and its gradient of half types is not summed in float32.
     """
-    if not (weight.is_cpu and input.is_cpu) or weight.layout is not torch.strided or input.is_nested:
-        return None
-    if not (_recording() and weight.requires_grad):
+    try:
+        if not (weight.is_cpu and input.is_cpu) or weight.layout is not _STRIDED or input.is_nested:
+            return None
+        padding, n = NO_PADDING, input.numel()
         if padding_idx is not None:
-            row_of(padding_idx, weight)
-        return O.rows_at(weight, input)
-    padding = NO_PADDING if padding_idx is None else row_of(padding_idx, weight)
-    few = input.numel() <= 1 if sparse else input.numel() <= FEW_ROWS and weight.nbytes <= SMALL_TABLE
-    if few and weight.dtype in _FULL and not by_frequency:
-        return torch.embedding(weight, input, padding, False, sparse)
-    args = BagArgs(0, NO_PADDING, False, 0, by_frequency, sparse, padding, (), False, False, input.shape)
-    return record_sums(weight, input, None, args)
+            usual = type(padding_idx) is int and 0 <= padding_idx < weight.size(0)
+            padding = padding_idx if usual else row_of(padding_idx, weight)
+        if not (_recording() and weight.requires_grad):
+            return _copies(weight, input) if n < 256 else O.rows_at(weight, input)
+        if (
+            (n <= 1 or not sparse)
+            and n <= FEW_ROWS
+            and weight.numel() <= SMALL_TABLE
+            and not by_frequency
+            and weight.dtype in _FULL
+        ):
+            return _copies(weight, input, padding, False, sparse)
+        args = BagArgs(0, NO_PADDING, False, 0, by_frequency, sparse, padding, (), False, False, input.shape)
+        return record_sums(weight, input, None, args)
+    except (IndexError, *ERRORS):  # the general path raises the error
+        return None
 
 
+_copies, _STRIDED = torch.embedding, torch.strided
 # Up to here, the overhead of a call takes as much time as the difference of the gradients. torch takes fresh pages from
 # the system for the gradient of a larger table, which costs several times more than filling it.
 FEW_ROWS = 4096
-SMALL_TABLE = 16 << 20  # bytes
+SMALL_TABLE = 4 << 20  # elements
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:
@@ -445,12 +455,9 @@ def rows(
     caller = "embedding"
     usual = step is None and max_norm is None and backend is None
     if usual and type(input) is Tensor and type(weight) in PLAIN and not moded():
-        try:
-            found = _plain_rows(input, weight, padding_idx, scale_grad_by_freq, sparse)
-            if found is not None:
-                return found
-        except (IndexError, *ERRORS):  # the code below raises the error of this function
-            pass
+        found = plain_rows(input, weight, padding_idx, scale_grad_by_freq, sparse)
+        if found is not None:
+            return found
     if type(input) is not Tensor and sharded.is_sharded(input):
         check_rows(caller, input, weight, padding_idx, max_norm)
 

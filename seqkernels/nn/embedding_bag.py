@@ -21,9 +21,10 @@ from torch.nn import Module, ModuleDict, Parameter, init
 from seqkernels.functional import embedding_bag as _embedding_bag
 from seqkernels.functional import embedding_bag_bytes, quantize_rows
 from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError, describe
+from seqkernels.functional._eager import moded
 from seqkernels.functional._embedding_bag_sharded import is_sharded, rows_here
 from seqkernels.functional._values import may_read_values
-from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, rows
+from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, plain_rows, rows
 from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
 from seqkernels.nn.fused_optimizer import (
     FusedOptimizer,
@@ -316,6 +317,12 @@ class Embedding(_Table, torch.nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor and isinstance(input, Proxy):
             return as_leaf(self, dict(input=input))
+        weight = self._parameters.get("weight")
+        usual = self.fused_optimizer is None and self.max_norm is None and not self._gathered
+        if usual and type(weight) is Parameter and type(input) is Tensor and not moded():
+            found = plain_rows(input, weight, self.padding_idx, self.scale_grad_by_freq, self.sparse)
+            if found is not None:
+                return found
         table = self._table()
         step = None if self.fused_optimizer is None else self._step(table)
         return rows(
