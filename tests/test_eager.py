@@ -114,6 +114,7 @@ INVALID = {
     "nested table": lambda: (torch.tensor([1]), torch.nested.nested_tensor([torch.randn(3, 5)])),
     "meta table": lambda: (torch.tensor([1]), torch.randn(60, 5, device="meta")),
     "empty table": lambda: (torch.tensor([0]), torch.randn(0, 5)),
+    "complex table": lambda: (torch.tensor([1]), torch.randn(60, 5, dtype=torch.complex64), None, 2.0),
     "padding": lambda: (torch.tensor([1]), torch.randn(60, 5), 60),
     "padding of type float": lambda: (torch.tensor([1]), torch.randn(60, 5), 1.0),
 }
@@ -132,6 +133,16 @@ def test_errors_equal_those_of_the_general_path(why: str, recorded: bool) -> Non
     )
     if why != "nested index":  # the mode does not support nested tensors
         assert found == error_of(lambda: general(embedding, input, table, *rest))
+
+
+@pytest.mark.parametrize("n", [1, LARGE])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_complex_tables_have_no_gradient(n: int, sparse: bool) -> None:
+    table = torch.randn(60, 5, dtype=torch.complex64, requires_grad=True)
+    input = torch.randint(60, (n,))
+    with pytest.raises(TypeError, match="embedding: weight must be float32, float64, bfloat16 or float16 if it req"):
+        embedding(input, table, sparse=sparse)
+    assert torch.equal(embedding(input, table.detach()), table.detach()[input])
 
 
 def test_tables_of_other_types_keep_the_general_path() -> None:

@@ -332,6 +332,8 @@ def plain_rows(
             and weight.dtype in _FULL
         ):
             return _copies(weight, input, padding, False, sparse)
+        if weight.dtype not in backends.DTYPES:
+            return None
         args = BagArgs(0, NO_PADDING, False, 0, by_frequency, sparse, padding, (), False, False, input.shape)
         return record_sums(weight, input, None, args)
     except (IndexError, *ERRORS):  # the general path raises the error
