@@ -27,7 +27,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._eager import special
+from seqkernels.functional._values import special
 from seqkernels.reference.crf import log_partition_and_score
 
 NAMES = ("crf_forward", "crf_backward", "crf_viterbi")

@@ -20,7 +20,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._eager import special
+from seqkernels.functional._values import special
 from seqkernels.reference.ctc import ctc_loss
 
 REDUCTIONS = ("none", "mean", "sum")

@@ -31,10 +31,9 @@ from seqkernels.functional._autograd import (
     vmap_rule,
 )
 from seqkernels.functional._checks import ValueRuntimeError
-from seqkernels.functional._eager import special
 from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras, new_size
 from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
-from seqkernels.functional._values import in_jit_trace
+from seqkernels.functional._values import in_jit_trace, special
 from seqkernels.reference import recurrent as reference
 
 # ---- one layer

@@ -27,13 +27,13 @@ from seqkernels.functional._checks import (
     of_op,
 )
 from seqkernels.functional._ctc_ops import REDUCTIONS, Alignment, reduced_loss
-from seqkernels.functional._eager import PLAIN, moded
 from seqkernels.functional._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function,
     refuse_nested,
 )
+from seqkernels.functional._values import PLAIN, moded
 
 __all__ = ["ctc_loss"]
 

@@ -39,7 +39,6 @@ from seqkernels.functional._checks import (
     describe,
     of_op,
 )
-from seqkernels.functional._eager import PLAIN, moded, special
 from seqkernels.functional._embedding_bag_ops import (
     MODES,
     NO_PADDING,
@@ -58,6 +57,7 @@ from seqkernels.functional._overrides import (
     has_torch_function_variadic,
     refuse_nested,
 )
+from seqkernels.functional._values import PLAIN, moded, special
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
 

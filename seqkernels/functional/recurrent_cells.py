@@ -22,7 +22,6 @@ from seqkernels import backend as backends
 from seqkernels.functional import recurrent as F
 from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op, unchanged
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
-from seqkernels.functional._eager import special
 from seqkernels.functional._overrides import (
     dispatches,
     handle_torch_function,
@@ -33,6 +32,7 @@ from seqkernels.functional._recurrent_extras import Extras, extras_of
 from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
 from seqkernels.functional._recurrent_ops import Call, layer
 from seqkernels.functional._recurrent_options import Options
+from seqkernels.functional._values import special
 from seqkernels.reference import recurrent as reference
 
 States = tuple[Tensor | None, ...]
