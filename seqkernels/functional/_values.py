@@ -61,7 +61,7 @@ def special() -> bool:
 
 def moded() -> bool:
     """Whether the call is `special`, or a mode of __torch_function__ or __torch_dispatch__ is active."""
-    return _function_modes() > 0 or _dispatch_modes() > 0 or special()
+    return special() or _function_modes() > 0 or _dispatch_modes() > 0
 
 
 def eager_on_cpu() -> bool:
