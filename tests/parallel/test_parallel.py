@@ -165,14 +165,14 @@ other.join()
 
 
 def test_exit_during_a_call() -> None:
-    """A daemon thread is in a call that takes seconds while the interpreter exits."""
+    """A daemon thread is in a call that takes ten seconds while the interpreter exits."""
     said = output(
         """
         import threading, time
         import torch, seqkernels
 
         torch.set_num_threads(2)
-        x, weights = torch.randn(30000, 2, 128), [w.detach() for w in torch.nn.LSTM(128, 128).parameters()]
+        x, weights = torch.randn(2000, 64, 16), [w.detach() for w in torch.nn.LSTM(16, 512).parameters()]
         call = lambda: torch.ops.seqkernels.lstm_forward(x, None, None, weights, None, None, False)
         threading.Thread(target=call, daemon=True).start()
         time.sleep(0.3)
