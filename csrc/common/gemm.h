@@ -37,14 +37,27 @@ inline void tile(int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t l
   using V = Native<T>;
   V sum[kRows][kVectors] = {};
   for (int64_t i = 0; i < k; ++i, b += kPanel<T, kVectors>) {
-    V left[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) left[r] = broadcast(a[r * lda + i]);
+    // The smaller side stays in registers: 12 accumulators, 3 vectors and 1 broadcast are the 16 registers of AVX2.
+    if constexpr (kVectors < kRows) {
+      V right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const V right = load(b + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes<T>);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[r][v] = fma(left[r], right, sum[r][v]);
+      for (int r = 0; r < kRows; ++r) {
+        const V left = broadcast(a[r * lda + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+      }
+    } else {
+      V left[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) left[r] = broadcast(a[r * lda + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const V right = load(b + v * kLanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[r][v] = fma(left[r], right, sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8

@@ -338,7 +338,7 @@ struct Forward : Layer<Cell> {
   }
 
   // The products with the rows of x of a chunk.
-  void input_products(Workspace<T>& work, const Share<T>& its, const Chunk& chunk) const {
+  __attribute__((noinline)) void input_products(Workspace<T>& work, const Share<T>& its, const Chunk& chunk) const {
     gather(work, chunk);
     for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
       T* to = its.from_x + (p - its.panels.begin) * chunk_rows * kWide1;
