@@ -25,6 +25,7 @@ from seqkernels.reference.attention import attention_weights as weights_definiti
 NO_WEIGHTS, MEAN_WEIGHTS, HEAD_WEIGHTS = 0, 1, 2
 
 _forward_op = op("multihead_attention_forward")
+_not_a_view = torch.ops.aten._unsafe_view.default
 _backward_op = op("multihead_attention_backward")
 
 
@@ -110,6 +111,7 @@ class _Multihead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         y, weights, *kept = _forward(*inputs)
+        y = _not_a_view(y, y.shape)  # so that it may be changed in place
         *tensors, ctx.options, ctx.need_weights = inputs
         ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)

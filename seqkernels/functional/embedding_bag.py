@@ -22,6 +22,7 @@ Dimensions: E table rows, D columns, N indices, B bags, L indices of one bag, T 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -323,10 +324,11 @@ def plain_rows(
             usual = type(padding_idx) is int and 0 <= padding_idx < weight.size(0)
             padding = padding_idx if usual else row_of(padding_idx, weight)
         if not (_recording() and weight.requires_grad):
-            return _copies(weight, input) if n < 256 else O.rows_at(weight, input)
+            return _copies(weight, input) if n < FEW_COPIES else O.rows_at(weight, input)
         if (
             (n <= 1 or not sparse)
             and n <= FEW_ROWS
+            and n * weight.shape[1] <= O.FEW_ELEMENTS
             and weight.numel() <= SMALL_TABLE
             and not by_frequency
             and weight.dtype in _FULL
@@ -345,6 +347,17 @@ _copies, _STRIDED = torch.embedding, torch.strided
 # the system for the gradient of a larger table, which costs several times more than filling it.
 FEW_ROWS = 4096
 SMALL_TABLE = 4 << 20  # elements
+FEW_COPIES = 256  # rows, which are copied without a look at their size
+
+
+def _in_child() -> None:
+    """In a forked child, ops of torch with more elements would wait for threads that only the parent has."""
+    global SMALL_TABLE, FEW_COPIES
+    O.FEW_ELEMENTS, SMALL_TABLE, FEW_COPIES = 1 << 15, 0, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def row_of(padding_idx: int, table: Tensor) -> int:

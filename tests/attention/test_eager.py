@@ -543,3 +543,23 @@ def test_definition_of_the_module_is_its_reference() -> None:
     )
     wanted = _multihead_ops._definition(None, None, None, options, _multihead_ops.MEAN_WEIGHTS)(x, None, *parameters)
     torch.testing.assert_close(tuple(found), tuple(wanted))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_output_may_be_changed_in_place(bias: bool, batch_first: bool, need_weights: bool) -> None:
+    ours = seqkernels.nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=bias)
+    theirs = torch.nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 8)
+    found = []
+    for module in (ours, theirs):
+        input = x.clone().requires_grad_()
+        y = module(input, input, input, need_weights=need_weights)[0]
+        y.mul_(2)
+        y[0] += 1
+        y.square().sum().backward()
+        found.append([y.detach(), input.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
