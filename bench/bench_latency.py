@@ -159,35 +159,42 @@ def _serve() -> None:
 # --- the benchmark ---
 
 
+@dataclass(frozen=True)
+class Contender:
+    name: str  # ours, torch, onnxruntime or openvino
+    threads: int | None = 2  # None: the default of the environment
+    environment: tuple[tuple[str, str], ...] = ()
+
+
 class Process:
     """A contender in a process of its own."""
 
-    def __init__(self, contender: str, threads: int | None, **environment: str) -> None:
-        self.contender, self.threads = contender, threads
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | environment,
+            env=os.environ | dict(contender.environment),
         )
 
     def ask(self, **request: object) -> list[float] | str:
         pipes = self.process.stdin, self.process.stdout
         to, back = (p for p in pipes if p is not None)
-        print(json.dumps({"contender": self.contender, "threads": self.threads, **request}), file=to, flush=True)
+        who = {"contender": self.contender.name, "threads": self.contender.threads}
+        print(json.dumps(who | request), file=to, flush=True)
         return json.loads(back.readline())
 
 
-@contextlib.contextmanager
-def processes(contenders: dict[str, tuple[str, int | None, dict[str, str]]]) -> Iterator[dict[str, Process]]:
-    started = {name: Process(who, threads, **env) for name, (who, threads, env) in contenders.items()}
-    try:
-        yield started
-    finally:
-        for process in started.values():
-            process.process.kill()
-            process.process.wait()
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[Contender, Process]]:
+    """The processes of all contenders so far."""
+    started: dict[Contender, Process] = {}
+    yield started
+    for process in started.values():
+        process.process.kill()
+        process.process.wait()
 
 
 @contextlib.contextmanager
@@ -209,89 +216,92 @@ def quantile(values: list[float], q: float) -> float:
 
 def _measure(
     bench: Any,
+    processes: dict[Contender, Process],
     group: str,
     label: str,
-    contenders: dict[str, tuple[str, int | None, dict[str, str]]],
+    contenders: dict[str, Contender],
     request: dict[str, object],
     quantiles: dict[str, float],
     bars: dict[str, dict[str, float]],
-    quiet_first: bool = False,
     hogs: int = 0,
     rounds: int = 3,
 ) -> None:
-    """Adds one row per quantile. quiet_first: a contender "quiet" repeats the first one without busy processes."""
+    """Adds one row per quantile. With busy processes, a contender "quiet median" is the first one without them."""
     values: dict[str, list[list[float]]] = {}
     refused: dict[str, str] = {}
-    with processes(contenders) as started:
+    for contender in contenders.values():
+        if contender not in processes:
+            processes[contender] = Process(contender)
 
-        def ask(name: str, of: str) -> None:
-            answer = started[of].ask(**request)
-            if isinstance(answer, str):
-                refused[name] = answer
-            else:
-                values.setdefault(name, []).append(answer)
+    def ask(name: str, contender: Contender) -> None:
+        answer = processes[contender].ask(**request)
+        if isinstance(answer, str):
+            refused[name] = answer
+        else:
+            values.setdefault(name, []).append(answer)
 
-        def one_round() -> None:
-            if quiet_first:
-                ask("quiet median", next(iter(contenders)))
-            with busy(hogs):
-                for name in contenders:
-                    if name not in refused:
-                        ask(name, name)
+    def one_round() -> None:
+        quiet = {"quiet median": next(iter(contenders.values()))} if hogs else {}
+        for name, contender in quiet.items():
+            ask(name, contender)
+        with busy(hogs):
+            for name, contender in contenders.items():
+                if name not in refused:
+                    ask(name, contender)
 
-        bench.benchmark.pedantic(one_round, rounds=1 if bench.run.quick else rounds)
+    bench.benchmark.pedantic(one_round, rounds=1 if bench.run.quick else rounds)
     for what, q in quantiles.items():
-        found = {
-            name: [quantile(round, 0.5 if name == "quiet median" else q) for round in of] for name, of in values.items()
-        }
-        found = {name: found[name] for name in sorted(found, key=list(contenders | {"quiet median": ()}).index)}
+        found = {name: [quantile(of, q) for of in values[name]] for name in contenders if name in values}
+        if "quiet median" in values:
+            found["quiet median"] = [quantile(of, 0.5) for of in values["quiet median"]]
         bench.compare(group, f"{label}, {what}", found, bars=bars.get(what, {}), refused=refused)
 
 
-OURS: dict[str, tuple[str, int | None, dict[str, str]]] = {"ours": ("ours", 2, {})}
+OURS = {"ours": Contender("ours")}
+TORCH = {"torch": Contender("torch")}
 
 
 @pytest.mark.parametrize("call", [*STEPS, *LAYERS], ids=str)
 @pytest.mark.parametrize("pause", PAUSES, ids=lambda ms: f"{ms} ms")
-def test_after_a_pause(bench: Any, call: Call, pause: int) -> None:
+def test_after_a_pause(bench: Any, processes: dict[Contender, Process], call: Call, pause: int) -> None:
     if call.T > 1 and pause in (1, 5):
         pytest.skip("layers are measured after 0, 20 and 100 ms")
-    contenders = OURS | {"ours, one thread": ("ours", 1, {})} | {peer: (peer, 2, {}) for peer in PEERS}
-    count = 200 if pause < 20 else 40
+    contenders = OURS | {"ours, one thread": Contender("ours", 1)} | {peer: Contender(peer) for peer in PEERS}
+    count = 200 if pause < 20 else 40 if pause == 20 else 20
     bars = {"median": {"ours, one thread": 1 / 1.3}} if call.T == 1 and pause == 20 else {}
     label = f"{call}, after {pause} ms" if pause else f"{call}, hot"
     request = {"call": call.__dict__, "pause": pause / 1000, "count": count}
-    _measure(bench, "latency after a pause", label, contenders, request, {"median": 0.5, "95 %": 0.95}, bars)
+    quantiles = {"median": 0.5, "95 %": 0.95}
+    _measure(bench, processes, "latency after a pause", label, contenders, request, quantiles, bars)
 
 
 @pytest.mark.parametrize("call", [STEPS[1], *LAYERS], ids=str)
 @pytest.mark.parametrize("hogs", [1, 2])
-def test_beside_busy_processes(bench: Any, call: Call, hogs: int) -> None:
-    contenders = OURS | {"torch": ("torch", 2, {})}
+def test_beside_busy_processes(bench: Any, processes: dict[Contender, Process], call: Call, hogs: int) -> None:
     bars = {"median": {"quiet median": 1 / 2.5}, "99.9 %": {"quiet median": 1 / 12}} if hogs == 1 and call.T > 1 else {}
     quantiles = {"median": 0.5, "95 %": 0.95, "99.9 %": 0.999}
-    request = {"call": call.__dict__, "pause": 0.0, "count": 2000}
+    request = {"call": call.__dict__, "pause": 0.0, "count": 2000 if hogs == 1 else 500}
     label = f"{call}, {hogs} busy process{'es' if hogs > 1 else ''}"
-    _measure(bench, "latency beside busy processes", label, contenders, request, quantiles, bars, True, hogs, rounds=1)
+    group = "latency beside busy processes"
+    _measure(bench, processes, group, label, OURS | TORCH, request, quantiles, bars, hogs, rounds=1)
 
 
 @pytest.mark.parametrize("call", [STEPS[1], *LAYERS], ids=str)
-def test_more_threads_than_processors(bench: Any, call: Call) -> None:
-    environment = {"OMP_NUM_THREADS": "8"}
-    contenders = {name: (name, None, environment) for name in ("ours", "torch")} | {
-        "ours, two threads": ("ours", 2, {})
-    }
+def test_more_threads_than_processors(bench: Any, processes: dict[Contender, Process], call: Call) -> None:
+    eight = (("OMP_NUM_THREADS", "8"),)
+    contenders = {name: Contender(name, None, eight) for name in ("ours", "torch")}
+    contenders |= {"ours, two threads": Contender("ours")}
     request = {"call": call.__dict__, "pause": 0.0, "count": 300}
     quantiles = {"median": 0.5, "95 %": 0.95}
-    _measure(bench, "latency with OMP_NUM_THREADS=8", str(call), contenders, request, quantiles, {})
+    _measure(bench, processes, "latency with OMP_NUM_THREADS=8", str(call), contenders, request, quantiles, {})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_beside_a_data_loader(bench: Any, workers: int) -> None:
+def test_training_beside_a_data_loader(bench: Any, processes: dict[Contender, Process], workers: int) -> None:
     """An epoch of packed training; the ratio with two workers should not be below the ratio without workers."""
-    contenders = OURS | {"torch": ("torch", 2, {})}
-    label = f"LSTM D=64 H=128 B=32, {workers} workers" if workers else "LSTM D=64 H=128 B=32, no workers"
-    _measure(bench, "epoch of packed training", label, contenders, {"workers": workers}, {"epoch": 0.5}, {}, rounds=5)
+    label = f"LSTM D=64 H=128 B=32, {workers or 'no'} workers"
+    group, request = "epoch of packed training", {"workers": workers}
+    _measure(bench, processes, group, label, OURS | TORCH, request, {"epoch": 0.5}, {}, rounds=5)
 
 
 if __name__ == "__main__":
