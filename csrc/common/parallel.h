@@ -74,7 +74,7 @@ class Region;
 class Phases {
  public:
   struct alignas(64) Claim {
-    std::atomic<int64_t> next{0};  // the first phase in which nobody has claimed this share
+    std::atomic<int64_t> next{0};  // the first phase in which this share is unclaimed
   };
 
   // claims: [shares] constructed, or null if one thread runs all shares.

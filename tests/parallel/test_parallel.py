@@ -26,14 +26,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """check_parallel.cpp with ThreadSanitizer."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        pytest.skip(f"no compiler {compiler}")
+        pytest.skip(f"needs a C++ compiler to build the check program; {compiler} is not installed")
     built = tmp_path_factory.mktemp("parallel") / "check_parallel"
     sources = [HERE / "check_parallel.cpp", CSRC / "common" / "parallel.cpp"]
     options = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Wall", "-Wextra", "-Werror"]
     command = [compiler, *options, f"-I{HERE / 'fake'}", f"-I{CSRC}", *map(str, sources), "-o", str(built)]
     result = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in result.stderr and "tsan" in result.stderr:
-        pytest.skip("no ThreadSanitizer")
+        pytest.skip("needs ThreadSanitizer to detect races; the compiler has no libtsan")
     assert result.returncode == 0, result.stderr
     return built
 
