@@ -49,6 +49,14 @@ SEQKERNELS_OPS(m) {
            ", Tensor y, Tensor saved" + steps + ", bool need_dx, bool need_dw" + options +
            list("Tensor?", "d", cells, "_steps=None") + ") -> (Tensor dx" + list("Tensor", "d", states, "0") +
            ", Tensor[] dw)");
+    // A prepared module: all layers and directions in one call, float32, inference. states: empty for zeros. x is [B,
+    // D] for one step. ranges: [layers, 1 + directions] of the input and of h; numbers: cell_clip, gate_clip,
+    // zoneout_h, zoneout_c, norm_eps.
+    const std::string prepared =
+        ", Tensor[] weights, int precision, int hidden_size, int proj_size, int num_layers, bool bidirectional, int "
+        "heads, bool peephole, float[] numbers, Tensor? ranges, Tensor? batch_sizes, Tensor? lengths, Tensor? reset)";
+    define(name + "_prepared(Tensor x, Tensor[] states" + prepared + " -> Tensor[]");
+    define(name + "_prepared_(Tensor x, Tensor(a!)[] states" + prepared + " -> Tensor");
     if (!cell.step) continue;
     // One step without options. x is [B, D] or [D]. Gradients that were not requested are undefined; db_hh is returned
     // where it differs from db_ih.
@@ -62,6 +70,11 @@ SEQKERNELS_OPS(m) {
            list("Tensor", "d", states, "0") + ", Tensor dw_ih, Tensor dw_hh, Tensor db_ih" +
            (cell.separate ? ", Tensor db_hh)" : ")"));
   }
+
+  // Packed weights of prepared modules, see packed_weights.h. precision: 0 float32, 1 bfloat16, 2 float16, 3 int8.
+  const std::string packing = ", int gates, int first, int heads, int precision)";
+  define("recurrent_pack(Tensor weight" + packing + " -> (Tensor packed, Tensor scales)");
+  define("recurrent_unpack(Tensor packed, Tensor scales, int rows, int columns" + packing + " -> Tensor");
 
   // EmbeddingBag. reduction: 0 sum, 1 mean, 2 max, 3 min; mean_by: 0 count, 1 weight; padding_idx -1: none. input is
   // [N] with offsets, or [B, L] without. `arg` is what forward returned: which position of its bag won a column.
@@ -169,6 +182,7 @@ py::dict build_info() {
 #else
   info["cuda"] = false;
 #endif
+  info["vnni"] = has_vnni(current_isa());
   info["compiler"] = __VERSION__;
   return info;
 }
@@ -227,6 +241,7 @@ py::list recurrent_kinds() {
     one["one_bias_gradient"] = !cell.separate;
     one["cuda"] = cell.cuda;
     one["step"] = cell.step;
+    one["first"] = cell.first;
     kinds.append(one);
   }
   return kinds;

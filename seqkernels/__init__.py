@@ -14,11 +14,11 @@ except ImportError as error:
         "`pip install --no-build-isolation .` against the torch that is installed"
     ) from error
 
-from seqkernels import decoding, functional, nn, reference
+from seqkernels import decoding, functional, inference, nn, reference
 from seqkernels.explain import explain
 
 __version__ = "0.1.0"
-__all__ = ["build_info", "decoding", "explain", "functional", "nn", "reference"]
+__all__ = ["build_info", "decoding", "explain", "functional", "inference", "nn", "reference"]
 
 
 def build_info() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def build_info() -> dict[str, Any]:
         version: of seqkernels.
         torch: the release that the build was compiled against; the binary runs with 2.11 and later.
         isa: the instruction set in use. isas: the instruction sets built that this processor supports.
+        vnni: whether int8 products use dot product instructions (AVX-VNNI, AVX512-VNNI).
         cuda: whether CUDA kernels were built. cuda_architectures: with CUDA, their compute capabilities, 90 for 9.0.
         compiler: name and version.
     """

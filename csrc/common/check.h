@@ -59,6 +59,8 @@ inline const char* dtype_name(ScalarType type) {
       return "int32";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Bool:
       return "bool";
     default:

@@ -34,6 +34,17 @@ std::vector<Isa> usable_isas() {
   return isas;
 }
 
+bool has_vnni(Isa isa) {
+#ifdef SEQKERNELS_HAVE_AVX512_VNNI
+  if (isa == Isa::kAvx512) return __builtin_cpu_supports("avx512vnni");
+#endif
+#ifdef SEQKERNELS_HAVE_AVX2_VNNI
+  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avxvnni");
+#endif
+  static_cast<void>(isa);
+  return false;
+}
+
 namespace {
 
 Isa usable_isa(const std::string& name, const char* where) {

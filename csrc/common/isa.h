@@ -12,6 +12,7 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 const char* isa_name(Isa isa);
 std::vector<Isa> usable_isas();  // built and supported by this processor; the best one last
 Isa current_isa();
+bool has_vnni(Isa isa);                // whether the processor has dot products of int8 beside this instruction set
 Isa set_isa(const std::string& name);  // returns the previous one; throws std::invalid_argument
 
 }  // namespace seqkernels

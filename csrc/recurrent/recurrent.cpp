@@ -15,6 +15,7 @@
 #include "common/registration.h"
 #include "common/stream.h"
 #include "recurrent/ops.h"
+#include "recurrent/walk.h"
 
 namespace seqkernels {
 
@@ -113,7 +114,7 @@ struct LayerInputs {
   bool packed;
   bool cuda;  // run by the CUDA launchers
   CudaLayout layout{};
-  std::vector<int64_t> batch_sizes, offsets, sequence, rows, x_offsets;
+  WalkArrays arrays;
   std::vector<uint8_t> reset;
   Shape outer;  // [T, B] or [N]: the leading dimensions of x and y
 
@@ -133,9 +134,17 @@ struct LayerInputs {
     if (args.D > 1 && x.numel() > 0 && x.stride(x.dim() - 1) != 1) x = torch::stable::contiguous(x);
     take_weights(given.weights, given.variant, args);
     if (packed) {
-      take_batch_sizes(*given.batch_sizes, args.walk);
-    } else {
-      take_padded(given.lengths, args.walk);
+      arrays.of_packed(op, *given.batch_sizes, x, !cuda, args.walk);
+    } else if (!cuda) {
+      arrays.of_padded(op, given.lengths, x, args.walk);
+    } else {  // lengths stay on the device, where the kernels clamp them to [0, T]
+      args.walk.T = x.size(0);
+      args.walk.B = x.size(1);
+      args.walk.N = args.walk.T * args.walk.B;
+      if (given.lengths) {
+        lengths = checked(op, "lengths", *given.lengths, ScalarType::Long, {args.walk.B}, x);
+        layout.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
+      }
     }
     if (cuda) {
       layout.packed = packed;
@@ -152,11 +161,7 @@ struct LayerInputs {
       (i == 0 ? args.h0 : args.c0[i - 1]) = states0[i]->const_data_ptr();
     }
     args.x = x.const_data_ptr();
-    args.walk.batch_sizes = batch_sizes.data();
-    args.walk.offsets = offsets.data();
-    args.walk.sequence = sequence.data();
-    args.walk.rows = rows.data();
-    args.walk.x_offsets = x_offsets.data();
+    arrays.point(args.walk);
     take_options(given.variant, args);
     args.saved_width = saved_width(cell, args.H, args.options.any);
     if (!cuda) args.plan = plan_recurrent(args, kind, thread_count());
@@ -315,7 +320,7 @@ struct LayerInputs {
         o.reset = from;
       } else {
         reset.resize(args.walk.N);
-        for (int64_t n = 0; n < args.walk.N; ++n) reset[n] = from[rows[n]];
+        for (int64_t n = 0; n < args.walk.N; ++n) reset[n] = from[arrays.rows[n]];
         o.reset = reset.data();
       }
     }
@@ -331,85 +336,6 @@ struct LayerInputs {
       fail(op, ": zoneout_h must be absent where there is a projection");
     }
     o.any = variant.peephole || variant.reset || !variant.numbers.empty() || !masks.empty();
-  }
-
-  void take_batch_sizes(const Tensor& sizes, Walk& walk) {
-    check_cpu(op, "batch_sizes", sizes);
-    check_dtype(op, "batch_sizes", sizes, ScalarType::Long);
-    if (sizes.dim() != 1) fail(op, ": batch_sizes must have 1 dimension, got ", show(shape_of(sizes)));
-    const Tensor contiguous = sizes.is_contiguous() ? sizes : torch::stable::contiguous(sizes);
-    const int64_t* from = static_cast<const int64_t*>(contiguous.const_data_ptr());
-    walk.T = sizes.size(0);
-    walk.N = x.size(0);
-    batch_sizes.assign(from, from + walk.T);
-    walk.B = walk.T > 0 ? from[0] : 0;
-    for (int64_t t = 0; t < walk.T; ++t) {
-      if (from[t] < 1 || (t > 0 && from[t] > from[t - 1])) {
-        fail(op, ": batch_sizes must be positive and non-increasing, got ", from[t], " at step ", t,
-             t > 0 ? " after " + std::to_string(from[t - 1]) : std::string());
-      }
-      // Checked entry by entry, so that the sum cannot overflow.
-      if (from[t] > walk.N) fail(op, ": batch_sizes must sum to the rows of x, ", walk.N, ", got ", from[t], " in one");
-    }
-    fill_offsets(walk);
-    if (offsets.back() != walk.N) {
-      fail(op, ": batch_sizes must sum to the rows of x, ", walk.N, ", got ", offsets.back());
-    }
-    if (cuda) return;  // the CPU kernels alone read the rest
-    sequence.resize(walk.B);
-    std::iota(sequence.begin(), sequence.end(), 0);
-    rows.resize(walk.N);
-    std::iota(rows.begin(), rows.end(), 0);
-    x_offsets.resize(walk.N);
-    for (int64_t n = 0; n < walk.N; ++n) x_offsets[n] = n * x.stride(0);
-  }
-
-  void take_padded(const std::optional<Tensor>& given, Walk& walk) {
-    walk.T = x.size(0);
-    walk.B = x.size(1);
-    if (cuda) {  // lengths stay on the device, where the kernels clamp them to
-                 // [0, T]
-      walk.N = walk.T * walk.B;
-      if (!given) return;
-      lengths = checked(op, "lengths", *given, ScalarType::Long, {walk.B}, x);
-      layout.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
-      return;
-    }
-    sequence.resize(walk.B);
-    std::iota(sequence.begin(), sequence.end(), 0);
-    if (!given) {
-      batch_sizes.assign(walk.T, walk.B);
-    } else {
-      const Tensor lengths = checked(op, "lengths", *given, ScalarType::Long, {walk.B}, x);
-      const int64_t* length = static_cast<const int64_t*>(lengths.const_data_ptr());
-      batch_sizes.assign(walk.T, 0);
-      for (int64_t b = 0; b < walk.B; ++b) {
-        if (length[b] < 0 || length[b] > walk.T) {
-          fail(op, ": lengths must lie in [0, T] = [0, ", walk.T, "], got ", length[b], " at ", b);
-        }
-        if (length[b] > 0) ++batch_sizes[length[b] - 1];
-      }
-      for (int64_t t = walk.T - 2; t >= 0; --t) batch_sizes[t] += batch_sizes[t + 1];
-      std::stable_sort(sequence.begin(), sequence.end(),
-                       [length](int64_t a, int64_t b) { return length[a] > length[b]; });
-    }
-    fill_offsets(walk);
-    walk.N = offsets.back();
-    rows.resize(walk.N);
-    x_offsets.resize(walk.N);
-    const int64_t step = x.stride(0), across = x.stride(1);
-    for (int64_t t = 0; t < walk.T; ++t) {
-      for (int64_t j = 0; j < batch_sizes[t]; ++j) {
-        rows[offsets[t] + j] = t * walk.B + sequence[j];
-        x_offsets[offsets[t] + j] = t * step + sequence[j] * across;
-      }
-    }
-  }
-
-  void fill_offsets(const Walk& walk) {
-    offsets.resize(walk.T + 1);
-    offsets[0] = 0;
-    for (int64_t t = 0; t < walk.T; ++t) offsets[t + 1] = offsets[t] + batch_sizes[t];
   }
 };
 

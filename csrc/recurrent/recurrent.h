@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "recurrent/cells/list.h"
+#include "recurrent/packed_weights.h"
 
 namespace seqkernels {
 
@@ -81,6 +82,7 @@ struct RecurrentArgs {
   const void* h0;             // [directions, B, P] or null for zeros
   const void* c0[kMaxCells];  // [directions, B, H] each, or null for zeros
   Weights weights[kMaxDirections];
+  const PreparedLayer* prepared;  // replaces the matrices of `weights` in inference with dtype float32, or null
   LayerOptions options;
 };
 

@@ -29,9 +29,11 @@ def product(h: Tensor, w: Tensor, heads: int = 1) -> Tensor:
     """h W^T. With heads, w [G * H, H / heads] is block-diagonal: a unit depends on the h of its own head."""
     if heads == 1:
         return F.linear(h, w)
-    B, group = h.shape[0], h.shape[1] // heads
-    by_group = w.reshape(w.shape[0] // h.shape[1], heads, group, group)
-    return torch.einsum("bkj,gkij->bgki", h.reshape(B, heads, group), by_group).reshape(B, w.shape[0])
+    group = h.shape[1] // heads
+    gates = w.shape[0] // h.shape[1]
+    by_head = w.reshape(gates, heads, group, group)
+    of_heads = [F.linear(h[:, k * group : (k + 1) * group], by_head[:, k].flatten(0, 1)) for k in range(heads)]
+    return torch.stack([v.unflatten(1, (gates, group)) for v in of_heads], dim=2).flatten(1)
 
 
 def norm(v: Tensor, eps: float = 1e-5) -> Tensor:
@@ -375,7 +377,7 @@ def layer(
             h = states[0] if variational is None else states[0] * variational[d]
             h, *others = kind.cell(Step(of_x[t], h, states, w, kind, heads, gate_clip, cell_clip, keep[t], eps))
             if "w_hr" in w:  # Sak, Senior and Beaufays, 2014, arXiv 1402.1128
-                h = h @ w["w_hr"].T
+                h = F.linear(h, w["w_hr"])
             new = tuple(zoneout(v, old, zone[t]) for v, old, zone in zip((h, *others), states, zones))
             steps[t] = tuple(torch.where(alive, v, v.new_zeros(())) for v in new)
             states = tuple(torch.where(alive, v, old) for v, old in zip(new, states))

@@ -5,7 +5,12 @@
 // panel by panel and runs the cell on the panel while it is in the L1 cache. In
 // a cell of two stages the second stage is a phase of its own, which starts when
 // all units have finished the first; a projection likewise.
+//
+// A prepared layer (packed_weights.h) runs the same passes: its products read packed weights, and int8 weights are
+// multiplied with int8 forms of x and of the state, one scale per row and step.
 #pragma once
+
+#include <type_traits>
 
 #include "recurrent/cpu/layer.h"
 
@@ -21,12 +26,15 @@ struct Stage {
   using V = Native<T>;
   static constexpr int kGates = Of::kGates, kUnits = Of::kUnits, kVectors = kUnits * kGates;
   static constexpr int64_t kWidth = kLanes<T>, kWidthOfPanel = kPanel<T, kVectors>, kPanelUnits = kUnits * kWidth;
+  static constexpr int kSecondGates = kInner ? 0 : Cell::kGates - Cell::kFirst;
 
   const Layer<Cell>& layer;
   const bool pack_first;  // for a single step, panels are packed as they are used
   T *packed_x = nullptr, *packed_h[kFactors] = {}, *bias_x = nullptr, *bias_h = nullptr;
 
   Stage(const Layer<Cell>& of, bool pack) : layer(of), pack_first(pack) {}
+
+  const PreparedLayer* prepared() const { return layer.args.prepared; }
 
   Columns columns() const { return {layer.H, kUnits, layer.all_H}; }
   int64_t panels() const { return columns().template panels<T>(); }
@@ -74,25 +82,46 @@ struct Stage {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t n = columns().template valid<T>(p, v), at = (stream * panels() + p) * kWidthOfPanel + v * kWidth;
         const int64_t first = row0(stream) + columns().template first<T>(p, v);
-        V of_x = {}, of_h = {};
-        if (b_ih != nullptr && n > 0) {
-          of_x = load(b_ih + first, n);
-          of_h = load(b_hh + first, n);
-        }
+        const V of_x = b_ih != nullptr && n > 0 ? load(b_ih + first, n) : V{};
+        const V of_h = b_hh != nullptr && n > 0 ? load(b_hh + first, n) : V{};
         store(bias_x + at, of_x);
         store(bias_h + at, Cell::kSeparate ? of_h : of_x + of_h);
       }
     }
   }
 
-  void product_x(int64_t stream, int64_t panel, int64_t rows, const T* x, T* scratch, T* to) const {
+  void product_x(int64_t stream, int64_t panel, int64_t rows, const Activations& x, T* scratch, T* to) const {
+    if (prepared() != nullptr) {
+      const PackedMatrix& w = prepared()->weights[layer.direction(stream)].w_ih;
+      return packed_product(w, layer.D, stream, panel, rows, x, to, Into::kReplace);
+    }
     const T* packed = pack_first ? packed_x + stream * x_size() : nullptr;
-    panel_product(of_x(stream), packed, scratch, panel, rows, x, layer.D, to, kWidthOfPanel, Into::kReplace);
+    panel_product(of_x(stream), packed, scratch, panel, rows, static_cast<const T*>(x.values), x.stride, to,
+                  kWidthOfPanel, Into::kReplace);
   }
-  void product_h(int64_t stream, int factor, int64_t panel, int64_t rows, const T* h, int64_t ld, T* scratch, T* to,
+  void product_h(int64_t stream, int factor, int64_t panel, int64_t rows, const Activations& h, T* scratch, T* to,
                  Into into) const {
+    if (prepared() != nullptr) {
+      const PackedWeights& all = prepared()->weights[layer.direction(stream)];
+      const PackedMatrix& w = !kInner ? all.w_hh : factor == 0 ? all.inner_ih : all.inner_hh;
+      return packed_product(w, kInner ? layer.H : layer.P, stream, panel, rows, h, to, into);
+    }
     const T* packed = pack_first ? packed_h[factor] + stream * h_size() : nullptr;
-    panel_product(of_h(stream, factor), packed, scratch, panel, rows, h, ld, to, kWidthOfPanel, into);
+    panel_product(of_h(stream, factor), packed, scratch, panel, rows, static_cast<const T*>(h.values), h.stride, to,
+                  kWidthOfPanel, into);
+  }
+
+  void packed_product(const PackedMatrix& w, int64_t depth, int64_t stream, int64_t panel, int64_t rows,
+                      const Activations& a, T* to, Into into) const {
+    if constexpr (std::is_same_v<S, float>) {
+      const auto of = [&](int64_t gates) { return PanelLayout{prepared()->precision, gates, layer.H, depth}; };
+      const int64_t before = Of::kGate > 0 ? of(Of::kGate).bytes() : 0;
+      const int64_t of_head =
+          kInner ? of(kGates).bytes() : of(Cell::kFirst).bytes() + (kSecondGates > 0 ? of(kSecondGates).bytes() : 0);
+      prepared()->kernels.product({of(kGates), w.values + stream % layer.args.heads * of_head + before,
+                                   w.scales == nullptr ? nullptr : w.scales + row0(stream), layer.all_H,
+                                   panel * kPanelUnits, rows, a, to, kWidthOfPanel, into == Into::kAdd});
+    }
   }
 
   // Pre-activations of the unit-th vector of units of a panel, for one row:
@@ -144,6 +173,8 @@ struct Workspace {
   T *q = nullptr, *carried = nullptr;  // between the stages: [rows, kFactors *
                                        // HV], [rows, kCarried * HV]
   T *x_chunk = nullptr, *from_h = nullptr, *scratch = nullptr;
+  int8_t *x_bytes = nullptr, *h_bytes = nullptr;  // int8 forms of x_chunk and of up to two operands of a step
+  float *x_scales = nullptr, *h_scales = nullptr;
   int64_t gathered = -1;  // the first step of the chunk in x_chunk
 };
 
@@ -179,7 +210,10 @@ struct Forward : Layer<Cell> {
 
   const ForwardArgs& out;
   Teams teams;
-  const bool pack_first = walk.T > 1;
+  const bool pack_first = walk.T > 1 && args.prepared == nullptr;
+  const bool int8 = args.prepared != nullptr && args.prepared->precision == Precision::kInt8;
+  static constexpr int kOperands = Cell::kFactors > 1 ? Cell::kFactors : 1;
+  const int64_t x_stride = round_up(D, 64), h_stride = round_up(P > H ? P : H, 64);  // of int8 rows
   const int64_t chunk_rows = group_rows > kChunkRows ? group_rows : min(kChunkRows, walk.N);
   FirstStage first;
   SecondStage<Cell> second;
@@ -189,7 +223,7 @@ struct Forward : Layer<Cell> {
   int64_t team_size, thread_size;         // elements of states, of buffers
 
   explicit Forward(const ForwardArgs& a)
-      : L{a}, out(a), teams{a, Cell::kJointNorm ? a.heads : 1}, first(*this, walk.T > 1), second(*this, walk.T > 1) {}
+      : L{a}, out(a), teams{a, Cell::kJointNorm ? a.heads : 1}, first(*this, pack_first), second(*this, pack_first) {}
 
   Operand<S> hr(int64_t stream) const {
     const S* w = static_cast<const S*>(args.weights[this->direction(stream)].w_hr);
@@ -231,6 +265,28 @@ struct Forward : Layer<Cell> {
     work.x_chunk = arena.take<T>(chunk_rows * D);
     work.from_h = arena.take<T>(group_rows * kWidest);
     work.scratch = arena.take<T>(kBlock * kWidest);
+    if (!int8) return;
+    work.x_bytes = arena.take<int8_t>(chunk_rows * x_stride);
+    work.x_scales = arena.take<float>(chunk_rows);
+    work.h_bytes = arena.take<int8_t>(kOperands * group_rows * h_stride);
+    work.h_scales = arena.take<float>(kOperands * group_rows);
+  }
+
+  // The rows of x of the chunk.
+  Activations input_of(const Workspace<T>& work) const {
+    return {work.x_chunk, D, work.x_bytes, x_stride, work.x_scales};
+  }
+  // Rows of a state, or what a stage made of one, as the i-th operand of a product. range: see PreparedLayer.
+  Activations operand_of(const Workspace<T>& work, const T* values, int64_t stride, int64_t rows, int64_t depth,
+                         float range = 0, int i = 0) const {
+    const Activations a{values, stride, work.h_bytes + i * group_rows * h_stride, h_stride,
+                        work.h_scales + i * group_rows};
+    if (int8) args.prepared->kernels.quantize(a, rows, depth, range);
+    return a;
+  }
+  Activations state_of(const Workspace<T>& work, int64_t rows) const {
+    return operand_of(work, work.recurrent, PV, rows, P,
+                      int8 ? args.prepared->h_range[this->direction(work.stream)] : 0);
   }
 
   void run(int64_t thread) {
@@ -308,11 +364,10 @@ struct Forward : Layer<Cell> {
   __attribute__((noinline)) void first_stage(Workspace<T>& work, const Share<T>& its, const Chunk& chunk,
                                              const Step& step, bool zero_h) const {
     if (step.row == 0) input_products(work, its, chunk);
+    const Activations h = zero_h ? Activations{} : state_of(work, step.active);
     for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
       const T* from_x = its.from_x + ((p - its.panels.begin) * chunk_rows + step.row) * kWide1;
-      if (!zero_h) {
-        first.product_h(work.stream, 0, p, step.active, work.recurrent, PV, work.scratch, work.from_h, Into::kReplace);
-      }
+      if (!zero_h) first.product_h(work.stream, 0, p, step.active, h, work.scratch, work.from_h, Into::kReplace);
       first_cells(work, step.t, p, step.active, from_x, zero_h ? nullptr : work.from_h);
     }
     if (!Cell::kTwoStages && !projected) end_of_step(work, step.t, step.active, its.own_h, its.own_c);
@@ -320,11 +375,15 @@ struct Forward : Layer<Cell> {
 
   __attribute__((noinline)) void second_stage(const Workspace<T>& work, const Share<T>& its, const Step& step) const {
     if constexpr (Cell::kTwoStages) {
+      Activations q[Cell::kFactors];
+      for (int f = 0; f < Cell::kFactors; ++f) {
+        q[f] = operand_of(work, work.q + f * HV, Cell::kFactors * HV, step.active, H, 0, f);
+      }
       for (int64_t p = its.panels2.begin; p < its.panels2.end; ++p) {
         const T* from_x = its.from_x2 + ((p - its.panels2.begin) * chunk_rows + step.row) * kWide2;
         for (int f = 0; f < Cell::kFactors; ++f) {
-          second.product_h(work.stream, f, p, step.active, work.q + f * HV, Cell::kFactors * HV, work.scratch,
-                           work.from_h, f == 0 ? Into::kReplace : Into::kAdd);
+          second.product_h(work.stream, f, p, step.active, q[f], work.scratch, work.from_h,
+                           f == 0 ? Into::kReplace : Into::kAdd);
         }
         second_cells(work, step.t, p, step.active, from_x);
       }
@@ -333,7 +392,8 @@ struct Forward : Layer<Cell> {
   }
 
   __attribute__((noinline)) void projection(const Workspace<T>& work, const Share<T>& its, const Step& step) const {
-    for (int64_t p = its.outputs.begin; p < its.outputs.end; ++p) project(work, step.t, p, step.active);
+    const Activations m = operand_of(work, work.m, HV, step.active, H);
+    for (int64_t p = its.outputs.begin; p < its.outputs.end; ++p) project(work, step.t, p, step.active, m);
     end_of_step(work, step.t, step.active, its.own_h, its.own_c);
   }
 
@@ -342,12 +402,12 @@ struct Forward : Layer<Cell> {
     gather(work, chunk);
     for (int64_t p = its.panels.begin; p < its.panels.end; ++p) {
       T* to = its.from_x + (p - its.panels.begin) * chunk_rows * kWide1;
-      first.product_x(work.stream, p, chunk.rows, work.x_chunk, work.scratch, to);
+      first.product_x(work.stream, p, chunk.rows, input_of(work), work.scratch, to);
     }
     if constexpr (Cell::kTwoStages && !Cell::kInner) {
       for (int64_t p = its.panels2.begin; p < its.panels2.end; ++p) {
         T* to = its.from_x2 + (p - its.panels2.begin) * chunk_rows * kWide2;
-        second.product_x(work.stream, p, chunk.rows, work.x_chunk, work.scratch, to);
+        second.product_x(work.stream, p, chunk.rows, input_of(work), work.scratch, to);
       }
     }
   }
@@ -387,6 +447,7 @@ struct Forward : Layer<Cell> {
         convert(to, static_cast<const S*>(args.x) + walk.x_offsets[work.rows.packed(t, i)], D);
       }
     }
+    if (int8) args.prepared->kernels.quantize(input_of(work), chunk.rows, D, args.prepared->x_range);
   }
 
   static void start_state(const void* from, int64_t at, Range own, T* to) {
@@ -546,10 +607,25 @@ struct Forward : Layer<Cell> {
   }
 
   // One panel of h = m W_hr^T.
-  void project(const Workspace<T>& work, int64_t t, int64_t panel, int64_t active) const {
-    const auto operand = hr(work.stream);
-    const T* packed = packed_hr == nullptr ? nullptr : packed_hr + work.stream * operand.packed_size();
-    panel_product(operand, packed, work.scratch, panel, active, work.m, HV, work.from_h, kPanel<T>, Into::kReplace);
+  void project(const Workspace<T>& work, int64_t t, int64_t panel, int64_t active, const Activations& m) const {
+    if (args.prepared == nullptr) {
+      const auto operand = hr(work.stream);
+      const T* packed = packed_hr == nullptr ? nullptr : packed_hr + work.stream * operand.packed_size();
+      panel_product(operand, packed, work.scratch, panel, active, work.m, HV, work.from_h, kPanel<T>, Into::kReplace);
+    } else if constexpr (std::is_same_v<S, float>) {
+      const PreparedLayer& prepared = *args.prepared;
+      const PackedMatrix& w = prepared.weights[this->direction(work.stream)].w_hr;
+      prepared.kernels.product({{prepared.precision, 1, P, H},
+                                w.values,
+                                w.scales,
+                                P,
+                                panel * kPanel<T>,
+                                active,
+                                m,
+                                work.from_h,
+                                kPanel<T>,
+                                false});
+    }
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = work.rows.packed(t, i);
       for (int v = 0; v < kPlainVectors; ++v) {

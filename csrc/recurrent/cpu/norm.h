@@ -212,7 +212,7 @@ struct NormForward : Forward<Cell> {
     this->gather(any, chunk);
     for (int64_t p = share.its.panels.begin; p < share.its.panels.end; ++p) {
       T* to = share.its.from_x + (p - share.its.panels.begin) * chunk_rows * kWide1;
-      first.product_x(share.work.stream, p, chunk.rows, any.x_chunk, any.scratch, to);
+      first.product_x(share.work.stream, p, chunk.rows, this->input_of(any), any.scratch, to);
       if constexpr (!kJoint) measure(to, chunk.rows, share.x + p * chunk_rows * kGroups);
     }
   }
@@ -220,10 +220,11 @@ struct NormForward : Forward<Cell> {
   // The products with h of one step; where the sum is normalised, the sum with those with x and the biases.
   __attribute__((noinline)) void from_state(const ShareWork& share, const Step& step) const {
     const Workspace<T>& work = share.work;
+    const Activations state = this->state_of(work, step.active);
     for (int64_t p = share.its.panels.begin; p < share.its.panels.end; ++p) {
       const int64_t local = p - share.its.panels.begin;
       T* to = share.from_h + local * group_rows * kWide1;
-      first.product_h(work.stream, 0, p, step.active, work.recurrent, PV, work.scratch, to, Into::kReplace);
+      first.product_h(work.stream, 0, p, step.active, state, work.scratch, to, Into::kReplace);
       if constexpr (kJoint) {
         const T* from_x = share.its.from_x + (local * chunk_rows + step.row) * kWide1;
         for (int64_t i = 0; i < step.active; ++i) {
