@@ -103,9 +103,11 @@ else()
   set_target_properties(kernels_cuda PROPERTIES LINKER_LANGUAGE CXX)
   list(JOIN SEQKERNELS_CUDA_ARCHITECTURES "," capabilities)
   string(REPLACE "a" "" capabilities "${capabilities}")  # 90a as a number
-  target_compile_definitions(_C PRIVATE SEQKERNELS_HAVE_CUDA "SEQKERNELS_CUDA_ARCHITECTURES=${capabilities}"
-                             USE_CUDA)  # USE_CUDA: torch declares its streams
-  target_link_libraries(_C PRIVATE kernels_cuda torch_cuda c10_cuda "${cudart}")
+  foreach(module host _C seqkernels_ops)
+    target_compile_definitions(${module} PRIVATE SEQKERNELS_HAVE_CUDA "SEQKERNELS_CUDA_ARCHITECTURES=${capabilities}"
+                               USE_CUDA)  # USE_CUDA: torch declares its streams
+    target_link_libraries(${module} PRIVATE kernels_cuda torch_cuda c10_cuda "${cudart}")
+  endforeach()
   set(cuda_status "yes: nvcc ${nvcc_version} for ${SEQKERNELS_CUDA_ARCHITECTURES}, against torch's CUDA ${torch_cuda}")
 endif()
 
@@ -148,7 +150,7 @@ if(cuda_sources)
     emulated_source(wrapper "${source}")
     list(APPEND emulated_sources "${wrapper}")
   endforeach()
-  pybind11_add_module(_emulated MODULE NO_EXTRAS ${host_sources} ${emulated_sources})
+  pybind11_add_module(_emulated MODULE NO_EXTRAS csrc/module.cpp ${host_sources} ${emulated_sources})
   host_module(_emulated)
   emulated_module(_emulated)
   add_dependencies(cuda_on_cpu _emulated)

@@ -4,7 +4,8 @@
 // vectors of 8 lanes, for all K:
 //   float32, float16   [K][gates][units][8]
 //   bfloat16           [K / 2][gates][units][8][2]
-//   int8               [K / 4][gates][units][8][4], then [gates][units][8] int32, the sums over K
+//   int8               [K / 4][gates][units][8][4], then [2][gates][units][8] int32: the sum over K of the values, and
+//                      that of the magnitudes of the negative ones
 // K is padded to a multiple of 2 or 4, and H to one of 8 * units, with zeros. The panels of the gates of a cell's first
 // stage precede those of its second stage; with heads, the panels of a head precede those of the next one.
 // int8 values are round(w / scale), to nearest even, with one scale for each row of the weight: max |w| / 127.
@@ -48,7 +49,7 @@ struct PanelLayout {
   SK_MATH int64_t padded_depth() const { return round_up(depth, together()); }
   SK_MATH int64_t value_bytes() const { return padded_depth() * vectors() * kPackedLanes * bytes_of(precision); }
   SK_MATH int64_t panel_bytes() const {
-    return value_bytes() + (precision == Precision::kInt8 ? vectors() * kPackedLanes * 4 : 0);
+    return value_bytes() + (precision == Precision::kInt8 ? 2 * vectors() * kPackedLanes * 4 : 0);
   }
   SK_MATH int64_t bytes() const { return panels() * panel_bytes(); }
 

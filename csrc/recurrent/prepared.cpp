@@ -138,14 +138,17 @@ std::tuple<Tensor, Tensor> pack(const Tensor& given, int64_t gates, int64_t firs
     const bool empty = !finite || largest < 0x1p-100f;
     scale_of[row] = !finite ? std::numeric_limits<float>::quiet_NaN() : empty ? 0.0f : largest / 127.0f;
     const float inverse = empty ? 0.0f : 127.0f / largest;
-    int32_t sum = 0;
+    int32_t sum = 0, of_negative = 0;
     for (int64_t k = 0; k < K && !empty; ++k) {
       const auto value = static_cast<int8_t>(std::clamp(std::nearbyint(w[k] * inverse), -127.0f, 127.0f));
       put(k, value);
       sum += value;
+      of_negative += value < 0 ? -value : 0;
     }
     const int64_t lane = (gate * of.units() + column / kPackedLanes) * kPackedLanes + column % kPackedLanes;
-    std::memcpy(panel + of.value_bytes() + lane * 4, &sum, 4);
+    char* const sums = panel + of.value_bytes();
+    std::memcpy(sums + lane * 4, &sum, 4);
+    std::memcpy(sums + (of.vectors() * kPackedLanes + lane) * 4, &of_negative, 4);
   });
   return {packed, scales};
 }

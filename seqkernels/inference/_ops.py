@@ -134,7 +134,7 @@ def _fake_pack(weight: Tensor, gates: int, first: int, heads: int, precision: in
         if of_stage:
             units = 4 // of_stage
             panels = -(-H // (8 * units))
-            size += panels * of_stage * units * 8 * (padded + (4 if dtype is torch.int8 else 0))
+            size += panels * of_stage * units * 8 * (padded + (8 if dtype is torch.int8 else 0))
     return weight.new_empty(heads * size, dtype=dtype), weight.new_empty(rows if dtype is torch.int8 else 0)
 
 

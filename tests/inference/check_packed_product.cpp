@@ -18,9 +18,9 @@ int main() {
   int failures = 0, compared = 0;
   for (const auto precision : {Precision::kFloat32, Precision::kBFloat16, Precision::kFloat16, Precision::kInt8}) {
     for (const int64_t gates : {1, 2, 3, 4}) {
-      for (const int64_t extent : {1, 8, 9, 24, 33, 70}) {
-        for (const int64_t depth : {1, 3, 64, 65, 130, 515, 700}) {
-          for (const int64_t rows : {1, 2, 3, 7, 13, 66}) {
+      for (const int64_t extent : {1, 9, 24, 70}) {
+        for (const int64_t depth : {1, 3, 65, 515}) {
+          for (const int64_t rows : {1, 3, 4, 13, 66}) {
             const PanelLayout layout{precision, gates, extent, depth};
             std::vector<char> panels(layout.bytes());
             std::vector<float> scales(gates * extent), x(rows * depth);
@@ -33,14 +33,16 @@ int main() {
                 char* const panel = panels.data() + p * layout.panel_bytes();
                 for (int64_t gate = 0; gate < gates; ++gate) {
                   for (int64_t column = 0; column < layout.columns(); ++column) {
-                    int32_t sum = 0;
+                    int32_t sum = 0, negative = 0;
                     for (int64_t k = 0; k < layout.padded_depth(); ++k) {
                       int8_t& value = reinterpret_cast<int8_t&>(panel[layout.index(gate, column, k)]);
                       if (k >= depth) value = 0;
                       sum += value;
+                      negative += value < 0 ? -value : 0;
                     }
                     const int64_t lane = gate * layout.columns() + column;
                     std::memcpy(panel + layout.value_bytes() + lane * 4, &sum, 4);
+                    std::memcpy(panel + layout.value_bytes() + (gates * layout.columns() + lane) * 4, &negative, 4);
                   }
                 }
               }

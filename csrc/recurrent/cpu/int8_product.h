@@ -8,118 +8,197 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 typedef int32_t Sum32 __attribute__((vector_size(kVectorBytes)));
 
-// Rows of a register tile: accumulators, one vector per row and four more fit into the registers.
+// Rows of a register tile: accumulators, one vector per row and four more fit into the registers. Of 4 vectors, AVX2
+// takes 4 rows of half of the vectors.
 template <int kVectors>
-constexpr int kInt8Rows = kVectorBytes == 64 ? (kVectors == 3 ? 6 : 4) : (kVectors == 3 ? 3 : 2);
+constexpr int kWholeRows = kVectorBytes == 64 ? (kVectors == 3 ? 6 : 4) : (kVectors == 3 ? 3 : 2);
+template <int kVectors>
+constexpr int kInt8Rows = kVectorBytes == 64 || kVectors == 3 ? kWholeRows<kVectors> : 4;
 // Depth of a block: a panel of 128 bytes per 4 k stays in the L1 cache, 16 KiB.
 constexpr int64_t kInt8Block = 512;
 
-// Four bytes of a row of A in every lane, in the form that dot4 takes.
-struct FourBytes {
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-  __m512i unsigned_;
-#elif defined(__AVX512F__)
-  __m512i magnitude;
-  __mmask64 negative;
-#elif defined(__AVXVNNI__)
-  __m256i unsigned_;
-#elif defined(__AVX2__)
-  __m256i value;
-#else
-  int32_t value[4];
-#endif
-};
-// Whether dot4 adds products with (a + 128), so that 128 times the sum of the column must be subtracted.
-#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
-constexpr bool kOffset = true;
-#else
-constexpr bool kOffset = false;
-#endif
-
-SEQKERNELS_INLINE FourBytes four_bytes(const int8_t* a) {
-  int32_t word;
-  memcpy(&word, a, 4);
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-  return {_mm512_set1_epi32(word ^ int32_t(0x80808080))};
-#elif defined(__AVX512F__)
-  const __m512i value = _mm512_set1_epi32(word);
-  return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
-#elif defined(__AVXVNNI__)
-  return {_mm256_set1_epi32(word ^ int32_t(0x80808080))};
-#elif defined(__AVX2__)
-  return {_mm256_set1_epi32(word)};
-#else
-  return {{a[0], a[1], a[2], a[3]}};
-#endif
-}
-
-// sum + a . w over the four bytes of each lane. Without dot product instructions, the product of unsigned and signed
-// bytes is used with the magnitude of one factor and the other one with the sign of both: a sum of two of its products
-// is at most 2 * 127 * 127, which 16 bits hold. kRows: of the tile; with few rows, the magnitudes of a are shared by
-// more products than those of w.
+// dot4(sum, a, w) is sum + a . w over the four bytes of each lane. a: four bytes of a row in every lane; w: four bytes of
+// a column in each lane. kRows: of the tile. first_sum: the value that a sum starts with, from the rows of a panel after
+// its values: the sum of the column, and that of the magnitudes of its negative values.
 template <int kRows>
-SEQKERNELS_INLINE Sum32 dot4(Sum32 sum, const FourBytes& a, Bits32 w) {
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-  return (Sum32)_mm512_dpbusd_epi32((__m512i)sum, a.unsigned_, (__m512i)w);
-#elif defined(__AVX512F__)
-  const __m512i signed_ = _mm512_mask_sub_epi8((__m512i)w, a.negative, _mm512_setzero_si512(), (__m512i)w);
-  const __m512i pairs = _mm512_maddubs_epi16(a.magnitude, signed_);
-  return sum + (Sum32)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVXVNNI__)
-  return (Sum32)_mm256_dpbusd_avx_epi32((__m256i)sum, a.unsigned_, (__m256i)w);
-#elif defined(__AVX2__)
-  const __m256i pairs = kRows < 3
-                            ? _mm256_maddubs_epi16(_mm256_abs_epi8(a.value), _mm256_sign_epi8((__m256i)w, a.value))
-                            : _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8(a.value, (__m256i)w));
-  return sum + (Sum32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-  const Sum32 words = (Sum32)w;
-  for (int i = 0; i < 4; ++i) sum += (words << (24 - 8 * i) >> 24) * a.value[i];
-  return sum;
-#endif
-}
+struct Dot;
 
-// sums[kRows, vectors] = or += A[kRows, 4 * (end - begin)] B, rows [begin, end) of B.
-template <int kVectors, int kRows, class View>
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+// Dot product instructions multiply unsigned and signed bytes: a + 128 in place of a.
+template <int kRows>
+struct Dot {
+#if defined(__AVX512VNNI__)
+  using Vector = __m512i;
+  static SEQKERNELS_INLINE Vector splat(int32_t word) { return _mm512_set1_epi32(word); }
+  static SEQKERNELS_INLINE Vector product(Vector sum, Vector a, Vector w) { return _mm512_dpbusd_epi32(sum, a, w); }
+#else
+  using Vector = __m256i;
+  static SEQKERNELS_INLINE Vector splat(int32_t word) { return _mm256_set1_epi32(word); }
+  static SEQKERNELS_INLINE Vector product(Vector sum, Vector a, Vector w) { return _mm256_dpbusd_avx_epi32(sum, a, w); }
+#endif
+  struct Left {
+    Vector above;  // a + 128
+    explicit Left(int32_t word) : above(splat(word ^ int32_t(0x80808080))) {}
+  };
+  struct Right {
+    Vector value;
+    explicit Right(Bits32 w) : value((Vector)w) {}
+  };
+  template <class View>
+  static SEQKERNELS_INLINE Sum32 first_sum(const View& b, int64_t after, int v) {
+    return (Sum32)b.words(after, v) * -128;
+  }
+  static SEQKERNELS_INLINE Sum32 dot4(Sum32 sum, const Left& a, const Right& w) {
+    return (Sum32)product((Vector)sum, a.above, w.value);
+  }
+};
+
+#elif defined(__AVX512F__)
+
+// Unsigned by signed bytes: |a|, and w with the sign of a. A sum of two of the products is at most 2 * 127 * 127, which 16
+// bits hold.
+template <int kRows>
+struct Dot {
+  struct Left {
+    __m512i magnitude;
+    __mmask64 negative;
+    explicit Left(int32_t word) {
+      const __m512i value = _mm512_set1_epi32(word);
+      magnitude = _mm512_abs_epi8(value);
+      negative = _mm512_movepi8_mask(value);
+    }
+  };
+  struct Right {
+    __m512i value;
+    explicit Right(Bits32 w) : value((__m512i)w) {}
+  };
+  template <class View>
+  static SEQKERNELS_INLINE Sum32 first_sum(const View&, int64_t, int) {
+    return Sum32{};
+  }
+  static SEQKERNELS_INLINE Sum32 dot4(Sum32 sum, const Left& a, const Right& w) {
+    const __m512i other = _mm512_mask_sub_epi8(w.value, a.negative, _mm512_setzero_si512(), w.value);
+    const __m512i pairs = _mm512_maddubs_epi16(a.magnitude, other);
+    return sum + (Sum32)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  }
+};
+
+#elif defined(__AVX2__)
+
+// Unsigned by signed bytes, as above. With few rows the magnitudes are those of a, which all columns share, and w gets the
+// sign of a. From 3 rows on they are those of w, which all rows share, and the bits of a are flipped where w is negative:
+// -a - 1 in place of -a, at most 2 * 127 * 128 for two products, which the first value of the sum corrects. A sign takes
+// one of the two vector units that the products need, a flip any of four.
+template <int kRows>
+struct Dot {
+  static constexpr bool kFlips = kRows >= 3;
+  struct Left {
+    __m256i value;
+    explicit Left(int32_t word) : value(_mm256_set1_epi32(word)) {}
+  };
+  struct Right {
+    __m256i value, negative, magnitude;
+    explicit Right(Bits32 w) : value((__m256i)w) {
+      if constexpr (kFlips) {
+        negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), value);
+        magnitude = _mm256_abs_epi8(value);
+      }
+    }
+  };
+  template <class View>
+  static SEQKERNELS_INLINE Sum32 first_sum(const View& b, int64_t after, int v) {
+    return kFlips ? (Sum32)b.words(after + 1, v) : Sum32{};
+  }
+  static SEQKERNELS_INLINE Sum32 dot4(Sum32 sum, const Left& a, const Right& w) {
+    __m256i pairs;
+    if constexpr (kFlips) {
+      pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_xor_si256(a.value, w.negative));
+    } else {
+      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a.value), _mm256_sign_epi8(w.value, a.value));
+    }
+    return sum + (Sum32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+};
+
+#else
+
+template <int kRows>
+struct Dot {
+  struct Left {
+    int32_t value[4];
+    explicit Left(int32_t word) {
+      for (int i = 0; i < 4; ++i) value[i] = int8_t(word >> (8 * i));
+    }
+  };
+  struct Right {
+    Sum32 value[4];
+    explicit Right(Bits32 w) {
+      for (int i = 0; i < 4; ++i) value[i] = (Sum32)w << (24 - 8 * i) >> 24;
+    }
+  };
+  template <class View>
+  static SEQKERNELS_INLINE Sum32 first_sum(const View&, int64_t, int) {
+    return Sum32{};
+  }
+  static SEQKERNELS_INLINE Sum32 dot4(Sum32 sum, const Left& a, const Right& w) {
+    for (int i = 0; i < 4; ++i) sum += w.value[i] * a.value[i];
+    return sum;
+  }
+};
+
+#endif
+
+// sums[kRows, vectors] = or += A[kRows, 4 * (end - begin)] B for vectors [kFirst, kLast), rows [begin, end) of B.
+// after: the row of B after its values.
+template <int kFirst, int kLast, int kRows, class View>
 SEQKERNELS_INLINE void int8_tile(const View& b, int64_t begin, int64_t end, const int8_t* a, int64_t lda, int32_t* sums,
-                                 int64_t ldc, int64_t sums_of_b) {
-  Sum32 sum[kRows][kVectors];
+                                 int64_t ldc, int64_t after) {
+  using D = Dot<kRows>;
+  Sum32 sum[kRows][kLast - kFirst];
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    Sum32 first = {};
-    if (kOffset && begin == 0) first = (Sum32)b.words(sums_of_b, v) * -128;
+  for (int v = kFirst; v < kLast; ++v) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r][v] = begin == 0 ? first : (Sum32)load(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>));
+      sum[r][v - kFirst] = begin == 0
+                               ? D::first_sum(b, after, v)
+                               : (Sum32)load(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>));
     }
   }
   for (int64_t k = begin; k < end; ++k) {
-    FourBytes left[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) left[r] = four_bytes(a + r * lda + 4 * k);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const Bits32 right = b.words(k, v);
+    for (int v = kFirst; v < kLast; ++v) {
+      const typename D::Right right(b.words(k, v));
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[r][v] = dot4<kRows>(sum[r][v], left[r], right);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t word;
+        memcpy(&word, a + r * lda + 4 * k, 4);
+        sum[r][v - kFirst] = D::dot4(sum[r][v - kFirst], typename D::Left(word), right);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      store(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>), (Native<float>)sum[r][v]);
+    for (int v = kFirst; v < kLast; ++v) {
+      store(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>), (Native<float>)sum[r][v - kFirst]);
     }
   }
 }
 
+// `height` rows, 1 to kRows. More rows than kWholeRows go in two halves of the vectors.
 template <int kVectors, int kRows, class View>
 SEQKERNELS_INLINE void int8_tile_of(int64_t height, const View& b, int64_t begin, int64_t end, const int8_t* a,
-                                    int64_t lda, int32_t* sums, int64_t ldc, int64_t sums_of_b) {
+                                    int64_t lda, int32_t* sums, int64_t ldc, int64_t after) {
   if constexpr (kRows > 1) {
-    if (height < kRows) return int8_tile_of<kVectors, kRows - 1>(height, b, begin, end, a, lda, sums, ldc, sums_of_b);
+    if (height < kRows) return int8_tile_of<kVectors, kRows - 1>(height, b, begin, end, a, lda, sums, ldc, after);
   }
-  int8_tile<kVectors, kRows>(b, begin, end, a, lda, sums, ldc, sums_of_b);
+  if constexpr (kRows > kWholeRows<kVectors>) {
+    int8_tile<0, kVectors / 2, kRows>(b, begin, end, a, lda, sums, ldc, after);
+    int8_tile<kVectors / 2, kVectors, kRows>(b, begin, end, a, lda, sums, ldc, after);
+  } else {
+    int8_tile<0, kVectors, kRows>(b, begin, end, a, lda, sums, ldc, after);
+  }
 }
 
 template <int kVectors, int kUnits, class View>
@@ -139,9 +218,12 @@ __attribute__((noinline)) void product_of_int8(const PackedProduct& p, const Vie
     int64_t begin = 0;
     do {  // once for K = 0
       const int64_t end = min(K4, begin + (count == 1 ? K4 : kInt8Block / 4));
-      for (int64_t r = 0; r < count; r += kInt8Rows<kVectors>) {
-        int8_tile_of<kVectors, kInt8Rows<kVectors>>(count - r, b, begin, end, a + r * p.a.byte_stride, p.a.byte_stride,
+      int64_t r = 0;
+      for (int64_t tiles = ceil_div(count, kInt8Rows<kVectors>); tiles > 0; --tiles) {  // of nearly equal height
+        const int64_t height = ceil_div(count - r, tiles);
+        int8_tile_of<kVectors, kInt8Rows<kVectors>>(height, b, begin, end, a + r * p.a.byte_stride, p.a.byte_stride,
                                                     sums + r * ldc, ldc, K4);
+        r += height;
       }
       begin = end;
     } while (begin < K4);
