@@ -33,13 +33,12 @@ SEQKERNELS_OPS(m) {
            ", Tensor y, Tensor saved" + steps + ", bool need_dx, bool need_dw" + options +
            list("Tensor?", "d", cells, "_steps=None") + ") -> (Tensor dx" + list("Tensor", "d", states, "0") +
            ", Tensor[] dw)");
-    // A prepared module: all layers and directions in one call, float32, inference. states: empty for zeros. x is [B,
-    // D] for one step. ranges: [layers, 1 + directions] of the input and of h; numbers: cell_clip, gate_clip,
-    // zoneout_h, zoneout_c, norm_eps.
+    // A prepared module: all layers and directions in one call, float32, inference. x is [B, D] for one step. ranges:
+    // [layers, 1 + directions] of the input and of h; numbers: cell_clip, gate_clip, zoneout_h, zoneout_c, norm_eps.
     const std::string prepared =
         ", Tensor[] weights, int precision, int hidden_size, int proj_size, int num_layers, bool bidirectional, int "
         "heads, bool peephole, float[] numbers, Tensor? ranges, Tensor? batch_sizes, Tensor? lengths, Tensor? reset)";
-    define(name + "_prepared(Tensor x, Tensor[] states" + prepared + " -> Tensor[]");
+    define(name + "_prepared(Tensor x" + list("Tensor?", "", states, "0") + prepared + " -> Tensor[]");
     define(name + "_prepared_(Tensor x, Tensor(a!)[] states" + prepared + " -> Tensor");
     if (!cell.step) continue;
     // One step without options. x is [B, D] or [D]. Gradients that were not requested are undefined; db_hh is returned

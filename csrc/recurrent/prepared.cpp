@@ -449,24 +449,22 @@ struct PreparedCall {
   }
 };
 
-// Runs a call. update: `states` are overwritten with the last states; else they are the initial states, or empty for
-// zeros, and the last states are returned after y.
-std::vector<Tensor> run_prepared(const PreparedOpArgs& given, const std::vector<Tensor>& states, bool update) {
+// Runs a call and returns y and, unless they are updated, the last states. update: `states` are all given, and
+// overwritten with the last states; else they are the initial states, null for zeros.
+std::vector<Tensor> run_prepared(const PreparedOpArgs& given, const std::vector<const Tensor*>& states, bool update) {
   PreparedCall call(given);
   const std::string& op = given.op;
   const size_t count = call.cell.states;
-  if (states.size() != count && (update || !states.empty())) {
-    fail(op, ": states must hold ", count, " tensors", update ? "" : ", or none for zeros", ", got ", states.size());
-  }
+  if (states.size() != count) fail(op, ": states must hold ", count, " tensors, got ", states.size());
   std::vector<Tensor> out{allocate_cpu(ScalarType::Float, call.output_shape())}, kept;
   std::vector<const float*> before(count, nullptr);
   std::vector<float*> after(count);
   for (size_t i = 0; i < count; ++i) {
     const Shape shape = call.state_shape(i);
-    const std::string name(1, call.cell.state_names[i]);
-    if (!states.empty()) {
-      if (update && !states[i].is_contiguous()) fail(op, ": ", name, " must be contiguous to be updated in place");
-      kept.push_back(checked(op, name, states[i], ScalarType::Float, shape, call.x));
+    const std::string name = std::string(1, call.cell.state_names[i]) + (update ? "" : "0");
+    if (states[i] != nullptr) {
+      if (update && !states[i]->is_contiguous()) fail(op, ": ", name, " must be contiguous to be updated in place");
+      kept.push_back(checked(op, name, *states[i], ScalarType::Float, shape, call.x));
       before[i] = static_cast<const float*>(kept.back().const_data_ptr());
     }
     if (update) {
@@ -483,9 +481,12 @@ std::vector<Tensor> run_prepared(const PreparedOpArgs& given, const std::vector<
   return out;
 }
 
-template <CellKind kKind>
-struct PreparedOps {
-  static std::vector<Tensor> infer(const Tensor& x, const std::vector<Tensor>& states0,
+template <CellKind kKind, class States>
+struct PreparedOps;
+
+template <CellKind kKind, size_t... I>
+struct PreparedOps<kKind, std::index_sequence<I...>> {
+  static std::vector<Tensor> infer(const Tensor& x, const Repeat<std::optional<Tensor>, I>&... states0,
                                    const std::vector<Tensor>& weights, int64_t precision, int64_t hidden_size,
                                    int64_t proj_size, int64_t num_layers, bool bidirectional, int64_t heads,
                                    bool peephole, const std::vector<double>& numbers, Maybe ranges, Maybe batch_sizes,
@@ -493,16 +494,18 @@ struct PreparedOps {
     return run_prepared(
         {std::string(shape_of(kKind).name) + "_prepared", kKind, x, weights, precision, hidden_size, proj_size,
          num_layers, bidirectional, heads, peephole, numbers, ranges, batch_sizes, lengths, reset},
-        states0, false);
+        {(states0 ? &*states0 : nullptr)...}, false);
   }
   static Tensor update(const Tensor& x, const std::vector<Tensor>& states, const std::vector<Tensor>& weights,
                        int64_t precision, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
                        bool bidirectional, int64_t heads, bool peephole, const std::vector<double>& numbers,
                        Maybe ranges, Maybe batch_sizes, Maybe lengths, Maybe reset) {
+    std::vector<const Tensor*> given;
+    for (const Tensor& state : states) given.push_back(&state);
     return run_prepared(
         {std::string(shape_of(kKind).name) + "_prepared_", kKind, x, weights, precision, hidden_size, proj_size,
          num_layers, bidirectional, heads, peephole, numbers, ranges, batch_sizes, lengths, reset},
-        states, true)[0];
+        given, true)[0];
   }
 };
 
@@ -510,9 +513,10 @@ template <size_t... K>
 void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<K...>) {
   const auto one = [&m](auto k) {
     constexpr CellKind kKind = kCellKinds[decltype(k)::value];
+    using Ops = PreparedOps<kKind, std::make_index_sequence<shape_of(kKind).states>>;
     const std::string name = std::string(shape_of(kKind).name) + "_prepared";
-    m.impl(name.c_str(), TORCH_BOX(&PreparedOps<kKind>::infer));
-    m.impl((name + "_").c_str(), TORCH_BOX(&PreparedOps<kKind>::update));
+    m.impl(name.c_str(), TORCH_BOX(&Ops::infer));
+    m.impl((name + "_").c_str(), TORCH_BOX(&Ops::update));
   };
   (one(std::integral_constant<size_t, K>{}), ...);
 }

@@ -164,7 +164,7 @@ class _Prepared(nn.Module):
         rest = weights, *shape, ranges, batch_sizes, lengths, reset  # type: ignore[misc]
         name = self._kind.name
         if out_state is None or dtype != torch.float32 or not all(s.is_contiguous() for s in out_state):
-            y, *states = _ops.INFER[name](x, hx or [], *rest)
+            y, *states = _ops.INFER[name](x, *(hx or (None,) * len(self._kind.states)), *rest)
             if dtype != torch.float32:
                 y, states = y.to(dtype), [s.to(dtype) for s in states]
             if out_state is None:

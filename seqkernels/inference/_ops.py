@@ -111,8 +111,10 @@ def _register(kind: Kind) -> None:
             B = new_size()
         return [y, *(x.new_empty(layers * directions, B, sizes[size_of_state(s)]) for s in kind.states)]
 
-    def fake(x: Tensor, states: Sequence[Tensor], *arguments: Any) -> Any:
-        return outputs(x, states, arguments, update=False)
+    def fake(x: Tensor, *arguments: Any) -> Any:
+        count = len(kind.states)
+        given = [s for s in arguments[:count] if s is not None]
+        return outputs(x, given, arguments[count:], update=False)
 
     def fake_update(x: Tensor, states: Sequence[Tensor], *arguments: Any) -> Any:
         return outputs(x, states, arguments, update=True)

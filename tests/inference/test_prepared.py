@@ -686,8 +686,8 @@ def test_opcheck(kind) -> None:
     states = states_like_prepared(fast, 3)
     states = list(states) if isinstance(states, tuple) else [states]
     rest = [fast._all_weights(), *fast._shape, None, None, torch.tensor([4, 0, 2]), None]
-    torch.library.opcheck(op, (torch.randn(4, 3, 5), states, *rest))
-    torch.library.opcheck(op, (torch.randn(4, 3, 5), [], *rest))
+    torch.library.opcheck(op, (torch.randn(4, 3, 5), *states, *rest))
+    torch.library.opcheck(op, (torch.randn(4, 3, 5), *[None] * len(states), *rest))
     update = getattr(torch.ops.seqkernels, f"{kind}_prepared_")
     torch.library.opcheck(update, (torch.randn(4, 3, 5), states, *rest), test_utils=("test_schema", "test_faketensor"))
 
@@ -776,8 +776,8 @@ def test_errors_of_the_ops() -> None:
     x = torch.zeros(2, 5, 3)
     rest = [None, None, None, None]
 
-    def call(x=x, states=(), weights=weights, shape=shape, rest=rest):
-        return ops.lstm_prepared(x, list(states), weights, *shape, *rest)
+    def call(x=x, states=(None, None), weights=weights, shape=shape, rest=rest):
+        return ops.lstm_prepared(x, *states, weights, *shape, *rest)
 
     with pytest.raises(RuntimeError, match="lstm_prepared: x must be float32, got float64"):
         call(x.double())
@@ -787,8 +787,12 @@ def test_errors_of_the_ops() -> None:
         call(weights=[weights[0][:3], *weights[1:]])
     with pytest.raises(RuntimeError, match="lstm_prepared: weight_ih must be int8, got float32"):
         call(weights=[weights[0].float(), *weights[1:]])
-    with pytest.raises(RuntimeError, match="lstm_prepared: states must hold 2 tensors, or none for zeros, got 1"):
-        call(states=[torch.zeros(1, 5, 4)])
+    with pytest.raises(RuntimeError, match=r"lstm_prepared: c0 must have shape \[1, 5, 4\], got \[1, 5, 3\]"):
+        call(states=[torch.zeros(1, 5, 4), torch.zeros(1, 5, 3)])
+    with pytest.raises(RuntimeError, match="lstm_prepared_: states must hold 2 tensors, got 1"):
+        ops.lstm_prepared_(x, [torch.zeros(1, 5, 4)], weights, *shape, *rest)
+    with pytest.raises(RuntimeError, match="lstm_prepared_: h must be contiguous to be updated in place"):
+        ops.lstm_prepared_(x, [torch.zeros(1, 5, 8)[..., ::2], torch.zeros(1, 5, 4)], weights, *shape, *rest)
     with pytest.raises(RuntimeError, match="lstm_prepared: precision must be 0"):
         call(shape=shape._replace(precision=4))
     with pytest.raises(RuntimeError, match="lstm_prepared: hidden_size and num_layers must be positive"):
