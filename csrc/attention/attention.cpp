@@ -1,6 +1,9 @@
 // Attention operators on the CPU: checks, allocation, launch. On a GPU, Triton implements the same operators.
 #include "attention/attention.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -242,6 +245,32 @@ struct Call {
   }
 };
 
+// Copies a float mask of a half type to float32, which the kernel for few queries reads.
+template <class S>
+std::vector<float> widened(AttentionTensor& mask, const AttentionArgs& a) {
+  const auto size = [](int64_t stride, int64_t n) { return stride == 0 ? 1 : n; };
+  const int64_t B = size(mask.b, a.B), H = size(mask.h, a.Hq), Tq = size(mask.t, a.Tq), Tk = size(mask.d, a.Tk);
+  std::vector<float> values;
+  values.reserve(size_t(B * H * Tq * Tk));
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t h = 0; h < H; ++h) {
+      for (int64_t i = 0; i < Tq; ++i) {
+        const S* row = static_cast<const S*>(mask.data) + b * mask.b + h * mask.h + i * mask.t;
+        for (int64_t j = 0; j < Tk; ++j) values.push_back(float(row[j * mask.d]));
+      }
+    }
+  }
+  const auto stride = [](int64_t n, int64_t of) { return n == 1 ? 0 : of; };
+  mask = {values.data(), stride(B, H * Tq * Tk), stride(H, Tq * Tk), stride(Tq, Tk), stride(Tk, 1)};
+  return values;
+}
+std::vector<float> widened_mask(AttentionArgs& a) {
+  if (a.mask_kind != MaskKind::kFloat) return {};
+  if (a.dtype == DType::kBFloat16) return widened<torch::headeronly::BFloat16>(a.mask, a);
+  if (a.dtype == DType::kFloat16) return widened<torch::headeronly::Half>(a.mask, a);
+  return {};
+}
+
 #define SEQKERNELS_ATTENTION_PARAMETERS                                                                                \
   OptionalTensor mask, OptionalTensor slopes, OptionalTensor q_lengths, OptionalTensor k_lengths, OptionalTensor cu_q, \
       OptionalTensor cu_k, int64_t max_q, int64_t max_k, double scale, int64_t causal, int64_t window_left,            \
@@ -252,6 +281,22 @@ struct Call {
         dropout_p, seed                                                                                              \
   }
 
+// Runs the forward pass; few queries take the kernel that reads keys and values in place. weights: as in
+// AttentionKernels::forward.
+void run_forward(const Call& call, void* weights) {
+  const AttentionArgs& a = call.args;
+  int64_t queries = 0;
+  for (const AttentionSequence& s : call.sequences) queries = std::max(queries, s.q_length);
+  const bool in_place = weights == nullptr && attention::few_queries(queries, a.group()) && a.D > 0 && a.Dv > 0 &&
+                        a.k.d == 1 && a.v.d == 1;
+  if (!in_place) return kernels().forward(a, weights);
+  DecodeArgs args{};
+  args.attention = a;
+  args.key_dtype = a.dtype;
+  const std::vector<float> mask = widened_mask(args.attention);
+  kernels().decode(args);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                            SEQKERNELS_ATTENTION_PARAMETERS, bool keep_low) {
   Call call("attention_forward", q, k, &v, SEQKERNELS_ATTENTION_INPUTS);
@@ -261,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   const bool half = call.args.dtype != DType::kFloat32 && call.args.dtype != DType::kFloat64;
   Tensor low = keep_low && half ? allocate_like(q, call.args.Dv) : allocate_cpu(q.scalar_type(), {0});
   if (keep_low && half) call.args.out_low = call.output(low);
-  kernels().forward(call.args, nullptr);
+  run_forward(call, nullptr);
   return {out, lse, low};
 }
 
@@ -276,7 +321,7 @@ Tensor dense(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor m
   Tensor out = allocate_like(q, a.Dv);
   call.args.out = call.output(out);
   call.args.lse = lse.get();
-  kernels().forward(a, nullptr);
+  run_forward(call, nullptr);
   return out;
 }
 
@@ -475,7 +520,7 @@ std::tuple<Tensor, Tensor, Tensor> multihead_forward(SEQKERNELS_MULTIHEAD_PARAME
   if (one_block && kind == Weights::kMean) {
     const int64_t n = a.Tq * a.Tk;
     const Memory heads(size_t(a.B * a.Hq * n) * sizeof(double) + 1);
-    kernels().forward(a, heads.get());
+    run_forward(call, heads.get());
     if (a.dtype == DType::kFloat64) {
       mean_of_heads(reinterpret_cast<const double*>(heads.get()), a.B, a.Hq, n, static_cast<double*>(data));
     } else {
@@ -483,7 +528,7 @@ std::tuple<Tensor, Tensor, Tensor> multihead_forward(SEQKERNELS_MULTIHEAD_PARAME
     }
     return {out, lse, weights};
   }
-  kernels().forward(a, one_block ? data : nullptr);
+  run_forward(call, one_block ? data : nullptr);
   if (one_block || kind == Weights::kNone) return {out, lse, weights};
   if (kind == Weights::kHeads) {
     fill_zero(weights);

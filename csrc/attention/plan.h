@@ -26,11 +26,20 @@ constexpr int64_t tasks_of_group(int64_t blocks, int64_t keys) {
   return blocks != 1 ? blocks : keys > 0 ? chunks_of(keys) : 1;
 }
 
+// Few queries per key head read keys and values in place, without packing.
+constexpr int64_t kDecodeRows = 16;
+constexpr bool few_queries(int64_t queries, int64_t group) { return queries * group <= kDecodeRows; }
+
 enum class Unit { kGroup, kBlock, kChunk };
 
 // Expected duration of forward on one thread, in ns. pairs: of a query and a key that it attends to.
 constexpr double nanoseconds(double pairs, int64_t D, int64_t Dv) { return pairs * (1 + 0.06 * double(D + Dv)); }
 constexpr double kBackwardOverForward = 2.5;
+
+// The same of few queries, whose time is that of reading `bytes` of keys and values.
+constexpr double decode_nanoseconds(double pairs, int64_t D, int64_t Dv, double bytes) {
+  return 0.1 * bytes + pairs * (0.5 + 0.02 * double(D + Dv));
+}
 
 struct Plan {
   Unit unit;

@@ -12,6 +12,7 @@
 #include "attention/attention.h"
 #include "attention/cpu/blocks.h"
 #include "attention/cpu/scores.h"
+#include "attention/cpu/softmax.h"
 #include "attention/cpu/tiles.h"
 #include "common/memory.h"
 #include "common/packing.h"
@@ -21,36 +22,24 @@
 namespace seqkernels::SEQKERNELS_ISA {
 
 AttentionKernels attention_kernels();
+void attention_decode(const DecodeArgs& args);
 void attention_backward(const AttentionBackwardArgs& args);
 void attention_weights(const AttentionArgs& args, void* weights);
 void attention_mean_weights(const AttentionArgs& args, void* mean);
 
 namespace {
 
-// State of an online softmax: per row the largest score, the sum of exponentials (per lane) and the weighted values.
-template <class T>
-struct SoftmaxState {
-  T* top;     // [kRows]
-  T* sum;     // [kRows][kLanes]
-  T* values;  // [kRows][ldv]
-};
-
 template <class S>
-class Forward {
+class Forward : OnlineSoftmax<Compute<S>> {
  public:
   using T = Compute<S>;
   using V = Native<T>;
   static constexpr int kWidth = kLanes<T>;
 
   Forward(const AttentionArgs& args, void* weights_of_block)
-      : a(args),
+      : OnlineSoftmax<T>(args, Scores<S>(args).left_scale(), kRows),
         weights(static_cast<T*>(weights_of_block)),
-        scores(args),
-        dropout(args),
-        ldq(leading<T>(args.D)),
-        ldv(leading<T>(args.Dv)),
-        stripsv(ceil_div(maximum(args.Dv, int64_t{1}), kStrip<T>)),
-        factor(scores.left_scale()) {}
+        scores(args) {}
 
   void run() {
     const int64_t threads = threads_for(a), groups = a.B * a.Hk;
@@ -69,7 +58,7 @@ class Forward {
       const int64_t g = tasks.at(task), b = g / a.Hk, hk = g % a.Hk;
       const Blocks blocks(a, b);
       Scratch& s = carve(memory);
-      fill_padding(b, hk);
+      Softmax::template fill_padding<S>(b, hk);
       if (blocks.count == 0) return;
       QueryBlock q;
       if (blocks.count == 1) {
@@ -87,16 +76,15 @@ class Forward {
   }
 
  private:
-  const AttentionArgs& a;
+  using Softmax = OnlineSoftmax<T>;
+  using Softmax::a, Softmax::dropout, Softmax::ldq, Softmax::ldv, Softmax::stripsv;
+  using Softmax::merge, Softmax::padded_size, Softmax::state_size, Softmax::take_state;
+
   T* const weights;  // [B, Hq, Tq, Tk], of at most kKeys keys; or null
   const Scores<S> scores;
-  const Dropout dropout;
-  const int64_t ldq, ldv, stripsv;
-  const T factor;  // scale of a difference of tile values
 
   // Scratch memory, in elements of T.
 
-  static int64_t padded_size(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
   struct Packed {
     T* keys;       // strips of kStrip keys, [D][kStrip] each
     T* values;     // [n][ldv]
@@ -109,7 +97,6 @@ class Forward {
     SoftmaxState<T>*chunk, *total;
     SoftmaxState<T> runs[2];
   };
-  int64_t state_size() const { return padded_size(kRows) + padded_size(kRows * kWidth) + padded_size(kRows * ldv); }
   int64_t scratch_size() const {
     return padded_size(kRows * ldq) + padded_size(kRows * kKeys) + padded_size(kRows) + packed_size(kKeys) +
            2 * state_size() + padded_size(sizeof(Scratch) / sizeof(T) + 1);
@@ -117,13 +104,6 @@ class Forward {
   int64_t packed_size(int64_t n) const {
     const int64_t whole = round_up(n, kKeys);
     return padded_size(whole * a.D) + padded_size(whole * ldv) + padded_size(whole / kKeys);
-  }
-  SoftmaxState<T> take_state(T*& at) const {
-    SoftmaxState<T> r;
-    r.top = take(at, kRows);
-    r.sum = take(at, kRows * kWidth);
-    r.values = take(at, kRows * ldv);
-    return r;
   }
   Scratch& carve(T*& at) const {
     Scratch& s = *reinterpret_cast<Scratch*>(take(at, sizeof(Scratch) / sizeof(T) + 1));
@@ -156,99 +136,6 @@ class Forward {
 
   // One block of keys.
 
-  void load_queries(const QueryBlock& q, T* to) const {
-    const AttentionSequence& s = a.sequences[q.b];
-    for (int64_t r = 0; r < q.n; ++r) {
-      pack_rows(row_of<S>(a.q, q.b, q.head[r], s.q_begin + q.i[r]), a.q.t, a.q.d, 1, a.D, to + r * ldq, ldq);
-    }
-  }
-
-  // Updates the running maximum of each row.
-  template <bool kWhole>
-  static void row_tops(int64_t n, KeyRange columns, const T* tile, const T* before, T* top) {
-    const int64_t end = (kWhole ? kKeys : columns.hi) - (kWhole ? 0 : columns.lo);
-    if (!kWhole) tile += columns.lo;
-    int64_t r = 0;
-    for (; r + kWidth <= n; r += kWidth) {
-      V most[kWidth];
-      for (int l = 0; l < kWidth; ++l) {
-        const T* row = tile + (r + l) * kKeys;
-        V m = load(row);
-#pragma GCC unroll 16
-        for (int64_t j = kWidth; j < end; j += kWidth) {
-          const V x = load(row + j);
-          m = x > m ? x : m;
-        }
-        most[l] = m;
-      }
-      transpose_block(most);
-      V m = load(before + r);
-      for (int l = 0; l < kWidth; ++l) m = most[l] > m ? most[l] : m;
-      store(top + r, m);
-    }
-    for (; r < n; ++r) {
-      const T* row = tile + r * kKeys;
-      V m = load(row);
-#pragma GCC unroll 16
-      for (int64_t j = kWidth; j < end; j += kWidth) {
-        const V x = load(row + j);
-        m = x > m ? x : m;
-      }
-      T lanes[kWidth], most = before[r];
-      store(lanes, m);
-      for (int l = 0; l < kWidth; ++l) most = maximum(lanes[l], most);
-      top[r] = most;
-    }
-  }
-
-  // Replaces top by next; alpha receives the factor by which earlier sums must be multiplied.
-  void rescale(int64_t n, T* top, const T* next, T* alpha) const {
-    const V minus_infinity = broadcast(-std::numeric_limits<T>::infinity());
-    for (int64_t r = 0; r < n; r += kWidth) {  // in whole vectors, possibly past the last row
-      const V after = load(next + r);
-      const V safe = after == minus_infinity ? V{} : after;
-      store(alpha + r, exp<T>((load(top + r) - safe) * factor));
-      store(top + r, after);
-    }
-  }
-
-  // Turns scores into unnormalised weights, and updates the running sums.
-  template <bool kWhole>
-  void softmax(const QueryBlock& q, int64_t j0, KeyRange columns, bool first, const Scratch& s) const {
-    const int64_t begin = kWhole ? 0 : columns.lo, end = kWhole ? kKeys : columns.hi;
-    const SoftmaxState<T>& run = *s.chunk;
-    const T minus_infinity = -std::numeric_limits<T>::infinity();
-    alignas(64) T next[kRows];
-    if (first) {
-      for (int64_t r = 0; r < kRows; ++r) run.top[r] = minus_infinity;
-    }
-    row_tops<kWhole>(q.n, columns, s.tile, run.top, next);
-    rescale(q.n, run.top, next, s.alpha);
-    for (int64_t r = 0; r < q.n; ++r) {
-      T* row = s.tile + r * kKeys;
-      const V top = broadcast(run.top[r] == minus_infinity ? T(0) : run.top[r]), by = broadcast(factor);
-      V sum = {};
-#pragma GCC unroll 8
-      for (int64_t j = begin; j < end; j += kWidth) {
-        const V e = exp<T>((load(row + j) - top) * by);
-        sum += e;
-        store(row + j, e);
-      }
-      T* sums = run.sum + r * kWidth;
-      store(sums, first ? sum : fma(load(sums), broadcast(s.alpha[r]), sum));
-    }
-    if (dropout.on) {
-      for (int64_t r = 0; r < q.n; ++r) {
-        uint32_t words[kKeys];
-        dropout.draw(q, r, j0, words);
-        T* row = s.tile + r * kKeys;
-        for (int64_t j = begin; j < end; j += kWidth) {
-          store(row + j, keep_mask<T>(words + j, dropout.threshold) ? load(row + j) : V{});
-        }
-      }
-    }
-  }
-
   // values: rows of ld elements.
   void keys_block(const QueryBlock& q, int64_t j0, int64_t n, bool some, bool first, const T* keys, const T* values,
                   int64_t ld, bool finite, const Scratch& s) const {
@@ -260,9 +147,9 @@ class Forward {
     const bool masked = !finite && (some || !q.all_visible(j0) || a.mask_kind == MaskKind::kFloat);
     if (masked) Scores<S>::visible_words(q.n, columns, s.tile, visible);
     if (columns.hi - columns.lo == kKeys) {
-      softmax<true>(q, j0, columns, first, s);
+      Softmax::template softmax<true>(q, j0, columns, first, s.tile, s.alpha, run);
     } else {
-      softmax<false>(q, j0, columns, first, s);
+      Softmax::template softmax<false>(q, j0, columns, first, s.tile, s.alpha, run);
     }
     const Update update = first ? Update::kReplace : Update::kScale;
     if (masked) {
@@ -312,28 +199,12 @@ class Forward {
     return !first;
   }
 
-  // Merges the state of a later chunk into total.
-  void merge(int64_t n, const SoftmaxState<T>& total, const SoftmaxState<T>& state) const {
-    alignas(64) T top[kRows] = {}, alpha[kRows], beta[kRows];
-    for (int64_t r = 0; r < n; ++r) top[r] = maximum(state.top[r], total.top[r]);
-    rescale(n, state.top, top, beta);
-    rescale(n, total.top, top, alpha);
-    for (int64_t r = 0; r < n; ++r) {
-      const V of_total = broadcast(alpha[r]), of_found = broadcast(beta[r]);
-      const auto add = [&](T* to, const T* from) { store(to, fma(load(to), of_total, load(from) * of_found)); };
-      add(total.sum + r * kWidth, state.sum + r * kWidth);
-      for (int64_t d = 0; d < stripsv * kStrip<T>; d += kWidth) {
-        add(total.values + r * ldv + d, state.values + r * ldv + d);
-      }
-    }
-  }
-
   // The softmax state of a block of queries; null if no key was visible.
   const SoftmaxState<T>* softmax_block(const QueryBlock& q, int64_t hk, const Packed* packed,
                                        const Scratch& scratch) const {
     if (q.any_keys.lo >= q.any_keys.hi) return nullptr;
     Scratch s = scratch;
-    load_queries(q, s.q);
+    Softmax::template load_queries<S>(q, s.q);
     bool any = false;
     for (int64_t c = q.any_keys.lo / kChunkKeys; c * kChunkKeys < q.any_keys.hi; ++c) {
       if (!process_chunk(q, hk, c, packed, s)) continue;
@@ -352,7 +223,7 @@ class Forward {
   // Results.
 
   void write_results(const QueryBlock& q, const SoftmaxState<T>* state, const Scratch& s) const {
-    write_output(q, state);
+    Softmax::template write_output<S>(q, state);
     if (weights != nullptr) write_weights(q, state, s.tile);
   }
 
@@ -371,56 +242,6 @@ class Forward {
       for (int64_t j = 0; j < columns.lo; ++j) to[j] = 0;
       for (int64_t j = columns.lo; j < end; j += kWidth) store(to + j, load(tile + j) * by / over, end - j);
       for (int64_t j = end; j < a.Tk; ++j) to[j] = 0;
-    }
-  }
-
-  void write_output(const QueryBlock& q, const SoftmaxState<T>* state) const {
-    const AttentionSequence& s = a.sequences[q.b];
-    const T scale_of_top = scores.left_scale();
-    for (int64_t r = 0; r < q.n; ++r) {
-      const int64_t at = s.q_begin + q.i[r];
-      S* out = mutable_row_of<S>(a.out, q.b, q.head[r], at);
-      S* low = a.out_low.data == nullptr ? nullptr : mutable_row_of<S>(a.out_low, q.b, q.head[r], at);
-      T& lse = static_cast<T*>(a.lse)[q.b * a.lse_b + q.head[r] * a.lse_h + at];
-      const T sum = state == nullptr ? T(0) : sum_of<T>(load(state->sum + r * kWidth));
-      if (sum == 0) {
-        for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
-        for (int64_t d = 0; low != nullptr && d < a.Dv; ++d) low[d] = S{};
-        lse = -std::numeric_limits<T>::infinity();
-        continue;
-      }
-      lse = T(double(state->top[r]) * double(scale_of_top) + log(double(sum)));
-      const V by = broadcast(T(dropout.on ? dropout.inverse : 1)), over = broadcast(sum);
-      for (int64_t d = 0; d < a.Dv; d += kWidth) {
-        V v = load(state->values + r * ldv + d);
-        if (dropout.on) v *= by;
-        v = v / over;
-        const int64_t valid = min(kWidth, a.Dv - d);
-        if (a.out.d == 1 && low == nullptr) {
-          store(out + d, v, valid);
-          continue;
-        }
-        S lanes[kWidth];
-        store(lanes, v);
-        for (int64_t l = 0; l < valid; ++l) out[(d + l) * a.out.d] = lanes[l];
-        if (low == nullptr) continue;
-        const V rest = v - load(lanes);                          // infinite or NaN where the output overflows
-        store(low + d, rest - rest == V{} ? rest : V{}, valid);  // the op allocates it with contiguous columns
-      }
-    }
-  }
-
-  // Fills the rows past the sequence length.
-  void fill_padding(int64_t b, int64_t hk) const {
-    if (a.packed) return;
-    for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h) {
-      for (int64_t i = a.sequences[b].q_length; i < a.Tq; ++i) {
-        S* out = mutable_row_of<S>(a.out, b, h, i);
-        for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
-        if (a.out_low.data != nullptr)
-          memset(static_cast<void*>(mutable_row_of<S>(a.out_low, b, h, i)), 0, size_t(a.Dv) * sizeof(S));
-        static_cast<T*>(a.lse)[b * a.lse_b + h * a.lse_h + i] = -std::numeric_limits<T>::infinity();
-      }
     }
   }
 
@@ -458,7 +279,7 @@ class Forward {
     run_tasks<T>(threads, n, 0, 0.3 * double(groups * longest * (a.D + a.Dv)), [&](int64_t task, T*) {
       const auto [g, block, chunk] = first[task];
       const int64_t b = g / a.Hk, hk = g % a.Hk;
-      if (chunk < 0) return fill_padding(b, hk);
+      if (chunk < 0) return Softmax::template fill_padding<S>(b, hk);
       const KeyRange keys = Blocks(a, b).keys(a);
       const int64_t lo = maximum(keys.lo / kKeys * kKeys, chunk * kChunkKeys);
       for (int64_t j0 = lo; j0 < min(keys.hi, (chunk + 1) * kChunkKeys); j0 += kKeys)
@@ -515,7 +336,7 @@ class Forward {
       }
       SoftmaxState<T> part = part_of(begin[g] + c);
       s.chunk = &part;
-      load_queries(mine, s.q);
+      Softmax::template load_queries<S>(mine, s.q);
       const bool any = process_chunk(mine, hk, c, nullptr, s);
       found_memory.get()[begin[g] + c] = any;
       if (weights != nullptr) write_weights(mine, any ? &part : nullptr, s.tile);  // of the only chunk
@@ -536,7 +357,7 @@ class Forward {
         }
         any = true;
       }
-      write_output(q, any ? &total : nullptr);
+      Softmax::template write_output<S>(q, any ? &total : nullptr);
     }
   }
 };
@@ -548,7 +369,7 @@ void attention_forward(const AttentionArgs& args, void* weights) {
 }  // namespace
 
 AttentionKernels attention_kernels() {
-  return {&attention_forward, &attention_weights, &attention_mean_weights, &attention_backward};
+  return {&attention_forward, &attention_decode, &attention_weights, &attention_mean_weights, &attention_backward};
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA
