@@ -112,6 +112,14 @@ SEQKERNELS_OPS(m) {
   define(
       "attention_dense(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? k_lengths, float scale, int causal) -> "
       "Tensor");
+  // Attention to a cache, on a CPU; not differentiable. keys and values [B, Hk, Tk, D or Dv], or with block_table
+  // [B, n] [pages, Hk, page_size, ..]: key j of sequence b is row j % page_size of page block_table[b][j / page_size].
+  // Their dtype may be another than that of q; with int8, rows are multiplied by key_scales and value_scales
+  // [B or pages, Hk, Tk or page_size].
+  define(
+      "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor? "
+      "block_table, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? q_lengths, Tensor? k_lengths, float scale, int "
+      "causal, SymInt window_left, SymInt window_right, float softcap) -> Tensor");
   // Attention of projections [B, T, E], or [T, B, E] without batch_first, in eager mode on a CPU. q is [.., 3E], or q
   // is
   // [.., E] and kv is [.., 2E]. padding: bool [B, S], True: masked. need_weights: 0 none, 1 mean, 2 of each head.

@@ -189,6 +189,7 @@ py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_
                        ? "blocks of " + std::to_string(attention::kRows) + " queries"
                        : "chunks of " + std::to_string(attention::kChunkKeys) + " keys";
   result["block"] = py::make_tuple(attention::kRows, attention::kKeys);
+  result["keys"] = std::string(attention::few_queries(Tq, Hq / Hk) ? "read in place" : "packed");
   return result;
 }
 

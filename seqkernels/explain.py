@@ -376,7 +376,7 @@ def _explain_attention(
     plan: dict[str, Any] = {}
     if kernel == "cpu":
         found = _C.explain_attention(B=B, Hq=Hq, Hk=Hk, Tq=Tq, Tk=Tk, D=D, Dv=D if Dv is None else Dv)
-        plan = {"isa": found["isa"], "block": found["block"], "tasks": found["unit"], "threads": found["threads"]}
+        plan = {name: found[name] for name in ("isa", "block", "keys", "threads")} | {"tasks": found["unit"]}
     elif kernel == "torch" and device.type == "cuda" and backend is None:
         plan = {"why": "dense inputs of a half type: torch's cuDNN or flash kernels; backend='triton' selects ours"}
     return _answer(ATTENTION, request, kernel, plan)

@@ -14,6 +14,7 @@
 #include "attention/plan.h"
 #include "common/allocate.h"
 #include "common/isa.h"
+#include "common/math.h"
 #include "common/memory.h"
 #include "common/registration.h"
 
@@ -325,6 +326,122 @@ Tensor dense(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor m
   return out;
 }
 
+// Attention to a cache: keys and values [B, Hk, Tk, ..], or [pages, Hk, page_size, ..] with a block table.
+struct DecodeCall : Call {
+  DecodeArgs cache{};
+
+  DecodeCall(const Tensor& q, const Tensor& keys, const Tensor& values, OptionalTensor key_scales,
+             OptionalTensor value_scales, OptionalTensor block_table, const AttentionOpArgs& inputs)
+      : Call("attention_decode") {
+    AttentionArgs& a = args;
+    a.dtype = dtype_of(op, "q", q);
+    a.q = tensor("q", q, q);
+    cache.quantized = keys.scalar_type() == ScalarType::Char;
+    if (!cache.quantized) cache.key_dtype = dtype_of(op, "keys", keys);
+    const bool wide = a.dtype == DType::kFloat64;
+    if (wide != (!cache.quantized && cache.key_dtype == DType::kFloat64)) {
+      fail(op, ": keys must ", wide ? "" : "not ", "be float64 where q is ", dtype_name(q.scalar_type()), ", got ",
+           dtype_name(keys.scalar_type()));
+    }
+    a.k = stored("keys", keys, keys.scalar_type(), q);
+    a.v = stored("values", values, keys.scalar_type(), q);
+    a.B = q.size(0);
+    a.Hq = q.size(1);
+    a.Tq = q.size(2);
+    a.D = q.size(3);
+    a.Hk = keys.size(1);
+    a.Dv = values.size(3);
+    if (a.D < 1 || a.Dv < 1) fail(op, ": q and values must have columns, got ", a.D, " and ", a.Dv);
+    const bool paged = block_table.has_value();
+    if ((!paged && keys.size(0) != a.B) || keys.size(3) != a.D || a.Hk < 1 || a.Hq % a.Hk != 0) {
+      fail(op, ": keys must have shape [", paged ? "pages" : "B", ", Hk, ", paged ? "page_size" : "Tk", ", D] = [",
+           paged ? std::string("pages") : std::to_string(a.B), ", a divisor of ", a.Hq, ", ",
+           paged ? "page_size" : "Tk", ", ", a.D, "], got ", show(shape_of(keys)));
+    }
+    const Shape rows{keys.size(0), keys.size(1), keys.size(2)};
+    if (Shape{values.size(0), values.size(1), values.size(2)} != rows) {
+      fail(op, ": values must have as many rows and heads as keys, ", show(rows), ", got ", show(shape_of(values)));
+    }
+    cache.k_scales = scales("key_scales", key_scales, rows, q);
+    cache.v_scales = scales("value_scales", value_scales, rows, q);
+    a.Tk = keys.size(2);
+    if (paged) {
+      if (!inputs.k_lengths) fail(op, ": k_lengths must be given with block_table, got None");
+      const Tensor& table = *block_table;
+      check_device(op, "block_table", table, q);
+      check_dtype(op, "block_table", table, ScalarType::Int);
+      if (table.dim() != 2 || table.size(0) != a.B) {
+        fail(op, ": block_table must have shape [B, pages of a sequence] = [", a.B, ", ..], got ",
+             show(shape_of(table)));
+      }
+      copies.push_back(table.is_contiguous() ? table : torch::stable::contiguous(table));
+      cache.block_table = static_cast<const int32_t*>(copies.back().const_data_ptr());
+      cache.table_b = table.size(1);
+      cache.page_size = keys.size(2);
+      if (cache.page_size < 1) fail(op, ": keys must have rows in a page, got ", show(shape_of(keys)));
+      a.Tk = cache.table_b * cache.page_size;
+      // A mask has the columns of the longest sequence rather than of whole pages.
+      if (inputs.mask && inputs.mask->dim() == 4 && inputs.mask->size(3) != 1) {
+        a.Tk = std::min(a.Tk, inputs.mask->size(3));
+      }
+    }
+    set_options(q, inputs);
+    if (paged) check_pages(keys.size(0));
+    cache.attention = args;
+  }
+
+  // keys or values: read in place, with contiguous columns.
+  AttentionTensor stored(const char* name, const Tensor& t, ScalarType dtype, const Tensor& q) const {
+    check_device(op, name, t, q);
+    check_dtype(op, name, t, dtype);
+    if (t.dim() != 4) fail(op, ": ", name, " must have 4 dimensions, got ", show(shape_of(t)));
+    if (t.size(3) > 1 && t.stride(3) != 1)
+      fail(op, ": ", name, " must have contiguous columns, got stride ", t.stride(3));
+    AttentionTensor v = view(t);
+    v.d = 1;
+    return v;
+  }
+  AttentionTensor scales(const char* name, OptionalTensor t, const Shape& shape, const Tensor& q) const {
+    if (t.has_value() != cache.quantized) {
+      fail(op, ": ", name, " must be ", cache.quantized ? "given with" : "absent without", " int8 keys");
+    }
+    if (!t) return {};
+    check_device(op, name, *t, q);
+    check_dtype(op, name, *t, ScalarType::Float);
+    check_shape(op, name, *t, shape);
+    return {const_cast<void*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2), 0};
+  }
+  void check_pages(int64_t pages) const {
+    for (int64_t b = 0; b < args.B; ++b) {
+      const int64_t used = ceil_div(sequences[size_t(b)].k_length, cache.page_size);
+      for (int64_t i = 0; i < used; ++i) {
+        const int32_t page = cache.block_table[b * cache.table_b + i];
+        if (page < 0 || page >= pages) {
+          fail(op, ": block_table must be at least 0 and less than ", pages, ", the number of pages, got ", page);
+        }
+      }
+    }
+  }
+};
+
+Tensor decode(const Tensor& q, const Tensor& keys, const Tensor& values, OptionalTensor key_scales,
+              OptionalTensor value_scales, OptionalTensor block_table, OptionalTensor mask, OptionalTensor slopes,
+              OptionalTensor q_lengths, OptionalTensor k_lengths, double scale, int64_t causal, int64_t window_left,
+              int64_t window_right, double softcap) {
+  const std::optional<Tensor> none;
+  DecodeCall call(q, keys, values, key_scales, value_scales, block_table,
+                  AttentionOpArgs{mask, slopes, q_lengths, k_lengths, none, none, 0, 0, scale, causal, window_left,
+                                  window_right, softcap, 0, none});
+  AttentionArgs& a = call.cache.attention;
+  const Memory lse(size_t(a.B * a.Hq * a.Tq) * sizeof(double) + 1);
+  Tensor out = allocate_like(q, a.Dv);
+  a.out = call.output(out);
+  a.lse = lse.get();
+  const std::vector<float> widened = widened_mask(a);
+  kernels().decode(call.cache);
+  return out;
+}
+
 Tensor weights(const Tensor& q, const Tensor& k, SEQKERNELS_ATTENTION_PARAMETERS, const Tensor& lse) {
   Call call("attention_weights", q, k, nullptr, SEQKERNELS_ATTENTION_INPUTS);
   if (call.args.packed) fail(call.op, ": cu_q and cu_k must be absent");
@@ -570,6 +687,7 @@ SEQKERNELS_OPS_ON(CPU, m) {
   m.impl("multihead_attention_forward", TORCH_BOX(&multihead_forward));
   m.impl("multihead_attention_backward", TORCH_BOX(&multihead_backward));
   m.impl("attention_dense", TORCH_BOX(&dense));
+  m.impl("attention_decode", TORCH_BOX(&decode));
   m.impl("attention_forward", TORCH_BOX(&forward));
   m.impl("attention_backward", TORCH_BOX(&backward));
   m.impl("attention_weights", TORCH_BOX(&weights));

@@ -65,9 +65,9 @@ struct AttentionBackwardArgs {
 // With pages, the tensors k and v of `attention` are [pages, Hk, page_size, D or Dv], and key j of sequence b is row
 // j % page_size of page block_table[b][j / page_size]. Columns are contiguous (stride d is 1).
 struct DecodeArgs {
-  AttentionArgs attention;  // dtype: of q and out; a float mask is of the compute type
-  DType key_dtype;          // unused if quantized
-  bool quantized;           // k and v are int8: a row is its numbers times its scale
+  AttentionArgs attention;             // dtype: of q and out; a float mask is of the compute type
+  DType key_dtype;                     // unused if quantized
+  bool quantized;                      // k and v are int8: a row is its numbers times its scale
   AttentionTensor k_scales, v_scales;  // float32 [B or pages, Hk, Tk or page_size]; d is unused
   const int32_t* block_table;          // [B][table_b], or null
   int64_t table_b, page_size;
@@ -76,7 +76,7 @@ struct DecodeArgs {
 struct AttentionKernels {
   // weights [B, Hq, Tq, Tk] of the compute type, for at most attention::kKeys keys that are not packed; or null.
   void (*forward)(const AttentionArgs&, void* weights);
-  void (*decode)(const DecodeArgs&);  // the same results as forward; faster with few queries
+  void (*decode)(const DecodeArgs&);                       // the same results as forward; faster with few queries
   void (*weights)(const AttentionArgs&, void* weights);    // [B, Hq, Tq, Tk], zeros on entry
   void (*mean_weights)(const AttentionArgs&, void* mean);  // [B, Tq, Tk] over heads, float32 or float64
   void (*backward)(const AttentionBackwardArgs&);

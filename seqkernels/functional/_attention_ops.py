@@ -46,6 +46,7 @@ class Ops:
 
 
 ops = Ops("seqkernels")
+decode = op("attention_decode")  # keys and values of a cache, of a dtype of their own or in pages; not differentiable
 _dense = op("attention_dense")  # attention_forward without options and lse, on a CPU; not differentiable
 
 
@@ -357,6 +358,13 @@ def _dense_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: T
     return layout_like(q, v.shape[3])
 
 
+def _decode_fake(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    for name, t in (("q", q), ("keys", keys), ("values", values)):
+        if t.dim() != 4:
+            raise ValueError(f"attention_decode: {name} must have 4 dimensions, got {list(t.shape)}")
+    return layout_like(q, values.shape[3])
+
+
 def _dmask_fake(q: Tensor, mask: Tensor | None, needed: bool) -> Tensor:
     return mask.new_empty(mask.shape) if needed and mask is not None else q.new_empty(0)
 
@@ -443,6 +451,7 @@ def register(namespace: str) -> None:
 
 
 register("seqkernels")
+torch.library.register_fake("seqkernels::attention_decode")(_decode_fake)
 torch.library.register_fake("seqkernels::attention_dense")(_dense_fake)
 torch.library.register_vmap("seqkernels::attention_dense", vmap_rule(_dense))
 

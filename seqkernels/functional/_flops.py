@@ -150,6 +150,14 @@ def _dense_attention(
     return _attention(q, k, v, mask, None, None, k_lengths, None, None)
 
 
+def _decode(q: Tensor, keys: Tensor, values: Tensor, *args: Any, out_val: Any = None) -> int:
+    _, _, table, mask, slopes, q_lengths, k_lengths = args[:7]
+    if table is not None:  # pages; lengths are given
+        keys = keys.new_empty(0).expand(q.shape[0], keys.shape[1], table.shape[1] * keys.shape[2], 0)
+    pairs = _pairs(q, keys, (mask, slopes, q_lengths, k_lengths, None, None))
+    return 2 * pairs * (q.shape[-1] + values.shape[-1])
+
+
 def _multihead(q: Tensor, kv: Tensor | None, heads: int, batch_first: bool, *args: Any, out_val: Any = None) -> int:
     """4 products of D columns for each pair of a query and a key of a head: the scores and the output."""
     batch = 0 if batch_first else 1
@@ -167,6 +175,7 @@ def _multihead_backward(dout: Tensor, *args: Any, out_val: Any = None) -> int:
 FORMULAS: dict[str, Formula] = {
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
+    "attention_decode": _decode,
     "attention_dense": _dense_attention,
     "attention_weights": _weights,
     "attention_weights_backward": _weights_backward,

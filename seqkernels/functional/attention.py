@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import backend as backends
-from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, weights_of
+from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, decode, weights_of
 from seqkernels.functional._autograd import autocast, autocast_dtype
 from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from seqkernels.functional._nested import jagged_like
@@ -264,6 +264,50 @@ def varlen_attention(
         raise of_op(caller, error) from None
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
+
+
+def attend_to_rows(
+    caller: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    block_table: Tensor | None,
+    attn_mask: Tensor | None,
+    lengths: tuple[Tensor | None, Tensor | None],
+    longest: int,
+    *,
+    is_causal: bool,
+    causal_alignment: str,
+    scale: float | None,
+    window: int | tuple[int, int] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Attention on a CPU to keys and values as a KeyValueCache stores them; not differentiable.
+
+    lengths: of queries and keys. longest: the number of columns of a mask.
+    """
+    args = _args(caller, query, scale, is_causal, causal_alignment, window, softcap, 0.0, alibi_slopes)
+    B, Tq = query.shape[0], query.shape[2]
+    mask = _mask(caller, attn_mask, query, (B,), (Tq, longest), query)
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):  # the kernel computes in float32
+        return attend_to_rows(
+            caller, query.float(), keys, values, key_scales, value_scales, block_table, mask, lengths, longest,
+            is_causal=is_causal, causal_alignment=causal_alignment, scale=args.scale, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes,
+        ).to(query.dtype)  # fmt: skip
+    q_lengths, k_lengths = _lengths(caller, lengths, B, query.device)
+    slopes = _slopes(caller, alibi_slopes, query, B)
+    try:
+        out: Tensor = decode(
+            query, keys, values, key_scales, value_scales, block_table, mask, slopes, q_lengths, k_lengths, args.scale,
+            args.causal, args.window_left, args.window_right, args.softcap,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise of_op(caller, error) from None
+    return out
 
 
 # ---- checks

@@ -1,4 +1,4 @@
-"""Replacement of torch.nn.MultiheadAttention, and a cache of keys and values for decoding.
+"""Replacement of torch.nn.MultiheadAttention.
 
 Intended differences from torch:
 - All modes use one implementation: a query that attends to no key gives zeros before the output projection, and zero
@@ -25,6 +25,7 @@ from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from seqkernels.functional import scaled_dot_product_attention, varlen_attention
+from seqkernels.functional._autograd import recorded
 from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
 from seqkernels.functional._multihead_ops import HEAD_WEIGHTS, MEAN_WEIGHTS, NO_WEIGHTS, Options, multihead
 from seqkernels.functional._nested import jagged_like
@@ -32,108 +33,9 @@ from seqkernels.functional._values import eager_on_cpu, in_jit_trace, may_read_v
 from seqkernels.functional.attention import dropout_seed, is_causal_bias
 from seqkernels.nn._hooks import runs_forward_of
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
+from seqkernels.nn.key_value_cache import KeyValueCache
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
-
-
-class KeyValueCache:
-    """Keys and values of previous steps, preallocated for `capacity` steps. Inference only.
-
-    Attributes:
-        keys: [B, H, capacity, D]. values: [B, H, capacity, Dv].
-        lengths: int64 [B], number of steps of each sequence.
-        longest: upper bound of `lengths`.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        capacity: int,
-        num_heads: int,
-        head_dim: int,
-        value_dim: int | None = None,
-        *,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        sizes = batch_size, num_heads, capacity
-        self.keys = torch.zeros(*sizes, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*sizes, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
-        self.longest = 0
-        self.ragged = False  # whether lengths may differ
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
-
-    def append(self, key: Tensor, value: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
-        """Appends key [B, H, T, D] and value [B, H, T, Dv].
-
-        lengths: [B] number of valid steps of each sequence; T if None.
-        """
-        caller, T = "KeyValueCache", key.shape[2] if key.dim() == 4 else -1
-        for name, t, of in (("key", key, self.keys), ("value", value, self.values)):
-            if t.dim() != 4 or (t.shape[0], t.shape[1], t.shape[3]) != (of.shape[0], of.shape[1], of.shape[3]):
-                B, H, _, D = of.shape
-                raise ValueError(f"{caller}: {name} must have shape [{B}, {H}, T, {D}], got {list(t.shape)}")
-            if t.shape[2] != T:
-                raise ValueError(f"{caller}: value must have as many steps as key, {T}, got {t.shape[2]}")
-            if t.dtype != of.dtype:
-                raise TypeError(f"{caller}: {name} must be of the cache's dtype {of.dtype}, got {t.dtype}")
-            if t.device != of.device:
-                raise ValueError(f"{caller}: {name} must be on the cache's device {of.device}, got {t.device}")
-            if torch.is_grad_enabled() and t.requires_grad:
-                raise RuntimeError(f"{caller}: {name} must not require a gradient; decode under torch.no_grad()")
-        if self.longest + T > self.capacity:
-            raise ValueError(
-                f"{caller}: steps must fit the capacity of {self.capacity}, got {T} after {self.longest} cached steps"
-            )
-        B = self.keys.shape[0]
-        if lengths is not None and not isinstance(lengths, Tensor):
-            lengths = torch.tensor(list(lengths), dtype=torch.int64, device=self.keys.device)
-        if lengths is not None:
-            if lengths.shape != (B,):
-                raise ValueError(f"{caller}: lengths must have shape [B] = [{B}], got {list(lengths.shape)}")
-            if lengths.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{caller}: lengths must be int32 or int64, got {lengths.dtype}")
-            known = lengths.device.type == "cpu" and may_read_values(lengths) and B > 0
-            if known and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
-                raise ValueError(f"{caller}: lengths must be between 0 and the {T} steps, got {lengths.tolist()}")
-        if self.ragged or lengths is not None:
-            # Padding is also written, after the end of its sequence, where the next steps overwrite it.
-            at = self.lengths.unsqueeze(1) + torch.arange(T, device=self.keys.device)  # [B, T]
-            of = torch.arange(B, device=self.keys.device).unsqueeze(1)
-            self.keys[of, :, at] = key.transpose(1, 2)
-            self.values[of, :, at] = value.transpose(1, 2)
-        else:
-            self.keys[:, :, self.longest : self.longest + T] = key
-            self.values[:, :, self.longest : self.longest + T] = value
-        self.lengths = self.lengths + (T if lengths is None else lengths)
-        self.ragged = self.ragged or lengths is not None
-        self.longest += T
-        if lengths is not None and known:
-            self.longest = int(self.lengths.max())
-
-    def reorder(self, index: Tensor) -> None:
-        """Replaces sequence b by sequence index[b], for beam search.
-
-        index: int64, [B]; or of another size N, and the cache then has N sequences. Only the cached steps are copied.
-        """
-        filled = slice(0, self.longest)
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
-            rows = buffer[:, :, filled].index_select(0, index)
-            if rows.shape[0] != buffer.shape[0]:
-                buffer = buffer.new_zeros(rows.shape[0], *buffer.shape[1:])
-                setattr(self, name, buffer)
-            buffer[:, :, filled] = rows
-        self.lengths = self.lengths.index_select(0, index)
-
-    def reset(self) -> None:
-        """Removes all steps and keeps the allocation."""
-        self.lengths = torch.zeros_like(self.lengths)
-        self.longest, self.ragged = 0, False
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -170,12 +72,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     __prepare_scriptable__ = refuse_scripting
 
-    def new_cache(self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None) -> KeyValueCache:
-        """Creates an empty cache for `capacity` steps; the default dtype is that of the parameters."""
+    def new_cache(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype | None = None,
+        page_size: int | None = None,
+        pages: int | None = None,
+    ) -> KeyValueCache:
+        """Creates an empty KeyValueCache for `capacity` steps; the default dtype is that of the parameters."""
         of = self.out_proj.weight
         return KeyValueCache(
-            batch_size, capacity, self.num_heads, self.head_dim, device=of.device, dtype=dtype or of.dtype
-        )
+            batch_size, capacity, self.num_heads, self.head_dim, device=of.device, dtype=dtype or of.dtype,
+            page_size=page_size, pages=pages,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -461,9 +372,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if key is None and is_causal:
             raise ValueError(f"{caller}: is_causal must be False without key and value")
         q, *new = (self._by_head(t) for t in self._project(query, key, value))
-        if q.shape[0] != cache.keys.shape[0]:
+        if q.shape[0] != cache.batch_size:
             raise ValueError(
-                f"{caller}: query must have as many sequences as the cache, {cache.keys.shape[0]}, got {q.shape[0]}"
+                f"{caller}: query must have as many sequences as the cache, {cache.batch_size}, got {q.shape[0]}"
             )
         if new:
             cache.append(new[0], new[1], lengths)
@@ -473,13 +384,25 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if is_causal and attn_mask is not None and attn_mask.dim() == 2 and not attn_mask.requires_grad:
             attn_mask = None
         mask, _ = _merged(caller, None, attn_mask, q.shape[0], q.shape[1], q.shape[2], S, 3, q.dtype, False)
-        of: Any = cache.lengths if cache.ragged else None
+        of_q = None
         if new and lengths is not None and (is_causal or query is key):
-            of = torch.as_tensor(lengths, device=q.device), cache.lengths
+            of_q = torch.as_tensor(lengths, device=q.device)
+        if not need_weights and dropout_p == 0 and not recorded(q, mask):
+            return self._finish(cache.attend(q, mask, is_causal, lengths=of_q), False, average, True)
+        of: Any = cache.lengths if cache.ragged else None
+        of = of if of_q is None else (of_q, cache.lengths)
+        keys, values = (
+            (x[:, :, :S] for x in (cache.keys, cache.values)) if cache.is_plain(q.dtype) else cache.gathered()
+        )
+        wide = q if cache.is_plain(q.dtype) else q.to(torch.promote_types(q.dtype, torch.float32))
         result = scaled_dot_product_attention(
-            q, cache.keys[:, :, :S], cache.values[:, :, :S], mask, dropout_p, is_causal, lengths=of,
+            wide, keys.to(wide.dtype), values.to(wide.dtype), mask, dropout_p, is_causal, lengths=of,
             causal_alignment="lower_right" if is_causal else "upper_left", return_weights=need_weights,
         )  # fmt: skip
+        if need_weights:
+            result = tuple(x.to(q.dtype) for x in result)
+        else:
+            result = result.to(q.dtype)
         return self._finish(result, need_weights, average, True)
 
     # ---- checks

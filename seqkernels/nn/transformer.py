@@ -22,7 +22,8 @@ from torch.fx import Proxy
 from seqkernels.functional._values import eager_on_cpu, tracing
 from seqkernels.nn._hooks import runs_forward_of
 from seqkernels.nn._symbolic import as_leaf, refuse_scripting
-from seqkernels.nn.attention import KeyValueCache, MultiheadAttention, check_tensor, of_nested
+from seqkernels.nn.attention import MultiheadAttention, check_tensor, of_nested
+from seqkernels.nn.key_value_cache import KeyValueCache
 
 __all__ = ["PositionalEncoding", "TransformerDecoderLayer", "TransformerEncoderLayer"]
 
@@ -132,9 +133,13 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         )  # fmt: skip
         _take_over(self.self_attn)
 
-    def new_cache(self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None) -> KeyValueCache:
-        """Creates an empty cache for `capacity` steps."""
-        return self.self_attn.new_cache(batch_size, capacity, dtype=dtype)  # type: ignore[operator]
+    def new_cache(
+        self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None, page_size: int | None = None
+    ) -> KeyValueCache:
+        """Creates an empty cache for `capacity` steps; dtype and page_size as in KeyValueCache."""
+        attention: Any = self.self_attn
+        cache: KeyValueCache = attention.new_cache(batch_size, capacity, dtype=dtype, page_size=page_size)
+        return cache
 
     def forward(
         self,
@@ -297,13 +302,19 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         _take_over(self.multihead_attn)
 
     def new_cache(
-        self, batch_size: int, capacity: int, memory_capacity: int, *, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        capacity: int,
+        memory_capacity: int,
+        *,
+        dtype: torch.dtype | None = None,
+        page_size: int | None = None,
     ) -> tuple[KeyValueCache, KeyValueCache]:
         """Creates empty caches for `capacity` steps of tgt and `memory_capacity` steps of memory."""
         own: Any = self.self_attn
         of_memory: Any = self.multihead_attn
-        return own.new_cache(batch_size, capacity, dtype=dtype), of_memory.new_cache(
-            batch_size, memory_capacity, dtype=dtype
+        return own.new_cache(batch_size, capacity, dtype=dtype, page_size=page_size), of_memory.new_cache(
+            batch_size, memory_capacity, dtype=dtype, page_size=page_size
         )
 
     def forward(

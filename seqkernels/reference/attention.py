@@ -125,6 +125,25 @@ def attention_weights(
     return weights.to(q.dtype)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 rows of x [.., D] and their scales [..] float32, as a KeyValueCache of int8 stores them.
+
+    The scale is the largest absolute number of the row divided by 127, and a number is divided by the scale and rounded
+    to nearest, ties to even. A row of zeros has scale 0. A row with an infinity or NaN has that scale and zeros, whose
+    product with the scale is NaN.
+    """
+    x = x.float()
+    scale = x.abs().amax(-1) / 127
+    divisor = scale.masked_fill((scale == 0) | ~torch.isfinite(scale), math.inf).unsqueeze(-1)
+    rows = torch.round(torch.nan_to_num(x, 0.0, 0.0, 0.0) / divisor)
+    return rows.clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """float32 [.., D] of int8 rows [.., D] and their scales [..]."""
+    return rows.float() * scale.unsqueeze(-1)
+
+
 def visible(
     Tq: int,
     Tk: int,

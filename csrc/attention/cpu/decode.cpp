@@ -98,7 +98,7 @@ struct KeyColumns {  // float, BFloat16, Int8
       word[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at(i))), _mm_loadu_ps(at(i + 4)), 1);
     }
 #else
-    for (int i = 0; i < words; ++i) memcpy(&word[i], rows[i] + d, 16);
+    for (int i = 0; i < words; ++i) memcpy(&word[i], at(i), 16);
 #endif
     transpose_words(word);
   }
@@ -164,7 +164,7 @@ struct KeyColumns<double> {
       word[i] =
           _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(rows[i] + d)), _mm_loadu_pd(rows[i + 2] + d), 1);
 #else
-      memcpy(&word[i], rows[i] + d, 16);
+      memcpy(&word[i], at(i), 16);
 #endif
     }
 #if defined(__AVX512F__)
@@ -298,12 +298,15 @@ inline void score_rows(int64_t height, const BlockRows<K>& rows, const K* const*
   }
   constexpr int kG = kR <= 2 ? 4 : 2, kStep = kG * kLanes<T>;
   for (int64_t j = columns.lo / kStep * kStep; j < columns.hi; j += kStep) {
-    const T* scales = kQuantized<K> ? rows.key_scales + j : nullptr;
-    const K* const* of_ahead = ahead == nullptr ? nullptr : ahead + j;
+    const K* const* const nothing = nullptr;
+    const auto scales = [&](int64_t key) { return kQuantized<K> ? rows.key_scales + key : nullptr; };
     if (j + kStep <= rows.spaced) {
-      score_tile<kR, kG, true>(rows.keys + j, rows.stride, scales, of_ahead, D, q, ldq, tile + j);
-    } else {
-      score_tile<kR, kG, false>(rows.keys + j, rows.stride, scales, of_ahead, D, q, ldq, tile + j);
+      score_tile<kR, kG, true>(rows.keys + j, rows.stride, scales(j), ahead == nullptr ? nullptr : ahead + j, D, q, ldq,
+                               tile + j);
+      continue;
+    }
+    for (int64_t at = j; at < j + kStep; at += kLanes<T>) {
+      score_tile<kR, 1, false>(rows.keys + at, rows.stride, scales(at), nothing, D, q, ldq, tile + at);
     }
   }
 }

@@ -42,7 +42,7 @@ class OnlineSoftmax {
   const Dropout dropout;
   const int64_t ldq, ldv, stripsv;
   const int64_t rows;  // of a state, in whole vectors
-  const T factor;  // turns a difference of tile values into one of scores
+  const T factor;      // turns a difference of tile values into one of scores
 
   // Memory, in elements of T.
 
