@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,30 +45,47 @@ def attention_mask(
 ) -> Tensor | None:
     """bool mask [B, 1, q_length, kv_length], or None if is_causal describes it.
 
-    If the mask consists of causality and lengths, it stores them as attributes, so that the kernels skip masked blocks.
+    If the mask consists of causality and lengths, it stores them as attributes, so that the kernels skip masked blocks
+    and do not read the steps of a static cache that are still empty.
     """
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs
     )
     causal = mask_function is causal_mask_function
+    offset = q_offset
+    if isinstance(offset, Tensor) and offset.numel() == 1 and offset.device.type == "cpu" and may_read_values(offset):
+        offset = int(offset)  # a static cache counts its steps in a tensor
     if (
         mask is None
         or not may_read_values(mask if attention_mask is None else attention_mask)
         or kwargs.get("use_vmap")
         or not (causal or mask_function is bidirectional_mask_function)
-        or (causal and (not isinstance(q_offset, int) or kv_offset != 0 or q_offset + q_length != kv_length))
+        or (causal and (not isinstance(offset, int) or kv_offset != 0 or offset + q_length > kv_length))
+        or (causal and offset + q_length < kv_length and mask.device.type != "cpu")
     ):
         return mask
+    keys = offset + q_length if causal else kv_length  # those that the mask does not exclude for all queries
     lengths = None
-    if attention_mask is not None:
+    if attention_mask is not None and keys == kv_length:
         if attention_mask.shape != (batch_size, kv_length) or kv_offset != 0:
             return mask
         lengths = attention_mask.sum(1)
         if not torch.equal(attention_mask.bool(), torch.arange(kv_length, device=mask.device) < lengths.unsqueeze(1)):
             lengths = None
     if lengths is not None or causal:
-        mask.seqkernels_parts = causal, lengths, _version(mask)  # type: ignore[attr-defined]
+        parts = _Parts(causal, lengths, keys, attention_mask is None, _version(mask))
+        mask.seqkernels_parts = parts  # type: ignore[attr-defined]
     return mask
+
+
+class _Parts(NamedTuple):
+    """What a mask consists of."""
+
+    causal: bool  # aligned with the last of `keys`
+    lengths: Tensor | None  # [B] of the keys
+    keys: int  # the number of keys; later columns are False
+    only: bool  # whether nothing else masks keys
+    version: int
 
 
 def attention_forward(
@@ -104,6 +121,18 @@ def attention_forward(
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     T, S = query.shape[2], key.shape[2]
+    parts = getattr(attention_mask, "seqkernels_parts", None)
+    if attention_mask is not None and parts is not None:
+        empty = parts.keys < S  # steps of a static cache, which have weights too
+        stale = parts.version != _version(attention_mask) or attention_mask.shape[2:] != (T, S)
+        if stale or (empty and kwargs.get("output_attentions")):
+            parts = None
+        elif empty:
+            S = parts.keys
+            key, value, attention_mask = key[:, :, :S], value[:, :, :S], attention_mask[..., :S]
+            position_bias = None if position_bias is None else position_bias[..., :S]
+            if parts.only and T == 1:  # which attends to all keys
+                attention_mask = parts = None
     if (
         attention_mask is position_bias is s_aux is cu_seq_lens_q is None
         and not (dropout or softcap or kwargs.get("output_attentions"))
@@ -142,10 +171,9 @@ def attention_forward(
             key, value, S = key[:, :, :T], value[:, :, :T], T
             position_bias = None if position_bias is None else position_bias[..., :T]
     else:
-        parts = getattr(mask, "seqkernels_parts", None)
         causal = False
-        if parts is not None and parts[2] == _version(mask) and mask.shape[2:] == (T, S):
-            causal, lengths, _ = parts
+        if parts is not None:
+            causal, lengths = parts.causal, parts.lengths
             if lengths is not None and (not causal or T == S):
                 mask = None
             else:  # the last query has the position of the last key

@@ -148,6 +148,27 @@ def test_attentions():
     assert layer(hidden)[1] is None
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_empty_steps_of_a_static_cache_are_not_read(steps, padded):
+    module = torch.nn.Module()
+    module.is_causal = True
+    q, kv = torch.randn(B, 4, steps, 8), torch.randn(B, 2, 40, 8)
+    at = 20 + steps
+    padding = torch.ones(B, at, dtype=torch.bool)
+    padding[0, :5] = False
+    mask = integration.attention_mask(
+        B, steps, 40, q_offset=torch.tensor(20), attention_mask=padding if padded else None, allow_is_causal_skip=False
+    )
+    assert mask.shape == (B, 1, steps, 40) and mask.seqkernels_parts.keys == at
+    want, weights = integration.attention_forward(module, q, kv, kv, mask.clone(), output_attentions=True)
+    same, of_parts = integration.attention_forward(module, q, kv, kv, mask, output_attentions=True)
+    assert torch.equal(want, same) and torch.equal(weights, of_parts)
+    kv[:, :, at:] = float("nan")
+    got, _ = integration.attention_forward(module, q, kv, kv, mask)
+    assert torch.equal(got, want)
+
+
 def test_masks_are_passed_as_lengths_and_causality():
     """Trailing padding becomes lengths. Later writes into the mask are respected."""
     right = paddings()["right"]
