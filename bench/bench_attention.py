@@ -233,6 +233,56 @@ def test_decoding(bench: Any, B: int, keys: int, bar: float | None) -> None:
     row(bench, "one query", f"B={B} H={H} Tk={keys} D={D}", FORWARD, B * H * keys, D, contenders, bar)
 
 
+HEADS = [(8, 8), (32, 8)]
+
+
+@pytest.mark.parametrize("keys", [512, 4096, 32768])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_query(bench: Any, dtype: torch.dtype, heads: tuple[int, int], D: int, keys: int) -> None:
+    """The time is that of reading keys and values: 4 products for each of their numbers and query head."""
+    Hq, H = heads
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, *size, D, generator=generator).to(dtype) for size in ((Hq, 1), (H, keys), (H, keys)))
+    contenders = [
+        contender("ours", lambda *t: OURS(*t, enable_gqa=True), (q, k, v), FORWARD),
+        contender("torch", lambda *t: TORCH(*t, enable_gqa=True), (q, k, v), FORWARD),
+    ]
+    label = f"Hq={Hq} Hk={H} Tk={keys} D={D}"
+    group = "one query" if dtype == torch.float32 else f"one query, {str(dtype).removeprefix('torch.')}"
+    tolerance = TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE
+    bar = 1.3 if dtype == torch.float32 else None
+    row(bench, group, label, FORWARD, Hq * keys, D, contenders, bar, tolerance=tolerance)
+
+
+# Largest difference from a cache of float32, relative to the largest value.
+CACHE_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.int8: 3e-2}
+
+
+@pytest.mark.parametrize("keys", [4096, 32768])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("page_size", [None, 16], ids=["contiguous", "pages"])
+@pytest.mark.parametrize("dtype", CACHE_TOLERANCE, ids=str)
+def test_cache(bench: Any, dtype: torch.dtype, page_size: int | None, heads: tuple[int, int], keys: int) -> None:
+    """One float32 query and a KeyValueCache, against a contiguous one of float32."""
+    (Hq, H), D = heads, 128
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, *size, D, generator=generator) for size in ((Hq, 1), (H, keys), (H, keys)))
+    caches = [
+        seqkernels.nn.KeyValueCache(1, keys, H, D, dtype=of, page_size=size)
+        for of, size in ((dtype, page_size), (torch.float32, None))
+    ]
+    for cache in caches:
+        cache.append(k, v)
+    name = str(dtype).removeprefix("torch.")
+    contenders = [contender(f"ours, {of}", cache.attend, (q,), FORWARD) for of, cache in zip((name, "float32"), caches)]
+    label = f"{name}, Hq={Hq} Hk={H} Tk={keys} D={D}"
+    bar = 1.7 if dtype == torch.bfloat16 and page_size is None and keys == 32768 else None
+    group = "cache" if page_size is None else f"cache in pages of {page_size}"
+    row(bench, group, label, FORWARD, Hq * keys, D, contenders, bar, tolerance=CACHE_TOLERANCE[dtype])
+
+
 # ---- small shapes, where the time of a call is that of its checks, dispatch and allocation
 
 SMALL = [Shape(1, 4, 10, 16), Shape(3, 4, 30, 16), Shape(8, 8, 64, 16)]

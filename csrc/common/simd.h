@@ -143,8 +143,16 @@ inline uint16_t float_to_half(float x) {  // to nearest, ties to even
 }
 
 SEQKERNELS_INLINE Native<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Native<float>)((Bits32)bits << 16);
+#elif defined(__AVX2__)
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Native<float>)((Bits32)bits << 16);
+#else
   const Half16 h = *reinterpret_cast<const Half16Unaligned*>(p);
   return (Native<float>)(__builtin_convertvector(h, Bits32) << 16);
+#endif
 }
 // Returns v rounded to bfloat16 (nearest, ties to even; NaN stays NaN) in the upper half of each lane.
 SEQKERNELS_INLINE Bits32 bfloat16_bits(Native<float> v) {

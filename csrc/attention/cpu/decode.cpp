@@ -66,16 +66,43 @@ using seqkernels::SEQKERNELS_ISA::load;
 
 // ---- columns of keys
 
-// Reads columns of kLanes rows, transposed: `words` vectors of one 4-byte word (8 bytes of double) of each row, of
-// `parts` columns each. Vector i is read from the rows i, i + words, ..: one in each 16 bytes.
-// Equally spaced rows.
+// Rows for KeyColumns, which reads them at a column: equally spaced, or anywhere.
 template <class K>
 struct SpacedRows {
   const K* first;
   int64_t stride;
-  SEQKERNELS_INLINE const K* operator[](int row) const { return first + row * stride; }
+  static constexpr int kQuads = (kVectorBytes / int(sizeof(typename TypeOfKeys<K>::Computed)) + 3) / 4;
+
+  struct At {
+    const K* quads[kQuads];  // rows 0, 4, ..
+    int64_t stride;
+    SEQKERNELS_INLINE const K* operator()(int row) const { return quads[row / 4] + row % 4 * stride; }
+  };
+  SEQKERNELS_INLINE At at(int64_t d) const {
+    At rows;
+    rows.stride = stride;
+    const K* quad = first + d;
+#pragma GCC unroll 4
+    for (int i = 0; i < kQuads; ++i, quad += 4 * stride) {
+      asm("" : "+r"(quad));  // two registers address four rows; GCC would keep an offset per row in memory
+      rows.quads[i] = quad;
+    }
+    return rows;
+  }
+};
+template <class K>
+struct AnyRows {
+  const K* const* rows;
+  struct At {
+    const K* const* rows;
+    int64_t d;
+    SEQKERNELS_INLINE const K* operator()(int row) const { return rows[row] + d; }
+  };
+  SEQKERNELS_INLINE At at(int64_t d) const { return {rows, d}; }
 };
 
+// Reads columns of kLanes rows, transposed: `words` vectors of one 4-byte word (8 bytes of double) of each row, of
+// `parts` columns each. Vector i is read from the rows i, i + words, ..: one in each 16 bytes.
 template <class K>
 struct KeyColumns {  // float, BFloat16, Int8
   static constexpr int words = 4, parts = 4 / int(sizeof(K)), count = words * parts;
@@ -83,7 +110,8 @@ struct KeyColumns {  // float, BFloat16, Int8
 
   template <class Rows>
   static SEQKERNELS_INLINE void read(const Rows& rows, int64_t d, V (&word)[words]) {
-    const auto at = [&](int row) { return reinterpret_cast<const float*>(rows[row] + d); };
+    const auto from = rows.at(d);
+    const auto at = [&](int row) { return reinterpret_cast<const float*>(from(row)); };
 #if defined(__AVX512F__)
 #pragma GCC unroll 4
     for (int i = 0; i < words; ++i) {
@@ -154,15 +182,16 @@ struct KeyColumns<double> {
 
   template <class Rows>
   static SEQKERNELS_INLINE void read(const Rows& rows, int64_t d, V (&word)[words]) {
+    const auto at = rows.at(d);
+#pragma GCC unroll 2
     for (int i = 0; i < words; ++i) {
 #if defined(__AVX512F__)
-      __m512d v = _mm512_castpd128_pd512(_mm_loadu_pd(rows[i] + d));
-      v = _mm512_insertf64x2(v, _mm_loadu_pd(rows[i + 2] + d), 1);
-      v = _mm512_insertf64x2(v, _mm_loadu_pd(rows[i + 4] + d), 2);
-      word[i] = _mm512_insertf64x2(v, _mm_loadu_pd(rows[i + 6] + d), 3);
+      __m512d v = _mm512_castpd128_pd512(_mm_loadu_pd(at(i)));
+      v = _mm512_insertf64x2(v, _mm_loadu_pd(at(i + 2)), 1);
+      v = _mm512_insertf64x2(v, _mm_loadu_pd(at(i + 4)), 2);
+      word[i] = _mm512_insertf64x2(v, _mm_loadu_pd(at(i + 6)), 3);
 #elif defined(__AVX2__)
-      word[i] =
-          _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(rows[i] + d)), _mm_loadu_pd(rows[i + 2] + d), 1);
+      word[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(at(i))), _mm_loadu_pd(at(i + 2)), 1);
 #else
       memcpy(&word[i], at(i), 16);
 #endif
@@ -189,11 +218,13 @@ struct KeyColumns<Half> {  // widened before the transpose: 4 columns, 8 bytes o
 
   template <class Rows>
   static SEQKERNELS_INLINE void read(const Rows& rows, int64_t d, V (&word)[words]) {
+    const auto at = rows.at(d);
+#pragma GCC unroll 4
     for (int i = 0; i < words; ++i) {
 #if defined(__AVX512F__) || defined(__AVX2__)
       const auto two = [&](int row) {
-        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(rows[row] + d));
-        return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(rows[row + 4] + d)));
+        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(at(row)));
+        return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(at(row + 4))));
       };
 #endif
 #if defined(__AVX512F__)
@@ -201,15 +232,13 @@ struct KeyColumns<Half> {  // widened before the transpose: 4 columns, 8 bytes o
 #elif defined(__AVX2__)
       word[i] = _mm256_cvtph_ps(two(i));
 #else
-      word[i] = load(rows[i] + d);
+      word[i] = load(at(i));
 #endif
     }
     KeyColumns<float>::transpose_words(word);
   }
   static SEQKERNELS_INLINE V column(V word, int) { return word; }
 };
-
-SEQKERNELS_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // Rows of one block of keys. Rows past the last key repeat it.
 template <class K>
@@ -223,6 +252,66 @@ struct BlockRows {
 
 // ---- products
 
+template <class V>
+SEQKERNELS_INLINE void keep_in_register(V& v) {
+#if defined(__AVX2__)
+  asm("" : "+x"(v));  // GCC would load it again at each use
+#else
+  static_cast<void>(v);
+#endif
+}
+
+// Prefetches rows of `columns` columns while a loop over `steps` steps runs: an equal share of the rows in each step,
+// in the order of memory.
+template <class K>
+class Ahead {
+ public:
+  // rows: [n], or null.
+  Ahead(const K* const* rows, int64_t n, int64_t columns, int64_t steps)
+      : rows_(rows), end_(rows == nullptr ? 0 : n), bytes_(columns * int64_t(sizeof(K))), share_((n << 16) / steps) {}
+  // Begins with the share of another step than the first.
+  void skip(int64_t steps) {
+    at_ = share_ * steps;
+    row_ = at_ >> 16;
+  }
+  SEQKERNELS_INLINE void step() {
+    at_ += share_;
+    for (const int64_t until = min(at_ >> 16, end_); row_ < until; ++row_) {
+      const char* row = reinterpret_cast<const char*>(rows_[row_]);
+      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i);
+    }
+  }
+
+ private:
+  const K* const* rows_;
+  const int64_t end_, bytes_, share_;
+  int64_t at_ = 0, row_ = 0;
+};
+
+// Adds the products of columns [d, end), fewer than KeyColumns reads, to `sum`.
+template <class K, class T>
+inline void add_last_columns(int rows_of_q, const K* const* rows, const T* scales, int64_t d, int64_t end, const T* q,
+                             int64_t ldq, Native<T>* sum) {
+  using V = Native<T>;
+  using Columns = KeyColumns<K>;
+  constexpr int kWidth = kLanes<T>;
+  K copy[kWidth][Columns::count] = {};
+  const K* at[kWidth];
+  for (int j = 0; j < kWidth; ++j) {
+    for (int64_t c = 0; d + c < end; ++c) copy[j][c] = rows[j][d + c];
+    at[j] = copy[j];
+  }
+  V word[Columns::words];
+  Columns::read(AnyRows<K>{at}, 0, word);
+#pragma GCC unroll 16
+  for (int c = 0; c < Columns::count; ++c) {
+    if (d + c >= end) break;
+    V column = Columns::column(word[c / Columns::parts], c % Columns::parts);
+    if constexpr (kQuantized<K>) column *= load(scales);
+    for (int r = 0; r < rows_of_q; ++r) sum[r] = fma(broadcast(q[r * ldq + d + c]), column, sum[r]);
+  }
+}
+
 // Scores of kR queries [kR][ldq] and kG * kLanes keys; tile: rows of kKeys. `scales` are used by int8 only. `ahead`:
 // rows to prefetch, one per key, or null.
 template <int kR, int kG, bool kSpaced, class K, class T>
@@ -230,19 +319,23 @@ inline void score_tile(const K* const* rows, int64_t stride, const T* scales, co
                        const T* q, int64_t ldq, T* tile) {
   using V = Native<T>;
   using Columns = KeyColumns<K>;
-  constexpr int kWidth = kLanes<T>, kLine = 64 / int(sizeof(K));
-  V scale[kG];
-  if constexpr (kQuantized<K>) {
-    for (int g = 0; g < kG; ++g) scale[g] = load(scales + g * kWidth);
-  }
-  int64_t begin = 0, ahead_row = 0;
+  constexpr int kWidth = kLanes<T>;
+  Ahead<K> prefetched(ahead, kG * kWidth, D, ceil_div(D, Columns::count));
+  int64_t begin = 0;
   do {  // one chain of terms
     const int64_t end = min(begin + kTerms, D);
     V sum[kR][kG] = {};
     int64_t d = begin;
     for (; d + Columns::count <= end; d += Columns::count) {
-      for (; ahead != nullptr && ahead_row * D < (d + Columns::count) * kG * kWidth; ++ahead_row) {
-        for (int64_t i = 0; i < D; i += kLine) prefetch(ahead[ahead_row] + i);
+      prefetched.step();
+      constexpr bool kShared = kR == 1 && Columns::count <= 4;  // broadcasts stay in registers
+      V left[kShared ? Columns::count : 1];
+      if constexpr (kShared) {
+#pragma GCC unroll 4
+        for (int c = 0; c < Columns::count; ++c) {
+          left[c] = broadcast(q[d + c]);
+          keep_in_register(left[c]);
+        }
       }
 #pragma GCC unroll 4
       for (int g = 0; g < kG; ++g) {
@@ -250,40 +343,37 @@ inline void score_tile(const K* const* rows, int64_t stride, const T* scales, co
         if constexpr (kSpaced) {
           Columns::read(SpacedRows<K>{rows[g * kWidth], stride}, d, word);
         } else {
-          Columns::read(rows + g * kWidth, d, word);
+          Columns::read(AnyRows<K>{rows + g * kWidth}, d, word);
         }
 #pragma GCC unroll 16
         for (int c = 0; c < Columns::count; ++c) {
           V column = Columns::column(word[c / Columns::parts], c % Columns::parts);
-          if constexpr (kQuantized<K>) column *= scale[g];
+          if constexpr (kQuantized<K>) column *= load(scales + g * kWidth);
 #pragma GCC unroll 4
-          for (int r = 0; r < kR; ++r) sum[r][g] = fma(broadcast(q[r * ldq + d + c]), column, sum[r][g]);
+          for (int r = 0; r < kR; ++r) {
+            sum[r][g] = fma(kShared ? left[kShared ? c : 0] : broadcast(q[r * ldq + d + c]), column, sum[r][g]);
+          }
         }
       }
     }
-    if (d < end) {  // the last columns, from copies
-      for (int g = 0; g < kG; ++g) {
-        K copy[kWidth][Columns::count] = {};
-        const K* at[kWidth];
-        for (int j = 0; j < kWidth; ++j) {
-          for (int64_t c = 0; d + c < end; ++c) copy[j][c] = rows[g * kWidth + j][d + c];
-          at[j] = copy[j];
-        }
-        V word[Columns::words];
-        Columns::read(at, 0, word);
-#pragma GCC unroll 16
-        for (int c = 0; c < Columns::count; ++c) {
-          if (d + c >= end) break;
-          V column = Columns::column(word[c / Columns::parts], c % Columns::parts);
-          if constexpr (kQuantized<K>) column *= scale[g];
-          for (int r = 0; r < kR; ++r) sum[r][g] = fma(broadcast(q[r * ldq + d + c]), column, sum[r][g]);
-        }
+    // The accumulators stay in registers: they are indexed by constants only.
+#pragma GCC unroll 4
+    for (int g = 0; g < kG; ++g) {
+      T* to = tile + g * kWidth;
+      V last[kR];
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) last[r] = sum[r][g];
+      if (d < end) {
+        V memory[kR];
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; ++r) memory[r] = last[r];
+        add_last_columns(kR, rows + g * kWidth, kQuantized<K> ? scales + g * kWidth : nullptr, d, end, q, ldq, memory);
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; ++r) last[r] = memory[r];
       }
-    }
-    for (int r = 0; r < kR; ++r) {
-      for (int g = 0; g < kG; ++g) {
-        T* to = tile + r * kKeys + g * kWidth;
-        store(to, begin == 0 ? sum[r][g] : load(to) + sum[r][g]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) {
+        store(to + r * kKeys, begin == 0 ? last[r] : load(to + r * kKeys) + last[r]);
       }
     }
     begin = end;
@@ -316,14 +406,16 @@ template <int kR, int kC, class K, class T>
 inline void value_tile(KeyRange keys, const T* weights, const BlockRows<K>& rows, const K* const* ahead, int64_t d,
                        int64_t Dv, T* c, int64_t ldc, Update update, const T* factor) {
   using V = Native<T>;
-  constexpr int kWidth = kLanes<T>, kLine = 64 / int(sizeof(K));
-  const bool partial = d + kC * kWidth > Dv;
+  constexpr int kWidth = kLanes<T>;
+  constexpr int64_t kStep = 8;  // keys between prefetches
   V sum[kR][kC] = {};
   const auto add = [&](int64_t j, auto read) {
+    const K* row = rows.values[j] + d;
+    asm("" : "+r"(row));  // one address for all columns; GCC would keep one offset per column
     V v[kC];
 #pragma GCC unroll 8
     for (int i = 0; i < kC; ++i) {
-      v[i] = read(rows.values[j] + d + i * kWidth, Dv - d - i * kWidth);
+      v[i] = read(row + i * kWidth, Dv - d - i * kWidth);
       if constexpr (kQuantized<K>) v[i] *= rows.value_scales[j];
     }
 #pragma GCC unroll 4
@@ -333,22 +425,16 @@ inline void value_tile(KeyRange keys, const T* weights, const BlockRows<K>& rows
       for (int i = 0; i < kC; ++i) sum[r][i] = fma(weight, v[i], sum[r][i]);
     }
   };
-  if (partial) {
+  if (d + kC * kWidth > Dv) {
     for (int64_t j = keys.lo; j < keys.hi; ++j) add(j, [](const K* p, int64_t n) { return load(p, n); });
   } else {
-    // The lines of the rows ahead in the order of memory, an equal share in each tile of columns.
-    constexpr int kLines = (kC * kWidth + kLine - 1) / kLine;
-    const int64_t lines = ceil_div(Dv, kLine);
-    int64_t row = d / kLine * kKeys / lines, line = d / kLine * kKeys % lines;
-    for (int64_t j = keys.lo; j < keys.hi; ++j) {
-      for (int i = 0; i < kLines && ahead != nullptr && row < kKeys; ++i) {
-        prefetch(ahead[row] + line * kLine);
-        if (++line == lines) {
-          line = 0;
-          ++row;
-        }
-      }
-      add(j, [](const K* p, int64_t) { return load(p); });
+    const int64_t tiles = ceil_div(Dv, kC * kWidth);  // each prefetches its share of the rows ahead
+    Ahead<K> prefetched(ahead, kKeys, Dv, tiles * (kKeys / kStep));
+    prefetched.skip(d / (kC * kWidth) * (kKeys / kStep));
+    for (int64_t from = keys.lo; from < keys.hi; from += kStep) {
+      prefetched.step();
+      const int64_t until = min(from + kStep, keys.hi);
+      for (int64_t j = from; j < until; ++j) add(j, [](const K* p, int64_t) { return load(p); });
     }
   }
 #pragma GCC unroll 4
