@@ -130,7 +130,7 @@ def export(
         reason = _refusal(error)
         if reason is None:
             raise
-        raise NotImplementedError(str(reason)) from error
+        raise NotImplementedError(reason) from error
     assert program is not None  # None only with dynamo=False
     if optimize:
         _fold_weights(program)
@@ -162,11 +162,14 @@ def _refuse(why: str, graph: Graph, arguments: dict[str, Any]) -> Any:
     raise NotImplementedError(why)
 
 
-def _refusal(error: BaseException | None) -> NotImplementedError | None:
-    """The error of a translation that caused an error of the exporter."""
+def _refusal(error: BaseException | None) -> str | None:
+    """The reason of a refusal that caused an error of the exporter."""
     while error is not None:
-        if isinstance(error, NotImplementedError) and error.__traceback__ is not None:
-            return error
+        if isinstance(error, NotImplementedError):
+            return str(error)
+        for name, why in _UNSUPPORTED.items():  # of ops that write into an argument, torch calls no translation
+            if f"seqkernels.{name}.default" in str(error):
+                return why
         error = error.__cause__
     return None
 
