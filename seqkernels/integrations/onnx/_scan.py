@@ -276,7 +276,8 @@ def _direction(graph: Graph, layer: Layer, d: int, B: Value, alive: Value | None
     before = None if before is None else graph.Unsqueeze(before, graph.ints(2))
     scanned = [t if t is None or d == 0 else graph.flipped(t) for t in (x, alive, before)]
 
-    body = Body(graph, f"{layer.x.name}_{kind.name}_{d}_{len(graph.nodes)}")
+    of = layer.weights[d]["weight_ih"].name  # with x a name of this direction of this call
+    body = Body(graph, f"{of}_{layer.x.name}_{kind.name}_{len(graph.nodes)}")
     old = [body.input(dtype, None, width) for width in widths]
     x_t = body.input(dtype, None, layer.gates * H)
     alive_t = None if alive is None else body.input(BOOL, None, 1)
