@@ -429,8 +429,6 @@ def family_and_options(module: nn.Module) -> tuple[families.Family, Options, Kin
             "LSTMCell": families.LSTM,
             "GRU": families.GRU,
             "GRUCell": families.GRU,
-        }.get(type(module).__name__) or (
-            families.RNN_RELU if module.nonlinearity == "relu" else families.RNN_TANH  # type: ignore[union-attr]
-        )
+        }.get(type(module).__name__) or (families.RNN_RELU if module.nonlinearity == "relu" else families.RNN_TANH)
         options = family.plain
     return family, options, KINDS[family.kind_of(options, projected).name]

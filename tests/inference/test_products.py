@@ -1,4 +1,4 @@
-"""Products with packed weights for instruction sets that this processor may lack: their code with emulated intrinsics."""
+"""Products with packed weights for instruction sets that a processor may lack: their code with emulated intrinsics."""
 
 from __future__ import annotations
 

@@ -53,8 +53,9 @@ def test_a_compiled_model_has_the_bits_of_the_module(weights: str, tmp_path: pat
         exported = torch.export.export(fast, (tokens, lengths), dynamic_shapes=({0: T, 1: B}, {0: B}))
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
         compiled = torch._inductor.aoti_load_package(package)
-        for tokens, lengths in ((tokens, lengths), (torch.randint(0, 11, (4, 5)), torch.tensor([4, 1, 3, 0, 2]))):
-            want, got = fast(tokens, lengths), compiled(tokens, lengths)
+        other = torch.randint(0, 11, (4, 5)), torch.tensor([4, 1, 3, 0, 2])
+        for given in ((tokens, lengths), other):
+            want, got = fast(*given), compiled(*given)
             assert torch.equal(got[0], want[0])
             torch.testing.assert_close(got[1], want[1])
 
