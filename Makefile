@@ -9,6 +9,8 @@ GPU_TORCH ?= 2.11.0
 # The Triton of the tests; each CUDA build of torch requires one release.
 TRITON ?= 3.6.0
 ARGS ?=
+# Processes of `make test`; a file of tests runs in one of them.
+WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,7 +24,7 @@ with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 SOURCES := cmake/cuda.cmake $(shell find csrc -type f)
 EMULATION := $(shell find tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CLANG_FORMAT := $(VENV)/bin/clang-format
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -47,7 +49,7 @@ demo: $(call with,demo)
 	$(PY) examples/text_classification.py $(ARGS)
 
 test: lint $(call with,test) $(EMULATED)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(call with,bench)
 	$(PY) -m pytest bench -p no:cacheprovider --benchmark-only -q $(ARGS)

@@ -44,7 +44,12 @@ def _set_qconfig(module: torch.nn.Module, value: Any) -> None:
         c.__name__ for c in type(module).__mro__ if c.__module__.startswith("seqkernels.") and c.__name__[0] != "_"
     )
     name = next(public, "EmbeddingBagCollection")
-    instead = "QuantizedEmbeddingBag" if "Embedding" in name else "torch's module, which has the same state_dict"
+    if "Embedding" in name:
+        instead = "QuantizedEmbeddingBag"
+    elif isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
+        instead = 'seqkernels.inference.prepare(model, weights="int8")'
+    else:
+        instead = "torch's module, which has the same state_dict"
     warnings.warn(
         f"seqkernels.nn.{name} keeps its dtype in torch.ao.quantization; to quantize it, use {instead}", stacklevel=3
     )

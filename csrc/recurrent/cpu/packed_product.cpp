@@ -63,25 +63,26 @@ SEQKERNELS_INLINE void chains(const PanelView<kVectors, kUnits>& b, int64_t k, i
   using V = Native<float>;
   V sum[kChains][kRows][kVectors] = {};
   constexpr int kTogether = kPrecision == Precision::kBFloat16 ? 2 : 1;
-  const auto step = [&](int64_t i) {
+  const int64_t first = k / kTogether, steps = chain / kTogether;  // rows of B as stored
+  for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 2
     for (int n = 0; n < kChains; ++n) {
-      const int64_t at = n * kChain + i;  // with one chain, n is 0
       V left[kTogether][kRows];
 #pragma GCC unroll 2
       for (int j = 0; j < kTogether; ++j) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) left[j][r] = broadcast(a[r * lda + at + j]);
+        for (int r = 0; r < kRows; ++r) left[j][r] = broadcast(a[r * lda + n * kChain + i * kTogether + j]);
       }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
+        const int64_t row = first + n * (kChain / kTogether) + i;
         V right[kTogether];
         if constexpr (kPrecision == Precision::kFloat32) {
-          right[0] = (V)b.words(k + at, v);
+          right[0] = (V)b.words(row, v);
         } else if constexpr (kPrecision == Precision::kFloat16) {
-          right[0] = b.halves(k + at, v);
+          right[0] = b.halves(row, v);
         } else {
-          const Bits32 pair = b.words((k + at) / 2, v);
+          const Bits32 pair = b.words(row, v);
           right[0] = (V)(pair << 16);
           right[1] = (V)(pair & 0xffff0000);
         }
@@ -92,15 +93,15 @@ SEQKERNELS_INLINE void chains(const PanelView<kVectors, kUnits>& b, int64_t k, i
         }
       }
     }
-  };
-  const int64_t whole = chain / kTogether * kTogether;
-  for (int64_t i = 0; i < whole; i += kTogether) step(i);
+  }
   if constexpr (kTogether == 2) {
-    if (whole < chain) {  // the last k of all
+    if (chain % 2 != 0) {  // the last k of all
+      const int64_t last = chain - 1;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const V right = (V)(b.words((k + whole) / 2, v) << 16);
-        for (int r = 0; r < kRows; ++r) sum[0][r][v] = fma(broadcast(a[r * lda + whole]), right, sum[0][r][v]);
+        const V right = (V)(b.words(first + steps, v) << 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[0][r][v] = fma(broadcast(a[r * lda + last]), right, sum[0][r][v]);
       }
     }
   }
