@@ -424,11 +424,11 @@ def family_and_options(module: nn.Module) -> tuple[families.Family, Options, Kin
     if options is not None:
         family: families.Family = module._family  # type: ignore[assignment]
     else:
-        family = {
-            "LSTM": families.LSTM,
-            "LSTMCell": families.LSTM,
-            "GRU": families.GRU,
-            "GRUCell": families.GRU,
-        }.get(type(module).__name__) or (families.RNN_RELU if module.nonlinearity == "relu" else families.RNN_TANH)
+        if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+            family = families.LSTM
+        elif isinstance(module, (nn.GRU, nn.GRUCell)):
+            family = families.GRU
+        else:
+            family = families.RNN_RELU if module.nonlinearity == "relu" else families.RNN_TANH
         options = family.plain
     return family, options, KINDS[family.kind_of(options, projected).name]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import seqkernels.nn as sk
 from seqkernels.inference._modules import PreparedCell, PreparedRecurrent, _Prepared, family_and_options
@@ -24,6 +25,11 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+# What the dictionary of a class holds that overrides nothing.
+_OF_EMPTY_CLASS = {
+    "__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__",
+    "__parameters__", "__orig_bases__",
+}  # fmt: skip
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -122,12 +128,12 @@ def prepare(model: nn.Module, weights: str = "float32", *, inplace: bool = False
 
 def _obstacle(module: nn.Module) -> str:
     """Why a recurrent module cannot be prepared; empty if it can."""
-    if type(module) not in _LAYERS + _CELLS:
-        bases = [c for c in _LAYERS + _CELLS if isinstance(module, c)]
-        if not bases or any(name not in ("__module__", "__doc__", "__qualname__") for name in vars(type(module))):
-            return "its class is not one of torch.nn or seqkernels.nn"
-        if len(type(module).__mro__[1:]) and type(module).__mro__[1] not in _LAYERS + _CELLS:
-            return "its class is not one of torch.nn or seqkernels.nn"
+    hooks = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
+    if is_parametrized(module) or any(name.startswith("torch.nn.utils.") for name in hooks):
+        return "a parametrization, weight norm or pruning computes its weights; remove it first"
+    known, of = _LAYERS + _CELLS, type(module)
+    if of not in known and (of.__mro__[1] not in known or not vars(of).keys() <= _OF_EMPTY_CLASS):
+        return "its class is not one of torch.nn or seqkernels.nn, and overrides something"
     tensors = [*module.parameters(), *module.buffers()]
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):

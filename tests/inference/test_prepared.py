@@ -584,6 +584,30 @@ def test_prepare_replaces_at_any_depth_and_reports() -> None:
     assert "left: step" in str(report) and str(report).startswith("No module was prepared.")
 
 
+def parametrized(module: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    return nn.utils.prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+
+
+class Empty(nn.GRU):
+    """Overrides nothing."""
+
+
+class Stand(sk.LSTM, nn.LSTM):
+    pass
+
+
+@pytest.mark.parametrize("make", [Empty, Stand])
+def test_subclasses_that_override_nothing_are_prepared(make) -> None:
+    module = make(3, 12).eval()
+    x = torch.randn(4, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(module)(x), module(x))
+
+
 class Sub(nn.LSTM):
     def forward(self, input, hx=None):
         return super().forward(input * 2, hx)
@@ -592,7 +616,9 @@ class Sub(nn.LSTM):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: Sub(3, 4), "its class is not one of torch.nn or seqkernels.nn"),
+        (lambda: Sub(3, 4), "its class is not one of torch.nn or seqkernels.nn, and overrides something"),
+        (lambda: parametrized(nn.LSTM(3, 4)), "a parametrization, weight norm or pruning computes its weights"),
+        (lambda: pruned(nn.LSTM(3, 4)), "a parametrization, weight norm or pruning computes its weights"),
         (lambda: nn.LSTM(3, 4).double(), "its weights must be float32, bfloat16 or float16, got torch.float64"),
         (lambda: nn.LSTM(3, 4, device="meta"), "its weights must be on the CPU, got meta"),
         (lambda: sk.LSTM(3, 4, return_all_states=True), "return_all_states needs the states of all steps"),
