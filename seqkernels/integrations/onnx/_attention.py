@@ -2,7 +2,7 @@
 
 Attention computes a call if opset_version is at least 23 and its arguments have one meaning in all releases of the
 operator. It aligns causality with the first key. With softcap, a mask is added before or after the cap, depending on
-the release, so that masks with softcap use MatMul and Softmax.
+the release (https://github.com/onnx/onnx/issues/7865), so that masks with softcap use MatMul and Softmax.
 
 Dimensions: B batch, Hq query heads, Hk key heads, Tq queries, Tk keys, H hidden units, D and Dv columns.
 """
