@@ -178,7 +178,10 @@ py::dict explain_embedding_bag(int64_t N, int64_t B, int64_t D, int64_t element_
 }
 
 py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv) {
-  const int64_t threads = threads_for(attention::nanoseconds(double(B * Hq) * double(Tq * Tk), D, Dv));
+  const double pairs = double(B * Hq) * double(Tq * Tk), bytes = 4 * double(B * Hk) * double(Tk * (D + Dv));
+  const bool in_place = attention::few_queries(Tq, Hq / Hk);
+  const int64_t threads =
+      threads_for(in_place ? attention::decode_nanoseconds(pairs, D, Dv, bytes) : attention::nanoseconds(pairs, D, Dv));
   const attention::Plan plan = attention::plan_forward(B, Hq, Hk, Tq, Tk, threads);
   py::dict result;
   result["isa"] = isa_name(current_isa());
@@ -189,7 +192,7 @@ py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_
                        ? "blocks of " + std::to_string(attention::kRows) + " queries"
                        : "chunks of " + std::to_string(attention::kChunkKeys) + " keys";
   result["block"] = py::make_tuple(attention::kRows, attention::kKeys);
-  result["keys"] = std::string(attention::few_queries(Tq, Hq / Hk) ? "read in place" : "packed");
+  result["keys"] = std::string(in_place ? "read in place" : "packed");
   return result;
 }
 
