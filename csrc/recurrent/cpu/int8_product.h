@@ -17,9 +17,9 @@ constexpr int kInt8Rows = kVectorBytes == 64 || kVectors == 3 ? kWholeRows<kVect
 // Depth of a block: a panel of 128 bytes per 4 k stays in the L1 cache, 16 KiB.
 constexpr int64_t kInt8Block = 512;
 
-// dot4(sum, a, w) is sum + a . w over the four bytes of each lane. a: four bytes of a row in every lane; w: four bytes of
-// a column in each lane. kRows: of the tile. first_sum: the value that a sum starts with, from the rows of a panel after
-// its values: the sum of the column, and that of the magnitudes of its negative values.
+// dot4(sum, a, w) is sum + a . w over the four bytes of each lane. a: four bytes of a row in every lane; w: four bytes
+// of a column in each lane. kRows: of the tile. first_sum: the value that a sum starts with, from the rows of a panel
+// after its values: the sum of the column, and that of the magnitudes of its negative values.
 template <int kRows>
 struct Dot;
 
@@ -56,8 +56,8 @@ struct Dot {
 
 #elif defined(__AVX512F__)
 
-// Unsigned by signed bytes: |a|, and w with the sign of a. A sum of two of the products is at most 2 * 127 * 127, which 16
-// bits hold.
+// Unsigned by signed bytes: |a|, and w with the sign of a. A sum of two of the products is at most 2 * 127 * 127, which
+// 16 bits hold.
 template <int kRows>
 struct Dot {
   struct Left {
@@ -86,10 +86,10 @@ struct Dot {
 
 #elif defined(__AVX2__)
 
-// Unsigned by signed bytes, as above. With few rows the magnitudes are those of a, which all columns share, and w gets the
-// sign of a. From 3 rows on they are those of w, which all rows share, and the bits of a are flipped where w is negative:
-// -a - 1 in place of -a, at most 2 * 127 * 128 for two products, which the first value of the sum corrects. A sign takes
-// one of the two vector units that the products need, a flip any of four.
+// Unsigned by signed bytes, as above. With few rows the magnitudes are those of a, which all columns share, and w gets
+// the sign of a. From 3 rows on they are those of w, which all rows share, and the bits of a are flipped where w is
+// negative: -a - 1 in place of -a, at most 2 * 127 * 128 for two products, which the first value of the sum corrects. A
+// sign takes one of the two vector units that the products need, a flip any of four.
 template <int kRows>
 struct Dot {
   static constexpr bool kFlips = kRows >= 3;
@@ -160,9 +160,8 @@ SEQKERNELS_INLINE void int8_tile(const View& b, int64_t begin, int64_t end, cons
   for (int v = kFirst; v < kLast; ++v) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r][v - kFirst] = begin == 0
-                               ? D::first_sum(b, after, v)
-                               : (Sum32)load(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>));
+      sum[r][v - kFirst] = begin == 0 ? D::first_sum(b, after, v)
+                                      : (Sum32)load(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>));
     }
   }
   for (int64_t k = begin; k < end; ++k) {
