@@ -8,12 +8,10 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 typedef int32_t Sum32 __attribute__((vector_size(kVectorBytes)));
 
-// Rows of a register tile: accumulators, one vector per row and four more fit into the registers. Of 4 vectors, AVX2
-// takes 4 rows of half of the vectors.
+// Rows of a register tile: accumulators, one vector per row and four more fit into the registers. Tiles of 4 rows and
+// half of the vectors are slower, although they read a panel half as often.
 template <int kVectors>
-constexpr int kWholeRows = kVectorBytes == 64 ? (kVectors == 3 ? 6 : 4) : (kVectors == 3 ? 3 : 2);
-template <int kVectors>
-constexpr int kInt8Rows = kVectorBytes == 64 || kVectors == 3 ? kWholeRows<kVectors> : 4;
+constexpr int kInt8Rows = kVectorBytes == 64 ? (kVectors == 3 ? 6 : 4) : (kVectors == 3 ? 3 : 2);
 // Depth of a block: a panel of 128 bytes per 4 k stays in the L1 cache, 16 KiB.
 constexpr int64_t kInt8Block = 512;
 
@@ -149,55 +147,50 @@ struct Dot {
 
 #endif
 
-// sums[kRows, vectors] = or += A[kRows, 4 * (end - begin)] B for vectors [kFirst, kLast), rows [begin, end) of B.
-// after: the row of B after its values.
-template <int kFirst, int kLast, int kRows, class View>
+// sums[kRows, vectors] = or += A[kRows, 4 * (end - begin)] B, rows [begin, end) of B. after: the row of B after its
+// values.
+template <int kVectors, int kRows, class View>
 SEQKERNELS_INLINE void int8_tile(const View& b, int64_t begin, int64_t end, const int8_t* a, int64_t lda, int32_t* sums,
                                  int64_t ldc, int64_t after) {
   using D = Dot<kRows>;
-  Sum32 sum[kRows][kLast - kFirst];
+  Sum32 sum[kRows][kVectors];
 #pragma GCC unroll 4
-  for (int v = kFirst; v < kLast; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Sum32 first = D::first_sum(b, after, v);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r][v - kFirst] = begin == 0 ? D::first_sum(b, after, v)
-                                      : (Sum32)load(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>));
+      sum[r][v] = begin == 0 ? first : (Sum32)load(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>));
     }
   }
   for (int64_t k = begin; k < end; ++k) {
 #pragma GCC unroll 4
-    for (int v = kFirst; v < kLast; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       const typename D::Right right(b.words(k, v));
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         int32_t word;
         memcpy(&word, a + r * lda + 4 * k, 4);
-        sum[r][v - kFirst] = D::dot4(sum[r][v - kFirst], typename D::Left(word), right);
+        sum[r][v] = D::dot4(sum[r][v], typename D::Left(word), right);
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = kFirst; v < kLast; ++v) {
-      store(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>), (Native<float>)sum[r][v - kFirst]);
+    for (int v = 0; v < kVectors; ++v) {
+      store(reinterpret_cast<float*>(sums + r * ldc + v * kLanes<float>), (Native<float>)sum[r][v]);
     }
   }
 }
 
-// `height` rows, 1 to kRows. More rows than kWholeRows go in two halves of the vectors.
+// `height` rows, 1 to kRows.
 template <int kVectors, int kRows, class View>
 SEQKERNELS_INLINE void int8_tile_of(int64_t height, const View& b, int64_t begin, int64_t end, const int8_t* a,
                                     int64_t lda, int32_t* sums, int64_t ldc, int64_t after) {
   if constexpr (kRows > 1) {
     if (height < kRows) return int8_tile_of<kVectors, kRows - 1>(height, b, begin, end, a, lda, sums, ldc, after);
   }
-  if constexpr (kRows > kWholeRows<kVectors>) {
-    int8_tile<0, kVectors / 2, kRows>(b, begin, end, a, lda, sums, ldc, after);
-    int8_tile<kVectors / 2, kVectors, kRows>(b, begin, end, a, lda, sums, ldc, after);
-  } else {
-    int8_tile<0, kVectors, kRows>(b, begin, end, a, lda, sums, ldc, after);
-  }
+  int8_tile<kVectors, kRows>(b, begin, end, a, lda, sums, ldc, after);
 }
 
 template <int kVectors, int kUnits, class View>
