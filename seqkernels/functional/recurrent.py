@@ -642,19 +642,19 @@ def stack(
 # ---- checks
 
 
-def states_of(caller: str, kind: Kind, hx: Any) -> States | None:
-    """hx as a tuple of tensors."""
+def states_of(caller: str, kind: Kind, hx: Any, name: str = "hx") -> States | None:
+    """hx as a tuple of tensors. name: of the argument."""
     if hx is None:
         return None
     if len(kind.states) == 1:
         if not isinstance(hx, Tensor):
-            raise TypeRuntimeError(f"{caller}: hx must be a tensor h0, got {describe(hx)}")
+            raise TypeRuntimeError(f"{caller}: {name} must be a tensor h0, got {describe(hx)}")
         return (hx,)
     given = isinstance(hx, (tuple, list)) and len(hx) == len(kind.states) and all(isinstance(s, Tensor) for s in hx)
     if not given:
         count = {2: "pair", 3: "triple"}.get(len(kind.states), f"tuple of {len(kind.states)}")
         names = ", ".join(kind.initial_states)
-        raise TypeRuntimeError(f"{caller}: hx must be a {count} of tensors ({names}), got {describe(hx)}")
+        raise TypeRuntimeError(f"{caller}: {name} must be a {count} of tensors ({names}), got {describe(hx)}")
     return tuple(hx)
 
 

@@ -18,10 +18,19 @@ from seqkernels.functional._overrides import refuse_nested
 from seqkernels.functional._recurrent_extras import batch_of
 from seqkernels.functional._recurrent_kinds import KINDS, Kind
 from seqkernels.functional._recurrent_options import Options
+from seqkernels.functional._values import tracing
 from seqkernels.inference import _ops
 
 States = tuple[Tensor, ...]
 _INFINITY = float("inf")
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Addresses of the memory between the first and the last element."""
+    if not t.numel():
+        return 0, 0
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 class _Prepared(nn.Module):
@@ -142,6 +151,20 @@ class _Prepared(nn.Module):
                 "under torch.no_grad(), or train the original module"
             )
 
+    def _check_apart(self, out_state: States | None, input: Tensor) -> None:
+        """out_state must not overlap in memory: with each other, with themselves, or with the input."""
+        if out_state is None or tracing():
+            return
+        taken = [("input", *_extent(input))]
+        for letter, state in zip(self._kind.states, out_state):
+            begin, end = _extent(state)
+            if end - begin < state.numel() * state.element_size():
+                raise ValueError(f"{self.name}: {letter} of out_state must not be an expanded tensor")
+            for other, low, high in taken:
+                if begin < high and low < end:
+                    raise ValueError(f"{self.name}: {letter} of out_state must not share memory with {other}")
+            taken.append((f"{letter} of out_state", begin, end))
+
     def _call(
         self,
         x: Tensor,
@@ -154,16 +177,17 @@ class _Prepared(nn.Module):
         shape: _ops.Shape | None = None,
         ranges: Tensor | None = None,
     ) -> tuple[Tensor, States]:
-        """Runs the op in float32; states have its shapes. With out_state, they are updated and returned."""
+        """Runs the op in float32; states have its shapes. With out_state, these are overwritten and returned."""
         if weights is None:
             weights, shape, ranges = self._all_weights(), self._shape, self._buffers.get("ranges")
-        dtype = x.dtype
+        dtype, given = x.dtype, hx
         if dtype != torch.float32:
             x = x.float()
             hx = None if hx is None else tuple(s.float() for s in hx)
         rest = weights, *shape, ranges, batch_sizes, lengths, reset  # type: ignore[misc]
         name = self._kind.name
-        if out_state is None or dtype != torch.float32 or not all(s.is_contiguous() for s in out_state):
+        same = given is None or out_state is None or all(of is s for of, s in zip(out_state, given))
+        if out_state is None or not same or dtype != torch.float32 or not all(s.is_contiguous() for s in out_state):
             y, *states = _ops.INFER[name](x, *(hx or (None,) * len(self._kind.states)), *rest)
             if dtype != torch.float32:
                 y, states = y.to(dtype), [s.to(dtype) for s in states]
@@ -172,13 +196,9 @@ class _Prepared(nn.Module):
             for of, state in zip(out_state, states):
                 of.copy_(state)
             return y, out_state
-        if hx is None:
+        if given is None:
             for of in out_state:
                 of.zero_()
-        else:
-            for of, state in zip(out_state, hx):
-                if of is not state:
-                    of.copy_(state)
         return _ops.UPDATE[name](x, out_state, *rest), out_state
 
     def extra_repr(self) -> str:
@@ -193,6 +213,15 @@ class _Prepared(nn.Module):
         return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
 
 
+def _like_batch(hx: States | None, into: States | None, batched: States | None, dim: int) -> States | None:
+    """hx with a batch dimension: the tensors of `batched` where hx is `into`."""
+    if hx is None:
+        return None
+    if into is not None and batched is not None and all(a is b for a, b in zip(hx, into)):
+        return batched
+    return tuple(s.unsqueeze(dim) for s in hx)
+
+
 class PreparedRecurrent(_Prepared):
     """A recurrent layer for inference on a CPU: all layers and directions in one call, weights packed once.
 
@@ -201,11 +230,13 @@ class PreparedRecurrent(_Prepared):
 
     Inputs: as the original module (batch, unbatched sequence or PackedSequence, hx, lengths, reset), and
         out_state: tensors with the form of hx. They are overwritten with the last states and returned as such: a stream
-            keeps its state without an allocation. `module(x, state, out_state=state)` updates in place.
+            keeps its state without an allocation. `module(x, state, out_state=state)` updates in place; other hx are
+            read first. They must not share memory with each other or with the input.
     Outputs: as the original module.
     Numerics: float32 weights give the bits of seqkernels.nn; other weights are rounded once, and all else is computed
         in float32. int8: weights are symmetric with one scale per row; input and h are quantized per row and step, or
-        with the ranges of calibrate. Sums of int8 are exact. A row with NaN or infinity gives NaN.
+        with the ranges of calibrate. Sums of int8 are exact. A row with NaN or infinity gives NaN. Modules of half
+        types round their states at the end of a call.
     Deterministic: yes. A sequence has the same bits for any batch, padding and number of threads.
     """
 
@@ -224,7 +255,8 @@ class PreparedRecurrent(_Prepared):
             for state in kind.states:
                 self._initial.append(f"initial_{state}")
                 self.register_buffer(self._initial[-1], getattr(source, self._initial[-1]).detach().float().clone())
-        self.register_buffer("ranges", None)
+        if weights == "int8":  # of the input and of h of each direction; 0: that of each row and step
+            self.register_buffer("ranges", torch.zeros(self.num_layers, 1 + self._shape.directions))
         self._observed: Tensor | None = None
 
     def forward(
@@ -237,7 +269,7 @@ class PreparedRecurrent(_Prepared):
         out_state: Tensor | States | None = None,
     ) -> tuple[Any, Any]:
         states0 = F.states_of(self.name, self._kind, hx)
-        into = F.states_of(self.name, self._kind, out_state)
+        into = F.states_of(self.name, self._kind, out_state, "out_state")
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self.name}: lengths must be None with a PackedSequence, got {describe(lengths)}")
@@ -267,8 +299,8 @@ class PreparedRecurrent(_Prepared):
                     raise RuntimeError(f"{self.name}: {which} must be 2-D for an unbatched input")
             input = input.unsqueeze(of_batch)
             reset = None if reset is None else reset.unsqueeze(of_batch)
-            hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
             into_3d = None if into is None else tuple(s.unsqueeze(1) for s in into)
+            hx = _like_batch(hx, into, into_3d, 1)
         else:
             into_3d = into
         if self.batch_first:
@@ -280,6 +312,7 @@ class PreparedRecurrent(_Prepared):
         shapes = self._shapes(B)
         self._check_states(hx, shapes, input, "hx")
         self._check_states(into_3d, shapes, input, "out_state")
+        self._check_apart(into_3d, input)
         if lengths is not None:
             lengths = F._check_lengths(self.name, lengths, input)
         output, states = self._layers(input, hx, into_3d, None, lengths, reset)
@@ -301,6 +334,7 @@ class PreparedRecurrent(_Prepared):
         shapes = self._shapes(B)
         self._check_states(hx, shapes, data, "hx")
         self._check_states(into, shapes, data, "out_state")
+        self._check_apart(into, data)
         if hx is None and self._initial:
             hx = self._initial_states(B, data)
         elif hx is not None and sorted_indices is not None:
@@ -368,17 +402,19 @@ class PreparedRecurrent(_Prepared):
                 if of_layer is not None and of_layer[0].numel():
                     most = torch.maximum(most, of_layer[0][d].float().abs().amax())
                 largest.append(most)
-            observed[i] = torch.maximum(observed[i], torch.stack(largest))
+            found = torch.stack(largest)
+            if not bool(torch.isfinite(found).all()):
+                raise ValueError(f"calibrate: data must be finite, got NaN or infinity in {self.name}")
+            observed[i] = torch.maximum(observed[i], found)
         return x, tuple(torch.cat(of_state) for of_state in zip(*last))
 
     def _begin_observing(self) -> None:
-        self.register_buffer("ranges", None)
         self._observed = torch.zeros(self._shape.num_layers, 1 + self._shape.directions)
 
-    def _end_observing(self) -> None:
+    def _end_observing(self) -> Tensor | None:
+        """What was observed; None if there was no data."""
         observed, self._observed = self._observed, None
-        if observed is not None and bool((observed[:, 0] > 0).any()):
-            self.register_buffer("ranges", observed)
+        return observed if observed is not None and bool((observed[:, 0] > 0).any()) else None
 
 
 class PreparedCell(_Prepared):
@@ -401,18 +437,20 @@ class PreparedCell(_Prepared):
         out_state: Tensor | States | None = None,
     ) -> Any:
         states0 = F.states_of(self.name, self._kind, hx)
-        into = F.states_of(self.name, self._kind, out_state)
+        into = F.states_of(self.name, self._kind, out_state, "out_state")
         self._check(input)
         if input.dim() not in (1, 2):
             raise ValueError(f"{self.name}: input must be [B, D] or [D], got {list(input.shape)}")
         shapes = [(*input.shape[:-1], self.hidden_size)] * len(self._kind.states)
         self._check_states(states0, shapes, input, "hx")
         self._check_states(into, shapes, input, "out_state")
+        self._check_apart(into, input)
         if input.dim() == 2:
             _, states = self._call(input, states0, into, None, None, None)
         else:
-            one = [None if of is None else tuple(s.unsqueeze(0) for s in of) for of in (states0, into)]
-            _, states = self._call(input.unsqueeze(0), one[0], one[1], None, None, None)
+            into_2d = None if into is None else tuple(s.unsqueeze(0) for s in into)
+            hx_2d = _like_batch(states0, into, into_2d, 0)
+            _, states = self._call(input.unsqueeze(0), hx_2d, into_2d, None, None, None)
             states = tuple(s.squeeze(0) for s in states) if into is None else into
         return states if len(states) > 1 else states[0]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 
 import seqkernels.nn as sk
 from seqkernels.inference._modules import PreparedCell, PreparedRecurrent, _Prepared, family_and_options
@@ -178,12 +179,16 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     Returns:
         The model.
     Raises:
-        ValueError: the model has no int8 layer, or `data` is empty.
+        ValueError: the model has no int8 layer, or `data` is empty, not finite, or does not reach a layer. The ranges
+            are then unchanged.
+        TypeError: `data` is a tensor or not iterable.
     """
-    layers = [m for m in model.modules() if isinstance(m, PreparedRecurrent) and m.weights == "int8"]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PreparedRecurrent) and m.weights == "int8"}
     if not layers:
         raise ValueError('calibrate: model must have a layer prepared with weights="int8", got none')
-    for layer in layers:
+    if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+        raise TypeError(f"calibrate: data must be an iterable of batches, such as a list, got {type(data).__name__}")
+    for layer in layers.values():
         layer._begin_observing()
     count = 0
     try:
@@ -191,14 +196,19 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
             for batch in data:
                 if isinstance(batch, Mapping):
                     model(**batch)
-                elif isinstance(batch, tuple) and not hasattr(batch, "batch_sizes"):
+                elif isinstance(batch, tuple) and not isinstance(batch, PackedSequence):
                     model(*batch)
                 else:
                     model(batch)
                 count += 1
     finally:
-        for layer in layers:
-            layer._end_observing()
+        observed = {name: layer._end_observing() for name, layer in layers.items()}
     if not count:
         raise ValueError("calibrate: data must have at least one batch, got none")
+    missing = [name or "(model)" for name, found in observed.items() if found is None]
+    if missing:
+        raise ValueError(f"calibrate: data must reach every int8 layer, got no values for {', '.join(missing)}")
+    for name, found in observed.items():
+        if found is not None:
+            layers[name].get_buffer("ranges").copy_(found)
     return model

@@ -17,6 +17,8 @@ from seqkernels.reference.attention import dequantize_rows, quantize_rows
 
 __all__ = ["KeyValueCache"]
 
+_DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
 
 class KeyValueCache:
     """Keys and values of previous steps, preallocated for `capacity` steps. Inference only.
@@ -38,6 +40,7 @@ class KeyValueCache:
         block_table: with pages, int32 [B, n]: step t is row t % page_size of page block_table[b, t // page_size].
         lengths: int64 [B], number of steps of each sequence.
         longest: upper bound of `lengths`.
+        They are read-only: `append`, `reorder` and `reset` change them.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class KeyValueCache:
         if dtype == torch.int8:
             self.key_scales = torch.zeros(sizes, device=device)
             self.value_scales = torch.zeros(sizes, device=device)
-        elif not self.keys.is_floating_point():
+        elif self.keys.dtype not in _DTYPES:
             raise TypeError(f"{caller}: dtype must be float32, float64, bfloat16, float16 or int8, got {dtype}")
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.longest = 0
@@ -108,8 +111,11 @@ class KeyValueCache:
                 raise ValueError(f"{caller}: {name} must have shape [{B}, {H}, T, {D}], got {list(t.shape)}")
             if t.shape[2] != T:
                 raise ValueError(f"{caller}: value must have as many steps as key, {T}, got {t.shape[2]}")
-            if t.dtype != of.dtype and not _converts(t, of):
-                raise TypeError(f"{caller}: {name} must be of the cache's dtype {of.dtype}, got {t.dtype}")
+            if (t.dtype != of.dtype or of.dtype == torch.int8) and not _converts(t, of):
+                wanted = (
+                    "float32, bfloat16 or float16" if of.dtype == torch.int8 else f"of the cache's dtype {of.dtype}"
+                )
+                raise TypeError(f"{caller}: {name} must be {wanted}, got {t.dtype}")
             if t.device != of.device:
                 raise ValueError(f"{caller}: {name} must be on the cache's device {of.device}, got {t.device}")
             if torch.is_grad_enabled() and t.requires_grad:
@@ -211,7 +217,10 @@ class KeyValueCache:
         return self._pages is None and self.keys.dtype == dtype
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """Contiguous keys [B, H, longest, D] and values [B, H, longest, Dv]; float32 if the cache is of int8."""
+        """Keys [B, H, longest, D] and values [B, H, longest, Dv]; float32 if the cache is of int8.
+
+        Without pages and int8 they are views of the cache.
+        """
         found = []
         for rows, scales in ((self.keys, self.key_scales), (self.values, self.value_scales)):
             if self.block_table is not None and self._pages is not None:

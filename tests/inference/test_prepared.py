@@ -461,6 +461,38 @@ def test_out_state_of_packed_padded_and_half() -> None:
         assert_bits(state, want)
 
 
+def test_out_state_that_shares_memory() -> None:
+    fast = prepared(nn.LSTM(8, 8).eval())
+    x, h, c = torch.randn(4, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    z = torch.zeros(1, 3, 8)
+    with torch.no_grad():
+        output, want = fast(x, (h, c))
+        swapped = h.clone(), c.clone()
+        assert_bits(fast(x, swapped, out_state=swapped[::-1])[0], output)
+        assert_bits(list(swapped[::-1]), list(want))
+        kept = c.clone()
+        out = (kept, z.clone())
+        assert_bits(fast(x, (h, kept), out_state=out), (output, want))
+        both = torch.randn(1, 3, 8)
+        want = fast(x, (both, both))
+        assert_bits(fast(x, (both, both), out_state=(torch.empty_like(z), torch.empty_like(z))), want)
+        copy_of_x, wide = x.clone(), torch.zeros(2, 3, 8)
+        for out, text in (
+            ((z, z), "c of out_state must not share memory with h of out_state"),
+            ((copy_of_x[:1], z), "h of out_state must not share memory with input"),
+            ((z, copy_of_x[3:]), "c of out_state must not share memory with input"),
+            ((wide[0:1], wide.flatten()[12:36].view(1, 3, 8)), "c of out_state must not share memory with h"),
+            ((torch.zeros(1, 1, 8).expand(1, 3, 8), z), "h of out_state must not be an expanded tensor"),
+        ):
+            with pytest.raises(ValueError, match=f"LSTM: {text}"):
+                fast(copy_of_x, (h, c), out_state=out)
+        with pytest.raises(TypeError, match="LSTM: out_state must be a pair of tensors"):
+            fast(x, out_state=z)
+        cell = prepared(nn.GRUCell(8, 8).eval())
+        with pytest.raises(ValueError, match="GRUCell: h of out_state must not share memory with input"):
+            cell(x[0], out_state=x[0])
+
+
 # ---- forms of input
 
 
@@ -538,6 +570,31 @@ def test_static_ranges_saturate_and_keep_nan_visible() -> None:
         assert_bits(y[0], torch.relu(want + (module.bias_ih_l0 + module.bias_hh_l0)))
         x[0, 0, 2] = float("nan")
         assert fast(x)[0][0, 0].isnan().all()
+
+
+def test_a_failed_calibration_changes_nothing() -> None:
+    fast = prepared(nn.Sequential(nn.LSTM(3, 8)).eval(), "int8")
+    x = torch.randn(4, 2, 3)
+    inference.calibrate(fast, [x])
+    ranges = fast[0].ranges.clone()
+    fresh = prepared(nn.Sequential(nn.LSTM(3, 8)).eval(), "int8")
+    fresh.load_state_dict(fast.state_dict())
+    assert_bits(fresh[0].ranges, ranges)
+    infinite = x.clone()
+    infinite[0, 0, 0] = float("inf")
+    for data, error, text in (
+        ([x * 0.01, torch.randn(4, 3, 9)], RuntimeError, "input_size = 3"),
+        ([x, infinite], ValueError, "calibrate: data must be finite, got NaN or infinity in LSTM"),
+        ([x * float("nan")], ValueError, "calibrate: data must be finite"),
+        ([x[:0]], ValueError, "calibrate: data must reach every int8 layer, got no values for 0"),
+        (x, TypeError, "calibrate: data must be an iterable of batches, such as a list, got Tensor"),
+        (3, TypeError, "calibrate: data must be an iterable of batches, such as a list, got int"),
+    ):
+        with pytest.raises(error, match=text):
+            inference.calibrate(fast, data)
+        assert_bits(fast[0].ranges, ranges)
+        with torch.no_grad():
+            assert fast(x)[0].isfinite().all()
 
 
 def test_calibrate_reports_what_is_missing() -> None:
@@ -627,7 +684,7 @@ class Sub(nn.LSTM):
 )
 def test_what_is_left(make, reason) -> None:
     module = make().eval()
-    same, report = inference.prepare(nn.ModuleDict({"a": module}), "int8")
+    same, report = inference.prepare(nn.ModuleDict({"a": module}), "int8", inplace=True)
     assert type(same["a"]) is type(module)
     assert report.left["a"][1].startswith(reason)
 
