@@ -462,7 +462,7 @@ CACHE_ERRORS: dict[str, tuple[type[Exception], str, Any]] = {
                    lambda: KeyValueCache(2, 4, 2, 8, dtype=torch.int8).attend(Q.clone().requires_grad_())),
     "a mask of other keys": (ValueError, "attn_mask must have at least 2 dimensions",
                              lambda: KeyValueCache(2, 4, 2, 8, dtype=torch.int8).attend(Q, R(1, 3))),
-    "key of another dtype": (TypeError, "key must be of the cache's dtype torch.int8, got torch.float64",
+    "key of another dtype": (TypeError, "key must be float32, bfloat16 or float16, got torch.float64",
                              lambda: KeyValueCache(2, 4, 2, 8, dtype=torch.int8).append(K.double(), K.double())),
 }  # fmt: skip
 
