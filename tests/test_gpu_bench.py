@@ -39,6 +39,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gpu, "GRACE", 2.0)
     monkeypatch.setattr(gpu, "STOP", threading.Event())
     monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)  # of the process that runs this test
     return folder
 
 
