@@ -9,8 +9,6 @@ GPU_TORCH ?= 2.11.0
 # The Triton of the tests; each CUDA build of torch requires one release.
 TRITON ?= 3.6.0
 ARGS ?=
-# Processes of `make test`; a file of tests runs in one of them.
-WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -49,7 +47,7 @@ demo: $(call with,demo)
 	$(PY) examples/text_classification.py $(ARGS)
 
 test: lint $(call with,test) $(EMULATED)
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 bench: $(call with,bench)
 	$(PY) -m pytest bench -p no:cacheprovider --benchmark-only -q $(ARGS)
