@@ -8,6 +8,8 @@ COMPAT_TORCH ?= 2.11.0 2.13.0 2.14.1
 GPU_TORCH ?= 2.11.0
 # The Triton of the tests; each CUDA build of torch requires one release.
 TRITON ?= 3.6.0
+# The processes of make test.
+PROCESSES ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -31,7 +33,7 @@ CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -na
 help:
 	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
 	@echo '               or with torch and seqkernels EmbeddingBag   ARGS="--model bag"'
-	@echo 'make test      make lint, then pytest                 ARGS="-k lstm"'
+	@echo 'make test      make lint, then pytest                 ARGS="-k lstm" PROCESSES=2'
 	@echo 'make bench     benchmark against other libraries      ARGS="-k train"'
 	@echo 'make lint      check with ruff, mypy and clang-format'
 	@echo 'make format    format with ruff and clang-format'
@@ -47,7 +49,7 @@ demo: $(call with,demo)
 	$(PY) examples/text_classification.py $(ARGS)
 
 test: lint $(call with,test) $(EMULATED)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
 bench: $(call with,bench)
 	$(PY) -m pytest bench -p no:cacheprovider --benchmark-only -q $(ARGS)

@@ -223,11 +223,15 @@ def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tu
     return result, output
 
 
+def workers() -> list[str]:
+    """Arguments of pytest for several processes that share the device; none if pytest-xdist is not installed."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+
+
 def run_tests(part: Part) -> dict[str, Any]:
-    """Runs the tests, in several processes that share the device if pytest-xdist is installed."""
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "--continue-on-collection-errors", *workers()]
     return pytest_part(part, command, **DETERMINISTIC)[0]
 
 

@@ -38,6 +38,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gpu, "SITE", folder)
     monkeypatch.setattr(gpu, "GRACE", 2.0)
     monkeypatch.setattr(gpu, "STOP", threading.Event())
+    monkeypatch.setattr(gpu, "workers", list)  # one process, even where pytest-xdist is installed
     monkeypatch.setenv("PYTEST_ADDOPTS", "")
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         monkeypatch.delenv(name, raising=False)  # of the process that runs this test
