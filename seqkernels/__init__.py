@@ -15,10 +15,13 @@ except ImportError as error:
     ) from error
 
 from seqkernels import decoding, functional, inference, nn, reference
+from seqkernels.accelerate import accelerate, restore
 from seqkernels.explain import explain
 
 __version__ = "0.1.0"
-__all__ = ["build_info", "decoding", "explain", "functional", "inference", "nn", "reference"]
+__all__ = [
+    "accelerate", "build_info", "decoding", "explain", "functional", "inference", "nn", "reference", "restore",
+]  # fmt: skip
 
 
 def build_info() -> dict[str, Any]:

@@ -13,8 +13,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 import seqkernels.nn as sk
+from seqkernels._tables import aligned
 from seqkernels.inference._modules import PreparedCell, PreparedRecurrent, _Prepared, family_and_options
 from seqkernels.inference._ops import PRECISIONS
+from seqkernels.nn._hooks import overridden
 
 _LAYERS: tuple[type[nn.Module], ...] = (
     nn.LSTM, nn.GRU, nn.RNN, sk.LSTM, sk.GRU, sk.RNN, sk.DreamerGRU, sk.SLSTM, sk.MGU, sk.NestedLSTM,
@@ -26,11 +28,6 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-# What the dictionary of a class holds that overrides nothing.
-_OF_EMPTY_CLASS = {
-    "__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__",
-    "__parameters__", "__orig_bases__",
-}  # fmt: skip
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -61,13 +58,7 @@ class Report:
         rows += [(n or "(model)", c, f"{b:,}", f"{a:,}") for n, (c, b, a) in self.prepared.items()]
         if len(self.prepared) > 1:
             rows.append(("total", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-            for row in rows
-        ]
-        if not self.prepared:
-            lines = ["No module was prepared."]
+        lines = aligned(rows, right=(2, 3)) if self.prepared else ["No module was prepared."]
         lines += [f"left: {name or '(model)'} ({of}): {reason}" for name, (of, reason) in self.left.items()]
         return "\n".join(lines)
 
@@ -133,7 +124,7 @@ def _obstacle(module: nn.Module) -> str:
     if is_parametrized(module) or any(name.startswith("torch.nn.utils.") for name in hooks):
         return "a parametrization, weight norm or pruning computes its weights; remove it first"
     known, of = _LAYERS + _CELLS, type(module)
-    if of not in known and (of.__mro__[1] not in known or not vars(of).keys() <= _OF_EMPTY_CLASS):
+    if of not in known and (of.__mro__[1] not in known or overridden(of, of.__mro__[1])):
         return "its class is not one of torch.nn or seqkernels.nn, and overrides something"
     tensors = [*module.parameters(), *module.buffers()]
     dtypes = {t.dtype for t in tensors}

@@ -1,4 +1,4 @@
-"""Whether a module may be replaced by its formula."""
+"""Whether a module may be replaced: by its formula, or by another module."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ _GLOBAL = (
     modules._global_backward_pre_hooks,
     modules._global_backward_hooks,
 )
+# What the dictionary of a class holds that overrides nothing.
+_OF_EMPTY_CLASS = {
+    "__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__",
+    "__parameters__", "__orig_bases__", "__constants__",
+}  # fmt: skip
+
+
+def overridden(kind: type, base: type) -> list[str]:
+    """Names that `kind` adds to `base` or overrides; none if it is `base` or one of its base classes."""
+    if kind is base or not issubclass(kind, base):
+        return []
+    return sorted(vars(kind).keys() - _OF_EMPTY_CLASS)
 
 
 def runs_forward_of(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:

@@ -68,8 +68,12 @@ class _Recurrent(RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "options" not in state:  # a pickle of torch's module, for which this class stands in
-            self.options = self._family.plain
-            self._kind = self._family.kind_of(self.options, self.proj_size > 0)
+            self._set_plain()
+
+    def _set_plain(self) -> None:
+        """Sets the attributes that a module of torch does not have."""
+        self.options = self._family.plain
+        self._kind = self._family.kind_of(self.options, self.proj_size > 0)
 
     # ---- parameters
 

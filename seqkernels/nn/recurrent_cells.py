@@ -62,7 +62,11 @@ class _Cell(RNNCellBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "options" not in state:  # a pickle of torch's module, for which this class stands in
-            self.options, self._plain = self._family.plain, True
+            self._set_plain()
+
+    def _set_plain(self) -> None:
+        """Sets the attributes that a module of torch does not have."""
+        self.options, self._plain = self._family.plain, True
 
     @property
     def _kind(self) -> Kind:
