@@ -28,13 +28,14 @@ CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -na
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
+.PHONY: help demo test bench docs lint format compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
 
 help:
 	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
 	@echo '               or with torch and seqkernels EmbeddingBag   ARGS="--model bag"'
 	@echo 'make test      make lint, then pytest                 ARGS="-k lstm" PROCESSES=2'
 	@echo 'make bench     benchmark against other libraries      ARGS="-k train"'
+	@echo 'make docs      build the site into build/site'
 	@echo 'make lint      check with ruff, mypy and clang-format'
 	@echo 'make format    format with ruff and clang-format'
 	@echo 'make compat    build a wheel with torch $(TORCH) and test it with torch $(COMPAT_TORCH)   COMPAT_TORCH=2.11.0'
@@ -53,6 +54,9 @@ test: lint $(call with,test) $(EMULATED)
 
 bench: $(call with,bench)
 	$(PY) -m pytest bench -p no:cacheprovider --benchmark-only -q $(ARGS)
+
+docs: $(call with,docs)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: $(call with,dev)
 	$(VENV)/bin/ruff check .
