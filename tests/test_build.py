@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -319,3 +320,25 @@ def test_extension_matches_the_torch_version() -> None:
     built = tuple(int(p) for p in seqkernels.build_info()["torch"].split("+")[0].split(".")[:2])
     assert built >= (2, 11)
     assert torch.__version__
+
+
+# ---- python -m seqkernels
+
+
+def test_report_of_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    assert runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"]() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"build: isa       {seqkernels.build_info()['isa']}" in lines
+    assert [line.split()[0] for line in lines if line.endswith("passed")] == [
+        "LSTM", "GRU", "RNN", "MultiheadAttention", "embedding_bag", "scaled_dot_product_attention",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [2.0, float("nan")])
+def test_report_of_a_wrong_build(wrong: float, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    original = seqkernels.functional.embedding_bag
+    monkeypatch.setattr(seqkernels.functional, "embedding_bag", lambda *given: wrong * original(*given))
+    assert runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"]() == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")] == [
+        "embedding_bag"
+    ]
