@@ -88,7 +88,7 @@ class Problem:
         self.start, self.state = self._start(start_tokens, state), state
         self.device, self.B = self.start.device, self.start.shape[0]
         self.N = self.B * width
-        self.drop_ended = drop_ended
+        self.drop_ended = flag(caller, "drop_ended", drop_ended)
         self.kept: Tensor | None = None
         self.rows: Tensor | None = None
         self.limits, limits = self.per_sentence("max_length", max_length, 1)
@@ -105,7 +105,7 @@ class Problem:
         self.penalty = number(caller, "repetition_penalty", repetition_penalty)
         if self.penalty <= 0:
             raise ValueError(f"{caller}: repetition_penalty must be above 0, got {repetition_penalty}")
-        self.return_attention = return_attention
+        self.return_attention = flag(caller, "return_attention", return_attention)
         self.needs_attention = "return_attention" if return_attention else ""
         every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         self.check_every = every if check_every is None else integer(caller, "check_every", check_every, 1)
@@ -143,13 +143,16 @@ class Problem:
                     f"{caller}: start_tokens must be a tensor [B] if the state has no tensor with a dimension of rows, "
                     f"got {tokens}"
                 )
-            return torch.full((found[1],), tokens, dtype=torch.int64, device=found[0].device)
+            token = integer(caller, "start_tokens", tokens, 0)
+            return torch.full((found[1],), token, dtype=torch.int64, device=found[0].device)
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{caller}: start_tokens must be a tensor [B] or an int, got {describe(tokens)}")
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{caller}: start_tokens must be int32 or int64, got {tokens.dtype}")
         if tokens.dim() != 1:
             raise ValueError(f"{caller}: start_tokens must have shape [B], got {list(tokens.shape)}")
+        if tokens.is_cpu and tokens.numel() and may_read_values(tokens) and int(tokens.min()) < 0:
+            raise ValueError(f"{caller}: start_tokens must be at least 0, got {int(tokens.min())}")
         return tokens.long()
 
     def _eos(self, given: Any) -> tuple[int, ...]:
@@ -350,6 +353,12 @@ def integer(caller: str, name: str, value: Any, lowest: int | None) -> int:
         raise TypeError(f"{caller}: {name} must be an int, got {value!r}")
     if lowest is not None and value < lowest:
         raise ValueError(f"{caller}: {name} must be at least {lowest}, got {value}")
+    return value
+
+
+def flag(caller: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be a bool, got {value!r}")
     return value
 
 

@@ -93,7 +93,7 @@ def beam_search(
     )  # fmt: skip
     if beta > 0:
         problem.needs_attention = "coverage_penalty"
-    of_source = None if source_lengths is None else problem.per_sentence("source_lengths", source_lengths, 0)[0]
+    of_source = None if source_lengths is None else problem.per_sentence("source_lengths", source_lengths, 0)
     base = [float(max(n, 1)) if length_normalization == "power" else (5 + n) / 6 for n in range(problem.T + 2)]
     try:
         lp = [b**alpha for b in base]
@@ -115,8 +115,9 @@ class _Beams:
     """
 
     def __init__(
-        self, problem: Problem, n_best: int, lp: list[float], beta: float, of_source: Tensor | None, early: bool
-    ) -> None:
+        self, problem: Problem, n_best: int, lp: list[float], beta: float,
+        of_source: tuple[Tensor, list[int]] | None, early: bool,
+    ) -> None:  # fmt: skip
         self.problem, self.n_best, self.beta, self.early = problem, n_best, beta, early
         B, K, device = problem.B, problem.width, problem.device
         self.lp_of = lp  # by length
@@ -175,12 +176,18 @@ class _Beams:
     def _penalty(self, attention: Tensor | None) -> Tensor:
         """[B, K] penalty of the coverage after this step."""
         assert attention is not None
+        S = attention.shape[1]
+        if self.of_source is not None and max(self.of_source[1]) > S:
+            raise ValueError(
+                f"{self.problem.caller}: source_lengths must be at most {S}, the positions of the attention that step "
+                f"returns, got {max(self.of_source[1])}"
+            )
         attention = self.problem.spread(attention, 0)
         self.coverage = attention.to(self.live.dtype) if self.coverage is None else self.coverage + attention
         covered = self.coverage.unflatten(0, (-1, self.problem.width))
         log = covered.clamp(torch.finfo(covered.dtype).tiny, 1).log()
         if self.of_source is not None:
-            inside = torch.arange(covered.shape[2], device=covered.device) < self.of_source[:, None, None]
+            inside = torch.arange(covered.shape[2], device=covered.device) < self.of_source[0][:, None, None]
             log = torch.where(inside, log, 0)
         return self.beta * log.sum(2)
 

@@ -814,7 +814,7 @@ def test_steps_do_not_read_values(search: Callable) -> None:
     for every, reads in ((100, 1), (8, 3), (1, 20)):
         with CountReads() as mode:
             search(*arguments, **EVERY, **OPTIONS[search], check_every=every)
-        assert mode.reads == {"tolist": reads}
+        assert mode.reads == {"tolist": reads, "__int__": 1}  # the check of start_tokens, on a CPU alone
 
 
 @pytest.mark.parametrize("search", OPTIONS, ids=lambda f: f.__name__)
@@ -957,6 +957,10 @@ def good(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     return torch.zeros(len(tokens), 5), state
 
 
+def attending(tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
+    return torch.zeros(len(tokens), 5), state, torch.full((len(tokens), 4), 0.25)
+
+
 def growing(tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(tokens), 5 + int(state[0])), state + 1
 
@@ -1027,6 +1031,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     (BEAM, dict(start_tokens=[0, 0]), TypeError, r"start_tokens must be a tensor \[B\] or an int, got a list"),
     (BEAM, dict(start_tokens=torch.zeros(2)), TypeError, "start_tokens must be int32 or int64, got torch.float32"),
     (BEAM, dict(start_tokens=START[None]), ValueError, r"start_tokens must have shape \[B\], got \[1, 2\]"),
+    (BEAM, dict(start_tokens=torch.tensor([0, -1])), ValueError, "start_tokens must be at least 0, got -1"),
+    (BEAM, dict(start_tokens=-2, state=torch.zeros(2)), ValueError, "start_tokens must be at least 0, got -2"),
+    (BEAM, dict(drop_ended="x"), TypeError, "drop_ended must be a bool, got 'x'"),
+    (BEAM, dict(return_attention=1), TypeError, "return_attention must be a bool, got 1"),
+    (BEAM, dict(coverage_penalty=0.5, source_lengths=[3, 6], step=attending), ValueError,
+     "source_lengths must be at most 4, the positions of the attention that step returns, got 6"),
     (BEAM, dict(start_tokens=1), ValueError,
      r"start_tokens must be a tensor \[B\] if the state has no tensor .* got 1"),
     (BEAM, dict(state=torch.zeros(3, 2)), ValueError,
