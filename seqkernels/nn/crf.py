@@ -68,6 +68,8 @@ class CRF(Module):
         self.start_transitions = Parameter(torch.empty(num_tags, device=device, dtype=dtype))
         self.end_transitions = Parameter(torch.empty(num_tags, device=device, dtype=dtype))
         self.transitions = Parameter(torch.empty(num_tags, num_tags, device=device, dtype=dtype))
+        if not isinstance(forbidden, Iterable):
+            raise TypeError(f"CRF: forbidden must be pairs of tags, got {describe(forbidden)}")
         self.forbidden = tuple(forbidden)
         for pair in self.forbidden:
             self._check_pair(pair)

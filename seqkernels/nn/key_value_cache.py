@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqkernels.functional._autograd import recorded
+from seqkernels.functional._checks import describe
 from seqkernels.functional._values import may_read_values, tracing
 from seqkernels.functional.attention import attend_to_rows, scaled_dot_product_attention
 from seqkernels.reference.attention import dequantize_rows, quantize_rows
@@ -57,6 +58,19 @@ class KeyValueCache:
         pages: int | None = None,
     ) -> None:
         caller = "KeyValueCache"
+        for name, size, least in (
+            ("batch_size", batch_size, 0),
+            ("capacity", capacity, 0),
+            ("num_heads", num_heads, 1),
+            ("head_dim", head_dim, 1),
+            ("value_dim", head_dim if value_dim is None else value_dim, 1),
+            ("page_size", 1 if page_size is None else page_size, 1),
+            ("pages", 0 if pages is None else pages, 0),
+        ):
+            if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+                raise TypeError(f"{caller}: {name} must be an int, got {size!r}")
+            if size < least:
+                raise ValueError(f"{caller}: {name} must be at least {least}, got {size}")
         where = torch.get_default_device() if device is None else torch.device(device)
         for name, given in (("dtype torch.int8", dtype == torch.int8), ("page_size", page_size is not None)):
             if given and where.type not in ("cpu", "meta"):
@@ -68,12 +82,8 @@ class KeyValueCache:
                 raise ValueError(f"{caller}: pages must be None without page_size, got {pages}")
             sizes, self.block_table, self._pages = (batch_size, num_heads, capacity), None, None
         else:
-            if page_size < 1:
-                raise ValueError(f"{caller}: page_size must be at least 1, got {page_size}")
             each = -(-capacity // page_size)
             pages = batch_size * each if pages is None else pages
-            if pages < 0:
-                raise ValueError(f"{caller}: pages must not be negative, got {pages}")
             sizes = pages, num_heads, page_size
             self.block_table = torch.zeros(batch_size, each, device=device, dtype=torch.int32)
             self._pages = _Pages(pages, page_size, batch_size)
@@ -237,6 +247,13 @@ class KeyValueCache:
         index: int64, [B]; or of another size N, and the cache then has N sequences. Only the cached steps are copied;
         with pages, none: sequences share pages until they append different steps.
         """
+        caller, B = "KeyValueCache", self.batch_size
+        if not isinstance(index, Tensor):
+            raise TypeError(f"{caller}: index must be a tensor, got {describe(index)}")
+        if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{caller}: index must be int64 of one dimension, got {describe(index)}")
+        if index.is_cpu and may_read_values(index) and not all(0 <= b < B for b in index.tolist()):
+            raise IndexError(f"{caller}: index must be in [0, {B}), got {index.tolist()}")
         self.lengths = self.lengths.index_select(0, index)
         if self._pages is not None and self.block_table is not None:
             self._pages.reorder(index.tolist())

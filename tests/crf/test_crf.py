@@ -272,6 +272,8 @@ def test_forbidden_pairs() -> None:
     for bad in ((0, 3), ("end", 1), (1,), (0, "start"), ("start", "end"), 1):
         with pytest.raises(ValueError, match="forbidden must hold pairs"):
             nn.CRF(3, forbidden=[bad])
+    with pytest.raises(TypeError, match="forbidden must be pairs of tags, got int"):
+        nn.CRF(3, forbidden=3)
     with pytest.raises(ValueError, match="invalid number of tags: 0"):
         nn.CRF(0)
 
