@@ -6,9 +6,11 @@ A hook of mkdocs and an extension of griffe (`make docs`).
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +62,42 @@ ITEM = re.compile(r"^ {4}([\w*][\w*,. ]*?)( \[.*?\])?: (.*)$")
 
 def as_markdown(docstring: str) -> str:
     """A docstring of the house as Markdown: a section is a bold word, its indented entries are a list."""
-    lines: list[str] = []
-    within = False
-    for line in inspect.cleandoc(docstring).splitlines():
+    first, *rest = inspect.cleandoc(docstring).splitlines() or [""]
+    lines, within = [first], False
+    for line in rest:
         section, item = SECTION.match(line), ITEM.match(line)
-        if section and not line.startswith(" "):
+        if section:
             within = True
-            lines += ["", f"**{section[1]}**{': ' + section[2] if section[2] else ''}", ""]
+            lines += ["", f"**{section[1]}**" + (f": {section[2]}" if section[2] else "\n")]
         elif within and item:
-            lines += [f"- `{item[1]}`{item[2] or ''}: {item[3]}"]
+            lines.append(f"- `{item[1]}`{item[2] or ''}: {item[3]}")
         elif within and line.startswith(" "):
-            lines.append("  " + line.strip() if lines[-1] else line.strip())
+            lines.append("  " + line.strip() if lines[-1].startswith(("- ", "  ")) else line.strip())
         else:
             within = within and not line
             lines.append(line)
     return "\n".join(lines)
 
 
+def documentation(obj: griffe.Object) -> str | None:
+    """The docstring of a function or class, which some modules complete when they are imported."""
+    written = None if obj.docstring is None else obj.docstring.value
+    try:
+        found: Any = importlib.import_module(obj.module.path)
+    except ImportError:  # an integration whose package is not installed
+        return written
+    for name in obj.path.removeprefix(obj.module.path).split(".")[1:]:
+        found = getattr(found, name, None)
+    return found.__doc__ if isinstance(found, (type, types.FunctionType)) else written
+
+
 class HouseStyle(griffe.Extension):
     """Converts docstrings before they are rendered."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None and not obj.is_alias:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+        if obj.is_alias:
+            return
+        of_module = obj.docstring.value if obj.docstring is not None else None
+        text = documentation(obj) if obj.is_function or obj.is_class else of_module
+        if text:
+            obj.docstring = griffe.Docstring(as_markdown(text), parent=obj)
