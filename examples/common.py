@@ -17,6 +17,7 @@ import copy
 import os
 import statistics
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -232,6 +233,29 @@ def batches_of(items: Sequence[T], size: int, rows: slice = slice(None)) -> Iter
     n = -(-len(items) // size)
     for i in range(n):
         yield items[i * len(items) // n : (i + 1) * len(items) // n][rows]
+
+
+def standard_library() -> list[Path]:
+    """The source files of the standard library of this Python, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(root.rglob("*.py"))
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip"}
+    files = [path for path in files if not left_out & set(path.relative_to(root).parts)]
+    if len(files) < 100:
+        raise ScriptError(f"{root}: must contain the source of the standard library; use --data instead")
+    return files
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8."""
+    try:
+        content = path.read_bytes()
+        return content.decode()
+    except OSError as error:
+        raise ScriptError(f"{path}: must be a text file, got: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ScriptError(f"{path}: line {line} must be UTF-8, got byte 0x{content[error.start]:02x}") from error
 
 
 def train(task: Task, args: argparse.Namespace) -> list[Run]:
