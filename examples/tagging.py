@@ -110,7 +110,7 @@ class Tagger(nn.Module):
 def read_conll(path: Path) -> list[Sentence]:
     """Lines of a token and its tag; a blank line ends a sentence."""
     sentences: list[Sentence] = [[]]
-    for number, line in enumerate(common.read_text(path).splitlines(), start=1):
+    for number, line in enumerate(common.read_text(path).split("\n"), start=1):
         parts = line.split()
         if not parts:
             sentences.append([])
