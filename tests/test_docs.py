@@ -17,10 +17,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)")
 NEEDS = {
-    "docs/onnx.md": "onnxscript",
-    "docs/attention.md": "transformers",
-    "docs/recurrent.md": "triton",
-    "docs/reinforcement_learning.md": "sb3_contrib",
+    "docs/onnx.md": ("onnx", "onnxscript"),
+    "docs/attention.md": ("transformers",),
+    "docs/recurrent.md": ("triton",),
+    "docs/reinforcement_learning.md": ("sb3_contrib", "torchrl"),
 }
 
 
@@ -59,9 +59,9 @@ def process_group(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None) -> None:
     """The blocks of a page run one after the other, in an empty folder."""
-    needed = NEEDS.get(name_of(page))
-    if needed is not None and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
+    missing = [name for name in NEEDS.get(name_of(page), ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is not installed")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     for line, code in blocks(page):
