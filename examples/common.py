@@ -154,12 +154,13 @@ class Run:
         return bool(self.task.patience and self.metric) and len(self.metric) - self.best_epoch() >= self.task.patience
 
     def state(self) -> dict[str, Any]:
-        stateful = {name: getattr(self, name).state_dict() for name in self.STATEFUL if getattr(self, name)}
-        return stateful | {name: getattr(self, name) for name in self.HISTORY}
+        parts = {name: getattr(self, name) for name in self.STATEFUL}
+        history = {name: getattr(self, name) for name in self.HISTORY}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None} | history
 
     def load(self, state: dict[str, Any]) -> None:
         for name in self.STATEFUL:
-            if getattr(self, name):
+            if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(state[name])
         for name in self.HISTORY:
             setattr(self, name, state[name])
@@ -274,10 +275,12 @@ def train(task: Task, args: argparse.Namespace) -> list[Run]:
     for run in runs:
         if world() > 1:
             run.wrapped = DistributedDataParallel(run.model)
+    saved = len(runs[0].loss)
     try:
-        train_epochs(runs, task, args)
+        for epoch in train_epochs(runs, task, args):
+            saved = epoch
     except KeyboardInterrupt:
-        done = f"interrupted after {len(runs[-1].loss)} of {args.epochs} epochs"
+        done = f"interrupted after {saved} of {args.epochs} epochs"
         raise ScriptError(f"{done}: the same command with --resume continues from {args.checkpoint}") from None
     for run in runs:
         if run.best:
@@ -285,7 +288,8 @@ def train(task: Task, args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def train_epochs(runs: list[Run], task: Task, args: argparse.Namespace) -> None:
+def train_epochs(runs: list[Run], task: Task, args: argparse.Namespace) -> Iterator[int]:
+    """Yields the number of each epoch once it is in the checkpoint."""
     first = len(runs[0].loss) + 1
     rows = slice(rank(), None, world())
     with tqdm(unit="step", dynamic_ncols=True, disable=True if rank() else None) as bar:
@@ -307,6 +311,7 @@ def train_epochs(runs: list[Run], task: Task, args: argparse.Namespace) -> None:
                     tqdm.write(f"epoch {epoch:2} {run.name:>10}  {result}  {run.seconds[-1]:6.2f} s", file=sys.stderr)
             if rank() == 0:
                 save(runs, args)
+            yield epoch
 
 
 def settings(args: argparse.Namespace) -> dict[str, str]:
