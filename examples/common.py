@@ -101,6 +101,10 @@ class Run:
         self.by_epoch = isinstance(self.scheduler, ReduceLROnPlateau)
         self.wrapped = self.model
 
+    def warm_up(self, batch: Batch) -> None:
+        """A step of a copy, which excludes the setup of the first call from the timing."""
+        Run(self.name, copy.deepcopy(self.model), self.task, self.lr).step(batch)
+
     def step(self, batch: Batch, update: bool = True) -> tuple[float, float]:
         """Returns the sum of the losses and their count, over all processes."""
         total, count = self.task.loss(self.wrapped, batch)
@@ -176,13 +180,16 @@ def count(text: str) -> int:
 class Parser(argparse.ArgumentParser):
     """The options of all examples; errors are one sentence and exit code 2."""
 
-    def __init__(self, description: str, name: str, *, epochs: int, batch: int, lr: float, data: str) -> None:
+    def __init__(
+        self, description: str, name: str, *, epochs: int, batch: int, lr: float, data: str | None = None
+    ) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         option = self.add_argument
         backends = [*LAYERS, "both"]
         option("--backend", choices=backends, default="both", help="whose layers are trained (%(default)s)")
         option("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
-        option("--data", type=Path, help=data)
+        if data is not None:
+            option("--data", type=Path, help=data)
         option("--epochs", type=count, default=epochs, help="number of epochs (%(default)s)")
         option("--batch", type=count, default=batch, help="rows of a batch, over all processes (%(default)s)")
         option("--lr", type=float, default=lr, help="learning rate of Adam (%(default)s)")
@@ -259,7 +266,7 @@ def read_text(path: Path) -> str:
         raise ScriptError(f"{path}: line {line} must be UTF-8, got byte 0x{content[error.start]:02x}") from error
 
 
-def train(task: Task, args: argparse.Namespace) -> list[Run]:
+def train(task: Task, args: argparse.Namespace, make_run: Callable[..., Run] = Run) -> list[Run]:
     """Trains a model for each backend, alternating by epoch, and writes a checkpoint after each epoch."""
     runs: list[Run] = []
     for name in LAYERS if args.backend == "both" else [args.backend]:
@@ -267,7 +274,7 @@ def train(task: Task, args: argparse.Namespace) -> list[Run]:
         model = task.build(task.layers[name]).to(args.device)
         if runs:
             model.load_state_dict(runs[0].model.state_dict())  # torch.nn and seqkernels.nn have the same names
-        runs.append(Run(name, model, task, args.lr))
+        runs.append(make_run(name, model, task, args.lr))
     if args.resume:
         load(runs, args)
     elif rank() == 0:
@@ -298,8 +305,8 @@ def train_epochs(runs: list[Run], task: Task, args: argparse.Namespace) -> Itera
                 break
             data = list(task.batches(epoch, rows))
             if epoch == first:
-                for run in runs:  # excludes the setup of the first call from the timing
-                    Run(run.name, copy.deepcopy(run.model), task, args.lr).step(data[0])
+                for run in runs:
+                    run.warm_up(data[0])
                 bar.total = (args.epochs - first + 1) * len(runs) * len(data)
             for run in runs:
                 bar.set_description(f"epoch {epoch}/{args.epochs} {run.name:>10}")
