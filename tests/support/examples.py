@@ -41,11 +41,11 @@ def run(script: str, folder: Path, *options: str, processes: int = 1) -> subproc
 
 
 def run_and_interrupt(script: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
-    """Interrupts the script, as Ctrl-C does, once all models have trained for an epoch."""
+    """Interrupts the script, as Ctrl-C does, in its second epoch: the checkpoint of the first is complete."""
     process = start(script, folder, *options)
     try:
         for line in process.stderr:
-            if line.startswith("epoch  1 seqkernels"):
+            if line.startswith("epoch  2 "):
                 process.send_signal(signal.SIGINT)
                 break
         out, err = process.communicate(timeout=300)
