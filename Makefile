@@ -10,6 +10,8 @@ GPU_TORCH ?= 2.11.0
 TRITON ?= 3.6.0
 # The processes of make test.
 PROCESSES ?= 2
+# The script of make demo.
+EXAMPLE ?= text_classification
 ARGS ?=
 
 VENV := .venv
@@ -32,7 +34,7 @@ CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -na
 
 help:
 	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
-	@echo '               or with torch and seqkernels EmbeddingBag   ARGS="--model bag"'
+	@echo '               ARGS="--model bag", or another script of examples/: EXAMPLE=translation ARGS=--help'
 	@echo 'make test      make lint, then pytest                 ARGS="-k lstm" PROCESSES=2'
 	@echo 'make bench     benchmark against other libraries      ARGS="-k train"'
 	@echo 'make docs      build the site into build/site'
@@ -47,7 +49,7 @@ help:
 	@echo 'Variables: PYTHON=$(PYTHON) TORCH=$(TORCH)'
 
 demo: $(call with,demo)
-	$(PY) examples/text_classification.py $(ARGS)
+	$(PY) examples/$(EXAMPLE).py $(ARGS)
 
 test: lint $(call with,test) $(EMULATED)
 	$(PY) -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
