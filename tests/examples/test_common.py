@@ -51,8 +51,9 @@ def task_of(width: int = 4, dropout: float = 0.0, **options: Any) -> Any:
         return total.item() / n
 
     same = SimpleNamespace(Linear=nn.Linear)
-    defaults = dict(batches=batches, metric=metric, higher_is_better=False, layers={"torch": same, "seqkernels": same})
-    return common.Task("toy", build, loss=loss, **{**defaults, **options})
+    layers = {"torch": same, "seqkernels": same}
+    defaults = dict(batches=batches, metric=metric, higher_is_better=False, layers=layers)
+    return common.Task(name="toy", build=build, loss=loss, **{**defaults, **options})
 
 
 def arguments(folder: Path, *given: str) -> Any:
