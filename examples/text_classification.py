@@ -250,9 +250,10 @@ def common_words(samples: Samples, tokens: list[str], classes: int, n: int) -> l
     for ids, label in samples:
         counts[:, label] += torch.bincount(ids, minlength=len(tokens))
     word = torch.tensor([token.isalpha() and len(token) > 3 for token in tokens])
-    frequent = (counts.sum(1) * word).topk(min(n, int(word.sum()))).indices
+    frequent = counts.sum(1) * word
     shares = counts / counts.sum(0).clamp(min=1)
-    return [(i, shares[i].argmax().item()) for i in frequent.tolist()]
+    order = frequent.argsort(descending=True)[:n].tolist()
+    return [(i, shares[i].argmax().item()) for i in order if frequent[i]]
 
 
 def nearest(table: Tensor, direction: Tensor, tokens: list[str], without: list[str], n: int = 5) -> str:
