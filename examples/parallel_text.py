@@ -62,7 +62,7 @@ class Batch:
 
 def add_options(parser: common.Parser) -> None:
     option = parser.add_argument
-    option("--limit", type=common.count, default=8000, help="pairs for training (%(default)s)")
+    option("--limit", type=common.count, default=6400, help="pairs for training (%(default)s)")
     option("--vocab", type=common.count, default=6000, help="tokens of a language in --data (%(default)s)")
     option("--smoothing", type=float, default=0.1, help="label smoothing (%(default)s)")
     option("--accumulate", type=common.count, default=1, help="batches per optimizer step (%(default)s)")

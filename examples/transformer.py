@@ -149,7 +149,7 @@ def padding(lengths: Tensor, longest: int, device: torch.device) -> Tensor:
 
 def parse_arguments() -> argparse.Namespace:
     parser = common.Parser(
-        __doc__, "transformer", epochs=6, batch=64, lr=1e-3, data="a folder with Multi30k; without it, dates"
+        __doc__, "transformer", epochs=4, batch=64, lr=1e-3, data="a folder with Multi30k; without it, dates"
     )
     option = parser.add_argument
     option("--layout", choices=["padded", "packed"], default="padded", help="of seqkernels (%(default)s)")

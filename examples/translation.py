@@ -183,7 +183,7 @@ class Translator(nn.Module):
 
 def parse_arguments() -> argparse.Namespace:
     parser = common.Parser(
-        __doc__, "translation", epochs=6, batch=64, lr=2e-3, data="a folder with Multi30k; without it, dates"
+        __doc__, "translation", epochs=4, batch=64, lr=2e-3, data="a folder with Multi30k; without it, dates"
     )
     option = parser.add_argument
     option(

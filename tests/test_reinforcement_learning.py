@@ -209,8 +209,11 @@ def results_of(module: Any, data: Any) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("starts", ["none", "first", "inside"])
 @pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
-@pytest.mark.parametrize("shape", [(T,), (B, T), (2, B, T)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bias": False}, {"python_based": True}], ids=str)
+@pytest.mark.parametrize(
+    "shape, options",
+    [((T,), {}), ((B, T), {"num_layers": 2, "bias": False}), ((2, B, T), {"python_based": True})],
+    ids=str,
+)
 def test_torchrl_module_matches_the_original(
     torchrl: ModuleType, kind: str, starts: str, states: bool, shape: tuple[int, ...], options: dict[str, Any]
 ) -> None:
