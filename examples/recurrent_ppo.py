@@ -209,11 +209,11 @@ def steps(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = common.Parser(__doc__, "recurrent_ppo", epochs=25, batch=4, lr=1e-3)
+    parser = common.Parser(__doc__, "recurrent_ppo", epochs=30, batch=4, lr=3e-3)
     option = parser.add_argument
     option("--hidden", type=common.count, default=64, help="hidden size (%(default)s)")
     option("--envs", type=common.count, default=16, help="environments, the rows of a rollout (%(default)s)")
-    option("--steps", type=steps, default=256, help="steps of each environment in a rollout (%(default)s)")
+    option("--steps", type=steps, default=128, help="steps of each environment in a rollout (%(default)s)")
     option("--passes", type=common.count, default=4, help="passes over a rollout (%(default)s)")
     option("--resets", choices=["loop", "packed"], default="loop", help="how torch resets states (%(default)s)")
     return parser.parse_args()
