@@ -14,7 +14,7 @@ optimizers, checkpoints and code that looks for torch.nn.LSTM are unaffected.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from sb3_contrib.common.recurrent.policies import (
@@ -31,7 +31,7 @@ from seqkernels.integrations._layers import parameters_of
 __all__ = ["CnnLstmPolicy", "MlpLstmPolicy", "MultiInputLstmPolicy", "accelerate", "process_sequence"]
 
 States = Tensor | tuple[Tensor, Tensor]
-_FUNCTIONS = {"LSTM": lstm, "RNN_TANH": rnn_tanh, "RNN_RELU": rnn_relu}
+_FUNCTIONS: dict[str, Any] = {"LSTM": lstm, "RNN_TANH": rnn_tanh, "RNN_RELU": rnn_relu}
 T = TypeVar("T")
 
 

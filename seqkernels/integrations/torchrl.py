@@ -18,7 +18,7 @@ available, such states count as zero.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
@@ -52,16 +52,17 @@ def _run(
     """
     later = is_init[:, 1:]
     several = not may_read_values(is_init) or bool(later.any())
-    hx = None
-    if any(state is not None for state in stored):
-        if any(state is None for state in stored):
+    hx: Any = None
+    given = [state for state in stored if state is not None]
+    if given:
+        if len(given) < len(stored):
             raise RuntimeError(f"{type(layer).__name__}Module: all states must be given, or none")
-        if several and any(state.requires_grad for state in stored):
+        if several and any(state.requires_grad for state in given):
             return None
-        if several and may_read_values(*stored) and any(bool(state[:, 1:][later].any()) for state in stored):
+        if several and may_read_values(*given) and any(bool(state[:, 1:][later].any()) for state in given):
             return None
-        hx = tuple(state[:, 0].transpose(0, 1) for state in stored)
-    run = functional.lstm if layer.mode == "LSTM" else functional.gru
+        hx = tuple(state[:, 0].transpose(0, 1) for state in given)
+    run: Any = functional.lstm if layer.mode == "LSTM" else functional.gru
     output, last, *every = run(
         x, hx if hx is None or len(hx) > 1 else hx[0], parameters_of(layer), num_layers=layer.num_layers,
         batch_first=True, dropout=layer.dropout, training=layer.training,
@@ -120,7 +121,7 @@ class GRUModule(modules.GRUModule):
         return tensordict if _forward(self, self.gru, tensordict) else super().forward(tensordict)
 
 
-_REPLACED = {modules.LSTMModule: LSTMModule, modules.GRUModule: GRUModule}
+_REPLACED: dict[Any, Any] = {modules.LSTMModule: LSTMModule, modules.GRUModule: GRUModule}
 
 
 def accelerate(model: Model) -> Model:
