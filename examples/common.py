@@ -442,7 +442,7 @@ def draw(runs: list[Run], title: str, path: Path, panels: Panels) -> None:
     for axes in (by_epoch, by_time):
         axes.set_xlim(left=0)
         axes.legend(frameon=False)
-    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bars.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panels:
         for panel, axes in zip(panels, below[0].subplots(1, len(panels), squeeze=False)[0], strict=True):
             panel(axes)
