@@ -179,7 +179,7 @@ def draw_times(axes: Axes, times: dict[str, float]) -> None:
 
 def main() -> int:
     data = "a CSV file, one row per hour and one column per series; without it, series are generated"
-    parser = common.Parser(__doc__, "forecasting", epochs=10, batch=32, lr=3e-3, data=data)
+    parser = common.Parser(__doc__, "forecasting", epochs=8, batch=32, lr=3e-3, data=data)
     parser.add_argument("--series", type=common.count, default=40, help="series to generate (%(default)s)")
     parser.add_argument("--horizon", type=common.count, default=DAY, help="hours to forecast (%(default)s)")
     parser.add_argument("--steps", type=common.count, default=WEEK, help="hours of a training row (%(default)s)")
