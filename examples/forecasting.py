@@ -160,7 +160,7 @@ def draw_forecast(axes: Axes, model: Forecaster, x: Tensor, target: Tensor, at: 
     past = x[0, at - 4 * DAY : at + 1, 0].cpu()
     ahead = torch.arange(1, len(bands) + 1)
     axes.plot(torch.arange(1 - len(past), 1), past, color="#555555", linewidth=1)
-    axes.plot(ahead, target[0, at].cpu(), color="#555555", linewidth=1, linestyle=":", label="what came")
+    axes.plot(ahead, target[0, at].cpu(), color="#555555", linewidth=1, linestyle=":", label="observed")
     axes.fill_between(ahead, bands[:, 0], bands[:, 4], color=common.COLORS["seqkernels"], alpha=0.2, label="5% to 95%")
     axes.fill_between(ahead, bands[:, 1], bands[:, 3], color=common.COLORS["seqkernels"], alpha=0.4, label="25% to 75%")
     axes.plot(ahead, bands[:, 2], color=common.COLORS["seqkernels"], label="median")
