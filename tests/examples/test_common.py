@@ -165,7 +165,7 @@ def test_unknown_options(given: list[str], message: str, tmp_path: Path, capsys:
 
 
 def test_an_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
-    text = "\n".join(str(random.Random(i).random()) for i in range(2000))
+    text = "\n".join(str(random.Random(i).random()) for i in range(600))
     (tmp_path / "text.txt").write_text(text)
     options = ["--data", "text.txt", "--hidden", "8", "--tokens", "chars", "--batch", "4", "--length", "8"]
     result = run_and_interrupt("language_model", tmp_path, *options, "--epochs", "1000")

@@ -28,7 +28,13 @@ def start(script: str, folder: Path, *options: str, processes: int = 1) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=not_ignoring_interrupts,
     )
+
+
+def not_ignoring_interrupts() -> None:
+    """Shells start commands in the background with SIGINT ignored, which new processes inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(script: str, folder: Path, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
