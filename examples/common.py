@@ -208,6 +208,14 @@ class Parser(argparse.ArgumentParser):
         for option in ("output", "checkpoint"):
             if not getattr(args, option).parent.is_dir():
                 self.error(f"--{option}: folder {getattr(args, option).parent} must exist")
+        if args.output.suffix.lower() not in (".png", ".pdf", ".svg"):
+            self.error(f"--output: must end with .png, .pdf or .svg, got {args.output}")
+        if args.checkpoint.is_dir():
+            self.error(f"--checkpoint: must be a file, got the folder {args.checkpoint}")
+        if not args.lr > 0:
+            self.error(f"--lr: must be above 0, got {args.lr}")
+        if not 0 <= args.seed < 2**31:
+            self.error(f"--seed: must be from 0 to {2**31 - 1}, got {args.seed}")
         on_gpu = args.device.startswith("cuda")
         try:
             if on_gpu and "LOCAL_RANK" in os.environ:
@@ -454,7 +462,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     code = 2
     try:
         code = main()
-    except ScriptError as error:
+    except (ScriptError, OSError) as error:  # OSError: a full disk, for example
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted outside training", file=sys.stderr)

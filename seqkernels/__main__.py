@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ def _checks(device: str) -> dict[str, tuple[Callable[..., object], Callable[...,
     return checks
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; returns 1 if an operator fails or its results differ from torch's."""
+    argparse.ArgumentParser("python -m seqkernels", description=__doc__).parse_args(arguments)
     info = seqkernels.build_info()
     rows = [
         ("python", platform.python_version()),

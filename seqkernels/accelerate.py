@@ -14,7 +14,9 @@ from seqkernels._tables import aligned
 from seqkernels.inference._modules import family_and_options
 from seqkernels.nn._hooks import overridden
 
-_ORIGINAL = "_seqkernels_original_class"  # attribute of replaced modules
+_ORIGINAL = "_seqkernels_original"  # attribute of replaced modules: their class before, and names of added attributes
+_SET = {"options", "_kind", "_plain", "_gathered", "fused_state", "forbidden"}  # set by modules of seqkernels
+_OF_TABLES = {"max_norm", "sparse", "qconfig"}  # attributes of classes that modules of torch also have
 
 
 class LSTM(sk.LSTM, nn.LSTM):
@@ -97,33 +99,40 @@ def accelerate(model: nn.Module, *, keep_isinstance: bool = False) -> Report:
     torchcrf = sys.modules.get("torchcrf")  # a model with its CRF has imported it
     if torchcrf is not None:
         originals[torchcrf.CRF] = sk.CRF, backends.CRF
-    kept = set()
-    module: Any
+    found: list[tuple[str, Any, type[nn.Module]]] = []
+    other_form = []
     for name, module in model.named_modules():
+        if _ORIGINAL in module.__dict__:
+            if isinstance(module, nn.RNNBase) and isinstance(module, tuple(_INSTANCES)) != keep_isinstance:
+                other_form.append(name or "(model)")
+            continue
         of = next((c for c in type(module).__mro__ if c in originals), None)
         if of is None or isinstance(module, originals[of][0]):
             continue
-        ours, implementations = originals[of]
-        reason = _obstacle(module, of, implementations)
+        reason = _obstacle(module, of, *originals[of])
         if reason:
             report.left[name] = _name(_own_class(type(module))), reason
-            continue
-        now = ours
-        if keep_isinstance and of in _INSTANCES:
-            now = _INSTANCES[of]
-            kept.add(of.__name__)
-        before = _own_class(type(module))
-        module.__class__ = _rebased(type(module), of, now)
-        if implementations is backends.RECURRENT:
+        else:
+            found.append((name, module, of))
+    for name, module, of in found:
+        ours, before, attributes = originals[of][0], _own_class(type(module)), set(vars(module))
+        module.__class__ = _rebased(type(module), of, _INSTANCES.get(of, ours) if keep_isinstance else ours)
+        if originals[of][1] is backends.RECURRENT:
             module._set_plain()
         elif ours is sk.CRF:
             module.forbidden = ()
-        module.__dict__[_ORIGINAL] = before
+        module.__dict__[_ORIGINAL] = before, tuple(vars(module).keys() - attributes)
         report.replaced[name] = _name(before), _name(ours)
+    kept = sorted({of.__name__ for _, _, of in found if keep_isinstance and of in _INSTANCES})
     if kept:
         report.notes.append(
-            f"{', '.join(sorted(kept))}: instances of the classes of torch.nn, which torch.compile runs in eager mode, "
+            f"{', '.join(kept)}: instances of the classes of torch.nn, which torch.compile runs in eager mode, "
             "and refuses with fullgraph=True."
+        )
+    if other_form:
+        report.notes.append(
+            f"{', '.join(other_form)}: already replaced, with keep_isinstance={not keep_isinstance}; call restore "
+            "first to change it."
         )
     return report
 
@@ -141,13 +150,13 @@ def restore(model: nn.Module) -> Report:
     _check("restore", model)
     report = Report()
     for name, module in model.named_modules():
-        original = module.__dict__.pop(_ORIGINAL, None)
-        if original is None:
+        if _ORIGINAL not in module.__dict__:
             continue
+        original, added = module.__dict__.pop(_ORIGINAL)
         before = _own_class(type(module))
         module.__class__ = _rebased(type(module), before, original)
-        for added in ("options", "_kind", "_plain", "forbidden"):
-            module.__dict__.pop(added, None)
+        for attribute in added:
+            module.__dict__.pop(attribute, None)
         report.replaced[name] = _name(before), _name(original)
     return report
 
@@ -157,23 +166,32 @@ def _check(caller: str, model: Any) -> None:
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _obstacle(module: Any, of: type[nn.Module], implementations: backends.Implementations) -> str:
+def _obstacle(
+    module: Any, of: type[nn.Module], ours: type[nn.Module], implementations: backends.Implementations
+) -> str:
     """Why a module cannot be replaced; empty if it can."""
-    names = [n for c in type(module).__mro__ if not _is_generated(c) for n in overridden(c, of)]
+    added = [c for c in type(module).__mro__ if c not in of.__mro__ and not _is_generated(c)]
+    names = [name for c in added for name in overridden(c)]
     if names:
-        return f"its class overrides {', '.join(dict.fromkeys(names))}"
+        return f"its class adds or overrides {', '.join(dict.fromkeys(names))}"
     if "forward" in module.__dict__:
         return "its forward method was replaced"
+    taken = sorted(vars(module).keys() & (set(dir(ours)) - set(dir(of)) - _OF_TABLES | _SET))
+    if taken:
+        return f"its attributes {', '.join(taken)} have names of attributes of the replacement"
     if of is nn.Embedding and module.sparse:
         return "sparse=True: torch's kernels are faster"
-    tensors = [*module.parameters(), *module.buffers()]
     layer = None
     if implementations is backends.RECURRENT:
         layer = family_and_options(module)[2], 1, getattr(module, "proj_size", 0) > 0
+    tensors = [*module.parameters(), *module.buffers()]
     for device, dtype in {(t.device, t.dtype) for t in tensors if not t.is_meta}:
         reasons = backends.unsupported(implementations, backends.Request(device, dtype, layer))
         if all(reasons.values()):
-            return ". ".join(f"{name}: {'; '.join(why)}" for name, why in reasons.items())
+            of_device = {n: why for n, why in reasons.items() if (n == "cpu") == (device.type == "cpu")}
+            if device.type not in ("cpu", "cuda"):
+                return f"no kernel runs on {device}"
+            return ". ".join(f"{name}: {'; '.join(why)}" for name, why in of_device.items())
     return ""
 
 
@@ -201,5 +219,7 @@ def _rebased(of: type, old: type, new: type) -> type:
 
 def _name(of: type) -> str:
     """The public name of a class."""
-    package = next((p for p in ("torch.nn", "seqkernels.nn") if of.__module__.startswith(p.split(".")[0] + ".")), "")
-    return f"{package or of.__module__}.{of.__name__}"
+    for package in ("torch.nn", "seqkernels.nn"):
+        if of.__module__.startswith((f"{package}.", f"{package.split('.')[0]}.accelerate")):
+            return f"{package}.{of.__name__}"
+    return f"{of.__module__}.{of.__name__}"

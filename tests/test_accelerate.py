@@ -264,12 +264,88 @@ def test_subclasses() -> None:
     report = accelerate(model)
     assert list(report.replaced) == ["same", "block.self_attn"]
     assert report.left == {
-        "other": (f"{__name__}.Doubled", "its class overrides forward"),
-        "block": (f"{__name__}.Blocked", "its class overrides _ff_block"),
+        "other": (f"{__name__}.Doubled", "its class adds or overrides forward"),
+        "block": (f"{__name__}.Blocked", "its class adds or overrides _ff_block"),
     }
     close((model["other"](x)[0], model["block"](x)), expected)
     restore(model)
     assert type(model["same"]) is Renamed
+
+
+class Scale:
+    def forward(self, *given: Any) -> Any:
+        return 10 * super().forward(*given)  # type: ignore[misc]
+
+
+class Scaled(Scale, nn.Embedding):
+    pass
+
+
+class Greeting:
+    def hello(self) -> str:
+        return "hello"
+
+
+class Mixed(nn.LSTM, Greeting):
+    pass
+
+
+@pytest.mark.parametrize(("make", "name"), [(lambda: Scaled(V, D), "forward"), (lambda: Mixed(D, H), "hello")])
+def test_mixins_are_left(make: Callable[[], nn.Module], name: str) -> None:
+    module = make()
+    assert accelerate(module).left == {
+        "": (f"{__name__}.{type(module).__name__}", f"its class adds or overrides {name}")
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.LSTM(D, H), "options"),
+        (lambda: nn.GRU(D, H), "num_heads"),
+        (lambda: nn.LSTMCell(D, H), "_family"),
+        (lambda: nn.Embedding(V, D), "fused_optimizer"),
+        (lambda: nn.EmbeddingBag(V, D), "fused_state"),
+    ],
+)
+def test_attributes_with_names_of_the_replacement(make: Callable[[], nn.Module], name: str) -> None:
+    """The module is left, and the others are replaced."""
+    model = nn.ModuleList([nn.RNN(D, H), make()])
+    setattr(model[1], name, "mine")
+    report = accelerate(model)
+    assert list(report.replaced) == ["0"]
+    assert report.left["1"][1] == f"its attributes {name} have names of attributes of the replacement"
+    assert getattr(model[1], name) == "mine"
+
+
+def test_restore_keeps_attributes_of_others() -> None:
+    module = nn.LSTM(D, H)
+    accelerate(module)
+    module.forbidden = 3
+    restore(module)
+    assert module.forbidden == 3
+
+
+def test_methods_of_torch_are_kept() -> None:
+    for name in MODULES:
+        module = made(name)
+        before = {n for n in dir(module) if not n.startswith("_")}
+        accelerate(module)
+        assert before <= set(dir(module)), before - set(dir(module))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_other_form_of_replaced_layers(keep: bool) -> None:
+    model = tagger()
+    accelerate(model, keep_isinstance=keep)
+    report = accelerate(model, keep_isinstance=not keep)
+    assert report.notes == [f"rnn: already replaced, with keep_isinstance={keep}; call restore first to change it."]
+    assert isinstance(model.rnn, nn.LSTM) == keep
+
+
+def test_names_of_classes() -> None:
+    report = accelerate(torch.ao.nn.quantizable.MultiheadAttention(D, 2))
+    assert report.left[""][0] == "torch.ao.nn.quantizable.modules.activation.MultiheadAttention"
 
 
 def test_replaced_forward_methods_are_left() -> None:
@@ -289,7 +365,8 @@ def test_dtypes_without_kernels_are_left() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # complex modules are new in torch
         report = accelerate(nn.LSTM(D, H).to(torch.complex64))
-    assert "dtype torch.complex64 is none of" in report.left[""][1]
+    assert report.left[""][1].startswith("cpu: dtype torch.complex64 is none of")
+    assert "cuda" not in report.left[""][1]
 
 
 def test_devices_without_kernels_are_left() -> None:
@@ -445,7 +522,7 @@ def test_report() -> None:
         "embedding  torch.nn.Embedding           seqkernels.nn.Embedding",
         "rnn        torch.nn.LSTM                seqkernels.nn.LSTM",
         "attention  torch.nn.MultiheadAttention  seqkernels.nn.MultiheadAttention",
-        f"left: other ({__name__}.Doubled): its class overrides forward",
+        f"left: other ({__name__}.Doubled): its class adds or overrides forward",
     ]
     assert str(restore(model)).splitlines()[2] == "rnn        seqkernels.nn.LSTM                torch.nn.LSTM"
 

@@ -326,7 +326,7 @@ def test_extension_matches_the_torch_version() -> None:
 
 
 def test_report_of_the_build(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"]() == 0
+    assert runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"]([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"build: isa       {seqkernels.build_info()['isa']}" in lines
     assert [line.split()[0] for line in lines if line.endswith("passed")] == [
@@ -334,11 +334,17 @@ def test_report_of_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
 
 
+def test_report_refuses_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"](["bogus"])
+    assert "unrecognized arguments: bogus" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", [2.0, float("nan")])
 def test_report_of_a_wrong_build(wrong: float, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     original = seqkernels.functional.embedding_bag
     monkeypatch.setattr(seqkernels.functional, "embedding_bag", lambda *given: wrong * original(*given))
-    assert runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"]() == 1
+    assert runpy.run_module("seqkernels", run_name="seqkernels.__main__")["main"]([]) == 1
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")] == [
         "embedding_bag"
     ]

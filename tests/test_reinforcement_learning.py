@@ -144,7 +144,10 @@ def test_sb3_states_its_errors(sb3: ModuleType) -> None:
         sb3.accelerate(policy)
     handle.remove()
     policy.lstm_actor = nn.GRU(D, H)
-    with pytest.raises(ValueError, match=r"lstm_actor must be a torch.nn.LSTM or RNN, got GRU"):
+    with pytest.raises(
+        ValueError,
+        match=r"lstm_actor must be .* RNN, got torch.nn.modules.rnn.GRU; call",
+    ):
         sb3.accelerate(policy)
 
     class Own(imported("sb3_contrib.ppo_recurrent").MlpLstmPolicy):
@@ -225,10 +228,17 @@ def test_torchrl_module_matches_the_original(
         close(ours, theirs)
 
 
+def double(layer: nn.Module, given: Any, result: Any) -> Any:
+    output, states = result
+    return (2 * output if isinstance(output, Tensor) else output._replace(data=2 * output.data)), states
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-@pytest.mark.parametrize("case", ["states inside", "gradient of states", "bidirectional", "single steps"])
+@pytest.mark.parametrize("case", ["states inside", "gradient of states", "bidirectional", "single steps", "hooks"])
 def test_torchrl_implementation_runs_what_reset_does_not_express(torchrl: ModuleType, kind: str, case: str) -> None:
     original = module_of(kind, bidirectional=case == "bidirectional")
+    if case == "hooks":
+        getattr(original, kind.lower()).register_forward_hook(double)
     module = torchrl.accelerate(copy.deepcopy(original))
     data = rollout(kind, (B, T), 2 if case == "bidirectional" else 1, "inside", True)
     if case == "states inside":

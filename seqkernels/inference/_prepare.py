@@ -124,7 +124,8 @@ def _obstacle(module: nn.Module) -> str:
     if is_parametrized(module) or any(name.startswith("torch.nn.utils.") for name in hooks):
         return "a parametrization, weight norm or pruning computes its weights; remove it first"
     known, of = _LAYERS + _CELLS, type(module)
-    if of not in known and (of.__mro__[1] not in known or overridden(of, of.__mro__[1])):
+    inherited = {c for k in known for c in k.__mro__}
+    if not isinstance(module, known) or any(overridden(c) for c in of.__mro__ if c not in inherited):
         return "its class is not one of torch.nn or seqkernels.nn, and overrides something"
     tensors = [*module.parameters(), *module.buffers()]
     dtypes = {t.dtype for t in tensors}

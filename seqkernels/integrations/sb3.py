@@ -104,7 +104,11 @@ def accelerate(model: T) -> T:
         if layer is None:
             continue
         if type(layer) not in (torch.nn.LSTM, torch.nn.RNN):
-            raise ValueError(f"accelerate: {name} must be a torch.nn.LSTM or RNN, got {type(layer).__name__}")
+            of = f"{type(layer).__module__}.{type(layer).__name__}"
+            raise ValueError(
+                f"accelerate: {name} must be a torch.nn.LSTM or RNN, got {of}; call seqkernels.restore first if "
+                "seqkernels.accelerate has replaced it"
+            )
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             raise ValueError(f"accelerate: {name} must have no hooks: one call for all steps would skip them")
     policy._process_sequence = process_sequence

@@ -11,7 +11,8 @@ and copy the results back. Here `reset` marks the starts in one call. Outputs, s
 rounding for each `recurrent_backend`. As in TorchRL, the states after the last step of each trajectory are stored at
 that step, and zeros elsewhere.
 
-TorchRL's implementation still runs for single steps, for bidirectional layers, and for rows in which a later trajectory
+TorchRL's implementation still runs for single steps, for bidirectional layers, for layers with hooks, of other classes
+than torch.nn.LSTM and GRU, or with a replaced forward method, and for rows in which a later trajectory
 starts with a stored state other than zero or with a state that requires a gradient. While tracing, where values are not
 available, such states count as zero.
 """
@@ -28,7 +29,7 @@ from torchrl import modules
 
 from seqkernels import functional
 from seqkernels.functional._values import may_read_values
-from seqkernels.integrations._layers import parameters_of
+from seqkernels.integrations._layers import parameters_of, runs_only_forward
 
 __all__ = ["GRUModule", "LSTMModule", "accelerate"]
 
@@ -82,7 +83,7 @@ def _run(
 
 def _forward(module: LSTMModule | GRUModule, layer: torch.nn.RNNBase, tensordict: TensorDictBase) -> bool:
     """Write the outputs of a module in recurrent mode; return False for inputs that TorchRL's implementation runs."""
-    if not module.recurrent_mode or layer.bidirectional or tensordict.ndim == 0:
+    if not module.recurrent_mode or layer.bidirectional or tensordict.ndim == 0 or not runs_only_forward(layer):
         return False
     *names, marker = module.in_keys
     batch = tensordict.shape

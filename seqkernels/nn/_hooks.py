@@ -14,14 +14,12 @@ _GLOBAL = (
 # What the dictionary of a class holds that overrides nothing.
 _OF_EMPTY_CLASS = {
     "__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__",
-    "__parameters__", "__orig_bases__", "__constants__",
+    "__parameters__", "__orig_bases__", "__dict__", "__weakref__",
 }  # fmt: skip
 
 
-def overridden(kind: type, base: type) -> list[str]:
-    """Names that `kind` adds to `base` or overrides; none if it is `base` or one of its base classes."""
-    if kind is base or not issubclass(kind, base):
-        return []
+def overridden(kind: type) -> list[str]:
+    """Names that a class adds to its base classes or overrides."""
     return sorted(vars(kind).keys() - _OF_EMPTY_CLASS)
 
 

@@ -306,6 +306,7 @@ class LSTM(_Recurrent):
     """
 
     _name, _family = "LSTM", families.LSTM
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
     def __init__(
         self,

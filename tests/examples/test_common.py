@@ -153,6 +153,10 @@ def test_resume_from_another_checkpoint(
         (["--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
         (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
         (["--device", "cuda:99"], "--device: cuda:99 must be a device of this machine"),
+        (["--output", "toy.foo"], "--output: must end with .png, .pdf or .svg, got toy.foo"),
+        (["--checkpoint", "."], "--checkpoint: must be a file, got the folder ."),
+        (["--lr", "-1"], "--lr: must be above 0, got -1.0"),
+        (["--seed", str(2**70)], "--seed: must be from 0 to 2147483647"),
         (["--output", "missing/toy.png"], "--output: folder missing must exist"),
     ],
 )
