@@ -41,7 +41,7 @@ import common
 import seqkernels
 
 PRESETS = {
-    "small": {"embedding": 64, "hidden": 32, "layers": 1, "bidirectional": False, "batch": 16, "epochs": 8},
+    "small": {"embedding": 64, "hidden": 32, "layers": 1, "bidirectional": False, "batch": 16, "epochs": 4},
     "large": {"embedding": 300, "hidden": 256, "layers": 2, "bidirectional": True, "batch": 64, "epochs": 3},
 }
 PAD, UNKNOWN = 0, 1  # token ids
