@@ -143,11 +143,11 @@ def test_sb3_states_its_errors(sb3: ModuleType) -> None:
     with pytest.raises(ValueError, match="lstm_critic must have no hooks"):
         sb3.accelerate(policy)
     handle.remove()
+    policy.lstm_critic.forward = nn.Identity()
+    with pytest.raises(ValueError, match="lstm_critic must have no hooks and no replaced forward"):
+        sb3.accelerate(policy)
     policy.lstm_actor = nn.GRU(D, H)
-    with pytest.raises(
-        ValueError,
-        match=r"lstm_actor must be .* RNN, got torch.nn.modules.rnn.GRU; call",
-    ):
+    with pytest.raises(ValueError, match=r"lstm_actor must be .* RNN, got torch.nn.modules.rnn.GRU; call"):
         sb3.accelerate(policy)
 
     class Own(imported("sb3_contrib.ppo_recurrent").MlpLstmPolicy):

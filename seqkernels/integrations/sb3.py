@@ -26,7 +26,7 @@ from sb3_contrib.ppo_recurrent import RecurrentPPO
 from torch import Tensor
 
 from seqkernels.functional import lstm, rnn_relu, rnn_tanh
-from seqkernels.integrations._layers import parameters_of
+from seqkernels.integrations._layers import parameters_of, runs_only_forward
 
 __all__ = ["CnnLstmPolicy", "MlpLstmPolicy", "MultiInputLstmPolicy", "accelerate", "process_sequence"]
 
@@ -87,7 +87,7 @@ def accelerate(model: T) -> T:
     Raises:
         TypeError: model is neither a RecurrentPPO nor a recurrent policy of sb3-contrib.
         ValueError: the policy has its own _process_sequence, or a layer that is not exactly torch.nn.LSTM or RNN, or a
-            layer with hooks, which one call for all steps would skip.
+            layer with hooks or a replaced forward method, which one call for all steps would skip.
     """
     policy = model.policy if isinstance(model, RecurrentPPO) else model
     if not isinstance(policy, RecurrentActorCriticPolicy):
@@ -109,7 +109,9 @@ def accelerate(model: T) -> T:
                 f"accelerate: {name} must be a torch.nn.LSTM or RNN, got {of}; call seqkernels.restore first if "
                 "seqkernels.accelerate has replaced it"
             )
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            raise ValueError(f"accelerate: {name} must have no hooks: one call for all steps would skip them")
+        if not runs_only_forward(layer):
+            raise ValueError(
+                f"accelerate: {name} must have no hooks and no replaced forward: one call for all steps would skip them"
+            )
     policy._process_sequence = process_sequence
     return model
