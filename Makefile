@@ -78,7 +78,7 @@ hooks: $(call with,dev)
 
 $(BASE):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) $(INSTALL) torch==$(TORCH) 'setuptools>=77' cmake ninja pybind11
+	$(PY) $(INSTALL) torch==$(TORCH) 'setuptools>=77' cmake ninja
 	@touch $@
 
 # Built in place. The folder under build/ is kept, so only changed files are recompiled.
@@ -167,7 +167,7 @@ export GPU_REPORT
 
 $(GPU_BASE):
 	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
-	$(GPU_VENV)/bin/python $(INSTALL) torch==$(GPU_TORCH) numpy 'setuptools>=77' cmake ninja pybind11
+	$(GPU_VENV)/bin/python $(INSTALL) torch==$(GPU_TORCH) numpy 'setuptools>=77' cmake ninja
 	@touch $@
 
 # With a GPU, in the current Python environment; installs nothing.

@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD_TOOLS = ["cmake", "ninja", "pybind11"]
+BUILD_TOOLS = ["cmake", "ninja"]
 
 
 def check_environment() -> None:
@@ -45,8 +45,6 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        if importlib.util.find_spec("pybind11") is None:
-            raise SystemExit("\nseqkernels: pybind11 not found: pip install pybind11\n")
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         configure = [
             *(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
@@ -69,8 +67,10 @@ setup(
         Extension(
             "seqkernels._C",
             sources=["CMakeLists.txt"],
+            py_limited_api=True,
             depends=["cmake/cuda.cmake", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))],
         )
     ],
     cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

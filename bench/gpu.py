@@ -11,7 +11,7 @@ bench        runs the rows marked `cuda`, the least measured first
 
 Each part has a share of the time and passes unused time on to the next. A part that exceeds its time is interrupted,
 then killed with all its processes; its results so far are kept. This Python must have torch with CUDA, cmake, ninja,
-pybind11, pytest, pytest-benchmark and hypothesis; nothing is installed.
+pytest, pytest-benchmark and hypothesis; nothing is installed.
 
 Results in bench/results, or in --out: <device>-<date>.json, which bench/report.py prints, <device>-<date>-tuning.json,
 and <device>-<date>-checks.json with the status of each part, to which later runs add their parts. The output of the
@@ -321,7 +321,7 @@ def summary(checks: dict[str, dict[str, Any]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    missing = [n for n in ("torch", "pybind11", "pytest", "pytest_benchmark") if importlib.util.find_spec(n) is None]
+    missing = [n for n in ("torch", "pytest", "pytest_benchmark") if importlib.util.find_spec(n) is None]
     require(not missing, f"{sys.executable} must have the packages {', '.join(missing)}")
     import torch
 

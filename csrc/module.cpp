@@ -1,8 +1,8 @@
-// The pybind11 module of the library: properties of the build, and what the kernels do with given sizes.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The Python module of the library: properties of the build, and what the kernels do with given sizes. It is written
+// with the limited C API of Python 3.10, so that one binary serves this and every later release; pybind11 needs the
+// full API.
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <string>
 #include <vector>
@@ -10,6 +10,7 @@
 #include "attention/plan.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/python.h"
 #include "common/registration.h"
 #include "embedding_bag/embedding_bag.h"
 #include "recurrent/recurrent.h"
@@ -18,27 +19,26 @@
 #include "recurrent/cuda/launch.h"
 #endif
 
-namespace py = pybind11;
-
 namespace {
 
 using namespace seqkernels;
+using python::Arguments, python::Dict;
 
-py::dict build_info() {
-  py::list isas;
-  for (const Isa isa : usable_isas()) isas.append(isa_name(isa));
-  py::dict info;
-  info["torch"] = SEQKERNELS_BUILT_WITH_TORCH;
-  info["isa"] = isa_name(current_isa());
-  info["isas"] = isas;
+Dict build_info(Arguments&) {
+  std::vector<std::string> isas;
+  for (const Isa isa : usable_isas()) isas.push_back(isa_name(isa));
+  Dict info;
+  info.set("torch", SEQKERNELS_BUILT_WITH_TORCH);
+  info.set("isa", isa_name(current_isa()));
+  info.set("isas", isas);
 #ifdef SEQKERNELS_HAVE_CUDA
-  info["cuda"] = true;
-  info["cuda_architectures"] = std::vector<int>{SEQKERNELS_CUDA_ARCHITECTURES};
+  info.set("cuda", true);
+  info.set("cuda_architectures", std::vector<int>{SEQKERNELS_CUDA_ARCHITECTURES});
 #else
-  info["cuda"] = false;
+  info.set("cuda", false);
 #endif
-  info["vnni"] = has_vnni(current_isa());
-  info["compiler"] = __VERSION__;
+  info.set("vnni", has_vnni(current_isa()));
+  info.set("compiler", __VERSION__);
   return info;
 }
 
@@ -46,58 +46,59 @@ CellKind kind_called(const std::string& who, const std::string& name) {
   for (const CellKind kind : kCellKinds) {
     if (name == shape_of(kind).name) return kind;
   }
-  throw py::value_error(who + ": kind must be a recurrent op, got " + name);
+  throw std::invalid_argument(who + ": kind must be a recurrent op, got " + name);
 }
 
-py::dict explain_recurrent(const std::string& name, int64_t T, int64_t B, int64_t N, int64_t D, int64_t H, int64_t P,
-                           int64_t directions, int64_t heads, bool float64) {
-  const CellKind kind = kind_called("explain_recurrent", name);
+Dict explain_recurrent(Arguments& given) {
+  const CellKind kind = kind_called("explain_recurrent", given.read<std::string>("kind"));
   RecurrentArgs args{};
-  args.dtype = float64 ? DType::kFloat64 : DType::kFloat32;
-  args.walk.T = T;
-  args.walk.B = B;
-  args.walk.N = N;
-  args.directions = directions;
-  args.heads = heads;
-  args.D = D;
-  args.H = H;
-  args.P = P;
+  args.walk.T = given.read<int64_t>("T");
+  args.walk.B = given.read<int64_t>("B");
+  args.walk.N = given.read<int64_t>("N");
+  args.D = given.read<int64_t>("D");
+  args.H = given.read<int64_t>("H");
+  args.P = given.read<int64_t>("P");
+  args.directions = given.read<int64_t>("directions");
+  args.heads = given.read<int64_t>("heads", 1);
+  args.dtype = given.read<bool>("float64") ? DType::kFloat64 : DType::kFloat32;
   const Plan plan = plan_recurrent(args, kind, thread_count());
-  py::dict result;
-  result["isa"] = isa_name(current_isa());
-  result["threads"] = std::min(plan.threads, plan.row_groups * plan.unit_groups * directions * heads);
-  result["row_groups"] = plan.row_groups;
-  result["unit_groups"] = plan.unit_groups;
+  Dict result;
+  result.set("isa", isa_name(current_isa()));
+  result.set("threads", std::min(plan.threads, plan.row_groups * plan.unit_groups * args.directions * args.heads));
+  result.set("row_groups", plan.row_groups);
+  result.set("unit_groups", plan.unit_groups);
   return result;
 }
 
-int64_t recurrent_saved(const std::string& name, int64_t H, bool options) {
-  return saved_width(shape_of(kind_called("recurrent_saved", name)), H, options);
+int64_t recurrent_saved(Arguments& given) {
+  const CellKind kind = kind_called("recurrent_saved", given.read<std::string>("kind"));
+  const auto H = given.read<int64_t>("H");
+  return saved_width(shape_of(kind), H, given.read<bool>("options"));
 }
 
 // The list of cells as Python has it.
-py::list recurrent_kinds() {
-  py::list kinds;
+std::vector<Dict> recurrent_kinds(Arguments&) {
+  std::vector<Dict> kinds;
   for (const CellKind kind : kCellKinds) {
     const CellShape cell = shape_of(kind);
-    py::dict one;
-    one["name"] = cell.name;
-    one["gates"] = cell.gate_names;
-    one["states"] = cell.state_names;
-    one["peepholes"] = cell.peepholes;
-    one["inner_gates"] = cell.inner_gates;
-    one["norm_groups"] = cell.norm_groups;
-    one["joint_norm"] = cell.joint_norm;
-    one["norm_c"] = cell.norm_c;
-    one["heads"] = cell.heads;
-    one["projection"] = cell.projection == Projection::kNever   ? "never"
-                        : cell.projection == Projection::kMaybe ? "maybe"
-                                                                : "always";
-    one["one_bias_gradient"] = !cell.separate;
-    one["cuda"] = cell.cuda;
-    one["step"] = cell.step;
-    one["first"] = cell.first;
-    kinds.append(one);
+    Dict one;
+    one.set("name", cell.name);
+    one.set("gates", cell.gate_names);
+    one.set("states", cell.state_names);
+    one.set("peepholes", cell.peepholes);
+    one.set("inner_gates", cell.inner_gates);
+    one.set("norm_groups", cell.norm_groups);
+    one.set("joint_norm", cell.joint_norm);
+    one.set("norm_c", cell.norm_c);
+    one.set("heads", cell.heads);
+    one.set("projection", cell.projection == Projection::kNever   ? "never"
+                          : cell.projection == Projection::kMaybe ? "maybe"
+                                                                  : "always");
+    one.set("one_bias_gradient", !cell.separate);
+    one.set("cuda", cell.cuda);
+    one.set("step", cell.step);
+    one.set("first", cell.first);
+    kinds.push_back(std::move(one));
   }
   return kinds;
 }
@@ -105,25 +106,31 @@ py::list recurrent_kinds() {
 #ifdef SEQKERNELS_CUDA_KERNELS
 // Which CUDA kernels run a layer on a device of that compute capability; 0: on the current one. options: of
 // functional/_recurrent_options.py, those in force; of other names nothing depends on them.
-py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtype, int64_t T, int64_t B, int64_t D,
-                                int64_t H, int64_t P, int64_t directions, int64_t heads,
-                                const std::vector<std::string>& options, bool tf32, int major, int minor,
-                                int multiprocessors, int64_t shared_bytes) {
-  const CellKind kind = kind_called("explain_recurrent_cuda", name);
+Dict explain_recurrent_cuda(Arguments& given) {
+  const CellKind kind = kind_called("explain_recurrent_cuda", given.read<std::string>("kind"));
   static const float present = 0;  // what the planner looks at is whether it is there
   RecurrentArgs args{};
+  const auto dtype = given.read<std::string>("dtype");
   args.dtype = dtype == "float64"    ? DType::kFloat64
                : dtype == "bfloat16" ? DType::kBFloat16
                : dtype == "float16"  ? DType::kFloat16
                                      : DType::kFloat32;
-  args.walk.T = T;
-  args.walk.B = B;
-  args.walk.N = T * B;
-  args.directions = directions;
-  args.heads = heads;
-  args.D = D;
-  args.H = H;
-  args.P = P == 0 ? H : P;
+  args.walk.T = given.read<int64_t>("T");
+  args.walk.B = given.read<int64_t>("B");
+  args.walk.N = args.walk.T * args.walk.B;
+  args.D = given.read<int64_t>("D");
+  args.H = given.read<int64_t>("H");
+  const auto P = given.read<int64_t>("P", 0);
+  args.P = P == 0 ? args.H : P;
+  args.directions = given.read<int64_t>("directions", 1);
+  args.heads = given.read<int64_t>("heads", 1);
+  const auto options = given.read<std::vector<std::string>>("options", {});
+  const bool tf32 = given.read<bool>("tf32", false);
+  CudaDevice device{};
+  device.major = given.read<int>("major", 0);
+  device.minor = given.read<int>("minor", 0);
+  device.multiprocessors = given.read<int>("multiprocessors", 0);
+  device.shared_bytes = given.read<int64_t>("shared_bytes", 0);
   LayerOptions& o = args.options;
   o.cell_clip = o.gate_clip = std::numeric_limits<double>::infinity();
   bool recompute = false;
@@ -141,27 +148,26 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
     if (option == "recurrent_dropout") o.candidate = reinterpret_cast<const uint8_t*>(&present);
     if (option == "variational_dropout") o.variational = &present;
   }
-  args.saved_width = saved_width(shape_of(kind), H, o.any);
-  CudaDevice device{major, minor, multiprocessors, shared_bytes};
-  device.described = major != 0;
+  args.saved_width = saved_width(shape_of(kind), args.H, o.any);
+  device.described = device.major != 0;
   if (!device.described) device = current_cuda_device();
-  py::dict result;
+  Dict result;
   const auto show = [&](const char* of, PassKind kind_of_pass) {
     const CudaPlan pass =
         plan_recurrent_cuda(kind, kind_of_pass, args, {nullptr, false, 0, 0, tf32}, recompute, device);
-    py::dict one;
-    one["tier"] = cuda_tier_name(pass.tier);
+    Dict one;
+    one.set("tier", cuda_tier_name(pass.tier));
     if (pass.tier != CudaTier::kNone) {
-      one["grid"] = py::make_tuple(pass.grid[0], pass.grid[1], pass.grid[2]);
-      one["block"] = pass.block;
-      one["cluster"] = pass.cluster;
-      one["teams"] = pass.teams;
-      one["rows"] = pass.rows;
-      one["shared_bytes"] = pass.shared_bytes;
-      one["workspace"] = pass.workspace;
+      one.set("grid", std::array{pass.grid[0], pass.grid[1], pass.grid[2]});
+      one.set("block", pass.block);
+      one.set("cluster", pass.cluster);
+      one.set("teams", pass.teams);
+      one.set("rows", pass.rows);
+      one.set("shared_bytes", pass.shared_bytes);
+      one.set("workspace", pass.workspace);
     }
-    one["reasons"] = pass.reasons;
-    result[of] = one;
+    one.set("reasons", pass.reasons);
+    result.set(of, one);
   };
   show("forward", PassKind::kForward);
   show("backward", PassKind::kBackward);
@@ -170,53 +176,90 @@ py::dict explain_recurrent_cuda(const std::string& name, const std::string& dtyp
 #endif
 
 // N indices of a table with D columns, reduced to B bags.
-py::dict explain_embedding_bag(int64_t N, int64_t B, int64_t D, int64_t element_size) {
-  py::dict result;
-  result["isa"] = isa_name(current_isa());
-  result["threads"] = divide((N + B) * D * element_size).threads;
+Dict explain_embedding_bag(Arguments& given) {
+  const auto N = given.read<int64_t>("N"), B = given.read<int64_t>("B"), D = given.read<int64_t>("D");
+  const auto element_size = given.read<int64_t>("element_size");
+  Dict result;
+  result.set("isa", isa_name(current_isa()));
+  result.set("threads", divide((N + B) * D * element_size).threads);
   return result;
 }
 
-py::dict explain_attention(int64_t B, int64_t Hq, int64_t Hk, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv) {
+Dict explain_attention(Arguments& given) {
+  const auto B = given.read<int64_t>("B"), Hq = given.read<int64_t>("Hq"), Hk = given.read<int64_t>("Hk"),
+             Tq = given.read<int64_t>("Tq"), Tk = given.read<int64_t>("Tk"), D = given.read<int64_t>("D"),
+             Dv = given.read<int64_t>("Dv");
   const double pairs = double(B * Hq) * double(Tq * Tk), bytes = 4 * double(B * Hk) * double(Tk * (D + Dv));
   const bool in_place = attention::few_queries(Tq, Hq / Hk);
   const int64_t threads =
       threads_for(in_place ? attention::decode_nanoseconds(pairs, D, Dv, bytes) : attention::nanoseconds(pairs, D, Dv));
   const attention::Plan plan = attention::plan_forward(B, Hq, Hk, Tq, Tk, threads);
-  py::dict result;
-  result["isa"] = isa_name(current_isa());
-  result["threads"] = plan.threads;
-  result["tasks"] = plan.tasks;
-  result["unit"] = plan.unit == attention::Unit::kGroup ? std::string("groups of heads that share keys")
-                   : plan.unit == attention::Unit::kBlock
-                       ? "blocks of " + std::to_string(attention::kRows) + " queries"
-                       : "chunks of " + std::to_string(attention::kChunkKeys) + " keys";
-  result["block"] = py::make_tuple(attention::kRows, attention::kKeys);
-  result["keys"] = std::string(in_place ? "read in place" : "packed");
+  Dict result;
+  result.set("isa", isa_name(current_isa()));
+  result.set("threads", plan.threads);
+  result.set("tasks", plan.tasks);
+  result.set("unit", plan.unit == attention::Unit::kGroup ? std::string("groups of heads that share keys")
+                     : plan.unit == attention::Unit::kBlock
+                         ? "blocks of " + std::to_string(attention::kRows) + " queries"
+                         : "chunks of " + std::to_string(attention::kChunkKeys) + " keys");
+  result.set("block", std::array<int64_t, 2>{attention::kRows, attention::kKeys});
+  result.set("keys", std::string(in_place ? "read in place" : "packed"));
   return result;
 }
 
+bool always_parallel(Arguments& given) {
+  const bool on = given.read<bool>("on");
+  set_always_parallel(on);
+  return on;
+}
+
+const char* choose_isa(Arguments& given) { return isa_name(set_isa(given.read<std::string>("name"))); }
+
+#ifdef SEQKERNELS_CUDA_KERNELS
+bool choose_tf32(Arguments& given) { return set_allows_tf32(given.read<bool>("allow")); }
+
+std::vector<std::string> choose_cuda_tiers(Arguments& given) {
+  return set_cuda_tiers(given.read<std::vector<std::string>>("names"));
+}
+#endif
+
+PyMethodDef methods[] = {
+    python::method<build_info>("build_info"),
+    python::method<explain_recurrent>("explain_recurrent"),
+    python::method<recurrent_kinds>("recurrent_kinds"),
+    python::method<recurrent_saved>("recurrent_saved"),
+    python::method<always_parallel>("set_always_parallel"),
+    python::method<choose_isa>("set_isa"),
+#ifdef SEQKERNELS_CUDA_KERNELS
+    python::method<choose_tf32>("set_tf32"),
+    python::method<choose_cuda_tiers>("set_cuda_tiers"),
+    python::method<explain_recurrent_cuda>("explain_recurrent_cuda"),
+#endif
+    python::method<explain_embedding_bag>("explain_embedding_bag"),
+    python::method<explain_attention>("explain_attention"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+// TEXT(_C) is "_C", PREFIXED(PyInit_, _C) is PyInit__C.
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+#define JOINED(first, second) first##second
+#define PREFIXED(prefix, name) JOINED(prefix, name)
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          TEXT(SEQKERNELS_MODULE),
+                          "The compiled half of seqkernels: importing it loads the ops.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(SEQKERNELS_MODULE, m) {
-  m.doc() = "The compiled half of seqkernels: importing it loads the ops.";
-  m.def("build_info", &build_info);
-  m.def("explain_recurrent", &explain_recurrent, py::arg("kind"), py::arg("T"), py::arg("B"), py::arg("N"),
-        py::arg("D"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("heads") = 1, py::arg("float64"));
-  m.def("recurrent_kinds", &recurrent_kinds);
-  m.def("recurrent_saved", &recurrent_saved, py::arg("kind"), py::arg("H"), py::arg("options"));
-  m.def("set_always_parallel", &set_always_parallel, py::arg("on"));
-  m.def("set_isa", [](const std::string& name) { return isa_name(set_isa(name)); }, py::arg("name"));
-#ifdef SEQKERNELS_CUDA_KERNELS
-  m.def("set_tf32", &set_allows_tf32, py::arg("allow"));
-  m.def("set_cuda_tiers", &set_cuda_tiers, py::arg("names"));
-  m.def("explain_recurrent_cuda", &explain_recurrent_cuda, py::arg("kind"), py::arg("dtype"), py::arg("T"),
-        py::arg("B"), py::arg("D"), py::arg("H"), py::arg("P") = 0, py::arg("directions") = 1, py::arg("heads") = 1,
-        py::arg("options") = std::vector<std::string>(), py::arg("tf32") = false, py::arg("major") = 0,
-        py::arg("minor") = 0, py::arg("multiprocessors") = 0, py::arg("shared_bytes") = 0);
-#endif
-  m.def("explain_embedding_bag", &explain_embedding_bag, py::arg("N"), py::arg("B"), py::arg("D"),
-        py::arg("element_size"));
-  m.def("explain_attention", &explain_attention, py::arg("B"), py::arg("Hq"), py::arg("Hk"), py::arg("Tq"),
-        py::arg("Tk"), py::arg("D"), py::arg("Dv"));
+PyMODINIT_FUNC PREFIXED(PyInit_, SEQKERNELS_MODULE)() {
+  PyObject* const module = PyModule_Create(&definition);
+  if (module != nullptr) PyModule_AddStringConstant(module, "namespace", TEXT(SEQKERNELS_NAMESPACE));
+  return module;
 }

@@ -1,6 +1,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+namespace: str  # of the ops: torch.ops.seqkernels
+
 def build_info() -> dict[str, Any]: ...
 def explain_recurrent(
     *, kind: str, T: int, B: int, N: int, D: int, H: int, P: int, directions: int, heads: int = 1, float64: bool
@@ -28,7 +30,7 @@ def set_cuda_tiers(names: Sequence[str]) -> list[str]: ...
 def recurrent_kinds() -> list[dict[str, Any]]: ...
 def recurrent_saved(kind: str, H: int, options: bool) -> int: ...
 def set_isa(name: str) -> str: ...
-def set_always_parallel(on: bool) -> None: ...  # for tests of concurrency
+def set_always_parallel(on: bool) -> bool: ...  # for tests of concurrency
 def explain_embedding_bag(*, N: int, B: int, D: int, element_size: int) -> dict[str, Any]: ...  # isa, threads
 def explain_attention(
     *, B: int, Hq: int, Hk: int, Tq: int, Tk: int, D: int, Dv: int

@@ -7,16 +7,16 @@ from typing import Any
 import torch  # noqa: F401  (its libraries must be loaded before ours)
 
 try:
-    from seqkernels import _C
+    from . import _C
 except ImportError as error:
     raise ImportError(
         "seqkernels: the compiled module seqkernels._C could not be loaded; build it with "
         "`pip install --no-build-isolation .` against the torch that is installed"
     ) from error
 
-from seqkernels import decoding, functional, inference, nn, reference
-from seqkernels.accelerate import accelerate, restore
-from seqkernels.explain import explain
+from . import decoding, functional, inference, nn, reference
+from .accelerate import accelerate, restore
+from .explain import explain
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import seqkernels
-from seqkernels._tables import aligned
+
+from ._tables import aligned
 
 _LIMIT = 1e-4  # largest error, relative to the largest element; float32
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-import seqkernels.nn as sk
-from seqkernels import backend as backends
-from seqkernels._tables import aligned
-from seqkernels.inference._modules import family_and_options
-from seqkernels.nn._hooks import overridden
+from . import backend as backends
+from . import nn as sk
+from ._tables import aligned
+from .inference._modules import family_and_options
+from .nn._hooks import overridden
 
 _ORIGINAL = "_seqkernels_original"  # attribute of replaced modules: their class before, and names of added attributes
 _SET = {"options", "_kind", "_plain", "_gathered", "fused_state", "forbidden"}  # set by modules of seqkernels

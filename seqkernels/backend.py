@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from seqkernels import _C
+from . import _C
 
 if TYPE_CHECKING:
-    from seqkernels.functional._recurrent_kinds import Kind
+    from .functional._recurrent_kinds import Kind
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_BUILT: bool = _C.build_info()["cuda"]
@@ -198,7 +198,7 @@ def in_triton(request: Request) -> list[str]:
 
 def _interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, which TRITON_INTERPRET determines when they are imported."""
-    launch = sys.modules.get("seqkernels.triton.recurrent.launch")
+    launch = sys.modules.get(f"{__package__}.triton.recurrent.launch")
     return os.environ.get("TRITON_INTERPRET") == "1" if launch is None else launch.interpreted()
 
 

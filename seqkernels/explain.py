@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from seqkernels import _C
-from seqkernels.backend import (
+from . import _C
+from .backend import (
     ADDITIVE_ATTENTION,
     ATTENTION,
     CRF,
@@ -22,8 +22,8 @@ from seqkernels.backend import (
     choose,
     unsupported,
 )
-from seqkernels.functional._autograd import allows_tf32
-from seqkernels.functional._recurrent_kinds import ALIASES, KINDS, Kind, family_of
+from .functional._autograd import allows_tf32
+from .functional._recurrent_kinds import ALIASES, KINDS, Kind, family_of
 
 _BAG, _ATTENTION = "embedding_bag", "scaled_dot_product_attention"
 _ADDITIVE, _CTC = "additive_attention", "ctc_loss"
@@ -319,7 +319,7 @@ def _described_memory(described: tuple[Any, ...], device: torch.device, dtype: t
             f"explain: capability, multiprocessors and shared_memory must be given {why}, got "
             f"{described[0]}, {described[1]} and {described[2]}"
         )
-    from seqkernels.triton.recurrent import launch  # imports Triton
+    from .triton.recurrent import launch  # imports Triton
 
     return launch.shared_memory(device, dtype)
 
@@ -327,7 +327,7 @@ def _described_memory(described: tuple[Any, ...], device: torch.device, dtype: t
 def _explain_in_triton(
     kind: Kind, dtype: torch.dtype, B: int, H: int, directions: int, options: Sequence[str], shared: int
 ) -> dict[str, Any]:
-    from seqkernels.triton.recurrent import launch  # imports Triton
+    from .triton.recurrent import launch  # imports Triton
 
     tier, reasons, chosen = launch.tier(kind.name, dtype, H, options, shared)
     plan: dict[str, Any] = {"tier": tier, "reasons": {} if tier == "layer" else {"layer": reasons}}
@@ -398,7 +398,7 @@ def _explain_crf(
     kernel = choose(f"explain: {op}", CRF, request, backend, "emissions")
     plan: dict[str, Any] = {"isa": _C.build_info()["isa"]}
     if kernel == "triton":
-        from seqkernels.triton.crf import config  # imports Triton
+        from .triton.crf import config  # imports Triton
 
         chosen = config(K, dtype == torch.float64 or op == "crf_entropy", nbest > 1)
         resident = chosen.whole and not by_step and nbest == 1
@@ -413,7 +413,7 @@ def _explain_additive_attention(
     kernel = choose(f"explain: {_ADDITIVE}", ADDITIVE_ATTENTION, request, backend, "a query")
     plan: dict[str, Any] = {"isa": _C.build_info()["isa"]}
     if kernel == "triton":
-        from seqkernels.triton.additive_attention import launch  # imports Triton
+        from .triton.additive_attention import launch  # imports Triton
 
         plan = {"warps": launch.WARPS, "tile": tuple(launch.pair_tile(Tq, dtype == torch.float64))}
     return _answer(ADDITIVE_ATTENTION, request, kernel, plan)

@@ -1,16 +1,24 @@
-// Library names for operator registration: torch.ops.seqkernels, or torch.ops.seqkernels_emulated in the test module
-// that runs the CUDA kernels on a CPU (tests/cuda_on_cpu). In that module the CPU implementation of an operator
-// launches its CUDA kernels.
+// Names for registration: torch.ops.<namespace> of the operators and the Python module. The namespace is seqkernels, or
+//   seqkernels_emulated in the test module that runs the CUDA kernels on a CPU (tests/cuda_on_cpu). In that module the
+//   CPU
+//     implementation of an operator launches its CUDA kernels.
+//   a name of its own in a kernel of the Hugging Face Hub, which may be loaded beside other versions (cmake/hub.cmake).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #if defined(SEQKERNELS_EMULATE_CUDA)
-#define SEQKERNELS_OPS(m) STABLE_TORCH_LIBRARY(seqkernels_emulated, m)
-#define SEQKERNELS_OPS_ON(key, m) STABLE_TORCH_LIBRARY_IMPL(seqkernels_emulated, key, m)
+#define SEQKERNELS_NAMESPACE seqkernels_emulated
 #define SEQKERNELS_MODULE _emulated
 #else
-#define SEQKERNELS_OPS(m) STABLE_TORCH_LIBRARY(seqkernels, m)
-#define SEQKERNELS_OPS_ON(key, m) STABLE_TORCH_LIBRARY_IMPL(seqkernels, key, m)
+#ifndef SEQKERNELS_NAMESPACE
+#define SEQKERNELS_NAMESPACE seqkernels
+#endif
 #define SEQKERNELS_MODULE _C
 #endif
+
+// The macros of torch join their arguments to names, so arguments that are macros are expanded first.
+#define SEQKERNELS_OPS_IN(ops, m) STABLE_TORCH_LIBRARY(ops, m)
+#define SEQKERNELS_OPS_IN_ON(ops, key, m) STABLE_TORCH_LIBRARY_IMPL(ops, key, m)
+#define SEQKERNELS_OPS(m) SEQKERNELS_OPS_IN(SEQKERNELS_NAMESPACE, m)
+#define SEQKERNELS_OPS_ON(key, m) SEQKERNELS_OPS_IN_ON(SEQKERNELS_NAMESPACE, key, m)

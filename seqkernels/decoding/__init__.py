@@ -12,9 +12,9 @@ hypotheses:
 Dimensions: B sentences, N hypotheses, V tokens of the vocabulary, T = max_length steps, S positions of the source.
 """
 
-from seqkernels.decoding._loop import Decoded
-from seqkernels.decoding._state import PerSentence
-from seqkernels.decoding.beam import beam_search
-from seqkernels.decoding.single import greedy_search, sample
+from ._loop import Decoded
+from ._state import PerSentence
+from .beam import beam_search
+from .single import greedy_search, sample
 
 __all__ = ["Decoded", "PerSentence", "beam_search", "greedy_search", "sample"]

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from seqkernels.decoding import _state
-from seqkernels.functional._checks import describe
-from seqkernels.functional._values import may_read_values
+from ..functional._checks import describe
+from ..functional._values import may_read_values
+from . import _state
 
 Step: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]]
 PerSentence: TypeAlias = int | Tensor | Sequence[int]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from seqkernels.functional._checks import describe
+from ..functional._checks import describe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from seqkernels.decoding._loop import Decoded, PerSentence, Problem, Step, integer, number
-from seqkernels.decoding._top import top
+from ._loop import Decoded, PerSentence, Problem, Step, integer, number
+from ._top import top
 
 LengthNormalization = Literal["gnmt", "power"]
 NORMALIZATIONS = ("gnmt", "power")

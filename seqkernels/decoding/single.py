@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels.decoding._loop import Decoded, PerSentence, Problem, Step, integer, number
-from seqkernels.decoding._top import top
-from seqkernels.functional._checks import describe
+from ..functional._checks import describe
+from ._loop import Decoded, PerSentence, Problem, Step, integer, number
+from ._top import top
 
 
 @torch.no_grad()

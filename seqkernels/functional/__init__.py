@@ -1,25 +1,25 @@
 """Operators as functions."""
 
-from seqkernels.functional import _flops  # noqa: F401  (registers the formulas of FlopCounterMode)
-from seqkernels.functional.additive_attention import AdditiveKeys, additive_attention
-from seqkernels.functional.attention import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional.crf import (
+from . import _flops  # noqa: F401  (registers the formulas of FlopCounterMode)
+from .additive_attention import AdditiveKeys, additive_attention
+from .attention import scaled_dot_product_attention, varlen_attention
+from .crf import (
     crf_entropy,
     crf_log_likelihood,
     crf_log_partition,
     crf_marginals,
     crf_viterbi,
 )
-from seqkernels.functional.ctc import ctc_loss
-from seqkernels.functional.embedding_bag import (
+from .ctc import ctc_loss
+from .embedding_bag import (
     embedding,
     embedding_bag,
     embedding_bag_bytes,
     embedding_bags,
     quantize_rows,
 )
-from seqkernels.functional.recurrent import dreamer_gru, gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
-from seqkernels.functional.recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
+from .recurrent import dreamer_gru, gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
+from .recurrent_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
     "AdditiveKeys",

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional import _triton_ops
-from seqkernels.functional._autograd import (
+from ..reference.additive_attention import additive_attention
+from . import _triton_ops
+from ._autograd import (
+    NAMESPACE,
     Function,
     below_autograd,
     eager_function,
@@ -25,8 +27,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._values import dense_on_cpu, eager_on_cpu
-from seqkernels.reference.additive_attention import additive_attention
+from ._values import dense_on_cpu, eager_on_cpu
 
 key_exp_op = op("additive_attention_key_exp")
 
@@ -44,7 +45,7 @@ def _ops_of(namespace: str) -> Ops:
 
 for _name in Ops._fields:
     _triton_ops.define(f"additive_attention_{_name}", "additive_attention.launch", f"{_name}_op")
-OPS = {"cpu": _ops_of("seqkernels"), "triton": _ops_of(_triton_ops.NAMESPACE)}
+OPS = {"cpu": _ops_of(NAMESPACE), "triton": _ops_of(_triton_ops.NAMESPACE)}
 
 
 class Inputs(NamedTuple):
@@ -181,7 +182,7 @@ def _register(ops: Ops, namespace: str) -> None:
     torch.library.register_autograd(f"{name}_forward", _formula_of(ops), setup_context=_setup_forward)
 
 
-_register(OPS["cpu"], "seqkernels")
+_register(OPS["cpu"], NAMESPACE)
 _register(OPS["triton"], _triton_ops.NAMESPACE)
-torch.library.register_fake("seqkernels::additive_attention_key_exp")(_key_exp_fake)
-torch.library.register_vmap("seqkernels::additive_attention_key_exp", vmap_rule(key_exp_op))
+torch.library.register_fake(f"{NAMESPACE}::additive_attention_key_exp")(_key_exp_fake)
+torch.library.register_vmap(f"{NAMESPACE}::additive_attention_key_exp", vmap_rule(key_exp_op))

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional._autograd import (
+from ..reference.attention import attention as attention_definition
+from ..reference.attention import attention_weights as weights_definition
+from ._autograd import (
+    NAMESPACE,
     below_autograd,
     eager_function,
     jvp_by_definition,
@@ -26,10 +29,8 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._checks import ValueRuntimeError
-from seqkernels.functional._values import dense_on_cpu, eager_on_cpu, in_jit_trace
-from seqkernels.reference.attention import attention as attention_definition
-from seqkernels.reference.attention import attention_weights as weights_definition
+from ._checks import ValueRuntimeError
+from ._values import dense_on_cpu, eager_on_cpu, in_jit_trace
 
 NAMES = ("attention_forward", "attention_backward", "attention_weights", "attention_weights_backward")
 
@@ -45,7 +46,7 @@ class Ops:
         raise AttributeError(name)
 
 
-ops = Ops("seqkernels")
+ops = Ops(NAMESPACE)
 decode = op("attention_decode")  # keys and values of a cache, of a dtype of their own or in pages; not differentiable
 _dense = op("attention_dense")  # attention_forward without options and lse, on a CPU; not differentiable
 
@@ -450,19 +451,19 @@ def register(namespace: str) -> None:
     )
 
 
-register("seqkernels")
-torch.library.register_fake("seqkernels::attention_decode")(_decode_fake)
-torch.library.register_fake("seqkernels::attention_dense")(_dense_fake)
-torch.library.register_vmap("seqkernels::attention_dense", vmap_rule(_dense))
+register(NAMESPACE)
+torch.library.register_fake(f"{NAMESPACE}::attention_decode")(_decode_fake)
+torch.library.register_fake(f"{NAMESPACE}::attention_dense")(_dense_fake)
+torch.library.register_vmap(f"{NAMESPACE}::attention_dense", vmap_rule(_dense))
 
 # ---- CUDA: the Triton kernels
 
-_library = torch.library.Library("seqkernels", "IMPL")
+_library = torch.library.Library(NAMESPACE, "IMPL")
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        from seqkernels.triton import attention  # imports Triton, which a CPU installation does not have
+        from ..triton import attention  # imports Triton, which a CPU installation does not have
 
         return getattr(attention, name)(*args)
 

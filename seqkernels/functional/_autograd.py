@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from seqkernels import _C  # the import registers the ops
+from .. import _C  # the import registers the ops
 
 Function = Callable[..., Any]
 
+NAMESPACE: str = _C.namespace  # of the ops: torch.ops.seqkernels
 
-def op(name: str, namespace: str = "seqkernels") -> Function:
+
+def op(name: str, namespace: str = NAMESPACE) -> Function:
     """The `.default` overload of an op. Calling it takes half the time of calling the overload packet."""
     overload: Function = getattr(getattr(torch.ops, namespace), name).default
     return overload

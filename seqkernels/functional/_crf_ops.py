@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional import _triton_ops
-from seqkernels.functional._autograd import (
+from ..reference.crf import log_partition_and_score
+from . import _triton_ops
+from ._autograd import (
+    NAMESPACE,
     Function,
     below_autograd,
     jvp_by_definition,
@@ -27,8 +29,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._values import special
-from seqkernels.reference.crf import log_partition_and_score
+from ._values import special
 
 NAMES = ("crf_forward", "crf_backward", "crf_viterbi")
 for _name in NAMES:
@@ -233,7 +234,7 @@ def _viterbi_fake(emissions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 _FAKES = (_forward_fake, _backward_fake, _viterbi_fake)
-for _backend, _namespace in (("cpu", "seqkernels"), ("triton", _triton_ops.NAMESPACE)):
+for _backend, _namespace in (("cpu", NAMESPACE), ("triton", _triton_ops.NAMESPACE)):
     _ops = OPS[_backend]
     for _name, _fake, _op in zip(NAMES, _FAKES, _ops):
         torch.library.register_fake(f"{_namespace}::{_name}")(_fake)

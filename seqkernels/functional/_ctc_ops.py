@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional._autograd import (
+from ..reference.ctc import ctc_loss
+from ._autograd import (
+    NAMESPACE,
     below_autograd,
     jvp_by_definition,
     needs_definition,
@@ -20,8 +22,7 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._values import special
-from seqkernels.reference.ctc import ctc_loss
+from ._values import special
 
 REDUCTIONS = ("none", "mean", "sum")
 forward_op, backward_op = op("ctc_loss_forward"), op("ctc_loss_backward")
@@ -167,6 +168,6 @@ def _backward_fake(dloss: Tensor, log_probs: Tensor, *_: Any) -> Tensor:
 
 
 for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake)):
-    torch.library.register_fake(f"seqkernels::ctc_loss_{_name}")(_fake)
-    torch.library.register_vmap(f"seqkernels::ctc_loss_{_name}", vmap_rule(op(f"ctc_loss_{_name}")))
-torch.library.register_autograd("seqkernels::ctc_loss_forward", _backward_of_forward, setup_context=_setup_forward)
+    torch.library.register_fake(f"{NAMESPACE}::ctc_loss_{_name}")(_fake)
+    torch.library.register_vmap(f"{NAMESPACE}::ctc_loss_{_name}", vmap_rule(op(f"ctc_loss_{_name}")))
+torch.library.register_autograd(f"{NAMESPACE}::ctc_loss_forward", _backward_of_forward, setup_context=_setup_forward)

@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional import _autograd, _triton_ops
-from seqkernels.functional._autograd import (
+from ..reference.embedding_bag import bags_of
+from ..reference.embedding_bag import embedding as embedding_definition
+from ..reference.embedding_bag import embedding_bag as embedding_bag_definition
+from ..reference.embedding_bag import embedding_bags as embedding_bags_definition
+from . import _autograd, _triton_ops
+from ._autograd import (
+    NAMESPACE,
     below_autograd,
     jvp_by_definition,
     needs_definition,
@@ -24,12 +29,8 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._checks import ValueRuntimeError
-from seqkernels.functional._values import in_jit_trace
-from seqkernels.reference.embedding_bag import bags_of
-from seqkernels.reference.embedding_bag import embedding as embedding_definition
-from seqkernels.reference.embedding_bag import embedding_bag as embedding_bag_definition
-from seqkernels.reference.embedding_bag import embedding_bags as embedding_bags_definition
+from ._checks import ValueRuntimeError
+from ._values import in_jit_trace
 
 MODES = {"sum": 0, "mean": 1, "max": 2, "min": 3}
 NORMS = {"count": 0, "weight": 1}  # divisor of a mean: the number of rows, or the sum of their weights
@@ -56,7 +57,7 @@ NAMES = (
     *("embedding_bags_backward_weights", "embedding_bags_update_"),
 )
 
-ops = Ops("seqkernels", NAMES)
+ops = Ops(NAMESPACE, NAMES)
 
 # Ops with Triton kernels -> their function in seqkernels.triton.embedding_bag.ops.
 _IN_TRITON = {
@@ -446,7 +447,7 @@ _BAGS = (
     "int mean_by"
 )
 _GRADIENT = "bool scale_grad_by_freq, int gradient_padding"
-_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 # Ops traced by torch.compile when scale_grad_by_freq or gradient_padding is in use: their formulas have both arguments.
 _library.define(f"embedding_bag_traced(Tensor weight, {_BAGS}, {_GRADIENT}) -> (Tensor output, Tensor arg)")
 _library.define(
@@ -460,9 +461,9 @@ _triton_ops.LIBRARY.define(f"embedding_bag_traced(Tensor weight, {_BAGS}, {_GRAD
 _triton_ops.LIBRARY.impl(
     "embedding_bag_traced", lambda *args: triton_ops.embedding_bag_forward(*args[:-2]), "CompositeExplicitAutograd"
 )
-_traced = torch.ops.seqkernels.embedding_bag_traced.default
+_traced = op("embedding_bag_traced")
 _traced_in_triton = op("embedding_bag_traced", _triton_ops.NAMESPACE)
-_traced_several = torch.ops.seqkernels.embedding_bags_traced.default
+_traced_several = op("embedding_bags_traced")
 
 _EXTREMES = (MODES["max"], MODES["min"])
 
@@ -616,11 +617,11 @@ def register(namespace: str, names: Sequence[str] = NAMES) -> None:
             _register_autograd(f"{namespace}::{name}_forward", several, triton)
 
 
-register("seqkernels")
+register(NAMESPACE)
 register(_triton_ops.NAMESPACE, tuple(_IN_TRITON))
 for _namespace, _name, _several in (
-    ("seqkernels", "embedding_bag", False),
-    ("seqkernels", "embedding_bags", True),
+    (NAMESPACE, "embedding_bag", False),
+    (NAMESPACE, "embedding_bags", True),
     (_triton_ops.NAMESPACE, "embedding_bag", False),
 ):
     torch.library.register_fake(f"{_namespace}::{_name}_traced")(

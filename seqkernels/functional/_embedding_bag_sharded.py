@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional._checks import IndexRuntimeError, ValueRuntimeError
-from seqkernels.reference.embedding_bag import Bags, bags_of
+from ..reference.embedding_bag import Bags, bags_of
+from ._checks import IndexRuntimeError, ValueRuntimeError
 
 Local = Callable[..., Any]  # a lookup in the block of this process
 Renorm = Callable[[Tensor, Tensor], None]  # applies max_norm to rows of a block: (block, indices)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels import _C
-from seqkernels.functional import _triton_ops
-from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
-from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
+from .. import _C
+from . import _triton_ops
+from ._autograd import NAMESPACE
+from ._recurrent_extras import NO_EXTRAS, Extras
+from ._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
 
 Formula = Callable[..., int]
 
@@ -195,7 +196,7 @@ _MODULE = "torch.utils.flop_counter"
 def register(flop_counter: ModuleType) -> None:
     """Registers the formulas of all ops."""
     for name, formula in FORMULAS.items():
-        for namespace in ("seqkernels", _triton_ops.NAMESPACE):
+        for namespace in (NAMESPACE, _triton_ops.NAMESPACE):
             packet = getattr(getattr(torch.ops, namespace), name, None)
             if packet is not None and packet not in flop_counter.flop_registry:
                 flop_counter.register_flop_formula(packet, get_raw=True)(formula)

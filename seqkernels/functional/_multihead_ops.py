@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels.functional._attention_ops import AttentionArgs, Inputs
-from seqkernels.functional._autograd import needs_definition, op, recorded, vjp_by_definition, vmap_rule
-from seqkernels.reference.attention import attention as attention_definition
-from seqkernels.reference.attention import attention_weights as weights_definition
+from ..reference.attention import attention as attention_definition
+from ..reference.attention import attention_weights as weights_definition
+from ._attention_ops import AttentionArgs, Inputs
+from ._autograd import NAMESPACE, needs_definition, op, recorded, vjp_by_definition, vmap_rule
 
 NO_WEIGHTS, MEAN_WEIGHTS, HEAD_WEIGHTS = 0, 1, 2
 
@@ -220,7 +220,7 @@ def _backward_fake(dout: Tensor, q: Tensor, kv: Tensor | None, *rest: Any) -> tu
 
 
 for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake)):
-    torch.library.register_fake(f"seqkernels::multihead_attention_{_name}")(_fake)
+    torch.library.register_fake(f"{NAMESPACE}::multihead_attention_{_name}")(_fake)
     torch.library.register_vmap(
-        f"seqkernels::multihead_attention_{_name}", vmap_rule(op(f"multihead_attention_{_name}"))
+        f"{NAMESPACE}::multihead_attention_{_name}", vmap_rule(op(f"multihead_attention_{_name}"))
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels.functional._values import tracing
+from ._values import tracing
 
 
 def jagged_like(nested: Any, values: Tensor, jagged_dim: int = 1) -> Tensor:

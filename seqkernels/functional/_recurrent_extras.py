@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.functional._autograd import op
-from seqkernels.functional._recurrent_kinds import Kind
-from seqkernels.functional._recurrent_options import Options
+from ._autograd import NAMESPACE, op
+from ._recurrent_kinds import Kind
+from ._recurrent_options import Options
 
 
 class Extras(NamedTuple):
@@ -106,14 +106,14 @@ def new_size() -> Any:
     return allocate_size(context._shape_env)
 
 
-_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("packed_sequences(Tensor batch_sizes) -> Tensor")  # [B], without values
 _library.impl(
     "packed_sequences",
     lambda batch_sizes: batch_sizes.new_empty(int(batch_sizes[0]), dtype=torch.uint8),
     "CompositeExplicitAutograd",
 )
-torch.library.register_fake("seqkernels::packed_sequences")(
+torch.library.register_fake(f"{NAMESPACE}::packed_sequences")(
     lambda batch_sizes: batch_sizes.new_empty(new_size(), dtype=torch.uint8)
 )
 _sequences = op("packed_sequences")

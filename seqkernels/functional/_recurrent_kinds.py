@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from seqkernels import _C
-from seqkernels.functional._autograd import op
-from seqkernels.functional._recurrent_options import Options
+from .. import _C
+from ._autograd import op
+from ._recurrent_options import Options
 
 
 class Weight(NamedTuple):

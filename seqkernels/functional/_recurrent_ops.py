@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seqkernels import _C
-from seqkernels import backend as backends
-from seqkernels.functional import _triton_ops
-from seqkernels.functional._autograd import (
+from .. import _C
+from .. import backend as backends
+from ..reference import recurrent as reference
+from . import _triton_ops
+from ._autograd import (
+    NAMESPACE,
     below_autograd,
     follow_tf32,
     jvp_by_definition,
@@ -30,11 +32,10 @@ from seqkernels.functional._autograd import (
     vjp_by_definition,
     vmap_rule,
 )
-from seqkernels.functional._checks import ValueRuntimeError
-from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras, new_size
-from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
-from seqkernels.functional._values import in_jit_trace, special
-from seqkernels.reference import recurrent as reference
+from ._checks import ValueRuntimeError
+from ._recurrent_extras import NO_EXTRAS, Extras, new_size
+from ._recurrent_kinds import KINDS, Kind, size_of_state
+from ._values import in_jit_trace, special
 
 # ---- one layer
 
@@ -365,7 +366,7 @@ def _register(kind: Kind, namespace: str) -> None:
 
 
 for _each in KINDS.values():
-    _register(_each, "seqkernels")
+    _register(_each, NAMESPACE)
 
 
 # ---- Triton

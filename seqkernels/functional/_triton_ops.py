@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels.functional._autograd import op
+from . import _autograd
+from ._autograd import op
 
-NAMESPACE = "seqkernels_triton"
+NAMESPACE = f"{_autograd.NAMESPACE}_triton"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -25,13 +26,13 @@ def define(name: str, module: str, function: str, *first: Any) -> None:
 
     CPU tensors require TRITON_INTERPRET=1.
     """
-    LIBRARY.define(str(op(name)._schema).removeprefix("seqkernels::"))  # type: ignore[attr-defined]
+    LIBRARY.define(str(op(name)._schema).removeprefix(f"{_autograd.NAMESPACE}::"))  # type: ignore[attr-defined]
     implementation: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
         nonlocal implementation
         if implementation is None:
-            implementation = getattr(importlib.import_module(f"seqkernels.triton.{module}"), function)
+            implementation = getattr(importlib.import_module(f"...triton.{module}", __name__), function)
         device = next(t.device for t in args if isinstance(t, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return implementation(*first, *args)

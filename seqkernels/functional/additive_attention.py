@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seqkernels import backend as backends
-from seqkernels.functional._additive_attention_ops import OPS, Inputs, attend, key_exp
-from seqkernels.functional._autograd import autocast, autocast_dtype
-from seqkernels.functional._checks import Lengths, describe, lengths_tensor, of_op
-from seqkernels.functional._overrides import (
+from .. import backend as backends
+from ._additive_attention_ops import OPS, Inputs, attend, key_exp
+from ._autograd import NAMESPACE, autocast, autocast_dtype
+from ._checks import Lengths, describe, lengths_tensor, of_op
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._values import dense_on_cpu, eager_on_cpu, plain_in, tracing
+from ._values import dense_on_cpu, eager_on_cpu, plain_in, tracing
 
 __all__ = ["AdditiveKeys", "additive_attention"]
 
@@ -95,7 +95,7 @@ pytree.register_pytree_node(
     AdditiveKeys,
     _flatten,
     _unflatten,
-    serialized_type_name="seqkernels.functional.AdditiveKeys",
+    serialized_type_name=f"{NAMESPACE}.functional.AdditiveKeys",
     flatten_with_keys_fn=_flatten_with_keys,
 )
 

@@ -24,18 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels import backend as backends
-from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, decode, weights_of
-from seqkernels.functional._autograd import autocast, autocast_dtype
-from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
-from seqkernels.functional._nested import jagged_like
-from seqkernels.functional._overrides import (
+from .. import backend as backends
+from ._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, decode, weights_of
+from ._autograd import autocast, autocast_dtype
+from ._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from ._nested import jagged_like
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._values import eager_on_cpu, in_jit_trace, may_read_values, plain_in
+from ._values import eager_on_cpu, in_jit_trace, may_read_values, plain_in
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
 

@@ -17,17 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqkernels import backend as backends
-from seqkernels.functional._checks import Lengths, describe, lengths_tensor, of_op
-from seqkernels.functional._crf_ops import OPS, Chain, Ops, log_partition
-from seqkernels.functional._crf_ops import marginals as _marginals
-from seqkernels.functional._overrides import (
+from .. import backend as backends
+from ..reference.crf import steps_of
+from ._checks import Lengths, describe, lengths_tensor, of_op
+from ._crf_ops import OPS, Chain, Ops, log_partition
+from ._crf_ops import marginals as _marginals
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.reference.crf import steps_of
 
 Reduction = Literal["none", "sum", "mean", "token_mean"]
 REDUCTIONS = ("none", "sum", "mean", "token_mean")

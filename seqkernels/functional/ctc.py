@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels import backend as backends
-from seqkernels.functional._checks import (
+from .. import backend as backends
+from ._checks import (
     Lengths,
     TypeRuntimeError,
     ValueRuntimeError,
@@ -26,14 +26,14 @@ from seqkernels.functional._checks import (
     lengths_tensor,
     of_op,
 )
-from seqkernels.functional._ctc_ops import REDUCTIONS, Alignment, reduced_loss
-from seqkernels.functional._overrides import (
+from ._ctc_ops import REDUCTIONS, Alignment, reduced_loss
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function,
     refuse_nested,
 )
-from seqkernels.functional._values import PLAIN, moded
+from ._values import PLAIN, moded
 
 __all__ = ["ctc_loss"]
 

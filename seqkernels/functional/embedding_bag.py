@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels import backend as backends
-from seqkernels.functional import _embedding_bag_ops as O
-from seqkernels.functional import _embedding_bag_sharded as sharded
-from seqkernels.functional._checks import (
+from .. import backend as backends
+from . import _embedding_bag_ops as O
+from . import _embedding_bag_sharded as sharded
+from ._checks import (
     IndexRuntimeError,
     TypeRuntimeError,
     ValueAssertionError,
@@ -40,7 +40,7 @@ from seqkernels.functional._checks import (
     describe,
     of_op,
 )
-from seqkernels.functional._embedding_bag_ops import (
+from ._embedding_bag_ops import (
     MODES,
     NO_PADDING,
     NORMS,
@@ -50,15 +50,15 @@ from seqkernels.functional._embedding_bag_ops import (
     record,
     record_sums,
 )
-from seqkernels.functional._nested import jagged_like
-from seqkernels.functional._overrides import (
+from ._nested import jagged_like
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function,
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._values import PLAIN, moded, special
+from ._values import PLAIN, moded, special
 
 __all__ = ["embedding", "embedding_bag", "embedding_bag_bytes", "embedding_bags", "quantize_rows"]
 

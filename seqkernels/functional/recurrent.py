@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels import backend as backends
-from seqkernels.functional import _recurrent_kinds as families
-from seqkernels.functional._autograd import autocast, autocast_dtype
-from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
-from seqkernels.functional._overrides import (
+from .. import backend as backends
+from . import _recurrent_kinds as families
+from ._autograd import autocast, autocast_dtype
+from ._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function,
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._recurrent_extras import extras_of, sequences_of
-from seqkernels.functional._recurrent_kinds import Family, Kind, Weight, size_of_state
-from seqkernels.functional._recurrent_ops import TRITON_KINDS, layer
-from seqkernels.functional._recurrent_options import (
+from ._recurrent_extras import extras_of, sequences_of
+from ._recurrent_kinds import Family, Kind, Weight, size_of_state
+from ._recurrent_ops import TRITON_KINDS, layer
+from ._recurrent_options import (
     OF_MODULES,
     Options,
     about,
@@ -31,7 +31,7 @@ from seqkernels.functional._recurrent_options import (
     options_of,
     wrapped,
 )
-from seqkernels.functional._values import may_read_values
+from ._values import may_read_values
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None

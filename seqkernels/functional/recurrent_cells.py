@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels import _C
-from seqkernels import backend as backends
-from seqkernels.functional import recurrent as F
-from seqkernels.functional._autograd import autocast, autocast_dtype, follow_tf32, needs_definition, op, unchanged
-from seqkernels.functional._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
-from seqkernels.functional._overrides import (
+from .. import _C
+from .. import backend as backends
+from ..reference import recurrent as reference
+from . import recurrent as F
+from ._autograd import NAMESPACE, autocast, autocast_dtype, follow_tf32, needs_definition, op, unchanged
+from ._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
+from ._overrides import (
     dispatches,
     handle_torch_function,
     has_torch_function_variadic,
     refuse_nested,
 )
-from seqkernels.functional._recurrent_extras import Extras, extras_of
-from seqkernels.functional._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
-from seqkernels.functional._recurrent_ops import Call, layer
-from seqkernels.functional._recurrent_options import Options
-from seqkernels.functional._values import special
-from seqkernels.reference import recurrent as reference
+from ._recurrent_extras import Extras, extras_of
+from ._recurrent_kinds import KINDS, PLAIN_CELLS, Kind
+from ._recurrent_ops import Call, layer
+from ._recurrent_options import Options
+from ._values import special
 
 States = tuple[Tensor | None, ...]
 Weights = Sequence[Tensor | None]  # w_ih, w_hh, b_ih, b_hh
@@ -363,7 +363,7 @@ def _by_definition(
 
 def _register_fakes(kind: Kind) -> None:
     """Fake implementations for eager mode. torch.compile traces the ops of layers, which have all rules."""
-    name, states = f"seqkernels::{kind.name}_cell", len(kind.states)
+    name, states = f"{NAMESPACE}::{kind.name}_cell", len(kind.states)
 
     def infer(x: Tensor, *rest: Tensor | None) -> Any:
         w_hh = rest[states + 1]

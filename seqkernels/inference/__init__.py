@@ -3,7 +3,7 @@
 `prepare` replaces the recurrent modules of a model; `calibrate` collects static ranges for int8.
 """
 
-from seqkernels.inference._modules import PreparedCell, PreparedRecurrent
-from seqkernels.inference._prepare import Report, calibrate, prepare
+from ._modules import PreparedCell, PreparedRecurrent
+from ._prepare import Report, calibrate, prepare
 
 __all__ = ["PreparedCell", "PreparedRecurrent", "Report", "calibrate", "prepare"]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels.functional import _recurrent_kinds as families
-from seqkernels.functional import recurrent as F
-from seqkernels.functional._checks import describe
-from seqkernels.functional._overrides import refuse_nested
-from seqkernels.functional._recurrent_extras import batch_of
-from seqkernels.functional._recurrent_kinds import KINDS, Kind
-from seqkernels.functional._recurrent_options import Options
-from seqkernels.functional._values import tracing
-from seqkernels.inference import _ops
+from ..functional import _recurrent_kinds as families
+from ..functional import recurrent as F
+from ..functional._checks import describe
+from ..functional._overrides import refuse_nested
+from ..functional._recurrent_extras import batch_of
+from ..functional._recurrent_kinds import KINDS, Kind
+from ..functional._recurrent_options import Options
+from ..functional._values import tracing
+from . import _ops
 
 States = tuple[Tensor, ...]
 _INFINITY = float("inf")

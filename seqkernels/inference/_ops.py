@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels import _C
-from seqkernels.functional._autograd import op
-from seqkernels.functional._recurrent_extras import new_size
-from seqkernels.functional._recurrent_kinds import KINDS, Kind, size_of_state
+from .. import _C
+from ..functional._autograd import NAMESPACE, op
+from ..functional._recurrent_extras import new_size
+from ..functional._recurrent_kinds import KINDS, Kind, size_of_state
 
 # Names of the precisions of weights, with the dtype of the packed tensor.
 PRECISIONS = {
@@ -119,8 +119,8 @@ def _register(kind: Kind) -> None:
     def fake_update(x: Tensor, states: Sequence[Tensor], *arguments: Any) -> Any:
         return outputs(x, states, arguments, update=True)
 
-    torch.library.register_fake(f"seqkernels::{kind.name}_prepared")(fake)
-    torch.library.register_fake(f"seqkernels::{kind.name}_prepared_")(fake_update)
+    torch.library.register_fake(f"{NAMESPACE}::{kind.name}_prepared")(fake)
+    torch.library.register_fake(f"{NAMESPACE}::{kind.name}_prepared_")(fake_update)
 
 
 for _kind in KINDS.values():
@@ -140,7 +140,7 @@ def _fake_pack(weight: Tensor, gates: int, first: int, heads: int, precision: in
     return weight.new_empty(heads * size, dtype=dtype), weight.new_empty(rows if dtype is torch.int8 else 0)
 
 
-torch.library.register_fake("seqkernels::recurrent_pack")(_fake_pack)
-torch.library.register_fake("seqkernels::recurrent_unpack")(
+torch.library.register_fake(f"{NAMESPACE}::recurrent_pack")(_fake_pack)
+torch.library.register_fake(f"{NAMESPACE}::recurrent_unpack")(
     lambda packed, scales, rows, columns, *_: packed.new_empty(rows, columns, dtype=torch.float32)
 )

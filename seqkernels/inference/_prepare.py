@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-import seqkernels.nn as sk
-from seqkernels._tables import aligned
-from seqkernels.inference._modules import PreparedCell, PreparedRecurrent, _Prepared, family_and_options
-from seqkernels.inference._ops import PRECISIONS
-from seqkernels.nn._hooks import overridden
+from .. import nn as sk
+from .._tables import aligned
+from ..nn._hooks import overridden
+from ._modules import PreparedCell, PreparedRecurrent, _Prepared, family_and_options
+from ._ops import PRECISIONS
 
 _LAYERS: tuple[type[nn.Module], ...] = (
     nn.LSTM, nn.GRU, nn.RNN, sk.LSTM, sk.GRU, sk.RNN, sk.DreamerGRU, sk.SLSTM, sk.MGU, sk.NestedLSTM,

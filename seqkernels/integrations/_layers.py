@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import GRU, LSTM, RNN, RNNBase
 
-from seqkernels.nn._hooks import runs_forward_of
+from ..nn._hooks import runs_forward_of
 
 
 def parameters_of(layer: RNNBase) -> list[Tensor]:

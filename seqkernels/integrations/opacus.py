@@ -23,7 +23,7 @@ import torch
 from opacus.validators import ModuleValidator, register_module_fixer, register_module_validator
 from opacus.validators.errors import NotYetSupportedModuleError, ShouldReplaceModuleError, UnsupportedModuleError
 
-from seqkernels import nn
+from .. import nn
 
 __all__: list[str] = []
 

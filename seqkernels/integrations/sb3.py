@@ -25,8 +25,8 @@ from sb3_contrib.common.recurrent.policies import (
 from sb3_contrib.ppo_recurrent import RecurrentPPO
 from torch import Tensor
 
-from seqkernels.functional import lstm, rnn_relu, rnn_tanh
-from seqkernels.integrations._layers import parameters_of, runs_only_forward
+from ..functional import lstm, rnn_relu, rnn_tanh
+from ._layers import parameters_of, runs_only_forward
 
 __all__ = ["CnnLstmPolicy", "MlpLstmPolicy", "MultiInputLstmPolicy", "accelerate", "process_sequence"]
 

@@ -27,9 +27,9 @@ from tensordict.nn import dispatch
 from torch import Tensor
 from torchrl import modules
 
-from seqkernels import functional
-from seqkernels.functional._values import may_read_values
-from seqkernels.integrations._layers import parameters_of, runs_only_forward
+from .. import functional
+from ..functional._values import may_read_values
+from ._layers import parameters_of, runs_only_forward
 
 __all__ = ["GRUModule", "LSTMModule", "accelerate"]
 

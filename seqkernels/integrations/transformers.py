@@ -21,10 +21,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
-from seqkernels.functional import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional._attention_ops import attend_eagerly
-from seqkernels.functional._values import eager_on_cpu, may_read_values
-from seqkernels.functional.attention import are_inputs_of_op
+from ..functional import scaled_dot_product_attention, varlen_attention
+from ..functional._attention_ops import attend_eagerly
+from ..functional._values import eager_on_cpu, may_read_values
+from ..functional.attention import are_inputs_of_op
 
 __all__ = ["attention_forward", "attention_mask"]
 

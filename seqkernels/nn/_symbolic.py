@@ -40,9 +40,7 @@ def _get_qconfig(module: torch.nn.Module) -> Any:
 
 
 def _set_qconfig(module: torch.nn.Module, value: Any) -> None:
-    public = (
-        c.__name__ for c in type(module).__mro__ if c.__module__.startswith("seqkernels.") and c.__name__[0] != "_"
-    )
+    public = (c.__name__ for c in type(module).__mro__ if c.__module__.startswith(__package__) and c.__name__[0] != "_")
     name = next(public, "EmbeddingBagCollection")
     if "Embedding" in name:
         instead = "QuantizedEmbeddingBag"

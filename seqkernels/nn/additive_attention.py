@@ -15,21 +15,21 @@ from torch.nn import Linear, Module, Parameter, init
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from seqkernels.backend import DTYPES
-from seqkernels.functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, weights_of
-from seqkernels.functional._autograd import autocast_dtype
-from seqkernels.functional._checks import Lengths, TypeRuntimeError, describe, lengths_tensor
-from seqkernels.functional._values import eager_on_cpu, plain_in
-from seqkernels.functional.additive_attention import (
+from ..backend import DTYPES
+from ..functional._attention_ops import AttentionArgs, Inputs, attend, attend_eagerly, weights_of
+from ..functional._autograd import autocast_dtype
+from ..functional._checks import Lengths, TypeRuntimeError, describe, lengths_tensor
+from ..functional._values import eager_on_cpu, plain_in
+from ..functional.additive_attention import (
     AdditiveKeys,
     additive_attention,
     beam_mask,
     fold_beams,
     of_common_inputs,
 )
-from seqkernels.functional.attention import scaled_dot_product_attention
-from seqkernels.nn._hooks import runs_forward_of
-from seqkernels.nn._symbolic import as_leaf, refuse_scripting
+from ..functional.attention import scaled_dot_product_attention
+from ._hooks import runs_forward_of
+from ._symbolic import as_leaf, refuse_scripting
 
 # Names of the projections of queries and of keys and of v in published implementations, each a Linear layer.
 _LAYOUTS = (

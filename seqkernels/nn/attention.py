@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from seqkernels.functional import scaled_dot_product_attention, varlen_attention
-from seqkernels.functional._autograd import recorded
-from seqkernels.functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
-from seqkernels.functional._multihead_ops import HEAD_WEIGHTS, MEAN_WEIGHTS, NO_WEIGHTS, Options, multihead
-from seqkernels.functional._nested import jagged_like
-from seqkernels.functional._values import eager_on_cpu, in_jit_trace, may_read_values, plain_in
-from seqkernels.functional.attention import dropout_seed, is_causal_bias
-from seqkernels.nn._hooks import runs_forward_of
-from seqkernels.nn._symbolic import as_leaf, refuse_scripting
-from seqkernels.nn.key_value_cache import KeyValueCache
+from ..functional import scaled_dot_product_attention, varlen_attention
+from ..functional._autograd import recorded
+from ..functional._checks import TypeAssertionError, ValueAssertionError, ValueRuntimeError
+from ..functional._multihead_ops import HEAD_WEIGHTS, MEAN_WEIGHTS, NO_WEIGHTS, Options, multihead
+from ..functional._nested import jagged_like
+from ..functional._values import eager_on_cpu, in_jit_trace, may_read_values, plain_in
+from ..functional.attention import dropout_seed, is_causal_bias
+from ._hooks import runs_forward_of
+from ._symbolic import as_leaf, refuse_scripting
+from .key_value_cache import KeyValueCache
 
 __all__ = ["KeyValueCache", "MultiheadAttention"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module, Parameter, init
 
-from seqkernels.functional._checks import Lengths, describe
-from seqkernels.functional.crf import (
+from ..functional._checks import Lengths, describe
+from ..functional.crf import (
     REDUCTIONS,
     Reduction,
     crf_entropy,
@@ -25,7 +25,7 @@ from seqkernels.functional.crf import (
     crf_marginals,
     crf_viterbi,
 )
-from seqkernels.nn._symbolic import as_leaf, refuse_scripting
+from ._symbolic import as_leaf, refuse_scripting
 
 
 class CRF(Module):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from seqkernels.functional._checks import Lengths
-from seqkernels.functional.ctc import ctc_loss
-from seqkernels.nn._symbolic import as_leaf, refuse_scripting
+from ..functional._checks import Lengths
+from ..functional.ctc import ctc_loss
+from ._symbolic import as_leaf, refuse_scripting
 
 
 class CTCLoss(torch.nn.CTCLoss):

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module, ModuleDict, Parameter, init
 
-from seqkernels.functional import embedding_bag as _embedding_bag
-from seqkernels.functional import embedding_bag_bytes, quantize_rows
-from seqkernels.functional._checks import ValueAssertionError, ValueRuntimeError, describe
-from seqkernels.functional._embedding_bag_sharded import is_sharded, rows_here
-from seqkernels.functional._values import may_read_values, moded
-from seqkernels.functional.embedding_bag import bag, bags, check_options, of_nested, plain_rows, rows
-from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
-from seqkernels.nn.fused_optimizer import (
+from ..functional import embedding_bag as _embedding_bag
+from ..functional import embedding_bag_bytes, quantize_rows
+from ..functional._checks import ValueAssertionError, ValueRuntimeError, describe
+from ..functional._embedding_bag_sharded import is_sharded, rows_here
+from ..functional._values import may_read_values, moded
+from ..functional.embedding_bag import bag, bags, check_options, of_nested, plain_rows, rows
+from ._symbolic import as_leaf, qconfig, refuse_scripting
+from .fused_optimizer import (
     FusedOptimizer,
     FusedState,
     check_data_parallel,

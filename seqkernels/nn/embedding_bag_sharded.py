@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqkernels.functional._checks import ValueAssertionError
-from seqkernels.functional._embedding_bag_sharded import check_offsets, check_range, replicated, rows_here
-from seqkernels.functional.embedding_bag import bag, check, of_nested
-from seqkernels.nn.embedding_bag import Device, EmbeddingBag
-from seqkernels.nn.fused_optimizer import FusedOptimizer
-from seqkernels.reference.embedding_bag import bags_of
+from ..functional._checks import ValueAssertionError
+from ..functional._embedding_bag_sharded import check_offsets, check_range, replicated, rows_here
+from ..functional.embedding_bag import bag, check, of_nested
+from ..reference.embedding_bag import bags_of
+from .embedding_bag import Device, EmbeddingBag
+from .fused_optimizer import FusedOptimizer
 
 Group = Any  # a torch.distributed.ProcessGroup, or None for all processes
 

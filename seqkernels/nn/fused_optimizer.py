@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from seqkernels.functional import _embedding_bag_ops as O
-from seqkernels.functional._embedding_bag_ops import Bags
-from seqkernels.functional._embedding_bag_sharded import is_sharded
+from ..functional import _embedding_bag_ops as O
+from ..functional._embedding_bag_ops import Bags
+from ..functional._embedding_bag_sharded import is_sharded
 
 
 @dataclass

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels.functional._autograd import recorded
-from seqkernels.functional._checks import describe
-from seqkernels.functional._values import may_read_values, tracing
-from seqkernels.functional.attention import attend_to_rows, scaled_dot_product_attention
-from seqkernels.reference.attention import dequantize_rows, quantize_rows
+from ..functional._autograd import recorded
+from ..functional._checks import describe
+from ..functional._values import may_read_values, tracing
+from ..functional.attention import attend_to_rows, scaled_dot_product_attention
+from ..reference.attention import dequantize_rows, quantize_rows
 
 __all__ = ["KeyValueCache"]
 

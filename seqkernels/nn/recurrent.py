@@ -13,15 +13,15 @@ from torch.fx import Proxy
 from torch.nn import Parameter, RNNBase, init
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels.functional import _recurrent_kinds as families
-from seqkernels.functional import recurrent as F
-from seqkernels.functional._checks import ValueRuntimeError, describe
-from seqkernels.functional._overrides import refuse_nested
-from seqkernels.functional._recurrent_extras import batch_of
-from seqkernels.functional._recurrent_kinds import Kind, Weight, size_of_state
-from seqkernels.functional._recurrent_options import Options, about, check_together, options_of, wrapped
-from seqkernels.functional._values import may_read_values
-from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
+from ..functional import _recurrent_kinds as families
+from ..functional import recurrent as F
+from ..functional._checks import ValueRuntimeError, describe
+from ..functional._overrides import refuse_nested
+from ..functional._recurrent_extras import batch_of
+from ..functional._recurrent_kinds import Kind, Weight, size_of_state
+from ..functional._recurrent_options import Options, about, check_together, options_of, wrapped
+from ..functional._values import may_read_values
+from ._symbolic import as_leaf, qconfig, refuse_scripting
 
 States = tuple[Tensor, ...]
 Lengths = Tensor | Sequence[int] | None

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Parameter, RNNCellBase, init
 
-from seqkernels.functional import _recurrent_kinds as families
-from seqkernels.functional import recurrent_cells as F
-from seqkernels.functional._recurrent_kinds import Kind, Weight
-from seqkernels.functional._recurrent_options import (
+from ..functional import _recurrent_kinds as families
+from ..functional import recurrent_cells as F
+from ..functional._recurrent_kinds import Kind, Weight
+from ..functional._recurrent_options import (
     OF_SEQUENCES,
     Options,
     about,
@@ -23,7 +23,7 @@ from seqkernels.functional._recurrent_options import (
     options_of,
     wrapped,
 )
-from seqkernels.nn._symbolic import as_leaf, qconfig, refuse_scripting
+from ._symbolic import as_leaf, qconfig, refuse_scripting
 
 Device = torch.device | str | int | None
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from seqkernels.functional._values import eager_on_cpu, tracing
-from seqkernels.nn._hooks import runs_forward_of
-from seqkernels.nn._symbolic import as_leaf, refuse_scripting
-from seqkernels.nn.attention import MultiheadAttention, check_tensor, of_nested
-from seqkernels.nn.key_value_cache import KeyValueCache
+from ..functional._values import eager_on_cpu, tracing
+from ._hooks import runs_forward_of
+from ._symbolic import as_leaf, refuse_scripting
+from .attention import MultiheadAttention, check_tensor, of_nested
+from .key_value_cache import KeyValueCache
 
 __all__ = ["PositionalEncoding", "TransformerDecoderLayer", "TransformerEncoderLayer"]
 

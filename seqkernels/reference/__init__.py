@@ -1,8 +1,8 @@
 """Reference definitions of the operators in plain torch: readable and differentiable to any order, but slow."""
 
-from seqkernels.reference.additive_attention import additive_attention
-from seqkernels.reference.attention import attention, attention_weights
-from seqkernels.reference.embedding_bag import (
+from .additive_attention import additive_attention
+from .attention import attention, attention_weights
+from .embedding_bag import (
     adagrad_step,
     adam_step,
     embedding,
@@ -13,7 +13,7 @@ from seqkernels.reference.embedding_bag import (
     rowwise_adagrad_step,
     sgd_step,
 )
-from seqkernels.reference.recurrent import dreamer_gru, gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
+from .recurrent import dreamer_gru, gru, lstm, mgu, nested_lstm, rnn_relu, rnn_tanh, slstm
 
 __all__ = [
     "adagrad_step",

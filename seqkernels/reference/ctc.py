@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqkernels.reference._log_space import log_sum
+from ._log_space import log_sum
 
 
 def ctc_loss(

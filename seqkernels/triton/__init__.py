@@ -9,7 +9,7 @@ except ImportError as error:
         "seqkernels.triton: Triton could not be imported; install it with `pip install triton`, or use another backend"
     ) from error
 
-from seqkernels.triton import attention, crf, embedding_bag, recurrent
+from . import attention, crf, embedding_bag, recurrent
 
 __all__ = ["attention", "crf", "embedding_bag", "recurrent"]
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from seqkernels.functional._recurrent_kinds import KINDS
+from ...functional._autograd import op
+from ...functional._recurrent_kinds import KINDS
 
 try:
     import onnx  # noqa: F401
@@ -27,8 +28,8 @@ except ImportError as error:
         f"seqkernels.integrations.onnx requires onnx and onnxscript: pip install onnx onnxscript; got {error}"
     ) from error
 
-from seqkernels.integrations.onnx import _attention, _embedding_bag, _recurrent
-from seqkernels.integrations.onnx._graph import Graph
+from . import _attention, _embedding_bag, _recurrent
+from ._graph import Graph
 
 __all__ = ["export", "translation_table"]
 
@@ -67,7 +68,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         functions[kind] = functools.partial(_recurrent.translate, kind, False)
         functions[f"{kind}_forward"] = functools.partial(_recurrent.translate, kind, True)
     functions |= {name: functools.partial(_refuse, why) for name, why in _UNSUPPORTED.items()}
-    return {_overload(name): _translation(_overload(name), function) for name, function in functions.items()}
+    return {op(name): _translation(op(name), function) for name, function in functions.items()}
 
 
 def export(
@@ -137,10 +138,6 @@ def export(
     if f is not None:
         program.save(f, external_data=external_data)
     return program
-
-
-def _overload(name: str) -> Any:
-    return getattr(torch.ops.seqkernels, name).default
 
 
 def _translation(overload: Any, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from seqkernels.functional._attention_ops import AttentionArgs, Inputs
-from seqkernels.integrations.onnx._graph import BOOL, FLOAT, HALF, INT32, INT64, Graph, Value
-from seqkernels.reference.attention import LOWER_RIGHT, NONE, UPPER_LEFT
+from ...functional._attention_ops import AttentionArgs, Inputs
+from ...reference.attention import LOWER_RIGHT, NONE, UPPER_LEFT
+from ._graph import BOOL, FLOAT, HALF, INT32, INT64, Graph, Value
 
 
 class Call:

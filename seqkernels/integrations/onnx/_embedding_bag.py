@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from seqkernels.functional._embedding_bag_ops import MODE_NAMES, NORM_NAMES
-from seqkernels.integrations.onnx._graph import FLOAT, HALF, INT64, Graph, Value
+from ...functional._embedding_bag_ops import MODE_NAMES, NORM_NAMES
+from ._graph import FLOAT, HALF, INT64, Graph, Value
 
 
 @dataclass

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seqkernels.functional._recurrent_extras import Extras
-from seqkernels.functional._recurrent_kinds import KINDS, Kind
-from seqkernels.integrations.onnx._graph import DOUBLE, FLOAT, INT32, INT64, Graph, Value
-from seqkernels.integrations.onnx._scan import Layer, scan
+from ...functional._recurrent_extras import Extras
+from ...functional._recurrent_kinds import KINDS, Kind
+from ._graph import DOUBLE, FLOAT, INT32, INT64, Graph, Value
+from ._scan import Layer, scan
 
 # Masks, which training draws -> the option that draws them.
 _DRAWN = {

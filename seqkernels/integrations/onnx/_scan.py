@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seqkernels.functional._recurrent_kinds import Kind, size_of_state
-from seqkernels.integrations.onnx._graph import BOOL, LAST, Body, Graph, Nodes, Value
-from seqkernels.reference import recurrent as reference
+from ...functional._recurrent_kinds import Kind, size_of_state
+from ...reference import recurrent as reference
+from ._graph import BOOL, LAST, Body, Graph, Nodes, Value
 
 Weights = dict[str, Value]  # weights of one direction, by the names of parameters
 

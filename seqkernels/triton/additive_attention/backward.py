@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.additive_attention.forward import extents, keys_of, load_tile, pairs
+from .forward import extents, keys_of, load_tile, pairs
 
 
 # Grid: sequences, tiles of queries, tiles of keys.

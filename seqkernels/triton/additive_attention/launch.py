@@ -11,12 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
-from seqkernels.triton.additive_attention.backward import (
+from .backward import (
     additive_attention_rows_gradient_kernel,
     additive_attention_softmax_gradient_kernel,
     additive_attention_weight_gradient_kernel,
 )
-from seqkernels.triton.additive_attention.forward import (
+from .forward import (
     additive_attention_product_kernel,
     additive_attention_scores_kernel,
     additive_attention_softmax_kernel,

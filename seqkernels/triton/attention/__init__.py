@@ -16,8 +16,8 @@ Source: https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2307.08691
 
 from __future__ import annotations
 
-from seqkernels.triton.attention.configurations import Config, columns, config, is_wide, needed
-from seqkernels.triton.attention.launch import (
+from .configurations import Config, columns, config, is_wide, needed
+from .launch import (
     DTYPES,
     attention_backward,
     attention_forward,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.attention.tiles import (
+from .tiles import (
     LN2,
     LOG2E,
     LOWEST32,

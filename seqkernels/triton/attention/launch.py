@@ -14,12 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from seqkernels.triton.attention.backward import (
+from .backward import (
     attention_backward_keys_kernel,
     attention_backward_rows_kernel,
     attention_normaliser_kernel,
 )
-from seqkernels.triton.attention.configurations import (
+from .configurations import (
     FORWARD,
     KEYS,
     ROWS,
@@ -29,9 +29,9 @@ from seqkernels.triton.attention.configurations import (
     config,
     shared_memory,
 )
-from seqkernels.triton.attention.forward import attention_forward_kernel
-from seqkernels.triton.attention.tiles import MaskStrides, Strides
-from seqkernels.triton.attention.weights import attention_mask_gradient_kernel, attention_weights_kernel
+from .forward import attention_forward_kernel
+from .tiles import MaskStrides, Strides
+from .weights import attention_mask_gradient_kernel, attention_weights_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FAR = 2**30  # keys of a window without bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.attention.tiles import (
+from .tiles import (
     SIZES,
     Dropout,
     MaskLayout,

@@ -6,6 +6,6 @@ launch.py: launchers. ops.py: implementations of the ops.
 
 from __future__ import annotations
 
-from seqkernels.triton.crf.launch import Config, config, pairs_config
+from .launch import Config, config, pairs_config
 
 __all__ = ["Config", "config", "pairs_config"]

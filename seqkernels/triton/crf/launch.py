@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from seqkernels.triton.crf.backward import crf_backward_kernel, crf_pairs_kernel
-from seqkernels.triton.crf.chain import Scores, Steps
-from seqkernels.triton.crf.forward import crf_forward_kernel
-from seqkernels.triton.crf.viterbi import crf_several_kernel, crf_viterbi_kernel
+from .backward import crf_backward_kernel, crf_pairs_kernel
+from .chain import Scores, Steps
+from .forward import crf_forward_kernel
+from .viterbi import crf_several_kernel, crf_viterbi_kernel
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MOST_TAGS = 4096

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seqkernels.triton.crf.launch import Call, backward, forward, viterbi
+from .launch import Call, backward, forward, viterbi
 
 
 def forward_op(*chain: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.crf.chain import (
+from .chain import (
     SIZES,
     count_of,
     highest,

@@ -6,8 +6,8 @@ row for backward. ops.py: implementations of the ops.
 
 from __future__ import annotations
 
-from seqkernels.triton.embedding_bag.bags import MAX, MEAN, MIN, NO_FAULT, SUM
-from seqkernels.triton.embedding_bag.launch import Config, config, configs, unsupported
-from seqkernels.triton.embedding_bag.launch import forward as embedding_bag
+from .bags import MAX, MEAN, MIN, NO_FAULT, SUM
+from .launch import Config, config, configs, unsupported
+from .launch import forward as embedding_bag
 
 __all__ = ["MAX", "MEAN", "MIN", "NO_FAULT", "SUM", "Config", "config", "configs", "embedding_bag", "unsupported"]

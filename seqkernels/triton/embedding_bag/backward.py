@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from seqkernels.triton.embedding_bag.bags import MAX, MEAN, SIZES, bounds
+from .bags import MAX, MEAN, SIZES, bounds
 
 _MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
 

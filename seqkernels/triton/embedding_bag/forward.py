@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.embedding_bag.bags import MAX, MEAN, MIN, NO_FAULT, SIZES, bounds
+from .bags import MAX, MEAN, MIN, NO_FAULT, SIZES, bounds
 
 _NO_FAULT = tl.constexpr(NO_FAULT)
 _NO_POSITION = tl.constexpr(2**31 - 1)

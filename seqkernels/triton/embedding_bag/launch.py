@@ -11,15 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from seqkernels.functional._checks import IndexRuntimeError, ValueRuntimeError
-from seqkernels.triton.embedding_bag.backward import (
+from ...functional._checks import IndexRuntimeError, ValueRuntimeError
+from .backward import (
     Occurrences,
     Positions,
     positions_kernel,
     table_gradient_kernel,
     weights_gradient_kernel,
 )
-from seqkernels.triton.embedding_bag.bags import (
+from .bags import (
     BY_COUNT,
     BY_WEIGHT,
     DTYPES,
@@ -31,7 +31,7 @@ from seqkernels.triton.embedding_bag.bags import (
     Bags,
     Table,
 )
-from seqkernels.triton.embedding_bag.forward import embedding_bag_forward_kernel
+from .forward import embedding_bag_forward_kernel
 
 
 class Config(NamedTuple):

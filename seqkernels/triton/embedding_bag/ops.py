@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels.triton.embedding_bag.launch import Call, forward, interpreted, table_gradient, weights_gradient
+from .launch import Call, forward, interpreted, table_gradient, weights_gradient
 
 
 def infer_op(weight: Tensor, *bags: Any) -> Tensor:

@@ -9,7 +9,7 @@ launch.py: selection of the kernels, matrix products and weight gradients. ops.p
 
 from __future__ import annotations
 
-from seqkernels.triton.recurrent.launch import GATES, SUPPORTED, Config, config
-from seqkernels.triton.recurrent.ops import KINDS, layer, unsupported
+from .launch import GATES, SUPPORTED, Config, config
+from .ops import KINDS, layer, unsupported
 
 __all__ = ["GATES", "KINDS", "SUPPORTED", "Config", "config", "layer", "unsupported"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import activate, clip, restore, tanh
+from .arithmetic import activate, clip, restore, tanh
 
 
 class Options(NamedTuple):

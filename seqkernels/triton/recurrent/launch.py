@@ -15,21 +15,21 @@ import torch
 import triton
 from torch import Tensor
 
-from seqkernels.reference import recurrent as definition
-from seqkernels.triton.recurrent import layer, step
-from seqkernels.triton.recurrent.layer_backward import (
+from ...reference import recurrent as definition
+from . import layer, step
+from .layer_backward import (
     gru_backward_kernel,
     lstm_backward_kernel,
     mgu_backward_kernel,
     rnn_backward_kernel,
 )
-from seqkernels.triton.recurrent.layer_forward import (
+from .layer_forward import (
     gru_forward_kernel,
     lstm_forward_kernel,
     mgu_forward_kernel,
     rnn_forward_kernel,
 )
-from seqkernels.triton.recurrent.step_backward import (
+from .step_backward import (
     gru_step_backward_kernel,
     lstm_step_backward_kernel,
     mgu_step_backward_kernel,
@@ -37,7 +37,7 @@ from seqkernels.triton.recurrent.step_backward import (
     reset_before_gates_backward_kernel,
     rnn_step_backward_kernel,
 )
-from seqkernels.triton.recurrent.step_forward import (
+from .step_forward import (
     gru_step_forward_kernel,
     lstm_step_forward_kernel,
     mgu_step_forward_kernel,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import load
+from .arithmetic import load
 
 SIZES = ["T", "B", "N"]  # not specialized
 

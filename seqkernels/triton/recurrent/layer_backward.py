@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import load, store
-from seqkernels.triton.recurrent.cells import GRUGates, LSTMGates, MGUGates, gru_backward, lstm_backward, mgu_backward
-from seqkernels.triton.recurrent.layer import SIZES, block_of, has_step, reset_at, rows_of, state, weight
+from .arithmetic import load, store
+from .cells import GRUGates, LSTMGates, MGUGates, gru_backward, lstm_backward, mgu_backward
+from .layer import SIZES, block_of, has_step, reset_at, rows_of, state, weight
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import load, relu, store, tanh
-from seqkernels.triton.recurrent.cells import GRUGates, LSTMGates, MGUGates, gru_forward, lstm_forward, mgu_forward
-from seqkernels.triton.recurrent.layer import SIZES, block_of, has_step, reset_at, rows_of, state, weight
+from .arithmetic import load, relu, store, tanh
+from .cells import GRUGates, LSTMGates, MGUGates, gru_forward, lstm_forward, mgu_forward
+from .layer import SIZES, block_of, has_step, reset_at, rows_of, state, weight
 
 
 @triton.jit

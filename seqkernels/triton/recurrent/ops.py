@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from seqkernels.functional import _recurrent_ops
-from seqkernels.functional._recurrent_extras import NO_EXTRAS, Extras
-from seqkernels.functional._recurrent_kinds import Kind, kind_named
-from seqkernels.reference import recurrent as definition
-from seqkernels.triton.recurrent.launch import (
+from ...functional import _recurrent_ops
+from ...functional._recurrent_extras import NO_EXTRAS, Extras
+from ...functional._recurrent_kinds import Kind, kind_named
+from ...reference import recurrent as definition
+from .launch import (
     DTYPES,
     SUPPORTED,
     Layer,

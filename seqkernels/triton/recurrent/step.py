@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import load, store
-from seqkernels.triton.recurrent.cells import Options
+from .arithmetic import load, store
+from .cells import Options
 
 # Not specialized. t, row: this step. t_reset, ..: the step whose reset zeroes the input states of this step.
 FORWARD = ["t", "row", "t_reset", "row_reset", "n_reset", "row_saved"]

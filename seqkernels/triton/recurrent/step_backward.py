@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import load, restore, store
-from seqkernels.triton.recurrent.cells import GRUGates, LSTMGates, MGUGates, gru_backward, lstm_backward, mgu_backward
-from seqkernels.triton.recurrent.step import BACKWARD, Step, dh_of, has_step, options_of, reset_at, state_before
+from .arithmetic import load, restore, store
+from .cells import GRUGates, LSTMGates, MGUGates, gru_backward, lstm_backward, mgu_backward
+from .step import BACKWARD, Step, dh_of, has_step, options_of, reset_at, state_before
 
 
 @triton.jit(do_not_specialize=BACKWARD)

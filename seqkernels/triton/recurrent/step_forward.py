@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqkernels.triton.recurrent.arithmetic import activate, clip, load, relu, restore, store, tanh
-from seqkernels.triton.recurrent.cells import GRUGates, LSTMGates, MGUGates, gru_forward, lstm_forward, mgu_forward
-from seqkernels.triton.recurrent.step import FORWARD, Step, has_step, options_of, reset_at
+from .arithmetic import activate, clip, load, relu, restore, store, tanh
+from .cells import GRUGates, LSTMGates, MGUGates, gru_forward, lstm_forward, mgu_forward
+from .step import FORWARD, Step, has_step, options_of, reset_at
 
 
 @triton.jit(do_not_specialize=FORWARD)
