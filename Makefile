@@ -20,6 +20,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.torch-$(TORCH)
 EXTENSION := build/.extension
 EMULATED := build/.emulated
+HUB := build/.hub
 COMPAT_VENV := .venv-compat
 with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 
@@ -30,7 +31,7 @@ CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -na
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench docs lint format compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
+.PHONY: help demo test bench docs lint format hub wheel compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
 
 help:
 	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
@@ -40,7 +41,9 @@ help:
 	@echo 'make docs      build the site into build/site'
 	@echo 'make lint      check with ruff, mypy and clang-format'
 	@echo 'make format    format with ruff and clang-format'
-	@echo 'make compat    build a wheel with torch $(TORCH) and test it with torch $(COMPAT_TORCH)   COMPAT_TORCH=2.11.0'
+	@echo 'make wheel     build one wheel for Python 3.10 and later and a source distribution in dist/, and check the wheel'
+	@echo 'make hub       write a kernel repository of the Hugging Face Hub into build/hub'
+	@echo 'make compat    make wheel, then test the wheel with torch $(COMPAT_TORCH)   COMPAT_TORCH=2.11.0'
 	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make check-gpu-build  compile every GPU kernel (needs nvcc, no GPU), check registers and spills, build the CUDA extension'
 	@echo 'make gpu       on a GPU: build, test, sanitize, tune and benchmark within 9 minutes   ARGS="--only build,tests"'
@@ -51,7 +54,7 @@ help:
 demo: $(call with,demo)
 	$(PY) examples/$(EXAMPLE).py $(ARGS)
 
-test: lint $(call with,test) $(EMULATED)
+test: lint $(call with,test) $(EMULATED) $(HUB)
 	$(PY) -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
 bench: $(call with,bench)
@@ -92,6 +95,12 @@ $(EMULATED): $(EXTENSION) $(EMULATION)
 	    "build/cmake-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')" --target cuda_on_cpu
 	@touch $@
 
+# A kernel repository of the Hugging Face Hub, hub/layout.py.
+hub: $(HUB)
+$(HUB): $(EXTENSION) $(wildcard hub/*) $(shell find seqkernels -name '*.py')
+	$(PY) hub/layout.py build/hub
+	@touch $@
+
 # Installs one extra of pyproject.toml. torch is pinned again so that no requirement replaces it.
 $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
 	$(PY) $(INSTALL) --no-build-isolation torch==$(TORCH) -e '.[$*]' \
@@ -99,13 +108,24 @@ $(VENV)/.with-%: $(BASE) pyproject.toml | $(EXTENSION)
 	@touch $@
 
 # ---- one wheel, several releases of torch ----
+# auditwheel names the oldest glibc that the wheel supports, which is that of the compiler: build in a manylinux_2_28
+# container for a wheel that installs anywhere. The libraries of torch and CUDA remain outside: `import torch` loads them.
+
+wheel: $(call with,wheel)
+	rm -rf build/wheel build/lib* build/bdist* dist
+	$(PY) -m build --no-isolation --sdist --wheel --outdir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --strip --wheel-dir dist \
+	    --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/wheel/seqkernels-*.whl
+	mv build/wheel/seqkernels-*.tar.gz dist
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python $(INSTALL) torch==$(TORCH) dist/seqkernels-*.whl
+	cd build/wheel && venv/bin/python -m seqkernels
+
 # The wheel is unpacked into build/compat/site, first on the path, and the tests are copied next to it, so that they cannot
 # import the package of the checkout.
-
-compat: $(call with,test) $(EMULATED)
-	rm -rf build/compat build/lib*
-	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/compat .
-	$(PY) $(INSTALL) --no-deps --target build/compat/site build/compat/seqkernels-*.whl
+compat: $(call with,test) $(EMULATED) wheel
+	rm -rf build/compat
+	$(PY) $(INSTALL) --no-deps --target build/compat/site dist/seqkernels-*.whl
 	cp -r tests bench examples pyproject.toml build/compat/
 	$(call in_compat,$(PY)) -c "$$COMPAT_REPORT"
 	set -e; for release in $(COMPAT_TORCH); do $(MAKE) compat-$$release; done
@@ -129,7 +149,7 @@ export COMPAT_REPORT
 .PRECIOUS: $(COMPAT_VENV)-%/.installed
 $(COMPAT_VENV)-%/.installed: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python $(INSTALL) torch==$* "$$(echo build/compat/seqkernels-*.whl)[test]"
+	$(@D)/bin/python $(INSTALL) torch==$* "$$(echo dist/seqkernels-*.whl)[test]"
 	$(@D)/bin/python -m pip uninstall --quiet --yes seqkernels
 	@touch $@
 
