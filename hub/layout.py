@@ -25,8 +25,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
+
+from setuptools.compat.py310 import tomllib
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -93,6 +94,16 @@ def variant_of(stable: str, backend: str) -> str:
     return f"torch-stable-abi{stable.replace('.', '')}-{backend}-{platform.machine()}-{platform.system().lower()}"
 
 
+def digests_of(variant: Path) -> dict[str, str]:
+    """The SHA-256 digests of the files of a variant, in base64."""
+    files = (path for path in sorted(variant.rglob("*")) if path.is_file() and path.suffix != ".pyc")
+    return {
+        str(path.relative_to(variant)): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+        for path in files
+        if path.name != "metadata.json"
+    }
+
+
 def write(target: Path) -> Path:
     """Writes the repository and returns the folder of its variant."""
     configuration = tomllib.loads((HERE / "build.toml").read_text())
@@ -113,11 +124,6 @@ def write(target: Path) -> Path:
             shutil.copy2(path, copy)
     shutil.copy2(module, package / module.name)
     (variant / "__init__.py").write_text(INIT)
-    digests = {
-        str(path.relative_to(variant)): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
-        for path in sorted(variant.rglob("*"))
-        if path.is_file()
-    }
     metadata = {
         "name": name,
         "id": namespace,
@@ -125,7 +131,7 @@ def write(target: Path) -> Path:
         "license": general["license"],
         "python-depends": [],
         "backend": {"type": backend},
-        "digest": {"algorithm": "sha256", "files": digests},
+        "digest": {"algorithm": "sha256", "files": digests_of(variant)},
     }
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     shutil.copy2(HERE / "build.toml", target)

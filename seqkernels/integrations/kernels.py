@@ -8,8 +8,8 @@
         model = kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
 
 As the hub requires, a layer has no state and no constructor: its forward method reads the attributes of the module of
-torch.nn. Errors, gradients and numerics are those of the function it calls. `seqkernels.accelerate` replaces more kinds of
-modules and needs no other package.
+torch.nn. Errors, gradients and numerics are those of the function it calls. `seqkernels.accelerate` replaces more kinds
+of modules and needs no other package.
 """
 
 from __future__ import annotations
