@@ -101,10 +101,10 @@ assert torch.equal(layer(x)[0], copy(x)[0])
 def test_repository_passes_the_checks_of_the_hub(repository: pathlib.Path) -> None:
     from kernels import _rust
 
-    general = _rust.Build.open(repository).general
+    assert [str(backend).lower() for backend in _rust.Build.open(repository).general.backends] == ["cpu"]
     (variant,) = (repository / "build").iterdir()
     metadata = _rust.Metadata.read_from_file(variant / "metadata.json")
-    assert str(metadata.name) == str(general.name) and metadata.version == general.version
+    assert metadata.version == 1 and metadata.license == "BSD-3-Clause"
     digests = metadata.digest.files
     assert len(digests) > 60 and "metadata.json" not in digests
     assert layout().digests_of(variant) == digests
@@ -132,7 +132,8 @@ mapping = {name: {"cpu": LocalLayerRepository(repo_path=repository, layer_name=n
 torch.manual_seed(0)
 ours = copy.deepcopy(theirs)
 with use_kernel_mapping(mapping):
-    ours = kernelize(ours, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu", use_fallback=False)
+    mode = Mode.TRAINING if isinstance(theirs, torch.nn.RNNBase) else Mode.TRAINING | Mode.TORCH_COMPILE
+    ours = kernelize(ours, mode=mode, device="cpu", use_fallback=False)
 assert ours.forward.__func__ is getattr(hub.layers, name).forward
 inputs = []
 if name.startswith("Embedding"):
@@ -158,8 +159,9 @@ for given in inputs:
     grads = [torch.autograd.grad(sum(t.square().sum() for t in of), list(module.parameters()))
              for of, module in zip(tensors, (theirs, ours))]
     torch.testing.assert_close(grads[1], grads[0])
-compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-torch.testing.assert_close(compiled(*inputs[0]), theirs(*inputs[0]))
+if Mode.TORCH_COMPILE in mode:
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs[0]), theirs(*inputs[0]))
 print("equal")
 """
 

@@ -5,11 +5,12 @@
     replace_kernel_forward_from_hub(torch.nn.LSTM, "LSTM")
     repository = LocalLayerRepository(repo_path=Path("build/hub"), layer_name="LSTM")  # written by `make hub`
     with use_kernel_mapping({"LSTM": {"cpu": repository}}):
-        model = kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
+        model = kernelize(model, mode=Mode.TRAINING, device="cpu")
 
 As the hub requires, a layer has no state and no constructor: its forward method reads the attributes of the module of
-torch.nn. Errors, gradients and numerics are those of the function it calls. `seqkernels.accelerate` replaces more kinds
-of modules and needs no other package.
+torch.nn. Errors, gradients and numerics are those of the function it calls. With Mode.TORCH_COMPILE, kernelize leaves
+RNN, LSTM and GRU as they are: torch.compile refuses these classes of torch.nn whatever their forward method is.
+`seqkernels.accelerate` replaces more kinds of modules, supports torch.compile and needs no other package.
 """
 
 from __future__ import annotations
@@ -57,8 +58,6 @@ def _run(function: Callable[..., Any], layer: Any, input: Tensor | PackedSequenc
 class RNN(torch.nn.Module):
     """The forward method of torch.nn.RNN."""
 
-    can_torch_compile = True
-
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Any:
         return _run(F.rnn_tanh if self.nonlinearity == "tanh" else F.rnn_relu, self, input, hx)
 
@@ -66,16 +65,12 @@ class RNN(torch.nn.Module):
 class LSTM(torch.nn.Module):
     """The forward method of torch.nn.LSTM."""
 
-    can_torch_compile = True
-
     def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         return _run(F.lstm, self, input, hx)
 
 
 class GRU(torch.nn.Module):
     """The forward method of torch.nn.GRU."""
-
-    can_torch_compile = True
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Any:
         return _run(F.gru, self, input, hx)
