@@ -7,7 +7,7 @@ a folder with Multi30k (https://github.com/multi30k/dataset): train, val and tes
 import argparse
 import datetime
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ class Batch:
     source: Tensor  # [B, S]
     source_lengths: Tensor  # [B], on the CPU
     inputs: Tensor  # [B, T]: BOS and the target
-    targets: Tensor  # [B, T]: the target and EOS
-    lengths: Tensor  # [B] of inputs and targets, on the CPU
+    lengths: Tensor  # [B] of inputs, on the CPU
+    real: Tensor  # [N]: where the real tokens of inputs are in [B * T], in the order of sentences
+    targets: Tensor  # [N]: the next token of each of them, at last EOS
     own: Tensor | None  # [B, T] bool: where the model reads its own prediction (scheduled sampling)
 
 
@@ -66,6 +67,7 @@ def add_options(parser: common.Parser) -> None:
     option("--vocab", type=common.count, default=6000, help="tokens of a language in --data (%(default)s)")
     option("--smoothing", type=float, default=0.1, help="label smoothing (%(default)s)")
     option("--accumulate", type=common.count, default=1, help="batches per optimizer step (%(default)s)")
+    option("--bucket", type=common.count, default=1, help="batches that are sorted by length together (%(default)s)")
     option("--dropout", type=float, default=0.0, help="dropout of embeddings and outputs (%(default)s)")
     option("--beam", type=common.count, default=4, help="hypotheses of beam search (%(default)s)")
     option("--length-penalty", type=float, default=0.6, help="exponent of the length penalty (%(default)s)")
@@ -151,8 +153,8 @@ def batches(
     """The batches of an epoch. sampling: the share of inputs that are predictions of the model."""
     generator = torch.Generator().manual_seed(args.seed + epoch)
     draws = torch.rand(len(corpus.train), max(len(target) for _, target in corpus.train), generator=generator)
-    order = common.shuffled(range(len(corpus.train)), args.seed + epoch)
-    for chosen in common.batches_of(order, args.batch, rows):
+    for chosen in batches_of_indices(corpus, epoch, args):
+        chosen = chosen[rows]
         sources, targets = zip(*(corpus.train[i] for i in chosen), strict=True)
         source, source_lengths = padded(list(sources), args.device)
         target, lengths = padded(list(targets), args.device)
@@ -160,14 +162,28 @@ def batches(
         if sampling > 0:
             own = draws[chosen, : target.shape[1] - 1].to(args.device) < sampling
             own[:, 0] = False  # BOS
-        yield Batch(source, source_lengths, target[:, :-1], target[:, 1:], lengths - 1, own)
+        inputs, lengths = target[:, :-1], lengths - 1
+        real = (torch.arange(inputs.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0].to(args.device)
+        targets = target[:, 1:].flatten()[real]
+        yield Batch(source, source_lengths, inputs, lengths, real, targets, own)
 
 
-def token_loss(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, float]:
-    """Sum over the tokens, and their number. logits: [..., V]; targets: [...], PAD where nothing is predicted."""
-    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    loss = cross_entropy(logits, targets, ignore_index=PAD, label_smoothing=smoothing, reduction="sum")
-    return loss, float((targets != PAD).sum())
+def batches_of_indices(corpus: Corpus, epoch: int, args: argparse.Namespace) -> list[Sequence[int]]:
+    """The pairs of each batch, in random order. Each --bucket batches together are sorted by length."""
+    order = common.shuffled(range(len(corpus.train)), args.seed + epoch)
+    if args.bucket == 1:
+        return list(common.batches_of(order, args.batch))
+    result: list[Sequence[int]] = []
+    for some in common.batches_of(order, args.bucket * args.batch):
+        by_length = sorted(some, key=lambda i: [len(ids) for ids in corpus.train[i]])
+        result += common.batches_of(by_length, args.batch)
+    return common.shuffled(result, args.seed + epoch)
+
+
+def token_loss(logits: Tensor, batch: Batch, args: argparse.Namespace) -> tuple[Tensor, float]:
+    """Sum over the tokens, and their number. logits: [N, V]."""
+    loss = cross_entropy(logits, batch.targets, label_smoothing=args.smoothing, reduction="sum")
+    return loss, float(len(batch.targets))
 
 
 # ---- search and scores
@@ -196,7 +212,8 @@ def translate(model: nn.Module, corpus: Corpus, texts: list[str], args: argparse
 
 def bleu(found: list[str], references: list[str], corpus: Corpus) -> float:
     tokenize = "char" if corpus.exact else "13a"
-    return sacrebleu.corpus_bleu(found, [references], tokenize=tokenize).score
+    # force: no warning that the text is in tokens, as the files of Multi30k are
+    return sacrebleu.corpus_bleu(found, [references], tokenize=tokenize, force=True).score
 
 
 def accuracy(found: list[str], references: list[str]) -> float:

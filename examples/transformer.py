@@ -75,11 +75,12 @@ class Transformer(nn.Module):
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.weight, std=E**-0.5)
 
-    def forward(self, batch: Batch) -> Tensor:  # logits [B, T, V], or [N, V] in the packed layout
+    def forward(self, batch: Batch) -> Tensor:  # logits [N, V] of the real tokens
         if self.packed:
-            return self.packed_logits(batch)
+            return self.output(self.packed_features(batch))
         memory = self.encode(batch.source, batch.source_lengths)
-        return self.output(self.decode(batch.inputs, memory, batch.source_lengths, batch.lengths))
+        features = self.decode(batch.inputs, memory, batch.source_lengths, batch.lengths)
+        return self.output(features.flatten(0, 1).index_select(0, batch.real))
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor, positions: Tensor | slice) -> Tensor:
         return self.dropout(embedding(tokens) * math.sqrt(embedding.embedding_dim) + self.waves[positions])
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
             x = layer(x, memory, tgt_is_causal=True, **options)
         return self.decoder_norm(x)
 
-    def packed_logits(self, batch: Batch) -> Tensor:  # [N, V]
+    def packed_features(self, batch: Batch) -> Tensor:  # [N, E]
         source = Rows(batch.source_lengths, batch.source.shape[1], batch.source.device)
         target = Rows(batch.lengths, batch.inputs.shape[1], batch.inputs.device)
         memory = self.embed(self.source_embedding, source.pack(batch.source), source.positions)  # [N, E]
@@ -122,7 +123,7 @@ class Transformer(nn.Module):
                 x, memory, tgt_is_causal=True, cu_seqlens=target.bounds, max_seqlen=target.longest,
                 memory_cu_seqlens=source.bounds, memory_max_seqlen=source.longest,
             )  # fmt: skip
-        return self.output(self.decoder_norm(x))
+        return self.decoder_norm(x)
 
     def search(self, source: Tensor, lengths: Tensor) -> tuple[Callable[..., Any], Tensor]:
         """The step function of seqkernels.decoding for N hypotheses, and its first state, the tokens so far."""
@@ -171,17 +172,11 @@ def main() -> int:
     if longest > args.longest:
         raise common.ScriptError(f"--longest must be at least {longest}, the tokens of a sentence, got {args.longest}")
 
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-        logits, targets = model(batch), batch.targets
-        if logits.dim() == 2:
-            targets = Rows(batch.lengths, targets.shape[1], targets.device).pack(targets)
-        return parallel_text.token_loss(logits, targets, args.smoothing)
-
     task = common.Task(
         name="transformer",
         build=lambda layers: Transformer(layers, corpus, args),
         batches=lambda epoch, rows: parallel_text.batches(corpus, epoch, rows, args),
-        loss=loss,
+        loss=lambda model, batch: parallel_text.token_loss(model(batch), batch, args),
         **parallel_text.metric(corpus, args),
         accumulate=args.accumulate,
     )

@@ -108,16 +108,18 @@ class Translator(nn.Module):
         self.output = nn.Linear(H, V)
         self.dropout = nn.Dropout(args.dropout)
 
-    def forward(self, batch: Batch) -> Tensor:  # logits [B, T, V]
-        keys, valid, states = self.encode(batch.source, batch.source_lengths)
-        if self.feeds_context:
-            return self.step_by_step(batch.inputs, batch.own, keys, valid, states)
+    def forward(self, batch: Batch) -> Tensor:  # logits [N, V] of the real tokens
+        source = self.encode(batch.source, batch.source_lengths)
         inputs = batch.inputs
-        if batch.own is not None:
-            with torch.no_grad():
-                predicted = self.all_steps(inputs, keys, valid, states).argmax(-1)  # [B, T], of the next inputs
-            inputs = torch.where(batch.own, predicted.roll(1, dims=1), inputs)
-        return self.all_steps(inputs, keys, valid, states)
+        if self.feeds_context:
+            context, output = self.step_by_step(inputs, batch.own, *source)
+        else:
+            if batch.own is not None:
+                with torch.no_grad():
+                    predicted = self.logits(*self.all_steps(inputs, *source)).argmax(-1)  # [B, T], of the next inputs
+                inputs = torch.where(batch.own, predicted.roll(1, dims=1), inputs)
+            context, output = self.all_steps(inputs, *source)
+        return self.logits(*(x.flatten(0, 1).index_select(0, batch.real) for x in (context, output)))
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Any, dict[str, Tensor], States]:
         """Keys of the source, which of them are valid, and the first states of the decoder."""
@@ -133,14 +135,16 @@ class Translator(nn.Module):
         h, c = (bridge(torch.cat(tuple(s), 1)).tanh() for bridge, s in zip(self.bridge, states, strict=True))
         return self.attention.project(memory), valid, (h, c)
 
-    def all_steps(self, inputs: Tensor, keys: Any, valid: dict[str, Tensor], states: States) -> Tensor:
+    def all_steps(
+        self, inputs: Tensor, keys: Any, valid: dict[str, Tensor], states: States
+    ) -> tuple[Tensor, Tensor]:  # contexts [B, T, 2H], outputs [B, T, H]
         h0, c0 = (s.unsqueeze(0) for s in states)
         output, _ = self.decoder(self.dropout(self.target_embedding(inputs)), (h0, c0))  # [B, T, H]
-        return self.logits(self.attention(output, keys, **valid), output)
+        return self.attention(output, keys, **valid), output
 
     def step_by_step(
         self, inputs: Tensor, own: Tensor | None, keys: Any, valid: dict[str, Tensor], states: States
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:  # as all_steps
         x = self.dropout(self.target_embedding(inputs))
         contexts, outputs = [], []
         for t in range(inputs.shape[1]):
@@ -153,7 +157,7 @@ class Translator(nn.Module):
             states = self.decoder(torch.cat((x_t, context), 1), states)
             contexts.append(context)
             outputs.append(states[0])
-        return self.logits(torch.stack(contexts, 1), torch.stack(outputs, 1))
+        return torch.stack(contexts, 1), torch.stack(outputs, 1)
 
     def logits(self, context: Tensor, output: Tensor) -> Tensor:  # [..., 2H], [..., H] -> [..., V]
         return self.output(self.dropout(self.combine(torch.cat((context, output), -1)).tanh()))
@@ -208,7 +212,7 @@ def main() -> int:
         name="translation",
         build=lambda layers: Translator(layers, corpus, args),
         batches=batches,
-        loss=lambda model, batch: parallel_text.token_loss(model(batch), batch.targets, args.smoothing),
+        loss=lambda model, batch: parallel_text.token_loss(model(batch), batch, args),
         **parallel_text.metric(corpus, args),
         accumulate=args.accumulate,
         layers={"torch": TORCH, "seqkernels": seqkernels.nn},
