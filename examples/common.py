@@ -14,6 +14,8 @@ torchrun, each process trains on a part of each batch (DistributedDataParallel) 
 
 import argparse
 import copy
+import csv
+import io
 import os
 import statistics
 import sys
@@ -177,6 +179,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def within(low: float, high: float, kind: type = float) -> Callable[[str], Any]:
+    """The type of an option that must be a number of a range."""
+
+    def number(text: str) -> Any:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must lie in [{low:g}, {high:g}], got {text}")
+        return kind(text)
+
+    return number
+
+
+share = within(0, 1)
+
+
 class Parser(argparse.ArgumentParser):
     """The options of all examples; errors are one sentence and exit code 2."""
 
@@ -212,7 +228,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--output: must end with .png, .pdf or .svg, got {args.output}")
         if args.checkpoint.is_dir():
             self.error(f"--checkpoint: must be a file, got the folder {args.checkpoint}")
-        if not args.lr > 0:
+        if not 0 < args.lr < float("inf"):
             self.error(f"--lr: must be above 0, got {args.lr}")
         if not 0 <= args.seed < 2**31:
             self.error(f"--seed: must be from 0 to {2**31 - 1}, got {args.seed}")
@@ -272,6 +288,16 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ScriptError(f"{path}: line {line} must be UTF-8, got byte 0x{content[error.start]:02x}") from error
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file in UTF-8, each with the number of its last line."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ScriptError(f"{path}: line {reader.line_num} must be CSV, got: {error}") from error
 
 
 def train(task: Task, args: argparse.Namespace, make_run: Callable[..., Run] = Run) -> list[Run]:
@@ -356,7 +382,7 @@ def load(runs: list[Run], args: argparse.Namespace) -> None:
     for run in runs:
         try:
             run.load(states[run.name])
-        except RuntimeError as error:  # the message has a line for each tensor of another shape
+        except (RuntimeError, ValueError, KeyError) as error:  # a line for each tensor of another shape
             reason = str(error).splitlines()[-1].strip()
             raise ScriptError(f"--resume: {args.checkpoint} must hold the model of these data: {reason}") from error
 

@@ -37,6 +37,7 @@ import common
 SPECIAL = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]"]
 PAD, UNKNOWN, BOS, EOS, MASK = range(5)
 MASKED = 0.15  # share of the words that BERT predicts
+FEWEST = 100  # sentences
 IGNORED = -100  # target of other words
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T] with BOS and EOS, lengths [B], targets of BERT [B, T]
 
@@ -56,8 +57,8 @@ def read(data: Path | None) -> list[list[str]]:
     sentences = dict.fromkeys(s for p in paragraphs for s in re.split(r"(?<=[.!?])\s+", p.lower()))
     words = [re.findall(r"[^\W\d_]+|\d+|[^\w\s]", sentence) for sentence in sentences]
     found = [sentence[:40] for sentence in words if len(sentence) >= 4]
-    if len(found) < 100:
-        raise common.ScriptError(f"{data}: must hold at least 100 sentences of 4 words, got {len(found)}")
+    if len(found) < FEWEST:
+        raise common.ScriptError(f"{data}: must hold at least {FEWEST} sentences of 4 words, got {len(found)}")
     return found
 
 
@@ -198,7 +199,7 @@ def draw_vectors(model: nn.Module, words: list[list[str]], ids: list[Tensor], ar
     vectors, where, at = contexts(model, ids, args)
     spelled = [words[s][p - 1] for s, p in zip(where.tolist(), at.tolist(), strict=True)]
     shown = [word for word, _ in Counter(w for w in spelled if len(w) > 3).most_common(8)]
-    chosen = torch.tensor([i for i, word in enumerate(spelled) if word in shown])
+    chosen = torch.tensor([i for i, word in enumerate(spelled) if word in shown], dtype=torch.long)
 
     def panel(axes: Axes) -> None:
         points = vectors[chosen] - vectors[chosen].mean(0)
@@ -235,6 +236,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model == "bert" and args.size % 4:
         parser.error(f"--size: must be a multiple of the 4 heads of BERT, got {args.size}")
+    if args.sentences < FEWEST:
+        parser.error(f"--sentences: must be at least {FEWEST}, got {args.sentences}")
     return args
 
 

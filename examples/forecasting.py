@@ -11,7 +11,6 @@ series is served as a stream, one hour per call: the script reports the time of 
 
 import argparse
 import copy
-import csv
 import math
 import statistics
 import time
@@ -53,7 +52,7 @@ def generate(series: int, hours: int) -> Tensor:
 def read_csv(path: Path) -> Tensor:
     """[hours, series] of a CSV file of numbers; a first row of names is skipped."""
     rows: list[list[float]] = []
-    for number, row in enumerate(csv.reader(common.read_text(path).splitlines()), start=1):
+    for number, row in common.read_csv(path):
         try:
             cells = [float(cell) for cell in row]
         except ValueError:

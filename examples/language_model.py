@@ -25,6 +25,7 @@ import common
 from seqkernels.decoding import sample
 
 VALID_STREAMS = 8
+SHORTEST = 10_000  # characters of a text
 Batch = tuple[Tensor, Tensor, bool]  # tokens and next tokens [B, T], whether the streams start
 
 
@@ -32,8 +33,8 @@ def read(args: argparse.Namespace) -> tuple[str, str]:
     """The text for training and for validation."""
     if args.data:
         text = common.read_text(args.data)
-        if len(text) < 10_000:
-            raise common.ScriptError(f"{args.data}: must hold at least 10000 characters, got {len(text)}")
+        if len(text) < SHORTEST:
+            raise common.ScriptError(f"{args.data}: must hold at least {SHORTEST} characters, got {len(text)}")
     else:
         files = common.shuffled(common.standard_library(), seed=0)
         text = "\n".join(common.read_text(path) for path in files[:200] if path.stat().st_size < 20_000)
@@ -150,19 +151,22 @@ def parse_arguments() -> argparse.Namespace:
     option("--hidden", type=common.count, default=128, help="size of embedding and layer (%(default)s)")
     option("--layers", type=common.count, default=2, help="number of layers (%(default)s)")
     option("--steps", type=common.count, default=64, help="steps of truncated backpropagation (%(default)s)")
-    option("--dropout", type=float, default=0.0, help="before and after the layers (%(default)s)")
+    option("--dropout", type=common.share, default=0.0, help="before and after the layers (%(default)s)")
     option("--tie", action=argparse.BooleanOptionalAction, default=True, help="one weight for embedding and output")
     sampling = parser.add_argument_group("sampling")
     option = sampling.add_argument
     option("--prompt", default="def ", help="the text to continue (%(default)r)")
     option("--length", type=common.count, default=100, help="tokens to generate (%(default)s)")
-    option("--temperature", type=float, default=0.8, help="divides the log-probabilities (%(default)s)")
+    option("--temperature", type=common.within(0.01, 100), default=0.8, help="divides the logits (%(default)s)")
     option("--top-k", type=common.count, help="draw from the k most likely tokens")
-    option("--top-p", type=float, default=0.95, help="draw from the most likely tokens of this probability in all")
+    top_p = "draw from the most likely tokens of this probability in all (%(default)s)"
+    option("--top-p", type=common.within(0.01, 1), default=0.95, help=top_p)
     common.FREE_OPTIONS.update({"prompt", "length", "temperature", "top_k", "top_p"})
     args = parser.parse_args()
     if not args.prompt:
         parser.error("--prompt: must have at least one character")
+    if args.characters < SHORTEST:
+        parser.error(f"--characters: must be at least {SHORTEST}, got {args.characters}")
     return args
 
 
@@ -172,6 +176,8 @@ def main() -> int:
     tokenizer = learn_tokenizer(train_text, args)
     vocab = tokenizer.get_vocab_size()
     train_ids, valid_ids = (tokenizer.encode(text).ids for text in (train_text, valid_text))
+    if len(train_ids) < 2 * args.batch:
+        raise common.ScriptError(f"--batch: must be at most half of the {len(train_ids)} tokens, got {args.batch}")
     data = streams(train_ids, args.batch).to(args.device)
     valid = streams(valid_ids, VALID_STREAMS).to(args.device)
     task = common.Task(

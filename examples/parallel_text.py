@@ -65,12 +65,12 @@ def add_options(parser: common.Parser) -> None:
     option = parser.add_argument
     option("--limit", type=common.count, default=6400, help="pairs for training (%(default)s)")
     option("--vocab", type=common.count, default=6000, help="tokens of a language in --data (%(default)s)")
-    option("--smoothing", type=float, default=0.1, help="label smoothing (%(default)s)")
+    option("--smoothing", type=common.share, default=0.1, help="label smoothing (%(default)s)")
     option("--accumulate", type=common.count, default=1, help="batches per optimizer step (%(default)s)")
     option("--bucket", type=common.count, default=1, help="batches that are sorted by length together (%(default)s)")
-    option("--dropout", type=float, default=0.0, help="dropout of embeddings and outputs (%(default)s)")
+    option("--dropout", type=common.share, default=0.0, help="dropout of embeddings and outputs (%(default)s)")
     option("--beam", type=common.count, default=4, help="hypotheses of beam search (%(default)s)")
-    option("--length-penalty", type=float, default=0.6, help="exponent of the length penalty (%(default)s)")
+    option("--length-penalty", type=common.within(0, 9), default=0.6, help="exponent of its penalty (%(default)s)")
     option("--evaluate", type=common.count, default=200, help="validation sentences for the metric (%(default)s)")
 
 
@@ -96,7 +96,7 @@ def written_dates(count: int, seed: int) -> Texts:
 def read_pairs(folder: Path, part: str) -> Texts:
     """The lines of two files; line n of one is the translation of line n of the other."""
     paths = [folder / f"{part}{language}" for language in (SOURCE, TARGET)]
-    texts = [common.read_text(path).splitlines() for path in paths]
+    texts = [common.read_text(path).removesuffix("\n").split("\n") for path in paths]
     shorter, longer = sorted(range(2), key=lambda i: len(texts[i]))
     if len(texts[0]) != len(texts[1]):
         line = len(texts[shorter]) + 1
@@ -125,7 +125,7 @@ def load(args: argparse.Namespace) -> Corpus:
     if args.data is None:
         held_out, days = 500, 36524
         if args.limit > days - 2 * held_out:
-            raise ScriptError(f"--limit must be at most {days - 2 * held_out} without --data, got {args.limit}")
+            raise ScriptError(f"--limit: must be at most {days - 2 * held_out} without --data, got {args.limit}")
         texts = written_dates(args.limit + 2 * held_out, args.seed)
         train, valid, test = texts[2 * held_out :], texts[:held_out], texts[held_out : 2 * held_out]
         name, vocab = "written dates", 1

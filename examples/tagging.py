@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 import common
 import seqkernels
 
+FEWEST = 50  # sentences
 Sentence = list[tuple[str, str]]  # token, tag
 Sample = tuple[Tensor, Tensor]  # token ids [T], tag ids [T]
 Batch = tuple[Tensor, Tensor, Tensor]  # token ids [B, T], tag ids [B, T], lengths [B] on the CPU
@@ -119,8 +120,8 @@ def read_conll(path: Path) -> list[Sentence]:
         else:
             sentences[-1].append((parts[0], parts[-1]))
     sentences = [sentence for sentence in sentences if sentence]
-    if len(sentences) < 50:
-        raise common.ScriptError(f"{path}: must hold at least 50 sentences, got {len(sentences)}")
+    if len(sentences) < FEWEST:
+        raise common.ScriptError(f"{path}: must hold at least {FEWEST} sentences, got {len(sentences)}")
     return sentences
 
 
@@ -294,6 +295,8 @@ def main() -> int:
     parser.add_argument("--hidden", type=common.count, default=64, help="hidden size per direction (%(default)s)")
     parser.add_argument("--layers", type=common.count, default=1, help="layers of the LSTM (%(default)s)")
     args = parser.parse_args()
+    if args.sentences < FEWEST:
+        parser.error(f"--sentences: must be at least {FEWEST}, got {args.sentences}")
     sentences = read_conll(args.data) if args.data else read_functions(args.sentences)
     sentences = common.shuffled(sentences, args.seed)
     held_out = len(sentences) // 5

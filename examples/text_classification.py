@@ -15,9 +15,7 @@ Requires tokenizers, tqdm, matplotlib and scikit-learn, and gensim for --vectors
 
 import argparse
 import ast
-import csv
 import html
-import io
 import re
 import statistics
 import sysconfig
@@ -45,6 +43,7 @@ PRESETS = {
     "large": {"embedding": 300, "hidden": 256, "layers": 2, "bidirectional": True, "batch": 64, "epochs": 3},
 }
 PAD, UNKNOWN = 0, 1  # token ids
+HEADS = 4  # of self-attention
 # The topic of a docstring is that of its module or package. Modules that this Python does not have are ignored.
 TOPICS = {
     "networking": """cgi ftplib http imaplib ipaddress nntplib poplib smtpd smtplib socket socketserver ssl telnetlib
@@ -88,17 +87,13 @@ def read_standard_library() -> tuple[list[str], Texts]:
 
 def read_ag_news(path: Path) -> tuple[list[str], Texts]:
     """AG News: rows of "class","title","description", classes 1 to 4."""
-    try:
-        rows = list(csv.reader(io.StringIO(common.read_text(path), newline="")))
-    except csv.Error as error:
-        raise common.ScriptError(f"{path}: must be a CSV file, got: {error}") from error
     texts: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
+    for number, row in common.read_csv(path):
         if number == 1 and row[:1] == ["Class Index"]:  # some copies have a header
             continue
         if len(row) != 3 or row[0] not in {"1", "2", "3", "4"} or not "".join(row[1:]).strip():
             wanted = '"class 1-4","title","description"'
-            raise common.ScriptError(f"{path}: row {number} must be {wanted}, got {str(row)[:100]}")
+            raise common.ScriptError(f"{path}: line {number} must be {wanted}, got {str(row)[:100]}")
         text = " ".join(row[1:]).replace("\\", " ")  # a backslash replaces a line break,
         text = html.unescape(re.sub(r"(?<!&)#(\d+);", r"&#\1;", text))  # and "#36;" a dollar sign
         texts.setdefault(text, int(row[0]) - 1)
@@ -144,8 +139,29 @@ def read_vectors(path: Path) -> Any:
         return KeyedVectors.load_word2vec_format(path, binary=path.suffix == ".bin", no_header=no_header)
     except OSError as error:
         raise common.ScriptError(f"{path}: must be a file of vectors, got: {error.strerror or error}") from error
-    except Exception as error:  # gensim's readers raise errors of many classes
-        raise common.ScriptError(f"{path}: must hold vectors of words, got: {error}") from error
+    except Exception as error:  # gensim's readers raise errors of many classes, without the line
+        reason = malformed_line(path) or f"must hold vectors of words, got: {' '.join(str(error).split())}"
+        raise common.ScriptError(f"{path}: {reason}") from error
+
+
+def malformed_line(path: Path) -> str:
+    """The first line of a text of vectors that is not a word and as many numbers as the first vector has."""
+    if path.suffix == ".bin":
+        return ""
+    width = 0
+    for number, line in enumerate(common.read_text(path).removesuffix("\n").split("\n"), start=1):
+        word, *values = line.rstrip().split(" ")
+        if number == 1 and len(values) == 1:  # the header of word2vec and fastText: words, size
+            width = int(values[0]) if values[0].isdecimal() else 0
+            continue
+        width = width or len(values)
+        try:
+            list(map(float, values))
+        except ValueError as error:
+            return f"line {number} must be a word and {width} numbers, got: {error}"
+        if len(values) != width:
+            return f"line {number} must be a word and {width} numbers, got {len(values)} after {word[:40]!r}"
+    return ""
 
 
 def table_of(vectors: Any, tokens: list[str], seed: int) -> Tensor:
@@ -191,7 +207,7 @@ class RecurrentClassifier(nn.Module):
         if self.reduction == "pooling":
             self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
         elif self.reduction == "attention":
-            self.attention = layers.MultiheadAttention(width, num_heads=4, batch_first=True)
+            self.attention = layers.MultiheadAttention(width, num_heads=HEADS, batch_first=True)
         self.linear = nn.Linear(width, classes)
         if args.orthogonal:
             for name, weight in self.layer.named_parameters():
@@ -266,9 +282,6 @@ def report_words(runs: list[common.Run], words: list[str], tokens: list[str], ar
     """Prints the nearest neighbours of words and the analogies a : b = c : ? in the embedding of the last model."""
     table = runs[-1].model.embedding.weight.detach().cpu()
     ids = {token: i for i, token in enumerate(tokens)}
-    for word in {*words, *(word for triple in args.analogy for word in triple)}:
-        if word not in ids:
-            raise common.ScriptError(f"--neighbours, --analogy: {word} must be in the vocabulary")
     print("\nNearest vectors:")
     for word in words:
         print(f"  {word}: {nearest(table, table[ids[word]], tokens, [word])}")
@@ -309,9 +322,10 @@ def parse_arguments() -> argparse.Namespace:
     option("--bidirectional", action=flag, help="both directions")
     option("--packed", action=flag, default=True, help="packed sequences; without, the layer reads the padding")
     option("--orthogonal", action=flag, default=False, help="orthogonal recurrent weights at the start")
-    option("--clip", type=float, default=1.0, help="maximum norm of the gradient, 0: unlimited (%(default)s)")
+    option("--clip", type=common.within(0, 1e9), default=1.0, help="largest norm of the gradient, 0: any (%(default)s)")
     option("--plateau", action=flag, default=False, help="halve the learning rate when the accuracy does not rise")
-    option("--patience", type=int, default=0, help="stop after epochs without a better accuracy, keep the best weights")
+    patience = "stop after epochs without a better accuracy, keep the best weights; 0: all epochs"
+    option("--patience", type=common.within(0, 1e9, int), default=0, help=patience)
     option("--vocab", type=common.count, default=8000, help="maximum size of the vocabulary (%(default)s)")
     option("--max-length", type=common.count, default=512, help="maximum tokens per text (%(default)s)")
     option("--vectors", type=Path, help="GloVe, word2vec or fastText vectors of words, which sets --embedding")
@@ -319,7 +333,11 @@ def parse_arguments() -> argparse.Namespace:
     option("--analogy", nargs=3, action="append", default=[], metavar=("A", "B", "C"), help="A is to B as C is to ?")
     common.FREE_OPTIONS.update({"neighbours", "analogy"})
     parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
-    return parser.parse_args()
+    args = parser.parse_args()
+    width = args.hidden * (2 if args.bidirectional else 1)
+    if args.model == "lstm-attention" and width % HEADS:
+        parser.error(f"--hidden: must give a multiple of the {HEADS} heads of attention, got {width} outputs")
+    return args
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -347,6 +365,9 @@ def main() -> int:
     print(f"largest class: {max(sizes.values()) / len(texts):.1%}; {held_out} texts for validation")
     print(f"tokens per text: median {statistics.median(lengths):.0f}, mean {statistics.mean(lengths):.0f}, ", end="")
     print(f"longest {max(lengths)}; vocabulary {len(tokens)}")
+    for word in [*(args.neighbours or []), *(word for triple in args.analogy for word in triple)]:
+        if word not in tokens:
+            raise common.ScriptError(f"--neighbours, --analogy: {word} must be in the vocabulary")
     table = None
     if vectors is not None:
         args.embedding, table = vectors.vector_size, table_of(vectors, tokens, args.seed)

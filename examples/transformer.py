@@ -18,6 +18,7 @@ Requires sacrebleu, tokenizers, tqdm and matplotlib.
 import argparse
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import parallel_text
@@ -161,16 +162,17 @@ def parse_arguments() -> argparse.Namespace:
     parallel_text.add_options(parser)
     args = parser.parse_args()
     if args.width % args.heads or args.width % 2:
-        parser.error(f"--width must be even and a multiple of --heads {args.heads}, got {args.width}")
+        parser.error(f"--width: must be even and a multiple of --heads {args.heads}, got {args.width}")
     return args
 
 
 def main() -> int:
     args = parse_arguments()
     corpus = parallel_text.load(args)
-    longest = max(len(ids) for pair in corpus.train for ids in pair)
+    sources = (corpus.source.encode(text).ids for text, _ in corpus.valid + corpus.test)
+    longest = max(map(len, chain(*corpus.train, sources)))
     if longest > args.longest:
-        raise common.ScriptError(f"--longest must be at least {longest}, the tokens of a sentence, got {args.longest}")
+        raise common.ScriptError(f"--longest: must be at least {longest}, the tokens of a sentence, got {args.longest}")
 
     task = common.Task(
         name="transformer",

@@ -195,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     option("--embedding", type=common.count, default=32, help="size of token vectors (%(default)s)")
     option("--hidden", type=common.count, default=128, help="hidden size (%(default)s)")
-    option("--sampling", type=float, default=0.0, help="largest share of predictions among inputs (%(default)s)")
+    option("--sampling", type=common.share, default=0.0, help="largest share of predictions among inputs (%(default)s)")
     parallel_text.add_options(parser)
     return parser.parse_args()
 

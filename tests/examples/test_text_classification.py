@@ -6,8 +6,10 @@ import importlib
 import random
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from support.examples import ROOT, check_fails, check_resumes, check_trained, check_two_processes, losses, run
 
@@ -67,6 +69,38 @@ def test_resume_of_a_bag_with_vectors(tmp_path: Path) -> None:
     check_resumes(SCRIPT, tmp_path, *options, epochs=EPOCHS, want=want)
 
 
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module(SCRIPT)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # gensim reads GloVe twice and closes it once
+@pytest.mark.parametrize("name", ["glove.txt", "word2vec.txt", "word2vec.bin", "fasttext.vec", "fasttext.bin"])
+def test_formats_of_vectors(name: str, script: ModuleType, tmp_path: Path) -> None:
+    """The vectors of known words, and for those of character n-grams also of others."""
+    pytest.importorskip("gensim")
+    from gensim.models import FastText, KeyedVectors
+    from gensim.models.fasttext import save_facebook_model
+
+    words = [f"{word}{i}" for i in range(4) for word in ("team", "goal")]
+    if name == "fasttext.bin":
+        model = FastText([words], vector_size=6, min_count=1, epochs=1, bucket=50, workers=1)
+        save_facebook_model(model, str(tmp_path / name))
+        vectors = model.wv
+    else:
+        vectors = KeyedVectors(6)
+        vectors.add_vectors(words, torch.randn(len(words), 6).numpy())
+        binary, header = name.endswith(".bin"), name != "glove.txt"
+        vectors.save_word2vec_format(str(tmp_path / name), binary=binary, write_header=header)
+    tokens = ["[PAD]", "[UNK]", *words, "unknown"]
+    table = script.table_of(script.read_vectors(tmp_path / name), tokens, seed=0)
+    assert table.shape == (len(tokens), 6) and not table[0].any()
+    known = tokens[2:] if name == "fasttext.bin" else words
+    for i, word in enumerate(known, start=2):
+        torch.testing.assert_close(table[i], torch.from_numpy(vectors[word].copy()))
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -90,5 +124,5 @@ def test_models(
 
 def test_bad_data(tmp_path: Path) -> None:
     (tmp_path / "news.csv").write_text('"1","title","text"\n"5","title","text"\n')
-    message = 'news.csv: row 2 must be "class 1-4","title","description"'
+    message = 'news.csv: line 2 must be "class 1-4","title","description"'
     check_fails(SCRIPT, tmp_path, *SMALL, message=message)

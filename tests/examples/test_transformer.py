@@ -42,9 +42,9 @@ def test_two_processes_have_the_losses_of_one(trained, tmp_path: Path) -> None:
 
 
 def test_bad_options(tmp_path: Path) -> None:
-    message = "--width must be even and a multiple of --heads 4, got 10"
+    message = "--width: must be even and a multiple of --heads 4, got 10"
     check_fails(SCRIPT, tmp_path, "--width", "10", message=message)
-    check_fails(SCRIPT, tmp_path, *SMALL, "--longest", "5", message="--longest must be at least")
+    check_fails(SCRIPT, tmp_path, *SMALL, "--longest", "5", message="--longest: must be at least")
 
 
 @pytest.mark.filterwarnings("ignore")
