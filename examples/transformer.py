@@ -126,22 +126,29 @@ class Transformer(nn.Module):
             )  # fmt: skip
         return self.decoder_norm(x)
 
-    def search(self, source: Tensor, lengths: Tensor) -> tuple[Callable[..., Any], Tensor]:
-        """The step function of seqkernels.decoding for N hypotheses, and its first state, the tokens so far."""
+    def search(self, source: Tensor, lengths: Tensor) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+        """The step function of seqkernels.decoding for N hypotheses, and its first state.
+
+        The state has the keys of the self-attention of each layer before their projection, [N, t, E].
+        """
         memory = self.encode(source, lengths)
+        hidden = padding(lengths, memory.shape[1], memory.device)
 
-        def step(tokens: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-            beams = len(tokens) // len(source)
-            inputs = torch.cat((before, tokens.unsqueeze(1)), 1)  # [N, t]
-            features = self.decode(
-                inputs,
-                memory.repeat_interleave(beams, 0),
-                lengths.repeat_interleave(beams),
-                torch.full((len(tokens),), inputs.shape[1]),
-            )
-            return self.output(features[:, -1]), inputs
+        def step(tokens: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            t = before[0].shape[1]
+            x = self.embed(self.target_embedding, tokens.unsqueeze(1), slice(t, t + 1))  # [N, 1, E]
+            state = []
+            for layer, earlier in zip(self.decoder, before, strict=True):
+                keys = torch.cat((earlier, layer.norm1(x)), 1)
+                state.append(keys)
+                x = x + layer.self_attn(keys[:, -1:], keys, keys, need_weights=False)[0]
+                query = layer.norm2(x).reshape(len(source), -1, x.shape[2])  # hypotheses of a sentence share its memory
+                found, _ = layer.multihead_attn(query, memory, memory, key_padding_mask=hidden, need_weights=False)
+                x = x + found.reshape(x.shape)
+                x = x + layer.linear2(layer.linear1(layer.norm3(x)).relu())
+            return self.output(self.decoder_norm(x[:, 0])), tuple(state)
 
-        return step, source.new_zeros(len(source), 0)
+        return step, (memory.new_zeros(len(source), 0, memory.shape[2]),) * len(self.decoder)
 
 
 def padding(lengths: Tensor, longest: int, device: torch.device) -> Tensor:

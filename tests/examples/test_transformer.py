@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +49,27 @@ def test_bad_options(tmp_path: Path) -> None:
     message = "--width: must be even and a multiple of --heads 4, got 10"
     check_fails(SCRIPT, tmp_path, "--width", "10", message=message)
     check_fails(SCRIPT, tmp_path, *SMALL, "--longest", "5", message="--longest: must be at least")
+
+
+@pytest.mark.parametrize("layers", [torch.nn, seqkernels.nn], ids=["torch", "seqkernels"])
+def test_steps_of_the_search_have_the_logits_of_training(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    transformer = importlib.import_module(SCRIPT)
+    torch.manual_seed(0)
+    language = SimpleNamespace(get_vocab_size=lambda: 11)
+    args = Namespace(width=8, heads=2, layers=2, longest=20, dropout=0.0, layout="padded")
+    model = transformer.Transformer(layers, SimpleNamespace(source=language, target=language), args).eval()
+    source, lengths = torch.randint(1, 11, (2, 6)), torch.tensor([6, 4])
+    tokens = torch.randint(1, 11, (6, 5))  # three hypotheses of each sentence
+    repeated = lengths.repeat_interleave(3)
+    with torch.no_grad():
+        memory = model.encode(source, lengths).repeat_interleave(3, 0)
+        want = model.output(model.decode(tokens, memory, repeated, torch.full((6,), 5)))
+        step, first = model.search(source, lengths)
+        state = tuple(x.repeat_interleave(3, 0) for x in first)
+        for t in range(5):
+            logits, state = step(tokens[:, t], state)
+            torch.testing.assert_close(logits, want[:, t], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
