@@ -442,9 +442,11 @@ def report(task: Task, runs: list[Run], args: argparse.Namespace, title: str = "
 
 
 def style(axes: Axes, title: str, x: str, y: str) -> None:
+    """Call it after all curves and bars: the limits of y are those of the data and 0, with a margin at the data."""
     axes.set_title(title, fontweight="bold", fontsize=11)
     axes.set(xlabel=x, ylabel=y)
-    axes.set_ylim(bottom=0)
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(1.08 * min(low, 0), 1.08 * max(high, 0) or 1)
     axes.grid(axis="y", color="#e8e8e8")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -475,8 +477,10 @@ def draw(runs: list[Run], title: str, path: Path, panels: Panels) -> None:
     style(bars, f"Seconds per epoch{faster}", "epoch", "seconds")
     for axes in (by_epoch, by_time):
         axes.set_xlim(left=0)
-        axes.legend(frameon=False)
-    bars.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend(frameon=False, loc="lower left")
+    by_epoch.set_xlim(right=epochs)
+    for axes in (by_epoch, bars):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panels:
         for panel, axes in zip(panels, below[0].subplots(1, len(panels), squeeze=False)[0], strict=True):
             panel(axes)

@@ -194,9 +194,9 @@ def print_neighbours(model: nn.Module, words: list[list[str]], ids: list[Tensor]
             print(f"    {value:.2f}  {text_of(words[where[j]], int(at[j]))}")
 
 
-def draw_vectors(model: nn.Module, words: list[list[str]], ids: list[Tensor], args: argparse.Namespace) -> Any:
+def draw_vectors(run: common.Run, words: list[list[str]], ids: list[Tensor], args: argparse.Namespace) -> Any:
     """A panel: the vectors of frequent words in their two main components."""
-    vectors, where, at = contexts(model, ids, args)
+    vectors, where, at = contexts(run.model, ids, args)
     spelled = [words[s][p - 1] for s, p in zip(where.tolist(), at.tolist(), strict=True)]
     shown = [word for word, _ in Counter(w for w in spelled if len(w) > 3).most_common(8)]
     chosen = torch.tensor([i for i, word in enumerate(spelled) if word in shown], dtype=torch.long)
@@ -209,7 +209,7 @@ def draw_vectors(model: nn.Module, words: list[list[str]], ids: list[Tensor], ar
         for word in shown:
             of_word = points[torch.tensor([name == word for name in names])]
             axes.scatter(*of_word.T.tolist(), s=8, label=word)
-        axes.set_title("Words in their sentences, two main components", fontweight="bold", fontsize=11)
+        axes.set_title(f"Words in their sentences, two main components, {run.name}", fontweight="bold", fontsize=11)
         axes.legend(frameon=False, fontsize=8, ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -268,7 +268,7 @@ def main() -> int:
     print(f"data: {source}, {len(sentences)} sentences, vocabulary {len(vocabulary)}; {held_out} sentences to validate")
     print(f"model: {shape}, Adam {args.lr:g}, threads {args.threads}", flush=True)
     runs = common.train(task, args)
-    panels = [draw_vectors(run.model, valid_words, valid_ids, args) for run in runs] if common.rank() == 0 else []
+    panels = [draw_vectors(run, valid_words, valid_ids, args) for run in runs] if common.rank() == 0 else []
     code = common.report(task, runs, args, title=f"{source}: {shape}", panels=panels)
     if common.rank() == 0:
         print_neighbours(runs[-1].model, valid_words, valid_ids, args)

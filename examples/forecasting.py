@@ -165,7 +165,7 @@ def draw_forecast(axes: Axes, model: Forecaster, x: Tensor, target: Tensor, at: 
     axes.plot(ahead, bands[:, 2], color=common.COLORS["seqkernels"], label="median")
     axes.set_title("Forecast on validation data", fontweight="bold", fontsize=11)
     axes.set(xlabel="hours from now", ylabel="standardised value")
-    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
 
 
 def draw_times(axes: Axes, times: dict[str, float]) -> None:

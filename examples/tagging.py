@@ -283,7 +283,7 @@ def draw_f1(axes: Axes, scores: dict[str, Scores]) -> None:
         axes.bar(left, [score.of(kind)[2] for kind in kinds], 0.4, align="edge", color=common.COLORS[name], label=name)
     common.style(axes, "F1 of each tag on validation data", "", "F1")
     axes.set_xticks([j + 0.4 for j in range(len(kinds))], kinds, rotation=30)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def main() -> int:

@@ -301,7 +301,9 @@ def draw_words(
         axes.annotate(tokens[i], (x, y), color=f"C{label}", fontsize=7, ha="center")
     for label, name in enumerate(names):
         axes.scatter([], [], color=f"C{label}", label=name)
-    axes.set(xlim=(points[:, 0].min(), points[:, 0].max()), ylim=(points[:, 1].min(), points[:, 1].max()))
+    axes.update_datalim(points)
+    axes.margins(0.04, 0.03)  # for the words at the edges
+    axes.autoscale_view()
     axes.set(xticks=[], yticks=[])
     axes.set_title(f"t-SNE of the vectors of frequent words, {run.name}", fontweight="bold", fontsize=11)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="most frequent in")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -182,3 +183,11 @@ def test_an_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = losses(tmp_path / "language_model.pt")
     assert all(len(values) == done + 1 and all(map(math.isfinite, values)) for values in found.values())
+
+
+@pytest.mark.parametrize("values, limits", [([3.0, 2.9], (0, 3.24)), ([1.0, -2.0], (-2.16, 1.08)), ([0.0], (0, 1))])
+def test_limits_of_a_plot_include_zero_and_all_values(values: list[float], limits: tuple[float, float]) -> None:
+    axes = Figure().subplots()
+    axes.plot(values)
+    common.style(axes, "Values", "x", "y")
+    assert axes.get_ylim() == pytest.approx(limits)
