@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import io
+import math
 import os
 import statistics
 import sys
@@ -346,6 +347,9 @@ def train_epochs(runs: list[Run], task: Task, args: argparse.Namespace) -> Itera
                 bar.set_description(f"epoch {epoch}/{args.epochs} {run.name:>10}")
                 torch.manual_seed(args.seed + epoch)  # equal dropout masks in all backends
                 run.train_epoch(data, bar)
+                if not math.isfinite(run.loss[-1]):
+                    reason = f"the loss of {run.name} must be finite, got {run.loss[-1]}; use a smaller --lr"
+                    raise ScriptError(f"epoch {epoch}: {reason}")
                 run.validate()
                 if rank() == 0:
                     result = f"loss {run.loss[-1]:.4f}  {task.metric_name} {run.metric[-1]:{task.metric_format}}"

@@ -111,8 +111,10 @@ class Bert(nn.Module):
 
     def __init__(self, layers: Any, vocab: int, args: argparse.Namespace) -> None:
         super().__init__()
-        from transformers import BertConfig, BertForMaskedLM
-
+        try:
+            from transformers import BertConfig, BertForMaskedLM
+        except ImportError as error:
+            raise common.ScriptError(f"--model bert: transformers must be installed: {error}") from error
         if layers is not nn:
             import seqkernels.integrations.transformers  # noqa: F401  (registers its attention)
         config = BertConfig(
@@ -194,12 +196,14 @@ def print_neighbours(model: nn.Module, words: list[list[str]], ids: list[Tensor]
             print(f"    {value:.2f}  {text_of(words[where[j]], int(at[j]))}")
 
 
-def draw_vectors(run: common.Run, words: list[list[str]], ids: list[Tensor], args: argparse.Namespace) -> Any:
-    """A panel: the vectors of frequent words in their two main components."""
+def draw_vectors(run: common.Run, words: list[list[str]], ids: list[Tensor], args: argparse.Namespace) -> list[Any]:
+    """A panel with the vectors of frequent words in their two main components; none if there are fewer than two."""
     vectors, where, at = contexts(run.model, ids, args)
     spelled = [words[s][p - 1] for s, p in zip(where.tolist(), at.tolist(), strict=True)]
     shown = [word for word, _ in Counter(w for w in spelled if len(w) > 3).most_common(8)]
-    chosen = torch.tensor([i for i, word in enumerate(spelled) if word in shown], dtype=torch.long)
+    chosen = torch.tensor([i for i, word in enumerate(spelled) if word in shown])
+    if len(chosen) < 2:
+        return []
 
     def panel(axes: Axes) -> None:
         points = vectors[chosen] - vectors[chosen].mean(0)
@@ -213,7 +217,7 @@ def draw_vectors(run: common.Run, words: list[list[str]], ids: list[Tensor], arg
         axes.legend(frameon=False, fontsize=8, ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
 
-    return panel
+    return [panel]
 
 
 def perplexity(model: nn.Module, data: list[Batch]) -> float:
@@ -236,6 +240,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model == "bert" and args.size % 4:
         parser.error(f"--size: must be a multiple of the 4 heads of BERT, got {args.size}")
+    if args.model == "elmo" and args.size >= args.hidden:
+        parser.error(f"--size: must be below --hidden {args.hidden}, from which the LSTMs project, got {args.size}")
     if args.sentences < FEWEST:
         parser.error(f"--sentences: must be at least {FEWEST}, got {args.sentences}")
     return args
@@ -268,7 +274,9 @@ def main() -> int:
     print(f"data: {source}, {len(sentences)} sentences, vocabulary {len(vocabulary)}; {held_out} sentences to validate")
     print(f"model: {shape}, Adam {args.lr:g}, threads {args.threads}", flush=True)
     runs = common.train(task, args)
-    panels = [draw_vectors(run, valid_words, valid_ids, args) for run in runs] if common.rank() == 0 else []
+    panels = []
+    for run in runs if common.rank() == 0 else []:
+        panels += draw_vectors(run, valid_words, valid_ids, args)
     code = common.report(task, runs, args, title=f"{source}: {shape}", panels=panels)
     if common.rank() == 0:
         print_neighbours(runs[-1].model, valid_words, valid_ids, args)

@@ -96,7 +96,7 @@ def written_dates(count: int, seed: int) -> Texts:
 def read_pairs(folder: Path, part: str) -> Texts:
     """The lines of two files; line n of one is the translation of line n of the other."""
     paths = [folder / f"{part}{language}" for language in (SOURCE, TARGET)]
-    texts = [common.read_text(path).removesuffix("\n").split("\n") for path in paths]
+    texts = [common.read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
     shorter, longer = sorted(range(2), key=lambda i: len(texts[i]))
     if len(texts[0]) != len(texts[1]):
         line = len(texts[shorter]) + 1

@@ -134,14 +134,20 @@ def read_vectors(path: Path) -> Any:
         with path.open("rb") as file:
             first = file.readline()
         if first[:4] == (793712314).to_bytes(4, "little"):  # fastText's own format, with vectors of character n-grams
-            return load_facebook_vectors(str(path))
-        no_header = len(first.split()) != 2  # GloVe
-        return KeyedVectors.load_word2vec_format(path, binary=path.suffix == ".bin", no_header=no_header)
+            vectors = load_facebook_vectors(str(path))
+        else:
+            no_header = len(first.split()) != 2  # GloVe
+            vectors = KeyedVectors.load_word2vec_format(path, binary=path.suffix == ".bin", no_header=no_header)
     except OSError as error:
         raise common.ScriptError(f"{path}: must be a file of vectors, got: {error.strerror or error}") from error
     except Exception as error:  # gensim's readers raise errors of many classes, without the line
         reason = malformed_line(path) or f"must hold vectors of words, got: {' '.join(str(error).split())}"
         raise common.ScriptError(f"{path}: {reason}") from error
+    finite = torch.from_numpy(vectors.vectors).isfinite().all(1)
+    if not finite.all():
+        word = vectors.index_to_key[int(finite.int().argmin())]
+        raise common.ScriptError(f"{path}: the vector of {word!r} must be finite")
+    return vectors
 
 
 def malformed_line(path: Path) -> str:

@@ -58,6 +58,11 @@ def test_missing_data(script: str, fails) -> None:
 @pytest.mark.parametrize(
     "script, options, message",
     [
+        (
+            "contextual_embeddings",
+            "--size 8 --hidden 8",
+            "--size: must be below --hidden 8, from which the LSTMs project",
+        ),
         ("contextual_embeddings", "--sentences 9", "--sentences: must be at least 100, got 9"),
         ("language_model", "--characters 100", "--characters: must be at least 10000, got 100"),
         ("language_model", "--temperature 0", "argument --temperature: must lie in [0.01, 100], got 0"),
@@ -113,6 +118,7 @@ def test_data_of_another_encoding(script: str, fails, tmp_path: Path) -> None:
         ("v.txt", SIX + "two 1 2 3 4 5 six\n", "line 2 must be a word and 6 numbers, got: could not convert string"),
         ("v.vec", "2 6\n" + SIX + "two 1 2\n", "v.vec: line 3 must be a word and 6 numbers, got 2 after 'two'"),
         ("v.bin", "3 6\none 123", "v.bin: must hold vectors of words, got: unexpected end of input"),
+        ("v.txt", SIX + "two 1 2 nan 4 5 6\n", "v.txt: the vector of 'two' must be finite"),
         ("v.txt", "", "v.txt: must hold vectors of words"),
         ("missing.bin", None, "missing.bin: must be a file of vectors, got: No such file or directory"),
     ],
@@ -135,5 +141,7 @@ def test_pairs(fails, tmp_path: Path) -> None:
     (tmp_path / "test_2016_flickr.de").write_text("Ein Hund läuft.\nViele Hunde sehen einen Hund.\n" * 8)
     longest = ["--data", ".", "--longest", "12"]
     assert "--longest: must be at least" in fails("transformer", *longest)
+    (tmp_path / "val.en").write_bytes(b"A dog runs.\r\n\r\n" * 8)
+    assert "val.en: line 2 must hold a sentence, got an empty line" in fails("transformer", *longest)
     (tmp_path / "val.en").write_text("A dog runs.\n")
     assert "val.en: line 2 must be the translation of that of val.de, got no line" in fails("transformer", *longest)

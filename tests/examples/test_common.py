@@ -53,8 +53,10 @@ def task_of(width: int = 4, dropout: float = 0.0, **options: Any) -> Any:
 
     same = SimpleNamespace(Linear=nn.Linear)
     layers = {"torch": same, "seqkernels": same}
-    defaults = dict(batches=batches, metric=metric, higher_is_better=False, layers=layers)
-    return common.Task(name="toy", build=build, loss=loss, **{**defaults, **options})
+    defaults = dict(
+        name="toy", build=build, loss=loss, batches=batches, metric=metric, higher_is_better=False, layers=layers
+    )
+    return common.Task(**{**defaults, **options})
 
 
 def arguments(folder: Path, *given: str) -> Any:
@@ -167,6 +169,19 @@ def test_unknown_options(given: list[str], message: str, tmp_path: Path, capsys:
     err = capsys.readouterr().err
     assert end.value.code == 2
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path) -> None:
+    """The checkpoint is that of the epoch before."""
+
+    def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, float]:
+        scale = math.nan if losses(tmp_path / "toy.pt")["torch"] else 1.0
+        return scale * model(x).square().sum(), len(x)
+
+    message = "epoch 2: the loss of torch must be finite, got nan; use a smaller --lr"
+    with pytest.raises(common.ScriptError, match=message):
+        common.train(task_of(loss=loss, metric=lambda model: 0.0), arguments(tmp_path))
+    assert len(losses(tmp_path / "toy.pt")["torch"]) == 1
 
 
 def test_an_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:

@@ -68,3 +68,10 @@ def test_bad_data(tmp_path: Path) -> None:
     message = "text.txt: must hold at least 100 sentences of 4 words, got 1"
     check_fails(SCRIPT, tmp_path, "--data", "text.txt", message=message)
     check_fails(SCRIPT, tmp_path, "--model", "bert", "--size", "6", message="--size: must be a multiple of the 4 heads")
+
+
+def test_a_text_of_short_words_has_no_picture_of_vectors(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    sentences = [f"{' '.join(draw.choices(['a', 'an', 'on', 'at'], k=6))} {i}." for i in range(150)]
+    (tmp_path / "text.txt").write_text("\n".join(sentences))
+    check_trained(SCRIPT, tmp_path, run(SCRIPT, tmp_path, *SMALL, "--epochs", "2"))
