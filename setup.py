@@ -58,6 +58,8 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"\nseqkernels: the build failed at: {shlex.join(command)}\n")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob("_C.cpython-*.so"):  # of builds before abi3, which Python would prefer
+            old.unlink()
         shutil.copy2(build / target.name, target)
 
 
