@@ -28,6 +28,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
 PAD, UNKNOWN, BOS, EOS = range(4)
 PARTS = "train", "val", "test_2016_flickr"
 SOURCE, TARGET = ".de", ".en"
+MULTI30K = dict(epochs=8, limit=29_000, vocab=4000, bucket=20)  # defaults of options
 FORMATS = [
     "{d} {B} {Y}", "{B} {d}, {Y}", "{A}, {d} {B} {Y}", "the {d}{th} of {B}, {Y}", "{A} the {d}{th} of {B} {Y}",
     "{a} {d} {b} '{y}", "{b} {d}, '{y}", "{d:02}.{m:02}.{Y}", "{m}/{d}/{Y}",
@@ -61,7 +62,8 @@ class Batch:
     own: Tensor | None  # [B, T] bool: where the model reads its own prediction (scheduled sampling)
 
 
-def add_options(parser: common.Parser) -> None:
+def add_options(parser: common.Parser, with_data: dict[str, Any]) -> None:
+    """The options of both scripts; with_data: defaults of any options for Multi30k. To be called last."""
     option = parser.add_argument
     option("--limit", type=common.count, default=6400, help="pairs for training (%(default)s)")
     option("--vocab", type=common.count, default=6000, help="tokens of a language in --data (%(default)s)")
@@ -72,6 +74,8 @@ def add_options(parser: common.Parser) -> None:
     option("--beam", type=common.count, default=4, help="hypotheses of beam search (%(default)s)")
     option("--length-penalty", type=common.within(0, 9), default=0.6, help="exponent of its penalty (%(default)s)")
     option("--evaluate", type=common.count, default=200, help="validation sentences for the metric (%(default)s)")
+    if parser.parse_known_args()[0].data is not None:
+        parser.set_defaults(**MULTI30K, **with_data)
 
 
 # ---- texts

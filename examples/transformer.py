@@ -2,7 +2,7 @@
 
     python examples/transformer.py                       # written dates to ISO dates
     python examples/transformer.py --layout packed       # seqkernels without padding
-    python examples/transformer.py --data multi30k --limit 29000 --width 256 --heads 4 --layers 3 --dropout 0.1
+    python examples/transformer.py --data multi30k       # German to English; a larger model by default
     torchrun --nproc-per-node 2 examples/transformer.py  # each process trains on a part of each batch
 
 A batch has sentences of different lengths. In the padded layout, torch masks the padding and the later tokens of the
@@ -166,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--heads", type=common.count, default=4, help="heads of attention (%(default)s)")
     option("--layers", type=common.count, default=2, help="layers of encoder and decoder (%(default)s)")
     option("--longest", type=common.count, default=512, help="tokens of the longest sentence (%(default)s)")
-    parallel_text.add_options(parser)
+    parallel_text.add_options(parser, with_data=dict(lr=5e-4, width=256, layers=3, dropout=0.1))
     args = parser.parse_args()
     if args.width % args.heads or args.width % 2:
         parser.error(f"--width: must be even and a multiple of --heads {args.heads}, got {args.width}")

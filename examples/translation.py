@@ -3,7 +3,7 @@
     python examples/translation.py                         # written dates to ISO dates, attention of Luong
     python examples/translation.py --attention additive    # attention of Bahdanau, which feeds the next step
     python examples/translation.py --sampling 0.25         # scheduled sampling
-    python examples/translation.py --data multi30k --limit 29000 --embedding 256 --hidden 256 --dropout 0.3
+    python examples/translation.py --data multi30k         # German to English; a larger model by default
     torchrun --nproc-per-node 2 examples/translation.py    # each process trains on a part of each batch
 
 The encoder is a bidirectional LSTM over sequences of different lengths, which are packed for torch and padded, with
@@ -196,7 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--embedding", type=common.count, default=32, help="size of token vectors (%(default)s)")
     option("--hidden", type=common.count, default=128, help="hidden size (%(default)s)")
     option("--sampling", type=common.share, default=0.0, help="largest share of predictions among inputs (%(default)s)")
-    parallel_text.add_options(parser)
+    parallel_text.add_options(parser, with_data=dict(lr=1e-3, embedding=256, hidden=256, dropout=0.2))
     return parser.parse_args()
 
 
