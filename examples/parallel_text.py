@@ -260,8 +260,10 @@ def heatmap(run: common.Run, corpus: Corpus, args: argparse.Namespace) -> Callab
             corpus.source.encode(text).tokens,
             [corpus.target.id_to_token(i) for i in best.sequences[0, 0, :count].tolist()],
         )
-        axes.set_xticks(range(len(tokens[0])), tokens[0], rotation=0 if corpus.exact else 90)
+        slanted = {} if corpus.exact else dict(rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xticks(range(len(tokens[0])), tokens[0], **slanted)
         axes.set_yticks(range(count), tokens[1])
+        axes.set(xlabel="source", ylabel="translation")
         axes.set_title(f"Attention weights, {run.name}", fontweight="bold", fontsize=11)
 
     return panel
