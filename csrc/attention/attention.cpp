@@ -523,6 +523,8 @@ struct MultiheadCall : Call {
     AttentionArgs& a = args;
     a.dtype = dtype_of(op, "q", q);
     const int64_t parts = kv ? 1 : 3;
+    constexpr int64_t kMostHeads = int64_t{1} << 31;  // their product with `parts` cannot overflow
+    if (heads > kMostHeads) fail(op, ": heads must be at most ", kMostHeads, ", got ", heads);
     if (q.dim() != 3 || heads < 1 || q.size(2) % (parts * heads) != 0) {
       fail(op, ": q must have 3 dimensions and a multiple of ", parts * heads, " columns, got ", show(shape_of(q)));
     }

@@ -239,9 +239,11 @@ struct Collection {
     if (features.size() != count) {
       fail(bags.op, ": features must name a number for each of ", count, " tables, got ", features.size());
     }
+    constexpr int64_t kMostFeatures = int64_t{1} << 31;  // their sum cannot overflow
     int64_t total = 0;
     for (const int64_t n : features) {
       if (n < 1) fail(bags.op, ": features must be at least 1 for each table, got ", n);
+      if (n > kMostFeatures) fail(bags.op, ": features must be at most ", kMostFeatures, " for each table, got ", n);
       total += n;
     }
     if (bags.all.offsets == nullptr || bags.all.offset_count != bags.B + 1) {
@@ -286,7 +288,7 @@ struct Gpu : OnDevice {
   std::optional<Tensor> fault_word;
   // Kernels skip indices that are out of range. SEQKERNELS_CHECKED makes them raise, which waits for the stream.
 #ifdef SEQKERNELS_EMULATE_CUDA
-  const bool checked = true;
+  const bool checked = std::getenv("SEQKERNELS_UNCHECKED") == nullptr;  // tests run both
 #else
   const bool checked = std::getenv("SEQKERNELS_CHECKED") != nullptr;
 #endif

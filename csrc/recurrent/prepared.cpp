@@ -86,7 +86,7 @@ Packing packing_of(const std::string& op, int64_t rows, int64_t K, int64_t gates
   if (gates < 1 || gates > 4 || first < 1 || first > gates) {
     fail(op, ": gates must lie in [1, 4] and first in [1, gates], got ", gates, " and ", first);
   }
-  if (heads < 1 || rows % (gates * heads) != 0) {
+  if (heads < 1 || heads > rows || rows % (gates * heads) != 0) {
     fail(op, ": gates * heads must divide the rows of weight, ", rows, ", got ", gates, " * ", heads);
   }
   if (of == Precision::kInt8 && K > kMostInt8Depth) {

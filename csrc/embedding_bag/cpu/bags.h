@@ -258,7 +258,8 @@ struct IndexStream {
     for (int64_t i = begin; i < ahead; ++i) {
       const int64_t index = indices[i];
       invalid |= uint64_t(index) >= uint64_t(E);
-      row_offsets[i - begin] = index == padding ? -1 : index * stride;
+      // Unsigned, because the product of an invalid index may overflow.
+      row_offsets[i - begin] = index == padding ? -1 : int64_t(uint64_t(index) * uint64_t(stride));
     }
     if (invalid == 0) return;
     for (int64_t i = begin; i < ahead; ++i) {
