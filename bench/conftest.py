@@ -6,9 +6,12 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
+import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from report import Bar, Row, Run
 
 RUN = pytest.StashKey[Run]()
 FILE = pytest.StashKey[Path]()
+PROGRESS = pytest.StashKey["Progress"]()
 RESULTS = Path(__file__).parent / "results"
 Bars = Mapping[str, Bar | float]
 
@@ -33,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=2, help="threads for seqkernels and all peers (default 2)")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="run the rows marked cuda, or the others")
     group.addoption("--budget", type=float, default=8.0, metavar="S", help="timing per row (default 8)")
+    group.addoption("--minutes", type=float, metavar="M", help="share M minutes among all rows, instead of --budget")
     group.addoption("--quick", action="store_true", help="1 second per row, without slow rows; not for publication")
     group.addoption("--wait-quiet", type=float, default=0.0, metavar="S", help="maximum wait for an idle machine")
     group.addoption(
@@ -42,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="write each row to bench/results/<device>-<date>.json, or append to =FILE",
     )
+    group.addoption("--command", metavar="TEXT", help="the command that the results name; otherwise that of pytest")
     group.addoption("--strict-bars", action="store_true", help="exit with an error if a bar is missed")
     group.addoption("--compile-rnn", action="store_true", help="torch.compile with experimental allow_rnn (minutes)")
 
@@ -81,6 +87,45 @@ def _versions() -> dict[str, str]:
     return versions | {"last-level cache": f"{harness.last_level_cache() >> 20} MiB"}
 
 
+def _commit() -> str:
+    """The commit of the checkout; "" outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@dataclass
+class Progress:
+    """Benchmark functions that are done, most of which have one row, and the time for the others."""
+
+    rows: int
+    minutes: float | None
+    started: float = field(default_factory=time.perf_counter)
+    done: int = 0
+    measured: float = 0.0  # seconds of timing in the rows so far, as budgeted
+
+    def budget(self) -> float:
+        """Seconds of timing for the next row: its share of the remaining time, less what a row takes besides."""
+        assert self.minutes is not None
+        passed = time.perf_counter() - self.started
+        besides = (passed - self.measured) / self.done if self.done else 0.7
+        share = (60 * self.minutes - passed) / max(1, self.rows - self.done) - besides
+        return min(8.0, max(0.3, share))
+
+    def __str__(self) -> str:
+        passed = time.perf_counter() - self.started
+        done = self.done + 1  # the row that is shown
+        left = round(passed / done * (self.rows - done))
+        return f"[{done}/{self.rows}, about {left // 60}:{left % 60:02} left]"
+
+
 def _say(config: pytest.Config, line: str, **markup: bool) -> None:
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     capture: Any = config.pluginmanager.get_plugin("capturemanager")
@@ -104,10 +149,16 @@ def _save(config: pytest.Config) -> Path | None:
 def bench_run(request: pytest.FixtureRequest) -> Run:
     """The run of this session, created for the first row after the load of the machine is measured."""
     config = request.config
-    load = harness.wait_until_quiet(config.getoption("wait_quiet"), report.NOISY_LOAD)
+    waits = config.getoption("wait_quiet")
+    load = harness.wait_until_quiet(0.0, report.NOISY_LOAD)
+    if report.noisy(load) and waits:
+        _say(config, f"other processes use {100 * load:.0f}% of a processor; waits up to {waits:.0f} s until they end")
+        load = harness.wait_until_quiet(waits, report.NOISY_LOAD)
     if report.noisy(load):
         warning = f"NOISY MACHINE: other processes use {100 * load:.0f}% of a processor; do not publish these figures"
         _say(config, warning, red=True, bold=True)
+    else:
+        _say(config, f"quiet machine: other processes use {100 * load:.0f}% of a processor")
     run = Run(
         date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         device=_device(config),
@@ -116,6 +167,8 @@ def bench_run(request: pytest.FixtureRequest) -> Run:
         roofs={unit: best() for unit, best in harness.ROOFS[config.getoption("device")].items()},
         other_load=load,
         quick=config.getoption("quick"),
+        commit=_commit(),
+        command=config.getoption("command") or shlex.join(["python", "-m", "pytest", *config.invocation_params.args]),
     )
     given = config.getoption("save_results")
     if given and Path(given).exists():  # started by another process
@@ -134,12 +187,24 @@ class Bench:
 
     def add(self, row: Row) -> None:
         self.run.rows.append(row)
+        if row.work:
+            _measure_roof(self.run, row.work_unit, row.threads, self.config.getoption("device"))
         _save(self.config)
         self.benchmark.group = row.group
         self.benchmark.extra_info["label"] = row.label
         for entry in row.entries:
             self.benchmark.extra_info[entry.name] = entry.refused or {"median": entry.median, "ratio": entry.ratio}
-        _say(self.config, report.live_line(row))
+        _say(self.config, f"{self.config.stash[PROGRESS]} {report.live_line(row)}")
+
+    def budget(self) -> float:
+        if self.run.quick:
+            return 1.0
+        progress = self.config.stash[PROGRESS]
+        if progress.minutes is None:
+            return self.config.getoption("budget")
+        seconds = progress.budget()
+        progress.measured += seconds
+        return seconds
 
     def time(
         self,
@@ -153,8 +218,9 @@ class Bench:
         parity: Sequence[tuple[Contender, Contender]] | None = None,
         tolerance: float = 2e-5,
         goals: Mapping[str, float] | None = None,
+        **of_sweep: Any,
     ) -> None:
-        """Time `contenders` alternately; the first is seqkernels.
+        """Time `contenders` alternately; the first is seqkernels. `of_sweep`: fields of Row for rows of sweeps.
 
         Parity is checked first: all against the first peer, or the given pairs (reference, contender). `goals` are
         maximum seconds of one call, by name, and are listed like peers with this time.
@@ -165,7 +231,7 @@ class Bench:
             parity = [(able[1], c) for c in able if c is not able[1]]
         with harness.no_gc():
             known = harness.check_parity(parity, tolerance)
-            plan = harness.plan(able, self.config.getoption("budget") if not self.run.quick else 1.0, known)
+            plan = harness.plan(able, self.budget(), known)
             values: list[list[float]] = [[] for _ in able]
 
             def measure(i: int) -> None:
@@ -191,7 +257,7 @@ class Bench:
         entries = report.summarise(names, values, _as_bars(bars), refused)
         for entry, contender in zip(entries, able):
             entry.work = contender.work
-        self.add(Row(group, label, entries, "s", work, work_unit, rounds, load))
+        self.add(Row(group, label, entries, "s", work, work_unit, rounds, load, **of_sweep))
 
     def memory(
         self,
@@ -203,8 +269,10 @@ class Bench:
         bars: Bars,
         parity: Sequence[tuple[Contender, Contender]],
         tolerance: float = 2e-5,
+        processes: int = 3,
+        **of_sweep: Any,
     ) -> None:
-        """Peak memory of a step, each in a new process; `contenders` maps a name to the arguments of the factory."""
+        """Peak memory of a step, in new processes; `contenders` maps a name to the arguments of the factory."""
         if not Path("/proc/self/clear_refs").exists():
             pytest.skip("peak memory requires /proc/self/clear_refs of Linux")
         harness.check_parity(parity, tolerance)
@@ -214,9 +282,9 @@ class Bench:
             for mine, arguments in zip(values, contenders.values()):
                 mine.append(harness.peak_memory(factory, arguments, self.run.threads))
 
-        self.benchmark.pedantic(measure, rounds=1 if self.run.quick else 3)
+        self.benchmark.pedantic(measure, rounds=1 if self.run.quick else processes)
         entries = report.summarise(list(contenders), values, _as_bars(bars), {})
-        self.add(Row(group, label, entries, "MiB", rounds=len(values[0])))
+        self.add(Row(group, label, entries, "MiB", rounds=len(values[0]), **of_sweep))
 
     def saved_memory(
         self, group: str, label: str, contenders: Mapping[str, tuple[Callable[[], object], Sequence[torch.Tensor]]]
@@ -238,6 +306,17 @@ class Bench:
         """Add a row of seconds that were measured elsewhere, one value per round; the first contender is seqkernels."""
         entries = report.summarise(list(values), list(values.values()), _as_bars(bars), dict(refused or {}))
         self.add(Row(group, label, entries, "s", rounds=len(next(iter(values.values())))))
+
+
+def _measure_roof(run: Run, unit: str, threads: int, device: str, again: bool = False) -> None:
+    """The best rate with a number of threads, measured at its first row, and again at the end of the run."""
+    key = unit + report.threads_key(threads, run)
+    if key in run.roofs and not again:
+        return
+    torch.set_num_threads(threads or run.threads)
+    found = harness.ROOFS[device][unit]()
+    if key not in run.roofs or found.rate > run.roofs[key].rate:
+        run.roofs[key] = found
 
 
 def _as_bars(bars: Bars) -> dict[str, Bar]:
@@ -267,14 +346,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="--quick skips slow rows"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[PROGRESS] = Progress(len(session.items), session.config.getoption("minutes"))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    item.config.stash[PROGRESS].done += 1
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash.get(RUN, None)
     if run is None or not run.rows:
         return
-    for unit in {row.work_unit for row in run.rows}:
-        again = harness.ROOFS[session.config.getoption("device")][unit]()
-        if again.rate > run.roofs[unit].rate:
-            run.roofs[unit] = again
+    for unit, threads in sorted({(row.work_unit, row.threads) for row in run.rows}):
+        _measure_roof(run, unit, threads, session.config.getoption("device"), again=True)
     if session.config.getoption("strict_bars") and report.missed_bars(run) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -47,11 +47,15 @@ class Bar:
 
 @dataclass
 class Entry:
-    """A contender of a row. `ratio`: median over the rounds of its value divided by that of seqkernels."""
+    """A contender of a row. `ratio`: median over the rounds of its value divided by that of seqkernels.
+
+    `quartiles`: of its values; NaN in results before they were recorded.
+    """
 
     name: str
     median: float = math.nan
     minimum: float = math.nan
+    quartiles: tuple[float, float] = (math.nan, math.nan)
     ratio: float = math.nan
     ratio_quartiles: tuple[float, float] = (math.nan, math.nan)
     bar: Bar | None = None
@@ -65,7 +69,10 @@ class Entry:
 
 @dataclass
 class Row:
-    """One set of inputs; the first entry is seqkernels, the others are the peers."""
+    """One set of inputs; the first entry is seqkernels, the others are the peers.
+
+    Rows of a sweep have an operator, a pass (forward or training) and sizes. `threads`: 0 for those of the run.
+    """
 
     group: str
     label: str
@@ -75,6 +82,10 @@ class Row:
     work_unit: str = "flop"
     rounds: int = 1  # 0 if the figure is counted, not measured
     other_load: float = math.nan  # processors used by other processes during the row
+    operator: str = ""
+    which: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)  # by dimension, as T, B and H
+    threads: int = 0
 
 
 @dataclass
@@ -95,6 +106,23 @@ class Run:
     other_load: float = math.nan  # before the first row
     quick: bool = False
     rows: list[Row] = field(default_factory=list)
+    commit: str = ""  # with "+changes" if files differ from it
+    command: str = ""
+    # `roofs` has the unit of work as key, followed by threads_key for other numbers of threads than those of the run.
+
+    def roof_of(self, row: Row) -> Roof | None:
+        return self.roofs.get(row.work_unit + threads_key(row.threads, self))
+
+    def threads_of(self, row: Row) -> int:
+        return row.threads or self.threads
+
+
+def threads_key(threads: int, run: Run) -> str:
+    return "" if threads in (0, run.threads) else f", {counted(threads, 'thread')}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def summarise(
@@ -104,14 +132,19 @@ def summarise(
     ours = values[0]
     entries: list[Entry] = []
     for name, theirs in zip(names, values):
-        entry = Entry(name, statistics.median(theirs), min(theirs), bar=bars.get(name))
+        entry = Entry(name, statistics.median(theirs), min(theirs), quartiles(theirs), bar=bars.get(name))
         if entries:
-            ratios = sorted(b / a for a, b in zip(ours, theirs))
-            entry.ratio = statistics.median(ratios)
-            last = len(ratios) - 1
-            entry.ratio_quartiles = (ratios[round(last / 4)], ratios[round(last * 3 / 4)])
+            ratios = [b / a for a, b in zip(ours, theirs)]
+            entry.ratio, entry.ratio_quartiles = statistics.median(ratios), quartiles(ratios)
         entries.append(entry)
     return entries + [Entry(name, refused=reason) for name, reason in refused.items()]
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float]:
+    """The first and the third quartile, each one of the values."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[round(last / 4)], ordered[round(last * 3 / 4)]
 
 
 def means(rows: Iterable[Row]) -> list[tuple[str, str, float, int, Bar]]:
@@ -133,7 +166,7 @@ def noisy(load: float) -> bool:
 # --- text ---
 
 
-def _value(value: float, unit: str) -> str:
+def value_text(value: float, unit: str) -> str:
     if unit != "s":
         return f"{value:.1f} {unit}"
     for scale, name in ((1.0, "s"), (1e-3, "ms")):
@@ -142,23 +175,27 @@ def _value(value: float, unit: str) -> str:
     return f"{value / 1e-6:.4g} µs"
 
 
-def _load(load: float) -> str:
+def load_text(load: float) -> str:
     return "unknown" if math.isnan(load) else f"{100 * load:.0f}%"
 
 
 def _conditions(row: Row) -> str:
     if row.unit == "s":
-        return f"{row.rounds} rounds, others {_load(row.other_load)}"
+        return f"{row.rounds} rounds, others {load_text(row.other_load)}"
     return f"{row.rounds} new process{'es' if row.rounds > 1 else ''} each" if row.rounds else "counted"
 
 
-def _cells(row: Row, entry: Entry, roofs: dict[str, Roof]) -> list[str]:
+def rate_of(row: Row, entry: Entry) -> float:
+    """Work per second; NaN if the row counts none."""
+    return (entry.work or row.work) / entry.median if row.work and row.unit == "s" else math.nan
+
+
+def _cells(row: Row, entry: Entry, run: Run) -> list[str]:
     ours = entry is row.entries[0]
     label = row.label if ours else ""
     if entry.refused:
         return [label, entry.name, "refused", *[""] * 7]
-    rate = (entry.work or row.work) / entry.median if row.work and row.unit == "s" else math.nan
-    roof = roofs.get(row.work_unit)
+    rate, roof = rate_of(row, entry), run.roof_of(row)
     verdict = entry.verdict
     if verdict and noisy(row.other_load):
         verdict += " (noisy)"
@@ -166,8 +203,8 @@ def _cells(row: Row, entry: Entry, roofs: dict[str, Roof]) -> list[str]:
     return [
         label,
         entry.name,
-        _value(entry.median, row.unit),
-        _value(entry.minimum, row.unit),
+        value_text(entry.median, row.unit),
+        value_text(entry.minimum, row.unit),
         "" if math.isnan(rate) else f"{rate / 1e9:.1f}",
         "" if math.isnan(rate) or roof is None else f"{100 * rate / roof.rate:.0f}%",
         "" if ours else f"{entry.ratio:.2f}",
@@ -194,13 +231,19 @@ def _groups(run: Run) -> dict[str, list[Row]]:
 def heading(run: Run) -> list[str]:
     """The conditions of the measurements, as lines of text."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    lines = [f"{run.device}, {run.threads} threads, {run.date}", versions]
-    lines += [f"share: of {roof.rate / 1e9:.1f} {WORK_RATES[unit]}, {roof.how}" for unit, roof in run.roofs.items()]
+    lines = [f"{run.device}, {counted(run.threads, 'thread')}, {run.date}", versions]
+    lines += [f"commit {run.commit}"] if run.commit else []
+    for key, roof in run.roofs.items():
+        unit, _, threads = key.partition(", ")
+        where = f" with {threads}" if threads else ""
+        lines.append(f"share{where}: of {roof.rate / 1e9:.1f} {WORK_RATES[unit]}, {roof.how}")
     lines.append("ratio: median over the rounds of the contender's figure over ours; padding does not count as work")
     if run.quick:
         lines.append("QUICK RUN: few rounds, without slow rows; not for publication")
     if noisy(run.other_load):
-        lines.append(f"NOISY MACHINE: other processes used {_load(run.other_load)} of a processor before the first row")
+        lines.append(
+            f"NOISY MACHINE: other processes used {load_text(run.other_load)} of a processor before the first row"
+        )
     return lines
 
 
@@ -238,7 +281,7 @@ def missed_bars(run: Run) -> int:
 def text(run: Run) -> str:
     """The run as one table for a terminal."""
     groups = _groups(run)
-    tables = {g: [_cells(row, e, run.roofs) for row in rows for e in row.entries] for g, rows in groups.items()}
+    tables = {g: [_cells(row, e, run) for row in rows for e in row.entries] for g, rows in groups.items()}
     titles = {g: _group_headings(rows) for g, rows in groups.items()}
     everything = [line for g in groups for line in (titles[g], *tables[g])]
     widths = [max((len(line[i]) for line in everything), default=0) for i in range(10)]
@@ -259,14 +302,14 @@ def markdown(run: Run) -> str:
     for group, rows in _groups(run).items():
         titles = _group_headings(rows)
         lines += ["", f"**{group}**", "", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        lines += ["| " + " | ".join(_cells(row, e, run.roofs)) + " |" for row in rows for e in row.entries]
+        lines += ["| " + " | ".join(_cells(row, e, run)) + " |" for row in rows for e in row.entries]
     return "\n".join([*lines, "", *(f"- {line.strip()}" for line in closing(run))])
 
 
 def live_line(row: Row) -> str:
     """One row in one line, to show progress during a run."""
     ours = row.entries[0]
-    parts = [f"{ours.name} {_value(ours.median, row.unit)}"]
+    parts = [f"{ours.name} {value_text(ours.median, row.unit)}"]
     for entry in row.entries[1:]:
         parts.append(f"{entry.name} refused" if entry.refused else f"{entry.name} {entry.ratio:.2f} {entry.verdict}")
     return f"{row.group}, {row.label}: " + "; ".join(part.rstrip() for part in parts)
@@ -276,6 +319,8 @@ def live_line(row: Row) -> str:
 
 
 def to_json(run: Run) -> str:
+    """The run with one row per line."""
+
     def without_nan(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: without_nan(v) for k, v in value.items()}
@@ -285,7 +330,9 @@ def to_json(run: Run) -> str:
             return None if math.isnan(value) else float(f"{value:.6g}")
         return value
 
-    return json.dumps(without_nan(dataclasses.asdict(run)), indent=1) + "\n"
+    data = without_nan(dataclasses.asdict(run))
+    rows = ",\n".join("  " + json.dumps(row) for row in data.pop("rows"))
+    return json.dumps(data, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def from_json(document: str) -> Run:
@@ -298,10 +345,11 @@ def from_json(document: str) -> Run:
         entries = []
         for entry in row.pop("entries"):
             bar = entry.pop("bar")
-            low, high = entry.pop("ratio_quartiles")
             entry |= {key: number(entry[key]) for key in ("median", "minimum", "ratio")}
-            entry |= {"ratio_quartiles": (number(low), number(high)), "bar": Bar(**bar) if bar else None}
-            entries.append(Entry(**entry))
+            for key in ("ratio_quartiles", "quartiles"):
+                low, high = entry.get(key, (None, None))
+                entry[key] = (number(low), number(high))
+            entries.append(Entry(**{**entry, "bar": Bar(**bar) if bar else None}))
         rows.append(Row(**{**row, "entries": entries, "other_load": number(row["other_load"])}))
     roofs = {unit: Roof(**roof) for unit, roof in data.pop("roofs").items()}
     return Run(**{**data, "roofs": roofs, "rows": rows, "other_load": number(data["other_load"])})
@@ -309,7 +357,7 @@ def from_json(document: str) -> Run:
 
 def stem_of(run: Run) -> str:
     """<device>-<date>"""
-    device = re.sub(r"[^a-z0-9]+", "-", f"{run.device} {run.threads} threads".lower()).strip("-")
+    device = re.sub(r"[^a-z0-9]+", "-", f"{run.device} {counted(run.threads, 'thread')}".lower()).strip("-")
     return f"{device}-{run.date[:10]}"
 
 
