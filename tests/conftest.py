@@ -10,15 +10,17 @@ import pytest
 import torch
 
 import seqkernels
+from support import fuzzing, selection
 
 ISAS = tuple(seqkernels.build_info()["isas"])
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Imports Triton with TRITON_INTERPRET set, for support.triton_on_cpu.
 
     Triton chooses between interpreted and compiled functions when it is first imported.
     """
+    fuzzing.configure(config)
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -32,14 +34,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="nan",
         help="contents of new memory: NaN (default), or uninitialized",
     )
+    parser.addoption(
+        "--cases",
+        choices=("all", "quick"),
+        default="all",
+        help="of tests with parameters: all combinations (default), or each value of each parameter at least once",
+    )
+    fuzzing.add_options(parser)
+
+
+def pytest_report_header() -> str | None:
+    return fuzzing.header()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """With --fuzz-seconds, repeats a fuzz test until its share of the time has passed."""
+    if not fuzzing.Plan.seconds:
+        return None
+    fuzzing.run_rounds(pyfuncitem, len(pyfuncitem.session.items))
+    return True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() and seqkernels.build_info()["cuda"]:
-        return
-    deselected = [item for item in items if item.get_closest_marker("cuda")]
-    config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+    kept = set(items)
+    if fuzzing.Plan.seconds:
+        kept = {item for item in kept if fuzzing.is_fuzz(item)}
+    if not (torch.cuda.is_available() and seqkernels.build_info()["cuda"]):
+        kept = {item for item in kept if not item.get_closest_marker("cuda")}
+    if config.getoption("--cases") == "quick":
+        kept = selection.quick(item for item in items if item in kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def fill_memory(nan: bool) -> None:

@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -41,16 +41,9 @@ from support.cases import (
     run_attention,
     run_bag,
 )
+from support.fuzzing import EXCEPTIONS, NUMBERS, bounded, integers, nonsense, odd_tensors, restrided, strides, tried
 
 ops = torch.ops.seqkernels
-
-bounded = settings(
-    max_examples=100,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
 sizes = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 130]))
 
@@ -84,22 +77,6 @@ def drawn_cases(draw: st.DrawFn) -> Case:
     )
 
 
-def restrided(t: Tensor, kind: str) -> Tensor:
-    """The same values with other strides."""
-    if kind == "reversed dimensions":
-        return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
-    if kind == "every second":
-        whole = t.new_full([2 * n for n in t.shape], float("nan"))
-        view = whole[tuple(slice(0, None, 2) for _ in t.shape)]
-        return view.copy_(t)
-    if kind == "offset":
-        return torch.cat([t.new_full((3,), float("nan")), t.flatten()])[3:].view(t.shape)
-    return t
-
-
-strides = st.sampled_from(["contiguous", "reversed dimensions", "every second", "offset"])
-
-
 @bounded
 @given(
     case=drawn_cases(),
@@ -127,50 +104,6 @@ def test_random_threads_and_instruction_sets(case: Case, seed: int, threads: int
 
 
 # ---- invalid input
-
-NUMBERS = st.one_of(st.integers(-3, 12), st.sampled_from([2**31, 2**62, 2**63 - 1, -(2**63)]))
-SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
-ALL_DTYPES = st.sampled_from(
-    [*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
-)
-
-
-@st.composite
-def odd_tensors(draw: st.DrawFn) -> Tensor:
-    shape, dtype = draw(SHAPES), draw(ALL_DTYPES)
-    kind = draw(st.sampled_from(["plain", "plain", "expanded", "meta", "sparse", "negated", "inference", "parameter"]))
-    t = torch.ones(shape).to(dtype)
-    if kind == "expanded":
-        t = torch.ones(()).to(dtype).expand(shape)
-    elif kind == "meta":
-        t = t.to("meta")
-    elif kind == "sparse" and dtype == torch.float32:
-        t = t.to_sparse()
-    elif kind == "negated" and dtype == torch.float32:
-        t = torch._neg_view(t)
-    elif kind == "inference":
-        with torch.inference_mode():
-            t = torch.ones(shape).to(dtype)
-    elif kind == "parameter" and dtype == torch.float32:
-        t = torch.nn.Parameter(t)
-    return t
-
-
-integers = st.lists(NUMBERS, max_size=6).map(lambda n: torch.tensor(n, dtype=torch.int64))
-nonsense = st.one_of(
-    st.none(), odd_tensors(), integers, NUMBERS, st.text(max_size=3), st.lists(odd_tensors(), max_size=3)
-)
-
-
-def tried(call, allowed: tuple[type[Exception], ...], *arguments, **keywords) -> None:
-    """Calls a function, which must return or raise one of the allowed exceptions with a message."""
-    try:
-        call(*arguments, **keywords)
-    except allowed as error:
-        assert str(error)
-
-
-EXCEPTIONS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 
 
 @bounded

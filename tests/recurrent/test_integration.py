@@ -173,6 +173,7 @@ def dynamic(layer: Layer, form: str) -> tuple:
     return ({0: T, 1: B},) if which is None else ({0: T, 1: B}, which)
 
 
+@pytest.mark.sample(12)
 @in_forms
 def test_export_with_dynamic_sizes(layer: Layer, form: str) -> None:
     module = Flat(layer.make(), form).eval()
@@ -211,6 +212,7 @@ def test_torch_cannot_export_these_cases() -> None:
 # ---- torch.compile
 
 
+@pytest.mark.sample(10)
 @in_forms
 def test_compile_with_dynamic_sizes(layer: Layer, form: str) -> None:
     """One graph for the first sizes and one for all others; outputs and gradients equal those of eager mode."""
@@ -327,6 +329,7 @@ def test_vmap_randomness_of_masks(layer: Layer) -> None:
         torch.vmap(first)(xs)
 
 
+@pytest.mark.sample(10)
 @variants
 def test_per_sample_gradients_match_a_loop(layer: Layer) -> None:
     module = Flat(layer.make(num_layers=2, dtype=torch.float64)).eval()
@@ -356,6 +359,7 @@ def test_vmap_over_lengths(layer: Layer) -> None:
         close(tuple(g[i] for g in got.values()), torch.autograd.grad(weighted(module(*sample)), module.parameters()))
 
 
+@pytest.mark.sample(12)
 @forms
 @variants
 def test_jvp_is_the_transpose_of_vjp(layer: Layer, form: str) -> None:
@@ -426,6 +430,7 @@ def test_backward_in_eval_mode(layer: Layer, form: str) -> None:
         same(torch.autograd.grad(weighted(module.train()(*arguments)), tensors), grads)
 
 
+@pytest.mark.sample(12)
 @variants
 def test_double_backward(layer: Layer) -> None:
     """Hessian-vector product of the definition against finite differences of the gradient of the kernels."""

@@ -163,6 +163,7 @@ def test_gradcheck(case: Case, isa: str) -> None:
     assert torch.autograd.gradcheck(function, tensors, atol=1e-6)
 
 
+@pytest.mark.sample(5)
 @tiny_cases
 def test_gradgradcheck(case: Case) -> None:
     function, tensors = of_tensors(make_inputs(case, torch.float64, padding=0.0))
@@ -232,11 +233,13 @@ def backward_arguments(case: Case, dtype: torch.dtype = torch.float32) -> list:
     return [*upstream, *forward[:7], y, gates, cells, True, True, *forward[7:]]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_opcheck_inference(case: Case) -> None:
     torch.library.opcheck(ops.lstm.default, op_arguments(case))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_opcheck_forward(case: Case) -> None:
     arguments = [
@@ -246,6 +249,7 @@ def test_opcheck_forward(case: Case) -> None:
     torch.library.opcheck(ops.lstm_forward.default, tuple(arguments))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_opcheck_backward(case: Case) -> None:
     tests = ("test_schema", "test_faketensor")
@@ -300,6 +304,7 @@ def test_inference_and_training_ops_agree_and_inference_saves_nothing() -> None:
     assert "seqkernels.lstm_forward.default" in recorder.names
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
 @pytest.mark.parametrize(
     "case",

@@ -105,6 +105,7 @@ def test_gradient_of_each_output(variant: Variant) -> None:
         assert_near(run(call, upstream=[name]), want, torch.float64)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1.25), (torch.bfloat16, 1.0)], ids=["float32", "bfloat16"])
 @fullest
 def test_error_does_not_exceed_the_error_of_the_definition(variant: Variant, dtype: torch.dtype, most: float) -> None:
@@ -304,6 +305,7 @@ def test_gradcheck(variant: Variant, case: Case, isa: str) -> None:
     assert torch.autograd.gradcheck(function, tensors, atol=1e-6, fast_mode=True)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if len(variant.options) < 3], ids=str)
 def test_gradcheck_of_every_entry(variant: Variant) -> None:
     function, tensors = of_tensors(make_call(variant, TINY[0], torch.float64))
@@ -316,6 +318,7 @@ def alternating(of: list[Case]):
     return pytest.mark.parametrize("variant, case", pairs, ids=list(FULLEST))
 
 
+@pytest.mark.sample(8)
 @alternating(TINY)
 def test_gradgradcheck(variant: Variant, case: Case) -> None:
     function, tensors = of_tensors(make_call(variant, case, torch.float64))
@@ -329,6 +332,7 @@ OP_CASES = [
 ]
 
 
+@pytest.mark.sample(8)
 @alternating(OP_CASES)
 def test_opcheck(variant: Variant, case: Case) -> None:
     call = make_call(variant, case, torch.float32)
@@ -586,6 +590,7 @@ def test_memory_efficient_saves_memory(variant: Variant) -> None:
     assert held[0] - held[1] == saved > 0
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "kind, form",
     [
