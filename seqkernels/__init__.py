@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import pathlib as _pathlib
 from typing import Any
 
 import torch  # noqa: F401  (its libraries must be loaded before ours)
 
+from ._binary import obstacle as _obstacle
+
+_REMEDY = "build it with `pip install --no-build-isolation .` against the torch that is installed"
+_reason = _obstacle(_pathlib.Path(__file__).parent)
+if _reason is not None:
+    raise ImportError(f"seqkernels: the compiled module seqkernels._C is damaged, {_reason}; {_REMEDY}")
 try:
     from . import _C
 except ImportError as error:
-    raise ImportError(
-        "seqkernels: the compiled module seqkernels._C could not be loaded; build it with "
-        "`pip install --no-build-isolation .` against the torch that is installed"
-    ) from error
+    raise ImportError(f"seqkernels: the compiled module seqkernels._C could not be loaded; {_REMEDY}") from error
 
-from . import decoding, functional, inference, nn, reference
-from .accelerate import accelerate, restore
-from .explain import explain
+try:
+    from . import decoding, functional, inference, nn, reference
+    from .accelerate import accelerate, restore
+    from .explain import explain
+except AttributeError as error:  # an op that the binary does not have
+    if "_OpNamespace" not in str(error):
+        raise
+    raise ImportError(
+        f"seqkernels: the compiled module seqkernels._C was built from other sources than the Python files; {_REMEDY}"
+    ) from error
 
 __version__ = "0.1.0"
 __all__ = [

@@ -423,6 +423,7 @@ class PreparedCell(_Prepared):
     Made by seqkernels.inference.prepare from a cell of torch.nn or of seqkernels.nn. Inputs and outputs as the original
     cell, and out_state: tensors with the form of hx, overwritten with the new states and returned. Numerics: as
     PreparedRecurrent.
+    Deterministic: yes; see PreparedRecurrent.
     """
 
     def __init__(self, name: str, source: Any, kind: Kind, options: Options, weights: str) -> None:

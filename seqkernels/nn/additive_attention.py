@@ -58,6 +58,7 @@ class AdditiveAttention(Module):
     Va; W_q, W_k, w_v; ...), or one layer `attn` [H, Dq + Dk] over the query followed by the key, and `v`. Biases of the
     key's layer are added to b; a bias of v has no effect on the weights and is dropped.
 
+    Deterministic: attention is; the projections are if torch's matrix products are.
     Source: Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate",
         https://arxiv.org/abs/1409.0473
     """
@@ -220,6 +221,7 @@ class LuongAttention(Module):
     general has no effect on the weights and is dropped. concat reads attn.weight: another layer in the place of attn,
     and hooks, are refused.
 
+    Deterministic: attention is; the projections are if torch's matrix products are.
     Source: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation",
         https://arxiv.org/abs/1508.04025
     """

@@ -44,6 +44,7 @@ class CRF(Module):
     Parameters: start_transitions [K], end_transitions [K], transitions [K, K] (from, to).
 
     Equivalent to: torchcrf.CRF(num_tags, batch_first) of pytorch-crf, with equal state_dict.
+    Deterministic: yes; the bits of a sequence do not depend on the batch, padding or threads.
     Source: Lample et al., "Neural Architectures for Named Entity Recognition", https://arxiv.org/abs/1603.01360
     """
 

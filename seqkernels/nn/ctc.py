@@ -15,6 +15,7 @@ class CTCLoss(torch.nn.CTCLoss):
     """torch.nn.CTCLoss(blank=0, reduction="mean", zero_infinity=False), on CPUs.
 
     Shapes, dtypes, errors and differences from torch: see seqkernels.functional.ctc_loss.
+    Deterministic: yes; see seqkernels.functional.ctc_loss.
     """
 
     __prepare_scriptable__ = refuse_scripting

@@ -68,6 +68,7 @@ class FusedSGD(FusedOptimizer):
     """w -= lr g. Equivalent to: torch.optim.SGD without momentum and weight decay.
 
     Args: lr: learning rate.
+    Deterministic: yes; the same bits for any number of threads.
     """
 
     lr: float = 1e-3
@@ -82,6 +83,7 @@ class FusedAdagrad(FusedOptimizer):
     Source: Duchi, Hazan and Singer, "Adaptive Subgradient Methods", 2011.
 
     Args: lr: learning rate. lr_decay: see above. initial_accumulator_value: initial value of sum. eps: see above.
+    Deterministic: yes; the same bits for any number of threads.
     """
 
     lr: float = 1e-2
@@ -103,6 +105,7 @@ class FusedRowwiseAdagrad(FusedOptimizer):
     """Adagrad with one sum per row: sum += mean of g^2 over the row; w -= lr g / (sqrt(sum) + eps).
 
     Args: lr: learning rate. initial_accumulator_value: initial value of sum. eps: see above.
+    Deterministic: yes; the same bits for any number of threads.
     """
 
     lr: float = 1e-2
@@ -128,6 +131,7 @@ class FusedAdam(FusedOptimizer):
     Source: Kingma and Ba, "Adam", arXiv 1412.6980.
 
     Args: lr: learning rate. betas: decay rates of the moments. eps: added to the square root of the second moment.
+    Deterministic: yes; the same bits for any number of threads.
     """
 
     lr: float = 1e-3

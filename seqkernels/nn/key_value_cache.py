@@ -42,6 +42,8 @@ class KeyValueCache:
         lengths: int64 [B], number of steps of each sequence.
         longest: upper bound of `lengths`.
         They are read-only: `append`, `reorder` and `reset` change them.
+
+    Deterministic: yes; the bits of a query do not depend on the batch, the padding, the pages or the number of threads.
     """
 
     def __init__(

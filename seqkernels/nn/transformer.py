@@ -107,6 +107,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         cache: a KeyValueCache of self_attn from `new_cache`; src then has the next steps. Inference only.
     Outputs: as src.
     Raises: as seqkernels.nn.MultiheadAttention.
+    Deterministic: attention is; the projections and the linear layers are if torch's matrix products are.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html; Vaswani et al.,
         "Attention is all you need", arXiv 1706.03762; norm_first: Xiong et al., arXiv 2002.04745.
     """
@@ -274,6 +275,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             which may be None, and memory_lengths. Inference only.
     Outputs: as tgt.
     Raises: as seqkernels.nn.MultiheadAttention.
+    Deterministic: attention is; the projections and the linear layers are if torch's matrix products are.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerDecoderLayer.html; Vaswani et al.,
         "Attention is all you need", arXiv 1706.03762.
     """
