@@ -10,9 +10,18 @@ GPU_TORCH ?= 2.11.0
 TRITON ?= 3.6.0
 # The processes of make test.
 PROCESSES ?= 2
+# The cases of make test: quick (each value of each parameter of a test) or all (every combination).
+CASES ?= quick
 # The script of make demo.
 EXAMPLE ?= text_classification
+# Saved results that make report draws instead of measuring.
+RESULTS ?=
 ARGS ?=
+# The duration of make fuzz, and of the fuzz tests in make sanitize (0: they run as in make test).
+SECONDS ?= 600
+FUZZ_SECONDS ?= 0
+# The instruction sets of make sanitize: those of this processor, because each takes long to compile.
+SANITIZED_SETS ?= portable$(if $(shell grep -sm1 -w avx2 /proc/cpuinfo),;avx2)$(if $(shell grep -sm1 -w avx512dq /proc/cpuinfo),;avx512)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,18 +35,24 @@ with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 
 SOURCES := cmake/cuda.cmake $(shell find csrc -type f)
 EMULATION := $(shell find tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+# What the tests read, beside the package: copied for a package that is not that of the checkout.
+TESTED := tests bench examples docs csrc README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md pyproject.toml
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench docs lint format hub wheel compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
+.PHONY: help demo build test check nightly bench report bench-gate docs lint format fuzz hub wheel compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
 
 help:
 	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
 	@echo '               ARGS="--model bag", or another script of examples/: EXAMPLE=translation ARGS=--help'
-	@echo 'make test      make lint, then pytest                 ARGS="-k lstm" PROCESSES=2'
+	@echo 'make test      make lint, then pytest                 ARGS="-k lstm" PROCESSES=2 CASES=all'
+	@echo 'make nightly   every combination of the tests, and all long checks: hours'
 	@echo 'make bench     benchmark against other libraries      ARGS="-k train"'
+	@echo 'make report    measure each operator against torch in 20 minutes and draw build/report/index.html'
+	@echo '               ARGS="-k lstm", or draw saved results without measuring: RESULTS=bench/results/FILE.json'
+	@echo 'make bench-gate  compare instruction counts with bench/gate.json   ARGS="--update"'
 	@echo 'make docs      build the site into build/site'
 	@echo 'make lint      check with ruff, mypy and clang-format'
 	@echo 'make format    format with ruff and clang-format'
@@ -45,6 +60,8 @@ help:
 	@echo 'make hub       write a kernel repository of the Hugging Face Hub into build/hub'
 	@echo 'make compat    make wheel, then test the wheel with torch $(COMPAT_TORCH)   COMPAT_TORCH=2.11.0'
 	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo '               FUZZ_SECONDS=600: the fuzz tests only, for this time   SANITIZED_SETS="portable;avx2"'
+	@echo 'make fuzz      the fuzz tests with random arguments for SECONDS=$(SECONDS)   ARGS="--fuzz-seed=7"'
 	@echo 'make check-gpu-build  compile every GPU kernel (needs nvcc, no GPU), check registers and spills, build the CUDA extension'
 	@echo 'make gpu       on a GPU: build, test, sanitize, tune and benchmark within 9 minutes   ARGS="--only build,tests"'
 	@echo 'make hooks     install the pre-commit hook that runs the linters'
@@ -54,11 +71,28 @@ help:
 demo: $(call with,demo)
 	$(PY) examples/$(EXAMPLE).py $(ARGS)
 
-test: lint $(call with,test) $(EMULATED) $(HUB)
-	$(PY) -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
+build: $(call with,test) $(EMULATED) $(HUB)
+
+test: lint check
+
+check: build
+	$(PY) -m pytest -n $(PROCESSES) --dist loadfile --cases=$(CASES) $(ARGS)
+
+nightly:
+	.ci/nightly
+
+# A crash leaves the call that caused it in build/fuzz.log.
+fuzz: $(call with,test)
+	$(PY) -m pytest tests/test_fuzz.py tests/test_fuzz_ops.py --fuzz-seconds=$(SECONDS) --fuzz-log=build/fuzz.log $(ARGS)
 
 bench: $(call with,bench)
 	$(PY) -m pytest bench -p no:cacheprovider --benchmark-only -q $(ARGS)
+
+report: $(call with,bench)
+	$(PY) bench/page.py $(if $(RESULTS),--results $(RESULTS)) $(ARGS)
+
+bench-gate: $(EXTENSION)
+	$(PY) bench/gate.py $(ARGS)
 
 docs: $(call with,docs)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -126,7 +160,7 @@ wheel: $(call with,wheel)
 compat: $(call with,test) $(EMULATED) wheel
 	rm -rf build/compat
 	$(PY) $(INSTALL) --no-deps --target build/compat/site dist/seqkernels-*.whl
-	cp -r tests bench examples pyproject.toml build/compat/
+	cp -r $(TESTED) build/compat/
 	$(call in_compat,$(PY)) -c "$$COMPAT_REPORT"
 	set -e; for release in $(COMPAT_TORCH); do $(MAKE) compat-$$release; done
 
@@ -195,19 +229,22 @@ gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 # ---- sanitizers ----
-# Python is not instrumented, so the sanitizer runtime is preloaded. The build uses separate folders.
+# Python is not instrumented, so the sanitizer runtime is preloaded, and leaks are not detected: tests/test_robustness.py
+# detects them. The build uses separate folders.
 
 SANITIZED := build/sanitize
 sanitize: $(call with,test) $(EMULATED)
 	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site
-	cp -r seqkernels tests bench examples pyproject.toml $(SANITIZED)/site/
+	cp -r seqkernels $(TESTED) $(SANITIZED)/site/
 	rm -f $(SANITIZED)/site/seqkernels/_C.*.so
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DPython_EXECUTABLE='$(CURDIR)/$(PY)' \
-	    -DSEQKERNELS_SANITIZE='address;undefined' -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(SANITIZED)/site/seqkernels'
+	    -DSEQKERNELS_SANITIZE='address;undefined' -DSEQKERNELS_INSTRUCTION_SETS='$(SANITIZED_SETS)' \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(SANITIZED)/site/seqkernels'
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
-	cd $(SANITIZED)/site && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd $(SANITIZED)/site && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    '$(CURDIR)/$(PY)' -m pytest $(ARGS)
+	    '$(CURDIR)/$(PY)' -m pytest $(if $(filter-out 0,$(FUZZ_SECONDS)),tests/test_fuzz.py tests/test_fuzz_ops.py \
+	    --fuzz-seconds=$(FUZZ_SECONDS) --fuzz-log=../fuzz.log) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info seqkernels/_C.*.so tests/cuda_on_cpu/*.so
