@@ -1,12 +1,20 @@
 // Every op of the library, one schema each.
+#include <cstdint>
 #include <string>
 
 #include "common/registration.h"
 #include "recurrent/recurrent.h"
 
+namespace seqkernels {
+uint64_t schemas = 0xcbf29ce484222325u;  // FNV-1a of all schemas
+}
+
 SEQKERNELS_OPS(m) {
   // Recurrent layers: one layer, both directions. x is [T, B, D], or [N, D] with batch_sizes.
-  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  const auto define = [&m](const std::string& schema) {
+    for (const char c : schema + ";") seqkernels::schemas = (seqkernels::schemas ^ uint8_t(c)) * 0x100000001b3u;
+    m.def(schema.c_str());
+  };
   // An argument for each letter of `names`.
   const auto list = [](const std::string& type, const std::string& before, const std::string& names,
                        const std::string& after) {

@@ -3,6 +3,7 @@
 // full API.
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <limits>
 #include <string>
 #include <vector>
@@ -260,6 +261,11 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PREFIXED(PyInit_, SEQKERNELS_MODULE)() {
   PyObject* const module = PyModule_Create(&definition);
-  if (module != nullptr) PyModule_AddStringConstant(module, "namespace", TEXT(SEQKERNELS_NAMESPACE));
+  if (module != nullptr) {
+    PyModule_AddStringConstant(module, "namespace", TEXT(SEQKERNELS_NAMESPACE));
+    char text[17];
+    snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(seqkernels::schemas));
+    PyModule_AddStringConstant(module, "schemas", text);
+  }
   return module;
 }

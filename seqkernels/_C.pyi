@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from typing import Any
 
 namespace: str  # of the ops: torch.ops.seqkernels
+schemas: str  # hash of the schemas of all ops
 
 def build_info() -> dict[str, Any]: ...
 def explain_recurrent(

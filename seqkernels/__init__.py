@@ -7,10 +7,10 @@ from typing import Any
 
 import torch  # noqa: F401  (its libraries must be loaded before ours)
 
-from ._binary import obstacle as _obstacle
+from . import _binary
 
 _REMEDY = "build it with `pip install --no-build-isolation .` against the torch that is installed"
-_reason = _obstacle(_pathlib.Path(__file__).parent)
+_reason = _binary.obstacle(_pathlib.Path(__file__).parent)
 if _reason is not None:
     raise ImportError(f"seqkernels: the compiled module seqkernels._C is damaged, {_reason}; {_REMEDY}")
 try:
@@ -18,16 +18,15 @@ try:
 except ImportError as error:
     raise ImportError(f"seqkernels: the compiled module seqkernels._C could not be loaded; {_REMEDY}") from error
 
-try:
-    from . import decoding, functional, inference, nn, reference
-    from .accelerate import accelerate, restore
-    from .explain import explain
-except AttributeError as error:  # an op that the binary does not have
-    if "_OpNamespace" not in str(error):
-        raise
+if getattr(_C, "schemas", None) != _binary.SCHEMAS:
     raise ImportError(
-        f"seqkernels: the compiled module seqkernels._C was built from other sources than the Python files; {_REMEDY}"
-    ) from error
+        "seqkernels: the compiled module seqkernels._C was built from other sources than the Python files (its ops "
+        f"have the schemas {getattr(_C, 'schemas', 'unknown')}, not {_binary.SCHEMAS}); {_REMEDY}"
+    )
+
+from . import decoding, functional, inference, nn, reference  # noqa: E402
+from .accelerate import accelerate, restore  # noqa: E402
+from .explain import explain  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

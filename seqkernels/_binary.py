@@ -1,9 +1,16 @@
-"""Whether the compiled module is a whole file, found before it is loaded: loading part of one can end the process."""
+"""Whether the compiled module is a whole file, found before it is loaded, and is that of these Python files.
+
+Loading part of a file can end the process. A module of other sources may have ops with other arguments.
+"""
 
 from __future__ import annotations
 
 import pathlib
 import struct
+
+# The hash of the schemas in csrc/library.cpp (_C.schemas). Whoever changes a schema changes it: the error on import has
+# the new one.
+SCHEMAS = "1deaeaf41044142b"
 
 _ELF, _ELF_HEADER = b"\x7fELF\x02\x01", 64  # of 64 bits, little-endian
 

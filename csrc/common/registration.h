@@ -7,6 +7,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdint>
+
+namespace seqkernels {
+extern uint64_t schemas;  // hash of the schemas of all ops; library.cpp
+}
+
 #if defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_NAMESPACE seqkernels_emulated
 #define SEQKERNELS_MODULE _emulated
