@@ -20,8 +20,9 @@ ARGS ?=
 # The duration of make fuzz, and of the fuzz tests in make sanitize (0: they run as in make test).
 SECONDS ?= 600
 FUZZ_SECONDS ?= 0
-# The instruction sets of make sanitize: those of this processor, because each takes long to compile.
-SANITIZED_SETS ?= portable$(if $(shell grep -sm1 -w avx2 /proc/cpuinfo),;avx2)$(if $(shell grep -sm1 -w avx512dq /proc/cpuinfo),;avx512)
+# The instruction sets of make sanitize and make coverage: those of this processor.
+has = $(if $(shell grep -sm1 -w $(1) /proc/cpuinfo),;$(2))
+OWN_SETS ?= portable$(call has,avx2,avx2)$(call has,avx_vnni,avx2_vnni)$(call has,avx512dq,avx512)$(call has,avx512_vnni,avx512_vnni)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -36,13 +37,13 @@ with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 SOURCES := cmake/cuda.cmake $(shell find csrc -type f)
 EMULATION := $(shell find tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # What the tests read, beside the package: copied for a package that is not that of the checkout.
-TESTED := tests bench examples docs csrc README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md pyproject.toml
+TESTED := tests bench examples docs csrc LICENSE README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md pyproject.toml
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo build test check nightly bench report bench-gate docs lint format fuzz hub wheel compat sanitize check-gpu-build check-gpu-extension gpu hooks clean
+.PHONY: help demo build test check nightly coverage bench report bench-gate docs lint format fuzz hub wheel compat sanitize check-mutants check-gpu-build check-gpu-extension gpu hooks clean
 
 help:
 	@echo 'make demo      train a text classifier with torch.nn.LSTM and with seqkernels.nn.LSTM'
@@ -60,8 +61,10 @@ help:
 	@echo 'make hub       write a kernel repository of the Hugging Face Hub into build/hub'
 	@echo 'make compat    make wheel, then test the wheel with torch $(COMPAT_TORCH)   COMPAT_TORCH=2.11.0'
 	@echo 'make sanitize  pytest with AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo '               FUZZ_SECONDS=600: the fuzz tests only, for this time   SANITIZED_SETS="portable;avx2"'
+	@echo '               FUZZ_SECONDS=600: the fuzz tests only, for this time   OWN_SETS="portable;avx2"'
+	@echo 'make coverage  pytest with line counts of Python and C++: build/coverage/lines, and a list of uncovered lines of csrc'
 	@echo 'make fuzz      the fuzz tests with random arguments for SECONDS=$(SECONDS)   ARGS="--fuzz-seed=7"'
+	@echo 'make check-mutants  weaken each synchronising call of the CUDA kernels: a test must fail   ARGS="--only grid.cuh"'
 	@echo 'make check-gpu-build  compile every GPU kernel (needs nvcc, no GPU), check registers and spills, build the CUDA extension'
 	@echo 'make gpu       on a GPU: build, test, sanitize, tune and benchmark within 9 minutes   ARGS="--only build,tests"'
 	@echo 'make hooks     install the pre-commit hook that runs the linters'
@@ -93,6 +96,9 @@ report: $(call with,bench)
 
 bench-gate: $(EXTENSION)
 	$(PY) bench/gate.py $(ARGS)
+
+check-mutants: $(call with,test) $(EMULATED)
+	$(PY) tests/cuda_on_cpu/mutants.py $(ARGS)
 
 docs: $(call with,docs)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -238,13 +244,35 @@ sanitize: $(call with,test) $(EMULATED)
 	cp -r seqkernels $(TESTED) $(SANITIZED)/site/
 	rm -f $(SANITIZED)/site/seqkernels/_C.*.so
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DPython_EXECUTABLE='$(CURDIR)/$(PY)' \
-	    -DSEQKERNELS_SANITIZE='address;undefined' -DSEQKERNELS_INSTRUCTION_SETS='$(SANITIZED_SETS)' \
+	    -DSEQKERNELS_SANITIZE='address;undefined' -DSEQKERNELS_INSTRUCTION_SETS='$(OWN_SETS)' \
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(SANITIZED)/site/seqkernels'
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
 	cd $(SANITIZED)/site && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    '$(CURDIR)/$(PY)' -m pytest $(if $(filter-out 0,$(FUZZ_SECONDS)),tests/test_fuzz.py tests/test_fuzz_ops.py \
 	    --fuzz-seconds=$(FUZZ_SECONDS) --fuzz-log=../fuzz.log) $(ARGS)
+
+# ---- coverage ----
+# The lines of csrc that no test runs, in build/coverage/uncovered.txt and build/coverage/lines/index.html; fails above 3 % of
+# them. CUDA kernels count as the emulation runs them.
+
+COVERAGE := build/coverage
+GCOVR = $(VENV)/bin/gcovr --root . --filter csrc/ --object-directory $(COVERAGE) -j $(PROCESSES) --merge-lines \
+    --merge-mode-functions=separate --gcov-ignore-parse-errors=all --gcov-suspicious-hits-threshold=0  # threads: negative counts
+coverage: $(call with,test) $(call with,coverage)
+	rm -rf $(COVERAGE)/site && mkdir -p $(COVERAGE)/site $(COVERAGE)/lines
+	cp -r seqkernels hub $(TESTED) $(COVERAGE)/site/
+	rm -f $(COVERAGE)/site/seqkernels/_C.*.so $(COVERAGE)/site/tests/cuda_on_cpu/*.so
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B $(COVERAGE) -DPython_EXECUTABLE='$(CURDIR)/$(PY)' \
+	    -DSEQKERNELS_COVERAGE=ON -DSEQKERNELS_INSTRUCTION_SETS='$(OWN_SETS)' \
+	    -DSEQKERNELS_EMULATION_OUTPUT='$(CURDIR)/$(COVERAGE)/site/tests/cuda_on_cpu' \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(COVERAGE)/site/seqkernels'
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(COVERAGE) --target _C --target cuda_on_cpu
+	find $(COVERAGE) -name '*.gcda' -delete
+	status=0; (cd $(COVERAGE)/site && '$(CURDIR)/$(PY)' -m pytest -n $(PROCESSES) --dist loadfile --cases=$(CASES) \
+	    --cov=seqkernels --cov-report=term:skip-covered --cov-report=html:../lines/python $(ARGS)) || status=$$?; \
+	$(GCOVR) --html-nested $(COVERAGE)/lines/index.html --txt $(COVERAGE)/uncovered.txt --fail-under-line 97 || status=$$?; \
+	cat $(COVERAGE)/uncovered.txt; exit $$status
 
 clean:
 	rm -rf build dist *.egg-info seqkernels/_C.*.so tests/cuda_on_cpu/*.so

@@ -113,11 +113,16 @@ endif()
 
 # ---- on the CPU, for tests ----
 # Tail calls and merged branch ends would make the line numbers of reports inexact.
-set(emulation_flags -O2 -g1 -ffp-contract=off -fno-optimize-sibling-calls -Wno-unused-const-variable)
+set(emulation_optimisation -O2)
+if(SEQKERNELS_COVERAGE)
+  set(emulation_optimisation -O1)
+endif()
+set(emulation_flags ${emulation_optimisation} -g1 -ffp-contract=off -fno-optimize-sibling-calls -Wno-unused-const-variable)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND emulation_flags -fno-crossjumping -fno-tree-tail-merge)
 endif()
 set(emulation tests/cuda_on_cpu)
+set(SEQKERNELS_EMULATION_OUTPUT "${CMAKE_CURRENT_SOURCE_DIR}/${emulation}" CACHE PATH "Folder of the emulated modules")
 
 # Wraps a .cu file in a .cpp file, which CMake compiles as C++.
 function(emulated_source variable source)
@@ -133,7 +138,7 @@ function(emulated_module module)
   target_compile_definitions(${module} PRIVATE SEQKERNELS_EMULATE_CUDA)
   target_link_libraries(${module} PRIVATE ${CMAKE_DL_LIBS})
   set_target_properties(${module} PROPERTIES EXCLUDE_FROM_ALL TRUE
-                        LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}/${emulation}")
+                        LIBRARY_OUTPUT_DIRECTORY "${SEQKERNELS_EMULATION_OUTPUT}")
 endfunction()
 set_source_files_properties(${emulation}/emulation.cpp ${emulation}/warps.cpp
                             PROPERTIES COMPILE_OPTIONS "${emulation_flags}")
