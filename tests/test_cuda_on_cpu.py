@@ -49,7 +49,10 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_cpu.SelfTest:
     return cuda_on_cpu.SelfTest(ctypes.CDLL(str(target)))
 
 
-@pytest.fixture(params=[*ORDERS, pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sanitize])], ids=str)
+@pytest.fixture(
+    params=[*ORDERS, *cuda_on_cpu.SCHEDULES, pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sanitize])],
+    ids=str,
+)
 def run(request: pytest.FixtureRequest):
     """Runs a kernel. The emulation also checks races, and that the result is independent of the thread order."""
     if request.param == "cuda":
@@ -458,6 +461,53 @@ def test_last_block_without_fences_or_barrier(checks, variant: int, memory: str)
 def test_flag_without_release_or_acquire(checks) -> None:
     with fails("race in global memory", "reads", "wrote", "chain_kernel"):
         emulate("chain", np.zeros(7, np.int32), np.zeros(7, np.uint32), variant=1)
+
+
+def rounds(variant: int = 0, run=emulate) -> tuple[np.ndarray, np.ndarray]:
+    """The result of rounds_kernel, and what it must be."""
+    got, want, values = np.zeros((9, 5), np.int32), np.zeros((9, 5), np.int32), np.arange(5)
+    for row in want:
+        row[:] = values.sum()
+        values = row % 1000 + np.arange(5)
+    run("rounds", np.zeros((2, 5), np.int32), np.zeros(5, np.uint32), got, variant=variant)
+    return got, want
+
+
+def test_rounds_through_two_slots(run) -> None:
+    np.testing.assert_array_equal(*rounds(run=run))
+
+
+@pytest.mark.parametrize("schedule", [s for s in cuda_on_cpu.SCHEDULES if s.get("schedule", 1) != 3], ids=str)
+def test_wait_for_one_publication_too_few(schedule: dict[str, int]) -> None:
+    """Round robin misses it: each block is as far as the others."""
+    with cuda_on_cpu.settings(library(), races=1, **schedule), pytest.raises((RuntimeError, AssertionError)) as found:
+        np.testing.assert_array_equal(*rounds(variant=1))
+    assert "race in global memory" in str(found.value) or "Arrays are not equal" in str(found.value)
+
+
+def test_wait_for_one_publication_too_few_with_random_priorities() -> None:
+    found = 0
+    for seed in range(1, 9):
+        with cuda_on_cpu.settings(library(), races=1, schedule=3, seed=seed):
+            try:
+                np.testing.assert_array_equal(*rounds(variant=1))
+            except (RuntimeError, AssertionError):
+                found += 1
+    assert found >= 4
+
+
+def test_publication_before_the_write(checks) -> None:
+    with pytest.raises(RuntimeError, match="race in global memory"):
+        rounds(variant=2)
+
+
+@pytest.mark.parametrize("schedule", [*ORDERS, *cuda_on_cpu.SCHEDULES], ids=str)
+def test_flag_that_is_never_set_in_each_schedule(schedule: dict[str, int]) -> None:
+    with (
+        cuda_on_cpu.settings(library(), **schedule),
+        pytest.raises(RuntimeError, match=r"deadlock: no thread can make progress(.|\n)*threads 0 wait at a flag"),
+    ):
+        emulate("chain", np.zeros(7, np.int32), np.zeros(7, np.uint32), variant=2)
 
 
 def test_flag_that_is_never_set() -> None:

@@ -348,6 +348,9 @@ SK_DEVICE void wait_acquire(Global<T> flags, int64_t i, std::remove_const_t<T> w
   while (load_acquire(flags, i) < wanted) {
   }
 }
+// The slot of a double buffer in a round, and the other slot. Tests exchange them (tests/cuda_on_cpu/mutants.py).
+SK_DEVICE int slot_of(int round) { return round & 1; }
+SK_DEVICE int other_slot(int slot) { return 1 - slot; }
 
 // Atomics on integers: relaxed; each returns the old value.
 

@@ -11,6 +11,21 @@ import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 
+# Orders of threads in which each test of a multi-block kernel passes (emulation.h explains the settings): parties in
+# lockstep, then parties far ahead of others or far behind, and old values of flags.
+LOCKSTEP = [dict(races=1, unwritten=1), dict(backward=1), dict(seed=3)]
+SCHEDULES = [
+    dict(schedule=1),
+    dict(schedule=1, backward=1, party=1),
+    dict(schedule=2, seed=1),
+    dict(schedule=2, seed=2, party=1),
+    dict(schedule=3, seed=1),
+    dict(schedule=3, seed=2, party=1),
+    dict(stale=1),
+    dict(schedule=1, stale=1),
+]
+DEVICE_SETTINGS = {"major", "minor", "multiprocessors", "shared_bytes", "l2_bytes", "cluster_blocks"}
+
 
 def load(name: str) -> ctypes.CDLL:
     """Load a module of this folder, `_selftest` or `_emulated`. Each has its own emulation state."""

@@ -218,60 +218,56 @@ SK_ALWAYS void prefetch_l2(Global<T> x, int64_t i) {
 // Memory ordering.
 
 template <class T>
-SK_ALWAYS std::remove_const_t<T> load_ordered(Global<T> x, int64_t i, bool acquire) {
+SK_ALWAYS std::remove_const_t<T> load_ordered(Global<T> x, int64_t i, emulation::Acquire how) {
   static_assert(std::is_integral<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "integer");
-  emulation::yield("a flag");
   T* p = x.at(i, 1, x.kName);
-  record_if_enabled(p, sizeof(T), Access::kAtomicRead);
-  if (emulation::recording) emulation::acquire(p, acquire);
-  return *p;
+  return static_cast<std::remove_const_t<T>>(emulation::ordered_load(p, sizeof(T), how));
 }
 template <class T>
 SK_ALWAYS std::remove_const_t<T> load_acquire(Global<T> x, int64_t i) {
-  return load_ordered(x, i, true);
+  return load_ordered(x, i, emulation::Acquire::kAcquire);
 }
 template <class T>
 SK_ALWAYS std::remove_const_t<T> load_relaxed(Global<T> x, int64_t i) {
-  return load_ordered(x, i, false);
+  return load_ordered(x, i, emulation::Acquire::kRelaxed);
 }
-template <class Pointer>
-SK_ALWAYS auto* ordered_element(const Pointer& x, int64_t i, emulation::Release how) {
-  using T = typename Pointer::Value;
+template <class Pointer, class T>
+SK_ALWAYS void store_ordered(const Pointer& x, int64_t i, T v, emulation::Release how) {
   static_assert(std::is_integral<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "integer");
-  T* p = x.at(i, 1, x.kName);
-  record_if_enabled(p, sizeof(T), Access::kAtomicWrite);
-  emulation::release(p, how);
-  return p;
+  emulation::ordered_store(x.at(i, 1, x.kName), sizeof(T), static_cast<std::make_unsigned_t<T>>(v), how);
 }
 template <class T>
 SK_ALWAYS void store_release(Global<T> x, int64_t i, T v) {
-  *ordered_element(x, i, emulation::Release::kStore) = v;
+  store_ordered(x, i, v, emulation::Release::kStore);
 }
 template <class T>
 SK_ALWAYS void store_relaxed(Global<T> x, int64_t i, T v) {
-  *ordered_element(x, i, emulation::Release::kRelaxedStore) = v;
+  store_ordered(x, i, v, emulation::Release::kRelaxedStore);
 }
 template <class T>
 SK_ALWAYS void add_release(Global<T> x, int64_t i, T v) {
-  *ordered_element(x, i, emulation::Release::kUpdate) += v;
+  store_ordered(x, i, static_cast<T>(*x.at(i, 1, x.kName) + v), emulation::Release::kUpdate);
 }
 SK_ALWAYS void fence_device() { emulation::fence(); }
 SK_ALWAYS void fence_block() { emulation::fence(); }
+SK_ALWAYS int slot_of(int round) { return emulation::slot(round & 1); }
+SK_ALWAYS int other_slot(int slot) { return emulation::slot(1 - slot); }
 SK_ALWAYS void pause() { emulation::yield("a pause"); }
 template <class T>
 SK_ALWAYS void wait_acquire(Global<T> flags, int64_t i, std::remove_const_t<T> wanted) {
-  while (load_acquire(flags, i) < wanted) {
-  }
+  using U = std::make_unsigned_t<std::remove_const_t<T>>;
+  static_assert(std::is_same<U, std::remove_const_t<T>>::value, "unsigned");
+  emulation::wait_acquire(flags.at(i, 1, flags.kName), sizeof(T), wanted);
 }
 
 // Atomics.
 
 template <class Pointer, class F>
 SK_ALWAYS auto update(const Pointer& x, int64_t i, F&& f) {
-  auto* p = ordered_element(x, i, emulation::Release::kRelaxedUpdate);
-  if (emulation::recording) emulation::acquire(p, false);
-  const auto old = *p;
-  *p = f(old);
+  using T = typename Pointer::Value;
+  const T* p = x.at(i, 1, x.kName);
+  const T old = static_cast<T>(emulation::ordered_load(p, sizeof(T), emulation::Acquire::kUpdate));
+  store_ordered(x, i, f(old), emulation::Release::kRelaxedUpdate);
   return old;
 }
 #define SK_ATOMIC(name, expression)                       \
@@ -398,10 +394,7 @@ SK_ALWAYS int cluster_rank() { return current->cluster_rank; }
 SK_ALWAYS int cluster_blocks() { return current->cluster_blocks; }
 SK_ALWAYS void cluster_arrive() { emulation::cluster_barrier_arrive(); }
 SK_ALWAYS void cluster_wait() { emulation::cluster_barrier_wait(); }
-SK_ALWAYS void cluster_sync() {
-  emulation::cluster_barrier_arrive();
-  emulation::cluster_barrier_wait();
-}
+SK_ALWAYS void cluster_sync() { emulation::cluster_barrier(); }
 template <class T>
 SK_ALWAYS Remote<T> remote(Shared<T> mine, int rank) {
   char* start = reinterpret_cast<char*>(mine.get() + mine.first());

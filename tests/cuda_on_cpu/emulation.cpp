@@ -35,6 +35,24 @@ constexpr int kWarp = 32;
 constexpr int64_t kStaticShared = 48 * 1024;
 constexpr int64_t kArenaAlign = 1024;
 
+// Weakened calls.
+
+struct Mutant {
+  bool active = false;  // whether calls are compared or recorded
+  bool recording = false;
+  Weakening weakening = Weakening::kNone;
+  std::set<const void*> weakened;
+  std::map<const void*, Operation> sites;  // by the address after the call
+};
+Mutant mutant;
+
+Weakening weakening_of(Operation operation, const void* caller) {
+  if (!mutant.active) return Weakening::kNone;
+  if (mutant.recording) mutant.sites[caller] = operation;
+  return mutant.weakened.count(caller) ? mutant.weakening : Weakening::kNone;
+}
+bool removed(Operation operation, const void* caller) { return weakening_of(operation, caller) == Weakening::kRemoved; }
+
 // Source locations and failures.
 
 // Shortens "void seqkernels::(anonymous namespace)::f<float>(Args)" to f<float>.
@@ -198,12 +216,26 @@ struct Thread::State {
   bool cluster_arrived = false;
   std::vector<Copy> copies;
   int copy_group = 0;
+  int party = 0;
+  const void* spins_on = nullptr;  // the address of the last ordered load, and the progress of the machine then
+  int64_t spun_at = -1;
+  std::unordered_map<const void*, int64_t> seen;  // with `stale`: the last version read at an address
   Clock clock;
   ClockMerge relaxed_reads;  // read by relaxed loads; fence() merges it into the clock
   ClockSnapshot fenced;      // the clock at the last fence, published by relaxed stores
 };
 
 namespace {
+
+// A value of an address that ordered accesses share, and what its release ordered.
+struct Version {
+  uint64_t value;
+  ClockSnapshot known;
+  Record writer;
+};
+
+enum Schedule { kRoundRobin, kDepthFirst, kStarvation, kRandomPriorities };
+constexpr uint64_t kMeanChange = 64;  // decisions of kRandomPriorities between changes of a priority
 
 struct Machine {
   Stacks stacks;
@@ -215,16 +247,22 @@ struct Machine {
   Barrier grid;
   std::unordered_map<const void*, SharedBarrier> shared_barriers;
 
-  // Runnable threads, a FIFO ring buffer.
-  std::vector<Thread*> ready;
-  size_t head = 0, count = 0;
+  // Runnable threads: with kRoundRobin a FIFO, else one of each priority.
+  Schedule schedule = kRoundRobin;
+  std::deque<Thread*> in_turn;
+  std::map<int, std::deque<Thread*>> ready;  // by priority, the lowest number first; no queue is empty
+  std::vector<int> priorities;               // of parties
+  int lowest = 0;                            // the largest number that was given to a priority
+  std::vector<Thread*> spinning;             // threads that wait for a value, until there is progress
   int64_t live = 0, switches = 0;
-  int64_t idle = 0;  // number of yields since the last progress
+  int64_t progress = 0;  // number of events that a thread may wait for
+  int64_t spun_at = 0;   // the progress when the last thread began to spin
+  int64_t idle = 0;      // number of yields since the last progress, with kRoundRobin
   Fibre host;
 
   const LaunchConfig* config = nullptr;
   int64_t dynamic_bytes = 0, arena_bytes = 0, resident = 0;
-  bool races = false, unwritten = false, stuck = false;
+  bool races = false, unwritten = false, stale = false, stuck = false;
   uint64_t seed = 0;
   Call call = nullptr;
   void* context = nullptr;
@@ -232,18 +270,51 @@ struct Machine {
   std::exception_ptr exception;
 
   Shadow shadow;
-  std::unordered_map<const void*, ClockSnapshot> published;  // by release stores; keyed by address
+  std::unordered_map<const void*, std::vector<Version>> versions;  // by address; all with `stale`, else the last
 
-  void push(Thread* thread) {
-    size_t at = head + count++;
-    if (at >= ready.size()) at -= ready.size();
-    ready[at] = thread;
+  void advance() {
+    idle = 0;
+    ++progress;
   }
+  uint64_t random() {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return seed >> 33;
+  }
+  void push(Thread* thread) {
+    if (schedule == kRoundRobin) {
+      in_turn.push_back(thread);
+    } else {
+      ready[priorities[thread->state->party]].push_back(thread);
+    }
+  }
+  void wake_spinning() {
+    if (spun_at == progress) return;
+    for (Thread* thread : spinning) push(thread);
+    spinning.clear();
+  }
+  // The next thread to run, or null.
   Thread* pop() {
-    Thread* thread = ready[head];
-    if (++head == ready.size()) head = 0;
-    --count;
+    if (schedule == kRoundRobin) {
+      if (in_turn.empty()) return nullptr;
+      Thread* thread = in_turn.front();
+      in_turn.pop_front();
+      return thread;
+    }
+    wake_spinning();
+    if (ready.empty()) return nullptr;
+    if (schedule == kRandomPriorities && random() % kMeanChange == 0)
+      lower(ready.begin()->second.front()->state->party);
+    const auto first = ready.begin();
+    Thread* thread = first->second.front();
+    first->second.pop_front();
+    if (first->second.empty()) ready.erase(first);
     return thread;
+  }
+  // Gives a party the lowest of all priorities.
+  void lower(int party) {
+    auto queue = ready.extract(priorities[party]);
+    priorities[party] = queue.key() = ++lowest;
+    ready.insert(std::move(queue));
   }
   void wake(std::vector<Thread*>& waiting) {
     if (seed) shuffle(waiting);
@@ -253,11 +324,9 @@ struct Machine {
     }
     waiting.clear();
   }
-  void shuffle(std::vector<Thread*>& list) {
-    for (size_t i = list.size(); i > 1; --i) {
-      seed = seed * 6364136223846793005u + 1442695040888963407u;
-      std::swap(list[i - 1], list[(seed >> 33) % i]);
-    }
+  template <class T>
+  void shuffle(std::vector<T>& list) {
+    for (size_t i = list.size(); i > 1; --i) std::swap(list[i - 1], list[random() % i]);
   }
 };
 Machine machine;
@@ -272,12 +341,12 @@ Thread::State& self() { return *current->state; }
 // Scheduling.
 
 void switch_to_next(Fibre& from) {
-  if (machine.count == 0) {
+  Thread* next = machine.pop();
+  if (next == nullptr) {
     machine.stuck = machine.live > 0;
     from.switch_to(machine.host);
     return;
   }
-  Thread* next = machine.pop();
   if (next == current) return;
   ++machine.switches;
   current = next;
@@ -305,7 +374,7 @@ void fibre_entry() {
   me.warp->exited |= 1u << me.lane;
   --me.block->live;
   --machine.live;
-  machine.idle = 0;
+  machine.advance();
   switch_to_next(me.fibre);
   std::abort();  // a thread that has exited is never resumed
 }
@@ -319,7 +388,7 @@ void check_same_location(const void*& first, const void* location, const char* k
 
 void arrive(Barrier& barrier, const void* location, bool waits) {
   Thread::State& me = self();
-  machine.idle = 0;
+  machine.advance();
   if (barrier.arrived == 0) {
     barrier.location = location;
   } else if (barrier.same_place) {
@@ -450,7 +519,7 @@ std::map<std::string, int64_t>& settings() {
         {"races", 0},           {"unwritten", 0},       {"backward", 0},        {"seed", 0},
         {"major", 9},           {"minor", 0},           {"multiprocessors", 8}, {"shared_bytes", 227 * 1024},
         {"l2_bytes", 50 << 20}, {"cluster_blocks", 16}, {"launches", 0},        {"threads", 0},
-        {"switches", 0}};
+        {"switches", 0},        {"schedule", 0},        {"party", 0},           {"stale", 0}};
     std::istringstream words(std::getenv("SEQKERNELS_EMULATION") ? std::getenv("SEQKERNELS_EMULATION") : "");
     for (std::string word; std::getline(words, word, ',');) {
       const size_t equals = word.find('=');
@@ -488,15 +557,33 @@ void check_config(const LaunchConfig& c) {
       "a cooperative grid has at most the " + std::to_string(resident_blocks(c)) + " blocks that are resident at once");
 }
 
+// Sets the priorities of the parties, blocks or warps.
+void set_priorities(int64_t parties, bool backward) {
+  Machine& m = machine;
+  m.priorities.assign(parties, 0);
+  m.lowest = 1;
+  if (m.schedule == kStarvation) {
+    m.priorities[settings()["seed"] % parties] = 1;
+  } else if (m.schedule != kRoundRobin) {
+    for (int64_t p = 0; p < parties; ++p) m.priorities[p] = static_cast<int>(backward ? parties - p : p);
+    if (m.seed) m.shuffle(m.priorities);
+    m.lowest = static_cast<int>(parties);
+  }
+}
+
 // Resets blocks [first, first + n) to their start.
 void start_blocks(int64_t first, int64_t n, const LaunchConfig& c) {
   Machine& m = machine;
   m.resident = n;
   m.shared_barriers.clear();
-  m.head = m.count = 0;
-  m.idle = 0;
+  m.in_turn.clear();
+  m.ready.clear();
+  m.spinning.clear();
+  m.idle = m.progress = m.spun_at = 0;
   m.live = n * c.block;
-  m.ready.resize(m.live + 1);
+  const int64_t warps = (c.block + kWarp - 1) / kWarp;
+  const bool warp_parties = settings()["party"] != 0;
+  set_priorities(warp_parties ? n * warps : n, settings()["backward"] != 0);
   m.grid.reset("a grid barrier", m.live, true);
   m.clusters.resize(n / c.cluster);
   for (Barrier& barrier : m.clusters) barrier.reset("a cluster barrier", int64_t{c.cluster} * c.block, false);
@@ -536,6 +623,10 @@ void start_blocks(int64_t first, int64_t n, const LaunchConfig& c) {
                 &state};
       state.block = &block;
       state.warp = &block.warps[i / kWarp];
+      state.party = static_cast<int>(warp_parties ? b * warps + i / kWarp : b);
+      state.spins_on = nullptr;
+      state.spun_at = -1;
+      state.seen.clear();
       state.lane = i % kWarp;
       state.exited = state.cluster_arrived = false;
       state.waits = nullptr;
@@ -579,10 +670,12 @@ void run(const LaunchConfig& config, const void* kernel, Call call, void* contex
   try {
     check_config(config);
     m.config = &config;
-    m.races = settings()["races"] != 0;
+    m.stale = settings()["stale"] != 0;
+    m.races = m.stale || settings()["races"] != 0;
     m.unwritten = settings()["unwritten"] != 0;
     recording = m.races || m.unwritten;
     m.seed = static_cast<uint64_t>(settings()["seed"]);
+    m.schedule = static_cast<Schedule>(settings()["schedule"]);
     m.failure = nullptr;
     m.exception = nullptr;
     m.stuck = false;
@@ -603,7 +696,7 @@ void run(const LaunchConfig& config, const void* kernel, Call call, void* contex
       m.blocks[b]->arena = reinterpret_cast<char*>((start + kArenaAlign - 1) / kArenaAlign * kArenaAlign);
     }
     m.shadow.clear();
-    m.published.clear();
+    m.versions.clear();
     const int64_t switches = m.switches;
     for (int64_t b = 0; b < blocks; b += n) {
       start_blocks(b, n, config);
@@ -714,6 +807,7 @@ void check_peer(const void* address) {
 // Memory ordering.
 
 int block_barrier(const char* kind, bool predicate) {
+  if (removed(Operation::kBlockBarrier, SK_CALLER)) return predicate;
   Barrier& barrier = self().block->barrier;
   (void)kind;
   barrier.votes += predicate;
@@ -722,6 +816,7 @@ int block_barrier(const char* kind, bool predicate) {
 }
 
 void named_barrier(int id, int threads, bool wait) {
+  if (removed(Operation::kNamedBarrier, SK_CALLER)) return;
   if (id < 1 || id > 15) fail("named barriers are 1 to 15", SK_CALLER);
   if (threads % kWarp) fail("a named barrier counts whole warps", SK_CALLER);
   Barrier& barrier = self().block->named[id];
@@ -730,71 +825,169 @@ void named_barrier(int id, int threads, bool wait) {
   arrive(barrier, SK_CALLER, wait);
 }
 
-void cluster_barrier_arrive() {
+namespace {
+void arrive_at_cluster(const void* location) {
   Thread::State& me = self();
   Barrier& barrier = machine.clusters[me.block->cluster];
-  if (me.cluster_arrived) fail("cluster_arrive twice without cluster_wait", SK_CALLER);
+  if (me.cluster_arrived) fail("cluster_arrive twice without cluster_wait", location);
   me.cluster_arrived = true;
   me.cluster_phase = barrier.phase;
-  arrive(barrier, SK_CALLER, false);
+  arrive(barrier, location, false);
 }
 
-void cluster_barrier_wait() {
+void wait_for_cluster(const void* location) {
   Thread::State& me = self();
   Barrier& barrier = machine.clusters[me.block->cluster];
-  if (!me.cluster_arrived) fail("cluster_wait without cluster_arrive", SK_CALLER);
+  if (!me.cluster_arrived) fail("cluster_wait without cluster_arrive", location);
   me.cluster_arrived = false;
   if (barrier.phase == me.cluster_phase) {
     barrier.waiting.push_back(current);
-    wait(barrier.kind, SK_CALLER);
+    wait(barrier.kind, location);
   } else if (machine.races) {
     merge_clock(me.clock, barrier.known);
   }
 }
+}  // namespace
+
+void cluster_barrier_arrive() { arrive_at_cluster(SK_CALLER); }
+void cluster_barrier_wait() { wait_for_cluster(SK_CALLER); }
+void cluster_barrier() {
+  if (removed(Operation::kClusterBarrier, SK_CALLER)) return;
+  arrive_at_cluster(SK_CALLER);
+  wait_for_cluster(SK_CALLER);
+}
 
 void grid_barrier() {
+  if (removed(Operation::kGridBarrier, SK_CALLER)) return;
   if (!machine.config->cooperative) fail("grid_sync needs a cooperative launch", SK_CALLER);
   arrive(machine.grid, SK_CALLER, true);
 }
 
-void yield(const char* why) {
-  constexpr int64_t kPatience = 100000, kRounds = 200;
-  if (++machine.idle > kPatience + kRounds * machine.live) {
-    machine.stuck = true;
-    self().waits = why;
-    self().location = SK_CALLER;
-    self().fibre.switch_to(machine.host);
-  }
-  if (machine.count == 0) return;
-  machine.push(current);
-  wait(why, SK_CALLER);
+namespace {
+
+// Waits until there is progress, with the schedules that have priorities.
+void spin(const char* why, const void* location) {
+  machine.wake_spinning();
+  machine.spinning.push_back(current);
+  machine.spun_at = machine.progress;
+  wait(why, location);
   self().waits = nullptr;
 }
 
-void acquire(const void* address, bool ordered) {
-  const auto at = machine.published.find(address);
-  if (at == machine.published.end() || !at->second) return;
-  if (ordered) {
-    merge_clock(self().clock, at->second);
-  } else {
-    self().relaxed_reads.add(at->second);
+// Runs the other threads that can run.
+void yield_at(const char* why, const void* location) {
+  constexpr int64_t kPatience = 100000, kRounds = 200;
+  if (machine.schedule == kRoundRobin && ++machine.idle > kPatience + kRounds * machine.live) {
+    machine.stuck = true;
+    self().waits = why;
+    self().location = location;
+    self().fibre.switch_to(machine.host);
+  }
+  machine.push(current);
+  wait(why, location);
+  self().waits = nullptr;
+}
+
+// Runs other threads before a load at this address: with priorities, only if there was no progress since the last one.
+void yield_before(const void* address, const char* why, const void* location) {
+  if (machine.schedule == kRoundRobin) return yield_at(why, location);
+  Thread::State& me = self();
+  if (me.spins_on == address && me.spun_at == machine.progress) spin(why, location);
+  me.spins_on = address;
+  me.spun_at = machine.progress;
+}
+
+uint64_t value_at(const void* address, int bytes) {
+  uint64_t value = 0;
+  memcpy(&value, address, bytes);
+  return value;
+}
+
+// The version that a load returns with `stale`: the oldest that neither this thread nor what is ordered before it has
+// read or overwritten, and with each repetition the next.
+const Version& oldest_version(const std::vector<Version>& versions, const void* address) {
+  Thread::State& me = self();
+  const auto known = me.seen.find(address);
+  const int64_t last = static_cast<int64_t>(versions.size()) - 1;
+  int64_t at = known == me.seen.end() ? 0 : std::min(known->second + 1, last);
+  for (int64_t i = last; i > at; --i) {
+    if (versions[i].writer.before(me.clock)) at = i;
+  }
+  me.seen[address] = at;
+  if (at < last) me.spun_at = -1;  // the next load may return another value
+  return versions[at];
+}
+
+}  // namespace
+
+void yield(const char* why) {
+  if (machine.schedule == kRoundRobin) yield_at(why, SK_CALLER);  // else the loads spin
+}
+
+namespace {
+uint64_t ordered_load_at(const void* address, int bytes, Acquire how, const void* location) {
+  if (how != Acquire::kUpdate) yield_before(address, "a flag", location);
+  if (recording) record_access_by(self().clock, address, bytes, Access::kAtomicRead, location);
+  const uint64_t latest = value_at(address, bytes);
+  const auto found = machine.versions.find(address);
+  if (!machine.races || found == machine.versions.end()) return latest;
+  const std::vector<Version>& all = found->second;
+  // A plain write since the last ordered one ends the history.
+  const bool stale = machine.stale && how != Acquire::kUpdate && all.back().value == latest;
+  const Version& version = stale ? oldest_version(all, address) : all.back();
+  if (version.known && how == Acquire::kAcquire) merge_clock(self().clock, version.known);
+  if (version.known && how != Acquire::kAcquire) self().relaxed_reads.add(version.known);
+  return stale ? version.value : latest;
+}
+}  // namespace
+
+uint64_t ordered_load(const void* address, int bytes, Acquire how) {
+  return ordered_load_at(address, bytes, how, SK_CALLER);
+}
+
+void wait_acquire(const void* address, int bytes, uint64_t wanted) {
+  const void* location = SK_CALLER;
+  const Weakening weakening = weakening_of(Operation::kWait, location);
+  if (weakening == Weakening::kRemoved) return;
+  if (weakening == Weakening::kOneLess && wanted > 0) --wanted;
+  const Acquire how = weakening == Weakening::kRelaxed ? Acquire::kRelaxed : Acquire::kAcquire;
+  while (ordered_load_at(address, bytes, how, location) < wanted) {
   }
 }
 
-void release(const void* address, Release how) {
-  machine.idle = 0;
-  if (!machine.races) return;
+int slot(int slot) { return weakening_of(Operation::kSlot, SK_CALLER) == Weakening::kOther ? 1 - slot : slot; }
+
+void ordered_store(void* address, int bytes, uint64_t value, Release how) {
+  const void* location = SK_CALLER;
+  const Weakening weakening = weakening_of(Operation::kPublish, location);
+  if (weakening == Weakening::kRemoved) return;
+  if (weakening == Weakening::kRelaxed) {
+    how = how == Release::kStore ? Release::kRelaxedStore : how == Release::kUpdate ? Release::kRelaxedUpdate : how;
+  }
   Thread::State& me = self();
-  const bool ordered = how == Release::kStore || how == Release::kUpdate;
-  const bool updates = how == Release::kRelaxedUpdate || how == Release::kUpdate;
-  ClockSnapshot& published = machine.published[address];
-  ClockMerge join;
-  if (updates) join.add(published);
-  join.add(ordered ? snapshot(me.clock) : me.fenced);
-  published = join.empty() ? nullptr : join.result();
+  if (recording) record_access_by(me.clock, address, bytes, Access::kAtomicWrite, location);
+  machine.advance();
+  if (machine.races) {
+    const bool ordered = how == Release::kStore || how == Release::kUpdate;
+    const bool updates = how == Release::kRelaxedUpdate || how == Release::kUpdate;
+    std::vector<Version>& all = machine.versions[address];
+    const uint64_t latest = value_at(address, bytes);
+    if (all.empty() || all.back().value != latest) all.assign({{latest, nullptr, {}}});
+    Version version{value, nullptr, {me.clock.block, me.clock.thread, me.clock.now, location, true}};
+    ClockMerge join;
+    if (updates) join.add(all.back().known);
+    join.add(ordered ? snapshot(me.clock) : me.fenced);
+    if (!join.empty()) version.known = join.result();
+    if (!machine.stale) all.clear();
+    all.push_back(std::move(version));
+    if (machine.stale) me.seen[address] = static_cast<int64_t>(all.size()) - 1;
+  }
+  memcpy(address, &value, bytes);
+  if (machine.schedule == kRandomPriorities) yield_at("a store", location);
 }
 
 void fence() {
+  if (removed(Operation::kFence, SK_CALLER)) return;
   if (!machine.races) return;
   Thread::State& me = self();
   if (!me.relaxed_reads.empty()) merge_clock(me.clock, me.relaxed_reads.result());
@@ -805,12 +998,13 @@ void fence() {
 // Warps.
 
 void collective(const char* kind, uint32_t mask, void* operand, Perform perform) {
+  if (perform == nullptr && removed(Operation::kWarpBarrier, SK_CALLER)) return;
   Thread::State& me = self();
   Warp& warp = *me.warp;
   const uint32_t mine = 1u << me.lane, needed = mask & warp.lanes;
   if (!(mask & mine)) fail(std::string(kind) + " with a mask that lacks the own lane", SK_CALLER);
   if (needed & warp.exited) fail(std::string("divergent barrier: ") + kind + " with lanes that have exited", SK_CALLER);
-  machine.idle = 0;
+  machine.advance();
   Collective* all = nullptr;
   for (Collective& c : warp.collectives) {
     if (c.mask == mask) all = &c;
@@ -864,6 +1058,9 @@ void copy_async(char* to, const char* from, int bytes, int valid_bytes) {
 void copy_async_commit() { ++self().copy_group; }
 
 void copy_async_wait(int pending) {
+  const Weakening weakening = weakening_of(Operation::kCopies, SK_CALLER);
+  if (weakening == Weakening::kRemoved) return;
+  if (weakening == Weakening::kOneLess) ++pending;
   Thread::State& me = self();
   auto done = me.copies.begin();
   for (; done != me.copies.end() && done->group < me.copy_group - pending; ++done) {
@@ -926,9 +1123,10 @@ void mbarrier_init(const void* address, int arrivals) {
 }
 
 void mbarrier_arrive(const void* address, int64_t expect_bytes) {
+  if (removed(Operation::kArrive, SK_CALLER)) return;
   SharedBarrier& barrier = shared_barrier(address, SK_CALLER);
   if (barrier.pending == 0) fail("more arrivals at an mbarrier than its phase expects", SK_CALLER);
-  machine.idle = 0;
+  machine.advance();
   if (machine.races) barrier.join.add(self().clock);
   barrier.bytes += expect_bytes;
   --barrier.pending;
@@ -936,6 +1134,9 @@ void mbarrier_arrive(const void* address, int64_t expect_bytes) {
 }
 
 void mbarrier_wait(const void* address, int parity) {
+  const Weakening weakening = weakening_of(Operation::kPhase, SK_CALLER);
+  if (weakening == Weakening::kRemoved) return;
+  if (weakening == Weakening::kOneLess) parity ^= 1;
   SharedBarrier& barrier = shared_barrier(address, SK_CALLER);
   while (!phase_over(barrier, parity)) {
     barrier.waiting.push_back(current);
@@ -944,8 +1145,9 @@ void mbarrier_wait(const void* address, int parity) {
 }
 
 void deliver_async(char* to, const char* from, const void* value, int64_t bytes, const void* address) {
+  if (removed(Operation::kDelivery, SK_CALLER)) return;
   SharedBarrier& barrier = shared_barrier(address, SK_CALLER);
-  machine.idle = 0;
+  machine.advance();
   Delivery delivery{to, from, {}, bytes, {}, nullptr, SK_CALLER};
   if (value) memcpy(delivery.value.data(), value, bytes);
   if (recording) {
@@ -972,4 +1174,44 @@ SK_EXPORT int64_t seqkernels_emulation_get(const char* name) {
   const auto& all = seqkernels::emulation::settings();
   const auto at = all.find(name);
   return at == all.end() ? -1 : at->second;
+}
+
+// Weakened calls, for mutants.py. Addresses are relative to the start of the module.
+namespace {
+const char* module_start() {
+  static const char* start = [] {
+    Dl_info info{};
+    dladdr(reinterpret_cast<const void*>(&seqkernels_emulation_get), &info);
+    return static_cast<const char*>(info.dli_fbase);
+  }();
+  return start;
+}
+}  // namespace
+// Starts to record the addresses of synchronising calls.
+SK_EXPORT void seqkernels_emulation_record_sites() {
+  auto& mutant = seqkernels::emulation::mutant;
+  mutant = {};
+  mutant.active = mutant.recording = true;
+}
+// Ends the recording. Writes up to `count` addresses and operations and returns how many there are.
+SK_EXPORT int64_t seqkernels_emulation_sites(int64_t* addresses, int64_t* operations, int64_t count) {
+  auto& mutant = seqkernels::emulation::mutant;
+  int64_t at = 0;
+  for (const auto& [address, operation] : mutant.sites) {
+    if (at < count) {
+      addresses[at] = static_cast<const char*>(address) - module_start();
+      operations[at] = static_cast<int64_t>(operation);
+    }
+    ++at;
+  }
+  mutant.active = mutant.recording = false;
+  return at;
+}
+// Weakens the calls at these addresses; count = 0 ends it.
+SK_EXPORT void seqkernels_emulation_weaken(const int64_t* addresses, int64_t count, int weakening) {
+  auto& mutant = seqkernels::emulation::mutant;
+  mutant = {};
+  mutant.active = count > 0;
+  mutant.weakening = static_cast<seqkernels::emulation::Weakening>(weakening);
+  for (int64_t i = 0; i < count; ++i) mutant.weakened.insert(module_start() + addresses[i]);
 }

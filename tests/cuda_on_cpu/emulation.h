@@ -8,6 +8,15 @@
 //   races      two unordered accesses to one byte by different threads, at least one of them a plain write
 //   unwritten  a read of uninitialised shared memory
 //   backward   threads start in reverse order; seed=N: in random order, also after barriers
+//   schedule   which thread runs next where several can; a party is a block, or with party=1 a warp:
+//              0 round robin over all threads
+//              1 depth first: a party runs until all its threads must wait; parties in the order of their number, with
+//                seed=N in random order
+//              2 starvation: party N % parties of seed=N runs only if no other can
+//              3 random priorities of parties, changed at random moments (PCT: Burckhardt et al., "A Randomized
+//                Scheduler with Probabilistic Guarantees of Finding Bugs", ASPLOS 2010)
+//   stale      an ordered load returns the oldest value that a device may return, and one newer with each repetition,
+//              and an acquire orders only what the release of that value ordered. Implies races.
 // Entry points that appear in reports are not inlined: their return address is the location in the kernel.
 #pragma once
 
@@ -35,11 +44,33 @@ struct Thread {
 extern Thread* current;
 extern bool recording;  // whether accesses must be recorded
 
-// Settings and counters by name. Checks: races, unwritten, backward, seed. Device: major, minor, multiprocessors,
+// Settings and counters by name. Checks: races, unwritten, backward, seed, schedule, party,
+// stale. Device: major, minor, multiprocessors,
 // shared_bytes, l2_bytes, cluster_blocks (of the largest cluster). Counters: launches, threads, switches.
 std::map<std::string, int64_t>& settings();
 
 #define SK_ENTRY __attribute__((noinline))
+
+// Weakened calls, for mutants.py: the synchronisation of kernels consists of calls of these operations, and a test must
+// fail if the calls at some addresses in the kernels are weakened.
+enum class Operation {
+  kWait,
+  kPublish,
+  kBlockBarrier,
+  kWarpBarrier,
+  kNamedBarrier,
+  kClusterBarrier,
+  kGridBarrier,
+  kFence,
+  kArrive,
+  kPhase,
+  kCopies,
+  kDelivery,
+  kSlot
+};
+// kRemoved: no operation; kOneLess: waits for one event less; kRelaxed: orders no other accesses; kOther: the other
+// slot.
+enum class Weakening { kNone, kRemoved, kOneLess, kRelaxed, kOther };
 
 // Launching.
 using Call = void (*)(void* context);
@@ -61,17 +92,22 @@ SK_ENTRY char* peer_shared(char* mine, int rank);  // the same address in anothe
 SK_ENTRY void check_peer(const void* address);     // checks that its block still runs
 
 // Memory ordering.
-SK_ENTRY int block_barrier(const char* kind, bool predicate);
+SK_ENTRY int block_barrier(const char* kind, bool predicate);  // the number of threads with the predicate
 SK_ENTRY void named_barrier(int id, int threads, bool wait);
 SK_ENTRY void cluster_barrier_arrive();
 SK_ENTRY void cluster_barrier_wait();
+SK_ENTRY void cluster_barrier();
 SK_ENTRY void grid_barrier();
-SK_ENTRY void yield(const char* why);  // runs other threads
-// Ordering accesses: call acquire after the read, release before the write.
-SK_ENTRY void acquire(const void* address, bool ordered);
+SK_ENTRY void yield(const char* why);  // runs other threads, in a loop that waits for a value
+// Ordering accesses to integers of 4 or 8 bytes. ordered_load returns the value, zero-extended; The load of
+// an update returns the latest value.
+enum class Acquire { kRelaxed, kAcquire, kUpdate };
+SK_ENTRY uint64_t ordered_load(const void* address, int bytes, Acquire how);
 enum class Release { kRelaxedStore, kStore, kRelaxedUpdate, kUpdate };
-SK_ENTRY void release(const void* address, Release how);
+SK_ENTRY void ordered_store(void* address, int bytes, uint64_t value, Release how);
+SK_ENTRY void wait_acquire(const void* address, int bytes, uint64_t wanted);  // until the value is at least `wanted`
 SK_ENTRY void fence();
+SK_ENTRY int slot(int slot);  // returns its argument, 0 or 1: a slot of a double buffer
 
 // Warps.
 

@@ -244,6 +244,34 @@ SK_KERNEL(32) chain_kernel(const SK_GRID_CONSTANT Arrays args) {
   }
 }
 
+// Rounds in which each block sums what all blocks published in the round before, through two slots, without a grid
+// barrier. 0: waits for the publications of its round; 1: for one too few; 2: publishes before it writes.
+SK_KERNEL(32) rounds_kernel(const SK_GRID_CONSTANT Arrays args) {
+  const auto slots = array<int32_t>(args, 0);   // [2, blocks]
+  const auto flags = array<uint32_t>(args, 1);  // [blocks], 0: publications of each block
+  const auto out = array<int32_t>(args, 2);     // [rounds, blocks]
+  const int64_t b = block_index(), blocks = grid_blocks(), rounds = args.bytes[2] / 4 / blocks;
+  const auto publish = [&](int64_t round, int32_t value) {
+    if (thread_index() != 0) return;
+    if (args.variant == 2) add_release(flags, b, 1u);
+    slots[round % 2 * blocks + b] = value;
+    if (args.variant != 2) add_release(flags, b, 1u);
+  };
+  publish(0, static_cast<int32_t>(b));
+  for (int64_t round = 0; round < rounds; ++round) {
+    int32_t sum = 0;
+    for (int64_t from = lane_index(); from < blocks; from += 32) {
+      wait_acquire(flags, from, static_cast<uint32_t>(args.variant == 1 ? round : round + 1));
+      const int32_t part = slots[round % 2 * blocks + from];
+      sum += part;
+    }
+    warp_sync();  // a shuffle does not order memory
+    for (int d = 16; d > 0; d /= 2) sum += shuffle_xor(sum, d);
+    if (thread_index() == 0) out[round * blocks + b] = sum;
+    publish(round + 1, sum % 1000 + static_cast<int32_t>(b));
+  }
+}
+
 // Two rounds of a grid-wide rotation. 0: with both grid barriers; 1: without the second.
 SK_KERNEL(64) rotate_kernel(const SK_GRID_CONSTANT Arrays args) {
   const auto a = array<int32_t>(args, 0), b = array<int32_t>(args, 1);
@@ -643,6 +671,7 @@ const std::map<std::string, Entry>& entries() {
       {"histogram", {histogram_kernel, config({3}, 128)}},
       {"last_block", {last_block_kernel, config({40}, 32)}},
       {"chain", {chain_kernel, config({7}, 32, 0, 1, true)}},
+      {"rounds", {rounds_kernel, config({5}, 32, 0, 1, true)}},
       {"rotate", {rotate_kernel, config({5}, 64, 0, 1, true)}},
       {"too_many", {rotate_kernel, config({1 << 20}, 64, 0, 1, true)}},
       {"too_much_shared", {rotate_kernel, config({1}, 64, 300 * 1024)}},

@@ -216,7 +216,7 @@ def test_bits_are_independent_of_the_number_of_multiprocessors(mode: str, ops: _
     assert_bag_near(run(inputs), bag_definition(inputs), inputs)
 
 
-@pytest.mark.parametrize("order", [{}, {"backward": 1}, {"seed": 5}], ids=["forward", "backward", "random"])
+@pytest.mark.parametrize("order", [*cuda_on_cpu.LOCKSTEP, *cuda_on_cpu.SCHEDULES], ids=str)
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @ONLY_EMULATED
 def test_no_races_and_bits_are_independent_of_the_order(order: dict[str, int], mode: str) -> None:
@@ -225,7 +225,7 @@ def test_no_races_and_bits_are_independent_of_the_order(order: dict[str, int], m
     )
     inputs = make_bag_inputs(case, torch.float32, mode)
     want = run(inputs)
-    with machine(races=1, unwritten=1, **order):
+    with machine(**({"races": 1, "unwritten": 1} | order)):
         got = run(inputs)
         sparse = run(inputs, sparse=True)
     assert_same_bits(got, want, list(want))

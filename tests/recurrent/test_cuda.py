@@ -347,6 +347,8 @@ def test_options(kind: str, options: tuple[str, ...]) -> None:
     check_layer(Layer(kind=kind, form=form, bidirectional=True, options=options, dtype=torch.float64, B=4))
 
 
+in_any_order = pytest.mark.parametrize("mode", [*cuda_on_cpu.LOCKSTEP, *cuda_on_cpu.SCHEDULES], ids=str)
+
 # Layers that the cluster tier supports in half types.
 CLUSTERS = [
     *(Layer(kind=kind, form=form, H=24, T=5, bidirectional=True) for kind, form in itertools.product(PLAIN, FORMS)),
@@ -394,7 +396,7 @@ def test_clusters_of_three_groups(kind: str, H: int, mode: dict[str, int]) -> No
         check_layer(layer)
 
 
-@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
+@in_any_order
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @ONLY_EMULATED
 def test_clusters_in_any_order(kind: str, mode: dict[str, int]) -> None:
@@ -429,8 +431,7 @@ def check_grid(layer: Layer, teams: tuple[int, int] | None = None, recompute: bo
     """Asserts that the grid tier runs both passes, with (teams, blocks per team), and matches the definition."""
     settings = AMPERE | settings
     with tf32(layer.dtype == torch.float32), machine(**settings):
-        device = {key: value for key, value in settings.items() if key not in ("races", "unwritten", "seed")}
-        device.pop("backward", None)
+        device = {key: value for key, value in settings.items() if key in cuda_on_cpu.DEVICE_SETTINGS}
         for found in plan_of(layer, device).values():
             assert found["tier"] == "grid", found["reasons"]
             assert teams is None or (found["teams"], found["cluster"]) == teams
@@ -539,7 +540,7 @@ def test_persistent_kernels_with_recompute(kind: str, form: str, tier: str) -> N
             check_layer(layer, recompute=True)
 
 
-@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
+@in_any_order
 @pytest.mark.parametrize("tier", ["cluster", "grid"])
 @ONLY_EMULATED
 def test_options_in_any_order(tier: str, mode: dict[str, int]) -> None:
@@ -579,7 +580,7 @@ def test_weights_that_exceed_registers(layer: Layer, settings: dict[str, int]) -
     check_grid(dataclasses.replace(layer, dtype=torch.float32), **settings)
 
 
-@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}, {"seed": 3}], ids=str)
+@in_any_order
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("multiprocessors", [2, 6])
 @ONLY_EMULATED
@@ -1068,7 +1069,7 @@ def test_one_step_in_tf32(kind: str) -> None:
         assert not any(torch.equal(a, b) for a, b in zip(exact, everything(layer, of), strict=True) if a.dim() > 1)
 
 
-@pytest.mark.parametrize("mode", [{"races": 1, "unwritten": 1}, {"backward": 1}], ids=str)
+@in_any_order
 @pytest.mark.parametrize("kind", ["lstm_coupled", "gru", "mgu"])
 @ONLY_EMULATED
 def test_one_step_in_any_order(kind: str, mode: dict[str, int]) -> None:

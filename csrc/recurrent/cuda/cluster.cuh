@@ -278,7 +278,7 @@ struct Rounds {
     for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(full, i, bytes[i]);
   }
   SK_DEVICE void wait(int round) const {
-    const int slot = round & 1;
+    const int slot = slot_of(round);
     mbarrier_wait(full, slot, (round - 1) >> 1 & 1);
     if (thread_index() == 0) mbarrier_arrive_expect(full, slot, slot == 0 ? bytes[0] : bytes[1]);
   }
@@ -353,7 +353,7 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
 
     int stage = 0;  // of the ring, where it begins
     for (int64_t s = 0; s < steps; ++s) {
-      const int round = static_cast<int>(kSecond > 0 ? 2 * s : s), slot = round & 1;
+      const int round = static_cast<int>(kSecond > 0 ? 2 * s : s), slot = slot_of(round);
       unit.fetch(stage == 0 ? (kRing - 1) * Unit::kStage : stage - Unit::kStage, at[kRing - 1]);
       const int64_t ahead = unit.follow(at[kRing - 1]), link = at[0];
       const uint32_t masks = unit.masks_of(link);
@@ -364,7 +364,7 @@ cluster_forward_kernel(const SK_GRID_CONSTANT PersistentForwardArgs args) {
 
       const typename Unit::Options options = unit.options_of(masks, link, lanes.sequence);
       float saved[Cell::kSaved] = {};
-      int next = 1 - slot;
+      int next = other_slot(slot);
       if constexpr (kSecond > 0) {
         float carried = 0.0f, of_q[kSecond] = {};
         S q[1] = {S{}};
@@ -439,7 +439,7 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
     cluster_sync();
 
     for (int64_t s = 0; s <= steps; ++s) {
-      const int round = static_cast<int>(kSecond > 0 ? 2 * s : s), slot = round & 1;
+      const int round = static_cast<int>(kSecond > 0 ? 2 * s : s), slot = slot_of(round);
       typename BackwardUnit<Cell>::Read read;
       unit.read(walk, lanes.sequence, lanes.lane, read);
       float product[1] = {};
@@ -448,7 +448,7 @@ cluster_backward_kernel(const SK_GRID_CONSTANT PersistentBackwardArgs args) {
         multiply(lanes, memory.slots + slot * slot_size, product);
       }
       float by_x[kGates], by_h[kGates];
-      int next = 1 - slot;
+      int next = other_slot(slot);
       if constexpr (kSecond > 0) {
         unit.second(walk, lanes.sequence, read, product[0], by_x);
         if (s < steps) {

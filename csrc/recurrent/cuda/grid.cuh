@@ -358,7 +358,7 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
   int stage = 0;  // of the ring, where it begins
   int partial = 0;
   for (int s = 0; s < most; ++s) {
-    const int round = s * kRounds, slot = round & 1, next_slot = (round + kRounds) & 1;
+    const int round = s * kRounds, slot = slot_of(round), next_slot = slot_of(round + kRounds);
     SK_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = lanes.tile(place, turn), steps = memory.steps[turn];
@@ -388,10 +388,10 @@ grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
             float h = h_of[turn * kThreads];
             S q[1] = {S{}};
             if (link >= 0) q[0] = unit.first(stage, link, product, options, h, carried, saved);
-            multiply_q.exchange.publish(tile, 1 - slot, lanes.pair, unit_of[kThreads], q);
+            multiply_q.exchange.publish(tile, other_slot(slot), lanes.pair, unit_of[kThreads], q);
           }
           multiply_q.exchange.wait_published(tile, round + 2);
-          multiply_q(lanes, tile, 1 - slot, partial, of_q);
+          multiply_q(lanes, tile, other_slot(slot), partial, of_q);
           partial = kPlace - partial;
         }
         if (works) {
@@ -513,7 +513,7 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
 
   int partial = 0;
   for (int s = 0; s <= most; ++s) {
-    const int round = s * kRounds, slot = round & 1, next_slot = (round + kRounds) & 1;
+    const int round = s * kRounds, slot = slot_of(round), next_slot = slot_of(round + kRounds);
     SK_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = lanes.tile(place, turn), steps = memory.steps[turn];
@@ -542,13 +542,13 @@ grid_backward_kernel(const SK_GRID_CONSTANT GridBackwardArgs args) {
             const S last[1] = {operand(narrow<S>(by_x[kFirst]), true)};
             const int mine = unit_of[kThreads], block = unit_of[0] / kBlockK<S>;
             const int of_last = mine < 0 ? kNowhere : mine - block * (kFirst - 1) * kBlockSize<S>;
-            multiply_q.exchange.publish(tile, 1 - slot, lanes.pair, of_last, last);
+            multiply_q.exchange.publish(tile, other_slot(slot), lanes.pair, of_last, last);
           }
         }
         if (s < steps) {
           float of_q[1] = {};
           multiply_q.exchange.wait_published(tile, round + 1);
-          multiply_q(lanes, tile, 1 - slot, partial, of_q);
+          multiply_q(lanes, tile, other_slot(slot), partial, of_q);
           partial = kPlace - partial;
           if (works) {
             const Unit unit(args, lanes.direction, unit_of[0]);
