@@ -236,7 +236,7 @@ gpu:
 
 # ---- sanitizers ----
 # Python is not instrumented, so the sanitizer runtime is preloaded, and leaks are not detected: tests/test_robustness.py
-# detects them. The build uses separate folders.
+# detects them. The build uses separate folders. -s: pytest would keep the report of a fault that ends the process.
 
 SANITIZED := build/sanitize
 sanitize: $(call with,test) $(EMULATED)
@@ -249,7 +249,7 @@ sanitize: $(call with,test) $(EMULATED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
 	cd $(SANITIZED)/site && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    '$(CURDIR)/$(PY)' -m pytest $(if $(filter-out 0,$(FUZZ_SECONDS)),tests/test_fuzz.py tests/test_fuzz_ops.py \
+	    '$(CURDIR)/$(PY)' -m pytest -s $(if $(filter-out 0,$(FUZZ_SECONDS)),tests/test_fuzz.py tests/test_fuzz_ops.py \
 	    --fuzz-seconds=$(FUZZ_SECONDS) --fuzz-log=../fuzz.log) $(ARGS)
 
 # ---- coverage ----

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -601,6 +602,20 @@ def test_missing_mbarrier_arrival() -> None:
 def test_invalid_mbarrier_arrivals(variant: int, parts: list[str]) -> None:
     with fails(*parts, "arrivals_kernel"):
         emulate("arrivals", np.zeros(64, np.int32), variant=variant)
+
+
+MUTANTS = json.loads((cuda_on_cpu.FOLDER / "mutants.json").read_text())
+
+
+def test_the_table_of_mutants_is_of_these_sources() -> None:
+    """Each place of mutants.json is a line of the sources, and each mutant is killed or has a reason."""
+    for place, mutants in MUTANTS.items():
+        for part in place.split(" > csrc/"):
+            file, _, line = part.removeprefix("csrc/").partition(": ")
+            lines = [text.strip() for text in (cuda_on_cpu.FOLDER.parents[1] / "csrc" / file).read_text().splitlines()]
+            assert line.strip() in lines, f"{file}: {line}; run make check-mutants ARGS=--update"
+        assert all(mutants.values()), place
+    assert len(MUTANTS) > 40
 
 
 def test_launch_after_a_failure(checks) -> None:

@@ -41,6 +41,10 @@ OVERFLOWS = {  # products and sums of numbers that wrap to ones that fit
         ([R(7, 5)] * 3, [2**63 - 1, 2**63 - 1, 4], torch.arange(6), torch.arange(7), None, 0, -1, True, 0),
         "embedding_bags: features must be at most 2147483648 for each table, got 9223372036854775807",
     ),
+    "crf_viterbi": (
+        (R(3, 4, 4), R(1, 1, 4, 4), None, None, None, None, 2**62),
+        "crf_viterbi: paths must be fewer, got 4611686018427387904 of 4 tags",
+    ),
     "multihead_attention_forward": (
         (R(2, 3, 24), None, (2**64 + 2) // 3, True, None, None, 0.3, 0, 0.0, None, 0),
         "multihead_attention_forward: heads must be at most 2147483648, got 6148914691236517206",
@@ -53,6 +57,12 @@ def test_numbers_that_overflow(name: str) -> None:
     arguments, text = OVERFLOWS[name]
     with pytest.raises(RuntimeError, match=text):
         getattr(torch.ops.seqkernels, name)(*arguments)
+
+
+def test_packed_sequences_without_sizes() -> None:
+    for invalid in (None, R(3), torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="packed_sequences: batch_sizes must have one dimension"):
+            torch.ops.seqkernels.packed_sequences(invalid)
 
 
 def contents(values: Any) -> list[tuple[Tensor, bytes]]:

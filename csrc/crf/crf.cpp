@@ -1,6 +1,7 @@
 // Operators of conditional random fields on the CPU: checks, allocation, launch.
 #include "crf/crf.h"
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -166,7 +167,8 @@ std::tuple<Tensor, Tensor> viterbi(SEQKERNELS_CRF_PARAMETERS, int64_t paths) {
   Call call("crf_viterbi", emissions, transitions, start, end, lengths, mask, std::nullopt);
   const CrfArgs& a = call.args;
   if (paths < 1) fail(call.op, ": paths must be at least 1, got ", paths);
-  if (paths * a.K > (int64_t{1} << 31) - 1) fail(call.op, ": paths must be fewer, got ", paths, " of ", a.K, " tags");
+  if (paths > ((int64_t{1} << 31) - 1) / std::max<int64_t>(a.K, 1))
+    fail(call.op, ": paths must be fewer, got ", paths, " of ", a.K, " tags");
   Tensor tags = allocate_cpu(ScalarType::Long, {a.B, paths, a.T}),
          scores = allocate_cpu(ScalarType::Double, {a.B, paths});
   int64_t* to = static_cast<int64_t*>(tags.mutable_data_ptr());

@@ -157,6 +157,8 @@ Tensor unpack(const Tensor& packed, const Tensor& scales, int64_t rows, int64_t 
               int64_t heads, int64_t precision) {
   const std::string op = "recurrent_unpack";
   if (rows < 0 || K < 0) fail(op, ": rows and columns must be at least 0, got ", rows, " and ", K);
+  constexpr int64_t kMost = int64_t{1} << 28;  // the bytes of the packed weight cannot overflow
+  if (rows > kMost || K > kMost) fail(op, ": rows and columns must be at most ", kMost, ", got ", rows, " and ", K);
   const Packing packing = packing_of(op, rows, K, gates, first, heads, precision);
   check_cpu(op, "packed", packed);
   const Tensor source = checked(op, "packed", packed, storage_of(packing.precision),

@@ -341,6 +341,7 @@ struct LayerInputs {
 
 // Zeroes the rows of `saved` beyond the real tokens.
 void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
+  if (saved.numel() == 0) return;  // no memory, not even for zero bytes
   const int64_t row = saved.size(2) * static_cast<int64_t>(saved.element_size());
   char* data = static_cast<char*>(saved.mutable_data_ptr());
   for (int64_t d = 0; d < args.directions; ++d) {

@@ -108,11 +108,15 @@ def new_size() -> Any:
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("packed_sequences(Tensor batch_sizes) -> Tensor")  # [B], without values
-_library.impl(
-    "packed_sequences",
-    lambda batch_sizes: batch_sizes.new_empty(int(batch_sizes[0]), dtype=torch.uint8),
-    "CompositeExplicitAutograd",
-)
+
+
+def _packed_sequences(batch_sizes: Tensor) -> Tensor:
+    if batch_sizes is None or batch_sizes.dim() != 1 or batch_sizes.numel() == 0 or batch_sizes.is_floating_point():
+        raise ValueError("packed_sequences: batch_sizes must have one dimension, at least one element and integers")
+    return batch_sizes.new_empty(int(batch_sizes[0]), dtype=torch.uint8)
+
+
+_library.impl("packed_sequences", _packed_sequences, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::packed_sequences")(
     lambda batch_sizes: batch_sizes.new_empty(new_size(), dtype=torch.uint8)
 )

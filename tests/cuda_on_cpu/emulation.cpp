@@ -959,7 +959,8 @@ int slot(int slot) { return weakening_of(Operation::kSlot, SK_CALLER) == Weakeni
 
 void ordered_store(void* address, int bytes, uint64_t value, Release how) {
   const void* location = SK_CALLER;
-  const Weakening weakening = weakening_of(Operation::kPublish, location);
+  const bool publishes = how == Release::kStore || how == Release::kUpdate;
+  const Weakening weakening = weakening_of(publishes ? Operation::kPublish : Operation::kUpdate, location);
   if (weakening == Weakening::kRemoved) return;
   if (weakening == Weakening::kRelaxed) {
     how = how == Release::kStore ? Release::kRelaxedStore : how == Release::kUpdate ? Release::kRelaxedUpdate : how;

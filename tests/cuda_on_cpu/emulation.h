@@ -66,7 +66,8 @@ enum class Operation {
   kPhase,
   kCopies,
   kDelivery,
-  kSlot
+  kSlot,
+  kUpdate
 };
 // kRemoved: no operation; kOneLess: waits for one event less; kRelaxed: orders no other accesses; kOther: the other
 // slot.
@@ -99,7 +100,7 @@ SK_ENTRY void cluster_barrier_wait();
 SK_ENTRY void cluster_barrier();
 SK_ENTRY void grid_barrier();
 SK_ENTRY void yield(const char* why);  // runs other threads, in a loop that waits for a value
-// Ordering accesses to integers of 4 or 8 bytes. ordered_load returns the value, zero-extended; The load of
+// Ordering accesses to integers of 4 or 8 bytes. ordered_load returns the value, zero-extended. The load of
 // an update returns the latest value.
 enum class Acquire { kRelaxed, kAcquire, kUpdate };
 SK_ENTRY uint64_t ordered_load(const void* address, int bytes, Acquire how);

@@ -46,6 +46,7 @@ OPERATIONS = {
     "copies": ["removed", "one less"],
     "delivery": ["removed"],
     "slot": ["other slot"],
+    "update": ["removed"],
 }
 ORDERS = [*cuda_on_cpu.LOCKSTEP, *cuda_on_cpu.SCHEDULES]
 

@@ -223,7 +223,7 @@ struct KeyColumns<Half> {  // widened before the transpose: 4 columns, 8 bytes o
     for (int i = 0; i < words; ++i) {
 #if defined(__AVX512F__) || defined(__AVX2__)
       const auto two = [&](int row) {
-        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(at(row)));
+        const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at(row))));
         return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(at(row + 4))));
       };
 #endif

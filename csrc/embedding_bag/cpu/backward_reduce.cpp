@@ -164,7 +164,7 @@ struct Reducer {
 
   // Zeroes rows [from, end), which do not occur.
   SEQKERNELS_INLINE void zero_rows(int64_t from, int64_t end) const {
-    if (from < end)
+    if (from < end && t.D > 0)
       memset(static_cast<void*>(static_cast<S*>(to.dense) + from * t.D), 0, sizeof(S) * (end - from) * t.D);
   }
 

@@ -144,7 +144,7 @@ BagFault weight_gradient_of(const BagBackward& args, void* dweights) {
   }
   // Positions behind the last bag have a zero gradient.
   const int64_t end = gradient.bounds.begin(t.bags), size = in_place ? sizeof(T) : sizeof(S);
-  memset(static_cast<char*>(dweights) + end * size, 0, (t.N - end) * size);
+  if (end < t.N) memset(static_cast<char*>(dweights) + end * size, 0, (t.N - end) * size);
   return {};
 }
 

@@ -87,33 +87,28 @@ class Faults {
 
 // Checks that the bags are consecutive and within the indices. Raises `longest` to the length of the longest bag.
 inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
-  BagFault fault{};
-  if (t.bags == 0) return fault;
-  if (t.E == 0 && Bounds(t, wide).work() > t.bags) {  // the loops below assume that a first row exists
-    return {BagFault::kIndex, Bounds(t, wide).begin(0), 0};
-  }
+  if (t.bags == 0) return {};
+  const Bounds bounds{t, wide};
   if (t.offsets == nullptr) {
     longest = max(longest, t.length);
-    return fault;
+  } else {
+    int64_t before = bounds.begin(0);
+    if (before < 0 || before > t.N) return {BagFault::kOffset, 0, before};
+    bool invalid = false;
+    for (int64_t bag = 1; bag <= t.bags; ++bag) {
+      const int64_t now = bounds.begin(bag);
+      invalid |= now < before || now > t.N;
+      longest = max(longest, int64_t(uint64_t(now) - uint64_t(before)));  // invalid offsets may overflow
+      before = now;
+    }
+    for (int64_t bag = 1; invalid; ++bag) {
+      const int64_t now = bounds.begin(bag);
+      if (now < bounds.begin(bag - 1) || now > t.N) return {BagFault::kOffset, bag, now};
+    }
   }
-  const Bounds bounds{t, wide};
-  int64_t before = bounds.begin(0);
-  if (before < 0 || before > t.N) return {BagFault::kOffset, 0, before};
-  bool invalid = false;
-  int64_t longest_bag = longest;
-  for (int64_t bag = 1; bag <= t.bags; ++bag) {
-    const int64_t now = bounds.begin(bag);
-    invalid |= now < before || now > t.N;
-    longest_bag = max(longest_bag, now - before);
-    before = now;
-  }
-  longest = longest_bag;
-  if (!invalid) return fault;
-  for (int64_t bag = 1; bag <= t.bags; ++bag) {
-    const int64_t now = bounds.begin(bag);
-    if (now < bounds.begin(bag - 1) || now > t.N) return {BagFault::kOffset, bag, now};
-  }
-  return fault;
+  // The loops over rows assume that a first row exists.
+  if (t.E == 0 && bounds.work() > t.bags) return {BagFault::kIndex, bounds.begin(0), 0};
+  return {};
 }
 
 // Units of work: a bag, or a chunk of a long one.
