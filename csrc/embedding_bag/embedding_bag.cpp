@@ -155,6 +155,8 @@ struct Bags {
   void set_rows(BagTable& t, int64_t E, int64_t D) const {
     t.E = E;
     t.D = D;
+    constexpr int64_t kMost = int64_t{1} << 59;  // elements; their bytes cannot overflow
+    if (E > kMost / std::max<int64_t>(D, 1)) fail(op, ": a table must have fewer elements, got ", show({E, D}));
     if (t.padding < -1 || t.padding >= E) {
       fail(op, ": padding_idx must be in [0, ", E, "), or -1 for none, got ", t.padding);
     }
