@@ -46,6 +46,13 @@ def bag(ops: Any, indices: Tensor, offsets: Tensor) -> Any:
     return ops.embedding_bag_forward(R(5, D), indices, offsets, None, 0)
 
 
+def bags_backward(ops: Any, rows: int) -> Any:
+    none, bounds = torch.zeros(0, dtype=torch.int32), I([0, 1, 2])
+    return ops.embedding_bags_backward(
+        R(1, 8), none, [7, rows], [5, 3], [1, 1], I([1, 2]), bounds, None, 0, -1, True, 0, False
+    )
+
+
 def attend(ops: Any, q_lengths: Tensor | None = None, cu: Tensor | None = None) -> Any:
     q = R(1 if cu is not None else 2, 2, 6, 8)
     longest = 6 if cu is not None else 0
@@ -84,6 +91,7 @@ CASES: dict[tuple[str, str], tuple[Call, int]] = {
     ("embedding_bags", "features"): (
         lambda ops, n: ops.embedding_bags([R(5, D)] * 2, [n, 1], I([1, 2, 3]), I([0, 1, 2]), None, 0, -1, True), 2,
     ),
+    ("embedding_bags", "num_embeddings of backward"): (lambda ops, n: bags_backward(ops, n), 2**59),
     ("attention", "lengths"): (lambda ops, n: attend(ops, q_lengths=I([6, n])), 7),
     ("attention", "cu_seqlens"): (lambda ops, n: attend(ops, cu=I([0, n, 6])), 7),
     ("attention_decode", "block_table"): (lambda ops, n: decode(ops, page=n), 4),
@@ -97,6 +105,7 @@ CASES: dict[tuple[str, str], tuple[Call, int]] = {
     ),
     ("crf", "lengths"): (lambda ops, n: chain(ops, I([3, n])), 4),
     ("crf", "tags"): (lambda ops, n: chain(ops, I([3, 3]), I([[0, 1, 2], [0, n, 1]])), K),
+    ("crf_viterbi", "paths"): (lambda ops, n: ops.crf_viterbi(R(2, 3, K), R(K, K), None, None, None, None, n), 2**31),
     ("ctc_loss", "input_lengths"): (lambda ops, n: ctc(ops, steps=n), 7),
     ("ctc_loss", "target_lengths"): (lambda ops, n: ctc(ops, labels=n), 3),
     ("ctc_loss", "targets"): (lambda ops, n: ctc(ops, label=n), K),
