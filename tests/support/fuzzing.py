@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,8 +77,10 @@ class bounded:
     """Settings of a fuzz test, with this number of examples; @bounded or @bounded(examples=20)."""
 
     def __new__(cls, test: Callable | None = None, *, examples: int = 100) -> Any:
+        # A round of --fuzz-seconds is short, and reports its first failure as it is: shrinking has no limit of time.
         of_all = settings(
-            max_examples=examples,
+            max_examples=min(examples, 25) if Plan.seconds else examples,
+            phases=[Phase.explicit, Phase.generate] if Plan.seconds else list(Phase),
             derandomize=not Plan.seconds,
             deadline=None,
             database=None,
