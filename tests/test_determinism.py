@@ -155,6 +155,19 @@ def bags(mode: str, several: bool = False, sparse: bool = False, packed: bool = 
     return Operator(run, shared=THREADS)
 
 
+def fused(optimizer: str) -> Operator:
+    """The table after a step of a fused optimiser."""
+
+    def run(of: Sequence[int], padding: int) -> Results:
+        module = seeded(lambda: nn.EmbeddingBag(E, 4096, mode="sum", fused_optimizer=getattr(nn, optimizer)(lr=0.1)))
+        bag = [torch.randint(E, (LENGTHS[i],), generator=torch.Generator().manual_seed(i)) for i in of]
+        output = module(torch.cat(bag), lengths_of(of).cumsum(0) - lengths_of(of))
+        output.backward(rows(of, 7, 4096, seed=9, fill=0.0)[:, 0])
+        return [[row] for row in output.detach()], [module.weight.detach().clone()]
+
+    return Operator(run, shared=THREADS)
+
+
 def embedding() -> Operator:
     table = torch.randn(E, 4096, generator=torch.Generator().manual_seed(0))
 
@@ -294,6 +307,7 @@ def search(function: Callable[..., Any], each: frozenset[str] = ALL, **options: 
     return Operator(run, each=each)
 
 
+FUSED = ("FusedSGD", "FusedAdagrad", "FusedRowwiseAdagrad", "FusedAdam")
 OPERATORS: dict[str, Callable[[], Operator]] = {
     **{f"layer {kind}": functools.partial(layer, kind) for kind in FULLEST},
     **{f"packed {kind}": functools.partial(packed, kind) for kind in ("lstm", "gru", "slstm")},
@@ -303,6 +317,7 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "embedding_bag sparse": functools.partial(bags, "mean", sparse=True),
     "embedding_bags": functools.partial(bags, "sum", several=True),
     "embedding_bag_bytes": functools.partial(bags, "sum", packed=True),
+    **{name: functools.partial(fused, name) for name in FUSED},
     "embedding": embedding,
     "attention": attention,
     "attention causal": functools.partial(attention, is_causal=True),
@@ -326,6 +341,10 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     ),
     "TransformerEncoderLayer": lambda: module_of_attention(
         lambda: nn.TransformerEncoderLayer(D, 2, 64, 0.0, batch_first=True), lambda m, x, n: m(x, lengths=n)
+    ),
+    "TransformerDecoderLayer": lambda: module_of_attention(
+        lambda: nn.TransformerDecoderLayer(D, 2, 64, 0.0, batch_first=True),
+        lambda m, x, n: m(x, x, lengths=n, memory_lengths=n),
     ),
     "crf_log_partition": lambda: chain(functional.crf_log_partition),
     "crf_log_likelihood": lambda: chain(functional.crf_log_likelihood, tags=True),
