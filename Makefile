@@ -20,6 +20,7 @@ ARGS ?=
 # The duration of make fuzz, and of the fuzz tests in make sanitize (0: they run as in make test).
 SECONDS ?= 600
 FUZZ_SECONDS ?= 0
+FUZZ_TESTS := tests/test_fuzz.py tests/test_fuzz_ops.py tests/crf tests/ctc tests/additive_attention
 # The instruction sets of make sanitize and make coverage: those of this processor.
 has = $(if $(shell grep -sm1 -w $(1) /proc/cpuinfo),;$(2))
 OWN_SETS ?= portable$(call has,avx2,avx2)$(call has,avx_vnni,avx2_vnni)$(call has,avx512dq,avx512)$(call has,avx512_vnni,avx512_vnni)
@@ -86,7 +87,7 @@ nightly:
 
 # A crash leaves the call that caused it in build/fuzz.log.
 fuzz: $(call with,test)
-	$(PY) -m pytest tests/test_fuzz.py tests/test_fuzz_ops.py --fuzz-seconds=$(SECONDS) --fuzz-log=build/fuzz.log $(ARGS)
+	$(PY) -m pytest $(FUZZ_TESTS) --fuzz-seconds=$(SECONDS) --fuzz-log=build/fuzz.log $(ARGS)
 
 bench: $(call with,bench)
 	$(PY) -m pytest bench -p no:cacheprovider --benchmark-only -q $(ARGS)
@@ -249,7 +250,7 @@ sanitize: $(call with,test) $(EMULATED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
 	cd $(SANITIZED)/site && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    '$(CURDIR)/$(PY)' -m pytest -s $(if $(filter-out 0,$(FUZZ_SECONDS)),tests/test_fuzz.py tests/test_fuzz_ops.py \
+	    '$(CURDIR)/$(PY)' -m pytest -s $(if $(filter-out 0,$(FUZZ_SECONDS)),$(FUZZ_TESTS) \
 	    --fuzz-seconds=$(FUZZ_SECONDS) --fuzz-log=../fuzz.log) $(ARGS)
 
 # ---- coverage ----

@@ -74,7 +74,8 @@ def make(case: Case, dtype: torch.dtype = f64, seed: int = 0) -> dict[str, Any]:
     mask = torch.rand([size[c] for c in case.mask], generator=g) < 0.7 if case.mask else None
     given = dict(query=query, key=key, value=rows(case.B, case.Tk, case.Dv), v=rows(case.H))
     given = {name: t.to(dtype) for name, t in given.items()}
-    return given | dict(lengths=None if case.lengths is None else torch.tensor(case.lengths), mask=mask)
+    lengths = None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64)
+    return given | dict(lengths=lengths, mask=mask)
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, v: Tensor, **more: Any) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -16,20 +18,42 @@ from additive_attention.cases import CASES, NAMES, TOLERANCE, Case, assert_near,
 from seqkernels import build_info, explain, nn, reference
 from seqkernels.functional import AdditiveKeys, additive_attention
 from support.cases import DTYPES
+from support.fuzzing import bounded
 
 ops = torch.ops.seqkernels
 close = torch.testing.assert_close
 f64 = torch.float64
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_and_gradients_match_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
-    given = make(case, dtype)
+def check(case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+    """Asserts that results and gradients match the reference."""
+    given = make(case, dtype, seed)
     wide = {n: t.double() if n in NAMES else t for n, t in given.items()}
     got, want = run(ours, given), run(reference.additive_attention, wide)
     assert got["result 0"].dtype == dtype and got["result 1"].dtype == dtype
     assert_near(got, want, TOLERANCE[dtype] * max(case.scale, 1.0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_and_gradients_match_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
+    check(case, dtype)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    B, Tk = draw(st.integers(0, 4)), draw(st.integers(0, 40))
+    return Case(
+        why="random", B=B, Tq=draw(st.integers(0, 9)), Tk=Tk, H=draw(st.integers(1, 70)), Dv=draw(st.integers(0, 40)),
+        lengths=draw(st.none() | st.tuples(*[st.integers(0, Tk)] * B)),
+        mask=draw(st.sampled_from(["", "BQK", "BK", "1QK", "B1K"])), scale=draw(st.sampled_from([1.0, 6.0])),
+    )  # fmt: skip
+
+
+@bounded(examples=40)
+@drawn(case=random_cases(), dtype=st.sampled_from([f64, torch.float32]), seed=st.integers(0, 99))
+def test_random_sizes_match_the_reference(case: Case, dtype: torch.dtype, seed: int) -> None:
+    check(case, dtype, seed)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[15], CASES[17]], ids=str)

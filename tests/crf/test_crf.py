@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from torch import Tensor
 
 from seqkernels import functional, nn
 from seqkernels.functional import crf_entropy, crf_log_likelihood, crf_log_partition, crf_marginals, crf_viterbi
 from seqkernels.reference.crf import log_partition_and_score
 from support.cases import DTYPES
+from support.fuzzing import bounded
 
 ops = torch.ops.seqkernels
 close = torch.testing.assert_close
@@ -80,7 +83,7 @@ def make(case: Case, dtype: torch.dtype = f64, seed: int = 0) -> dict[str, Any]:
         transitions=pairs,
         start_transitions=scores(case.K) if case.ends else None,
         end_transitions=scores(case.K) if case.ends else None,
-        lengths=None if case.lengths is None else torch.tensor(case.lengths),
+        lengths=None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64),
         mask=visible if case.mask else None,
     )
 
@@ -129,10 +132,9 @@ def definition(tags: Tensor) -> Callable:
     return function
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_and_gradients_match_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
-    given = make(case, dtype)
+def check(case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+    """Asserts that results and gradients match the reference."""
+    given = make(case, dtype, seed)
     wide = {n: t.double() if n in SCORES and t is not None else t for n, t in given.items()}
     tags = tags_of(case, given["transitions"])
     weights = torch.randn(2, case.B, dtype=f64, generator=torch.Generator().manual_seed(2))
@@ -143,6 +145,28 @@ def test_results_and_gradients_match_the_reference(case: Case, dtype: torch.dtyp
         largest = max(w.abs().max().item() if w.numel() else 0, 1.0)
         tolerance = TOLERANCE[torch.float32 if "result" in name and dtype != f64 else dtype] * largest
         close(got[name].double(), w, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_and_gradients_match_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
+    check(case, dtype)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    B, T = draw(st.integers(0, 5)), draw(st.integers(1, 9))
+    return Case(
+        why="random", B=B, T=T, K=draw(st.sampled_from([1, 2, 3, 8, 9, 17, 33])), ends=draw(st.booleans()),
+        pairs=draw(st.sampled_from(["", "T", "BT"])), scale=draw(st.sampled_from([1.0, 30.0])),
+        mask=draw(st.booleans()), lengths=draw(st.none() | st.tuples(*[st.integers(0, T)] * B)),
+    )  # fmt: skip
+
+
+@bounded(examples=40)
+@drawn(case=random_cases(), dtype=st.sampled_from([f64, torch.float32]), seed=st.integers(0, 99))
+def test_random_chains_match_the_reference(case: Case, dtype: torch.dtype, seed: int) -> None:
+    check(dataclasses.replace(case, lengths=None) if case.mask else case, dtype, seed)
 
 
 def paths_of(given: dict[str, Any], b: int) -> tuple[list[tuple[int, ...]], Tensor]:

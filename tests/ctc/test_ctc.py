@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from torch import Tensor
 
 from seqkernels import explain, nn
 from seqkernels.functional import ctc_loss
 from seqkernels.reference.ctc import ctc_loss as definition
 from support.cases import DTYPES
+from support.fuzzing import bounded
 
 ops = torch.ops.seqkernels
 close = torch.testing.assert_close
@@ -60,8 +63,8 @@ CASES = [
 ]
 
 
-def make(case: Case, dtype: torch.dtype = f64) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
+def make(case: Case, dtype: torch.dtype = f64, seed: int = 0) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
     logits = case.scale * torch.randn(case.T, case.N, case.C, generator=g, dtype=f64)
     classes = torch.tensor([c for c in range(case.C) if c != case.blank])
     targets = classes[torch.randint(case.C - 1, (case.N, case.S), generator=g)]
@@ -85,10 +88,9 @@ def run(function: Callable, given: dict[str, Any], **more: Any) -> tuple[Tensor,
     return loss.detach(), torch.autograd.grad((loss * weights).sum(), leaf)[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_losses_and_gradients_match_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
-    given = make(case, dtype)
+def check(case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+    """Asserts that losses and gradients match the reference."""
+    given = make(case, dtype, seed)
     wide = given | dict(log_probs=given["log_probs"].double())
     got = run(ctc_loss, given, blank=case.blank, reduction="none")
     want = run(definition, wide, blank=case.blank)
@@ -96,6 +98,30 @@ def test_losses_and_gradients_match_the_reference(case: Case, dtype: torch.dtype
     tolerance = TOLERANCE[f64 if dtype == f64 else torch.float32]
     close(got[0].double(), want[0], rtol=tolerance, atol=tolerance)
     close(got[1].double(), want[1], rtol=0, atol=TOLERANCE[dtype] * max(case.scale / 3, 1))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_losses_and_gradients_match_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
+    check(case, dtype)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Sequences with at least two steps per label, so that an alignment exists."""
+    N, T, C = draw(st.integers(0, 5)), draw(st.integers(1, 20)), draw(st.sampled_from([2, 3, 8, 17, 33]))
+    steps = draw(st.tuples(*[st.integers(0, T)] * N))
+    return Case(
+        why="random", T=T, N=N, C=C, S=T // 2, steps=steps, blank=draw(st.integers(0, C - 1)),
+        labels=tuple(draw(st.integers(0, n // 2)) for n in steps), scale=draw(st.sampled_from([1.0, 15.0])),
+        concatenated=draw(st.booleans()) and N > 0, repeated=draw(st.booleans()) and T >= 4,
+    )  # fmt: skip
+
+
+@bounded(examples=40)
+@drawn(case=random_cases(), dtype=st.sampled_from([f64, torch.float32]), seed=st.integers(0, 99))
+def test_random_targets_match_the_reference(case: Case, dtype: torch.dtype, seed: int) -> None:
+    check(case, dtype, seed)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.N], ids=str)
