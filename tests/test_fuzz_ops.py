@@ -77,6 +77,15 @@ def test_numbers_that_overflow(name: str) -> None:
         getattr(torch.ops.seqkernels, name)(*arguments)
 
 
+def test_sizes_of_results_that_overflow() -> None:
+    op = torch.ops.seqkernels.gru_projected_prepared.default
+    at = [a.name for a in op._schema.arguments].index("proj_size")
+    arguments = list(calls.cloned(calls.calls_of_ops()["gru_projected_prepared"][0]))
+    arguments[at] = 2**61
+    with pytest.raises(RuntimeError, match="the result must have fewer than 2\\^63 elements"):
+        op(*arguments)
+
+
 def test_packed_sequences_without_sizes() -> None:
     for invalid in (None, R(3), torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match="packed_sequences: batch_sizes must have one dimension"):

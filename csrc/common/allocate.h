@@ -55,7 +55,9 @@ inline Tensor allocate_cpu(ScalarType type, const Shape& sizes, bool transposed 
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
+    if (__builtin_mul_overflow(stride, sizes[i] > 0 ? sizes[i] : 1, &stride)) {
+      fail("the result must have fewer than 2^63 elements, got ", show(sizes));
+    }
   }
   if (transposed) {
     strides[2] = sizes[1] * strides[2];
