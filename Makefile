@@ -38,7 +38,7 @@ with = $(EXTENSION) $(addprefix $(VENV)/.with-,$(1))
 SOURCES := cmake/cuda.cmake $(shell find csrc -type f)
 EMULATION := $(shell find tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # What the tests read, beside the package: copied for a package that is not that of the checkout.
-TESTED := tests bench examples docs csrc LICENSE README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md pyproject.toml
+TESTED := tests bench examples docs csrc hub LICENSE README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md pyproject.toml
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -235,19 +235,25 @@ $(GPU_BASE):
 gpu:
 	$(PYTHON) bench/gpu.py $(ARGS)
 
+# Builds $(1) with options of CMake $(2) and targets $(3): a copy of the package and its tests with a module of other compiler
+# options, and emulated modules if they are a target. Only the instruction sets of this processor.
+define instrument
+	rm -rf $(1)/site && mkdir -p $(1)/site
+	cp -r seqkernels $(TESTED) $(1)/site/
+	rm -f $(1)/site/seqkernels/_C.*.so $(if $(3),$(1)/site/tests/cuda_on_cpu/*.so)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B $(1) -DPython_EXECUTABLE='$(CURDIR)/$(PY)' $(2) \
+	    -DSEQKERNELS_INSTRUCTION_SETS='$(OWN_SETS)' -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(1)/site/seqkernels' \
+	    -DSEQKERNELS_EMULATION_OUTPUT='$(CURDIR)/$(1)/site/tests/cuda_on_cpu'
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(1) $(3)
+endef
+
 # ---- sanitizers ----
 # Python is not instrumented, so the sanitizer runtime is preloaded, and leaks are not detected: tests/test_robustness.py
 # detects them. The build uses separate folders. -s: pytest would keep the report of a fault that ends the process.
 
 SANITIZED := build/sanitize
 sanitize: $(call with,test) $(EMULATED)
-	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site
-	cp -r seqkernels $(TESTED) $(SANITIZED)/site/
-	rm -f $(SANITIZED)/site/seqkernels/_C.*.so
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DPython_EXECUTABLE='$(CURDIR)/$(PY)' \
-	    -DSEQKERNELS_SANITIZE='address;undefined' -DSEQKERNELS_INSTRUCTION_SETS='$(OWN_SETS)' \
-	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(SANITIZED)/site/seqkernels'
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
+	$(call instrument,$(SANITIZED),-DSEQKERNELS_SANITIZE='address;undefined')
 	cd $(SANITIZED)/site && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    '$(CURDIR)/$(PY)' -m pytest -s $(if $(filter-out 0,$(FUZZ_SECONDS)),$(FUZZ_TESTS) \
@@ -261,15 +267,9 @@ COVERAGE := build/coverage
 GCOVR = $(VENV)/bin/gcovr --root . --filter csrc/ --object-directory $(COVERAGE) -j $(PROCESSES) --merge-lines \
     --merge-mode-functions=separate --gcov-ignore-parse-errors=all --gcov-suspicious-hits-threshold=0  # threads: negative counts
 coverage: $(call with,test) $(call with,coverage)
-	rm -rf $(COVERAGE)/site && mkdir -p $(COVERAGE)/site $(COVERAGE)/lines
-	cp -r seqkernels hub $(TESTED) $(COVERAGE)/site/
-	rm -f $(COVERAGE)/site/seqkernels/_C.*.so $(COVERAGE)/site/tests/cuda_on_cpu/*.so
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B $(COVERAGE) -DPython_EXECUTABLE='$(CURDIR)/$(PY)' \
-	    -DSEQKERNELS_COVERAGE=ON -DSEQKERNELS_INSTRUCTION_SETS='$(OWN_SETS)' \
-	    -DSEQKERNELS_EMULATION_OUTPUT='$(CURDIR)/$(COVERAGE)/site/tests/cuda_on_cpu' \
-	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY='$(CURDIR)/$(COVERAGE)/site/seqkernels'
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(COVERAGE) --target _C --target cuda_on_cpu
+	$(call instrument,$(COVERAGE),-DSEQKERNELS_COVERAGE=ON,--target _C --target cuda_on_cpu)
 	find $(COVERAGE) -name '*.gcda' -delete
+	mkdir -p $(COVERAGE)/lines
 	status=0; (cd $(COVERAGE)/site && '$(CURDIR)/$(PY)' -m pytest -n $(PROCESSES) --dist loadfile --cases=$(CASES) \
 	    --cov=seqkernels --cov-report=term:skip-covered --cov-report=html:../lines/python $(ARGS)) || status=$$?; \
 	$(GCOVR) --html-nested $(COVERAGE)/lines/index.html --txt $(COVERAGE)/uncovered.txt --fail-under-line 97 || status=$$?; \

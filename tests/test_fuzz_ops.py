@@ -57,7 +57,7 @@ OVERFLOWS = {  # products and sums of numbers that wrap to ones that fit
             0,
             False,
         ),
-        r"embedding_bags_backward: a table must have fewer elements, got \[9223372036854775807, 3\]",
+        rf"embedding_bags_backward: a table must have at most {2**59} elements, got shape \[9223372036854775807, 3\]",
     ),
     "crf_viterbi": (
         (R(3, 4, 4), R(1, 1, 4, 4), None, None, None, None, 2**62),
@@ -88,7 +88,7 @@ def test_sizes_of_results_that_overflow() -> None:
 
 def test_packed_sequences_without_sizes() -> None:
     for invalid in (None, R(3), torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="packed_sequences: batch_sizes must have one dimension"):
+        with pytest.raises(ValueError, match=r"packed_sequences: batch_sizes must be int64 \[T\] with T > 0, got "):
             torch.ops.seqkernels.packed_sequences(invalid)
 
 

@@ -156,7 +156,9 @@ struct Bags {
     t.E = E;
     t.D = D;
     constexpr int64_t kMost = int64_t{1} << 59;  // elements; their bytes cannot overflow
-    if (E > kMost / std::max<int64_t>(D, 1)) fail(op, ": a table must have fewer elements, got ", show({E, D}));
+    if (E > kMost / std::max<int64_t>(D, 1)) {
+      fail(op, ": a table must have at most ", kMost, " elements, got shape ", show({E, D}));
+    }
     if (t.padding < -1 || t.padding >= E) {
       fail(op, ": padding_idx must be in [0, ", E, "), or -1 for none, got ", t.padding);
     }

@@ -112,7 +112,7 @@ _library.define("packed_sequences(Tensor batch_sizes) -> Tensor")  # [B], withou
 
 def _packed_sequences(batch_sizes: Tensor) -> Tensor:
     if batch_sizes is None or batch_sizes.dim() != 1 or batch_sizes.numel() == 0 or batch_sizes.is_floating_point():
-        raise ValueError("packed_sequences: batch_sizes must have one dimension, at least one element and integers")
+        raise ValueError(f"packed_sequences: batch_sizes must be int64 [T] with T > 0, got {batch_sizes}")
     return batch_sizes.new_empty(int(batch_sizes[0]), dtype=torch.uint8)
 
 

@@ -95,12 +95,14 @@ inline BagFault check_offsets(const BagTable& t, bool wide, int64_t& longest) {
     int64_t before = bounds.begin(0);
     if (before < 0 || before > t.N) return {BagFault::kOffset, 0, before};
     bool invalid = false;
+    int64_t longest_bag = longest;  // a local, which reads of the offsets cannot alias
     for (int64_t bag = 1; bag <= t.bags; ++bag) {
       const int64_t now = bounds.begin(bag);
       invalid |= now < before || now > t.N;
-      longest = max(longest, int64_t(uint64_t(now) - uint64_t(before)));  // invalid offsets may overflow
+      longest_bag = max(longest_bag, int64_t(uint64_t(now) - uint64_t(before)));  // invalid offsets may overflow
       before = now;
     }
+    longest = longest_bag;
     for (int64_t bag = 1; invalid; ++bag) {
       const int64_t now = bounds.begin(bag);
       if (now < bounds.begin(bag - 1) || now > t.N) return {BagFault::kOffset, bag, now};
