@@ -92,6 +92,22 @@ def test_packed_sequences_without_sizes() -> None:
             torch.ops.seqkernels.packed_sequences(invalid)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_none_for_a_tensor(name: str) -> None:
+    """The dispatcher passes None on: the kernel raises, and so does the fake if a tensor is on the meta device."""
+    op = getattr(torch.ops.seqkernels, name).default
+    valid = calls.cloned(calls.calls_of_ops()[name][0])
+    for at, argument in enumerate(op._schema.arguments):
+        if isinstance(argument.type, torch.TensorType) and argument.name != "arg":  # of max and min, unread otherwise
+            given = [*valid[:at], None, *valid[at + 1 :]]
+            with pytest.raises((RuntimeError, ValueError)):
+                op(*given)
+            if calls.tensors_of(given) and name != "packed_sequences":
+                text = f"{name}: {argument.name} must be a Tensor, got None"
+                with pytest.raises(TypeError, match=text):
+                    op(*pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given))
+
+
 def contents(values: Any) -> list[tuple[Tensor, bytes]]:
     """The tensors of a nest that have few elements, with their contents."""
     plain = [t for t in calls.tensors_of(values) if t.layout == torch.strided and not t.is_meta and t.numel() < 10**6]

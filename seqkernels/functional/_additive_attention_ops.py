@@ -22,6 +22,7 @@ from ._autograd import (
     needs_definition,
     op,
     recorded,
+    register_fake,
     transformed,
     unchanged,
     vjp_by_definition,
@@ -177,12 +178,12 @@ _recorded = eager_function("AdditiveAttention", OPS["cpu"].forward, _setup_forwa
 def _register(ops: Ops, namespace: str) -> None:
     name = f"{namespace}::additive_attention"
     for way, fake in (("forward", _forward_fake), ("backward", _backward_fake)):
-        torch.library.register_fake(f"{name}_{way}")(fake)
+        register_fake(f"{name}_{way}", fake)
         torch.library.register_vmap(f"{name}_{way}", vmap_rule(getattr(ops, way)))
     torch.library.register_autograd(f"{name}_forward", _formula_of(ops), setup_context=_setup_forward)
 
 
 _register(OPS["cpu"], NAMESPACE)
 _register(OPS["triton"], _triton_ops.NAMESPACE)
-torch.library.register_fake(f"{NAMESPACE}::additive_attention_key_exp")(_key_exp_fake)
+register_fake(f"{NAMESPACE}::additive_attention_key_exp", _key_exp_fake)
 torch.library.register_vmap(f"{NAMESPACE}::additive_attention_key_exp", vmap_rule(key_exp_op))

@@ -25,6 +25,7 @@ from ._autograd import (
     needs_definition,
     op,
     recorded,
+    register_fake,
     transformed,
     vjp_by_definition,
     vmap_rule,
@@ -440,7 +441,7 @@ _recorded_weights = eager_function("AttentionWeights", ops.weights, _setup_weigh
 def register(namespace: str) -> None:
     """Registers the fake implementations, autograd formulas and vmap rules of the ops of a namespace."""
     for name, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}")(fake)
+        register_fake(f"{namespace}::{name}", fake)
         overload = op(name, namespace)
         torch.library.register_vmap(f"{namespace}::{name}", vmap_rule(overload))
     torch.library.register_autograd(
@@ -452,8 +453,8 @@ def register(namespace: str) -> None:
 
 
 register(NAMESPACE)
-torch.library.register_fake(f"{NAMESPACE}::attention_decode")(_decode_fake)
-torch.library.register_fake(f"{NAMESPACE}::attention_dense")(_dense_fake)
+register_fake(f"{NAMESPACE}::attention_decode", _decode_fake)
+register_fake(f"{NAMESPACE}::attention_dense", _dense_fake)
 torch.library.register_vmap(f"{NAMESPACE}::attention_dense", vmap_rule(_dense))
 
 # ---- CUDA: the Triton kernels

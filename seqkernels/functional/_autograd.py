@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,24 @@ def op(name: str, namespace: str = NAMESPACE) -> Function:
     """The `.default` overload of an op. Calling it takes half the time of calling the overload packet."""
     overload: Function = getattr(getattr(torch.ops, namespace), name).default
     return overload
+
+
+def register_fake(name: str, fake: Function) -> None:
+    """Registers the fake implementation of an op, which raises TypeError for None in place of a required tensor.
+
+    The dispatcher accepts None for each argument of type Tensor. The C++ implementations check it too.
+    """
+    schema = op(*reversed(name.split("::")))._schema  # type: ignore[attr-defined]
+    required = [(i, a.name) for i, a in enumerate(schema.arguments) if isinstance(a.type, torch.TensorType)]
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any, **keywords: Any) -> Any:
+        for i, argument in required:
+            if i < len(arguments) and arguments[i] is None:
+                raise TypeError(f"{schema.name.split('::')[1]}: {argument} must be a Tensor, got None")
+        return fake(*arguments, **keywords)
+
+    torch.library.register_fake(name)(checked)
 
 
 # ---- differentiation

@@ -25,6 +25,7 @@ from ._autograd import (
     needs_definition,
     op,
     recorded,
+    register_fake,
     transformed,
     vjp_by_definition,
     vmap_rule,
@@ -233,11 +234,11 @@ def _viterbi_fake(emissions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return tags, emissions.new_empty(B, rest[-1], dtype=torch.float64)
 
 
-_FAKES = (_forward_fake, _backward_fake, _viterbi_fake)
+_FAKES: tuple[Function, ...] = (_forward_fake, _backward_fake, _viterbi_fake)
 for _backend, _namespace in (("cpu", NAMESPACE), ("triton", _triton_ops.NAMESPACE)):
     _ops = OPS[_backend]
     for _name, _fake, _op in zip(NAMES, _FAKES, _ops):
-        torch.library.register_fake(f"{_namespace}::{_name}")(_fake)
+        register_fake(f"{_namespace}::{_name}", _fake)
         torch.library.register_vmap(f"{_namespace}::{_name}", vmap_rule(_op))
     torch.library.register_autograd(
         f"{_namespace}::crf_forward", functools.partial(_backward_of_forward, _ops), setup_context=_setup_forward

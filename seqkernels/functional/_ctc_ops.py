@@ -18,6 +18,7 @@ from ._autograd import (
     jvp_by_definition,
     needs_definition,
     op,
+    register_fake,
     transformed,
     vjp_by_definition,
     vmap_rule,
@@ -168,6 +169,6 @@ def _backward_fake(dloss: Tensor, log_probs: Tensor, *_: Any) -> Tensor:
 
 
 for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake)):
-    torch.library.register_fake(f"{NAMESPACE}::ctc_loss_{_name}")(_fake)
+    register_fake(f"{NAMESPACE}::ctc_loss_{_name}", _fake)
     torch.library.register_vmap(f"{NAMESPACE}::ctc_loss_{_name}", vmap_rule(op(f"ctc_loss_{_name}")))
 torch.library.register_autograd(f"{NAMESPACE}::ctc_loss_forward", _backward_of_forward, setup_context=_setup_forward)

@@ -25,6 +25,7 @@ from ._autograd import (
     jvp_by_definition,
     needs_definition,
     op,
+    register_fake,
     transformed,
     vjp_by_definition,
     vmap_rule,
@@ -608,7 +609,7 @@ def register(namespace: str, names: Sequence[str] = NAMES) -> None:
     here = Ops(namespace, names)
     triton = namespace == _triton_ops.NAMESPACE
     for name in names:
-        torch.library.register_fake(f"{namespace}::{name}")(FAKES[name])
+        register_fake(f"{namespace}::{name}", FAKES[name])
         if not name.endswith("_"):
             rule = _fold_rule if name in ("embedding_bag", "embedding_bag_forward") else vmap_rule
             torch.library.register_vmap(f"{namespace}::{name}", rule(getattr(here, name)))
@@ -624,7 +625,5 @@ for _namespace, _name, _several in (
     (NAMESPACE, "embedding_bags", True),
     (_triton_ops.NAMESPACE, "embedding_bag", False),
 ):
-    torch.library.register_fake(f"{_namespace}::{_name}_traced")(
-        lambda *args, _fake=FAKES[f"{_name}_forward"]: _fake(*args[:-2])
-    )
+    register_fake(f"{_namespace}::{_name}_traced", lambda *args, _fake=FAKES[f"{_name}_forward"]: _fake(*args[:-2]))
     _register_autograd(f"{_namespace}::{_name}_traced", _several, _namespace == _triton_ops.NAMESPACE)

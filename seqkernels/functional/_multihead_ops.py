@@ -20,7 +20,7 @@ from torch import Tensor
 from ..reference.attention import attention as attention_definition
 from ..reference.attention import attention_weights as weights_definition
 from ._attention_ops import AttentionArgs, Inputs
-from ._autograd import NAMESPACE, needs_definition, op, recorded, vjp_by_definition, vmap_rule
+from ._autograd import NAMESPACE, needs_definition, op, recorded, register_fake, vjp_by_definition, vmap_rule
 
 NO_WEIGHTS, MEAN_WEIGHTS, HEAD_WEIGHTS = 0, 1, 2
 
@@ -220,7 +220,7 @@ def _backward_fake(dout: Tensor, q: Tensor, kv: Tensor | None, *rest: Any) -> tu
 
 
 for _name, _fake in (("forward", _forward_fake), ("backward", _backward_fake)):
-    torch.library.register_fake(f"{NAMESPACE}::multihead_attention_{_name}")(_fake)
+    register_fake(f"{NAMESPACE}::multihead_attention_{_name}", _fake)
     torch.library.register_vmap(
         f"{NAMESPACE}::multihead_attention_{_name}", vmap_rule(op(f"multihead_attention_{_name}"))
     )

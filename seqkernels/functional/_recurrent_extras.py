@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import NAMESPACE, op
+from ._autograd import NAMESPACE, op, register_fake
 from ._recurrent_kinds import Kind
 from ._recurrent_options import Options
 
@@ -117,8 +117,8 @@ def _packed_sequences(batch_sizes: Tensor) -> Tensor:
 
 
 _library.impl("packed_sequences", _packed_sequences, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::packed_sequences")(
-    lambda batch_sizes: batch_sizes.new_empty(new_size(), dtype=torch.uint8)
+register_fake(
+    f"{NAMESPACE}::packed_sequences", lambda batch_sizes: batch_sizes.new_empty(new_size(), dtype=torch.uint8)
 )
 _sequences = op("packed_sequences")
 

@@ -28,6 +28,7 @@ from ._autograd import (
     jvp_by_definition,
     needs_definition,
     op,
+    register_fake,
     unchanged,
     vjp_by_definition,
     vmap_rule,
@@ -357,9 +358,9 @@ def _register(kind: Kind, namespace: str) -> None:
         others: list[Any] = [[] if isinstance(need, list) else None for need in ctx.needs_input_grad[2 + states :]]
         return dx, *rest[:states], rest[states:], *others
 
-    torch.library.register_fake(name)(fake_infer)
-    torch.library.register_fake(name + "_forward")(fake_forward)
-    torch.library.register_fake(name + "_backward")(fake_backward)
+    register_fake(name, fake_infer)
+    register_fake(name + "_forward", fake_forward)
+    register_fake(name + "_backward", fake_backward)
     torch.library.register_autograd(name + "_forward", backward, setup_context=setup_context)
     for suffix, op_ in (("", kind.infer), ("_forward", kind.forward), ("_backward", kind.backward)):
         torch.library.register_vmap(name + suffix, vmap_rule(op_))

@@ -21,7 +21,7 @@ from .. import _C
 from .. import backend as backends
 from ..reference import recurrent as reference
 from . import recurrent as F
-from ._autograd import NAMESPACE, autocast, autocast_dtype, follow_tf32, needs_definition, op, unchanged
+from ._autograd import NAMESPACE, autocast, autocast_dtype, follow_tf32, needs_definition, op, register_fake, unchanged
 from ._checks import TypeRuntimeError, ValueRuntimeError, describe, of_op
 from ._overrides import (
     dispatches,
@@ -391,9 +391,9 @@ def _register_fakes(kind: Kind) -> None:
         wanted = (need_dx and x, *(need_states and s for s in states0), *(need_dw and w for w in weights))
         return tuple(x.new_empty(t.shape) if isinstance(t, Tensor) else None for t in wanted)
 
-    torch.library.register_fake(name)(infer)
-    torch.library.register_fake(name + "_forward")(forward)
-    torch.library.register_fake(name + "_backward")(backward)
+    register_fake(name, infer)
+    register_fake(name + "_forward", forward)
+    register_fake(name + "_backward", backward)
 
 
 LSTM, GRU, RNN_TANH, RNN_RELU = map(_cell, PLAIN_CELLS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..functional._autograd import NAMESPACE, op
+from ..functional._autograd import NAMESPACE, op, register_fake
 from ..functional._recurrent_extras import new_size
 from ..functional._recurrent_kinds import KINDS, Kind, size_of_state
 
@@ -119,8 +119,8 @@ def _register(kind: Kind) -> None:
     def fake_update(x: Tensor, states: Sequence[Tensor], *arguments: Any) -> Any:
         return outputs(x, states, arguments, update=True)
 
-    torch.library.register_fake(f"{NAMESPACE}::{kind.name}_prepared")(fake)
-    torch.library.register_fake(f"{NAMESPACE}::{kind.name}_prepared_")(fake_update)
+    register_fake(f"{NAMESPACE}::{kind.name}_prepared", fake)
+    register_fake(f"{NAMESPACE}::{kind.name}_prepared_", fake_update)
 
 
 for _kind in KINDS.values():
@@ -140,7 +140,8 @@ def _fake_pack(weight: Tensor, gates: int, first: int, heads: int, precision: in
     return weight.new_empty(heads * size, dtype=dtype), weight.new_empty(rows if dtype is torch.int8 else 0)
 
 
-torch.library.register_fake(f"{NAMESPACE}::recurrent_pack")(_fake_pack)
-torch.library.register_fake(f"{NAMESPACE}::recurrent_unpack")(
-    lambda packed, scales, rows, columns, *_: packed.new_empty(rows, columns, dtype=torch.float32)
+register_fake(f"{NAMESPACE}::recurrent_pack", _fake_pack)
+register_fake(
+    f"{NAMESPACE}::recurrent_unpack",
+    lambda packed, scales, rows, columns, *_: packed.new_empty(rows, columns, dtype=torch.float32),
 )
