@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import importlib
 import random
-import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from support.examples import ROOT, check_fails, check_resumes, check_trained, check_two_processes, losses, run
+from support.examples import (
+    ROOT,
+    Result,
+    check_fails,
+    check_resumes,
+    check_trained,
+    check_two_processes,
+    losses,
+    run,
+    run_with_torchrun,
+)
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("sklearn")
@@ -50,7 +59,7 @@ def test_backends_train_alike(trained) -> None:
 def test_two_processes_have_the_losses_of_one(trained, tmp_path: Path) -> None:
     write_news(tmp_path)
     want = losses(trained[0] / f"{SCRIPT}.pt")
-    check_two_processes(SCRIPT, tmp_path, *SMALL, "--epochs", str(EPOCHS), want=want)
+    check_two_processes(SCRIPT, tmp_path, *SMALL, "--epochs", str(EPOCHS), want=want, start=run_with_torchrun)
 
 
 def test_resume_of_a_bag_with_vectors(tmp_path: Path) -> None:
@@ -119,7 +128,7 @@ def test_models(
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setattr("sys.argv", [SCRIPT, *SMALL, "--epochs", "2", "--model", *model])
     code = importlib.import_module(SCRIPT).main()
-    check_trained(SCRIPT, tmp_path, subprocess.CompletedProcess([], code, *capsys.readouterr()))
+    check_trained(SCRIPT, tmp_path, Result(code, *capsys.readouterr()))
 
 
 def test_bad_data(tmp_path: Path) -> None:
