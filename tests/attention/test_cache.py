@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,6 +18,7 @@ import seqkernels
 from seqkernels.functional import scaled_dot_product_attention as sdpa
 from seqkernels.nn import KeyValueCache, MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
 from seqkernels.reference.attention import attention, quantize_rows
+from support.fuzzing import bounded
 
 ops = torch.ops.seqkernels
 R = torch.randn
@@ -274,6 +277,51 @@ def test_reorder_shares_pages_and_copies_before_writing(dtype: torch.dtype) -> N
         assert cache.longest == 0 and cache.lengths.tolist() == [0]
         fill(cache, [20])
     assert torch.equal(plain.attend(q[:1]), paged.attend(q[:1]))
+
+
+@bounded
+@given(
+    B=st.integers(1, 4), H=st.integers(1, 2), groups=st.integers(1, 3), D=st.integers(1, 40), Dv=st.integers(1, 40),
+    dtype=st.sampled_from(STORED), page=st.one_of(st.none(), st.integers(1, 9)), queries=st.sampled_from(QUERIES),
+    causal=st.booleans(), threads=st.integers(1, 3), data=st.data(),
+)  # fmt: skip
+def test_random_steps_match_attention_to_all_rows(
+    B: int, H: int, groups: int, D: int, Dv: int, dtype: torch.dtype, page: int | None, queries: torch.dtype,
+    causal: bool, threads: int, data: st.DataObject,
+) -> None:  # fmt: skip
+    """Appends and reorders, beside lists of the rows of each sequence."""
+    cache = KeyValueCache(B, 60, H, D, Dv, dtype=dtype, page_size=page, pages=None if page is None else 4 * 60 + 4)
+    rows: list[list[Tensor]] = [[torch.zeros(H, 0, D), torch.zeros(H, 0, Dv)] for _ in range(B)]
+    torch.set_num_threads(threads)
+    for _ in range(data.draw(st.integers(1, 5))):
+        n = len(rows)
+        if data.draw(st.booleans()):
+            index = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n))
+            cache.reorder(torch.tensor(index))
+            rows = [list(rows[i]) for i in index]
+            n = len(rows)
+        T = data.draw(st.integers(1, 9))
+        counts = data.draw(st.one_of(st.none(), st.lists(st.integers(0, T), min_size=n, max_size=n)))
+        key, value = R(n, H, T, D), R(n, H, T, Dv)
+        for b, count in enumerate(counts or []):
+            key[b, :, count:] = value[b, :, count:] = math.nan  # not read
+        cache.append(key.to(queries), value.to(queries), counts)
+        for b, each in enumerate(rows):
+            count = T if counts is None else counts[b]
+            for i, x in enumerate((key, value)):
+                new = stored(x[b, :, :count].to(queries).float(), dtype)
+                each[i] = torch.cat([each[i], widened(*new).float()], 1)
+    lengths = [each[0].shape[1] for each in rows]
+    assert cache.lengths.tolist() == lengths and cache.longest == max(lengths)
+    Tq = data.draw(st.integers(1, 4))
+    q = R(len(rows), groups * H, Tq, D).to(queries)
+    got = cache.attend(q, is_causal=causal)
+    for b, (key, value) in enumerate(rows):
+        want, _ = attention(
+            q[b : b + 1].double(), key[None].double(), value[None].double(), scale=D**-0.5, causal=2 if causal else 0
+        )
+        error = (got[b].double() - want[0]).abs().max()
+        assert got.dtype == queries and error <= TOLERANCE[queries] * max(want.abs().max().item(), 1.0)
 
 
 def test_pages_run_out_without_a_change() -> None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seqkernels import nn
 from seqkernels.decoding import Decoded, PerSentence, beam_search, greedy_search, sample
 from seqkernels.decoding._top import top
+from support.fuzzing import bounded
 
 close = torch.testing.assert_close
 f64 = torch.float64
@@ -298,6 +301,46 @@ def test_greedy_search_matches_a_plain_implementation(case: Case) -> None:
     got = greedy_search(model.step, model.start, model.state, **case.common)
     one = dataclasses.replace(case, beam=1, n_best=1, alpha=0.0)
     check(got, [plain_beam(one, model, b) for b in range(case.B)], case.eos[0] if case.eos else 0)
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    B, V, T, beam = (draw(st.integers(1, most)) for most in (4, 9, 7, 5))
+    lengths = st.lists(st.integers(1, T), min_size=B, max_size=B).map(tuple)
+    limits = draw(st.one_of(st.none(), lengths))
+    return Case(
+        why="drawn",
+        B=B,
+        V=V,
+        T=T,
+        beam=beam,
+        n_best=draw(st.integers(1, beam)),
+        eos=tuple(draw(st.sets(st.integers(0, V - 1), max_size=3))),
+        alpha=draw(st.sampled_from([0.0, 0.6, 1.0, -1.0, 2.5])),
+        normalization=draw(st.sampled_from(["gnmt", "power"])),
+        beta=draw(st.sampled_from([0.0, 0.3])),
+        source_lengths=draw(st.one_of(st.none(), st.lists(st.integers(0, 3), min_size=B, max_size=B).map(tuple))),
+        early=draw(st.booleans()),
+        limits=limits,
+        least=tuple(draw(st.integers(0, n)) for n in (limits or [T] * B)),
+        ngram=draw(st.sampled_from([0, 0, 1, 2, 3])),
+        penalty=draw(st.sampled_from([1.0, 1.0, 1.5, 0.7])),
+    )
+
+
+@bounded(examples=30)
+@given(case=drawn_cases(), seed=st.integers(0, 99), every=st.integers(1, 5))
+def test_random_searches_match_a_plain_implementation(case: Case, seed: int, every: int) -> None:
+    model = Markov(case.B, case.V, seed=seed)
+    arguments = model.step, model.start, model.state
+    got = beam_search(*arguments, pad_token_id=77, check_every=every, **case.options)
+    check(got, [plain_beam(case, model, b) for b in range(case.B)], 77)
+    one = dataclasses.replace(case, beam=1, n_best=1, alpha=0.0, beta=0.0, early=False)
+    want = [plain_beam(one, model, b) for b in range(case.B)]
+    check(greedy_search(*arguments, pad_token_id=77, check_every=every, **case.common), want, 77)
+    # With top_k=1, both samples are the greedy sequence.
+    drawn = sample(*arguments, pad_token_id=77, check_every=every, top_k=1, num_samples=2, **case.common)
+    check(drawn, [hypotheses * 2 for hypotheses in want], 77)
 
 
 def test_attention_is_that_of_the_steps() -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from conftest import ISAS
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
@@ -22,6 +24,7 @@ from seqkernels import _C, inference
 from seqkernels.inference import _ops
 from seqkernels.reference import quantized
 from seqkernels.reference import recurrent as reference
+from support.fuzzing import bounded, restrided, strides
 
 WEIGHTS = tuple(_ops.PRECISIONS)
 TOLERANCE = {"float32": 0.0, "bfloat16": 0.03, "float16": 4e-3, "int8": 0.1}
@@ -907,3 +910,47 @@ def test_largest_sums_do_not_overflow() -> None:
 
 def test_build_info_names_dot_products() -> None:
     assert isinstance(seqkernels.build_info()["vnni"], bool)
+
+
+# ---- random inputs
+
+
+@bounded
+@given(
+    layer=st.sampled_from(LAYERS), weights=st.sampled_from(WEIGHTS), B=st.integers(1, 5), T=st.integers(1, 6),
+    D=st.integers(1, 40), units=st.integers(1, 6), layers=st.integers(1, 2), bidirectional=st.booleans(),
+    batch_first=st.booleans(), state=st.booleans(), data=st.data(), isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+def test_random_inputs_match_the_layer(
+    layer, weights, B, T, D, units, layers, bidirectional, batch_first, state, data, isa, threads
+) -> None:
+    """float32: the bits of the layer. Others: within the documented error of float64; packed as padded, bit for bit."""
+    H = 12 * units
+    module = layer(D, H, num_layers=layers, bidirectional=bidirectional, batch_first=batch_first)
+    for p in module.parameters():
+        p.data.mul_(0.4)
+    lengths = sorted(data.draw(st.lists(st.integers(1, T), min_size=B - 1, max_size=B - 1)), reverse=True)
+    lengths = [T, *lengths]
+    x = restrided(torch.randn((B, T, D) if batch_first else (T, B, D)), data.draw(strides))
+    hx = states_like(module, B) if state else None
+    made, alike = prepared(module, weights), ours(module)
+    before = _C.set_isa(isa)
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            got = made(x, hx, lengths=torch.tensor(lengths))
+            packed = made(pack_padded_sequence(x, lengths, batch_first=batch_first), hx)
+            want = alike(x, hx, lengths=torch.tensor(lengths))
+    finally:
+        _C.set_isa(before)
+    assert_bits(packed[0], pack_padded_sequence(got[0], lengths, batch_first=batch_first))
+    assert_bits(packed[1], got[1])
+    if weights == "float32":
+        assert_bits(got, want)
+    else:
+        wide = copy.deepcopy(alike).double()
+        states = None if hx is None else tuple(s.double() for s in hx) if isinstance(hx, tuple) else hx.double()
+        with torch.no_grad():
+            exact = wide(x.double(), states, lengths=torch.tensor(lengths))
+        assert (got[0] - exact[0]).abs().max() <= TOLERANCE[weights]

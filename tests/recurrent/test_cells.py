@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
@@ -26,6 +28,7 @@ from seqkernels.functional import _recurrent_ops as layer_ops
 from seqkernels.nn import recurrent as layers
 from seqkernels.nn import recurrent_cells as cells
 from support.cases import DTYPES, assert_near, assert_same_bits, tuple_of
+from support.fuzzing import bounded, restrided, strides
 from support.recurrent import compiled, spread
 
 ops = torch.ops.seqkernels
@@ -179,6 +182,26 @@ def test_matches_torch_for_all_sizes(cell: Cell, B: int, D: int, H: int) -> None
 def test_matches_torch_on_each_instruction_set(cell: Cell, isa: str) -> None:
     ours, theirs = cell.pair(19, 33)
     assert_matches_torch(ours, theirs, torch.randn(6, 19), cell.hx(6, 33))
+
+
+@bounded
+@given(
+    cell=st.sampled_from(PLAIN), B=st.one_of(st.none(), st.integers(0, 9), st.sampled_from([17, 65])),
+    D=st.one_of(st.integers(1, 9), st.sampled_from([16, 33, 130])),
+    H=st.sampled_from([4, 5, 8, 15, 16, 17, 33, 64, 65]),
+    bias=st.booleans(), state=st.booleans(), dtype=st.sampled_from(DTYPES), threads=st.integers(1, 3),
+    kinds=st.lists(strides, min_size=3, max_size=3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_random_inputs_match_torch(
+    cell: Cell, B: int | None, D: int, H: int, bias: bool, state: bool, dtype: torch.dtype, threads: int,
+    kinds: list[str], seed: int,
+) -> None:  # fmt: skip
+    ours, theirs = cell.pair(D, H, bias=bias, dtype=dtype, seed=seed)
+    batch, turn = () if B is None else (B,), iter(kinds)
+    x, hx = torch.randn(*batch, D, dtype=dtype), cell.hx(*batch, H, dtype=dtype)
+    torch.set_num_threads(threads)
+    x = restrided(x, next(turn))
+    assert_matches_torch(ours, theirs, x, rebuilt(hx, lambda s: restrided(s, next(turn))) if state else None)
 
 
 @each
