@@ -1,4 +1,4 @@
-// Every op of the library, one schema each.
+// Every op of the library, one schema each, and the registration of its implementations.
 #include <cstdint>
 #include <string>
 
@@ -163,3 +163,24 @@ SEQKERNELS_OPS(m) {
   define("ctc_loss_forward(" + ctc + ") -> (Tensor loss, Tensor losses, Tensor alpha)");
   define("ctc_loss_backward(Tensor dloss, " + ctc + ", Tensor losses, Tensor alpha) -> Tensor");
 }
+
+SEQKERNELS_OPS_ON(CPU, m) {
+  seqkernels::implement_layers(m);
+  seqkernels::implement_cells(m);
+#if !defined(SEQKERNELS_EMULATE_CUDA)
+  seqkernels::implement_prepared(m);
+#endif
+  seqkernels::implement_embedding_bag(m);
+  seqkernels::implement_attention(m);
+  seqkernels::implement_additive_attention(m);
+  seqkernels::implement_crf(m);
+  seqkernels::implement_ctc(m);
+}
+
+#if defined(SEQKERNELS_HAVE_CUDA)
+SEQKERNELS_OPS_ON(CUDA, m) {
+  seqkernels::implement_layers(m);
+  seqkernels::implement_cells(m);
+  seqkernels::implement_embedding_bag(m);
+}
+#endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import pathlib
@@ -122,53 +123,67 @@ LAYERS = {
 }
 
 KERNELIZE = """
-import copy
+import copy, traceback
 from kernels import LocalLayerRepository, Mode, kernelize, replace_kernel_forward_from_hub, use_kernel_mapping
 from torch.nn.utils.rnn import pack_sequence
 
-name, theirs = sys.argv[2], eval(sys.argv[3])
-replace_kernel_forward_from_hub(type(theirs), name)
-mapping = {name: {"cpu": LocalLayerRepository(repo_path=repository, layer_name=name)}}
-torch.manual_seed(0)
-ours = copy.deepcopy(theirs)
-with use_kernel_mapping(mapping):
-    mode = Mode.TRAINING if isinstance(theirs, torch.nn.RNNBase) else Mode.TRAINING | Mode.TORCH_COMPILE
-    ours = kernelize(ours, mode=mode, device="cpu", use_fallback=False)
-assert ours.forward.__func__ is getattr(hub.layers, name).forward
-inputs = []
-if name.startswith("Embedding"):
-    inputs.append((torch.randint(9, (4, 3)),))
-elif name.endswith("Cell"):
-    inputs.append((torch.randn(3, 5),))
-    state = torch.randn(3, 6)
-    inputs.append((torch.randn(3, 5), (state, state) if name == "LSTMCell" else state))
-else:
-    inputs.append((torch.randn(4, 3, 5),))
-    inputs.append((torch.randn(4, 5),))
-    inputs.append((pack_sequence([torch.randn(n, 5) for n in (2, 4, 3)], enforce_sorted=False),))
-    layers = theirs.num_layers * (1 + theirs.bidirectional)
-    states = tuple(torch.randn(layers, 3, 6) for _ in range(2))
-    inputs.append((inputs[-1][0], states if name == "LSTM" else states[0]))
-leaves = torch.utils._pytree.tree_leaves
-for given in inputs:
-    wanted, got = theirs(*given), ours(*given)
-    assert type(got) is type(wanted)
-    tensors = [[t for t in leaves(tuple(of)) if t.is_floating_point()] if isinstance(of, tuple) else [of]
-               for of in (wanted, got)]
-    torch.testing.assert_close(tensors[1], tensors[0])
-    grads = [torch.autograd.grad(sum(t.square().sum() for t in of), list(module.parameters()))
-             for of, module in zip(tensors, (theirs, ours))]
-    torch.testing.assert_close(grads[1], grads[0])
-if Mode.TORCH_COMPILE in mode:
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs[0]), theirs(*inputs[0]))
-print("equal")
+def check(name, theirs):
+    replace_kernel_forward_from_hub(type(theirs), name)
+    mapping = {name: {"cpu": LocalLayerRepository(repo_path=repository, layer_name=name)}}
+    torch.manual_seed(0)
+    ours = copy.deepcopy(theirs)
+    with use_kernel_mapping(mapping):
+        mode = Mode.TRAINING if isinstance(theirs, torch.nn.RNNBase) else Mode.TRAINING | Mode.TORCH_COMPILE
+        ours = kernelize(ours, mode=mode, device="cpu", use_fallback=False)
+    assert ours.forward.__func__ is getattr(hub.layers, name).forward
+    inputs = []
+    if name.startswith("Embedding"):
+        inputs.append((torch.randint(9, (4, 3)),))
+    elif name.endswith("Cell"):
+        inputs.append((torch.randn(3, 5),))
+        state = torch.randn(3, 6)
+        inputs.append((torch.randn(3, 5), (state, state) if name == "LSTMCell" else state))
+    else:
+        inputs.append((torch.randn(4, 3, 5),))
+        inputs.append((torch.randn(4, 5),))
+        inputs.append((pack_sequence([torch.randn(n, 5) for n in (2, 4, 3)], enforce_sorted=False),))
+        layers = theirs.num_layers * (1 + theirs.bidirectional)
+        states = tuple(torch.randn(layers, 3, 6) for _ in range(2))
+        inputs.append((inputs[-1][0], states if name == "LSTM" else states[0]))
+    leaves = torch.utils._pytree.tree_leaves
+    for given in inputs:
+        wanted, got = theirs(*given), ours(*given)
+        assert type(got) is type(wanted)
+        tensors = [[t for t in leaves(tuple(of)) if t.is_floating_point()] if isinstance(of, tuple) else [of]
+                   for of in (wanted, got)]
+        torch.testing.assert_close(tensors[1], tensors[0])
+        grads = [torch.autograd.grad(sum(t.square().sum() for t in of), list(module.parameters()))
+                 for of, module in zip(tensors, (theirs, ours))]
+        torch.testing.assert_close(grads[1], grads[0])
+    if Mode.TORCH_COMPILE in mode:
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs[0]), theirs(*inputs[0]))
+
+print("{")
+for name, module in eval(sys.argv[2]).items():
+    try:
+        check(name, eval(module))
+        print(f"{name!r}: 'equal',")
+    except Exception:
+        print(f"{name!r}: {traceback.format_exc()!r},")
+print("}")
 """
 
 
+@pytest.fixture(scope="module")
+def kernelized(repository: pathlib.Path) -> dict[str, str]:
+    """For each layer, "equal" or a traceback; of one process, since the imports take most of the time."""
+    return ast.literal_eval(loaded(repository, KERNELIZE, repr(LAYERS)))
+
+
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_replace_the_forward_methods_of_torch(repository: pathlib.Path, name: str) -> None:
-    assert loaded(repository, KERNELIZE, name, LAYERS[name]) == "equal"
+def test_layers_replace_the_forward_methods_of_torch(kernelized: dict[str, str], name: str) -> None:
+    assert kernelized[name] == "equal", kernelized[name]
 
 
 def test_all_layers_are_tested() -> None:

@@ -123,7 +123,7 @@ Tensor key_exp(const Tensor& key) {
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) {
+void implement_additive_attention(Library& m) {
   m.impl("additive_attention_forward", TORCH_BOX(&forward));
   m.impl("additive_attention_backward", TORCH_BOX(&backward));
   m.impl("additive_attention_key_exp", TORCH_BOX(&key_exp));

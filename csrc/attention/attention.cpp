@@ -685,7 +685,7 @@ std::tuple<Tensor, Tensor> multihead_backward(const Tensor& dout, SEQKERNELS_MUL
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) {
+void implement_attention(Library& m) {
   m.impl("multihead_attention_forward", TORCH_BOX(&multihead_forward));
   m.impl("multihead_attention_backward", TORCH_BOX(&multihead_backward));
   m.impl("attention_dense", TORCH_BOX(&dense));

@@ -1,7 +1,6 @@
 // Names for registration: torch.ops.<namespace> of the operators and the Python module. The namespace is seqkernels, or
 //   seqkernels_emulated in the test module that runs the CUDA kernels on a CPU (tests/cuda_on_cpu). In that module the
-//   CPU
-//     implementation of an operator launches its CUDA kernels.
+//   CPU implementation of an operator launches its CUDA kernels;
 //   a name of its own in a kernel of the Hugging Face Hub, which may be loaded beside other versions (cmake/hub.cmake).
 #pragma once
 
@@ -10,8 +9,22 @@
 #include <cstdint>
 
 namespace seqkernels {
+
 extern uint64_t schemas;  // hash of the schemas of all ops; library.cpp
-}
+
+// Each registers the implementations of an operator. library.cpp calls them, the only file that depends on the
+// namespace.
+using Library = torch::stable::detail::StableLibrary;
+void implement_layers(Library& m);    // recurrent/recurrent.cpp
+void implement_cells(Library& m);     // recurrent/cell.cpp
+void implement_prepared(Library& m);  // recurrent/prepared.cpp
+void implement_embedding_bag(Library& m);
+void implement_attention(Library& m);
+void implement_additive_attention(Library& m);
+void implement_crf(Library& m);
+void implement_ctc(Library& m);
+
+}  // namespace seqkernels
 
 #if defined(SEQKERNELS_EMULATE_CUDA)
 #define SEQKERNELS_NAMESPACE seqkernels_emulated

@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> viterbi(SEQKERNELS_CRF_PARAMETERS, int64_t paths) {
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) {
+void implement_crf(Library& m) {
   m.impl("crf_forward", TORCH_BOX(&forward));
   m.impl("crf_backward", TORCH_BOX(&backward));
   m.impl("crf_viterbi", TORCH_BOX(&viterbi));

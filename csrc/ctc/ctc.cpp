@@ -154,7 +154,7 @@ Tensor backward(const Tensor& dloss, const Tensor& log_probs, const Tensor& targ
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) {
+void implement_ctc(Library& m) {
   m.impl("ctc_loss_forward", TORCH_BOX(&forward));
   m.impl("ctc_loss_backward", TORCH_BOX(&backward));
 }

@@ -756,7 +756,9 @@ void update_collection(const Tensors& tables, const Tensors& state1, const Tenso
   update(call.bags, call.all_args(by_frequency), steps);
 }
 
-void implement(torch::stable::detail::StableLibrary& m) {
+}  // namespace
+
+void implement_embedding_bag(Library& m) {
   m.impl("embedding_bag", TORCH_BOX(&forward_only));
   m.impl("embedding_bag_forward", TORCH_BOX(&forward));
   m.impl("embedding_bag_backward", TORCH_BOX(&backward));
@@ -773,12 +775,5 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("embedding_bags_backward_weights", TORCH_BOX(&backward_weights_collection));
   m.impl("embedding_bags_update_", TORCH_BOX(&update_collection));
 }
-
-}  // namespace
-
-SEQKERNELS_OPS_ON(CPU, m) { implement(m); }
-#ifdef SEQKERNELS_HAVE_CUDA
-SEQKERNELS_OPS_ON(CUDA, m) { implement(m); }
-#endif
 
 }  // namespace seqkernels

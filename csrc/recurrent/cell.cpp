@@ -232,7 +232,7 @@ struct CellOps<kKind, std::index_sequence<I...>> {
 };
 
 template <CellKind kKind>
-void implement(torch::stable::detail::StableLibrary& m) {
+void implement(Library& m) {
   constexpr CellShape kShape = shape_of(kKind);
   using Ops = CellOps<kKind, std::make_index_sequence<kShape.states>>;
   const std::string name = std::string(kShape.name) + "_cell";
@@ -242,7 +242,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }
 
 template <size_t... K>
-void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<K...>) {
+void implement_all(Library& m, std::index_sequence<K...>) {
   const auto one = [&m](auto k) {
     constexpr CellKind kKind = kCellKinds[decltype(k)::value];
     if constexpr (shape_of(kKind).step) implement<kKind>(m);
@@ -252,9 +252,6 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
-#if defined(SEQKERNELS_HAVE_CUDA)
-SEQKERNELS_OPS_ON(CUDA, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
-#endif
+void implement_cells(Library& m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
 
 }  // namespace seqkernels

@@ -512,7 +512,7 @@ struct PreparedOps<kKind, std::index_sequence<I...>> {
 };
 
 template <size_t... K>
-void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<K...>) {
+void implement_all(Library& m, std::index_sequence<K...>) {
   const auto one = [&m](auto k) {
     constexpr CellKind kKind = kCellKinds[decltype(k)::value];
     using Ops = PreparedOps<kKind, std::make_index_sequence<shape_of(kKind).states>>;
@@ -525,7 +525,7 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) {
+void implement_prepared(Library& m) {
   m.impl("recurrent_pack", TORCH_BOX(&pack));
   m.impl("recurrent_unpack", TORCH_BOX(&unpack));
   implement_all(m, std::make_index_sequence<std::size(kCellKinds)>());

@@ -583,7 +583,7 @@ struct OpsOf<kKind, std::index_sequence<I...>, std::index_sequence<J...>> {
 };
 
 template <CellKind kKind>
-void implement(torch::stable::detail::StableLibrary& m) {
+void implement(Library& m) {
   constexpr CellShape kShape = shape_of(kKind);
   using Ops = OpsOf<kKind, std::make_index_sequence<kShape.states>, std::make_index_sequence<kShape.states - 1>>;
   const std::string name = kShape.name;
@@ -593,15 +593,12 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }
 
 template <size_t... K>
-void implement_all(torch::stable::detail::StableLibrary& m, std::index_sequence<K...>) {
+void implement_all(Library& m, std::index_sequence<K...>) {
   (implement<kCellKinds[K]>(m), ...);
 }
 
 }  // namespace
 
-SEQKERNELS_OPS_ON(CPU, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
-#if defined(SEQKERNELS_HAVE_CUDA)
-SEQKERNELS_OPS_ON(CUDA, m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
-#endif
+void implement_layers(Library& m) { implement_all(m, std::make_index_sequence<std::size(kCellKinds)>()); }
 
 }  // namespace seqkernels

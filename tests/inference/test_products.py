@@ -22,33 +22,40 @@ CHECKED = {  # namespace: defines of emulated_avx512.h, lanes of float
 KERNEL = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", f"-I{CSRC}"]
 
 
+COMPILER = os.environ.get("CXX", "g++")
+MAIN = str(HERE / "check_packed_product.cpp")
+SOURCE = str(CSRC / "recurrent" / "cpu" / "packed_product.cpp")
+
+
+def compile_(*options: str, to: pathlib.Path) -> str:
+    result = subprocess.run([COMPILER, *KERNEL, *options, "-c", "-o", str(to)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return str(to)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"needs a C++ compiler to build the check program; {COMPILER} is not installed")
+    return compile_("-DSEQKERNELS_ISA=portable", SOURCE, to=tmp_path_factory.mktemp("products") / "portable.o")
+
+
 @pytest.mark.skipif(not X86, reason="needs an x86 processor: the emulation covers x86 instruction sets")
 @pytest.mark.parametrize("isa", CHECKED)
-def test_products_are_those_of_portable_code(isa: str, tmp_path: pathlib.Path) -> None:
+def test_products_are_those_of_portable_code(isa: str, portable: str, tmp_path: pathlib.Path) -> None:
     """All precisions, gates, odd sizes, 1 to 66 rows; int8 bit for bit."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"needs a C++ compiler to build the check program; {compiler} is not installed")
     if "avx2" not in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip("needs AVX2, which the emulation of AVX-512 uses")
     defines, lanes = CHECKED[isa]
-    source = str(CSRC / "recurrent" / "cpu" / "packed_product.cpp")
-
-    def compile_(*options: str, to: str) -> str:
-        command = [compiler, *KERNEL, *options, "-c", "-o", str(tmp_path / to)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return str(tmp_path / to)
-
     emulation = ["-include", str(HERE / "emulated_avx512.h")] if defines else []
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     objects = [
-        compile_("-DSEQKERNELS_ISA=portable", source, to="portable.o"),
-        compile_(f"-DSEQKERNELS_ISA={isa}", *avx2, *defines, *emulation, source, to="checked.o"),
-        compile_(f"-DCHECKED={isa}", f"-DCHECKED_LANES={lanes}", str(HERE / "check_packed_product.cpp"), to="main.o"),
+        portable,
+        compile_(f"-DSEQKERNELS_ISA={isa}", *avx2, *defines, *emulation, SOURCE, to=tmp_path / "checked.o"),
+        compile_(f"-DCHECKED={isa}", f"-DCHECKED_LANES={lanes}", MAIN, to=tmp_path / "main.o"),
     ]
     program = tmp_path / "check"
-    subprocess.run([compiler, *objects, "-o", str(program)], check=True)
+    subprocess.run([COMPILER, *objects, "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout
     assert result.stdout.startswith("compared ") and result.stdout.strip().endswith("failures 0")
