@@ -20,7 +20,7 @@ ARGS ?=
 # The duration of make fuzz, and of the fuzz tests in make sanitize (0: they run as in make test).
 SECONDS ?= 600
 FUZZ_SECONDS ?= 0
-FUZZ_TESTS := tests/test_fuzz.py tests/test_fuzz_ops.py tests/crf tests/ctc tests/additive_attention
+FUZZ_TESTS := $(shell grep -rl "support.fuzzing import" tests --include="test_*.py")
 # The instruction sets of make sanitize and make coverage: those of this processor.
 has = $(if $(shell grep -sm1 -w $(1) /proc/cpuinfo),;$(2))
 OWN_SETS ?= portable$(call has,avx2,avx2)$(call has,avx_vnni,avx2_vnni)$(call has,avx512dq,avx512)$(call has,avx512_vnni,avx512_vnni)
