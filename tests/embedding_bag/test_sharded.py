@@ -132,6 +132,27 @@ def bags_with_offsets() -> list[Tensor]:
     return found
 
 
+def bits_by_threads() -> dict[str, list[list[Tensor]]]:
+    """Outputs and gradients of wide tables: several calls, each with another number of threads."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.manual_seed(0)
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    table, indices = torch.randn(E, 4096), torch.randint(E, (40, L))
+    for mode in ("sum", "mean", "max"):
+        for name, dim in (("rows", 0), ("columns", 1)):
+            runs = found[f"{mode} {name}"] = []
+            for threads in (1, 1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                weight = distribute_tensor(table, mesh, [Shard(dim)]).requires_grad_()
+                spread = distribute_tensor(indices, mesh, [Replicate()])
+                output = embedding_bag(spread, weight, mode=mode).full_tensor()
+                output.sin().sum().backward()
+                runs.append([output.detach(), weight.grad.full_tensor()])
+    torch.set_num_threads(1)
+    return found
+
+
 def errors(rank: int) -> dict[str, str]:
     from torch.distributed.tensor import (
         DTensor,
@@ -188,6 +209,7 @@ def sharding_worker(rank: int, folder: str) -> dict[str, object]:
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, object] = {
         "errors": errors(rank), "two dimensions": two_dimensions(rank), "offsets": bags_with_offsets(),
+        "bits": bits_by_threads(),
     }  # fmt: skip
     for mode, option, placement in CASES:
         try:
@@ -233,6 +255,14 @@ def test_sharded_tables_with_offsets(sharded: list) -> None:
     for worker in sharded:
         for got in worker["offsets"]:
             assert torch.equal(got, want)
+
+
+def test_bits_are_independent_of_threads(sharded: list) -> None:
+    for worker in sharded:
+        for name, (first, *others) in worker["bits"].items():
+            for other in others:
+                assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)), name
+            assert all(torch.equal(a, b) for a, b in zip(first, sharded[0]["bits"][name][0])), name
 
 
 ERRORS = {
