@@ -1,17 +1,19 @@
 """Build, tests and benchmarks on a machine with a GPU and nvcc, in parts with time limits: `make gpu`, or
 
-    python bench/gpu.py [--only build,tests] [--minutes 9] [--select "bench=lstm and not packed"] [--out folder]
+    python bench/gpu.py [--only build,tests] [--minutes 9] [--resume] [--select "bench=lstm and not packed"] [--out DIR]
 
-build        builds _C for this GPU in build/gpu
+build        builds _C for this GPU and this processor in build/gpu
 tests        runs the tests marked `cuda`, in several processes if pytest-xdist is installed
 memcheck     runs compute-sanitizer on the tests marked `cuda` and `sanitize`
 racecheck    the same with its race detection
 tune         compares the tiers of recurrent layers: bench/tune.py
 bench        runs the rows marked `cuda`, the least measured first
+cpu          runs bench/scaling.py: the CPU kernels with 1 to 16 threads
 
 Each part has a share of the time and passes unused time on to the next. A part that exceeds its time is interrupted,
-then killed with all its processes; its results so far are kept. This Python must have torch with CUDA, cmake, ninja,
-pytest, pytest-benchmark and hypothesis; nothing is installed.
+then killed with all its processes; its results so far are kept. --resume continues the runs of this day with the same
+sources: parts that are complete do not run, and the others skip the tests, layers and rows that have results. This
+Python must have torch with CUDA, cmake, ninja, pytest, pytest-benchmark and hypothesis; nothing is installed.
 
 Results in bench/results, or in --out: <device>-<date>.json, which bench/report.py prints, <device>-<date>-tuning.json,
 and <device>-<date>-checks.json with the status of each part, to which later runs add their parts. The output of the
@@ -24,6 +26,7 @@ import argparse
 import codecs
 import contextlib
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -47,7 +50,7 @@ BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"  # the tree in which the parts run: the built module and copies of all other files
 RESULTS = ROOT / "bench" / "results"
 # Shares of the time. On 16 processors, the build takes 90 s, mostly for the CPU kernels.
-SHARES = {"build": 110, "tests": 130, "memcheck": 45, "racecheck": 45, "tune": 45, "bench": 155}
+SHARES = {"build": 125, "tests": 115, "memcheck": 40, "racecheck": 40, "tune": 40, "bench": 120, "cpu": 50}
 RESERVE = 10.0  # seconds reserved for writing results
 GRACE = 5.0  # seconds between an interrupt and a kill
 TEST_S = 60.0  # time limit of a test or row, ten times that if it is marked slow, because Triton compiles in some
@@ -147,6 +150,7 @@ class Part:
     out: Path
     logs: Path
     stem: str  # <device>-<date>
+    earlier: dict[str, Any] | None = None  # with --resume, the result of the run that this one continues
 
     @property
     def log(self) -> Path:
@@ -169,7 +173,7 @@ def stage() -> None:
 
 
 def build(part: Part) -> dict[str, Any]:
-    """Builds for this device only, with portable CPU kernels, because other instruction sets take most of the time."""
+    """Builds for this device and this processor only, because other instruction sets take most of the time."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -180,7 +184,8 @@ def build(part: Part) -> dict[str, Any]:
         [
             *("cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", f"-DPython_EXECUTABLE={sys.executable}"),
             *("-DSEQKERNELS_CUDA=ON", f"-DSEQKERNELS_CUDA_ARCHITECTURES={architecture}"),
-            *("-DSEQKERNELS_INSTRUCTION_SETS=portable", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={SITE / 'seqkernels'}"),
+            f"-DSEQKERNELS_INSTRUCTION_SETS={instruction_sets()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={SITE / 'seqkernels'}",
         ],
         ["cmake", "--build", BUILD / "cmake", "--target", "_C"],
         [sys.executable, "-c", "import seqkernels; print(seqkernels.build_info())"],
@@ -192,11 +197,44 @@ def build(part: Part) -> dict[str, Any]:
     return {"status": "passed", "architecture": architecture}
 
 
+def instruction_sets() -> str:
+    """The portable set, and the widest one of this processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+        return "portable;avx512" + (";avx512_vnni" if "avx512_vnni" in flags else "")
+    if {"avx2", "fma", "f16c"} <= flags:
+        return "portable;avx2" + (";avx2_vnni" if "avx_vnni" in flags else "")
+    return "portable"
+
+
+def sources() -> str:
+    """Digest of the files that are built and run."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "cmake", "seqkernels", "tests", "bench"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in (".h", ".cuh", ".cu", ".cpp", ".py", ".cmake"):
+                digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def keep_finished(record: Path) -> None:
+    """Removes tests that failed or did not end from the record of a part, so that they run again."""
+    lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+    outcomes = tally.read(record).outcomes
+    kept = [line for line in lines if outcomes.get(json.loads(line)["test"]) in ("passed", "skipped")]
+    record.write_text("".join(kept), encoding="utf-8")
+
+
 def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tuple[dict[str, Any], str]:
     """Results and output of pytest. If a test crashes the process, pytest restarts with the remaining tests."""
     record, before = part.logs / f"{part.name}.jsonl", part.logs / f"{part.name}-before.jsonl"
-    for path in (record, before):
-        path.unlink(missing_ok=True)
+    before.unlink(missing_ok=True)
+    if part.earlier is None or not record.exists():
+        record.unlink(missing_ok=True)
+    else:
+        keep_finished(record)
+        shutil.copy2(record, before)
     environment |= {
         "SEQKERNELS_TALLY": str(record),
         "SEQKERNELS_TALLY_BEFORE": str(before),
@@ -266,17 +304,32 @@ def sanitizer(part: Part) -> dict[str, Any]:
     return found | {"sanitizer": reports}
 
 
+def file_of(part: Part, stem: str) -> Path:
+    """The file of the run that this one continues, otherwise a new one."""
+    name = (part.earlier or {}).get("file")
+    return part.out / name if name else report.unused(part.out, stem)
+
+
 def tune(part: Part) -> dict[str, Any]:
-    file = report.unused(part.out, f"{part.stem}-tuning")
-    ended = part.run([sys.executable, SITE / "bench" / "tune.py", "--device", "cuda", "--save", file, *part.selection])
+    file = file_of(part, f"{part.stem}-tuning")
+    command = [sys.executable, SITE / "bench" / "tune.py", "--device", "cuda", "--save", file, *part.selection]
+    ended = part.run([*command, *(["--resume"] if part.earlier is not None else [])])
     return {"status": ended.status, **rows_of(file)} | (
         {"output": ended.output[-4000:]} if ended.status == "failed" else {}
     )
 
 
 def bench(part: Part) -> dict[str, Any]:
-    file = report.unused(part.out, part.stem)
-    command = [sys.executable, "-m", "pytest", "bench", "--device", "cuda", "--benchmark-only", "--budget", "0.3"]
+    return rows(part, part.stem, "bench", "--device", "cuda")
+
+
+def cpu(part: Part) -> dict[str, Any]:
+    return rows(part, f"{part.stem}-cpu", "bench/scaling.py")
+
+
+def rows(part: Part, stem: str, *arguments: str) -> dict[str, Any]:
+    file = file_of(part, stem)
+    command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-only", "--budget", "0.3"]
     found, _ = pytest_part(part, [*command, f"--save-results={file}"])
     return found | rows_of(file)
 
@@ -294,6 +347,7 @@ PARTS = {
     "racecheck": sanitizer,
     "tune": tune,
     "bench": bench,
+    "cpu": cpu,
 }
 
 
@@ -307,6 +361,11 @@ def selections(given: Sequence[str]) -> dict[str, str]:
         f"--select takes part=expression, where part is one of {', '.join(PARTS)}; got {', '.join(given)}",
     )
     return found
+
+
+def is_complete(found: dict[str, Any], select: str, digest: str) -> bool:
+    done = found.get("status") in ("passed", "nothing to run", "no compute-sanitizer")
+    return done and found.get("sources") == digest and found.get("select") == select
 
 
 def summary(checks: dict[str, dict[str, Any]]) -> str:
@@ -347,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--select", action="append", default=[], metavar="PART=EXPRESSION", help="expression for pytest -k of a part"
     )
     parser.add_argument("--out", type=Path, help="folder for results and output")
+    parser.add_argument("--resume", action="store_true", help="run what has no results of this day and these sources")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",")
     require(set(wanted) <= set(PARTS), f"--only takes {', '.join(PARTS)}; got {options.only}")
@@ -362,25 +422,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = out / f"{stem}-checks.json"
     known: dict[str, Any] = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | about
     checks = known.setdefault("parts", {})
+    digest = sources()
+    if options.resume:
+        complete = [part for part in parts if is_complete(checks.get(part, {}), selected.get(part, ""), digest)]
+        if not SITE.exists() and "build" in complete:
+            complete.remove("build")
+        print(f"gpu: complete: {', '.join(complete) or 'none'}", flush=True)
+        parts = [part for part in parts if part not in complete]
     require("build" in parts or SITE.exists(), f"there is no build in {BUILD}; --only must name build")
-    stage()
+    if "build" not in parts:
+        stage()
     ends = deadlines(parts, start, 60 * options.minutes - RESERVE)
     for name in parts:
         if STOP.is_set():
             break
         begun = time.monotonic()
-        part = Part(name, ends[name], selected.get(name, ""), out, logs, stem)
-        part.log.unlink(missing_ok=True)
+        known_part = checks.get(name, {})
+        of_sources = known_part.get("sources") == digest and known_part.get("select") == selected.get(name, "")
+        earlier = known_part if options.resume and of_sources else None
+        part = Part(name, ends[name], selected.get(name, ""), out, logs, stem, earlier)
+        if earlier is None:
+            part.log.unlink(missing_ok=True)
         print(f"\n== {name}: {part.until - begun:.0f} of {ends[parts[-1]] - begun:.0f} seconds left", flush=True)
         found = PARTS[name](part)
-        checks[name] = {**found, "seconds": round(time.monotonic() - begun, 1)}
+        of_run = {"sources": digest, "select": part.select, "seconds": round(time.monotonic() - begun, 1)}
+        checks[name] = {**found, **of_run}
         report.write(path, json.dumps(known, indent=1) + "\n")
         if name == "build" and found["status"] != "passed":
             break
 
-    rows = checks.get("bench", {}).get("file", "") if "bench" in parts else ""
-    if rows and (out / rows).exists():
-        print("\n" + report.text(report.from_json((out / rows).read_text(encoding="utf-8"))))
+    for name in ("bench", "cpu"):
+        file = checks.get(name, {}).get("file", "") if name in parts else ""
+        if file and (out / file).exists():
+            print("\n" + report.text(report.from_json((out / file).read_text(encoding="utf-8"))))
     print(f"\n{about['device']}, {path}\n{summary(checks)}", flush=True)
     return int(any(checks[part]["status"] in ("failed", "cut") for part in parts if part in checks))
 

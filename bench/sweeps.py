@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Contender, MemoryCase, Results, of_tensors
+from report import counted
 from torch import Tensor
 
 import seqkernels
@@ -575,7 +576,7 @@ def measure(bench: Any, point: Point, group: str) -> None:
     contenders = operator.contenders(sizes, point.which)
     bench.time(
         f"{operator}, {point.which}{group}",
-        point.label + (", 1 thread" if point.threads == 1 else ""),
+        point.label + ("" if point.threads == 2 else f", {counted(point.threads, 'thread')}"),
         contenders,
         bars={},
         work=operator.work(sizes, point.which),

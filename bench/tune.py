@@ -3,7 +3,8 @@
     python bench/tune.py [--device cuda] [--save FILE] [-k "LSTM H=1024"]
 
 The table marks choices that take over 5 % more than the best tier, for which the thresholds in csrc/recurrent
-(plan_cluster, plan_grid, plan_recurrent_cuda) should be changed. --save writes after each shape.
+(plan_cluster, plan_grid, plan_recurrent_cuda) should be changed. --save writes after each shape. --resume continues
+such a file.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class Timing:
     def loss(self) -> float:
         """Relative additional time of the planner's choice over the best tier; 0 if it is the best."""
         return max(0.0, self.planned_seconds / self.seconds[self.best] - 1)
+
+    @staticmethod
+    def of_json(row: dict[str, Any]) -> Timing:
+        return Timing(**{field.name: row[field.name] for field in dataclasses.fields(Timing)})
 
     def as_json(self) -> dict[str, Any]:
         seconds = {tier: float(f"{value:.4g}") for tier, value in self.seconds.items()}
@@ -177,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda",), default="cuda", help="the current one")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was timed, as JSON")
+    parser.add_argument("--resume", action="store_true", help="skip the layers that --save has written earlier")
     parser.add_argument(
         "-k", dest="words", default="", help="layers whose name contains all these words, such as H=1024"
     )
@@ -192,8 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda, "seqkernels": seqkernels.__version__},
         "dtype": str(DTYPE).removeprefix("torch."),
     }
+    if options.resume and options.save is not None and options.save.exists():
+        timings = [Timing.of_json(row) for row in json.loads(options.save.read_text(encoding="utf-8"))["rows"]]
+    known = {timing.layer for timing in timings}
     with contextlib.suppress(KeyboardInterrupt):  # print the rows so far
         for layer in layers(options.words):
+            if str(layer) in known:
+                continue
             timings += measured(layer, device)
             print(f"{layer}: {len(timings)} timed", flush=True)
             if options.save is not None:

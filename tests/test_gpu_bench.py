@@ -3,6 +3,7 @@ shapes, and the table of tuning."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -143,7 +144,7 @@ def test_termination_interrupts_the_part(tmp_path: Path) -> None:
 
 def test_parts_share_the_time() -> None:
     ends = gpu.deadlines(list(gpu.PARTS), 100.0, 530.0)
-    assert list(ends) == list(gpu.SHARES) and ends["bench"] == pytest.approx(630)
+    assert list(ends) == list(gpu.SHARES) and ends["cpu"] == pytest.approx(630)
     assert ends["tests"] - ends["build"] == pytest.approx(530 * gpu.SHARES["tests"] / sum(gpu.SHARES.values()))
     assert gpu.deadlines(["bench"], 0.0, 60.0) == {"bench": 60.0}
 
@@ -205,6 +206,40 @@ def test_no_parts_run_after_a_failed_build_or_a_termination(fakes: dict[str, Any
     assert checks_in(tmp_path / "again") == {"build": "failed"}
 
 
+def test_resume_runs_what_is_not_complete(
+    fakes: dict[str, Any], tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, Any]] = []
+
+    def made(name: str, status: str) -> Any:
+        def run_part(part: Any) -> dict[str, Any]:
+            ran.append((name, part.earlier and part.earlier.get("file")))
+            return {"status": status, "file": f"{name}.json"}
+
+        return run_part
+
+    statuses = dict.fromkeys(fakes, "passed") | {"tests": "failed", "bench": "cut"}
+    fakes.update({name: made(name, status) for name, status in statuses.items()})
+    arguments = ["--out", str(tmp_path), "--resume"]
+    gpu.main(arguments)
+    assert [name for name, _ in ran] == list(statuses)
+    for select, again in ((None, ["tests", "bench"]), ("cpu=LSTM", ["tests", "bench", "cpu"])):
+        ran.clear()
+        gpu.main([*arguments, *(["--select", select] if select else [])])
+        assert ran == [(name, None if name == "cpu" else f"{name}.json") for name in again]
+    ran.clear()
+    gpu.main(["--out", str(tmp_path)])
+    assert ran == [(name, None) for name in statuses]
+    ran.clear()
+    monkeypatch.setattr(gpu, "sources", lambda: "other")
+    gpu.main(arguments)
+    assert ran == [(name, None) for name in statuses]
+    shutil.rmtree(site)
+    ran.clear()
+    gpu.main([*arguments, "--only", "build,cpu"])
+    assert [name for name, _ in ran] == ["build"]
+
+
 # ---- tests as a part
 
 
@@ -260,6 +295,24 @@ def test_counts_of_interrupted_tests(site: Path) -> None:
         found = gpu.run_tests(part(site, 15))
         assert found["status"] == "cut" and found["passed"] == 1, found
         assert not deaf or found["unfinished tests"] == ["tests/test_it.py::test_long"]
+
+
+def test_resumed_tests(site: Path) -> None:
+    """Tests that passed do not run again; those that failed and those that were interrupted do."""
+    source = """
+        {}
+        def test_good(): open("good", "a").write("x")
+        def test_bad(): assert {}
+        def test_long(): time.sleep({})
+        """
+    write_tests(site, source.format("", "False", 60))
+    first = gpu.run_tests(part(site, 12))
+    assert first["status"] == "cut" and first["passed"] == first["failed"] == 1
+    write_tests(site, source.format("", "True", 0))
+    again = dataclasses.replace(part(site, ENOUGH), earlier=first)
+    assert counts(gpu.run_tests(again)) == (3, 3, 0, 0, 0)
+    assert counts(gpu.run_tests(again)) == (3, 3, 0, 0, 0)
+    assert (site / "good").read_text() == "x"
 
 
 def test_tests_that_crash_their_process(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +428,12 @@ def test_rows_are_saved_individually(site: Path) -> None:
     saved = report.from_json((site / found["file"]).read_text(encoding="utf-8"))
     assert [row.label for row in saved.rows] == ["row 0", "row 1", "row 3"]
     assert all(row.entries[2].verdict == "PASS" for row in saved.rows)
+    path = site / "bench" / "bench_it.py"
+    path.write_text(path.read_text().replace("os._exit(139)", "pass"))
+    again = gpu.bench(dataclasses.replace(part(site, ENOUGH, name="bench"), earlier=found))
+    assert (again["status"], again["rows"], again["file"]) == ("passed", 4, found["file"])
+    saved = report.from_json((site / found["file"]).read_text(encoding="utf-8"))
+    assert [row.label for row in saved.rows] == ["row 0", "row 1", "row 3", "row 2"]
 
 
 def test_files_are_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +528,24 @@ def test_table_marks_losses_of_the_planner() -> None:
         "1 of 3 choices lose more than 5 %",
     ]
     assert timings[0].as_json()["best"] == "grid"
+
+
+def test_tuning_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, file = Planned(), tmp_path / "tuning.json"
+    monkeypatch.setattr(tune, "Cuda", lambda name: device)
+    monkeypatch.setattr(tune.seqkernels, "build_info", lambda: {"cuda": True})
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda _: "NVIDIA H0")
+    device.device = "cuda"
+    arguments = ["--save", str(file), "--resume", "-k"]
+    tune.main([*arguments, "GRU H=128"])
+    timed = len(device.timed)
+    before = json.loads(file.read_text())["rows"]
+    tune.main([*arguments, "GRU H=128"])
+    assert len(device.timed) == timed and json.loads(file.read_text())["rows"] == before
+    tune.main([*arguments, "H=128"])
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[: len(before)] == before and len(rows) == 2 * len(before)
 
 
 def test_layer_runs_with_the_selected_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
