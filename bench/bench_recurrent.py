@@ -944,6 +944,61 @@ def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
     bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
 
 
+# Layers with options, on a GPU: no library has them, so the peer is the plain layer with the same products.
+OPTIONS_ON_CUDA = [
+    (LSTM, {"peephole": True}),
+    (LSTM, {"coupled_gates": True}),
+    (LSTM, {"zoneout_h": 0.1, "zoneout_c": 0.1, "recurrent_dropout": 0.1}),
+    (GRU, {"reset_after": False}),
+    (GRU, {"zoneout_h": 0.1}),
+]
+
+
+@pytest.mark.cuda(turn=3)
+@STEPS
+@pytest.mark.parametrize(("kind", "options"), OPTIONS_ON_CUDA, ids=str)
+def test_options_on_cuda(bench: Any, kind: Kind, options: dict[str, Any], step: bool) -> None:
+    shape = Shape(256, 64, 512, 512)
+    plain, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
+    layer = our_layer(shape, str(kind), **options).to("cuda", HALF)
+    contenders = [
+        on_cuda("ours", layer, shape, None, step=step),
+        on_cuda("ours, plain", plain, shape, None, step=step),
+        on_cuda("cuDNN, plain", theirs, shape, None, step=step),
+    ]
+    work = (TRAINING if step else 1) * flop(shape.T * shape.B, plain)
+    group = f"bfloat16 with options, {'training step' if step else 'forward'}, on CUDA"
+    label = f"{kind} {', '.join(options)}, {shape}"
+    parity = [(contenders[2], contenders[1])]
+    bench.time(group, label, contenders, bars={}, work=work, parity=parity, tolerance=HALF_TOLERANCE)
+
+
+@pytest.mark.cuda(turn=4)
+@STEPS
+@pytest.mark.parametrize(("B", "H"), [(16, 256), (64, 512)])
+@pytest.mark.parametrize("kind", [LSTM, GRU], ids=str)
+def test_triton_on_cuda(bench: Any, kind: Kind, B: int, H: int, step: bool) -> None:
+    """The Triton kernels, which run where the CUDA kernels are not built."""
+    shape = Shape(256, B, H, H)
+    ours, theirs = layers_on_cuda(shape, kind, ours=HALF, theirs=HALF)
+    function = getattr(seqkernels.functional, str(kind).lower())
+
+    def in_triton(x: Tensor) -> tuple[Any, Any]:
+        return function(x, None, list(ours.parameters()), backend="triton")
+
+    contenders = [
+        on_cuda("ours", ours, shape, None, step=step),
+        on_cuda("Triton", ours, shape, None, step=step, call=in_triton),
+        on_cuda("cuDNN", theirs, shape, None, step=step),
+    ]
+    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
+    group = f"bfloat16 against Triton, {'training step' if step else 'forward'}, on CUDA"
+    bench.time(
+        group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE,
+        parity=[(contenders[2], contenders[0]), (contenders[2], contenders[1])],
+    )  # fmt: skip
+
+
 # --- rows: peers that compile for minutes, on a GPU ---
 
 
