@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "common/allocate.h"
+#include "common/bytes.h"
 #include "common/isa.h"
 #include "common/memory.h"
 #include "common/parallel.h"
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& given, int64_t gates, int64_t firs
       torch::stable::new_empty(weight, Shape{bytes / bytes_of(packing.precision)}, storage_of(packing.precision));
   Tensor scales = torch::stable::new_empty(weight, Shape{int8 ? rows : 0});
   char* const to = static_cast<char*>(packed.mutable_data_ptr());
-  if (bytes > 0) std::memset(to, 0, bytes);
+  zero_bytes(to, bytes);
   float* const scale_of = static_cast<float*>(scales.mutable_data_ptr());
   const float* const from = static_cast<const float*>(weight.const_data_ptr());
   packing.each_row(to, [&](int64_t row, char* panel, const PanelLayout& of, int64_t gate, int64_t column) {
@@ -478,7 +479,7 @@ std::vector<Tensor> run_prepared(const PreparedOpArgs& given, const std::vector<
   }
   float* const y = static_cast<float*>(out[0].mutable_data_ptr());
   const Walk& walk = call.args.walk;
-  if (given.lengths && walk.N < walk.T * walk.B) std::memset(y, 0, out[0].numel() * sizeof(float));
+  if (given.lengths && walk.N < walk.T * walk.B) zero_bytes(y, out[0].numel() * int64_t{sizeof(float)});
   call.run(y, before, after);
   return out;
 }

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <utility>
 
+#include "common/bytes.h"
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -345,7 +346,7 @@ void zero_unused(const Tensor& saved, const RecurrentArgs& args) {
   const int64_t row = saved.size(2) * static_cast<int64_t>(saved.element_size());
   char* data = static_cast<char*>(saved.mutable_data_ptr());
   for (int64_t d = 0; d < args.directions; ++d) {
-    std::memset(data + (d * saved.size(1) + args.walk.N) * row, 0, (saved.size(1) - args.walk.N) * row);
+    zero_bytes(data + (d * saved.size(1) + args.walk.N) * row, (saved.size(1) - args.walk.N) * row);
   }
 }
 
@@ -396,9 +397,9 @@ void recompute(const LayerInputs& in, const BackwardArgs& args, char* saved) {
   const int64_t element = in.x.element_size();
   const auto copy = [element](std::vector<char>& to, int64_t row, const char* from, int64_t width) {
     if (from == nullptr) {
-      std::memset(to.data() + row * width * element, 0, width * element);
+      zero_bytes(to.data() + row * width * element, width * element);
     } else {
-      std::memcpy(to.data() + row * width * element, from, width * element);
+      copy_bytes(to.data() + row * width * element, from, width * element);
     }
   };
   std::vector<int64_t> steps(walk.N), identity(kTokens);

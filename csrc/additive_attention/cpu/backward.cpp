@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "additive_attention/cpu/reciprocal.h"
+#include "common/bytes.h"
 #include "common/packing.h"
 #include "common/parallel.h"
 #include "common/products.h"
@@ -74,7 +75,7 @@ struct Backward {
     S* dvalue = static_cast<S*>(args.dvalue) + b * Tk * Dv;
     T *dout = take(memory, Tq * ldv), *columns = take(memory, ldt * Dv), *products = take(memory, Tq * ldt),
       *of_values = take(memory, Tk * ldv);
-    memset(static_cast<void*>(products), 0, size_t(Tq * ldt) * sizeof(T));
+    zero_bytes(products, Tq * ldt * int64_t{sizeof(T)});
     if (args.dout != nullptr && Dv > 0) {
       pack_rows(static_cast<const S*>(args.dout) + b * Tq * Dv, Dv, 1, Tq, Dv, dout, ldv);
       pack_strips(value, Dv, 1, n, Dv, columns);
@@ -83,9 +84,9 @@ struct Backward {
       product<LeftLayout::kColumns>(n, Tq, weights, Tk, RightOperand<T>{dout, ldv, kStrip<T>}, ceil_div(Dv, kStrip<T>),
                                     of_values, ldv, Update::kReplace);
       for (int64_t j = 0; j < n; ++j) convert(dvalue + j * Dv, of_values + j * ldv, Dv);
-      memset(static_cast<void*>(dvalue + n * Dv), 0, size_t((Tk - n) * Dv) * sizeof(S));
+      zero_bytes(dvalue + n * Dv, (Tk - n) * Dv * int64_t{sizeof(S)});
     } else {
-      memset(static_cast<void*>(dvalue), 0, size_t(Tk * Dv) * sizeof(S));
+      zero_bytes(dvalue, Tk * Dv * int64_t{sizeof(S)});
     }
     T total = 0;
     for (int64_t i = 0; i < Tq; ++i) {
@@ -135,7 +136,7 @@ struct Backward {
       } else {
         for (int64_t j = 0; j < n; ++j) exp_row(k + j * a.H, lanes, within[Tq + j], exp_k + j * kWidth, true);
       }
-      memset(static_cast<void*>(dk), 0, size_t(n * kWidth) * sizeof(T));
+      zero_bytes(dk, n * kWidth * int64_t{sizeof(T)});
       const T* g = shared.g + b * Tq * a.Tk;
       V of_r = {};  // sum of g r
       int64_t i = 0;

@@ -15,6 +15,7 @@
 #include "attention/cpu/blocks.h"
 #include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
+#include "common/bytes.h"
 #include "common/memory.h"
 #include "common/packing.h"
 #include "common/products.h"
@@ -66,7 +67,7 @@ class Backward {
     const Memory wide(sizeof(T) != sizeof(S) && args.dmask != nullptr ? size_t(mask_count) * sizeof(T) : 64);
     if (args.dmask != nullptr) {
       sums = sizeof(T) != sizeof(S) ? reinterpret_cast<T*>(wide.get()) : static_cast<T*>(args.dmask);
-      memset(static_cast<void*>(sums), 0, size_t(mask_count) * sizeof(T));
+      zero_bytes(sums, mask_count * int64_t{sizeof(T)});
     }
     // Tasks must not share sums of the mask's gradient: pairs that do form one task.
     const bool merge_b = args.dmask != nullptr && args.mask_shape[0] == 1,
@@ -118,7 +119,7 @@ class Backward {
                  [&](int64_t task, T* memory) {
                    const int64_t b = task / blocks, i0 = task % blocks * kRows, rows = min(kRows, a.Tq - i0);
                    T* const to = mean + (b * a.Tq + i0) * a.Tk;
-                   memset(static_cast<void*>(to), 0, size_t(rows * a.Tk) * sizeof(T));
+                   zero_bytes(to, rows * a.Tk * int64_t{sizeof(T)});
                    const int64_t valid = min(rows, a.sequences[b].q_length - i0);
                    if (valid <= 0) return;
                    const Scratch s = carve(memory);
@@ -458,7 +459,7 @@ class Backward {
   }
   void zero_rows(const AttentionTensor& x, int64_t b, int64_t h, int64_t t, int64_t end, int64_t D) const {
     if (x.data == nullptr) return;
-    for (; t < end; ++t) memset(static_cast<void*>(mutable_row_of<S>(x, b, h, t)), 0, size_t(D) * sizeof(S));
+    for (; t < end; ++t) zero_bytes(mutable_row_of<S>(x, b, h, t), D * int64_t{sizeof(S)});
   }
   // Stores dq of a block; for the weights, also dlse.
   void write_queries(const QueryBlock& q, const Scratch& s) const {
@@ -547,8 +548,8 @@ class Backward {
     const AttentionSequence& of = a.sequences[b];
     const int64_t n = round_up(of.k_length, kKeys);
     fill_padding(b, hk);
-    memset(static_cast<void*>(dk), 0, size_t(n * ldk) * sizeof(T));
-    memset(static_cast<void*>(dv), 0, size_t(n * ldv) * sizeof(T));
+    zero_bytes(dk, n * ldk * int64_t{sizeof(T)});
+    zero_bytes(dv, n * ldv * int64_t{sizeof(T)});
     const KeyRange keys = Blocks(a, b).keys(a);
     for (int64_t j0 = keys.lo / kKeys * kKeys; j0 < keys.hi; j0 += kKeys) pack_block(b, hk, j0, packed);
     Queries q;

@@ -14,6 +14,7 @@
 #include "attention/cpu/scores.h"
 #include "attention/cpu/softmax.h"
 #include "attention/cpu/tiles.h"
+#include "common/bytes.h"
 #include "common/memory.h"
 #include "common/packing.h"
 #include "common/products.h"
@@ -235,7 +236,7 @@ class Forward : OnlineSoftmax<Compute<S>> {
       T* const to = weights + ((q.b * a.Hq + q.head[r]) * a.Tq + q.i[r]) * a.Tk;
       const T sum = state == nullptr ? T(0) : sum_of<T>(load(state->sum + r * kWidth));
       if (sum == 0) {
-        memset(static_cast<void*>(to), 0, size_t(a.Tk) * sizeof(T));
+        zero_bytes(to, a.Tk * int64_t{sizeof(T)});
         continue;
       }
       const V by = broadcast(T(dropout.on ? dropout.inverse : 1)), over = broadcast(sum);

@@ -10,6 +10,7 @@
 #include "attention/cpu/blocks.h"
 #include "attention/cpu/scores.h"
 #include "attention/cpu/tiles.h"
+#include "common/bytes.h"
 #include "common/packing.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -214,8 +215,7 @@ class OnlineSoftmax {
       for (int64_t i = a.sequences[b].q_length; i < a.Tq; ++i) {
         S* out = mutable_row_of<S>(a.out, b, h, i);
         for (int64_t d = 0; d < a.Dv; ++d) out[d * a.out.d] = S{};
-        if (a.out_low.data != nullptr)
-          memset(static_cast<void*>(mutable_row_of<S>(a.out_low, b, h, i)), 0, size_t(a.Dv) * sizeof(S));
+        if (a.out_low.data != nullptr) zero_bytes(mutable_row_of<S>(a.out_low, b, h, i), a.Dv * int64_t{sizeof(S)});
         static_cast<T*>(a.lse)[b * a.lse_b + h * a.lse_h + i] = -std::numeric_limits<T>::infinity();
       }
     }

@@ -8,6 +8,7 @@
 //
 // The gradient of transitions that sequences share is summed in chunks of sequences, whose number depends on B alone,
 // and over the chunks in order: the bits do not depend on the number of threads.
+#include "common/bytes.h"
 #include "common/parallel.h"
 #include "common/schedule.h"
 #include "crf/cpu/chain.h"
@@ -50,7 +51,7 @@ struct Backward {
     if (count == 0) return;
     const Memory memory(size_t(count * each) * sizeof(double));
     double* const sums = reinterpret_cast<double*>(memory.get());
-    memset(sums, 0, size_t(count * each) * sizeof(double));
+    zero_bytes(sums, count * each * int64_t{sizeof(double)});
     const double nanoseconds = 2 * nanoseconds_of_products(a);
     const int64_t threads = min(threads_for(nanoseconds), count), chunk = (a.B + count - 1) / count;
     int64_t taken = 0;

@@ -1,4 +1,5 @@
 // Loss of connectionist temporal classification. A sequence is a task, and its bits do not depend on the batch.
+#include "common/bytes.h"
 #include "common/parallel.h"
 #include "common/schedule.h"
 #include "ctc/cpu/states.h"
@@ -49,7 +50,7 @@ struct Forward {
       fill(next, range.begin, -kInfinity<T>);
       fill(next + range.end, count - range.end, -kInfinity<T>);
       total += double(normalise(next, count));
-      memcpy(static_cast<T*>(args.alpha) + (b * a.T + t) * a.S, next, size_t(count) * sizeof(T));
+      copy_bytes(static_cast<T*>(args.alpha) + (b * a.T + t) * a.S, next, count * int64_t{sizeof(T)});
       T* const swap = x;
       x = next;
       next = swap;

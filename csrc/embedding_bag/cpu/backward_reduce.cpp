@@ -2,6 +2,7 @@
 // then summed in the order of positions and written once, to a dense or sparse gradient or as an optimizer step. Rows
 // are distributed among threads by work. Frequent rows are summed in chunks of fixed size and merged in order, so that
 // the result does not depend on the number of threads.
+#include "common/bytes.h"
 #include "common/memory.h"
 #include "embedding_bag/cpu/bags.h"
 #include "embedding_bag/cpu/rows.h"
@@ -98,7 +99,7 @@ struct Reducer {
     }
   }
   void merge_chunks(int64_t begin, int64_t end, T* sums) const {
-    memcpy(sums, static_cast<T*>(sort.partials) + partial_slot(begin, true) * t.D, sizeof(T) * t.D);
+    copy_bytes(sums, static_cast<T*>(sort.partials) + partial_slot(begin, true) * t.D, int64_t{sizeof(T)} * t.D);
     for (int64_t from = begin + kRowChunk; from < end; from += kRowChunk) {
       const T* more = static_cast<T*>(sort.partials) + partial_slot(from, false) * t.D;
       for (int64_t d = 0; d < t.D; ++d) sums[d] += more[d];
@@ -164,8 +165,7 @@ struct Reducer {
 
   // Zeroes rows [from, end), which do not occur.
   SEQKERNELS_INLINE void zero_rows(int64_t from, int64_t end) const {
-    if (from < end && t.D > 0)
-      memset(static_cast<void*>(static_cast<S*>(to.dense) + from * t.D), 0, sizeof(S) * (end - from) * t.D);
+    if (from < end) zero_bytes(static_cast<S*>(to.dense) + from * t.D, int64_t{sizeof(S)} * (end - from) * t.D);
   }
 
   SEQKERNELS_INLINE S* target(int64_t row, int64_t ordinal) const {

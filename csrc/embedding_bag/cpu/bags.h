@@ -1,6 +1,7 @@
 // Shared by the CPU kernels of EmbeddingBag: units of work, their distribution among threads, and index loading.
 #pragma once
 
+#include "common/bytes.h"
 #include "common/math.h"
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -240,7 +241,7 @@ struct IndexStream {
     for (int64_t i = ahead; i < end + kPrefetchDistance; ++i) row_offsets[i - begin] = 0;
     if (t.weights == nullptr) return;
     if (shape.wide_weights) {
-      memcpy(weights, static_cast<const T*>(t.weights) + begin, sizeof(T) * (end - begin));
+      copy_bytes(weights, static_cast<const T*>(t.weights) + begin, int64_t{sizeof(T)} * (end - begin));
     } else {
       using W = typename OutputOf<S>::type;
       convert(weights, static_cast<const W*>(t.weights) + begin, end - begin);

@@ -2,6 +2,7 @@
 //
 // The rows of a bag are summed or compared in registers, one block of columns at a time. Rows are prefetched across the
 // ends of bags. Work is distributed among threads by number of indices, not by number of bags.
+#include "common/bytes.h"
 #include "common/memory.h"
 #include "embedding_bag/cpu/bags.h"
 
@@ -248,7 +249,7 @@ struct Forward {
   static SEQKERNELS_INLINE void copy_row(char* to, const char* from, int64_t n) {
     typedef char Bytes __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
     if (n < kVectorBytes) {
-      memcpy(to, from, n);
+      copy_bytes(to, from, n);
       return;
     }
     int64_t b = 0;
@@ -287,8 +288,8 @@ struct Forward {
   }
 
   void write_empty(Out* out, int32_t* at) const {
-    memset(static_cast<void*>(out), 0, sizeof(Out) * t.D);
-    if (at != nullptr) memset(at, 0xff, 4 * t.D);
+    zero_bytes(out, int64_t{sizeof(Out)} * t.D);
+    if (at != nullptr && t.D > 0) memset(at, 0xff, 4 * t.D);
   }
 
   // Iterates over blocks of equal width. The last block ends at D and may recompute some columns, with the same result.
@@ -406,7 +407,7 @@ struct Forward {
         for (int64_t d = 0; d < t.D; ++d) all.values[d] /= divisor;
       }
       convert(out, all.values, t.D);
-      if (at != nullptr) memcpy(at, all.at, 4 * t.D);
+      if (at != nullptr) copy_bytes(at, all.at, 4 * t.D);
     });
   }
 };
