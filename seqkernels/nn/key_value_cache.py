@@ -6,6 +6,7 @@ Dimensions: B sequences, H key heads, T new steps, D and Dv columns of keys and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,7 @@ class KeyValueCache:
 
         lengths: [B] number of valid steps of each sequence; T if None.
         """
+        _check_tensors(key=key, value=value)
         caller, T, B = "KeyValueCache", key.shape[2] if key.dim() == 4 else -1, self.batch_size
         for name, t, of in (("key", key, self.keys), ("value", value, self.values)):
             H, D = of.shape[1], of.shape[3]
@@ -191,6 +193,7 @@ class KeyValueCache:
         Returns:
             [B, Hq, Tq, Dv], dtype of query. Gradient: no, for caches of another dtype than that of query or in pages.
         """
+        _check_tensors(query=query)
         caller = "KeyValueCache"
         B, H, D = self.batch_size, self.keys.shape[1], self.keys.shape[3]
         if query.dim() != 4 or query.shape[0] != B or query.shape[3] != D or H == 0 or query.shape[1] % H:
@@ -250,8 +253,7 @@ class KeyValueCache:
         with pages, none: sequences share pages until they append different steps.
         """
         caller, B = "KeyValueCache", self.batch_size
-        if not isinstance(index, Tensor):
-            raise TypeError(f"{caller}: index must be a tensor, got {describe(index)}")
+        _check_tensors(index=index)
         if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{caller}: index must be int64 of one dimension, got {describe(index)}")
         if index.is_cpu and may_read_values(index) and not all(0 <= b < B for b in index.tolist()):
@@ -316,6 +318,12 @@ class KeyValueCache:
         self.lengths = self.lengths + (T if lengths is None else lengths)
         self.ragged = self.ragged or lengths is not None
         self.longest = longest
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"KeyValueCache: {name} must be a tensor, got {describe(t)}")
 
 
 class _Pages:

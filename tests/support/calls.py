@@ -323,6 +323,8 @@ def _decoding() -> Iterator[Call]:
     logits = normal(9, 9)
 
     def step(tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if state.numel() and state.max() > 50:
+            raise RuntimeError("stops a search whose max_length is huge")
         return logits[tokens] + state, state + 0.1
 
     given = dict(step=step, start_tokens=torch.tensor([1, 2, 3]), state=torch.zeros(3, 9), max_length=5, eos_token_id=0)

@@ -181,7 +181,7 @@ def changed_tensors(draw: st.DrawFn, t: Tensor) -> Any:
     if kind == "strides" and t.dim() and t.is_floating_point():
         return restrided(t, draw(strides))
     if kind == "dtype":
-        return t.to(draw(ALL_DTYPES))
+        return (t.real if t.is_complex() else t).to(draw(ALL_DTYPES))
     if kind == "huge":  # of one element in memory
         dim = draw(st.integers(0, max(t.dim() - 1, 0)))
         size = [1] * t.dim()
