@@ -259,6 +259,8 @@ class KeyValueCache:
         if index.is_cpu and may_read_values(index) and not all(0 <= b < B for b in index.tolist()):
             raise IndexError(f"{caller}: index must be in [0, {B}), got {index.tolist()}")
         self.lengths = self.lengths.index_select(0, index)
+        if self.ragged and self.lengths.is_cpu and may_read_values(self.lengths) and self.batch_size:
+            self.longest = int(self.lengths.max())  # the longest sequence may be gone
         if self._pages is not None and self.block_table is not None:
             self._pages.reorder(index.tolist())
             self.block_table = self.block_table.index_select(0, index)

@@ -324,6 +324,16 @@ def test_random_steps_match_attention_to_all_rows(
         assert got.dtype == queries and error <= TOLERANCE[queries] * max(want.abs().max().item(), 1.0)
 
 
+@pytest.mark.parametrize("page", [None, 4])
+def test_reorder_without_the_longest_sequence(page: int | None) -> None:
+    cache = KeyValueCache(2, 8, 1, 4, page_size=page)
+    fill(cache, [[7, 2]])
+    cache.reorder(torch.tensor([1, 1]))
+    assert cache.longest == 2 and cache.lengths.tolist() == [2, 2]
+    fill(cache, [6])
+    assert cache.longest == 8
+
+
 def test_pages_run_out_without_a_change() -> None:
     cache = KeyValueCache(2, 16, 1, 4, page_size=4, pages=3)
     fill(cache, [4])
