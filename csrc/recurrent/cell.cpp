@@ -95,6 +95,8 @@ struct Step {
     B = batched ? x.size(0) : 1;
     D = x.size(dim - 1);
     H = w_hh.size(1);
+    check_size(std::string(kind) + suffix, "the columns of x", D);
+    check_size(std::string(kind) + suffix, "the columns of weight_hh", H);
     const Tensor* dense = &x;
     if (D > 1 && x.stride(dim - 1) != 1) {
       copies[copied] = torch::stable::contiguous(x);

@@ -259,6 +259,9 @@ struct PreparedCall {
     args.dtype = DType::kFloat32;
     args.directions = directions;
     args.heads = heads;
+    check_size(op, "the columns of x", x.size(x.dim() - 1));
+    check_size(op, "hidden_size", H);
+    check_size(op, "proj_size", given.proj_size);
     args.H = H;
     args.P = P;
     args.prepared = &layer;

@@ -210,6 +210,10 @@ struct LayerInputs {
     if (w_hh.dim() != 2 || w_hh.size(0) % cell.gates != 0 || w_hh.size(0) == 0 || w_hh.size(1) == 0) {
       fail(op, ": weight_hh must have shape [", G_by, projected ? "P" : "H", "], got ", show(shape_of(w_hh)));
     }
+    check_size(op, "the columns of x", args.D);
+    check_size(op, "the rows of weight_hh", w_hh.size(0));
+    check_size(op, "the columns of weight_hh", w_hh.size(1));
+    check_size(op, "heads", args.heads);
     const int64_t G = w_hh.size(0), H = G / cell.gates, P = projected ? w_hh.size(1) : H;
     args.H = H;
     args.P = P;
