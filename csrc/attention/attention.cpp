@@ -526,7 +526,8 @@ struct MultiheadCall : Call {
     constexpr int64_t kMostHeads = int64_t{1} << 31;  // their product with `parts` cannot overflow
     if (heads > kMostHeads) fail(op, ": heads must be at most ", kMostHeads, ", got ", heads);
     if (q.dim() != 3 || heads < 1 || q.size(2) % (parts * heads) != 0) {
-      fail(op, ": q must have 3 dimensions and a multiple of ", parts * heads, " columns, got ", show(shape_of(q)));
+      fail(op, ": q must have 3 dimensions and a multiple of ", parts * std::max<int64_t>(heads, 1), " columns, got ",
+           show(shape_of(q)));
     }
     const int64_t E = q.size(2) / parts, batch = batch_first ? 0 : 1;
     const Tensor& keys = kv ? *kv : q;
