@@ -447,6 +447,15 @@ GRIDS = [
         (Layer(kind=kind, form=form, H=24, T=5, bidirectional=True), 8, (2, 2))
         for kind, form in itertools.product(PLAIN, FORMS)
     ),
+    *(
+        (
+            Layer(kind=kind, form=form, B=3, H=24, T=5, bidirectional=True, why="one direction after the other"),
+            1,
+            (1, 1),
+        )
+        for kind, form in (("lstm", "dense"), ("gru", "lengths"), ("rnn_tanh", "packed"), ("lstm", "packed"))
+    ),
+    (Layer(B=21, H=40, T=3, bidirectional=True, why="one after the other, several tiles"), 2, (1, 2)),
     (Layer(B=1, T=2, D=1, H=1, why="the smallest"), 8, (1, 1)),
     (Layer(B=2, T=3, H=72, kind="gru", bias=False, state=False, why="no initial state, a partial pair"), 8, (1, 5)),
     (Layer(B=5, T=4, H=40, why="two pairs per block, one of them without units"), 2, (1, 2)),
@@ -721,6 +730,24 @@ def test_plan_for_the_current_device() -> None:
         for found in module().explain_recurrent_cuda(**asked).values():
             assert found["tier"] == "grid"
             assert "runs no cluster of 16 blocks with" in found["reasons"][0]
+
+
+@pytest.mark.parametrize("mode", [{}, {"races": 1}], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@ONLY_EMULATED
+def test_refused_clusters_are_replaced_by_smaller_ones(kind: str, mode: dict[str, int]) -> None:
+    """16 blocks of two groups, or 8 of three."""
+    layer = Layer(kind=kind, B=2, T=3, D=4, H=296, form="lengths", dtype=torch.bfloat16)
+    asked = dict(kind=kind, dtype="bfloat16", B=2, T=3, D=4, H=296)
+    for blocks, wanted in ((16, 16), (8, 8)):  # answers are cached by the number of multiprocessors
+        with machine(multiprocessors=120 + blocks, cluster_blocks=blocks, **mode), tiers("cluster"):
+            for found in module().explain_recurrent_cuda(**asked).values():
+                assert (found["tier"], found["cluster"], found["reasons"]) == ("cluster", wanted, [])
+            if blocks == 8:
+                check_layer(layer)
+    with machine(multiprocessors=124, cluster_blocks=4), tiers("cluster", "steps"):
+        for found in module().explain_recurrent_cuda(**asked).values():
+            assert found["tier"] == "steps" and "runs no cluster of 16 blocks with" in found["reasons"][0]
 
 
 DESCRIBED = dict(device="cuda", capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)

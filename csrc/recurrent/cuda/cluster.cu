@@ -17,9 +17,9 @@ constexpr int64_t kWavesOfClusters = 16;
 struct ClusterShape : PersistentShape {
   int64_t groups;
   int cluster = 1;
-  ClusterShape(CellKind of, const RecurrentArgs& args) : PersistentShape(of, args) {
+  ClusterShape(CellKind of, const RecurrentArgs& args, int most_blocks) : PersistentShape(of, args) {
     // Two groups of 16 units keep the four schedulers of a multiprocessor busy; more blocks would be underused.
-    while (cluster < kClusterBlocks && pairs > kFewGroups * cluster) cluster *= 2;
+    while (cluster < most_blocks && pairs > kFewGroups * cluster) cluster *= 2;
     groups = (pairs + cluster - 1) / cluster;
   }
   int most_groups() const { return kind.options ? kFewGroups : kManyGroups; }
@@ -74,8 +74,9 @@ LaunchConfig config_of(PassKind pass, const ClusterShape& s, int64_t rows) {
 // Clusters resident at once. Cached, since the driver query is slow and every call needs it.
 int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaDevice& device) {
   if (device.described) return device.multiprocessors / s.cluster;
-  static thread_local std::map<std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int, int>, int64_t> known;
-  const std::tuple key{s.kind.key(), pass, s.H, rows, device.multiprocessors, 10 * device.major + device.minor};
+  using Key = std::tuple<decltype(s.kind.key()), PassKind, int64_t, int64_t, int, int, int>;
+  static thread_local std::map<Key, int64_t> known;
+  const Key key{s.kind.key(), pass, s.H, rows, s.cluster, device.multiprocessors, 10 * device.major + device.minor};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int64_t count = 0;
@@ -83,6 +84,20 @@ int64_t resident(PassKind pass, const ClusterShape& s, int64_t rows, const CudaD
                       [&](auto kernel, auto config) { count = resident_clusters(kernel, config(rows, nullptr)); });
   known.emplace(key, count);
   return count;
+}
+
+// The shape with the largest cluster that the device runs. Clusters of more than 8 blocks are not portable: a device,
+// or a part of one, may run none of them.
+std::shared_ptr<const ClusterShape> largest_shape(CellKind kind, PassKind pass, const RecurrentArgs& args,
+                                                  const CudaDevice& device) {
+  const auto largest = std::make_shared<const ClusterShape>(kind, args, kClusterBlocks);
+  auto s = largest;
+  while (s->cluster > 1 && s->groups <= s->most_groups()) {
+    const bool fits = config_of(pass, *s, 1).shared_bytes <= device.shared_bytes;
+    if (fits && resident(pass, *s, 1, device) > 0) return s;
+    s = std::make_shared<const ClusterShape>(kind, args, s->cluster / 2);
+  }
+  return s->groups <= s->most_groups() ? s : largest;
 }
 
 }  // namespace
@@ -101,7 +116,7 @@ CudaPlan plan_cluster(CellKind kind, PassKind pass, const RecurrentArgs& args, c
   if (args.H % kUnits != 0) why_not("H must be a multiple of 8, got " + std::to_string(args.H));
   if (!plan.reasons.empty()) return plan;
 
-  const auto shape = std::make_shared<const ClusterShape>(kind, args);
+  const auto shape = largest_shape(kind, pass, args, device);
   const ClusterShape& s = *shape;
   plan.shape = shape;
   if (s.groups > s.most_groups()) {

@@ -17,8 +17,9 @@ constexpr int64_t kMostTurns = 16;
 // A layer on a device, with `pairs_of_block` pairs of strips per block.
 struct GridShape : PersistentShape {
   int pairs_of_block;
-  int64_t team;  // blocks
-  int64_t teams = 0, rows = 1, turns = 0;
+  int64_t team;      // blocks
+  int64_t launched;  // directions per launch
+  int64_t teams, rows = 1, turns = 0;
   // For each product: blocks of K per warp, and those of them in shared memory and streamed.
   int64_t of_warp[2] = {}, in_shared[2] = {}, streamed[2] = {};
   int64_t shared_bytes = 0;
@@ -26,8 +27,13 @@ struct GridShape : PersistentShape {
   bool fits = false;
 
   GridShape(CellKind of, PassKind of_pass, const RecurrentArgs& args, int pairs_of, const CudaDevice& device)
-      : PersistentShape(of, args), pairs_of_block(pairs_of), team((pairs + pairs_of - 1) / pairs_of), pass(of_pass) {
-    teams = device.multiprocessors / (directions * team);
+      : PersistentShape(of, args),
+        pairs_of_block(pairs_of),
+        team((pairs + pairs_of - 1) / pairs_of),
+        // One direction after the other if the device has no room for both.
+        launched(directions * team <= device.multiprocessors ? directions : 1),
+        teams(device.multiprocessors / (launched * team)),
+        pass(of_pass) {
     if (teams == 0) return;
     // The fewest rows per tile for which every team has one tile; more only if there are more sequences.
     while (rows < kMostRows && tiles(rows) > teams) rows *= 2;
@@ -62,8 +68,12 @@ struct GridShape : PersistentShape {
     });
   }
   int64_t all_streamed() const { return streamed[0] + streamed[1]; }
+  int64_t launches() const { return directions / launched; }
   // Lower is better: resident weights first, then less work per multiprocessor and step, then fewer turns.
-  auto cost() const { return std::tuple{!fits, all_streamed() * turns, turns * pairs_of_block, turns}; }
+  auto cost() const {
+    const int64_t all = turns * launches();
+    return std::tuple{!fits, all_streamed() * all, all * pairs_of_block, all};
+  }
 
   // Calls f with a value of the element type of the products.
   template <class F>
@@ -73,7 +83,7 @@ struct GridShape : PersistentShape {
   }
   LaunchConfig config(void* stream) const {
     LaunchConfig config;
-    config.grid = {directions * teams * team};
+    config.grid = {launched * teams * team};
     config.block = kGridThreads;
     config.shared_bytes = shared_bytes;
     config.cooperative = true;
@@ -126,6 +136,14 @@ void with_grid_kernel(const GridShape& s, F&& f) {
   });
 }
 
+template <PassKind kPass, class Args>
+void launch_all(const GridShape& s, Args args, void* stream) {
+  for (int64_t first = 0; first < s.directions; first += s.launched) {
+    args.place.direction = static_cast<int>(first);
+    with_grid_kernel<kPass>(s, [&](auto kernel) { launch(kernel, s.config(stream), args); });
+  }
+}
+
 // Blocks resident at once. Cached, since the driver query is slow and every call needs it.
 int64_t resident(const GridShape& s, const CudaDevice& device) {
   if (device.described) return device.multiprocessors;
@@ -158,7 +176,7 @@ CudaPlan plan_grid(CellKind kind, PassKind pass, const RecurrentArgs& args, cons
 
   const std::shared_ptr<const GridShape> s = best_shape(kind, pass, args, device);
   if (s == nullptr) {
-    const int64_t most = device.multiprocessors / args.directions * kMostPairs * kPairUnits;
+    const int64_t most = int64_t{device.multiprocessors} * kMostPairs * kPairUnits;
     why_not("H must be at most " + std::to_string(most) + " on " + std::to_string(device.multiprocessors) +
             " multiprocessors, got " + std::to_string(args.H));
     return plan;
@@ -199,7 +217,7 @@ void forward_by_grid(const ForwardArgs& args, const CudaLayout& layout, const Cu
   const GridSpace grid(space, s);
   GridForwardArgs of{start_forward(s, args, layout, plan.rows, at, stream), grid.place};
   fill_bytes(grid.cleared, 0, grid.bytes, stream);
-  with_grid_kernel<PassKind::kForward>(s, [&](auto kernel) { launch(kernel, s.config(stream), of); });
+  launch_all<PassKind::kForward>(s, of, stream);
 }
 
 void backward_by_grid(const BackwardArgs& args, const CudaLayout& layout, const CudaPlan& plan, void* workspace,
@@ -210,7 +228,7 @@ void backward_by_grid(const BackwardArgs& args, const CudaLayout& layout, const 
   const GridSpace grid(space, s);
   GridBackwardArgs of{start_backward(s, args, layout, plan.rows, at, stream), grid.place};
   fill_bytes(grid.cleared, 0, grid.bytes, stream);
-  with_grid_kernel<PassKind::kBackward>(s, [&](auto kernel) { launch(kernel, s.config(stream), of); });
+  launch_all<PassKind::kBackward>(s, of, stream);
   finish_backward(s, args, layout, at, of.layer, stream);
 }
 

@@ -64,6 +64,7 @@ SK_HOST_DEVICE constexpr int grid_ahead(int tiles) { return tiles > 4 ? 2 : tile
 struct GridLayout {
   void* slots;       // [2, directions, tiles, blocks of K, 32] pieces, zeros beyond the last unit
   uint32_t* flags;   // [directions, tiles, pairs], zeros
+  int direction;     // of the first team
   int teams;         // teams per direction
   int blocks;        // blocks per team
   int in_shared[2];  // blocks of K per warp in shared memory, for each product
@@ -100,7 +101,7 @@ struct GridMemory {
         steps(arena.template array<int>(turns)) {}
 };
 
-// Mapping of a lane to the grid: [directions, teams, blocks per team].
+// Mapping of a lane to the grid: [directions from place.direction on, teams, blocks per team].
 struct GridLaneMap : LaneMap {
   int team, first_pair, pairs;  // first pair of the block; pairs of the layer
   bool has_unit, alive;         // alive: the lane owns a unit of a row of each tile, which may have no sequence
@@ -111,7 +112,7 @@ struct GridLaneMap : LaneMap {
     team = static_cast<int>(of_teams % place.teams);
     first_pair = static_cast<int>(block_index() % place.blocks) * pairs_of_block;
     const int of_block = warp_index() / kPairWarps;
-    assign(args, static_cast<int>(of_teams / place.teams), first_pair + of_block);
+    assign(args, place.direction + static_cast<int>(of_teams / place.teams), first_pair + of_block);
     pairs = (strips + 1) / 2;
     has_unit = of_block < pairs_of_block && unit < args.layer.H;
     alive = has_unit && row < rows;
@@ -278,7 +279,7 @@ struct GridBackward {
 
 // ---- forward ----
 
-// Grid, one-dimensional: directions x teams x blocks per team.
+// Grid, one-dimensional: directions, or one of them, x teams x blocks per team.
 template <class Cell, int kPairs>
 SK_KERNEL(kGridThreads, 1)
 grid_forward_kernel(const SK_GRID_CONSTANT GridForwardArgs args) {
