@@ -869,6 +869,15 @@ def on_cuda(
 STEPS = pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
 
 
+def time_on_cuda(
+    bench: Any, what: str, label: str, contenders: list[Contender], tokens: int, layer: nn.Module, step: bool, **of: Any
+) -> None:
+    """A row of `what`, a training step or forward: parity in half precision, and no bars, unless `of` names others."""
+    work = (TRAINING if step else 1) * flop(tokens, layer)
+    group = f"{what}, {'training step' if step else 'forward'}, on CUDA"
+    bench.time(group, label, contenders, work=work, **{"bars": {}, "tolerance": HALF_TOLERANCE, **of})
+
+
 @pytest.mark.cuda(turn=1)
 @STEPS
 def test_long_on_cuda(bench: Any, step: bool) -> None:
@@ -880,10 +889,8 @@ def test_long_on_cuda(bench: Any, step: bool) -> None:
         on_cuda("cuDNN, float16", half, LONG, None, step=step),
         on_cuda("cuDNN, bfloat16", same, LONG, None, step=step),
     ]
-    work = (TRAINING if step else 1) * flop(LONG.T * LONG.B, ours)
-    group = f"LSTM bfloat16, {'training step' if step else 'forward'}, on CUDA"
     bars = {"cuDNN, float16": LONG_BAR}
-    bench.time(group, str(LONG), contenders, bars=bars, work=work, tolerance=HALF_TOLERANCE)
+    time_on_cuda(bench, "LSTM bfloat16", str(LONG), contenders, LONG.T * LONG.B, ours, step, bars=bars)
 
 
 @pytest.mark.cuda
@@ -896,10 +903,8 @@ def test_layers_on_cuda(bench: Any, name: str, B: int, H: int, step: bool) -> No
     lengths = drawn_lengths(shape) if PACKED in name else None
     contenders = [on_cuda(name, m, shape, lengths, step=step) for name, m in (("ours", ours), ("cuDNN", theirs))]
     tokens = shape.T * shape.B if lengths is None else sum(lengths)
-    work = (TRAINING if step else 1) * flop(tokens, ours)
     bars = {"cuDNN": Bar(at_least=EACH_BAR, mean_at_least=MEAN_BAR, mean_rows=len(ON_CUDA) * len(ON_CUDA_SIZES))}
-    group = f"bfloat16, {'training step' if step else 'forward'}, on CUDA"
-    bench.time(group, f"{name}, {shape}", contenders, bars=bars, work=work, tolerance=HALF_TOLERANCE)
+    time_on_cuda(bench, "bfloat16", f"{name}, {shape}", contenders, tokens, ours, step, bars=bars)
 
 
 @pytest.mark.cuda(turn=3)
@@ -926,9 +931,8 @@ def test_half_fill_on_cuda(bench: Any, B: int, H: int, step: bool) -> None:
     lengths = [max(1, round(shape.T * (b + 0.5) / B)) for b in range(B)]
     packed = on_cuda("ours, packed", ours, shape, lengths, step=step)
     padded = on_cuda("ours, padded", ours, shape, None, step=step)
-    group = f"LSTM bfloat16 at half fill, {'training step' if step else 'forward'}, on CUDA"
-    work = (TRAINING if step else 1) * flop(sum(lengths), ours)
-    bench.time(group, str(shape), [packed, padded], bars={"ours, padded": FILL_BAR}, work=work, parity=[])
+    of = {"bars": {"ours, padded": FILL_BAR}, "parity": []}
+    time_on_cuda(bench, "LSTM bfloat16 at half fill", str(shape), [packed, padded], sum(lengths), ours, step, **of)
 
 
 @pytest.mark.cuda(turn=1)
@@ -939,9 +943,7 @@ def test_float32_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
     shape = Shape(256, 16, 256, 256)
     ours, theirs = layers_on_cuda(shape, kind, ours=torch.float32, theirs=torch.float32)
     contenders = [on_cuda(name, m, shape, None, step=step) for name, m in (("ours", ours), ("cuDNN", theirs))]
-    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
-    group = f"float32 (TF32), {'training step' if step else 'forward'}, on CUDA"
-    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+    time_on_cuda(bench, "float32 (TF32)", f"{kind}, {shape}", contenders, shape.T * shape.B, ours, step)
 
 
 # Layers with options, on a GPU: no library has them, so the peer is the plain layer with the same products.
@@ -966,11 +968,8 @@ def test_options_on_cuda(bench: Any, kind: Kind, options: dict[str, Any], step: 
         on_cuda("ours, plain", plain, shape, None, step=step),
         on_cuda("cuDNN, plain", theirs, shape, None, step=step),
     ]
-    work = (TRAINING if step else 1) * flop(shape.T * shape.B, plain)
-    group = f"bfloat16 with options, {'training step' if step else 'forward'}, on CUDA"
-    label = f"{kind} {', '.join(options)}, {shape}"
-    parity = [(contenders[2], contenders[1])]
-    bench.time(group, label, contenders, bars={}, work=work, parity=parity, tolerance=HALF_TOLERANCE)
+    label, parity = f"{kind} {', '.join(options)}, {shape}", [(contenders[2], contenders[1])]
+    time_on_cuda(bench, "bfloat16 with options", label, contenders, shape.T * shape.B, plain, step, parity=parity)
 
 
 @pytest.mark.cuda(turn=4)
@@ -991,12 +990,10 @@ def test_triton_on_cuda(bench: Any, kind: Kind, B: int, H: int, step: bool) -> N
         on_cuda("Triton", ours, shape, None, step=step, call=in_triton),
         on_cuda("cuDNN", theirs, shape, None, step=step),
     ]
-    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
-    group = f"bfloat16 against Triton, {'training step' if step else 'forward'}, on CUDA"
-    bench.time(
-        group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE,
-        parity=[(contenders[2], contenders[0]), (contenders[2], contenders[1])],
-    )  # fmt: skip
+    parity = [(contenders[2], c) for c in contenders[:2]]
+    time_on_cuda(
+        bench, "bfloat16 against Triton", f"{kind}, {shape}", contenders, shape.T * shape.B, ours, step, parity=parity
+    )
 
 
 # --- rows: peers that compile for minutes, on a GPU ---
@@ -1041,9 +1038,9 @@ def test_compiled_loop_on_cuda(bench: Any, kind: Kind, step: bool) -> None:
             allow_rnn=False,
         ),
     ]
-    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
-    group = f"bfloat16 against a compiled loop, {'training step' if step else 'forward'}, on CUDA"
-    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+    time_on_cuda(
+        bench, "bfloat16 against a compiled loop", f"{kind}, {shape}", contenders, shape.T * shape.B, ours, step
+    )
 
 
 def flashrnn(name: str, kind: Kind, layer: nn.Module, shape: Shape, *, step: bool, backend: str) -> Contender:
@@ -1106,6 +1103,4 @@ def test_flashrnn_on_cuda(bench: Any, kind: Kind, shape: Shape, backend: str, st
         on_cuda("cuDNN", theirs, shape, None, step=step),
         flashrnn("FlashRNN", kind, theirs, shape, step=step, backend=backend),
     ]
-    work = (TRAINING if step else 1) * flop(shape.T * shape.B, ours)
-    group = f"bfloat16 against FlashRNN, {'training step' if step else 'forward'}, on CUDA"
-    bench.time(group, f"{kind}, {shape}", contenders, bars={}, work=work, tolerance=HALF_TOLERANCE)
+    time_on_cuda(bench, "bfloat16 against FlashRNN", f"{kind}, {shape}", contenders, shape.T * shape.B, ours, step)

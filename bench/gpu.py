@@ -220,10 +220,9 @@ def sources() -> str:
 
 def keep_finished(record: Path) -> None:
     """Removes tests that failed or did not end from the record of a part, so that they run again."""
-    lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
-    outcomes = tally.read(record).outcomes
-    kept = [line for line in lines if outcomes.get(json.loads(line)["test"]) in ("passed", "skipped")]
-    record.write_text("".join(kept), encoding="utf-8")
+    finished = {test: o for test, o in tally.read(record).outcomes.items() if o in ("passed", "skipped")}
+    lines = [json.dumps({"test": test, "outcome": outcome, "message": ""}) + "\n" for test, outcome in finished.items()]
+    record.write_text("".join(lines), encoding="utf-8")
 
 
 def pytest_part(part: Part, command: Sequence[object], **environment: str) -> tuple[dict[str, Any], str]:

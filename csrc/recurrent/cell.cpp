@@ -95,8 +95,9 @@ struct Step {
     B = batched ? x.size(0) : 1;
     D = x.size(dim - 1);
     H = w_hh.size(1);
-    check_size(std::string(kind) + suffix, "the columns of x", D);
-    check_size(std::string(kind) + suffix, "the columns of weight_hh", H);
+    for (const int64_t size : {D, H}) {
+      if (size > kLargestSize) fail(kind, suffix, ": D and H must be at most ", kLargestSize, ", got ", size);
+    }
     const Tensor* dense = &x;
     if (D > 1 && x.stride(dim - 1) != 1) {
       copies[copied] = torch::stable::contiguous(x);
